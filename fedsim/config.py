@@ -1,0 +1,221 @@
+"""The configuration: plain typed dataclasses; the line under a field is its help.
+
+Hydra composes conf/ against these types (`fedsim.cli.compose`), `check` finds contradictions that need neither data
+nor model, and nothing beyond the entry sees a DictConfig. Enum members are written by name: `training.optimizer=sgd`.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any, Optional
+
+from fedsim.errors import UserError
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Init(Enum):
+    gradient = "SVD of the first full fine-tuning step, estimated on a sample of the clients' data (LoRA-SB)"
+    gradient_public = "the same, estimated on a public shard at the server"
+    weight_svd = "top singular vectors of the base weights (LoRA-XS); nothing is sent"
+    orthogonal = "seeded random orthonormal bases; only the seed is sent"
+
+
+class Partition(Enum):
+    iid = "every client draws from the same distribution"
+    task = "each client holds examples of one task only"
+    dirichlet = "each client's mixture is drawn from a Dirichlet distribution"
+
+
+class DirichletOver(Enum):
+    task = "mixture over tasks"
+    label = "mixture over gold answers"
+
+
+class Weighting(Enum):
+    examples = "by number of training examples"
+    uniform = "equal"
+
+
+class Optimizer(Enum):
+    adamw = "AdamW"
+    sgd = "SGD with momentum"
+
+
+class Schedule(Enum):
+    constant = "constant after warm-up"
+    linear = "linear to zero after warm-up"
+    cosine = "cosine to zero after warm-up"
+
+
+class TrainOn(Enum):
+    response = "loss on the response only"
+    all = "loss on prompt and response"
+
+
+class OnError(Enum):
+    stop = "a malformed row ends the run with file, line and reason"
+    skip = "malformed rows are left out, counted and reported"
+
+
+@dataclass
+class MethodConfig:
+    name: str = "fed_sb"
+    """What is trained, what travels and how the server combines it."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = "embedded"
+    """Name in tables and plots."""
+    path: Optional[str] = None
+    """Hugging Face model id or local folder; null is the small model inside the package."""
+    dtype: Dtype = Dtype.float32
+    """Type of the frozen base weights; the trained factors are always float32."""
+    device: str = "auto"
+    """Device of the base model: auto takes the first GPU if there is one."""
+
+
+@dataclass
+class AdapterConfig:
+    rank: int = 32
+    """Rank r: the trained matrix R of each adapted layer is r x r."""
+    init: Init = Init.gradient
+    """Where the common bases B and A come from."""
+    init_samples: int = 100
+    """Examples in all from which the initial gradient is estimated (gradient, gradient_public)."""
+    scaling: float = 1.0
+    """Scaling s of the update s B R A."""
+    target_modules: list[str] = field(default_factory=list)
+    """Names of the linear layers to adapt, by last part of their path; empty takes all of the architecture's blocks."""
+
+
+@dataclass
+class DataConfig:
+    name: str = "embedded"
+    """Name in tables and plots."""
+    train: list[str] = field(default_factory=lambda: ["embedded"])
+    """Training sets, by name."""
+    test: list[str] = field(default_factory=lambda: ["embedded"])
+    """Test sets, by name."""
+    path: Optional[str] = None
+    """Local file or folder, or hub name; null takes each set's own hub name."""
+    train_examples: Optional[int] = None
+    """Keep at most this many training examples in all; null keeps all."""
+    test_examples: Optional[int] = None
+    """Keep at most this many test examples of each task; null keeps all."""
+    max_length: int = 512
+    """Longest sequence in tokens; a longer training example is cut at its end."""
+    train_on: TrainOn = TrainOn.response
+    """Which tokens carry the loss."""
+    on_error: OnError = OnError.stop
+    """What a malformed row does."""
+
+
+@dataclass
+class FederationConfig:
+    clients: int = 25
+    """Number of clients (data owners)."""
+    rounds: int = 3
+    """Number of rounds."""
+    fraction: float = 1.0
+    """Fraction of the clients that take part in a round, at least one."""
+    weighting: Weighting = Weighting.examples
+    """Weight of a client in the average."""
+    partition: Partition = Partition.iid
+    """How the training examples are dealt to the clients."""
+    alpha: float = 0.5
+    """Dirichlet concentration; smaller is more skewed."""
+    dirichlet_over: DirichletOver = DirichletOver.task
+    """What the Dirichlet mixture is over."""
+    quantity_sigma: float = 0.0
+    """Log-normal sigma of the clients' numbers of examples; 0 deals equal shares."""
+
+
+@dataclass
+class TrainingConfig:
+    optimizer: Optimizer = Optimizer.adamw
+    """Optimizer of each client's local training; its state starts anew in every round."""
+    learning_rate: float = 1e-2
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the trained factors."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.999
+    """AdamW: decay of the second moment."""
+    epsilon: float = 1e-8
+    """AdamW: term added to the denominator."""
+    momentum: float = 0.0
+    """SGD: momentum."""
+    schedule: Schedule = Schedule.cosine
+    """Learning rate over all local steps of all rounds."""
+    warmup_ratio: float = 0.02
+    """Part of all steps in which the learning rate rises linearly to its peak."""
+    batch_size: int = 8
+    """Examples per client and micro-batch."""
+    accumulation: int = 1
+    """Micro-batches per local step."""
+    local_epochs: int = 1
+    """Passes over a client's examples per round; not used when local_steps is set."""
+    local_steps: Optional[int] = None
+    """Local optimizer steps per round; null follows from local_epochs."""
+    group_by_length: bool = True
+    """Put examples of similar length into the same batch."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass to save memory."""
+    tokens_per_pass: int = 8192
+    """Most tokens (padding included) in one forward and backward pass; a cohort's step is cut into passes of this size."""
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 0
+    """Evaluate after every k-th round as well; 0 evaluates before the first and after the last only."""
+    max_new_tokens: int = 96
+    """Longest generated answer in tokens."""
+    tokens_per_pass: int = 16384
+    """Most tokens (prompt, answer and padding) in one generation batch."""
+
+
+@dataclass
+class EngineConfig:
+    name: str = "inprocess"
+    """Which Flower Grid carries the messages."""
+    cohort_size: int = 0
+    """Clients that a worker trains together in one message; 0 takes all of the round's clients."""
+
+
+@dataclass
+class Config:
+    """A whole experiment. Everything that can change a result is in here."""
+
+    method: MethodConfig = field(default_factory=MethodConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    seed: int = 0
+    """Seed of everything random: data, partition, choice of clients, batches, bases."""
+    run_dir: Optional[str] = None
+    """Run folder; null makes runs/<date>/<time>-<method>."""
+    resume: bool = False
+    """Go on from the last checkpoint of run_dir."""
+    overwrite: bool = False
+    """Replace a finished or interrupted run in run_dir."""
+
+
+def to_dict(config: Any) -> Any:
+    """Returns nested plain values (enums by name) that YAML and JSON can hold."""
+    if isinstance(config, Enum):
+        return config.name
+    if is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return config

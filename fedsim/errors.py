@@ -1,0 +1,16 @@
+"""Errors that a user can mend.
+
+A message is one line that says what was expected, what came and what to do. The command line prints it and exits with code 2.
+"""
+
+
+class UserError(Exception):
+    """Bad input or a contradiction in it; nothing was lost or half written."""
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """Returns " Did you mean 'x'?" for the allowed word closest to `word`, or "" when none is close."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, allowed, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

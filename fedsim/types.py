@@ -1,0 +1,47 @@
+"""The nouns that all layers share.
+
+A client is a data owner. An adapter is a dictionary of factors; with a leading client axis it holds a whole cohort.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+Adapter = dict[str, Tensor]
+"""Factor name, such as "model.layers.0.self_attn.q_proj.R", to its tensor; stacked: [clients, ...]."""
+
+
+class Family(Enum):
+    """What an answer is, which decides how it is read from a generated text."""
+
+    arithmetic = "a number, compared by value"
+    commonsense = "one of the options that the prompt names, compared exactly"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its reference response.
+
+    `task` is the row of the results table that the example belongs to ("gsm8k", "boolq"); `answer` is the gold answer
+    ("18", "answer3", "true") that an answer read from a generated text is compared with.
+    """
+
+    task: str
+    family: Family
+    prompt: str
+    response: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Tokens of prompt and response (end-of-sequence included). The loss is on `input_ids[loss_start:]`."""
+
+    input_ids: tuple[int, ...]
+    loss_start: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole sequence."""
+        return len(self.input_ids)
