@@ -1,0 +1,16 @@
+"""Centralised training of the same adapter on the pooled data, the yardstick of every federated method.
+
+Its batch is the union of the batches that the clients would take at the same time (clients x batch_size examples), so that it makes
+as many optimizer steps on as many tokens with the same schedule as the federation does.
+"""
+
+from fedsim.core.aggregation import weighted_mean
+from fedsim.core.methods.method import Method
+
+CENTRALIZED = Method(
+    name="centralized",
+    summary="the same adapter trained on the pooled data; nothing travels",
+    trained=("R",),
+    aggregate=weighted_mean,
+    pooled=True,
+)

@@ -1,0 +1,140 @@
+"""Which examples meet which optimizer step, and how the rows of a step are packed into forward passes.
+
+Both are pure functions of lengths and seeds. A client's steps depend on its own examples alone, and the packing changes
+nothing but the order of float additions; so a result does not depend on the company in which a client is trained.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.config import TrainingConfig
+from fedsim.seeding import numpy_generator
+from fedsim.types import EncodedExample
+
+MEGABATCH_STEPS = 8  # examples are sorted by length within this many steps, so that batches stay random
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example in a pass: `slot` is the client's place in the cohort; `weight` is its share of the client's step loss."""
+
+    slot: int
+    example: EncodedExample
+    weight: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows of one forward and backward pass, in equal contiguous groups; group g belongs to the client at `slots[g]`."""
+
+    slots: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+
+def steps_per_round(num_examples: int, training: TrainingConfig) -> int:
+    """Returns the optimizer steps of a client with `num_examples` in one round."""
+    if training.local_steps is not None:
+        return training.local_steps
+    return training.local_epochs * ceil(num_examples / (training.batch_size * training.accumulation))
+
+
+def local_batches(lengths: Sequence[int], training: TrainingConfig, *, seed: int, round: int, client: int) -> list[list[int]]:
+    """Returns the example indices of each local step of one client in one round.
+
+    Every epoch visits each example once, in an order drawn from (seed, round, client, epoch); the last batch of an epoch may be short.
+    With `group_by_length`, examples of similar length share a batch, and the batches come in random order.
+    """
+    num_steps = steps_per_round(len(lengths), training)
+    batches: list[list[int]] = []
+    epoch = 0
+    while len(batches) < num_steps:
+        generator = numpy_generator(seed, "batches", round, client, epoch)
+        batches += _epoch(np.asarray(lengths), training, generator)
+        epoch += 1
+    return batches[:num_steps]
+
+
+def _epoch(lengths: np.ndarray, training: TrainingConfig, generator: np.random.Generator) -> list[list[int]]:
+    size = training.batch_size * training.accumulation
+    order = generator.permutation(len(lengths))
+    if not training.group_by_length:
+        return [order[start : start + size].tolist() for start in range(0, len(order), size)]
+    mega = size * MEGABATCH_STEPS
+    batches = []
+    for start in range(0, len(order), mega):
+        part = order[start : start + mega]
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        batches += [part[i : i + size].tolist() for i in range(0, len(part), size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def pack(rows_of_slot: dict[int, list[EncodedExample]], batch_size: int, tokens_per_pass: int) -> Iterator[Pass]:
+    """Cuts one local step of a cohort into passes of at most `tokens_per_pass` tokens, padding included.
+
+    The unit is one client's micro-batch of `batch_size` examples (cut further only where it alone exceeds the budget); units of similar
+    length share a pass. A pass has one group per unit where all units are equally large, else one group per row. A single row
+    is never refused, however long it is.
+    """
+    units: list[list[Row]] = []
+    for slot, examples in rows_of_slot.items():
+        ordered = sorted(examples, key=lambda example: -example.num_tokens)
+        rows = [Row(slot, example, 1.0 / len(ordered)) for example in ordered]
+        start = 0
+        while start < len(rows):
+            size = min(batch_size, max(1, tokens_per_pass // rows[start].example.num_tokens))
+            units.append(rows[start : start + size])
+            start += size
+    units.sort(key=lambda unit: (-len(unit), -unit[0].example.num_tokens, unit[0].slot))
+    waiting: list[list[Row]] = []
+    for unit in units:
+        if waiting and not _fits([*waiting, unit], tokens_per_pass):
+            yield _as_pass(waiting)
+            waiting = []
+        waiting.append(unit)
+    if waiting:
+        yield _as_pass(waiting)
+
+
+def _fits(units: list[list[Row]], tokens_per_pass: int) -> bool:
+    longest = max(unit[0].example.num_tokens for unit in units)
+    return longest * sum(map(len, units)) <= tokens_per_pass
+
+
+def _as_pass(units: list[list[Row]]) -> Pass:
+    rows = tuple(row for unit in units for row in unit)
+    equal = len({len(unit) for unit in units}) == 1
+    groups = [unit[0].slot for unit in units] if equal else [row.slot for row in rows]
+    return Pass(tuple(groups), rows)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded tensors of a pass. Padding is on the right, where no token of a causal model can see it."""
+
+    input_ids: Tensor  # [rows, tokens]
+    labels: Tensor  # [rows, tokens - first]; -100 where there is no loss; labels[:, t] is the token after position first + t
+    first: int  # first position whose next token carries a loss in any row
+    num_tokens: int  # tokens without padding
+
+
+def collate(examples: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Batch:
+    """Pads examples to the longest one and shifts the labels."""
+    width = max(example.num_tokens for example in examples)
+    first = max(0, min(example.loss_start for example in examples) - 1)
+    ids = np.full((len(examples), width), pad_id, dtype=np.int64)
+    labels = np.full((len(examples), width), -100, dtype=np.int64)
+    for row, example in enumerate(examples):
+        n, start = example.num_tokens, max(1, example.loss_start)
+        ids[row, :n] = example.input_ids
+        labels[row, start - 1 : n - 1] = example.input_ids[start:]
+    return Batch(
+        torch.from_numpy(ids).to(device),
+        torch.from_numpy(labels[:, first : width - 1]).to(device),
+        first,
+        sum(example.num_tokens for example in examples),
+    )

@@ -1,0 +1,101 @@
+"""Local training of a cohort of clients in batched passes over one shared base model.
+
+W, B and A are common, so the clients differ in R alone: R is stacked with a client axis, rows of all clients share a pass, and the
+gradient of the stack is per client. A single client is a cohort of one; there is no other training path.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.config import TrainingConfig
+from fedsim.core.payload import Layout
+from fedsim.training.batches import collate, local_batches, pack
+from fedsim.training.loss import group_gradients
+from fedsim.training.optimizers import OptimizerState, learning_rate, update
+from fedsim.types import EncodedExample
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What a cohort needs to know of one client: its id and its encoded training examples."""
+
+    client: int
+    examples: Sequence[EncodedExample]
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """One client's trained factors, flat [parameters] float32 on the CPU, and facts about its training."""
+
+    client: int
+    factors: Tensor
+    num_examples: int
+    loss: float  # mean over the local steps of the step's loss before its update
+    num_steps: int
+    num_tokens: int  # without padding
+
+
+@dataclass(frozen=True)
+class PassFacts:
+    """What a progress display is told after each pass."""
+
+    num_tokens: int
+    loss: Tensor  # mean over the rows of the pass, still on the device: reading it waits for the device
+    fraction: float  # of the cohort's local steps that are done
+
+
+def train_cohort(
+    model: nn.Module,
+    start: Tensor,  # [parameters] or [clients, parameters], in the order of `clients`
+    layout: Layout,
+    clients: Sequence[ClientData],
+    training: TrainingConfig,
+    *,
+    pad_id: int,
+    seed: int,
+    round: int,
+    rounds: int,
+    on_pass: Callable[[PassFacts], None] = lambda facts: None,
+) -> list[LocalResult]:
+    """Trains every client from `start` on its own examples for one round and returns the results in the order of `clients`.
+
+    Guarantees: equal to training the clients one by one, to float tolerance; nothing couples two clients, nor two rows; the model's
+    own factors are unchanged. The optimizer state starts anew; the schedule runs over the local steps of all rounds.
+    """
+    device = next(model.parameters()).device
+    plans = {
+        data.client: local_batches([e.num_tokens for e in data.examples], training, seed=seed, round=round, client=data.client)
+        for data in clients
+    }
+    order = sorted(range(len(clients)), key=lambda i: -len(plans[clients[i].client]))  # longest first: the active clients are a prefix
+    cohort = [clients[i] for i in order]
+    steps = [len(plans[data.client]) for data in cohort]
+    stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].clone()
+    state = OptimizerState()
+    step_losses = torch.zeros(len(cohort), device=device)
+
+    for step in range(max(steps)):
+        active = sum(n > step for n in steps)
+        rows = {slot: [data.examples[i] for i in plans[data.client][step]] for slot, data in enumerate(cohort[:active])}
+        gradients = torch.zeros_like(stack[:active])
+        for each in pack(rows, training.batch_size, training.tokens_per_pass):
+            slots = torch.tensor(each.slots, device=device)
+            batch = collate([row.example for row in each.rows], pad_id, device)
+            weights = torch.tensor([row.weight for row in each.rows], device=device)
+            losses, parts = group_gradients(model, layout.unpack(stack[slots]), batch, weights)
+            gradients.index_add_(0, slots, torch.cat([part.flatten(1) for part in parts.values()], dim=1))
+            step_losses.index_add_(0, torch.tensor([row.slot for row in each.rows], device=device), losses * weights)
+            on_pass(PassFacts(batch.num_tokens, losses.mean(), (step + 1) / max(steps)))
+        rates = [learning_rate((round - 1) * n + step, rounds * n, training) for n in steps[:active]]
+        update(stack, gradients, state, torch.tensor(rates, device=device).unsqueeze(1), training)
+
+    results = {}
+    trained, losses_of = stack.cpu(), step_losses.cpu()
+    for slot, data in enumerate(cohort):
+        tokens = sum(data.examples[i].num_tokens for batch_ in plans[data.client] for i in batch_)
+        loss = float(losses_of[slot]) / max(1, steps[slot])
+        results[data.client] = LocalResult(data.client, trained[slot], len(data.examples), loss, steps[slot], tokens)
+    return [results[data.client] for data in clients]

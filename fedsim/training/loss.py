@@ -1,0 +1,37 @@
+"""The loss of a row: the mean over its own target tokens.
+
+No row's loss depends on another row (a token mean over the batch would couple them, and void a sensitivity bound).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsim.core.adapters import bound
+from fedsim.training.batches import Batch
+from fedsim.types import Adapter
+
+
+def row_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the cross-entropy of each row, averaged over its target tokens: [rows], float32. A row without target has loss 0.
+
+    Logits are computed only from the first position that carries a loss.
+    """
+    positions = torch.arange(batch.first, batch.input_ids.shape[1] - 1, device=batch.input_ids.device)
+    logits = model(input_ids=batch.input_ids, logits_to_keep=positions, use_cache=False).logits
+    losses = functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100)
+    targets = (batch.labels != -100).sum(1).clamp(min=1)
+    return losses.view_as(batch.labels).sum(1) / targets
+
+
+def group_gradients(model: nn.Module, factors: Adapter, batch: Batch, weights: Tensor) -> tuple[Tensor, Adapter]:
+    """Returns the loss of each row and the gradients of the weighted sum of losses with respect to `factors`.
+
+    `factors` are stacked: [groups, ...], see `fedsim.core.adapters.multiply`; the gradient of group g comes from its own rows alone.
+    `weights` [rows] multiply the losses. Forward and backward run while the factors are bound, as activation checkpointing needs.
+    """
+    leaves = {name: factor.detach().requires_grad_(True) for name, factor in factors.items()}
+    with bound(model, leaves):
+        losses = row_losses(model, batch)
+        gradients = torch.autograd.grad((losses * weights).sum(), list(leaves.values()))
+    return losses.detach(), dict(zip(leaves, gradients, strict=True))
