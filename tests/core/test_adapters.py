@@ -1,0 +1,85 @@
+import pytest
+import torch
+from conftest import ARCHITECTURES, adapted_model, tiny_model
+
+from fedsim.core.adapters import LoRASBLinear, adapt, adapted_layers, bound, factors, merged, multiply, weight_matrix
+from fedsim.errors import UserError
+
+
+def logits(model, rows=3):
+    ids = torch.arange(4, 4 + 6 * rows).remainder(50).view(rows, 6)
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_output_equals_a_dense_model_with_the_update_added_to_its_weights(architecture):
+    model, dense = adapted_model(architecture), tiny_model(architecture)
+    for name, layer in adapted_layers(model).items():
+        update = layer.scaling * layer.B @ layer.R @ layer.A
+        weight = dense.get_submodule(name).weight
+        weight.data += update.T if weight.shape != update.shape or architecture == "gpt2" else update
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_merged_weights_give_the_same_output_and_leave_the_base_weights_bit_for_bit(architecture):
+    model = adapted_model(architecture)
+    before, expected = {k: v.clone() for k, v in model.state_dict().items()}, logits(model)
+    with merged(model):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_multiply_gives_each_contiguous_group_of_rows_its_own_factor():
+    x, stack = torch.randn(6, 5, 4), torch.randn(3, 7, 4)
+    expected = torch.stack([x[row] @ stack[row // 2].T for row in range(6)])
+    torch.testing.assert_close(multiply(x, stack), expected)
+    torch.testing.assert_close(multiply(x, stack[0]), x @ stack[0].T)
+
+
+def test_multiply_computes_in_the_type_of_its_input():
+    assert multiply(torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 5, 4)).dtype == torch.bfloat16
+
+
+def test_all_linear_layers_of_the_blocks_are_adapted_and_the_head_is_not():
+    names = {name.rsplit(".", 1)[-1] for name in adapted_layers(adapted_model("llama"))}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(adapted_layers(adapted_model("gpt2"))) == 8
+
+
+def test_named_layers_only_are_adapted():
+    model = tiny_model("llama")
+    adapt(model, 4, 1.0, ["q_proj", "v_proj"])
+    assert {name.rsplit(".", 1)[-1] for name in adapted_layers(model)} == {"q_proj", "v_proj"}
+
+
+def test_an_unknown_layer_name_is_refused_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"no linear layer is named 'q_pro'.*Did you mean 'q_proj'"):
+        adapt(tiny_model("llama"), 4, 1.0, ["q_pro"])
+
+
+def test_a_rank_above_the_layers_size_is_refused_and_the_model_stays_as_it_was():
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"adapter.rank: expected at most 16.*got 17"):
+        adapt(model, 17, 1.0, [])
+    assert not adapted_layers(model)
+
+
+def test_bound_puts_the_old_factors_back_even_after_an_error():
+    model = adapted_model()
+    before = factors(model, ("R",))
+    with pytest.raises(ZeroDivisionError), bound(model, {name: torch.zeros(2, 8, 8) for name in before}):
+        raise ZeroDivisionError
+    assert all(torch.equal(before[name], tensor) for name, tensor in factors(model, ("R",)).items())
+
+
+def test_nothing_in_an_adapted_model_asks_for_gradients():
+    assert not any(p.requires_grad for p in adapted_model().parameters())
+
+
+def test_conv1d_weights_are_read_as_out_by_in():
+    layer = tiny_model("gpt2").get_submodule("transformer.h.0.mlp.c_fc")
+    assert weight_matrix(layer).shape == (128, 32)
+    assert LoRASBLinear(layer, 4, 1.0).update().shape == (128, 32)

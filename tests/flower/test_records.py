@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+from fedsim.flower.records import KEY, from_record, serialized_bytes, to_record
+
+
+def test_a_tensor_survives_the_round_trip_bit_for_bit():
+    flat = torch.randn(1000)
+    assert torch.equal(from_record(to_record(flat), 1000), flat)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 28_672, 3_000_000])
+def test_serialized_bytes_are_those_that_flower_puts_on_the_wire(size):
+    for record in (to_record(torch.randn(size)), to_record(torch.randn(size))):  # the second comes from the cache of sizes
+        assert serialized_bytes(record) == sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (ArrayRecord({"other": Array(np.zeros(4, np.float32))}), "one array named"),
+        (ArrayRecord({KEY: Array(np.zeros(5, np.float32))}), "shape"),
+        (ArrayRecord({KEY: Array(np.zeros((2, 2), np.float32))}), "shape"),
+        (ArrayRecord({KEY: Array(np.zeros(4, np.float64))}), "float32"),
+        (ArrayRecord({KEY: Array(np.array([1, np.nan, 0, 0], np.float32))}), "finite"),
+        (ArrayRecord({KEY: Array(np.array([1, np.inf, 0, 0], np.float32))}), "finite"),
+        (ArrayRecord({KEY: Array("float32", (4,), "numpy.ndarray", Array(np.zeros(9, np.float32)).data)}), "Expected the data"),
+        (ArrayRecord({KEY: Array("float32", (4,), "numpy.ndarray", Array(np.zeros(4, np.int32)).data)}), "Expected the data"),
+    ],
+)
+def test_anything_but_finite_float32_of_the_right_length_is_refused(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        from_record(record, 4)
+
+
+def test_pickled_data_is_never_opened():
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="pickle"):
+        from_record(ArrayRecord({KEY: Array("float32", (4,), "numpy.ndarray", buffer.getvalue())}), 4)

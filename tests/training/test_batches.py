@@ -1,0 +1,82 @@
+from collections import Counter
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim.config import TrainingConfig
+from fedsim.training.batches import collate, local_batches, pack, steps_per_round
+from fedsim.types import EncodedExample
+
+
+def example(length: int, start: int = 2) -> EncodedExample:
+    return EncodedExample(tuple(range(3, 3 + length)), start)
+
+
+@given(n=st.integers(1, 40), batch=st.integers(1, 5), accumulation=st.integers(1, 3), epochs=st.integers(1, 3), grouped=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_visits_each_example_once(n, batch, accumulation, epochs, grouped):
+    training = TrainingConfig(batch_size=batch, accumulation=accumulation, local_epochs=epochs, group_by_length=grouped)
+    batches = local_batches([i % 7 + 2 for i in range(n)], training, seed=0, round=1, client=0)
+    assert Counter(i for b in batches for i in b) == dict.fromkeys(range(n), epochs)
+    assert len(batches) == steps_per_round(n, training)
+    assert max(map(len, batches)) <= batch * accumulation
+
+
+def test_local_steps_go_round_the_examples_as_often_as_needed():
+    training = TrainingConfig(batch_size=2, local_steps=7)
+    assert len(local_batches([4] * 5, training, seed=0, round=1, client=0)) == 7
+
+
+def test_order_depends_on_seed_round_and_client_only():
+    training, lengths = TrainingConfig(batch_size=2), [5] * 12
+    plan = local_batches(lengths, training, seed=0, round=1, client=3)
+    assert plan == local_batches(lengths, training, seed=0, round=1, client=3)
+    others = [{"seed": 1, "round": 1, "client": 3}, {"seed": 0, "round": 2, "client": 3}, {"seed": 0, "round": 1, "client": 4}]
+    assert all(plan != local_batches(lengths, training, **other) for other in others)
+
+
+def test_grouping_by_length_saves_padding():
+    lengths = [3 + (37 * i) % 50 for i in range(64)]
+
+    def padded(grouped: bool) -> int:
+        training = TrainingConfig(batch_size=8, group_by_length=grouped)
+        return sum(max(lengths[i] for i in b) * len(b) for b in local_batches(lengths, training, seed=0, round=1, client=0))
+
+    assert padded(True) < 0.8 * padded(False)
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(3, 30), min_size=1, max_size=9), min_size=1, max_size=6),
+    batch=st.integers(1, 4),
+    budget=st.integers(20, 200),
+)
+@settings(max_examples=80, deadline=None)
+def test_passes_hold_every_row_once_within_the_budget_and_in_equal_groups(lengths, batch, budget):
+    rows = {slot: [example(n) for n in of_client] for slot, of_client in enumerate(lengths)}
+    passes = list(pack(rows, batch, budget))
+    seen = Counter((row.slot, row.example.num_tokens) for each in passes for row in each.rows)
+    assert seen == Counter((slot, n) for slot, of_client in enumerate(lengths) for n in of_client)
+    for each in passes:
+        assert len(each.rows) % len(each.slots) == 0
+        size = len(each.rows) // len(each.slots)
+        assert [row.slot for row in each.rows] == [slot for slot in each.slots for _ in range(size)]
+        longest = max(row.example.num_tokens for row in each.rows)
+        assert len(each.rows) == 1 or longest * len(each.rows) <= budget
+
+
+def test_the_weights_of_a_clients_rows_sum_to_one():
+    passes = pack({0: [example(5)] * 3, 1: [example(9)] * 5}, 2, 30)
+    totals = Counter()
+    for each in passes:
+        for row in each.rows:
+            totals[row.slot] += row.weight
+    assert all(abs(total - 1) < 1e-9 for total in totals.values())
+
+
+def test_labels_are_the_next_tokens_from_the_loss_start_on():
+    batch = collate([example(6, start=3), example(4, start=2)], pad_id=0, device=torch.device("cpu"))
+    assert batch.first == 1
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 0, 0]]
+    assert batch.labels.tolist() == [[-100, 6, 7, 8], [5, 6, -100, -100]]
+    assert batch.num_tokens == 10
