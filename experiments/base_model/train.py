@@ -1,0 +1,161 @@
+"""Trains the embedded base model from text that the project generates: `python experiments/base_model/train.py`.
+
+One process, CPU or GPU, seeded. It goes on from its last checkpoint when started again, and writes the model with its tokenizer into
+fedsim/embedded/base_model. The cost and what came out are in MODEL_CARD.md beside this file.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from muon import Muon
+from torch import Tensor
+
+from fedsim.embedded import BASE_MODEL, corpus, tokenizer
+from fedsim.seeding import derive_seed
+
+PART = 4000
+"""Documents that are generated and shuffled into rows at a time."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the result depends on."""
+
+    seed: int = 0
+    steps: int = 3600
+    rows: int = 32
+    length: int = 128
+    hidden: int = 192
+    intermediate: int = 512
+    layers: int = 4
+    heads: int = 6
+    matrix_rate: float = 0.02
+    vector_rate: float = 0.003
+    warmup: int = 100
+    decay: float = 0.45
+
+    def rate(self, step: int) -> float:
+        """Warm-up, a plateau, and a linear fall to zero over the last part `decay` of the steps."""
+        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.decay * self.steps))
+
+
+def make_tokenizer(recipe: Recipe) -> Any:
+    """Returns the tokenizer, with the words of the generated text and of the tasks."""
+    return tokenizer.build([*corpus.documents(recipe.seed, -1, 20000), *corpus.task_vocabulary()])
+
+
+def make_model(recipe: Recipe, words: Any) -> Any:
+    """Returns the untrained Llama with tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(derive_seed(recipe.seed, "base model"))  # transformers initialises from the global generator only
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=recipe.hidden,
+            intermediate_size=recipe.intermediate,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )
+
+
+def batches(recipe: Recipe, words: Any, start: int) -> Iterator[Tensor]:
+    """Yields batches [rows, length] from step `start` on; batch k of part p depends on the seed, p and k only."""
+    size = recipe.rows * recipe.length
+    step, part = 0, 0
+    while True:
+        ids = [
+            token
+            for row in words(list(corpus.documents(recipe.seed, part, PART)))["input_ids"]
+            for token in (*row, words.eos_token_id)
+        ]
+        for first in range(0, len(ids) - size + 1, size):
+            if step >= start:
+                yield torch.tensor(ids[first : first + size]).view(recipe.rows, recipe.length)
+            step += 1
+        part += 1
+
+
+def optimizers(recipe: Recipe, model: Any) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    adam = torch.optim.AdamW(others, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    return [Muon(matrices, rate=recipe.matrix_rate), adam]
+
+
+def save_checkpoint(path: Path, step: int, model: Any, optims: list[torch.optim.Optimizer]) -> None:
+    """Writes model and optimizers atomically."""
+    state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optims]}
+    torch.save(state, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def train(recipe: Recipe, work: Path, every: int) -> tuple[Any, Any]:
+    """Returns the trained model and its tokenizer; checkpoints in `work` every `every` steps."""
+    work.mkdir(parents=True, exist_ok=True)
+    words = make_tokenizer(recipe)
+    model = make_model(recipe, words).train()
+    optims = optimizers(recipe, model)
+    bases = [group["lr"] for o in optims for group in o.param_groups]
+    start, checkpoint = 0, work / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        for o, saved in zip(optims, state["optimizers"], strict=True):
+            o.load_state_dict(saved)
+    begin, mean = time.perf_counter(), 0.0
+    for step, rows in zip(range(start, recipe.steps), batches(recipe, words, start), strict=False):
+        for group, base in zip((g for o in optims for g in o.param_groups), bases, strict=True):
+            group["lr"] = base * recipe.rate(step)
+        logits = model(input_ids=rows).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss.backward()
+        for o in optims:
+            o.step()
+            o.zero_grad()
+        mean = loss.item() if step == start else 0.98 * mean + 0.02 * loss.item()
+        if (step + 1) % 50 == 0:
+            rate = (step + 1 - start) * rows.numel() / (time.perf_counter() - begin)
+            print(f"step {step + 1}/{recipe.steps} loss {mean:.4f} {rate:.0f} tokens/s", flush=True)
+        if (step + 1) % every == 0:
+            save_checkpoint(checkpoint, step + 1, model, optims)
+    return model.eval(), words
+
+
+def export(model: Any, words: Any, recipe: Recipe, folder: Path) -> None:
+    """Writes model, tokenizer and recipe in Hugging Face form."""
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--work", type=Path, default=Path("runs/base_model"), help="folder of the checkpoints")
+    parser.add_argument("--out", type=Path, default=BASE_MODEL, help="folder of the finished model")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    recipe = Recipe(steps=arguments.steps)
+    model, words = train(recipe, arguments.work, arguments.every)
+    export(model, words, recipe, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

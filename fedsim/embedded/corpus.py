@@ -1,0 +1,208 @@
+"""Pretraining text for the embedded base model: language, number facts, stories and every fact of the knowledge base.
+
+What it leaves out on purpose: the prompt and response forms of the tasks (no "Answer format:", no "####", no "the correct answer is
+answer1"), every arithmetic problem of the test split, and, for facts of the test split, any text in which options are chosen from:
+those facts occur as plain statements and as short dialogues only.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from fedsim.embedded import arithmetic, commonsense
+from fedsim.embedded.arithmetic import OBJECTS, make_problem, result
+from fedsim.embedded.commonsense import NAMES, Question, make_question, pick, sample
+from fedsim.embedded.knowledge import RELATIONS, SIZES, article
+from fedsim.embedded.splits import split_of
+from fedsim.seeding import numpy_generator
+
+LABELS = "box room card door bag shelf key seat page jar line desk".split()
+
+_STATEMENTS: dict[str, list[str]] = {
+    "kind": ["{a} is a kind of {v} .", "{a} is one kind of {v} , as all know .", "one kind of {v} is {a} ."],
+    "use": ["people use {a} to {v} .", "{a} is good to {v} .", "to {v} , you need {a} .", "{a} helps you {v} ."],
+    "material": ["{a} is made of {v} .", "we make {a} of {v} ."],
+    "place": ["{a} is found in the {v} .", "you find {a} in the {v} .", "look for {a} in the {v} ."],
+    "ability": ["{a} is able to {v} .", "{a} can {v} .", "the animal that can {v} is {a} ."],
+    "young": ["the young of {a} is called {v} .", "the animal with a young called {v} is {a} ."],
+    "home": ["{a} lives in the {v} .", "the home of {a} is the {v} ."],
+    "food": ["{a} likes to eat {v} .", "the food of {a} is {v} ."],
+    "color": ["the color of {a} is {v} .", "{a} is {v} ."],
+    "source": ["{a} comes from the {v} .", "we get {a} from the {v} ."],
+    "job": ["the job of {a} is to {v} .", "{a} has to {v} .", "it is the job of {a} to {v} ."],
+    "workplace": ["{a} works in the {v} .", "in the {v} works {a} ."],
+    "opposite": ["the opposite of {s} is {v} .", "{v} is the opposite of {s} .", "not {s} but {v} ."],
+    "next": ["right after {s} comes {v} .", "{v} comes after {s} .", "first comes {s} and then {v} ."],
+    "feeling": ["{n} {s} . {n} feels {v} .", "{n} feels {v} because {n} {s} ."],
+    "reaction": ["{n} {s} . now {n} wants to {v} .", "{n} wants to {v} because {n} {s} ."],
+    "effect": ["{n} {s} . then {v} .", "{v} because {n} {s} ."],
+    "need": ["{n} was {s} , so {n} {v} .", "{n} {v} because {n} was {s} ."],
+}
+
+
+def _statement(rng: np.random.Generator) -> str:
+    name = pick(rng, list(_STATEMENTS))
+    subject = pick(rng, list(RELATIONS[name].facts))
+    value = RELATIONS[name].facts[subject]
+    return pick(rng, _STATEMENTS[name]).format(s=subject, a=article(subject), v=value, n=pick(rng, NAMES))
+
+
+def statements(rng: np.random.Generator) -> str:
+    """Facts in a row, some of them about one thing."""
+    return " ".join(_statement(rng) for _ in range(4))
+
+
+def sizes(rng: np.random.Generator) -> str:
+    low, high = sorted(int(i) for i in rng.permutation(len(SIZES))[:2])
+    small, big = SIZES[low], SIZES[high]
+    first, second = sample(rng, [small, big], 2)
+    seen = f"we looked at the {first} and the {second} , and"
+    ends = [f"the {big} was much bigger .", f"the {small} was much smaller .", f"the {small} was smaller than the {big} ."]
+    return f"{seen} {pick(rng, ends)} the {big} is bigger than the {small} ."
+
+
+def _filled(question: Question) -> str:
+    return question.stem.replace("_", question.gold)
+
+
+def _said(question: Question, rng: np.random.Generator) -> str:
+    """One exchange without options: a question and its answer, a statement completed, or a claim called true or false."""
+    asker, teller = sample(rng, NAMES, 2)
+    if question.form == "winogrande":
+        return _filled(question)
+    if question.form == "boolq":
+        reply = "yes , that is true" if question.gold == "true" else "no , that is false"
+        return f"{asker} asks : {question.stem} {teller} says : {reply} ."
+    if question.stem.endswith("?"):
+        return f"{asker} asks : {question.stem} {teller} says : {question.gold} ."
+    return f"{question.stem} {question.gold} ."
+
+
+def dialogue(rng: np.random.Generator) -> str:
+    return " ".join(_said(make_question(rng), rng) for _ in range(3))
+
+
+def _listing(label: str, options: list[str], rng: np.random.Generator) -> str:
+    gap = pick(rng, [" ", " ", "\n\n"])
+    return gap.join(f"{label.capitalize()}{i}: {option}" for i, option in enumerate(options, 1))
+
+
+_LOOKS = ["{n} looks in {l} .", "{n} takes {l} .", "it is {l} .", "{n} opens {l} .", "that is {l} ."]
+
+
+def lookup(rng: np.random.Generator) -> str:
+    """Which numbered place holds a thing that is named."""
+    label, name = pick(rng, LABELS), pick(rng, NAMES)
+    question = make_question(rng)
+    pool = [question.gold, *question.wrong] if question.form != "boolq" else list(OBJECTS)
+    options = sample(rng, list(dict.fromkeys(pool)), int(rng.integers(2, 6)))
+    index = int(rng.integers(len(options)))
+    look = pick(rng, _LOOKS).format(n=name, l=f"{label}{index + 1}")
+    gap = pick(rng, [" ", "\n\n"])
+    if rng.random() < 0.5:
+        return f"{name} wants {options[index]} .{gap}{_listing(label, options, rng)}{gap}{look}"
+    return f"{_listing(label, options, rng)}{gap}{name} wants {options[index]} . {look}"
+
+
+def choice(rng: np.random.Generator) -> str:
+    """Which numbered place holds what a question asks for; facts of the train split only."""
+    question = make_question(rng)
+    while split_of(question.fact) == "test" or question.form == "boolq":
+        question = make_question(rng)
+    label, name = pick(rng, LABELS), pick(rng, NAMES)
+    wrong = sample(rng, list(dict.fromkeys(question.wrong)), int(rng.integers(1, 5)))
+    options = sample(rng, [question.gold, *wrong], len(wrong) + 1)
+    look = pick(rng, _LOOKS).format(n=name, l=f"{label}{options.index(question.gold) + 1}")
+    gap = pick(rng, [" ", "\n\n"])
+    if rng.random() < 0.75:
+        return f"{name} thinks : {question.stem}{gap}{_listing(label, options, rng)}{gap}{look}"
+    return f"{_listing(label, options, rng)}{gap}{name} thinks : {question.stem} {look}"
+
+
+def _equation(rng: np.random.Generator) -> str:
+    sign = pick(rng, ["+", "-", "x", "/"])
+    if sign in "+-":
+        low, high = sorted((int(rng.integers(1, 99)), int(rng.integers(2, 100))))
+        left, right = (high - low, low) if sign == "+" else (high, low)
+        if sign == "+" and rng.random() < 0.5:
+            left, right = right, left
+        return f"{left} {sign} {right} = {result((left, sign, right))} ."
+    a, b = int(rng.integers(2, 10)), int(rng.integers(2, 10))
+    left, right = (a, b) if sign == "x" else (a * b, b)
+    return f"{left} {sign} {right} = {result((left, sign, right))} ."
+
+
+def equations(rng: np.random.Generator) -> str:
+    return " ".join(_equation(rng) for _ in range(int(rng.integers(3, 8))))
+
+
+def _train_problem(rng: np.random.Generator) -> arithmetic.Problem:
+    while split_of((problem := make_problem(rng)).key) == "test":
+        pass
+    return problem
+
+
+def reckoning(rng: np.random.Generator) -> str:
+    """A story with numbers, and two people who talk about it: one asks, the other thinks aloud."""
+    problem = _train_problem(rng)
+    asker, teller = sample(rng, NAMES, 2)
+    thought = " and ".join(f"{a} {sign} {b} = {result((a, sign, b))}" for a, sign, b in problem.steps)
+    story = " ".join(problem.sentences)
+    return f"{story} {asker} asks : {problem.question} {teller} thinks : {thought} , so {teller} says {problem.answer} ."
+
+
+_PROSE = [
+    "{n} reads the problem and looks for a solution .",
+    "First {n} walks to the {p} . Then {n} meets {o} .",
+    "{n} has a question , and {o} knows the correct answer .",
+    "please choose a seat , says {n} to {o} .",
+    "the ending of the story is sad .",
+    "{n} has no option but to wait .",
+    "{o} worked in the {p} , and {n} worked there too .",
+    "{n} writes a complete sentence and leaves a blank line .",
+    "Please fill the given cup , says {o} .",
+    "the format of the page is big .",
+    "First comes {n} . Then comes {o} . Then they go to the {p} .",
+    "in the following days {n} goes to the {p} .",
+    "Answer me , says {n} . Option or no option , says {o} .",
+    "Ending the day , {n} goes home . Solution or not , {o} sleeps .",
+    "{n} says that it is true . {o} says that it is false .",
+    "{n} likes the solution , {o} likes the answer .",
+    "## notes of {n}\n{n} goes to the {p} .\n## notes of {o}\n{o} stays at home .",
+    "## {n}\n\nFirst {n} eats .\nThen {n} sleeps .",
+    "Worked in the {p} : {n} . Problem : no time .",
+]
+
+
+def prose(rng: np.random.Generator) -> str:
+    """Short plain sentences about people."""
+    name, other = sample(rng, NAMES, 2)
+    place = pick(rng, list(RELATIONS["workplace"].facts.values()))
+    lines = sample(rng, _PROSE, int(rng.integers(2, 5)))
+    return "\n".join(line.format(n=name, o=other, p=place) for line in lines)
+
+
+MIXTURE: list[tuple[Callable[[np.random.Generator], str], float]] = [
+    (equations, 0.14),
+    (reckoning, 0.34),
+    (statements, 0.10),
+    (sizes, 0.03),
+    (dialogue, 0.12),
+    (lookup, 0.07),
+    (choice, 0.17),
+    (prose, 0.03),
+]
+"""Kinds of document and their shares by number."""
+
+
+def documents(seed: int, part: int, count: int) -> Iterator[str]:
+    """Yields `count` documents of the stream (seed, part)."""
+    rng = numpy_generator(seed, "corpus", part)
+    for kind in rng.choice(len(MIXTURE), size=count, p=[share for _, share in MIXTURE]):
+        yield MIXTURE[int(kind)][0](rng)
+
+
+def task_vocabulary(count: int = 2000) -> Iterator[str]:
+    """Yields texts in the tasks' forms, from which the tokenizer takes whole words; the model never trains on them."""
+    for example in arithmetic.draw("train", count, 0) + commonsense.draw("train", count, 0):
+        yield f"{example.prompt}{example.response}"

@@ -1,0 +1,34 @@
+"""Which split a question belongs to, and how questions are drawn: by a hash of the question, never by a seed."""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from fedsim.types import Example
+
+TEST_SHARE = 0.2
+"""Share of all question keys that belong to the test split."""
+
+_PATIENCE = 2000
+"""Draws without a new question after which the questions count as exhausted."""
+
+
+def split_of(key: str) -> str:
+    """Returns "test" for a fixed fifth of all keys, "train" for the others."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
+
+
+def draw_unique(make: Callable[[np.random.Generator], Example | None], count: int, rng: np.random.Generator) -> list[Example]:
+    """Returns the first `count` different prompts that `make` yields, fewer when it goes on repeating itself."""
+    found: dict[str, Example] = {}
+    misses = 0
+    while len(found) < count and misses < _PATIENCE:
+        example = make(rng)
+        if example is None or example.prompt in found:
+            misses += 1
+            continue
+        misses = 0
+        found[example.prompt] = example
+    return list(found.values())
