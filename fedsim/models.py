@@ -24,12 +24,12 @@ def load_model(config: ModelConfig, *, activation_checkpointing: bool = False) -
     path = source(config)
     settings = _guarded(path, lambda: AutoConfig.from_pretrained(path))
     _check_architecture(path, settings)
-    model = _guarded(
-        path, lambda: AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=DTYPES[config.dtype])
-    )
+    model = _guarded(path, lambda: AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=DTYPES[config.dtype]))
     tokenizer = _guarded(path, lambda: AutoTokenizer.from_pretrained(path))
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.path={path}: expected a tokenizer with an end-of-sequence token, got none; add eos_token to its configuration.")
+        raise UserError(
+            f"model.path={path}: expected a tokenizer with an end-of-sequence token, got none; add eos_token to its configuration."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return prepare(model, device(config), activation_checkpointing=activation_checkpointing), tokenizer
@@ -69,7 +69,9 @@ def device(config: ModelConfig) -> torch.device:
 def _guarded(path: str, load: Any) -> Any:
     """Turns what a loader raises for a wrong path or a broken file into one line."""
     if (looks_local(path) or Path(path).exists()) and not (Path(path) / "config.json").is_file():
-        raise UserError(f"model.path={path}: expected a folder with config.json, or the id of a model on the Hugging Face hub; found neither.")
+        raise UserError(
+            f"model.path={path}: expected a folder with config.json, or the id of a model on the Hugging Face hub; found neither."
+        )
     try:
         return load()
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:

@@ -89,5 +89,3 @@ def check_orthonormal(name: str, left: Tensor, right: Tensor) -> None:
 def bases_of(adapter: Adapter) -> Adapter:
     """Returns the common factors B and A."""
     return {name: tensor for name, tensor in adapter.items() if not name.endswith(".R")}
-
-

@@ -1,0 +1,76 @@
+"""A Flower Grid inside this process: no Ray, no sockets; a message is handled by the ClientApp when its reply is pulled.
+
+Replies come one at a time, so a server that aggregates as they come never holds more than one cohort's factors. What a client raises
+is a fault of the run here, not of a remote machine, and is passed on.
+"""
+
+from collections.abc import Iterable, Iterator
+from uuid import uuid4
+
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+SERVER_NODE = 0
+
+
+class InProcessGrid(Grid):
+    """Hands messages for `workers` nodes (ids from 1) to one ClientApp in the same process, each node with its own Context."""
+
+    def __init__(self, client_app: ClientApp, workers: int = 1) -> None:
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, SERVER_NODE
+        self._app = client_app
+        self._run = Run.create_empty(RUN_ID)
+        self._contexts = {node: Context(RUN_ID, node, {}, RecordDict(), {}) for node in range(1, workers + 1)}
+        self._pending: dict[str, Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message_id = uuid4().hex
+            self._pending[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Handles the first of the given messages that is still waiting, and returns its reply."""
+        for message_id in message_ids:
+            if message_id in self._pending:
+                return [self._handle(self._pending.pop(message_id))]
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Yields each reply as soon as it is there; a message is made only when its turn comes. Nothing times out in one process."""
+        for message in messages:
+            yield from self.pull_messages(self.push_messages([message]))
+
+    def _handle(self, message: Message) -> Message:
+        context = self._contexts[message.metadata.dst_node_id]
+        own = Message(_copy(message.content), metadata=message.metadata)
+        return self._app(own, context)
+
+
+def _copy(content: RecordDict) -> RecordDict:
+    """A strategy may put one record into many messages: each node gets its own (arrays share their immutable bytes)."""
+    return RecordDict(
+        {
+            name: ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else type(record)(dict(record))
+            for name, record in content.items()
+        }
+    )

@@ -1,0 +1,45 @@
+"""Flat float32 tensors in and out of Flower records, and their size as Flower serialises them.
+
+Tensors only: NumPy's own format without pickle. What arrives is checked before it is believed.
+"""
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from torch import Tensor
+
+KEY = "values"  # the one array in a record
+_sizes: dict[tuple[str, tuple[int, ...], int], int] = {}
+
+
+def to_record(flat: Tensor) -> ArrayRecord:
+    """Returns a record of one float32 array."""
+    return ArrayRecord({KEY: Array(flat.detach().to("cpu", torch.float32).contiguous().numpy())})
+
+
+def from_record(record: ArrayRecord, num_parameters: int) -> Tensor:
+    """Returns the flat tensor [num_parameters]. Raises ValueError for other names, types or shapes and for values that are not finite."""
+    if list(record) != [KEY]:
+        raise ValueError(f"Expected one array named {KEY!r}, got {list(record)[:3]}.")
+    array = record[KEY]
+    if array.dtype != "float32" or tuple(array.shape) != (num_parameters,):
+        raise ValueError(f"Expected a float32 array of shape ({num_parameters},), got {array.dtype} {tuple(array.shape)}.")
+    values = array.numpy()
+    if values.dtype != np.float32 or values.shape != (num_parameters,):
+        raise ValueError(f"Expected the data to be float32 of shape ({num_parameters},), got {values.dtype} {values.shape}.")
+    if not np.isfinite(values).all():
+        raise ValueError("Expected finite values, got NaN or infinity.")
+    return torch.from_numpy(values)
+
+
+def serialized_bytes(record: ArrayRecord) -> int:
+    """Returns the bytes of the record as Flower 1.41 puts it on the wire: the record, its array's head and its chunks.
+
+    The size depends on type, shape and length alone, so it is measured once for each.
+    """
+    array = record[KEY]
+    signature = (array.dtype, tuple(array.shape), len(array.data))
+    if signature not in _sizes:
+        _sizes[signature] = sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
+    return _sizes[signature]
