@@ -24,7 +24,14 @@ def load_model(config: ModelConfig, *, activation_checkpointing: bool = False) -
     path = source(config)
     settings = _guarded(path, lambda: AutoConfig.from_pretrained(path))
     _check_architecture(path, settings)
-    model = _guarded(path, lambda: AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=DTYPES[config.dtype]))
+    model, info = _guarded(
+        path, lambda: AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=DTYPES[config.dtype], output_loading_info=True)
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"model.path={path}: {len(missing)} weights of the {settings.model_type!r} architecture are not in the files, first {missing[0]!r}."
+        )
     tokenizer = _guarded(path, lambda: AutoTokenizer.from_pretrained(path))
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -72,9 +79,11 @@ def _guarded(path: str, load: Any) -> Any:
         raise UserError(
             f"model.path={path}: expected a folder with config.json, or the id of a model on the Hugging Face hub; found neither."
         )
+    from safetensors import SafetensorError
+
     try:
         return load()
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.path={path}: the model or its tokenizer cannot be loaded: {reason}") from error
 

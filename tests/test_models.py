@@ -1,0 +1,88 @@
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fedsim.config import Dtype, ModelConfig
+from fedsim.errors import UserError
+from fedsim.models import load_model
+
+
+def save(folder, architecture="llama", *, eos="</s>", **changes):
+    """Writes a tiny model and a tokenizer as a user would have them on disk; `changes` go into config.json."""
+    tiny_model(architecture).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    return ModelConfig(path=str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_loads_frozen_and_without_dropout(architecture, tmp_path):
+    model, tokenizer = load_model(save(tmp_path, architecture))
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    assert tokenizer.pad_token_id is not None
+
+
+def test_the_base_can_be_held_in_bfloat16(tmp_path):
+    config = save(tmp_path)
+    config.dtype = Dtype.bfloat16
+    assert {p.dtype for p in load_model(config)[0].parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "bert", "is_decoder": False}, "reads both ways"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "decoder-only"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "unquantised"),
+        ({"model_type": "no-such-model"}, "cannot be loaded"),
+    ],
+)
+def test_a_model_that_does_not_serve_is_refused_in_one_line(changes, reason, tmp_path):
+    with pytest.raises(UserError, match=reason) as caught:
+        load_model(save(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_refused_before_any_hub_is_asked():
+    with pytest.raises(UserError, match=r"expected a folder with config.json, or the id of a model"):
+        load_model(ModelConfig(path="./no/such/folder"))
+
+
+def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path):
+    with pytest.raises(UserError, match="end-of-sequence"):
+        load_model(save(tmp_path, eos=None))
+
+
+def test_a_broken_weight_file_is_refused_in_one_line(tmp_path):
+    config = save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_model(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_missing_are_never_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config = save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights .* 'model.layers.1.mlp.up_proj.weight'"):
+        load_model(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    config = save(tmp_path)
+    config.device = "cuda"
+    with pytest.raises(UserError, match=r"model.device=cpu"):
+        load_model(config)
