@@ -29,7 +29,7 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    steps: int = 3600
+    steps: int = 3200
     rows: int = 32
     length: int = 128
     hidden: int = 192
@@ -77,11 +77,7 @@ def batches(recipe: Recipe, words: Any, start: int) -> Iterator[Tensor]:
     size = recipe.rows * recipe.length
     step, part = 0, 0
     while True:
-        ids = [
-            token
-            for row in words(list(corpus.documents(recipe.seed, part, PART)))["input_ids"]
-            for token in (*row, words.eos_token_id)
-        ]
+        ids = [token for row in words(list(corpus.documents(recipe.seed, part, PART)))["input_ids"] for token in (*row, words.eos_token_id)]
         for first in range(0, len(ids) - size + 1, size):
             if step >= start:
                 yield torch.tensor(ids[first : first + size]).view(recipe.rows, recipe.length)

@@ -16,8 +16,9 @@ from fedsim.embedded.splits import draw_unique, split_of
 from fedsim.seeding import numpy_generator
 from fedsim.types import Example, Family
 
-OBJECTS = "apples coins books stamps cards shells pens eggs cakes toys marbles stickers plums stones buttons ribbons".split()
-HOLDERS = "boxes bags baskets jars crates trays".split()
+_OBJECTS = "apples coins books stamps cards shells pens eggs cakes toys marbles stickers plums stones buttons ribbons"
+OBJECTS = _OBJECTS.split()
+HOLDERS = ["boxes", "bags", "baskets", "jars", "crates", "trays"]
 LIMIT = 99
 """Largest number in any problem."""
 
@@ -83,7 +84,7 @@ def _changes(rng: np.random.Generator) -> Problem:
     total = _int(rng, 5, 60)
     sentences, steps = [f"{name} has {total} {thing} ."], []
     for _ in range(_int(rng, 1, 3)):
-        gain = bool(rng.integers(2)) and total < 90 or total < 4
+        gain = (bool(rng.integers(2)) and total < 90) or total < 4
         change = _int(rng, 2, min(30, LIMIT - total)) if gain else _int(rng, 2, min(30, total - 1))
         sentences.append(pick(rng, _GAIN if gain else _LOSE).format(n=name, o=other, k=change))
         steps.append((total, "+" if gain else "-", change))
@@ -109,7 +110,7 @@ def _compare(rng: np.random.Generator) -> Problem:
     name, other = sample(rng, NAMES, 2)
     thing = pick(rng, OBJECTS)
     relation = pick(rng, ["more", "fewer", "times"])
-    has, gap = _int(rng, 12, 40), _int(rng, 2, 11)
+    has, gap = _int(rng, 14, 40), _int(rng, 2, 11)
     if relation == "times":
         has, gap = _int(rng, 2, 9), _int(rng, 2, 5)
     link = f"{gap} times as many {thing} as" if relation == "times" else f"{gap} {relation} {thing} than"
@@ -224,11 +225,11 @@ def solution(problem: Problem) -> str:
 def draw(split: str, count: int, seed: int) -> list[Example]:
     """Returns up to `count` different examples of the split."""
 
-    def make(rng: np.random.Generator) -> Example | None:
+    def make(rng: np.random.Generator) -> tuple[str, Example] | None:
         problem = make_problem(rng)
         if split_of(problem.key) != split:
             return None
         prompt = f"Problem: {problem.text}\n\nWorked solution:\n"
-        return Example("arithmetic", Family.arithmetic, prompt, solution(problem), str(problem.answer))
+        return prompt, Example("arithmetic", Family.arithmetic, prompt, solution(problem), str(problem.answer))
 
     return draw_unique(make, count, numpy_generator(seed, "embedded", "arithmetic", split))

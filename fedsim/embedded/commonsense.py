@@ -14,7 +14,7 @@ from fedsim.embedded.splits import draw_unique, split_of
 from fedsim.seeding import numpy_generator
 from fedsim.types import Example, Family
 
-NAMES = "Tom Ann Ben Mia Sam Eva Max Lea Leo Ida Jim Amy Dan Zoe Kim Roy".split()
+NAMES = ["Tom", "Ann", "Ben", "Mia", "Sam", "Eva", "Max", "Lea", "Leo", "Ida", "Jim", "Amy", "Dan", "Zoe", "Kim", "Roy"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ def pick(rng: np.random.Generator, values: list[str]) -> str:
 
 def sample(rng: np.random.Generator, values: list[str], count: int) -> list[str]:
     return [values[i] for i in rng.permutation(len(values))[:count]]
+
+
+def _weighted(rng: np.random.Generator, name: str, options: list[str], count: int) -> list[str]:
+    """Draws different options, each as likely as it is a right answer in its column, so that frequency tells nothing."""
+    values = list(RELATIONS[name].facts.values()) if name in RELATIONS else []
+    weights = np.array([max(1, values.count(option)) for option in options], dtype=float)
+    chosen = rng.choice(len(options), size=min(count, len(options)), replace=False, p=weights / weights.sum())
+    return [options[int(i)] for i in chosen]
 
 
 _VALUE_STEMS: dict[str, list[tuple[str, str]]] = {
@@ -77,7 +85,8 @@ def _ask_value(rng: np.random.Generator) -> Question:
     form, stem = _VALUE_STEMS[name][int(rng.integers(len(_VALUE_STEMS[name])))]
     wrong = RELATIONS[name].false_values(subject)
     if name == "next":
-        wrong = [word for word in wrong if SAME_KIND_ORDER[word] == SAME_KIND_ORDER[subject]]
+        order = SAME_KIND_ORDER[subject]
+        wrong = [word for word, other in SAME_KIND_ORDER.items() if other == order and word != RELATIONS[name].facts[subject]]
     stem = stem.format(s=subject, a=article(subject), name=pick(rng, NAMES))
     return Question(f"{name}/{subject}", form, stem, RELATIONS[name].facts[subject], tuple(wrong))
 
@@ -113,14 +122,15 @@ def _ask_claim(rng: np.random.Generator) -> Question:
     relation = RELATIONS[name]
     subject = pick(rng, list(relation.facts))
     true = bool(rng.integers(2))
-    value = relation.facts[subject] if true else pick(rng, relation.false_values(subject))
+    value = relation.facts[subject] if true else _weighted(rng, name, relation.false_values(subject), 1)[0]
     stem = _CLAIMS[name].format(s=subject, a=article(subject), v=value)
     return Question(f"{name}/{subject}", "boolq", f"{stem} ?", "true" if true else "false", ("false" if true else "true",))
 
 
 def _ask_who(rng: np.random.Generator) -> Question:
     facts = RELATIONS["need"].facts
-    subject, other = sample(rng, list(facts), 2)
+    subject = pick(rng, list(facts))
+    other = pick(rng, RELATIONS["need"].false_subjects(facts[subject]))
     name, other_name = sample(rng, NAMES, 2)
     pairs = [(name, subject), (other_name, other)]
     first, second = (pairs[i] for i in rng.permutation(2))
@@ -152,9 +162,9 @@ def make_question(rng: np.random.Generator) -> Question:
     return _ASKERS[int(rng.choice(len(_ASKERS), p=[share for _, share in _ASKERS]))][0](rng)
 
 
-def options_of(question: Question, rng: np.random.Generator) -> list[str]:
-    """Returns the gold option and as many wrong ones as the form shows, in random order."""
-    wrong = sample(rng, list(dict.fromkeys(question.wrong)), NUM_OPTIONS[question.form] - 1)
+def options_of(question: Question, rng: np.random.Generator, count: int | None = None) -> list[str]:
+    """Returns the gold option and `count` wrong ones (as the form shows unless given), in random order."""
+    wrong = _weighted(rng, question.fact.split("/")[0], list(question.wrong), count or NUM_OPTIONS[question.form] - 1)
     return sample(rng, [question.gold, *wrong], len(wrong) + 1)
 
 
@@ -185,13 +195,14 @@ def _render(question: Question, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def draw(split: str, count: int, seed: int) -> list[Example]:
-    """Returns up to `count` different examples of the split."""
+    """Returns up to `count` different examples of the split; of each fact at most one true and one false claim, for balance."""
 
-    def make(rng: np.random.Generator) -> Example | None:
+    def make(rng: np.random.Generator) -> tuple[str, Example] | None:
         question = make_question(rng)
         if split_of(question.fact) != split:
             return None
         text, answer = _render(question, rng)
-        return Example("commonsense", Family.commonsense, f"{text}\n\n", f"the correct answer is {answer}", answer)
+        key = f"{question.fact}/{answer}" if question.form == "boolq" else text
+        return key, Example("commonsense", Family.commonsense, f"{text}\n\n", f"the correct answer is {answer}", answer)
 
     return draw_unique(make, count, numpy_generator(seed, "embedded", "commonsense", split))

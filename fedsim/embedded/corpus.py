@@ -16,7 +16,7 @@ from fedsim.embedded.knowledge import RELATIONS, SIZES, article
 from fedsim.embedded.splits import split_of
 from fedsim.seeding import numpy_generator
 
-LABELS = "box room card door bag shelf key seat page jar line desk".split()
+LABELS = ["box", "room", "card", "door", "bag", "shelf", "key", "seat", "page", "jar", "line", "desk"]
 
 _STATEMENTS: dict[str, list[str]] = {
     "kind": ["{a} is a kind of {v} .", "{a} is one kind of {v} , as all know .", "one kind of {v} is {a} ."],
@@ -110,8 +110,7 @@ def choice(rng: np.random.Generator) -> str:
     while split_of(question.fact) == "test" or question.form == "boolq":
         question = make_question(rng)
     label, name = pick(rng, LABELS), pick(rng, NAMES)
-    wrong = sample(rng, list(dict.fromkeys(question.wrong)), int(rng.integers(1, 5)))
-    options = sample(rng, [question.gold, *wrong], len(wrong) + 1)
+    options = commonsense.options_of(question, rng, int(rng.integers(1, 5)))
     look = pick(rng, _LOOKS).format(n=name, l=f"{label}{options.index(question.gold) + 1}")
     gap = pick(rng, [" ", "\n\n"])
     if rng.random() < 0.75:

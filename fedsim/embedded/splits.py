@@ -20,15 +20,15 @@ def split_of(key: str) -> str:
     return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
 
 
-def draw_unique(make: Callable[[np.random.Generator], Example | None], count: int, rng: np.random.Generator) -> list[Example]:
-    """Returns the first `count` different prompts that `make` yields, fewer when it goes on repeating itself."""
+def draw_unique(make: Callable[[np.random.Generator], tuple[str, Example] | None], count: int, rng: np.random.Generator) -> list[Example]:
+    """Returns the first `count` examples with different keys that `make` yields, fewer when it goes on repeating itself."""
     found: dict[str, Example] = {}
     misses = 0
     while len(found) < count and misses < _PATIENCE:
-        example = make(rng)
-        if example is None or example.prompt in found:
+        made = make(rng)
+        if made is None or made[0] in found:
             misses += 1
             continue
         misses = 0
-        found[example.prompt] = example
+        found[made[0]] = made[1]
     return list(found.values())
