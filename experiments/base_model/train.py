@@ -29,7 +29,7 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    steps: int = 3200
+    steps: int = 5200
     rows: int = 32
     length: int = 128
     hidden: int = 192
@@ -40,6 +40,7 @@ class Recipe:
     vector_rate: float = 0.003
     warmup: int = 100
     decay: float = 0.45
+    bfloat16_from: int = 1000
 
     def rate(self, step: int) -> float:
         """Warm-up, a plateau, and a linear fall to zero over the last part `decay` of the steps."""
@@ -118,8 +119,9 @@ def train(recipe: Recipe, work: Path, every: int) -> tuple[Any, Any]:
     for step, rows in zip(range(start, recipe.steps), batches(recipe, words, start), strict=False):
         for group, base in zip((g for o in optims for g in o.param_groups), bases, strict=True):
             group["lr"] = base * recipe.rate(step)
-        logits = model(input_ids=rows).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=step >= recipe.bfloat16_from):
+            logits = model(input_ids=rows).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
         loss.backward()
         for o in optims:
             o.step()

@@ -44,7 +44,7 @@ def _weighted(rng: np.random.Generator, name: str, options: list[str], count: in
     return [options[int(i)] for i in chosen]
 
 
-_VALUE_STEMS: dict[str, list[tuple[str, str]]] = {
+VALUE_STEMS: dict[str, list[tuple[str, str]]] = {
     "kind": [("arc_easy", "what kind of thing is {a} ?"), ("openbookqa", "{a} is a kind of")],
     "use": [("arc_easy", "what do people do with {a} ?"), ("openbookqa", "people use {a} to"), ("piqa", "what is {a} good for ?")],
     "material": [("arc_easy", "what is {a} made of ?"), ("openbookqa", "{a} is made of")],
@@ -65,7 +65,7 @@ _VALUE_STEMS: dict[str, list[tuple[str, str]]] = {
 }
 """Forms and stems that ask for the value of a subject; {s} is the subject, {a} the subject with its article."""
 
-_SUBJECT_STEMS: dict[str, list[tuple[str, str]]] = {
+SUBJECT_STEMS: dict[str, list[tuple[str, str]]] = {
     "kind": [("arc_easy", "which of these is a kind of {v} ?")],
     "use": [("piqa", "what do you need to {v} ?"), ("arc_challenge", "which thing helps you {v} ?")],
     "ability": [("arc_challenge", "which animal can {v} ?")],
@@ -80,9 +80,9 @@ NUM_OPTIONS = {"arc_easy": 4, "arc_challenge": 4, "openbookqa": 4, "hellaswag": 
 
 
 def _ask_value(rng: np.random.Generator) -> Question:
-    name = pick(rng, list(_VALUE_STEMS))
+    name = pick(rng, list(VALUE_STEMS))
     subject = pick(rng, list(RELATIONS[name].facts))
-    form, stem = _VALUE_STEMS[name][int(rng.integers(len(_VALUE_STEMS[name])))]
+    form, stem = VALUE_STEMS[name][int(rng.integers(len(VALUE_STEMS[name])))]
     wrong = RELATIONS[name].false_values(subject)
     if name == "next":
         order = SAME_KIND_ORDER[subject]
@@ -92,9 +92,9 @@ def _ask_value(rng: np.random.Generator) -> Question:
 
 
 def _ask_subject(rng: np.random.Generator) -> Question:
-    name = pick(rng, list(_SUBJECT_STEMS))
+    name = pick(rng, list(SUBJECT_STEMS))
     subject = pick(rng, list(RELATIONS[name].facts))
-    form, stem = _SUBJECT_STEMS[name][int(rng.integers(len(_SUBJECT_STEMS[name])))]
+    form, stem = SUBJECT_STEMS[name][int(rng.integers(len(SUBJECT_STEMS[name])))]
     value = RELATIONS[name].facts[subject]
     wrong = [article(other) for other in RELATIONS[name].false_subjects(value)]
     return Question(f"{name}/{subject}", form, stem.format(v=value), article(subject), tuple(wrong))

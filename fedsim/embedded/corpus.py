@@ -16,6 +16,8 @@ from fedsim.embedded.knowledge import RELATIONS, SIZES, article
 from fedsim.embedded.splits import split_of
 from fedsim.seeding import numpy_generator
 
+NEW_PART = "\n\n"
+
 LABELS = ["box", "room", "card", "door", "bag", "shelf", "key", "seat", "page", "jar", "line", "desk"]
 
 _STATEMENTS: dict[str, list[str]] = {
@@ -118,6 +120,66 @@ def choice(rng: np.random.Generator) -> str:
     return f"{_listing(label, options, rng)}{gap}{name} thinks : {question.stem} {look}"
 
 
+def places(rng: np.random.Generator) -> str:
+    """Numbered places with things in them, and then where each of the things is."""
+    label = pick(rng, LABELS)
+    question = make_question(rng)
+    pool = [question.gold, *question.wrong] if question.form != "boolq" else list(OBJECTS)
+    options = sample(rng, list(dict.fromkeys(pool)), int(rng.integers(2, 6)))
+    told = [f"{options[i]} is in {label}{i + 1} ." for i in rng.permutation(len(options))]
+    return f"{_listing(label, options, rng)}{pick(rng, [' ', NEW_PART])}{' '.join(told)}"
+
+
+def _matching(rng: np.random.Generator, count: int) -> tuple[str, list[str]]:
+    """Returns a relation and up to `count` subjects of the train split, the value of each false for all the others."""
+    name = pick(rng, list(commonsense.VALUE_STEMS))
+    relation = RELATIONS[name]
+    chosen: list[str] = []
+    for subject in sample(rng, [s for s in relation.facts if split_of(f"{name}/{s}") == "train"], 3 * count):
+        others = [(subject, relation.facts[c]) for c in chosen] + [(c, relation.facts[subject]) for c in chosen]
+        if len(chosen) < count and all(v in relation.false_values(s) for s, v in others):
+            chosen.append(subject)
+    return name, chosen
+
+
+def matches(rng: np.random.Generator) -> str:
+    """Numbered things of one column of the knowledge base, and for each of them the question that it answers."""
+    name, subjects = _matching(rng, int(rng.integers(2, 6)))
+    values = [RELATIONS[name].facts[s] for s in subjects]
+    label, who = pick(rng, LABELS), pick(rng, NAMES)
+    backwards = name in commonsense.SUBJECT_STEMS and rng.random() < 0.4
+    stems = (commonsense.SUBJECT_STEMS if backwards else commonsense.VALUE_STEMS)[name]
+    asked = []
+    for i in rng.permutation(len(subjects)):
+        stem = stems[int(rng.integers(len(stems)))][1].format(s=subjects[i], a=article(subjects[i]), v=values[i], name=who)
+        asked.append(f"{stem} {label}{i + 1} .")
+    options = [article(s) for s in subjects] if backwards else values
+    return f"{_listing(label, options, rng)}{pick(rng, [' ', NEW_PART])}{' '.join(asked)}"
+
+
+def people(rng: np.random.Generator) -> str:
+    """Two people or two things in numbered places, and two sentences with a blank that one of them fills."""
+    label = pick(rng, LABELS)
+    if rng.random() < 0.4:
+        low, high = sorted(int(i) for i in rng.permutation(len(SIZES))[:2])
+        while split_of(f"size/{SIZES[low]}/{SIZES[high]}") == "test":
+            low, high = sorted(int(i) for i in rng.permutation(len(SIZES))[:2])
+        opening = f"we looked at the {SIZES[high]} and the {SIZES[low]}"
+        options = [SIZES[low], SIZES[high]]
+        fits = ["and the _ was much smaller .", "and the _ was much bigger ."]
+    else:
+        needs = RELATIONS["need"]
+        first = pick(rng, [s for s in needs.facts if split_of(f"need/{s}") == "train"])
+        second = pick(rng, [s for s in needs.false_subjects(needs.facts[first]) if split_of(f"need/{s}") == "train"])
+        options = sample(rng, NAMES, 2)
+        opening = f"{options[0]} was {first} and {options[1]} was {second}"
+        fits = [f"so _ {needs.facts[first]} .", f"so _ {needs.facts[second]} ."]
+    order = sample(rng, [0, 1], 2)
+    listing = _listing(label, [options[i] for i in order], rng)
+    asked = [f"{opening} , {fits[i]} {label}{order.index(i) + 1} ." for i in sample(rng, [0, 1], 2)]
+    return f"{listing}{pick(rng, [' ', NEW_PART])}{' '.join(asked)}"
+
+
 def _equation(rng: np.random.Generator) -> str:
     sign = pick(rng, ["+", "-", "x", "/"])
     if sign in "+-":
@@ -181,24 +243,46 @@ def prose(rng: np.random.Generator) -> str:
     return "\n".join(line.format(n=name, o=other, p=place) for line in lines)
 
 
-MIXTURE: list[tuple[Callable[[np.random.Generator], str], float]] = [
-    (equations, 0.14),
-    (reckoning, 0.34),
-    (statements, 0.10),
-    (sizes, 0.03),
-    (dialogue, 0.12),
-    (lookup, 0.07),
-    (choice, 0.17),
-    (prose, 0.03),
-]
-"""Kinds of document and their shares by number."""
+Kind = Callable[[np.random.Generator], str]
+
+FIRST_MIXTURE: dict[Kind, float] = {
+    equations: 0.14,
+    reckoning: 0.34,
+    statements: 0.10,
+    sizes: 0.03,
+    dialogue: 0.12,
+    lookup: 0.07,
+    choice: 0.17,
+    prose: 0.03,
+}
+"""Kinds of document and their shares by number while words and facts are learnt."""
+
+SECOND_MIXTURE: dict[Kind, float] = {
+    equations: 0.22,
+    reckoning: 0.34,
+    statements: 0.05,
+    sizes: 0.02,
+    dialogue: 0.07,
+    lookup: 0.05,
+    choice: 0.13,
+    places: 0.06,
+    matches: 0.08,
+    people: 0.03,
+    prose: 0.02,
+}
+"""The same afterwards: more number facts, and many questions to each list of numbered places."""
+
+FIRST_PARTS = 25
+"""Parts of the stream that follow the first mixture."""
 
 
 def documents(seed: int, part: int, count: int) -> Iterator[str]:
     """Yields `count` documents of the stream (seed, part)."""
+    mixture = FIRST_MIXTURE if part < FIRST_PARTS else SECOND_MIXTURE
     rng = numpy_generator(seed, "corpus", part)
-    for kind in rng.choice(len(MIXTURE), size=count, p=[share for _, share in MIXTURE]):
-        yield MIXTURE[int(kind)][0](rng)
+    shares = np.array(list(mixture.values()))
+    for kind in rng.choice(len(mixture), size=count, p=shares / shares.sum()):
+        yield list(mixture)[int(kind)](rng)
 
 
 def task_vocabulary(count: int = 2000) -> Iterator[str]:

@@ -3,9 +3,12 @@
 import re
 
 import numpy as np
+import pytest
 
 from fedsim.embedded import corpus, examples
-from fedsim.embedded.knowledge import RELATIONS
+from fedsim.embedded.commonsense import NAMES, SUBJECT_STEMS, VALUE_STEMS
+from fedsim.embedded.knowledge import RELATIONS, article
+from fedsim.embedded.splits import split_of
 from fedsim.types import Family
 
 DOCUMENTS = list(corpus.documents(0, 1, 6000))
@@ -41,3 +44,20 @@ def test_no_test_problem_occurs():
 def test_documents_depend_on_seed_and_part_only():
     assert list(corpus.documents(3, 2, 50)) == list(corpus.documents(3, 2, 50))
     assert list(corpus.documents(3, 2, 50)) != list(corpus.documents(3, 4, 50))
+
+
+def _stems(name: str, subject: str) -> list[str]:
+    """The plain questions that ask for a fact and no other fact; every person is called N."""
+    facts = RELATIONS[name].facts
+    value = facts[subject]
+    stems = VALUE_STEMS.get(name, []) + (SUBJECT_STEMS.get(name, []) if list(facts.values()).count(value) == 1 else [])
+    return [stem.format(s=subject, a=article(subject), v=value, name="N") for _, stem in stems] or [f"so _ {value}"]
+
+
+@pytest.mark.parametrize("kind", [corpus.choice, corpus.matches, corpus.people])
+def test_no_options_are_shown_for_a_fact_of_the_test_split(kind):
+    text = "\n".join(kind(np.random.default_rng(i)) for i in range(1500))
+    text = re.sub(rf"\b({'|'.join(NAMES)})\b", "N", text)
+    asked = [(name, subject) for name, r in RELATIONS.items() for subject in r.facts if any(stem in text for stem in _stems(name, subject))]
+    assert len(asked) > (10 if kind is corpus.people else 300)
+    assert not [fact for fact in asked if split_of("/".join(fact)) == "test"]
