@@ -1,0 +1,130 @@
+"""The command `fedsim`: reads the verb, answers questions for help at once, and imports what a run needs only for a run.
+
+Exit codes: 0 done, 1 failed, 2 a mistake in what was asked (one line says which), 130 stopped by Ctrl-C.
+"""
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import fedsim
+from fedsim.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from fedsim.config import Config
+
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Libraries neither phone home nor print beside the run's own display; a value that the user has set stays."""
+
+_HELP = ("--help", "-h")
+_MULTIRUN = ("--multirun", "-m")
+_CFG = ("--cfg", "-c")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Does what the words of the command line ask for and returns the exit code."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own: with a second one at the root each line came twice
+    try:
+        return _dispatch(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    from fedsim.cli.help import VERBS
+
+    verb, rest = (words[0], words[1:]) if words else ("help", [])
+    if verb == "--version":
+        print(f"fedsim {fedsim.__version__}")
+    elif verb in _HELP or verb == "help" or any(word in _HELP for word in rest):
+        _help(verb, [word for word in rest if word not in _HELP])
+    elif verb == "run":
+        return _run(rest)
+    elif verb == "data":
+        return _data(rest)
+    else:
+        raise UserError(f"Unknown verb {verb!r}: expected one of {', '.join(VERBS)}.{nearest(verb, list(VERBS))} All verbs: fedsim --help")
+    return 0
+
+
+def _help(verb: str, rest: list[str]) -> None:
+    from fedsim.cli.help import VERBS, overview, run_help
+
+    topics = [word for word in rest if word not in VERBS and "=" not in word and not word.startswith("-")]
+    about_run = verb in ("run", "data") or rest != topics
+    print(run_help(topics[0] if topics else None) if about_run or topics else overview(), end="")
+
+
+def _run(words: list[str]) -> int:
+    flags, overrides = _split(words, _MULTIRUN + _CFG)
+    from fedsim.cli.sweep import is_sweep, sweep
+
+    show = any(flag in _CFG for flag in flags)
+    if len(flags) > show and show:
+        raise UserError("Expected --multirun or --cfg, got both. Print the configuration of one job at a time.")
+    if not show and (flags or is_sweep(overrides)):
+        return sweep(overrides)
+    config = _checked(overrides)
+    if show:
+        _print_configuration(config)
+        return 0
+    from fedsim.experiment import run
+
+    run(config)
+    return 0
+
+
+def _data(words: list[str]) -> int:
+    _, overrides = _split(words, ())
+    config = _checked(overrides)
+    from fedsim.cli.holdings import holdings_of
+    from fedsim.report import holdings_table
+
+    print(holdings_table(holdings_of(config)))
+    return 0
+
+
+def _checked(overrides: list[str]) -> "Config":
+    from fedsim.cli.compose import compose
+    from fedsim.config import check
+
+    config = compose(overrides)
+    check(config)
+    return config
+
+
+def _print_configuration(config: "Config") -> None:
+    import yaml
+
+    from fedsim.config import to_dict
+
+    print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
+
+
+def _split(words: list[str], known: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Returns the flags and the overrides, which may be mixed. Raises UserError for an unknown flag."""
+    flags = [word for word in words if word.startswith("-")]
+    for flag in flags:
+        if flag not in known:
+            allowed = [*known, *_HELP]
+            raise UserError(
+                f"Unknown flag {flag!r}: expected one of {', '.join(allowed)}.{nearest(flag, allowed)} All flags: fedsim run --help"
+            )
+    return flags, [word for word in words if word not in flags]

@@ -1,0 +1,89 @@
+"""The options as data: key, type, default and meaning, read from fedsim/config.py without Hydra.
+
+The meaning is the docstring under the field, which only the source holds.
+"""
+
+import ast
+import inspect
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import fedsim.config
+from fedsim.cli.groups import choice_values, default_choices, groups
+from fedsim.config import BOUNDS, Config, to_dict
+
+_KINDS = {int: "integer", float: "number", str: "text", bool: "true or false", list[str]: "list of names, such as [a,b]"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of the configuration. `members` are the allowed words with their meanings, empty where any value may come."""
+
+    key: str
+    kind: str
+    default: Any
+    meaning: str
+    members: dict[str, str]
+
+
+@cache
+def options() -> dict[str, Option]:
+    """Returns all options by key ("federation.clients"), in the order of the dataclasses; defaults are those of conf/config.yaml."""
+    return {option.key: option for option in _walk(Config, "", _defaults())}
+
+
+def plain(value: Any) -> str:
+    """Returns a value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{','.join(map(plain, value))}]" if isinstance(value, list) else str(value)
+
+
+def _walk(schema: type, prefix: str, defaults: dict[str, Any]) -> list[Option]:
+    hints, meanings, found = get_type_hints(schema), _docstrings()[schema.__name__], []
+    for field in fields(schema):
+        kind, key = hints[field.name], prefix + field.name
+        if is_dataclass(kind):
+            found += _walk(kind, f"{key}.", defaults[field.name])  # type: ignore[arg-type]
+        else:
+            members = _members(key, kind)
+            found.append(Option(key, _describe(key, kind, members), defaults[field.name], meanings[field.name], members))
+    return found
+
+
+def _defaults() -> dict[str, Any]:
+    values = to_dict(Config())
+    for group, choice in default_choices().items():
+        values[group].update(choice_values(group, choice))
+    return values
+
+
+def _describe(key: str, kind: Any, members: dict[str, str]) -> str:
+    bounds = f" {BOUNDS[key]}" if key in BOUNDS else ""
+    if get_origin(kind) is Union:
+        inner = next(part for part in get_args(kind) if part is not type(None))
+        return f"{_KINDS[inner]}{bounds} or null"
+    return "|".join(members) or _KINDS[kind] + bounds
+
+
+def _members(key: str, kind: Any) -> dict[str, str]:
+    if key in ("method.name", "engine.name"):  # each has a file of its own in conf/
+        return groups()[key.removesuffix(".name")]
+    return {member.name: str(member.value) for member in kind} if isinstance(kind, type) and issubclass(kind, Enum) else {}
+
+
+@cache
+def _docstrings() -> dict[str, dict[str, str]]:
+    classes = [node for node in ast.parse(inspect.getsource(fedsim.config)).body if isinstance(node, ast.ClassDef)]
+    return {node.name: _field_docstrings(node) for node in classes}
+
+
+def _field_docstrings(node: ast.ClassDef) -> dict[str, str]:
+    found = {}
+    for field, after in zip(node.body, node.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            found[field.target.id] = " ".join(str(text).split())
+    return found

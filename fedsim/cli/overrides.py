@@ -1,0 +1,115 @@
+"""What a user writes after `fedsim run`, checked one by one before Hydra composes anything.
+
+Hydra finds the same mistakes, but in several lines and without the nearest name.
+"""
+
+import re
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsim.cli.groups import groups
+from fedsim.cli.options import Option, options, plain
+from fedsim.config import Config
+from fedsim.errors import UserError, nearest
+
+HELP = "All options: fedsim run --help"
+_OWN_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir")
+
+
+def parse(words: list[str]) -> list[Override]:
+    """Returns the overrides in order.
+
+    Raises UserError for the first that is no override, names no option, group or choice, or holds a value of another type.
+    """
+    parsed = [_parse_one(word) for word in words]
+    for override in parsed:
+        _check_override(override)
+    return parsed
+
+
+def swept(overrides: list[Override]) -> list[Override]:
+    """Returns those that give several values, for the jobs of a sweep."""
+    return [override for override in overrides if override.is_sweep_override()]
+
+
+def quote(value: str) -> str:
+    """Returns a text as Hydra reads it back, whatever characters it holds."""
+    # In a quoted value only backslashes before a quote are escapes, so those before any quote or at the end are doubled.
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
+    return f"'{escaped}'"
+
+
+def _parse_one(word: str) -> Override:
+    if "=" not in word and not word.startswith("~"):
+        hint = f" Write {word}=..." if word in options() else nearest(word, list(options()) + list(groups()))
+        raise UserError(f"Expected option=value, got {word!r}.{hint} {HELP}")
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Expected option=value, got {word!r} ({reason}). Quote special characters: \"option='text'\". {HELP}") from None
+
+
+def _check_override(override: Override) -> None:
+    key = override.key_or_group
+    if key.startswith("hydra.") and key not in _OWN_FOLDERS:
+        return  # Hydra checks its own options against its own types
+    if key in _OWN_FOLDERS:
+        raise UserError(f"Expected run_dir for the run folder, got {key!r}: fedsim keeps its own folders. Write run_dir=...")
+    if key in groups():
+        return _check_choice(override, groups()[key])
+    if key not in options():
+        raise UserError(_unknown(key, override))
+    if not override.is_delete():
+        for value in _values(override):
+            _check_value(options()[key], value)
+
+
+def _values(override: Override) -> list[Any]:
+    """Returns the value, or all values of a sweep."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    if not override.is_discrete_sweep():
+        raise UserError(f"Expected a sweep over listed values or range(...), got {override.input_line!r}. List the values. {HELP}")
+    return list(override.sweep_iterator())
+
+
+def _check_choice(override: Override, choices: dict[str, str]) -> None:
+    if override.is_delete():
+        return
+    for value in map(plain, _values(override)):
+        if value not in choices:
+            allowed = ", ".join(choices) or "none yet"
+            raise UserError(f"Unknown {override.key_or_group} {value!r}: expected one of {allowed}.{nearest(value, list(choices))} {HELP}")
+
+
+def _unknown(key: str, override: Override) -> str:
+    section, _, name = key.rpartition(".")
+    siblings = [known.rpartition(".")[2] for known in options() if known.rpartition(".")[0] == section]
+    sections = list(dict.fromkeys(known.partition(".")[0] for known in options()))
+    allowed = f"{section} has {', '.join(siblings)}" if section and siblings else f"expected one of {', '.join([*sections, 'experiment'])}"
+    same_name = [known for known in options() if known.rpartition(".")[2] == name]
+    hint = f" Did you mean {same_name[0]!r}?" if same_name else nearest(key, list(options()) + list(groups()))
+    return f"Unknown option {key!r} in {override.input_line!r}: {allowed}.{hint} {HELP}"
+
+
+def _check_value(option: Option, value: Any) -> None:
+    """Tries the value on the typed schema, which is what Hydra merges it with later."""
+    if isinstance(value, str) and "${" in value:
+        return  # an interpolation has its value only after composition
+    schema = OmegaConf.structured(Config)
+    try:
+        OmegaConf.update(schema, option.key, value)
+        OmegaConf.to_object(schema)
+        fits = not option.members or str(value) in option.members
+    except (OmegaConfBaseException, ValueError, TypeError):
+        fits = False
+    if not fits:
+        words = list(option.members)
+        expected = f"one of {', '.join(words)}" if words else option.kind
+        raise UserError(f"Expected {option.key} ({expected}), got {plain(value)!r}.{nearest(plain(value), words)} {HELP}")

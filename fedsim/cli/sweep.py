@@ -1,0 +1,228 @@
+"""A sweep: every combination of the given values, each a run in a folder of its own, and one table at the end.
+
+Hydra expands the values and launches the jobs (basic or joblib). All jobs are composed and checked before the first starts. What a sweep
+is about lies in sweep.json in its folder, so that `resume=true` can go on with the jobs that have not finished.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import traceback
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.callbacks import Callbacks  # launchers ask for it, and there is no public way to make one
+from hydra._internal.core_plugins.basic_sweeper import (
+    BasicSweeper,
+)  # its expansion alone; its own `sweep` writes files and stops at a failure
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig
+
+from fedsim.cli.compose import compose_with_hydra, initialized, to_config
+from fedsim.cli.overrides import parse, quote, swept
+from fedsim.cli.sweep_table import sweep_table
+from fedsim.config import Config, check, to_dict
+from fedsim.errors import UserError
+from fedsim.files import atomic_write_json
+
+SWEEP, SUMMARY, LOCK = "sweep.json", "summary.json", "run.lock"
+_FREE_ON_RESUME = ("run_dir", "resume", "overwrite", "engine")
+
+
+@dataclass
+class Job:
+    """One combination: the overrides in which it differs from the others, all its overrides, and what has become of it."""
+
+    number: int
+    varied: list[str]
+    overrides: list[str]
+    folder: Path
+    config: Config = field(default_factory=Config)
+    status: str = "not started"
+    error: str | None = None
+    summary: dict[str, Any] | None = None
+
+
+def is_sweep(overrides: list[str]) -> bool:
+    """Returns whether the chosen preset asks for a sweep of its own (`hydra.mode: MULTIRUN`)."""
+    parsed = parse(overrides)
+    if swept(parsed) or not any(override.key_or_group in ("experiment", "hydra.mode") for override in parsed):
+        return False  # several values without --multirun are a mistake, which `compose` explains
+    with initialized():
+        return compose_with_hydra(overrides).hydra.mode == RunMode.MULTIRUN
+
+
+def sweep(overrides: list[str]) -> int:
+    """Runs all jobs, prints their table and writes sweep.json; returns 0, 1 if a job failed, or 130 after Ctrl-C.
+
+    A failed job does not stop the others. Raises UserError, before anything has been written, if any job does not compose or
+    contradicts itself, or if the folder belongs to something else.
+    """
+    with initialized():
+        master, jobs, options = _plan(overrides)
+        folder = _folder(options)
+        _place(jobs, folder, options)
+        _refuse_occupied(folder, jobs, options)
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(folder, jobs)
+        code = _launch(master, jobs, folder)
+    _save(folder, jobs)
+    print(f"\n{sweep_table([asdict(job) for job in jobs])}\n\n{folder / SWEEP}")
+    if code == 130:
+        again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]
+        print(f"Go on with: fedsim run --multirun {' '.join(again)} run_dir={folder} resume=true")
+    return code
+
+
+def _plan(overrides: list[str]) -> tuple[DictConfig, list[Job], Config]:
+    """Returns Hydra's configuration for the launcher, the jobs without folders, and the options of the sweep itself (run_dir and such)."""
+    parsed = parse(overrides)
+    several = swept(parsed)
+    own = [o for o in parsed if o.key_or_group in ("run_dir", "resume", "overwrite")]
+    for override in several:
+        if override in own or override.is_hydra_override():
+            raise UserError(f"Expected one value of {override.key_or_group} for the whole sweep, got {override.input_line!r}. Give one.")
+    master = compose_with_hydra([str(o.input_line) for o in parsed if o not in several])
+    options = to_config(compose_with_hydra([str(o.input_line) for o in own]))
+    params = parse([f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()])
+    task = params + [o for o in parsed if o not in own and not o.is_hydra_override()]
+    return master, _expand(task), options
+
+
+def _expand(overrides: list[Override]) -> list[Job]:
+    """Returns a job for each combination, in Hydra's order: the last option varies fastest."""
+    varied = {o.get_key_element() for o in overrides if o.is_sweep_override()}
+    combinations = BasicSweeper.split_arguments(overrides, None)[0]
+    differing = [[word for word in words if word.partition("=")[0] in varied] for words in combinations]
+    return [Job(i, mine, words, Path()) for i, (mine, words) in enumerate(zip(differing, combinations, strict=True))]
+
+
+def _folder(options: Config) -> Path:
+    if options.run_dir is not None:
+        return Path(options.run_dir)
+    first = Path(datetime.now().astimezone().strftime("runs/%Y-%m-%d/%H-%M-%S-multirun"))
+    folder, count = first, 1
+    while folder.exists():
+        count += 1
+        folder = first.with_name(f"{first.name}-{count}")
+    return folder
+
+
+def _place(jobs: list[Job], folder: Path, options: Config) -> None:
+    """Gives every job its folder and its checked configuration. A job that has begun is resumed, another starts anew."""
+    for job in jobs:
+        name = re.sub(r"[^\w.,=+-]+", "_", ",".join(job.varied))[:120]
+        job.folder = folder / (f"{job.number}-{name}" if name else str(job.number))
+        resume = options.resume and (job.folder / LOCK).exists()
+        job.overrides += [f"run_dir={quote(str(job.folder))}", f"resume={resume}", f"overwrite={options.overwrite}"]
+        job.config = to_config(compose_with_hydra(job.overrides))
+        try:
+            check(job.config)
+        except UserError as error:
+            raise UserError(f"job {job.number} ({' '.join(job.varied)}): {error}") from None
+
+
+def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
+    if options.resume and options.overwrite:
+        raise UserError(
+            "Expected resume=true or overwrite=true, got both. Resume goes on with the sweep, overwrite starts it anew: drop one."
+        )
+    begun = (folder / SWEEP).is_file()
+    if options.resume and not begun:
+        raise UserError(f"Expected run_dir to name a sweep to go on with, got {options.run_dir}, which holds none. Give its folder.")
+    if options.resume:
+        before = [_choices(job["config"]) for job in json.loads((folder / SWEEP).read_bytes())["jobs"]]
+        if before != [_choices(to_dict(job.config)) for job in jobs]:
+            raise UserError(
+                f"Expected the options with which the sweep in {folder} was begun, got others. Give the same, or another run_dir=."
+            )
+    elif begun and not options.overwrite:
+        raise UserError(f"Expected a free folder, but {folder} holds a sweep. Add resume=true or overwrite=true, or give another run_dir=.")
+    elif not begun and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"Expected {folder} to be a sweep, empty or missing, but it holds something else. Give another run_dir=.")
+
+
+def _choices(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _FREE_ON_RESUME}
+
+
+def _launch(master: DictConfig, jobs: list[Job], folder: Path) -> int:
+    """Launches the jobs that have not finished, enters in each what has become of it, and returns the exit code."""
+    stamps = {job.number: _stamp(job) for job in jobs}
+    waiting = [job for job in jobs if not (job.config.resume and stamps[job.number])]
+    code, outcomes = 0, dict.fromkeys((job.number for job in waiting), None)
+    try:
+        returned = _launcher(master, len(jobs)).launch([job.overrides for job in waiting], initial_job_idx=0) if waiting else []
+        outcomes = {job.number: value.return_value for job, value in zip(waiting, returned, strict=True)}
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:  # a worker process that died, for example for want of memory, takes the launcher with it
+        traceback.print_exc()
+        outcomes = dict.fromkeys(outcomes, "the launcher stopped, see above")
+    for job in jobs:
+        _settle(job, outcomes.get(job.number), finished=job not in waiting or _stamp(job) not in (None, stamps[job.number]))
+    return code or int(any(job.status == "failed" for job in jobs))
+
+
+def _stamp(job: Job) -> int | None:
+    """Returns the moment in which the job's summary was written: an older one belongs to a run that is to be overwritten."""
+    path = job.folder / SUMMARY
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _settle(job: Job, error: str | None, finished: bool) -> None:
+    if finished:
+        job.status, job.summary = "finished", json.loads((job.folder / SUMMARY).read_bytes())
+    elif error is not None:
+        job.status, job.error = "failed", error
+    elif (job.folder / LOCK).exists():
+        job.status = "interrupted"
+
+
+def _launcher(master: DictConfig, count: int) -> Any:
+    context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks())
+    return Plugins.instance().instantiate_launcher(context, partial(_run_job, os.getpid(), count), master)
+
+
+def _run_job(main_process: int, count: int, composed: DictConfig) -> str | None:
+    """Carries one job out, in this process or in a worker's, and returns the reason if it failed."""
+    config = to_config(composed)
+    folder = Path(str(config.run_dir))
+    heading = f"job {folder.name} (of {count})"
+    if os.getpid() == main_process:
+        print(f"\n{heading}", flush=True)
+        return _outcome(config)
+    # Displays of several jobs would be drawn over each other on one terminal.
+    log = folder.with_name(f"{folder.name}.log")
+    print(f"{heading}: started, log in {log}", flush=True)
+    with open(log, "a", buffering=1) as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        error = _outcome(config)
+    print(f"{heading}: {error or 'finished'}", flush=True)
+    return error
+
+
+def _outcome(config: Config) -> str | None:
+    from fedsim.experiment import run
+
+    try:
+        run(config)
+    except UserError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return str(error)
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def _save(folder: Path, jobs: list[Job]) -> None:
+    plain = [asdict(replace(job, config=Config())) | {"folder": job.folder.name, "config": to_dict(job.config)} for job in jobs]
+    atomic_write_json(folder / SWEEP, {"jobs": plain})

@@ -1,0 +1,50 @@
+"""The table at the end of a sweep, as plain aligned text: what each job varied, its accuracies, its bytes and its time."""
+
+from collections.abc import Callable
+from typing import Any
+
+Row = dict[str, str]
+_LAST = ("bytes up", "bytes down", "seconds", "status")
+
+
+def sweep_table(jobs: list[dict[str, Any]]) -> str:
+    """Returns one line a job in the given order: {number, varied, status, error, summary}.
+
+    A column per varied option and per task ("base > final" accuracy in percent); a job without a summary shows its status and why.
+    """
+    rows = [_row(job) for job in jobs]
+    names = dict.fromkeys(name for row in rows for name in row if name != "error")
+    columns = [name for name in names if name not in _LAST] + [name for name in _LAST if name in names]
+    widths = [max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns]
+    lines = ["  ".join(f"{name:<{width}}" for name, width in zip(columns, widths, strict=True)).rstrip()]
+    for row in rows:
+        cells = "  ".join(f"{row.get(name, ''):<{width}}" for name, width in zip(columns, widths, strict=True))
+        lines.append(f"{cells}  {row['error']}".rstrip())
+    return "\n".join(lines)
+
+
+def _row(job: dict[str, Any]) -> Row:
+    row = {"job": str(job["number"])}
+    for override in job["varied"]:
+        key, _, value = override.partition("=")
+        row[key.lstrip("+~")] = value
+    row |= {"status": job["status"], "error": job["error"] or ""}
+    return row if job["summary"] is None else row | _results(job["summary"])
+
+
+def _results(summary: dict[str, Any]) -> Row:
+    row = {task: f"{_percent(found['base'])} > {_percent(found['final'])}" for task, found in summary["evaluation"].items()}
+    communication, training = summary["communication"], summary["training"]
+    return row | {
+        "bytes up": f"{communication['uplink_bytes']:,}",
+        "bytes down": f"{communication['downlink_bytes']:,}",
+        "seconds": _number(training["wall_seconds"], "{:.0f}".format),
+    }
+
+
+def _percent(measured: dict[str, Any]) -> str:
+    return _number(measured["accuracy"], lambda value: f"{100 * value:.1f}")
+
+
+def _number(value: float | None, form: Callable[[float], str]) -> str:
+    return "-" if value is None else form(value)

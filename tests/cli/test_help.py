@@ -1,0 +1,60 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fedsim.cli.compose import compose
+from fedsim.cli.groups import groups
+from fedsim.cli.help import overview, run_help
+from fedsim.cli.options import options
+from fedsim.config import to_dict
+from fedsim.errors import UserError
+
+HEAVY = {"torch", "numpy", "hydra", "omegaconf", "flwr", "transformers", "datasets", "rich", "matplotlib"}
+
+
+def test_the_help_names_every_group_choice_and_option():
+    text = run_help()
+    for group, choices in groups().items():
+        assert f"{group}=" in text
+        assert all(choice in text for choice in choices)
+    assert all(f"  {key}=" in text for key in options())
+    assert "fedsim run" in overview()
+    assert "fedsim data" in overview()
+
+
+def test_every_option_says_what_it_means():
+    assert [key for key, option in options().items() if len(option.meaning) < 5] == []
+
+
+def test_the_defaults_shown_are_those_that_compose():
+    found = to_dict(compose([]))
+    for key, option in options().items():
+        value = found
+        for part in key.split("."):
+            value = value[part]
+        assert option.default == value, key
+
+
+def test_help_on_one_group_shows_that_group_alone():
+    text = run_help("training")
+    assert "training.learning_rate=" in text
+    assert "sgd" in text
+    assert "federation.clients" not in text
+
+
+def test_help_on_something_unknown_names_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'training'"):
+        run_help("trainig")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"]])
+def test_help_imports_nothing_heavy_and_takes_less_than_a_second(words):
+    script = f"import sys\nfrom fedsim.cli.main import main\nassert main({words!r}) == 0\nprint(*sys.modules, file=sys.stderr)"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - began
+    assert HEAVY.isdisjoint(done.stderr.split())
+    assert "federation.clients=25" in done.stdout
+    assert seconds < 1

@@ -1,0 +1,80 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fedsim
+from fedsim.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["rn"], "Unknown verb 'rn': expected one of run, data, help. Did you mean 'run'?"),
+        (["run", "--multirn"], "Unknown flag '--multirn'"),
+        (["run", "--multirun", "--cfg"], "got both"),
+        (["run", "federaton.clients=3"], "Did you mean 'federation.clients'?"),
+        (["run", "method=fedsb"], "Did you mean 'fed_sb'?"),
+        (["run", "federation.fraction=0"], "Expected federation.fraction > 0 and <= 1, got 0.0"),
+        (["run", "resume=true"], "Expected run_dir with resume=true"),
+        (["run", "seed=0,1"], "Add --multirun"),
+        (["run", "--multirun", "seed=0,-1"], "job 1 (seed=-1): Expected seed >= 0"),
+        (["run", "--multirun", "method=fed_sb,fedsb"], "Unknown method 'fedsb'"),
+        (["run", "--multirun", "run_dir=a,b"], "Expected one value of run_dir"),
+        (["run", "--multirun", "seed=0,1", "resume=true"], "Expected run_dir"),
+        (["data", "federation.alpha=0"], "Expected federation.alpha > 0"),
+        (["data", "--multirun"], "Unknown flag"),
+        (["help", "run", "trainig"], "Did you mean 'training'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_two_and_leaves_nothing(words, told, capsys, tmp_path):
+    assert main(words) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("fedsim: ")
+    assert told in output.err
+    assert output.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_found_before_anything_heavy_loads():
+    script = "import sys\nfrom fedsim.cli.main import main\nmain(['run', 'federation.clients=0'])\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"torch", "numpy", "flwr", "transformers", "datasets"}.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], ["-h"], ["help"], ["run", "-h"], ["run", "--help", "data"], ["help", "run"], []]
+)
+def test_questions_are_answered_with_code_zero(words, capsys):
+    assert main(words) == 0
+    assert capsys.readouterr().out
+
+
+def test_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"fedsim {fedsim.__version__}\n"
+
+
+def test_cfg_prints_yaml_that_holds_the_whole_configuration(capsys):
+    import yaml
+
+    from fedsim.cli.compose import compose
+    from fedsim.config import to_dict
+
+    assert main(["run", "seed=3", "--cfg", "training=sgd"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == to_dict(compose(["seed=3", "training=sgd"]))
+
+
+def test_what_the_user_set_in_the_environment_stays(monkeypatch):
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    main(["--version"])
+    assert os.environ["FLWR_TELEMETRY_ENABLED"] == "1"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

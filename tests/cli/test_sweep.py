@@ -1,0 +1,168 @@
+"""Sweeps through Hydra's launchers. The run of a job is stood in for where only what the sweep makes of it is asked."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedsim.cli.main import main
+from fedsim.config import to_dict
+from fedsim.errors import UserError
+
+
+def summary(config):
+    """What a finished run leaves, with an accuracy that tells the seed and the rank."""
+    accuracy = config.seed / 10 + config.adapter.rank / 1000
+    return {
+        "evaluation": {"sums": {"base": {"accuracy": 0.0, "loss": 2.0}, "final": {"accuracy": accuracy, "loss": 1.0}, "num_examples": 10}},
+        "communication": {"uplink_bytes": 1234567, "downlink_bytes": 7654321},
+        "training": {"wall_seconds": 12.3},
+    }
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """Stands in for the experiment: records each configuration, obeys `on_run`, and leaves the files of a finished run."""
+    monkeypatch.chdir(tmp_path)
+    recorded = SimpleNamespace(configs=[], on_run=lambda config: None)
+
+    def run(config):
+        recorded.configs.append(config)
+        folder = Path(config.run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.lock").touch()
+        recorded.on_run(config)
+        (folder / "summary.json").write_text(json.dumps(summary(config)))
+
+    monkeypatch.setitem(sys.modules, "fedsim.experiment", SimpleNamespace(run=run))
+    return recorded
+
+
+def jobs_of(folder):
+    """What sweep.json tells about the jobs."""
+    return json.loads((Path(folder) / "sweep.json").read_text())["jobs"]
+
+
+def fail_at(seed, error):
+    """Makes the runs with this seed raise."""
+
+    def on_run(config):
+        if config.seed == seed:
+            raise error
+
+    return on_run
+
+
+def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, capsys):
+    assert main(["run", "-m", "seed=0,1", "adapter.rank=8,16", "federation.clients=3", "run_dir=all"]) == 0
+    assert [(config.seed, config.adapter.rank) for config in runs.configs] == [(0, 8), (0, 16), (1, 8), (1, 16)]
+    assert {config.federation.clients for config in runs.configs} == {3}
+    expected = [f"all/{i}-seed={s},adapter.rank={r}" for i, (s, r) in enumerate([(0, 8), (0, 16), (1, 8), (1, 16)])]
+    assert [config.run_dir for config in runs.configs] == expected
+    assert {path.name for path in Path("all").iterdir()} == {"sweep.json", *(Path(name).name for name in expected)}
+    assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves nothing
+    table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
+    assert table[0].split() == ["job", "seed", "adapter.rank", "sums", "bytes", "up", "bytes", "down", "seconds", "status"]
+    assert table[4].split() == ["3", "1", "16", "0.0", ">", "11.6", "1,234,567", "7,654,321", "12", "finished"]
+
+
+def test_sweep_json_tells_all_about_the_jobs(runs):
+    main(["run", "-m", "seed=0,1", "run_dir=all"])
+    for job, config in zip(jobs_of("all"), runs.configs, strict=True):
+        assert job["config"] == to_dict(config)
+        assert job["summary"] == summary(config)
+        assert (job["status"], job["folder"], job["varied"]) == ("finished", Path(config.run_dir).name, [f"seed={config.seed}"])
+
+
+def test_without_run_dir_a_dated_folder_holds_the_jobs(runs):
+    main(["run", "-m", "seed=0,1"])
+    main(["run", "-m", "seed=0,1"])
+    parents = {Path(config.run_dir).parent for config in runs.configs}
+    assert len(parents) == 2
+    assert all(parent.match("runs/*/*-multirun*") for parent in parents)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(UserError("rank above 4."), "rank above 4."), (RuntimeError("no\nmemory"), "RuntimeError: no memory")]
+)
+def test_a_failed_job_does_not_lose_the_others(runs, capsys, error, told):
+    runs.on_run = fail_at(0, error)
+    assert main(["run", "-m", "seed=0,1", "run_dir=all"]) == 1
+    assert [job["status"] for job in jobs_of("all")] == ["failed", "finished"]
+    assert jobs_of("all")[0]["error"] == told
+    assert f"failed    {told}" in capsys.readouterr().out
+
+
+def test_resume_runs_only_what_has_not_finished(runs):
+    runs.on_run = fail_at(1, RuntimeError("out of luck"))
+    words = ["run", "-m", "seed=0,1,2", "run_dir=all"]
+    assert main(words) == 1
+    runs.configs.clear()
+    runs.on_run = lambda config: None
+    assert main([*words, "resume=true"]) == 0
+    assert [(config.seed, config.resume) for config in runs.configs] == [(1, True)]
+    assert [job["status"] for job in jobs_of("all")] == ["finished"] * 3
+
+
+def test_ctrl_c_ends_the_sweep_and_says_how_to_go_on(runs, capsys):
+    runs.on_run = fail_at(1, KeyboardInterrupt())
+    assert main(["run", "-m", "seed=0,1,2", "run_dir=all"]) == 130
+    assert [job["status"] for job in jobs_of("all")] == ["finished", "interrupted", "not started"]
+    assert "fedsim run --multirun seed=0,1,2 run_dir=all resume=true" in capsys.readouterr().out
+    runs.configs.clear()
+    runs.on_run = lambda config: None
+    assert main(["run", "-m", "seed=0,1,2", "run_dir=all", "resume=true"]) == 0
+    assert [(config.seed, config.resume) for config in runs.configs] == [(1, True), (2, False)]
+
+
+def test_a_sweep_is_not_overwritten_unless_asked(runs, capsys):
+    words = ["run", "-m", "seed=0,1", "run_dir=all"]
+    assert main(words) == 0
+    assert main(words) == 2
+    assert "holds a sweep" in capsys.readouterr().err
+    assert main([*words, "overwrite=true"]) == 0
+    assert [config.overwrite for config in runs.configs] == [False, False, True, True]
+
+
+def test_an_overwritten_result_is_not_taken_for_a_new_one(runs):
+    words = ["run", "-m", "seed=0,1", "run_dir=all"]
+    main(words)
+    runs.on_run = fail_at(0, KeyboardInterrupt())
+    assert main([*words, "overwrite=true"]) == 130
+    assert [job["summary"] for job in jobs_of("all")] == [None, None]
+
+
+def test_resume_with_other_options_is_refused(runs, capsys):
+    main(["run", "-m", "seed=0,1", "run_dir=all"])
+    assert main(["run", "-m", "seed=0,1", "run_dir=all", "federation.rounds=9", "resume=true"]) == 2
+    assert "Expected the options with which the sweep in all was begun" in capsys.readouterr().err
+    assert main(["run", "-m", "seed=0,1", "run_dir=elsewhere", "resume=true"]) == 2
+    assert "holds none" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_refused(runs, capsys):
+    Path("all").mkdir()
+    Path("all/thesis.txt").touch()
+    assert main(["run", "-m", "seed=0,1", "run_dir=all"]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in Path("all").iterdir()] == ["thesis.txt"]
+
+
+def test_a_preset_can_be_a_sweep_of_its_own(runs):
+    assert main(["run", "experiment=fed_sb_vs_centralized", "run_dir=all", "seed=4"]) == 0
+    assert [(config.method.name, config.seed) for config in runs.configs] == [("fed_sb", 4), ("centralized", 4)]
+
+
+def test_the_command_line_replaces_values_of_a_sweeping_preset(runs):
+    assert main(["run", "-m", "experiment=initializations", "adapter.init=orthogonal,weight_svd", "run_dir=all"]) == 0
+    assert [config.adapter.init.name for config in runs.configs] == ["orthogonal", "weight_svd"]
+
+
+def test_folder_names_hold_no_path_of_a_value(runs):
+    main(["run", "-m", "model.path=../a/b,c d", "data.train=[x,y],[z]", "run_dir='my sweep, 1=2'"])
+    names = [Path(config.run_dir).name for config in runs.configs]
+    assert names[0] == "0-model.path=.._a_b,data.train=_x,y_"
+    assert {config.model.path for config in runs.configs} == {"../a/b", "c d"}
+    assert {Path(config.run_dir).parent.name for config in runs.configs} == {"my sweep, 1=2"}
