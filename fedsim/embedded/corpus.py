@@ -130,6 +130,19 @@ def places(rng: np.random.Generator) -> str:
     return f"{_listing(label, options, rng)}{pick(rng, [' ', NEW_PART])}{' '.join(told)}"
 
 
+_TOLD = ["{o} {i} .", "{o} is in {l}{i} .", "{l}{i} has {o} .", "where is {o} ? {l}{i} .", "{i} is {o} ."]
+
+
+def drill(rng: np.random.Generator) -> str:
+    """Numbered places, and again and again which of them has which thing, told in one way."""
+    label, told = pick(rng, LABELS), pick(rng, _TOLD)
+    relation = RELATIONS[pick(rng, list(RELATIONS))]
+    pool = list(dict.fromkeys(relation.facts.values())) if rng.random() < 0.5 else pick(rng, [list(relation.facts), OBJECTS, NAMES])
+    options = sample(rng, pool, int(rng.integers(2, 6)))
+    asked = [told.format(o=options[i], l=label, i=i + 1) for i in rng.integers(len(options), size=8)]
+    return f"{_listing(label, options, rng)}{pick(rng, [' ', NEW_PART])}{' '.join(asked)}"
+
+
 def _matching(rng: np.random.Generator, count: int) -> tuple[str, list[str]]:
     """Returns a relation and up to `count` subjects of the train split, the value of each false for all the others."""
     name = pick(rng, list(commonsense.VALUE_STEMS))
@@ -245,7 +258,7 @@ def prose(rng: np.random.Generator) -> str:
 
 Kind = Callable[[np.random.Generator], str]
 
-FIRST_MIXTURE: dict[Kind, float] = {
+_FACTS: dict[Kind, float] = {
     equations: 0.14,
     reckoning: 0.34,
     statements: 0.10,
@@ -257,7 +270,7 @@ FIRST_MIXTURE: dict[Kind, float] = {
 }
 """Kinds of document and their shares by number while words and facts are learnt."""
 
-SECOND_MIXTURE: dict[Kind, float] = {
+_LISTS: dict[Kind, float] = {
     equations: 0.22,
     reckoning: 0.34,
     statements: 0.05,
@@ -272,13 +285,40 @@ SECOND_MIXTURE: dict[Kind, float] = {
 }
 """The same afterwards: more number facts, and many questions to each list of numbered places."""
 
-FIRST_PARTS = 25
-"""Parts of the stream that follow the first mixture."""
+_DRILLS: dict[Kind, float] = {
+    equations: 0.12,
+    reckoning: 0.20,
+    statements: 0.02,
+    dialogue: 0.03,
+    prose: 0.01,
+    choice: 0.10,
+    matches: 0.14,
+    people: 0.05,
+    drill: 0.33,
+}
+"""Mostly looking up in lists, which is learnt late and then fast."""
+
+_ALL: dict[Kind, float] = {
+    equations: 0.20,
+    reckoning: 0.36,
+    statements: 0.03,
+    sizes: 0.01,
+    dialogue: 0.06,
+    prose: 0.02,
+    choice: 0.18,
+    matches: 0.06,
+    people: 0.04,
+    drill: 0.04,
+}
+"""Everything, for the rest of the training."""
+
+STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _FACTS), (25, _LISTS), (41, _DRILLS), (51, _ALL)]
+"""The part of the stream from which on each mixture holds."""
 
 
 def documents(seed: int, part: int, count: int) -> Iterator[str]:
     """Yields `count` documents of the stream (seed, part)."""
-    mixture = FIRST_MIXTURE if part < FIRST_PARTS else SECOND_MIXTURE
+    mixture = [mixture for first, mixture in STAGES if first <= max(part, 0)][-1]
     rng = numpy_generator(seed, "corpus", part)
     shares = np.array(list(mixture.values()))
     for kind in rng.choice(len(mixture), size=count, p=shares / shares.sum()):
