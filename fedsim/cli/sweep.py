@@ -166,7 +166,7 @@ def _launch(master: DictConfig, jobs: list[Job], folder: Path) -> int:
         code = 130
     except Exception:  # a worker process that died, for example for want of memory, takes the launcher with it
         traceback.print_exc()
-        outcomes = dict.fromkeys(outcomes, "the launcher stopped, see above")
+        outcomes = dict.fromkeys(outcomes, "a worker process stopped, see above")
     for job in jobs:
         _settle(job, outcomes.get(job.number), finished=job not in waiting or _stamp(job) not in (None, stamps[job.number]))
     return code or int(any(job.status == "failed" for job in jobs))
@@ -210,9 +210,9 @@ def _run_job(main_process: int, count: int, composed: DictConfig) -> str | None:
 
 
 def _outcome(config: Config) -> str | None:
-    from fedsim.experiment import run
-
     try:
+        from fedsim.experiment import run
+
         run(config)
     except UserError as error:
         print(f"fedsim: {error}", file=sys.stderr)
