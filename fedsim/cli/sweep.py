@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sys
 import traceback
 from dataclasses import asdict, dataclass, field, replace
@@ -78,7 +79,7 @@ def sweep(overrides: list[str]) -> int:
     print(f"\n{sweep_table([asdict(job) for job in jobs])}\n\n{folder / SWEEP}")
     if code == 130:
         again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]
-        print(f"Go on with: fedsim run --multirun {' '.join(again)} run_dir={folder} resume=true")
+        print(f"Go on with: fedsim run --multirun {shlex.join([*again, f'run_dir={quote(str(folder))}', 'resume=true'])}")
     return code
 
 

@@ -37,6 +37,11 @@ def test_the_defaults_shown_are_those_that_compose():
         assert option.default == value, key
 
 
+def test_the_default_of_a_choice_comes_before_that_of_the_type(monkeypatch):
+    monkeypatch.setattr("fedsim.cli.options.default_choices", lambda: {"training": "sgd"})
+    assert (options.__wrapped__()["training.optimizer"].default, options()["training.optimizer"].default) == ("sgd", "adamw")
+
+
 def test_help_on_one_group_shows_that_group_alone():
     text = run_help("training")
     assert "training.learning_rate=" in text
