@@ -78,8 +78,9 @@ def sweep(overrides: list[str]) -> int:
     _save(folder, jobs)
     print(f"\n{sweep_table([asdict(job) for job in jobs])}\n\n{folder / SWEEP}")
     if code == 130:
-        again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]
-        print(f"Go on with: fedsim run --multirun {shlex.join([*again, f'run_dir={quote(str(folder))}', 'resume=true'])}")
+        again = [word for word in overrides if not word.startswith(("resume=", "overwrite="))]
+        again += [] if options.run_dir else [f"run_dir={folder}"]
+        print(f"Go on with: fedsim run --multirun {shlex.join([*again, 'resume=true'])}")
     return code
 
 
