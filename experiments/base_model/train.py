@@ -73,17 +73,14 @@ def make_model(recipe: Recipe, words: Any) -> Any:
     )
 
 
-def batches(recipe: Recipe, words: Any, start: int) -> Iterator[Tensor]:
-    """Yields batches [rows, length] from step `start` on; batch k of part p depends on the seed, p and k only."""
+def batches(recipe: Recipe, words: Any, part: int, row: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields batches [rows, length] from batch `row` of part `part` on, each with the position of the batch after it."""
     size = recipe.rows * recipe.length
-    step, part = 0, 0
     while True:
-        ids = [token for row in words(list(corpus.documents(recipe.seed, part, PART)))["input_ids"] for token in (*row, words.eos_token_id)]
-        for first in range(0, len(ids) - size + 1, size):
-            if step >= start:
-                yield torch.tensor(ids[first : first + size]).view(recipe.rows, recipe.length)
-            step += 1
-        part += 1
+        ids = [t for row_ids in words(list(corpus.documents(recipe.seed, part, PART)))["input_ids"] for t in (*row_ids, words.eos_token_id)]
+        for i in range(row, len(ids) // size):
+            yield part, i + 1, torch.tensor(ids[i * size : (i + 1) * size]).view(recipe.rows, recipe.length)
+        part, row = part + 1, 0
 
 
 def optimizers(recipe: Recipe, model: Any) -> list[torch.optim.Optimizer]:
@@ -94,9 +91,9 @@ def optimizers(recipe: Recipe, model: Any) -> list[torch.optim.Optimizer]:
     return [Muon(matrices, rate=recipe.matrix_rate), adam]
 
 
-def save_checkpoint(path: Path, step: int, model: Any, optims: list[torch.optim.Optimizer]) -> None:
-    """Writes model and optimizers atomically."""
-    state = {"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optims]}
+def save_checkpoint(path: Path, step: int, at: tuple[int, int], model: Any, optims: list[torch.optim.Optimizer]) -> None:
+    """Writes model, optimizers and the position in the text atomically."""
+    state = {"step": step, "at": at, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optims]}
     torch.save(state, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
@@ -108,15 +105,15 @@ def train(recipe: Recipe, work: Path, every: int) -> tuple[Any, Any]:
     model = make_model(recipe, words).train()
     optims = optimizers(recipe, model)
     bases = [group["lr"] for o in optims for group in o.param_groups]
-    start, checkpoint = 0, work / "checkpoint.pt"
+    start, at, checkpoint = 0, (0, 0), work / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        start = state["step"]
+        start, at = state["step"], state["at"]
         model.load_state_dict(state["model"])
         for o, saved in zip(optims, state["optimizers"], strict=True):
             o.load_state_dict(saved)
     begin, mean = time.perf_counter(), 0.0
-    for step, rows in zip(range(start, recipe.steps), batches(recipe, words, start), strict=False):
+    for step, (part, row, rows) in zip(range(start, recipe.steps), batches(recipe, words, *at), strict=False):
         for group, base in zip((g for o in optims for g in o.param_groups), bases, strict=True):
             group["lr"] = base * recipe.rate(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=step >= recipe.bfloat16_from):
@@ -131,7 +128,7 @@ def train(recipe: Recipe, work: Path, every: int) -> tuple[Any, Any]:
             rate = (step + 1 - start) * rows.numel() / (time.perf_counter() - begin)
             print(f"step {step + 1}/{recipe.steps} loss {mean:.4f} {rate:.0f} tokens/s", flush=True)
         if (step + 1) % every == 0:
-            save_checkpoint(checkpoint, step + 1, model, optims)
+            save_checkpoint(checkpoint, step + 1, (part, row), model, optims)
     return model.eval(), words
 
 

@@ -143,6 +143,28 @@ def drill(rng: np.random.Generator) -> str:
     return f"{_listing(label, options, rng)}{pick(rng, [' ', NEW_PART])}{' '.join(asked)}"
 
 
+_WORDS = list(dict.fromkeys(word for relation in RELATIONS.values() for fact in relation.facts.items() for word in " ".join(fact).split()))
+
+
+def echo(rng: np.random.Generator) -> str:
+    """Words in a row, and the same row again, forwards or backwards; half of the rows are numbered."""
+    words = sample(rng, _WORDS, int(rng.integers(4, 13)))
+    if rng.random() < 0.5:
+        label = pick(rng, LABELS)
+        words = [part for i, word in enumerate(words[:5], 1) for part in (f"{label.capitalize()}{i}:", word)]
+        again = [word.rstrip(":").lower() for word in words[::-1]]
+    else:
+        again = words[::-1] if rng.random() < 0.6 else words
+    return f"{pick(rng, NAMES)} says : {' '.join(words)} . {' '.join(again)} ."
+
+
+def rows(rng: np.random.Generator) -> str:
+    """A row of words said several times, forwards and backwards."""
+    words = sample(rng, _WORDS, int(rng.integers(4, 10)))
+    told = [" ".join(words if rng.random() < 0.5 else words[::-1]) for _ in range(int(rng.integers(3, 6)))]
+    return f"{pick(rng, NAMES)} says : {' . '.join(told)} ."
+
+
 def _matching(rng: np.random.Generator, count: int) -> tuple[str, list[str]]:
     """Returns a relation and up to `count` subjects of the train split, the value of each false for all the others."""
     name = pick(rng, list(commonsense.VALUE_STEMS))
@@ -298,6 +320,23 @@ _DRILLS: dict[Kind, float] = {
 }
 """Mostly looking up in lists, which is learnt late and then fast."""
 
+_ECHOES: dict[Kind, float] = {
+    equations: 0.10,
+    reckoning: 0.16,
+    statements: 0.01,
+    dialogue: 0.02,
+    prose: 0.01,
+    choice: 0.08,
+    matches: 0.10,
+    people: 0.03,
+    drill: 0.22,
+    echo: 0.27,
+}
+"""As before, with rows of words to repeat: the plainest way to learn to look back."""
+
+_ROWS: dict[Kind, float] = {rows: 0.58, drill: 0.20, matches: 0.10, reckoning: 0.08, equations: 0.04}
+"""Hardly anything but rows and lists, until looking back for a word is learnt."""
+
 _ALL: dict[Kind, float] = {
     equations: 0.20,
     reckoning: 0.36,
@@ -312,7 +351,7 @@ _ALL: dict[Kind, float] = {
 }
 """Everything, for the rest of the training."""
 
-STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _FACTS), (25, _LISTS), (41, _DRILLS), (51, _ALL)]
+STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _FACTS), (25, _LISTS), (41, _DRILLS), (47, _ECHOES), (57, _ALL), (63, _ROWS), (75, _ALL)]
 """The part of the stream from which on each mixture holds."""
 
 

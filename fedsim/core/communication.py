@@ -1,0 +1,158 @@
+"""The communication ledger: what every transfer cost, kept in columns.
+
+A published "communication cost" is often one direction and one kind of tensor. Here every transfer is written down with what it was for,
+so that the bases, the initial gradients and the other direction are counted as well as the adapters.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Direction(Enum):
+    """Which way a transfer goes, seen from the client."""
+
+    uplink = "client to server"
+    downlink = "server to client"
+
+
+class Purpose(Enum):
+    """What a transfer is for. Everything but `adapter` is set-up."""
+
+    bases = "the common bases B and A"
+    initial_gradient = "gradients from which the bases are made"
+    adapter = "the trained factors of a round"
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One payload between the server and a client.
+
+    `parameters` counts numbers, `raw_bytes` is their size in memory, `serialized_bytes` is the length of the message that carried them.
+    """
+
+    round: int
+    client: int
+    direction: Direction
+    purpose: Purpose
+    parameters: int
+    raw_bytes: int
+    serialized_bytes: int
+
+
+DIRECTIONS = tuple(Direction)
+PURPOSES = tuple(Purpose)
+COLUMNS = {"round": "q", "client": "q", "direction": "b", "purpose": "b", "parameters": "q", "raw_bytes": "q", "serialized_bytes": "q"}
+AMOUNTS = {"parameters": "parameters", "bytes": "serialized_bytes", "raw_bytes": "raw_bytes"}
+
+Totals = dict[str, int]
+
+
+class CommunicationLedger:
+    """All transfers of a run: 42 bytes each in memory, one row per transfer, in the order in which they were added.
+
+    In all totals `uplink_*` and `downlink_*` are the adapters of the rounds, and `setup_*` is the rest (bases and initial gradients, both
+    directions together); the three add up to everything that travelled. `*_bytes` are as serialized, `*_raw_bytes` as held in memory.
+    """
+
+    def __init__(self) -> None:
+        self._columns = {name: array(code) for name, code in COLUMNS.items()}
+
+    def __len__(self) -> int:
+        return len(self._columns["round"])
+
+    def add(self, transfer: Transfer) -> None:
+        """Adds one transfer. Raises ValueError, and adds nothing, if a size is negative."""
+        if min(transfer.parameters, transfer.raw_bytes, transfer.serialized_bytes) < 0:
+            raise ValueError(f"Expected sizes of at least 0, got {transfer}.")
+        direction, purpose = DIRECTIONS.index(transfer.direction), PURPOSES.index(transfer.purpose)
+        sizes = (transfer.parameters, transfer.raw_bytes, transfer.serialized_bytes)
+        for column, value in zip(self._columns.values(), (transfer.round, transfer.client, direction, purpose, *sizes), strict=True):
+            column.append(value)
+
+    def totals(self) -> Totals:
+        """Returns {uplink,downlink,setup}_{parameters,bytes,raw_bytes} over the whole run."""
+        return self._grouped(np.zeros(len(self), dtype=np.int64)).get(0, _zero_totals())
+
+    def per_client(self) -> dict[int, Totals]:
+        """Returns the totals of each client that sent or received anything, in order of clients."""
+        return self._grouped(self._column("client"))
+
+    def per_round(self) -> dict[int, Totals]:
+        """Returns the totals of each round, in order of rounds."""
+        return self._grouped(self._column("round"))
+
+    def rows(self) -> Iterator[dict[str, int | str]]:
+        """Yields one flat dictionary per transfer, enums by name: the rows of a CSV or JSONL export."""
+        for values in zip(*self._columns.values(), strict=True):
+            row: dict[str, int | str] = dict(zip(COLUMNS, values, strict=True))
+            yield row | {"direction": DIRECTIONS[values[2]].name, "purpose": PURPOSES[values[3]].name}
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[dict[str, Any]]) -> "CommunicationLedger":
+        """Returns the ledger of exported rows; numbers may be text, as `csv.DictReader` gives them."""
+        ledger = cls()
+        for row in rows:
+            numbers = {name: int(row[name]) for name in COLUMNS if name not in ("direction", "purpose")}
+            ledger.add(Transfer(direction=Direction[row["direction"]], purpose=Purpose[row["purpose"]], **numbers))
+        return ledger
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for a checkpoint; lossless, and short, because neighbouring transfers are alike (see `_encode`)."""
+        columns = {name: _encode(self._column(name)) for name in COLUMNS}
+        return {"columns": columns, "directions": [d.name for d in DIRECTIONS], "purposes": [p.name for p in PURPOSES]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "CommunicationLedger":
+        """Returns the ledger that `to_json` was called on. Codes are read by name, so members of an enum may have been added since."""
+        columns = {name: _decode(value["columns"][name]) for name in COLUMNS}
+        for name, members, now in (("direction", value["directions"], DIRECTIONS), ("purpose", value["purposes"], PURPOSES)):
+            code_now = np.array([[member.name for member in now].index(word) for word in members], dtype=np.int64)
+            columns[name] = code_now[columns[name]]
+        ledger = cls()
+        for name, code in COLUMNS.items():
+            ledger._columns[name] = array(code, columns[name].tolist())
+        return ledger
+
+    def _column(self, name: str) -> NDArray[np.int64]:
+        return np.array(self._columns[name], dtype=np.int64)
+
+    def _grouped(self, keys: NDArray[np.int64]) -> dict[int, Totals]:
+        """Sums in int64: exact, unlike a float64 `bincount` above 2**53."""
+        groups, of_row = np.unique(keys, return_inverse=True)
+        result = {int(key): _zero_totals() for key in groups}
+        for kind, chosen in self._kinds().items():
+            for suffix, column in AMOUNTS.items():
+                sums = np.zeros(len(groups), dtype=np.int64)
+                np.add.at(sums, of_row[chosen], self._column(column)[chosen])
+                for key, total in zip(groups, sums, strict=True):
+                    result[int(key)][f"{kind}_{suffix}"] = int(total)
+        return result
+
+    def _kinds(self) -> dict[str, NDArray[np.bool_]]:
+        """Returns which rows count as uplink, downlink and setup: a partition of all rows."""
+        adapter = self._column("purpose") == PURPOSES.index(Purpose.adapter)
+        upward = self._column("direction") == DIRECTIONS.index(Direction.uplink)
+        return {"uplink": adapter & upward, "downlink": adapter & ~upward, "setup": ~adapter}
+
+
+def _zero_totals() -> Totals:
+    return {f"{kind}_{suffix}": 0 for kind in ("uplink", "downlink", "setup") for suffix in AMOUNTS}
+
+
+def _encode(column: NDArray[np.int64]) -> list[list[int]]:
+    """Returns the differences of neighbours, run-length encoded: [[difference, times], ...]."""
+    differences = np.diff(column, prepend=0)
+    starts = np.flatnonzero(np.diff(differences, prepend=differences[:1] + 1)) if len(column) else np.zeros(0, dtype=np.int64)
+    times = np.diff(starts, append=len(column))
+    return [[int(difference), int(count)] for difference, count in zip(differences[starts], times, strict=True)]
+
+
+def _decode(runs: list[list[int]]) -> NDArray[np.int64]:
+    pairs = np.array(runs, dtype=np.int64).reshape(-1, 2)
+    return np.cumsum(np.repeat(pairs[:, 0], pairs[:, 1]))

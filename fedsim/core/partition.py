@@ -1,0 +1,128 @@
+"""Dealing training examples to clients: one index list per client, disjoint and complete.
+
+Skew in what a client holds (task, or a Dirichlet mixture drawn per client as in Hsu et al. 2019, arXiv 1909.06335) and skew in how
+much it holds (log-normal) are independent choices that compose.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedsim.config import DirichletOver, FederationConfig, Partition
+from fedsim.errors import UserError
+from fedsim.seeding import numpy_generator
+from fedsim.types import Example
+
+
+def partition(examples: Sequence[Example], federation: FederationConfig, seed: int) -> list[list[int]]:
+    """Returns the ascending example indices of each client.
+
+    Guarantees: every example belongs to exactly one client; every client has at least one; the same arguments give the same shards.
+    Raises UserError where there are more clients than examples, or fewer clients than tasks with partition=task.
+    """
+    if federation.clients > len(examples):
+        raise UserError(
+            f"federation.clients: expected at most the {len(examples)} training examples, got {federation.clients}; "
+            "use fewer clients or more examples."
+        )
+    generator = numpy_generator(seed, "partition")
+    weights = np.exp(federation.quantity_sigma * generator.standard_normal(federation.clients))
+    shards = {Partition.iid: _iid, Partition.task: _by_task, Partition.dirichlet: _dirichlet}[federation.partition](
+        examples, federation, weights, generator
+    )
+    return [sorted(int(i) for i in shard) for shard in shards]
+
+
+def holdings(examples: Sequence[Example], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
+    """Returns each client's number of examples by task; every client names every task, in alphabetical order."""
+    tasks = sorted({example.task for example in examples})
+    found = [dict.fromkeys(tasks, 0) for _ in shards]
+    for counts, shard in zip(found, shards, strict=True):
+        for i in shard:
+            counts[examples[i].task] += 1
+    return found
+
+
+def apportion(weights: np.ndarray, total: int, most: np.ndarray | None = None) -> np.ndarray:
+    """Returns whole numbers in proportion to `weights` [n] that sum to `total`, each at least 1 and at most `most` [n].
+
+    Largest remainder; `total` must lie between n and the sum of `most`. Ties go to the lower index.
+    """
+    limit = np.full(len(weights), total) if most is None else most
+    shares = np.ones(len(weights), dtype=np.int64)
+    while (left := total - int(shares.sum())) > 0:
+        open_ = shares < limit
+        ideal = np.where(open_, weights / weights[open_].sum() * left, 0.0)
+        whole = np.minimum(ideal.astype(np.int64), limit - shares)
+        if whole.any():
+            shares += whole
+            continue
+        shares[np.argsort(-ideal, kind="stable")[:left]] += 1
+    return shares
+
+
+def _iid(examples: Sequence[Example], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
+    return _cut(generator.permutation(len(examples)), apportion(weights, len(examples)))
+
+
+def _by_task(
+    examples: Sequence[Example], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Each task gets clients in proportion to its examples, at least one."""
+    groups = _groups(examples, DirichletOver.task)
+    if federation.clients < len(groups):
+        raise UserError(
+            f"federation.partition=task: expected at least one client for each of the {len(groups)} tasks, "
+            f"got federation.clients={federation.clients}; use more clients."
+        )
+    sizes = np.array([len(group) for group in groups])
+    shards: list[np.ndarray] = []
+    for group, count in zip(groups, apportion(sizes, federation.clients, sizes), strict=True):
+        own = weights[len(shards) : len(shards) + count]
+        shards += _cut(generator.permutation(group), apportion(own, len(group)))
+    return shards
+
+
+def _dirichlet(
+    examples: Sequence[Example], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Each client draws its mixture around the overall one, then its examples without replacement.
+
+    The concentration is alpha for each of several equally large groups. A group that is used up leaves the mixtures of later clients.
+    """
+    groups = [generator.permutation(group) for group in _groups(examples, federation.dirichlet_over)]
+    sizes = np.array([len(group) for group in groups])
+    used = np.zeros(len(groups), dtype=np.int64)
+    concentration = federation.alpha * len(groups) * sizes / sizes.sum()
+    quotas = apportion(weights, len(examples))
+    shards: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * federation.clients
+    for client in generator.permutation(federation.clients):  # in random order: the last ones get what is left
+        mixture = generator.dirichlet(concentration)
+        counts = _draw(mixture, int(quotas[client]), sizes - used, generator)
+        shards[client] = np.concatenate([group[u : u + n] for group, u, n in zip(groups, used, counts, strict=True)])
+        used += counts
+    return shards
+
+
+def _draw(mixture: np.ndarray, quota: int, available: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Returns how many of each group are taken: `quota` in all, none above `available`."""
+    taken = np.zeros(len(mixture), dtype=np.int64)
+    while (left := quota - int(taken.sum())) > 0:
+        chances = np.where(available > taken, mixture, 0.0)
+        if chances.sum() <= 0:  # the mixture lies wholly on used-up groups
+            chances = (available - taken).astype(float)
+        taken = np.minimum(taken + generator.multinomial(left, chances / chances.sum()), available)
+    return taken
+
+
+def _groups(examples: Sequence[Example], over: DirichletOver) -> list[np.ndarray]:
+    """Example indices by task, or by task and gold answer, in alphabetical order."""
+    keys = [(example.task, example.answer if over is DirichletOver.label else "") for example in examples]
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, key in enumerate(keys):
+        found.setdefault(key, []).append(i)
+    return [np.array(found[key]) for key in sorted(found)]
+
+
+def _cut(order: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    return np.split(order, np.cumsum(sizes)[:-1])

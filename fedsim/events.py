@@ -1,0 +1,49 @@
+"""events.jsonl: the facts of a run, one line each, in the order in which they happened."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedsim.files import atomic_write, finite
+
+
+class EventLog:
+    """The open log of a run; one process writes it, anyone may read it meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def append(self, kind: str, facts: dict[str, Any]) -> None:
+        """Appends {time, kind, facts...} in one write: a kill leaves at most one torn last line. Costs some ten microseconds."""
+        event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts}
+        try:
+            text = json.dumps(event, allow_nan=False)
+        except ValueError:  # a loss that has become NaN, for which JSON has no word
+            text = json.dumps(finite(event))
+        os.write(self._descriptor, text.encode() + b"\n")
+
+    def sync(self) -> int:
+        """Makes all events so far durable and returns the size of the log in bytes."""
+        os.fsync(self._descriptor)
+        return os.fstat(self._descriptor).st_size
+
+    def close(self) -> None:
+        """Closes the file; nothing is buffered."""
+        os.close(self._descriptor)
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the events of a log, none if it does not exist; a torn last line is left out."""
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+
+
+def cut_events(path: Path, size: int, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Keeps the first `size` bytes of a log and, of the whole lines after them, those that `keep` wants. Atomic."""
+    content = path.read_bytes()
+    lines = [line for line in content[size:].splitlines(keepends=True) if line.endswith(b"\n")]
+    atomic_write(path, content[:size] + b"".join(line for line in lines if keep(json.loads(line))))

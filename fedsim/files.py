@@ -1,0 +1,52 @@
+"""Files that are whole or absent: written to a temporary name beside the target, then renamed over it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".*.fedsim-tmp"
+"""Pattern of the names that a killed `atomic_write` may leave behind."""
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Makes `content` the whole content of `path`, durably.
+
+    Guarantees: at any moment, also after a kill or a power cut, `path` holds its old content or all of the new. The folder must exist.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.fedsim-tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON; NaN and infinities become null, because JSON has none."""
+    atomic_write(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """Returns `value` with null for every float that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

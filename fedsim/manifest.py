@@ -1,0 +1,70 @@
+"""The manifest of a run: with what, where and when it was made, so that a result can be made again or a difference explained."""
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("fedsim", "flwr", "torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "hydra-core", "peft", "ray")
+
+
+def manifest(seed: int, now: datetime) -> dict[str, Any]:
+    """Returns versions, commit, seed, hardware, command line and start as plain values; null for what is not there."""
+    return {
+        "started": now.isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "seed": seed,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "commit": _commit(Path(__file__).parent),
+        "hardware": _hardware(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> dict[str, Any] | None:
+    """Returns id and dirtiness of the checkout that tracks this code, or None: an installed copy may lie in somebody else's checkout."""
+    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    head = _git(folder, "rev-parse", "HEAD")
+    return {"id": head, "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))} if head else None
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _hardware() -> dict[str, Any]:
+    import torch  # only to name the GPU; the run has torch loaded anyway
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(count)],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,311 @@
+"""The folder of one run: its configuration, manifest, events, checkpoints and results.
+
+What is in it tells how far the run came, at whatever moment it was killed: config.yaml is written last of what begins a run
+and summary.json last of what ends it. A lock that dies with its process tells whether the run still goes on.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from torch import Tensor
+
+from fedsim import checkpoints
+from fedsim.checkpoints import Checkpoint, DamagedError
+from fedsim.config import Config, to_dict
+from fedsim.errors import UserError
+from fedsim.events import EventLog, cut_events, read_events
+from fedsim.files import TEMPORARY, atomic_write, atomic_write_json
+from fedsim.manifest import manifest
+
+LOCK = "run.lock"
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+EVENTS = "events.jsonl"
+CHECKPOINTS = "checkpoints"
+SUMMARY = "summary.json"
+CONTENTS = (
+    *(LOCK, CONFIG, MANIFEST, EVENTS, CHECKPOINTS, SUMMARY),
+    *("adapter", "communication.csv", "holdings.txt", "curves.png", "partition.png"),
+)
+"""All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
+
+FREE_ON_RESUME = ("run_dir", "resume", "overwrite", "engine")
+"""Options that may differ between a run and its resumption: they say where and how it is computed, not what."""
+
+KEPT_ON_RESUME = ("interrupted", "resumed", "damaged_checkpoint")
+"""Events that tell what happened to the run itself: kept when the rounds after the last checkpoint are cut off."""
+
+
+class _Stage(Enum):
+    free = "does not exist or is empty, or nothing but a lock was written"
+    foreign = "holds something else"
+    interrupted = "holds a run that has not finished"
+    finished = "holds a finished run"
+
+
+class RunFolder:
+    """An open run folder, locked until `close` or the end of the process. Made by `open`."""
+
+    def __init__(self, folder: Path, lock: int, keep: int) -> None:
+        self.folder = folder
+        self.finished_summary: dict[str, Any] | None = None
+        """The summary, if `resume=true` was asked of a run that is already finished; nothing is to be done then."""
+        self._keep = keep
+        self._lock = lock
+        self._log: EventLog | None = None
+
+    @classmethod
+    def open(cls, config: Config, now: datetime | None = None, keep: int = 2) -> "RunFolder":
+        """Takes the folder that the configuration asks for: a new one, or an old one by `resume` or `overwrite`.
+
+        A new run takes a missing or empty folder, or one where a run was killed before it began. `resume` goes on from the last good
+        checkpoint, from the beginning if there is none yet, and cuts off the events after it. The `keep` latest checkpoints stay.
+        Guarantees: the caller is the only one in the folder; results of an earlier run are not mixed in.
+        Raises UserError, with everything left as it was, if the folder is in use, finished or interrupted and neither option was given,
+        if it holds other files, or if the configuration of the resumption would change the result.
+        """
+        now = now or datetime.now().astimezone()
+        folder = Path(config.run_dir) if config.run_dir else None
+        if config.resume and (folder is None or _stage(folder) is _Stage.foreign or not (folder / LOCK).exists()):
+            raise UserError(
+                f"Expected run_dir= to name the interrupted run to resume, got {folder or 'none'}. Give the folder of that run."
+            )
+        if folder is None:
+            folder = _new_dated_folder(now, config.method.name)
+        _refuse_foreign(folder)
+        run = cls(folder, _locked(folder), keep)
+        try:
+            run._prepare(config, now)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the folder for others. Harmless when called twice."""
+        if self._log:
+            self._log.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._log, self._lock = None, -1
+
+    def path(self, name: str) -> Path:
+        """Returns the path of `name`, with its parent folder made. Raises ValueError unless its first part is in CONTENTS."""
+        if Path(name).parts[0] not in CONTENTS:
+            raise ValueError(f"Expected a name that begins with one of {', '.join(CONTENTS)}, got {name!r}. Add it to CONTENTS.")
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Writes a whole file atomically."""
+        path = self.path(name)
+        atomic_write(path, content)
+        return path
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Writes a whole JSON file atomically."""
+        path = self.path(name)
+        atomic_write_json(path, value)
+        return path
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Appends one line {time, kind, facts...} to events.jsonl, in one write: a kill leaves at most one torn last line."""
+        if not self._log:
+            raise ValueError(f"Expected an open run folder for the event {kind!r}, but {self.folder} is closed or finished.")
+        self._log.append(kind, facts)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yields all whole events so far, in order."""
+        return read_events(self.folder / EVENTS)
+
+    def save_checkpoint(self, round_: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Saves the state after `round_` durably, and writes the event "checkpoint".
+
+        The checkpoint remembers how far the events went: `resume` cuts them there, so that what is done again is told once.
+        """
+        self.event("checkpoint", round=round_)
+        events_size = self._log.sync() if self._log else 0
+        state = {"state": state, "events_size": events_size}
+        checkpoints.save(self.folder / CHECKPOINTS, Checkpoint(round_, tensors, state), self._keep)
+
+    def last_checkpoint(self) -> Checkpoint | None:
+        """Returns the latest good checkpoint. A damaged one is set aside as *.damaged, with an event, and the one before is taken."""
+        found = self._last_whole_checkpoint()
+        return Checkpoint(found.round, found.tensors, found.state["state"]) if found else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json: from now on the run counts as finished. Call it last."""
+        self.write_json(SUMMARY, summary)
+
+    def _prepare(self, config: Config, now: datetime) -> None:
+        """Decides, under the lock, between a new run and an old one."""
+        stage = _stage(self.folder)  # again: another process may have been at work until the lock was free
+        resumed = config.resume and stage is not _Stage.free
+        if not resumed and not config.overwrite:
+            _refuse_occupied(self.folder, stage)
+        if resumed:
+            _refuse_other_configuration(self.folder, config)
+        if resumed and stage is _Stage.finished:
+            self.finished_summary = json.loads((self.folder / SUMMARY).read_bytes())
+            return
+        if resumed:
+            self._resume(config, now)
+        else:
+            self._begin(config, now)
+
+    def _begin(self, config: Config, now: datetime) -> None:
+        _clear(self.folder)
+        atomic_write_json(self.folder / MANIFEST, manifest(config.seed, now))
+        atomic_write(self.folder / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
+        self._log = EventLog(self.folder / EVENTS)
+
+    def _resume(self, config: Config, now: datetime) -> None:
+        """Cuts the events after the last checkpoint off and adds this session to the manifest: versions may have changed since."""
+        for leftover in self.folder.rglob(TEMPORARY):
+            leftover.unlink()
+        self._log = EventLog(self.folder / EVENTS)
+        checkpoint = self._last_whole_checkpoint()
+        self._log.close()
+        size = checkpoint.state["events_size"] if checkpoint else 0
+        cut_events(self.folder / EVENTS, size, lambda event: event["kind"] in KEPT_ON_RESUME)
+        self._log = EventLog(self.folder / EVENTS)
+        facts = json.loads((self.folder / MANIFEST).read_bytes())
+        facts.setdefault("resumed", []).append(manifest(config.seed, now))
+        atomic_write_json(self.folder / MANIFEST, facts)
+
+    def _last_whole_checkpoint(self) -> Checkpoint | None:
+        for path in reversed(checkpoints.saved(self.folder / CHECKPOINTS)):
+            try:
+                return checkpoints.load(path)
+            except DamagedError as error:
+                path.rename(path.with_name(path.name + ".damaged"))
+                self.event("damaged_checkpoint", reason=str(error))
+        return None
+
+
+def _stage(folder: Path) -> _Stage:
+    if not folder.is_dir():
+        return _Stage.foreign if folder.exists() else _Stage.free
+    names = {entry.name if _is_ours(entry) else None for entry in folder.iterdir()}
+    if names and (LOCK not in names or None in names):
+        return _Stage.foreign
+    if CONFIG not in names:
+        return _Stage.free
+    return _Stage.finished if SUMMARY in names else _Stage.interrupted
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if _stage(folder) is not _Stage.foreign:
+        return
+    others = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry)) if folder.is_dir() else []
+    what = f"other files ({others[0]!r})" if others else "something else"
+    raise UserError(
+        f"Expected {folder} to be a run folder, empty or missing, but it holds {what}. Move that away or choose another run_dir=."
+    )
+
+
+def _refuse_occupied(folder: Path, stage: _Stage) -> None:
+    if stage is _Stage.interrupted:
+        raise UserError(
+            f"Expected a free run folder, but {folder} holds an interrupted run. "
+            "Go on with resume=true, replace it with overwrite=true, or choose another run_dir=."
+        )
+    if stage is _Stage.finished:
+        raise UserError(
+            f"Expected a free run folder, but {folder} holds a finished run. Replace it with overwrite=true or choose another run_dir=."
+        )
+
+
+def _refuse_other_configuration(folder: Path, config: Config) -> None:
+    try:
+        before = _options(yaml.safe_load((folder / CONFIG).read_bytes()))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise UserError(
+            f"Expected {folder / CONFIG} as the run wrote it, but it is no such file. Put it back, or use overwrite=true."
+        ) from None
+    now = _options(to_dict(config))
+    differing = [f"{key}={now.get(key)} (run: {before.get(key)})" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if differing:
+        raise UserError(
+            f"Expected the configuration with which {folder} was begun, got {', '.join(differing)}. "
+            "Give the same options to resume it, or choose another run_dir=."
+        )
+
+
+def _options(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"training.batch_size": 8, ...} for the options that change a result."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if not prefix and key in FREE_ON_RESUME:
+            continue
+        flat |= _options(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _new_dated_folder(now: datetime, method: str) -> Path:
+    """Makes runs/<date>/<time>-<method>, with -2, -3, ... for the runs of a sweep that begin in the same second."""
+    name, count = now.strftime(f"runs/%Y-%m-%d/%H-%M-%S-{method}"), 1
+    while True:
+        folder = Path(name if count == 1 else f"{name}-{count}")
+        if _made(folder):
+            return folder
+        count += 1
+
+
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"Expected to write in {folder}, but: {error.strerror}. Choose another run_dir=.") from error
+    return True
+
+
+def _locked(folder: Path) -> int:
+    """Makes the folder if need be and returns the descriptor that holds its lock, which goes when the process does, however it ends."""
+    _made(folder)
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"Expected to write in {folder}, but: {error.strerror}. Choose another run_dir=.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(lock, 100).decode().strip()
+        os.close(lock)
+        raise UserError(f"Expected a free run folder, but {folder} is in use by {owner}. Wait for it or choose another run_dir=.") from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    return lock
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run wrote. config.yaml goes first, so that a kill on the way leaves a folder where nothing has begun."""
+    (folder / CONFIG).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if entry.name == LOCK or not _is_ours(entry):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _is_ours(entry: Path) -> bool:
+    return entry.name in CONTENTS or entry.match(TEMPORARY)

@@ -1,0 +1,165 @@
+"""Held-out accuracy and loss: greedy generation in batches with a key-value cache, and the mean loss of the reference responses.
+
+Rows of similar prompt length share a batch, padded on the left; rows that have ended leave the batch when they are half of it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.config import DataConfig, EvaluationConfig, TrainOn
+from fedsim.core.answers import is_correct
+from fedsim.training.batches import collate, pack
+from fedsim.training.encoding import encode, encode_prompt, has_response
+from fedsim.training.loss import row_losses
+from fedsim.types import EncodedExample, Example
+
+LOSS_SHARE = 4
+"""A loss pass has this part of a generation batch's tokens, because it keeps the logits of every position."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a model achieves on the test examples of one task."""
+
+    accuracy: float  # part of all examples that are answered correctly, 0 to 1
+    loss: float  # mean over examples of the mean over the response's tokens; nan where every response was cut away
+    num_examples: int
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    config: EvaluationConfig,
+    data: DataConfig,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TaskResult:
+    """Answers every example and compares with the gold answers; `on_progress(done, total)` counts answered examples.
+
+    Guarantees: no gradient, no change of the model; the result does not depend on the order of the examples, beyond float tolerance. A
+    prompt that fills the model's context counts as answered wrongly; a response that `data.max_length` cuts away has no loss.
+    """
+    with _inference(model):
+        prompts = [encode_prompt(example, tokenizer) for example in examples]
+        answers = generate(
+            model,
+            prompts,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            max_new_tokens=config.max_new_tokens,
+            tokens_per_pass=config.tokens_per_pass,
+            on_progress=on_progress,
+        )
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        encoded = [encode(example, tokenizer, data.max_length, TrainOn.response) for example in examples]
+        loss = mean_loss(model, encoded, pad_id=tokenizer.pad_token_id, tokens_per_pass=max(1, config.tokens_per_pass // LOSS_SHARE))
+    correct = sum(is_correct(text, example) for text, example in zip(texts, examples, strict=True))
+    return TaskResult(correct / len(examples), loss, len(examples))
+
+
+def mean_loss(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: int, tokens_per_pass: int) -> float:
+    """Returns the mean over examples of each example's mean token loss, without gradient; nan where no example has a response."""
+    device = next(model.parameters()).device
+    usable = [example for example in examples if has_response(example)]
+    if not usable:
+        return float("nan")
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    with torch.no_grad():
+        for each in pack({0: usable}, len(usable), tokens_per_pass):
+            total += row_losses(model, collate([row.example for row in each.rows], pad_id, device)).double().sum()
+    return float(total) / len(usable)
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_id: int,
+    pad_id: int,
+    max_new_tokens: int,
+    tokens_per_pass: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[int]]:
+    """Returns the greedy continuation of each prompt, up to and without the end-of-sequence token, in the order of the prompts.
+
+    Guarantees: equal to generating one prompt at a time, to float tolerance. No sequence grows beyond the model's context; a prompt that
+    fills it gets an empty answer.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or max(map(len, prompts), default=0) + max_new_tokens
+    answers: list[list[int]] = [[] for _ in prompts]
+    fitting = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < context), key=lambda i: (len(prompts[i]), i))
+    done = len(prompts) - len(fitting)
+    with torch.no_grad():
+        for rows in _batches(fitting, prompts, max_new_tokens, tokens_per_pass):
+            batch = [prompts[i] for i in rows]
+            new_tokens = min(max_new_tokens, context - len(batch[0]))
+            for i, answer in zip(rows, _generate_batch(model, batch, eos_id, pad_id, new_tokens), strict=True):
+                answers[i] = answer[: context - len(prompts[i])]
+            done += len(rows)
+            on_progress(done, len(prompts))
+    return answers
+
+
+def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, tokens_per_pass: int) -> Iterator[list[int]]:
+    """Cuts prompts in order of length into batches that stay within the budget when every answer is as long as allowed."""
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(prompts[i]) + max_new_tokens) * (len(batch) + 1) > tokens_per_pass:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _generate_batch(model: Any, prompts: Sequence[Sequence[int]], eos_id: int, pad_id: int, max_new_tokens: int) -> list[list[int]]:
+    from transformers import DynamicCache
+
+    device = next(model.parameters()).device
+    input_ids, mask = _pad_left(prompts, pad_id, device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    tokens = torch.full((len(prompts), max_new_tokens), eos_id, device=device)  # a row that has ended stays at end-of-sequence
+    alive = torch.arange(len(prompts), device=device)  # rows of `tokens` that are still in the batch
+    for step in range(max_new_tokens):
+        output = model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        ended = (tokens[alive, step - 1] == eos_id) if step else torch.zeros(len(alive), dtype=torch.bool, device=device)
+        tokens[alive, step] = torch.where(ended, eos_id, output.logits[:, -1].argmax(-1))
+        keep = tokens[alive, step] != eos_id
+        num_kept = int(keep.sum())
+        if num_kept == 0:
+            break
+        if num_kept * 2 <= len(alive):
+            chosen = keep.nonzero().squeeze(1)
+            cache.batch_select_indices(chosen)
+            alive, mask, positions = alive[chosen], mask[chosen], positions[chosen]
+        input_ids = tokens[alive, step].unsqueeze(1)
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in tokens.tolist()]
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns token ids and attention mask: [rows, tokens]."""
+    width = max(map(len, prompts))
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block: a model in training mode with activation checkpointing would not use its cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,98 @@
+"""The ledger against a plain list of transfers, summed in the obvious way."""
+
+import csv
+import io
+import json
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
+
+sizes = st.integers(0, 2**50)
+transfers = st.builds(
+    Transfer, st.integers(0, 4), st.integers(0, 5), st.sampled_from(Direction), st.sampled_from(Purpose), sizes, sizes, sizes
+)
+
+
+def ledger_of(items: list[Transfer]) -> CommunicationLedger:
+    ledger = CommunicationLedger()
+    for item in items:
+        ledger.add(item)
+    return ledger
+
+
+def plain_totals(items: list[Transfer]) -> dict[str, int]:
+    kinds = {
+        "uplink": [t for t in items if t.purpose is Purpose.adapter and t.direction is Direction.uplink],
+        "downlink": [t for t in items if t.purpose is Purpose.adapter and t.direction is Direction.downlink],
+        "setup": [t for t in items if t.purpose is not Purpose.adapter],
+    }
+    result = {}
+    for kind, chosen in kinds.items():
+        result[f"{kind}_parameters"] = sum(t.parameters for t in chosen)
+        result[f"{kind}_bytes"] = sum(t.serialized_bytes for t in chosen)
+        result[f"{kind}_raw_bytes"] = sum(t.raw_bytes for t in chosen)
+    return result
+
+
+@given(st.lists(transfers, max_size=40))
+def test_totals_equal_a_plain_sum_over_all_transfers_per_client_and_per_round(items: list[Transfer]) -> None:
+    ledger = ledger_of(items)
+    assert ledger.totals() == plain_totals(items)
+    assert ledger.per_client() == {c: plain_totals([t for t in items if t.client == c]) for c in sorted({t.client for t in items})}
+    assert ledger.per_round() == {r: plain_totals([t for t in items if t.round == r]) for r in sorted({t.round for t in items})}
+
+
+@given(st.lists(transfers, max_size=40))
+def test_uplink_downlink_and_setup_add_up_to_everything_that_travelled(items: list[Transfer]) -> None:
+    totals = ledger_of(items).totals()
+    assert totals["uplink_bytes"] + totals["downlink_bytes"] + totals["setup_bytes"] == sum(t.serialized_bytes for t in items)
+
+
+@given(st.lists(transfers, max_size=40))
+def test_json_keeps_every_transfer_and_its_order(items: list[Transfer]) -> None:
+    ledger = ledger_of(items)
+    copy = CommunicationLedger.from_json(json.loads(json.dumps(ledger.to_json())))
+    assert list(copy.rows()) == list(ledger.rows())
+    copy.add(Transfer(9, 9, Direction.uplink, Purpose.bases, 1, 4, 7))
+    assert len(copy) == len(items) + 1
+
+
+def test_json_is_read_by_name_so_that_a_new_purpose_may_be_put_before_an_old_one() -> None:
+    value = ledger_of([Transfer(1, 0, Direction.uplink, Purpose.adapter, 1, 4, 9)]).to_json()
+    value |= {"purposes": ["adapter", "bases"], "directions": ["downlink", "uplink"]}
+    value["columns"] |= {"purpose": [[0, 1]], "direction": [[1, 1]]}
+    assert CommunicationLedger.from_json(value).totals()["uplink_bytes"] == 9
+
+
+def test_rows_written_as_csv_are_read_back_to_the_same_totals() -> None:
+    ledger = ledger_of([Transfer(r, c, d, p, 3, 12, 20 + c) for r in range(2) for c in range(3) for d in Direction for p in Purpose])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(next(ledger.rows())))
+    writer.writeheader()
+    writer.writerows(ledger.rows())
+    copy = CommunicationLedger.from_rows(csv.DictReader(io.StringIO(text.getvalue())))
+    assert list(copy.rows()) == list(ledger.rows())
+    assert copy.totals() == ledger.totals()
+
+
+def test_a_thousand_clients_over_a_hundred_rounds_stay_small() -> None:
+    ledger = CommunicationLedger()
+    for round_ in range(100):
+        for direction in Direction:
+            for client in range(1000):
+                ledger.add(Transfer(round_, client, direction, Purpose.adapter, 1024, 4096, 4200))
+    assert sum(sys.getsizeof(column) for column in ledger._columns.values()) < 60 * len(ledger)
+    assert len(json.dumps(ledger.to_json())) < len(ledger)
+    assert ledger.totals()["uplink_parameters"] == 100 * 1000 * 1024
+
+
+def test_a_negative_size_is_refused_and_leaves_the_ledger_as_it_was() -> None:
+    ledger = CommunicationLedger()
+    with pytest.raises(ValueError, match="at least 0"):
+        ledger.add(Transfer(1, 0, Direction.uplink, Purpose.adapter, -1, 4, 4))
+    assert len(ledger) == 0
+    assert set(ledger.totals().values()) == {0}
