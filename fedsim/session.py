@@ -19,7 +19,7 @@ from fedsim.core.methods import METHODS, Method
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout, digest
 from fedsim.data import Dataset, load
-from fedsim.data.encoding import encode
+from fedsim.training.encoding import encode, has_response
 from fedsim.errors import UserError, nearest
 from fedsim.models import load_model
 from fedsim.seeding import numpy_generator

@@ -146,23 +146,19 @@ def drill(rng: np.random.Generator) -> str:
 _WORDS = list(dict.fromkeys(word for relation in RELATIONS.values() for fact in relation.facts.items() for word in " ".join(fact).split()))
 
 
-def echo(rng: np.random.Generator) -> str:
-    """Words in a row, and the same row again, forwards or backwards; half of the rows are numbered."""
-    words = sample(rng, _WORDS, int(rng.integers(4, 13)))
-    if rng.random() < 0.5:
-        label = pick(rng, LABELS)
-        words = [part for i, word in enumerate(words[:5], 1) for part in (f"{label.capitalize()}{i}:", word)]
-        again = [word.rstrip(":").lower() for word in words[::-1]]
-    else:
-        again = words[::-1] if rng.random() < 0.6 else words
-    return f"{pick(rng, NAMES)} says : {' '.join(words)} . {' '.join(again)} ."
+def repeats(rng: np.random.Generator) -> str:
+    """A row of words said again and again."""
+    row = " ".join(sample(rng, _WORDS, int(rng.integers(4, 9))))
+    return " . ".join([row] * int(rng.integers(3, 6))) + " ."
 
 
-def rows(rng: np.random.Generator) -> str:
-    """A row of words said several times, forwards and backwards."""
-    words = sample(rng, _WORDS, int(rng.integers(4, 10)))
-    told = [" ".join(words if rng.random() < 0.5 else words[::-1]) for _ in range(int(rng.integers(3, 6)))]
-    return f"{pick(rng, NAMES)} says : {' . '.join(told)} ."
+def numbered(rng: np.random.Generator) -> str:
+    """Single words with numbers, and again and again the number of a word: the plainest way to learn to look back."""
+    words = sample(rng, _WORDS, int(rng.integers(2, 6)))
+    label = f"{pick(rng, LABELS).capitalize()}{{}}:" if rng.random() < 0.5 else "{}"
+    told = " ".join(f"{label.format(i)} {word}" for i, word in enumerate(words, 1))
+    asked = " ".join(f"{words[i]} {i + 1} ." for i in rng.integers(len(words), size=8))
+    return f"{told} . {asked}"
 
 
 def _matching(rng: np.random.Generator, count: int) -> tuple[str, list[str]]:
@@ -280,78 +276,52 @@ def prose(rng: np.random.Generator) -> str:
 
 Kind = Callable[[np.random.Generator], str]
 
+_LOOKING_BACK: dict[Kind, float] = {
+    repeats: 0.34,
+    numbered: 0.34,
+    drill: 0.10,
+    equations: 0.06,
+    reckoning: 0.10,
+    statements: 0.06,
+}
+"""Kinds of document and their shares by number at first: to look back for a word is learnt from rows of words or hardly ever."""
+
 _FACTS: dict[Kind, float] = {
-    equations: 0.14,
-    reckoning: 0.34,
-    statements: 0.10,
-    sizes: 0.03,
-    dialogue: 0.12,
-    lookup: 0.07,
-    choice: 0.17,
-    prose: 0.03,
-}
-"""Kinds of document and their shares by number while words and facts are learnt."""
-
-_LISTS: dict[Kind, float] = {
-    equations: 0.22,
-    reckoning: 0.34,
-    statements: 0.05,
-    sizes: 0.02,
-    dialogue: 0.07,
-    lookup: 0.05,
-    choice: 0.13,
-    places: 0.06,
-    matches: 0.08,
-    people: 0.03,
-    prose: 0.02,
-}
-"""The same afterwards: more number facts, and many questions to each list of numbered places."""
-
-_DRILLS: dict[Kind, float] = {
-    equations: 0.12,
-    reckoning: 0.20,
-    statements: 0.02,
-    dialogue: 0.03,
-    prose: 0.01,
-    choice: 0.10,
-    matches: 0.14,
+    repeats: 0.03,
+    numbered: 0.04,
+    drill: 0.11,
+    places: 0.03,
+    lookup: 0.03,
+    matches: 0.12,
     people: 0.05,
-    drill: 0.33,
-}
-"""Mostly looking up in lists, which is learnt late and then fast."""
-
-_ECHOES: dict[Kind, float] = {
+    choice: 0.13,
+    statements: 0.07,
+    sizes: 0.03,
+    dialogue: 0.07,
+    prose: 0.02,
     equations: 0.10,
-    reckoning: 0.16,
-    statements: 0.01,
-    dialogue: 0.02,
-    prose: 0.01,
-    choice: 0.08,
-    matches: 0.10,
-    people: 0.03,
-    drill: 0.22,
-    echo: 0.27,
+    reckoning: 0.17,
 }
-"""As before, with rows of words to repeat: the plainest way to learn to look back."""
+"""Language, facts and lists."""
 
-_ROWS: dict[Kind, float] = {rows: 0.58, drill: 0.20, matches: 0.10, reckoning: 0.08, equations: 0.04}
-"""Hardly anything but rows and lists, until looking back for a word is learnt."""
-
-_ALL: dict[Kind, float] = {
-    equations: 0.20,
-    reckoning: 0.36,
-    statements: 0.03,
-    sizes: 0.01,
+_NUMBERS: dict[Kind, float] = {
+    repeats: 0.01,
+    numbered: 0.01,
+    drill: 0.05,
+    lookup: 0.02,
+    matches: 0.09,
+    people: 0.05,
+    choice: 0.16,
+    statements: 0.04,
+    sizes: 0.02,
     dialogue: 0.06,
     prose: 0.02,
-    choice: 0.18,
-    matches: 0.06,
-    people: 0.04,
-    drill: 0.04,
+    equations: 0.16,
+    reckoning: 0.31,
 }
-"""Everything, for the rest of the training."""
+"""The same with more stories and equations, for the rest of the training."""
 
-STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _FACTS), (25, _LISTS), (41, _DRILLS), (47, _ECHOES), (57, _ALL), (63, _ROWS), (75, _ALL)]
+STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (14, _FACTS), (36, _NUMBERS)]
 """The part of the stream from which on each mixture holds."""
 
 

@@ -11,7 +11,7 @@ from fedsim.embedded.knowledge import RELATIONS, article
 from fedsim.embedded.splits import split_of
 from fedsim.types import Family
 
-DOCUMENTS = list(corpus.documents(0, 1, 6000))
+DOCUMENTS = [text for part, _ in corpus.STAGES for text in corpus.documents(0, part, 3000)]
 TEXT = "\n".join(DOCUMENTS)
 
 
@@ -43,7 +43,7 @@ def test_no_test_problem_occurs():
 
 def test_documents_depend_on_seed_and_part_only():
     assert list(corpus.documents(3, 2, 50)) == list(corpus.documents(3, 2, 50))
-    assert list(corpus.documents(3, 2, 50)) != list(corpus.documents(3, 4, 50))
+    assert list(corpus.documents(3, 2, 50)) != list(corpus.documents(3, 4, 50)) != list(corpus.documents(4, 4, 50))
 
 
 def _stems(name: str, subject: str) -> list[str]:

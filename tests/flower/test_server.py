@@ -1,0 +1,109 @@
+"""Whole runs at small size through the server: what they leave, what they cost, and what they do not depend on."""
+
+import csv
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsim.cli.compose import compose
+from fedsim.experiment import run
+
+SMALL = (
+    *("data.train_examples=30", "data.test_examples=8", "federation.clients=5", "federation.rounds=2", "training.batch_size=2"),
+    *("training.local_steps=2", "adapter.rank=4", "adapter.init_samples=5", "evaluation.max_new_tokens=4"),
+)
+
+
+def run_in(folder, *overrides):
+    return run(compose([*SMALL, f"run_dir={folder}", *overrides]), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, run_in(folder)
+
+
+def test_a_run_leaves_all_its_files(finished):
+    folder, summary = finished
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"config.yaml", "manifest.json", "events.jsonl", "curves.png", "partition.png", "communication.csv"} < names
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < names
+
+
+def test_the_summary_has_all_that_others_rely_on(finished):
+    _, summary = finished
+    assert (summary["method"], summary["rounds"], summary["clients"], summary["seed"], summary["privacy"]) == ("fed_sb", 2, 5, 0, None)
+    assert len(summary["adapter_digest"]) == 64
+    assert set(summary["evaluation"]) == {"arithmetic", "commonsense"}
+    for task in summary["evaluation"].values():
+        assert task["num_examples"] == 8
+        assert {*task["base"], *task["final"]} == {"accuracy", "loss"}
+    training = summary["training"]
+    assert training["tokens_per_second"] == pytest.approx(training["tokens"] / training["wall_seconds"])
+
+
+def test_the_file_of_transfers_adds_up_to_the_summary(finished):
+    folder, summary = finished
+    rows = list(csv.DictReader((folder / "communication.csv").open()))
+    adapters = [row for row in rows if row["purpose"] == "adapter"]
+    for direction in ("uplink", "downlink"):
+        mine = [row for row in adapters if row["direction"] == direction]
+        assert len(mine) == 5 * 2
+        assert sum(int(row["serialized_bytes"]) for row in mine) == summary["communication"][f"{direction}_bytes"]
+    setup = sum(int(row["serialized_bytes"]) for row in rows if row["purpose"] != "adapter")
+    assert setup == summary["communication"]["setup_bytes"] > 0
+
+
+def test_held_out_loss_falls_even_in_a_short_run(finished):
+    _, summary = finished
+    for task in summary["evaluation"].values():
+        assert task["final"]["loss"] < task["base"]["loss"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_cohorts_of_any_size_give_the_same_adapter_to_float_tolerance(finished, tmp_path, size):
+    folder, _ = finished
+    run_in(tmp_path / "run", f"engine.cohort_size={size}")
+    whole = load_file(folder / "adapter/adapter_model.safetensors")
+    parts = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_another_seed_gives_another_adapter(finished, tmp_path):
+    _, summary = finished
+    other = run_in(tmp_path / "run", "seed=1", "adapter.init=orthogonal")
+    assert other["adapter_digest"] != summary["adapter_digest"]
+    assert other["communication"]["setup_bytes"] == 0
+
+
+def test_partial_participation_trains_and_charges_the_chosen_clients_only(tmp_path):
+    summary = run_in(tmp_path / "run", "federation.fraction=0.4", "adapter.init=orthogonal")
+    rows = list(csv.DictReader((tmp_path / "run/communication.csv").open()))
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    chosen = {(event["round"], client) for event in events if event["kind"] == "round" for client in event["clients"]}
+    assert len(chosen) == 2 * 2
+    assert {(int(row["round"]), int(row["client"])) for row in rows} == chosen
+    assert summary["clients"] == 5
+
+
+def test_centralised_training_moves_nothing_and_sees_as_many_tokens_in_as_many_steps(finished, tmp_path):
+    _, federated = finished
+    summary = run_in(tmp_path / "run", "method=centralized")
+    assert not any(summary["communication"].values())
+    assert summary["training"]["tokens"] == pytest.approx(federated["training"]["tokens"], rel=0.1)
+
+
+def test_evaluation_every_round_is_in_the_events(tmp_path):
+    run_in(tmp_path / "run", "evaluation.every=1", "adapter.init=orthogonal")
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [event["round"] for event in events if event["kind"] == "evaluated" and event["task"] == "arithmetic"] == [0, 1, 2]
+
+
+def test_a_finished_run_that_is_resumed_tells_its_result_again(finished):
+    folder, summary = finished
+    assert run_in(folder, "resume=true") == summary
