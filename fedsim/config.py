@@ -228,7 +228,9 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
     names = {f.name: f.type for f in fields(schema)}
     if set(values) != set(names):
         odd = sorted(set(values) ^ set(names))
-        raise UserError(f"configuration: expected the options {', '.join(names)} of {schema.__name__}, got a difference in {', '.join(odd)}.")
+        raise UserError(
+            f"configuration: expected the options {', '.join(names)} of {schema.__name__}, got a difference in {', '.join(odd)}."
+        )
     return schema(**{name: _from_plain(kind, values[name]) for name, kind in names.items()})
 
 

@@ -20,7 +20,9 @@ def load_model(config: ModelConfig, *, activation_checkpointing: bool = False) -
     All dropout is off: a mask drawn for a batch would couple clients. Raises UserError where the path or architecture does not serve.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the run has a display of its own
     path = source(config)
     settings = _guarded(path, lambda: AutoConfig.from_pretrained(path))
     _check_architecture(path, settings)

@@ -49,7 +49,7 @@ class Recipe:
 
 def make_tokenizer(recipe: Recipe) -> Any:
     """Returns the tokenizer, with the words of the generated text and of the tasks."""
-    return tokenizer.build([*corpus.documents(recipe.seed, -1, 20000), *corpus.task_vocabulary()])
+    return tokenizer.build(corpus.vocabulary(recipe.seed))
 
 
 def make_model(recipe: Recipe, words: Any) -> Any:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 a mistake in what was asked (one line says which
 
 import logging
 import os
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,14 @@ def _run(words: list[str]) -> int:
         return 0
     from fedsim.experiment import run
 
-    run(config)
+    try:
+        run(config)
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:  # the run had begun: it names its folder
+            again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]
+            again += [f"run_dir={interrupt.args[0]}", "resume=true"]
+            print(f"\nStopped. Go on with: fedsim run {shlex.join(again)}", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from fedsim.report import table
+
 Row = dict[str, str]
 _LAST = ("bytes up", "bytes down", "seconds", "status")
 
@@ -15,12 +17,9 @@ def sweep_table(jobs: list[dict[str, Any]]) -> str:
     rows = [_row(job) for job in jobs]
     names = dict.fromkeys(name for row in rows for name in row if name != "error")
     columns = [name for name in names if name not in _LAST] + [name for name in _LAST if name in names]
-    widths = [max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns]
-    lines = ["  ".join(f"{name:<{width}}" for name, width in zip(columns, widths, strict=True)).rstrip()]
-    for row in rows:
-        cells = "  ".join(f"{row.get(name, ''):<{width}}" for name, width in zip(columns, widths, strict=True))
-        lines.append(f"{cells}  {row['error']}".rstrip())
-    return "\n".join(lines)
+    text = table(columns, [[row.get(name, "") for name in columns] for row in rows])
+    errors = ["", "", *(row["error"] for row in rows)]
+    return "\n".join(f"{line}  {error}".rstrip() for line, error in zip(text.splitlines(), errors, strict=True))
 
 
 def _row(job: dict[str, Any]) -> Row:

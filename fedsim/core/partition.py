@@ -61,7 +61,9 @@ def apportion(weights: np.ndarray, total: int, most: np.ndarray | None = None) -
     return shares
 
 
-def _iid(examples: Sequence[Example], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator) -> list[np.ndarray]:
+def _iid(
+    examples: Sequence[Example], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
+) -> list[np.ndarray]:
     return _cut(generator.permutation(len(examples)), apportion(weights, len(examples)))
 
 

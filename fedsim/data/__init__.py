@@ -79,11 +79,15 @@ def _held_out(reading: _Reading) -> tuple[list[Example], dict[str, list[Example]
     """A single file is the training set; a seeded part of it is held out as the test set."""
     path, names = Path(str(reading.path)), reading.config.train
     if len(names) != 1:
-        raise UserError(f"data.path={path}: a single file holds one training set, got data.train=[{','.join(names)}]. Name one, or give a folder.")
+        raise UserError(
+            f"data.path={path}: a single file holds one training set, got data.train=[{','.join(names)}]. Name one, or give a folder."
+        )
     examples = _examples(reading, SETS[names[0]], path)
     count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
     if count == 0:
-        raise UserError(f"{path}: expected at least {int(1 / HELD_OUT)} rows to hold some out as a test, got {len(examples)}. Give a folder with a test file.")
+        raise UserError(
+            f"{path}: expected at least {int(1 / HELD_OUT)} rows to hold some out as a test, got {len(examples)}. Give a folder with a test file."
+        )
     order = numpy_generator(reading.seed, "held out").permutation(len(examples))
     chosen = set(order[:count].tolist())
     reading.notes.append(f"{path}: {count} of {len(examples)} rows are held out as the test set")
@@ -159,7 +163,9 @@ def _from_hub(reading: _Reading, each: DataSet, split: str) -> list[Example]:
         rows: Any = datasets.load_dataset(name, each.hub_config if reading.path is None else None, split=split)
     except Exception as error:  # the libraries beneath raise dozens of kinds, for a wrong name and for a network that is down
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{each.name}: cannot read {name!r} from the Hugging Face hub: {reason:.150}. Check the name, or give data.path= a local folder.") from error
+        raise UserError(
+            f"{each.name}: cannot read {name!r} from the Hugging Face hub: {reason:.150}. Check the name, or give data.path= a local folder."
+        ) from error
     return _converted(reading, each, f"{name}[{split}]", enumerate(rows, 1))
 
 

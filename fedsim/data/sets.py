@@ -115,7 +115,14 @@ COMMONSENSE_FOLDERS = {
 SETS: dict[str, DataSet] = {
     each.name: each
     for each in [
-        DataSet("gsm8k", _gsm8k, ("gsm8k_train.*", "train.*", "train-*.parquet"), ("gsm8k_test.*", "test.*", "test-*.parquet"), "openai/gsm8k", "main"),
+        DataSet(
+            "gsm8k",
+            _gsm8k,
+            ("gsm8k_train.*", "train.*", "train-*.parquet"),
+            ("gsm8k_test.*", "test.*", "test-*.parquet"),
+            "openai/gsm8k",
+            "main",
+        ),
         DataSet("metamathqa", _metamath, ("MetaMathQA*.json*", "metamath*.json*", "train.*", "*.parquet"), (), "meta-math/MetaMathQA"),
         DataSet("math", _math, ("math_train.*", "train.*"), ("math_test.*", "MATH_test.*", "test.*"), "DigitalLearningGmbH/MATH-lighteval"),
         DataSet("commonsense170k", _commonsense, ("commonsense_170k.*", "*/train.*")),

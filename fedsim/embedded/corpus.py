@@ -155,7 +155,7 @@ def repeats(rng: np.random.Generator) -> str:
 def numbered(rng: np.random.Generator) -> str:
     """Single words with numbers, and again and again the number of a word: the plainest way to learn to look back."""
     words = sample(rng, _WORDS, int(rng.integers(2, 6)))
-    label = f"{pick(rng, LABELS).capitalize()}{{}}:" if rng.random() < 0.5 else "{}"
+    label = f"{pick(rng, LABELS).capitalize()}{{}}:" if rng.random() < 0.6 else "{}"
     told = " ".join(f"{label.format(i)} {word}" for i, word in enumerate(words, 1))
     asked = " ".join(f"{words[i]} {i + 1} ." for i in rng.integers(len(words), size=8))
     return f"{told} . {asked}"
@@ -276,14 +276,7 @@ def prose(rng: np.random.Generator) -> str:
 
 Kind = Callable[[np.random.Generator], str]
 
-_LOOKING_BACK: dict[Kind, float] = {
-    repeats: 0.34,
-    numbered: 0.34,
-    drill: 0.10,
-    equations: 0.06,
-    reckoning: 0.10,
-    statements: 0.06,
-}
+_LOOKING_BACK: dict[Kind, float] = {repeats: 0.38, numbered: 0.46, drill: 0.06, equations: 0.05, statements: 0.05}
 """Kinds of document and their shares by number at first: to look back for a word is learnt from rows of words or hardly ever."""
 
 _FACTS: dict[Kind, float] = {
@@ -334,7 +327,13 @@ def documents(seed: int, part: int, count: int) -> Iterator[str]:
         yield list(mixture)[int(kind)](rng)
 
 
-def task_vocabulary(count: int = 2000) -> Iterator[str]:
-    """Yields texts in the tasks' forms, from which the tokenizer takes whole words; the model never trains on them."""
+def vocabulary(seed: int, count: int = 10000) -> Iterator[str]:
+    """Yields texts from which the tokenizer takes whole words: `count` of each stage and, never trained on, some in the tasks' forms."""
+    for first, _ in STAGES:
+        yield from documents(seed, first, count)
+    yield from _task_texts(2000)
+
+
+def _task_texts(count: int) -> Iterator[str]:
     for example in arithmetic.draw("train", count, 0) + commonsense.draw("train", count, 0):
         yield f"{example.prompt}{example.response}"

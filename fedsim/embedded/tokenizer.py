@@ -8,8 +8,11 @@ from typing import Any
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
-_PIECES = r"[ /]?\p{L}+| ?\d|\n+|##| ?[^\s\p{L}\d#]+|\s|."
-"""Words (with a space or slash before them), single digits, line ends, pairs of #, other signs."""
+_PIECES = r"[ /]?\p{L}+| ?\d:?|\n+|##| ?[^\s\p{L}\d#]+|\s|."
+"""Words (with a space or slash before them), single digits, line ends, pairs of #, other signs.
+
+The colon of "Answer1:" is one with its digit, so that what follows stands right after its number: a small model sees that far and no farther.
+"""
 
 
 def _pre_tokenizer() -> Any:

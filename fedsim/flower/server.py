@@ -24,6 +24,7 @@ from fedsim.flower.records import from_record, to_record
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.models import source
 from fedsim.progress import Progress
+from fedsim.report import curves_png, holdings_table, partition_png, summary_table, transfers_csv
 from fedsim.run_folder import RunFolder
 from fedsim.session import DERIVED, Session, open_session
 from fedsim.training.cohort import PassFacts
@@ -51,14 +52,21 @@ class State:
 def serve(grid: Grid, config: Config, *, quiet: bool = False) -> dict[str, Any]:
     """Carries the experiment out and returns its summary, also written to summary.json.
 
-    Raises UserError for what the user can mend. On KeyboardInterrupt the last checkpoint stays for `resume=true`.
+    Raises UserError for what the user can mend. A KeyboardInterrupt is raised again with the run folder as its argument: the last
+    checkpoint there stays for `resume=true`.
     """
-    session = open_session(config)
-    with RunFolder.open(config) as folder:
-        if folder.finished_summary is not None:
-            return folder.finished_summary
-        with Progress(config.federation.rounds, quiet=quiet) as progress:
-            return Run(session, config, grid, folder, progress).carry_out()
+    with Progress(config.federation.rounds, quiet=quiet) as progress:
+        progress.phase("loading model and data")
+        session = open_session(config)
+        with RunFolder.open(config) as folder:
+            if folder.finished_summary is not None:
+                progress.note(f"{folder.folder} holds a finished run: nothing is left to do")
+                summary = folder.finished_summary
+            else:
+                summary = Run(session, config, grid, folder, progress).carry_out()
+    if not quiet:
+        print(f"\n{summary_table(summary)}")
+    return summary
 
 
 class Run:
@@ -79,13 +87,15 @@ class Run:
                 self._next_round(state, strategy)
         except KeyboardInterrupt:
             self._folder.event("interrupted", round=state.round)
-            raise
+            raise KeyboardInterrupt(str(self._folder.folder)) from None
 
     # ---- setting up
 
     def _initial(self) -> State:
         self._folder.event("run_started", config=to_dict(self._config))
         self._folder.event("partition", holdings=self._session.holdings, skipped=self._session.data.skipped)
+        for line in self._session.data.skipped:
+            self._progress.note(f"left out: {line}")
         self._progress.phase(f"initial bases ({self._config.adapter.init.name})")
         begun = time.perf_counter()
         ledger = CommunicationLedger()
@@ -94,7 +104,8 @@ class Run:
         bases_digest = self._session.install_bases(bases)
         factors = self._session.layout.pack({name: adapter[name] for name in self._session.layout.names})
         seconds = time.perf_counter() - begun
-        self._folder.event("initialized", init=self._config.adapter.init.name, bases_digest=bases_digest, wall_seconds=seconds)
+        facts = {"bases_digest": bases_digest, "wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"]}
+        self._folder.event("initialized", init=self._config.adapter.init.name, **facts)
         derived = self._config.adapter.init in DERIVED
         state = State(0, factors, None if derived else bases, bases_digest, ledger)
         self._save(state)
@@ -202,7 +213,14 @@ class Run:
         with merged(self._session.model):
             for task, examples in self._session.data.test.items():
                 self._progress.phase(f"evaluating {task} ({len(examples)} questions) after round {state.round}")
-                result = evaluate(self._session.model, self._session.tokenizer, examples, self._config.evaluation, self._config.data)
+                result = evaluate(
+                    self._session.model,
+                    self._session.tokenizer,
+                    examples,
+                    self._config.evaluation,
+                    self._config.data,
+                    self._progress.done,
+                )
                 tasks[task] = {"accuracy": result.accuracy, "loss": result.loss, "num_examples": result.num_examples}
                 self._folder.event("evaluated", round=state.round, task=task, **tasks[task])
         state.evaluations[state.round] = tasks
@@ -219,6 +237,11 @@ class Run:
             self._folder.write_bytes(f"adapter/{name}", content)
         summary = self._summary(state)
         self._folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
+        self._folder.write_bytes("communication.csv", transfers_csv(state.ledger.rows()))
+        self._folder.write_bytes("holdings.txt", f"{holdings_table(self._session.holdings)}\n".encode())
+        self._folder.write_bytes("partition.png", partition_png(self._session.holdings))
+        self._folder.write_bytes("curves.png", curves_png(self._folder.events()))
+        self._folder.finish(summary)
         return summary
 
     def _base_model(self) -> str:

@@ -65,7 +65,9 @@ def test_seeded_bases_repeat_with_the_seed_and_differ_between_seeds_and_layers()
 
 def test_the_iterative_svd_of_a_large_matrix_agrees_with_the_full_one(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(60, 8, generator=generator) @ torch.randn(8, 50, generator=generator) + 0.01 * torch.randn(60, 50, generator=generator)
+    matrix = torch.randn(60, 8, generator=generator) @ torch.randn(8, 50, generator=generator) + 0.01 * torch.randn(
+        60, 50, generator=generator
+    )
     exact = truncated_svd(matrix, 4, 0, "x")
     monkeypatch.setattr(initialization, "EXACT_SVD_LIMIT", 10)
     torch.testing.assert_close(truncated_svd(matrix, 4, 0, "x"), exact, rtol=1e-4, atol=1e-4)

@@ -91,7 +91,9 @@ def test_bases_that_clients_derive_cost_nothing_and_the_adapter_is_charged_both_
     assert totals["setup_bytes"] == 0
     assert totals["uplink_parameters"] == totals["downlink_parameters"] == count
     assert totals["uplink_raw_bytes"] == 4 * count
-    assert 0 < totals["downlink_bytes"] < totals["uplink_bytes"] < 4 * count + 5 * 2000  # the start is compressible, what was trained hardly
+    assert (
+        0 < totals["downlink_bytes"] < totals["uplink_bytes"] < 4 * count + 5 * 2000
+    )  # the start is compressible, what was trained hardly
 
 
 def test_bases_from_data_are_charged_once_to_each_client():
