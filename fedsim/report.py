@@ -140,7 +140,9 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _draw_training_loss(axes: "Axes", rounds: list[Event]) -> None:
-    axes.plot([event["round"] for event in rounds], [_number(event["train_loss"]) for event in rounds], marker="o", markersize=4)
+    axes.plot(
+        [event["round"] for event in rounds], [_number(event["train_loss"]) for event in rounds], marker="o", markersize=4, clip_on=False
+    )
     _dress(axes, "training loss, mean over clients")
 
 
@@ -157,9 +159,9 @@ def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, title: str, s
 
 def _draw_bytes(axes: "Axes", moving: list[Event]) -> None:
     """The initialisation counts as round 0."""
-    for name, label in (("uplink_bytes", "up"), ("downlink_bytes", "down"), ("setup_bytes", "set-up")):
+    for name, label, style in (("uplink_bytes", "up", "-"), ("downlink_bytes", "down", ":"), ("setup_bytes", "set-up", "-")):
         totals = list(accumulate(event.get(name, 0) / 1e6 for event in moving))
-        axes.plot([event.get("round", 0) for event in moving], totals, marker="o", markersize=4, label=label)
+        axes.plot([event.get("round", 0) for event in moving], totals, style, marker="o", markersize=4, label=label, clip_on=False)
     _dress(axes, "sent so far, all clients (MB)")
     if moving:
         _legend_outside(axes)
@@ -170,6 +172,7 @@ def _dress(axes: "Axes", title: str) -> None:
     axes.set_xlabel("round")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
+    axes.autoscale_view()  # before the limit is set: it would keep the top where it is
     axes.set_ylim(bottom=0)
 
 
