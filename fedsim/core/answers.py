@@ -75,13 +75,15 @@ def value(text: str) -> Fraction | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""Returns the content of the last complete \boxed{...}, inner braces included, or None."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+    r"""Returns the content of the last complete \boxed{...}, inner braces included, or None. As in MATH, \fbox{7} and \boxed 7$ count too."""
+    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?<=\s)[^\s${}\\]+)", text))):
+        if match[1] != "{":
+            return match[1]
         depth = 1
-        for end in range(start, len(text)):
+        for end in range(match.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
-                return text[start:end]
+                return text[match.end() : end]
     return None
 
 
