@@ -29,7 +29,7 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    steps: int = 3400
+    steps: int = 3200
     rows: int = 32
     length: int = 128
     hidden: int = 192
@@ -40,7 +40,7 @@ class Recipe:
     vector_rate: float = 0.003
     warmup: int = 100
     decay: float = 0.45
-    bfloat16_from: int = 300
+    bfloat16_from: int = 200
 
     def rate(self, step: int) -> float:
         """Warm-up, a plateau, and a linear fall to zero over the last part `decay` of the steps."""

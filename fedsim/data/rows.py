@@ -83,7 +83,7 @@ def _csv(path: Path) -> Iterator[Row]:
             odd = None in row or None in row.values()
             yield reader.line_num, Malformed(f"expected {len(reader.fieldnames or [])} columns, got another number") if odd else row
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: no CSV: {error}. Mend the file; after this nothing can be read.") from error
+        raise UserError(f"{path}, line {reader.reader.line_num}: no CSV: {error}. Mend the file; after this nothing can be read.") from error
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -279,6 +279,20 @@ Kind = Callable[[np.random.Generator], str]
 _LOOKING_BACK: dict[Kind, float] = {repeats: 0.38, numbered: 0.46, drill: 0.06, equations: 0.05, statements: 0.05}
 """Kinds of document and their shares by number at first: to look back for a word is learnt from rows of words or hardly ever."""
 
+_PLACES: dict[Kind, float] = {
+    repeats: 0.08,
+    numbered: 0.22,
+    drill: 0.32,
+    places: 0.06,
+    matches: 0.10,
+    people: 0.02,
+    statements: 0.06,
+    dialogue: 0.04,
+    equations: 0.05,
+    reckoning: 0.05,
+}
+"""Things of several words in numbered places, once single words are found."""
+
 _FACTS: dict[Kind, float] = {
     repeats: 0.03,
     numbered: 0.04,
@@ -314,7 +328,7 @@ _NUMBERS: dict[Kind, float] = {
 }
 """The same with more stories and equations, for the rest of the training."""
 
-STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (14, _FACTS), (36, _NUMBERS)]
+STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (15, _PLACES), (30, _FACTS), (44, _NUMBERS)]
 """The part of the stream from which on each mixture holds."""
 
 

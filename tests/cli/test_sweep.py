@@ -66,7 +66,7 @@ def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, 
     assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves nothing
     table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
     assert table[0].split() == ["job", "seed", "adapter.rank", "sums", "bytes", "up", "bytes", "down", "seconds", "status"]
-    assert table[4].split() == ["3", "1", "16", "0.0", ">", "11.6", "1,234,567", "7,654,321", "12", "finished"]
+    assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "1,234,567", "7,654,321", "12", "finished"]
 
 
 def test_sweep_json_tells_all_about_the_jobs(runs):
@@ -93,7 +93,7 @@ def test_a_failed_job_does_not_lose_the_others(runs, capsys, error, told):
     assert main(["run", "-m", "seed=0,1", "run_dir=all"]) == 1
     assert [job["status"] for job in jobs_of("all")] == ["failed", "finished"]
     assert jobs_of("all")[0]["error"] == told
-    assert f"failed    {told}" in capsys.readouterr().out
+    assert f"failed  {told}" in capsys.readouterr().out
 
 
 def test_resume_runs_only_what_has_not_finished(runs):

@@ -48,7 +48,7 @@ def test_the_summary_has_all_that_others_rely_on(finished):
 
 def test_the_file_of_transfers_adds_up_to_the_summary(finished):
     folder, summary = finished
-    rows = list(csv.DictReader((folder / "communication.csv").open()))
+    rows = list(csv.DictReader((folder / "communication.csv").read_text().splitlines()))
     adapters = [row for row in rows if row["purpose"] == "adapter"]
     for direction in ("uplink", "downlink"):
         mine = [row for row in adapters if row["direction"] == direction]
@@ -83,7 +83,7 @@ def test_another_seed_gives_another_adapter(finished, tmp_path):
 
 def test_partial_participation_trains_and_charges_the_chosen_clients_only(tmp_path):
     summary = run_in(tmp_path / "run", "federation.fraction=0.4", "adapter.init=orthogonal")
-    rows = list(csv.DictReader((tmp_path / "run/communication.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "run/communication.csv").read_text().splitlines()))
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     chosen = {(event["round"], client) for event in events if event["kind"] == "round" for client in event["clients"]}
     assert len(chosen) == 2 * 2

@@ -1,0 +1,95 @@
+"""Who gets what: every example once, the asked-for skew, and the same again for the same seed."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim.config import DirichletOver, FederationConfig, Partition
+from fedsim.core.partition import holdings, partition
+from fedsim.errors import UserError
+from fedsim.types import Example, Family
+
+
+def examples(*counts, labels=3):
+    """Examples of as many tasks as there are counts; gold answers go round."""
+    return [Example(f"task{t}", Family.arithmetic, "q", "r", str(i % labels)) for t, n in enumerate(counts) for i in range(n)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 80), min_size=1, max_size=4),
+    st.integers(1, 12),
+    st.sampled_from(Partition),
+    st.sampled_from(DirichletOver),
+    st.floats(0.01, 100),
+    st.floats(0, 3),
+)
+def test_every_example_belongs_to_one_client_and_every_client_has_one(counts, clients, kind, over, alpha, sigma):
+    pool = examples(*counts)
+    clients = min(len(pool), max(clients, len(counts)))
+    federation = FederationConfig(clients=clients, partition=kind, dirichlet_over=over, alpha=alpha, quantity_sigma=sigma)
+    shards = partition(pool, federation, 0)
+    assert sorted(i for shard in shards for i in shard) == list(range(len(pool)))
+    assert len(shards) == clients
+    assert all(shard and shard == sorted(shard) for shard in shards)
+    assert shards == partition(pool, federation, 0)
+
+
+def test_another_seed_deals_otherwise():
+    federation = FederationConfig(clients=5)
+    assert partition(examples(50), federation, 0) != partition(examples(50), federation, 1)
+
+
+def test_iid_shards_have_equal_size_and_the_overall_mixture():
+    shards = partition(examples(600, 300), FederationConfig(clients=9), 0)
+    assert {len(shard) for shard in shards} == {100}
+    assert all(50 <= sum(i < 600 for i in shard) <= 83 for shard in shards)
+
+
+def test_by_task_each_client_holds_one_task_and_tasks_get_clients_by_size():
+    pool = examples(600, 300)
+    shards = partition(pool, FederationConfig(clients=9, partition=Partition.task), 0)
+    tasks = [{pool[i].task for i in shard} for shard in shards]
+    assert all(len(held) == 1 for held in tasks)
+    assert Counter(task for held in tasks for task in held) == {"task0": 6, "task1": 3}
+
+
+def unevenness(alpha, over):
+    """Mean largest share of one group in a client's shard."""
+    pool = examples(400, 400, labels=2)
+    federation = FederationConfig(clients=20, partition=Partition.dirichlet, alpha=alpha, dirichlet_over=over)
+    key = (lambda e: e.task) if over is DirichletOver.task else (lambda e: (e.task, e.answer))
+    return np.mean([max(Counter(key(pool[i]) for i in shard).values()) / len(shard) for shard in partition(pool, federation, 0)])
+
+
+@pytest.mark.parametrize(("over", "groups"), [(DirichletOver.task, 2), (DirichletOver.label, 4)])
+def test_a_small_alpha_separates_and_a_large_one_mixes(over, groups):
+    skewed, middling, mixed = (unevenness(alpha, over) for alpha in (0.01, 1.0, 1000.0))
+    assert skewed > 0.85
+    assert mixed < 1 / groups + 0.1
+    assert mixed < middling < skewed
+
+
+@pytest.mark.parametrize("kind", Partition)
+def test_quantity_skew_is_log_normal(kind):
+    federation = FederationConfig(clients=400, partition=kind, quantity_sigma=0.5)
+    sizes = [len(shard) for shard in partition(examples(40_000, 40_000), federation, 0)]
+    assert 0.42 < np.std(np.log(sizes)) < 0.58
+    even = [len(shard) for shard in partition(examples(40_000, 40_000), FederationConfig(clients=400, partition=kind), 0)]
+    assert set(even) == {200}
+
+
+def test_holdings_count_by_task():
+    pool = examples(4, 2)
+    assert holdings(pool, [[0, 1, 4], [2, 3, 5]]) == [{"task0": 2, "task1": 1}] * 2
+    assert holdings(pool, [[0], [1, 2, 3, 4, 5]])[0] == {"task0": 1, "task1": 0}
+
+
+def test_more_clients_than_examples_or_fewer_than_tasks_are_refused():
+    with pytest.raises(UserError, match="at most the 4 training examples, got 5"):
+        partition(examples(4), FederationConfig(clients=5), 0)
+    with pytest.raises(UserError, match="at least one client for each of the 2 tasks"):
+        partition(examples(4, 4), FederationConfig(clients=1, partition=Partition.task), 0)

@@ -1,0 +1,61 @@
+"""One row of each data set and what becomes of it, written out by hand; and rows that do not serve."""
+
+import pytest
+
+from fedsim.data.rows import Malformed
+from fedsim.data.sets import SETS
+from fedsim.types import Family
+
+HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+CHOICE = "Please choose the correct answer to the question: why?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
+
+GSM8K = {"question": "How many? ", "answer": "She has 2*3=<<2*3=6>>6.\n#### 1,006"}
+METAMATH = {"query": "What is x?", "response": "We solve.\n#### 4\nThe answer is: 4", "type": "GSM_Rephrased"}
+MATH = {"problem": "Find $x$.", "solution": "So $x = \\boxed{\\frac{1}{2}}$.", "level": "Level 1"}
+COMMONSENSE = {"instruction": CHOICE, "input": "", "output": "the correct answer is answer2", "answer": "answer2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "instruction", "response", "answer"),
+    [
+        ("gsm8k", GSM8K, "How many?", "She has 2*3=6.\n#### 1,006", "1,006"),
+        ("metamathqa", METAMATH, "What is x?", "We solve.\n#### 4\nThe answer is: 4", "4"),
+        ("math", MATH, "Find $x$.", "So $x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+        ("commonsense170k", COMMONSENSE, CHOICE, "the correct answer is answer2", "answer2"),
+        ("boolq", COMMONSENSE, CHOICE, "the correct answer is answer2", "answer2"),
+    ],
+)
+def test_a_row_becomes_an_example(name, row, instruction, response, answer):
+    example = SETS[name].example(row, name)
+    assert example.prompt == f"{HEAD}{instruction}\n\n### Response:\n"
+    assert (example.response, example.answer, example.task) == (response, answer, name)
+    assert example.family is (Family.commonsense if instruction == CHOICE else Family.arithmetic)
+
+
+def test_an_input_has_a_part_of_its_own():
+    example = SETS["commonsense170k"].example(COMMONSENSE | {"input": "A story. "}, "x")
+    assert example.prompt.endswith(f"### Instruction:\n{CHOICE}\n\n### Input:\nA story.\n\n### Response:\n")
+    assert "paired with an input" in example.prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("gsm8k", {"question": "q"}, "expected the field 'answer', got 'question'"),
+        ("gsm8k", GSM8K | {"question": 3}, "expected text in 'question', got 3"),
+        ("gsm8k", GSM8K | {"question": " "}, "expected text in 'question'"),
+        ("gsm8k", GSM8K | {"answer": "six"}, "'#### <number>'"),
+        ("gsm8k", GSM8K | {"answer": "six #### six"}, "'#### <number>'"),
+        ("gsm8k", ["q", "a"], "expected an object with fields, got list"),
+        ("metamathqa", METAMATH | {"response": "4"}, "The answer is: <answer>"),
+        ("math", MATH | {"solution": "x = 2"}, "boxed"),
+        ("math", MATH | {"solution": "\\boxed{2"}, "boxed"),
+        ("boolq", COMMONSENSE | {"answer": "answer3"}, "one of the options answer1/answer2, got 'answer3'"),
+        ("boolq", COMMONSENSE | {"instruction": "why?"}, "(none named)"),
+        ("boolq", COMMONSENSE | {"input": 1}, "expected text in 'input'"),
+    ],
+)
+def test_a_row_that_does_not_serve_is_malformed_with_a_reason(name, row, message):
+    with pytest.raises(Malformed) as caught:
+        SETS[name].example(row, name)
+    assert message in str(caught.value)
