@@ -75,7 +75,7 @@ def value(text: str) -> Fraction | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""Returns the content of the last complete \boxed{...}, inner braces included, or None. As in MATH, \fbox{7} and \boxed 7$ count too."""
+    r"""Returns the content of the last complete \boxed{...}, inner braces included, or None; \fbox{7} and \boxed 7 count, as in MATH."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?<=\s)[^\s${}\\]+)", text))):
         if match[1] != "{":
             return match[1]

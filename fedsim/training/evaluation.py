@@ -97,8 +97,7 @@ def generate(
     with torch.no_grad():
         for rows in _batches(fitting, prompts, max_new_tokens, tokens_per_pass):
             batch = [prompts[i] for i in rows]
-            new_tokens = min(max_new_tokens, context - len(batch[0]))
-            for i, answer in zip(rows, _generate_batch(model, batch, eos_id, pad_id, new_tokens), strict=True):
+            for i, answer in zip(rows, _generate_batch(model, batch, eos_id, pad_id, max_new_tokens, context), strict=True):
                 answers[i] = answer[: context - len(prompts[i])]
             done += len(rows)
             on_progress(done, len(prompts))
@@ -117,10 +116,14 @@ def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tok
         yield batch
 
 
-def _generate_batch(model: Any, prompts: Sequence[Sequence[int]], eos_id: int, pad_id: int, max_new_tokens: int) -> list[list[int]]:
+def _generate_batch(
+    model: Any, prompts: Sequence[Sequence[int]], eos_id: int, pad_id: int, max_new_tokens: int, context: int
+) -> list[list[int]]:
+    """Generates for prompts in order of length, until the shortest one fills the context; what a row gets beyond its own is meaningless."""
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
+    max_new_tokens = min(max_new_tokens, context - len(prompts[0]))
     input_ids, mask = _pad_left(prompts, pad_id, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
@@ -141,7 +144,7 @@ def _generate_batch(model: Any, prompts: Sequence[Sequence[int]], eos_id: int, p
             cache.batch_select_indices(chosen)
             alive, mask, positions = alive[chosen], mask[chosen], positions[chosen]
         input_ids = tokens[alive, step].unsqueeze(1)
-        positions = positions[:, -1:] + 1
+        positions = (positions[:, -1:] + 1).clamp(max=context - 1)  # a learnt position beyond the context does not exist
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
     return [row[: row.index(eos_id)] if eos_id in row else row for row in tokens.tolist()]
 

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+
+from fedsim.config import TrainOn
+from fedsim.embedded import BASE_MODEL, examples
+from fedsim.training.encoding import encode, encode_prompt, has_response
+from fedsim.types import Example, Family
+
+STORIES = Path(__file__).resolve().parents[2] / "../shared/data/models/stories260K"
+EXAMPLE = Example("t", Family.arithmetic, "tom has 1 2 apples .", "tom has 1 2 .\n#### 1 2", "12")
+
+
+def bert_like():
+    """A tokenizer that frames every text with a begin and an end, as BERT's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "tom", "has", "apples", "1", "2", ".", "#"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]"
+    )
+
+
+def from_folder(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+TOKENIZERS = {"embedded": lambda: from_folder(BASE_MODEL), "bert": bert_like, "stories": lambda: from_folder(STORIES)}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request):
+    if request.param == "stories" and not STORIES.is_dir():
+        pytest.skip("the real model is not beside the project")
+    return TOKENIZERS[request.param]()
+
+
+def test_the_loss_is_on_the_response_and_the_end_of_sequence(tokenizer):
+    encoded = encode(EXAMPLE, tokenizer, 1000, TrainOn.response)
+    response = tokenizer(EXAMPLE.response, add_special_tokens=False)["input_ids"]
+    assert list(encoded.input_ids[encoded.loss_start :]) == [*response, tokenizer.eos_token_id]
+    assert has_response(encoded)
+
+
+def test_the_prompt_in_training_is_the_prompt_of_generation(tokenizer):
+    encoded = encode(EXAMPLE, tokenizer, 1000, TrainOn.response)
+    assert encoded.input_ids[: encoded.loss_start] == encode_prompt(EXAMPLE, tokenizer)
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_and_has_no_end(tokenizer):
+    prompt = encode_prompt(EXAMPLE, tokenizer)
+    assert prompt[0] == tokenizer(EXAMPLE.prompt)["input_ids"][0]
+    assert not {tokenizer.eos_token_id, tokenizer.sep_token_id} & set(prompt[1:])
+    assert tokenizer.decode(prompt[-1:]).strip() == "."
+
+
+def test_with_the_loss_on_all_only_the_first_token_has_none(tokenizer):
+    whole, response = (encode(EXAMPLE, tokenizer, 1000, train_on) for train_on in (TrainOn.all, TrainOn.response))
+    assert whole.input_ids == response.input_ids
+    assert whole.loss_start == 1
+
+
+@pytest.mark.parametrize("train_on", TrainOn)
+@pytest.mark.parametrize("max_length", range(1, 20))
+def test_a_cut_takes_from_the_end_and_a_lost_response_leaves_no_loss(tokenizer, train_on, max_length):
+    full, cut = (encode(EXAMPLE, tokenizer, n, train_on) for n in (1000, max_length))
+    prompt = len(encode_prompt(EXAMPLE, tokenizer))
+    assert cut.input_ids == full.input_ids[:max_length]
+    assert has_response(cut) == (max_length > prompt)
+    assert cut.loss_start == (full.loss_start if max_length > prompt else max_length)
+
+
+def test_the_limit_of_the_tokenizer_holds_too():
+    tokenizer = bert_like()
+    tokenizer.model_max_length = 8
+    assert encode(EXAMPLE, tokenizer, 1000, TrainOn.response).num_tokens == 8
+
+
+def test_the_tokens_of_embedded_examples_give_their_text_back():
+    tokenizer = from_folder(BASE_MODEL)
+    for family in Family:
+        for example in examples(family, "test", 20, 0):
+            encoded = encode(example, tokenizer, 1000, TrainOn.response)
+            assert tokenizer.unk_token_id not in encoded.input_ids
+            assert tokenizer.decode(encoded.input_ids[encoded.loss_start :], skip_special_tokens=True).strip() == example.response

@@ -1,0 +1,197 @@
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCABULARY, adapted_model, tiny_model
+from torch import nn
+from torch.nn import functional
+
+from fedsim.config import DataConfig, EvaluationConfig, ModelConfig
+from fedsim.core.answers import extract, is_correct
+from fedsim.embedded import examples
+from fedsim.models import load_model
+from fedsim.training.evaluation import evaluate, generate, mean_loss
+from fedsim.types import EncodedExample, Example, Family
+
+PAD = 0
+
+
+def chatty(model):
+    """Gives the model an output layer of its own: with tied random embeddings some architectures repeat one token for ever."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model.set_output_embeddings(nn.Linear(32, VOCABULARY, bias=False))
+    return model.eval()
+
+
+def prompts_of(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def one_by_one(model, prompts, eos_id, max_new_tokens):
+    """The oracle: transformers' own greedy search, a prompt at a time, no padding; without the end of sequence."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_id,
+            pad_token_id=PAD,
+        )[0, len(prompt) :].tolist()
+        found.append(output[: output.index(eos_id)] if eos_id in output else output)
+    return found
+
+
+def ends_often(model, prompts, max_new_tokens):
+    """A token that ends some of the continuations, at different lengths."""
+    unended = one_by_one(model, prompts, VOCABULARY, max_new_tokens)
+    firsts = Counter(token for answer in unended for token in set(answer[2:]) - set(answer[:2]))
+    return firsts.most_common(1)[0][0]
+
+
+def batched(model, prompts, eos_id, max_new_tokens, tokens_per_pass=10_000):
+    return generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=max_new_tokens, tokens_per_pass=tokens_per_pass)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batched_generation_equals_transformers_one_prompt_at_a_time(architecture):
+    model, prompts = chatty(adapted_model(architecture)), prompts_of([5, 11, 3, 8, 8, 1, 14, 6])
+    eos_id = ends_often(model, prompts, 12)
+    expected = one_by_one(model, prompts, eos_id, 12)
+    assert len({len(answer) for answer in expected}) > 1  # rows leave the batch at different steps
+    assert batched(model, prompts, eos_id, 12) == expected
+    assert batched(model, prompts, eos_id, 12, tokens_per_pass=60) == expected
+    assert batched(model, prompts, eos_id, 12, tokens_per_pass=1) == expected
+
+
+def test_a_window_of_attention_is_kept_when_rows_leave_the_batch():
+    model = chatty(tiny_model("mistral"))
+    model.config.sliding_window = 6
+    prompts = prompts_of([5, 11, 3, 8, 2, 12])
+    eos_id = ends_often(model, prompts, 20)
+    assert batched(model, prompts, eos_id, 20) == one_by_one(model, prompts, eos_id, 20)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_no_sequence_grows_beyond_the_context(architecture):
+    model = chatty(tiny_model(architecture))  # a context of 64
+    prompts = prompts_of([4, 60, 63, 64, 70, 40])
+    found = batched(model, prompts, VOCABULARY, 30)
+    assert [len(answer) for answer in found] == [30, 4, 1, 0, 0, 24]
+    for prompt, answer in zip(prompts, found, strict=True):
+        assert answer == (one_by_one(model, [prompt], VOCABULARY, len(answer))[0] if answer else [])
+
+
+def test_an_answer_may_be_empty_and_a_batch_may_end_at_once():
+    model, prompts = chatty(tiny_model("llama")), prompts_of([4, 4, 9])
+    first = {one_by_one(model, [prompt], VOCABULARY, 1)[0][0] for prompt in prompts}
+    for eos_id in first:
+        assert batched(model, prompts, eos_id, 5) == one_by_one(model, prompts, eos_id, 5)
+    assert batched(model, [], VOCABULARY, 5) == []
+
+
+def test_progress_counts_every_prompt_once():
+    seen = []
+    generate(
+        tiny_model("llama").eval(),
+        prompts_of([4, 70, 9, 6]),
+        eos_id=2,
+        pad_id=PAD,
+        max_new_tokens=3,
+        tokens_per_pass=10,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_mean_loss_is_the_mean_over_examples_of_plain_cross_entropy(architecture, sequences):
+    model, found = adapted_model(architecture).eval(), sequences(7)
+    expected = [by_hand(model, example) for example in found]
+    for tokens_per_pass in (1, 40, 1000):
+        loss = mean_loss(model, found, pad_id=PAD, tokens_per_pass=tokens_per_pass)
+        assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+
+
+def by_hand(model, example):
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
+    targets = torch.tensor(example.input_ids[example.loss_start :])
+    return float(functional.cross_entropy(logits[example.loss_start - 1 : -1], targets))
+
+
+def test_a_response_that_was_cut_away_has_no_part_in_the_loss(sequences):
+    model = tiny_model("llama").eval()
+    whole, cut = sequences(2), EncodedExample((5, 6, 7), 3)
+    assert mean_loss(model, [*whole, cut], pad_id=PAD, tokens_per_pass=100) == mean_loss(model, whole, pad_id=PAD, tokens_per_pass=100)
+    assert math.isnan(mean_loss(model, [cut], pad_id=PAD, tokens_per_pass=100))
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_model(ModelConfig())
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return [*examples(Family.commonsense, "test", 6, 0), *examples(Family.arithmetic, "test", 6, 0)]
+
+
+def test_accuracy_and_loss_are_those_of_single_questions(embedded, questions):
+    model, tokenizer = embedded
+    result = evaluate(model, tokenizer, questions, EvaluationConfig(max_new_tokens=24), DataConfig())
+    correct, losses = 0, []
+    for question in questions:
+        prompt = tokenizer(question.prompt)["input_ids"]
+        answer = one_by_one(model, [prompt], tokenizer.eos_token_id, 24)[0]
+        correct += is_correct(tokenizer.decode(answer, skip_special_tokens=True), question)
+        response = tokenizer(question.response, add_special_tokens=False)["input_ids"]
+        losses.append(by_hand(model, EncodedExample((*prompt, *response, tokenizer.eos_token_id), len(prompt))))
+    assert (result.accuracy, result.num_examples) == (correct / 12, 12)
+    assert result.loss == pytest.approx(sum(losses) / 12, rel=1e-5)
+
+
+def test_an_answer_counts_when_it_is_the_gold_one(embedded):
+    model, tokenizer = embedded
+    asked = Example("sum", Family.arithmetic, "Tom has 5 apples . Tom gets 3 more . Now Tom has", "", "")
+    prompt = tokenizer(asked.prompt)["input_ids"]
+    text = tokenizer.decode(one_by_one(model, [prompt], tokenizer.eos_token_id, 16)[0], skip_special_tokens=True)
+    gold, config = extract(text, asked), EvaluationConfig(max_new_tokens=16)
+    assert gold is not None
+    found = [evaluate(model, tokenizer, [replace(asked, answer=answer)], config, DataConfig()) for answer in (gold, gold + "1")]
+    assert [result.accuracy for result in found] == [1, 0]
+
+
+def test_the_order_of_the_examples_and_the_size_of_the_batches_do_not_matter(embedded, questions):
+    model, tokenizer = embedded
+    few = EvaluationConfig(max_new_tokens=8, tokens_per_pass=200)
+    found = evaluate(model, tokenizer, questions[::-1], few, DataConfig())
+    expected = evaluate(model, tokenizer, questions, EvaluationConfig(max_new_tokens=8), DataConfig())
+    assert found.accuracy == expected.accuracy
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_evaluation_leaves_the_model_as_it_was(embedded, questions):
+    model, tokenizer = embedded
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, tokenizer, questions[:2], EvaluationConfig(max_new_tokens=2), DataConfig())
+        assert model.training is training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_in_training_mode_with_checkpointed_activations_answers_the_same():
+    prompts = prompts_of([5, 9])
+    expected = batched(tiny_model("llama").eval(), prompts, 2, 6)
+    model = tiny_model("llama", activation_checkpointing=True)
+    assert model.training
+    model.eval()
+    assert batched(model, prompts, 2, 6) == expected
