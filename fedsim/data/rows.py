@@ -1,22 +1,23 @@
 """Rows of local files, each with the line where it stands, so that whatever is wrong with it can be named.
 
-JSON lines, JSON arrays and CSV are read here and not through `datasets`, whose errors name neither line nor field; parquet goes through
-pyarrow, and hub data sets through `datasets`.
+JSON lines, JSON and CSV are read here and not through `datasets`, whose errors name neither line nor field; Parquet goes through pyarrow.
+All are read piece by piece in little memory, and reading goes on behind a broken row: whether it is an error is decided elsewhere.
 """
 
 import csv
-import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedsim.errors import UserError
 
 Row = tuple[int, Any]
-"""Line (or row number in parquet), counted from one, and the parsed value; a `Malformed` where it could not be parsed."""
+"""Line where it begins (row number in Parquet), counted from one, and the parsed value; a `Malformed` where it could not be parsed."""
 
-_GAPS = " \t\r\n,"
+BATCH = 1024
+"""Rows of an Arrow table that become Python values at a time."""
 
 
 class Malformed(ValueError):
@@ -24,90 +25,178 @@ class Malformed(ValueError):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Yields the rows of a .jsonl, .json, .csv or .parquet file.
+    """Yields the rows of a .jsonl, .json, .csv or .parquet file in its order; a file without rows yields one `Malformed`.
 
-    Raises UserError, with the file and where possible the line, for another ending, an empty file, or a file that is broken as a whole.
+    Text must be UTF-8, with or without a byte-order mark. Raises UserError for another ending or a file that cannot be opened.
     """
-    if path.suffix not in READERS:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
         raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}, got {path.suffix or 'no ending'!r}. Convert it.")
+    empty = True
     try:
-        empty = path.stat().st_size == 0
+        for row in reader(path):
+            empty = False
+            yield row
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}. Check data.path.") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}. Check data.path.") from error
     if empty:
-        raise UserError(f"{path}: expected rows, but the file is empty. Put the data there or change data.path.")
-    yield from READERS[path.suffix](path)
+        yield 1, Malformed("expected rows, got none" if path.stat().st_size else "expected rows, but the file is empty")
+
+
+def _open(path: Path, newline: str | None = None) -> TextIO:
+    """Bytes that are not UTF-8 become lone surrogates, which `_not_utf8` finds: so the rows around them can still be read."""
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _not_utf8(text: str) -> Malformed | None:
+    found = re.search("[\udc80-\udcff]", text)
+    return Malformed(f"expected UTF-8, got the byte 0x{ord(found[0]) - 0xDC00:02x}; save the file as UTF-8") if found else None
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield number, _parsed(line)
+                yield number, _not_utf8(line) or _parsed(line)
 
 
-def _parsed(line: bytes) -> Any:
+def _parsed(line: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return Malformed(f"not UTF-8 at byte {error.start + 1} of the line")
+        return json.loads(line)
     except json.JSONDecodeError as error:
         return Malformed(f"no JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # see `_json`
+        return Malformed(f"no JSON: {error}")
 
 
-def _json_array(path: Path) -> Iterator[Row]:
-    """Yields the elements of an array, or a file of JSON lines that is called .json."""
-    text = _text(path)
-    start = len(text) - len(text.lstrip())
-    if not text.startswith("[", start):
-        yield from _json_lines(path)
-        return
-    decoder, at, line, counted = json.JSONDecoder(), start + 1, 1, 0
-    while True:
-        while at < len(text) and text[at] in _GAPS:
-            at += 1
-        line, counted = line + text.count("\n", counted, at), at
-        if text.startswith("]", at):
-            return
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: no JSON: {error.msg}. Mend the file; after this nothing can be read.") from error
-        yield line, value
+class _Window:
+    """A part of a text file that slides over it; the next value begins at `at`, in line `line` of the file."""
+
+    STEP = 1 << 20
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.text, self.at, self.line = file, "", 0, 1
+
+    def grow(self) -> bool:
+        """Forgets what was read and reads on; false at the end of the file."""
+        more = self.file.read(max(self.STEP, len(self.text) - self.at))  # doubling: a long value is parsed few times
+        if more:
+            self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more)
+
+    def line_of(self, position: int) -> int:
+        return self.line + self.text.count("\n", self.at, position)
+
+    def move(self, to: int) -> None:
+        self.line, self.at = self.line_of(to), to
+
+    def seek(self, wanted: re.Pattern[str]) -> str:
+        """Moves to the next character that matches and returns it; to the end, with "", where there is none."""
+        while (found := wanted.search(self.text, self.at)) is None:
+            self.move(len(self.text))
+            if not self.grow():
+                return ""
+        self.move(found.start())
+        return found[0]
+
+    def take(self) -> Any:
+        """Returns the JSON value that begins here and moves behind it; a `Malformed` if it is not UTF-8. Raises what the decoder raises."""
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16  # no token is longer
+                if cut_off and self.grow():
+                    continue
+                raise
+            fault = _not_utf8(self.text[self.at : end])
+            self.move(end)
+            return fault or value
+
+    def resume(self) -> bool:
+        """Moves to the next brace that opens; false where there is none."""
+        self.move(self.at + 1)
+        return bool(self.seek(_BRACE))
+
+
+_VISIBLE, _BRACE = re.compile(r"\S"), re.compile(r"\{")
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """Elements of an array, or objects one after another. Behind a broken one, reading goes on at the next brace that opens."""
+    with _open(path) as file:
+        window = _Window(file)
+        end = "]" if window.seek(_VISIBLE) == "[" else ""
+        window.move(window.at + len(end))
+        while (character := window.seek(_VISIBLE)) != end:
+            line = window.line
+            if not character:
+                yield line, Malformed("no JSON: the array has no end; the file is cut off")
+                return
+            try:
+                yield line, window.take()
+            except json.JSONDecodeError as error:
+                yield window.line_of(error.pos), Malformed(f"no JSON: {error.msg}")
+                if not window.resume():
+                    return
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+                yield line, Malformed(f"no JSON: {error}; nothing behind it was read")
+                return
+            if end and window.seek(_VISIBLE) == ",":
+                window.move(window.at + 1)
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        for row in reader:
-            odd = None in row or None in row.values()
-            yield reader.line_num, Malformed(f"expected {len(reader.fieldnames or [])} columns, got another number") if odd else row
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.reader.line_num}: no CSV: {error}. Mend the file; after this nothing can be read.") from error
+    """The first row names the columns; a cell in quotes may hold line breaks."""
+    with _open(path, newline="") as file:
+        reader, header = csv.reader(file, strict=True), list[str]()
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, Malformed(f"no CSV: {error}")
+                continue
+            if header and cells:
+                yield line, _not_utf8("".join(cells)) or _row_of(header, cells)
+            header = header or cells
+
+
+def _row_of(header: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(header):
+        return Malformed(f"expected {len(header)} columns as in the first row, got {len(cells)}")
+    return dict(zip(header, cells, strict=True))
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet
     from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=BATCH) for row in batch_rows(batch))
+            for number, row in enumerate(rows, 1):
+                yield number, row
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path}, row {number + 1}: no parquet: {str(error).splitlines()[0]}. Write the file again.") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # it cannot be opened
+        yield number + 1, Malformed(f"no Parquet: {str(error).splitlines()[0]}")
 
 
-def _text(path: Path) -> str:
-    content = path.read_bytes()
+def batch_rows(batch: Any) -> Iterator[Any]:
+    """Yields the rows of an Arrow batch or table as dictionaries, a `Malformed` for one whose text is not UTF-8."""
     try:
-        return content.decode("utf-8-sig")
+        yield from batch.to_pylist()
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: expected UTF-8, got byte 0x{content[error.start]:02x}. Save the file as UTF-8.") from error
+        if len(batch) == 1:
+            yield Malformed(f"expected UTF-8, got the byte 0x{error.object[error.start]:02x}")
+            return
+        for i in range(len(batch)):
+            yield from batch_rows(batch.slice(i, 1))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _json_lines, ".json": _json_array, ".csv": _csv, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+"""Formats by the ending of a file's name."""

@@ -1,7 +1,8 @@
 """The data sets by name: where each is found and how one of its rows becomes an example.
 
-Prompts have Alpaca's form, as MetaMath (arXiv 2309.12284) and LLM-Adapters (arXiv 2304.01933) use it, without the trailing spaces that
-some of their files have. The response follows after a line break, at training and at generation alike.
+Prompts have Alpaca's form, as MetaMath (arXiv 2309.12284) and LLM-Adapters (arXiv 2304.01933) use it, at training and at generation
+alike. Left out are the spaces that LLM-Adapters' source puts before every line, and MetaMath's "Let's think step by step." in test
+questions only.
 """
 
 import re
@@ -10,35 +11,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsim.core.answers import boxed, options, value
+from fedsim.data.hub import Address, Hub
 from fedsim.data.rows import Malformed
 from fedsim.types import Example, Family
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
 )
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
 Row = Mapping[str, Any]
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """One named set. `train` and `test` are file patterns below a local folder; of several, the first that matches is taken."""
+    """One named set. `train` and `test` are file patterns below a local folder: of several, the first that matches is taken."""
 
     name: str
     example: Callable[[Row, str], Example]
-    train: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    hub: str | None = None
-    hub_config: str | None = None
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    remote: Hub | Address
 
     def patterns(self, split: str) -> tuple[str, ...]:
-        """Returns the file patterns of "train" or "test"."""
+        """Returns the file patterns of "train" or "test"; empty where the set has no such split."""
         return self.train if split == "train" else self.test
 
 
@@ -50,6 +53,8 @@ def _field(row: Row, name: str) -> str:
         raise Malformed(f"expected the field {name!r}, got {', '.join(map(repr, row)) or 'none'}")
     if not isinstance(row[name], str) or not row[name].strip():
         raise Malformed(f"expected text in {name!r}, got {row[name]!r:.40}")
+    if _HALF_PAIR.search(row[name]):
+        raise Malformed(f"expected Unicode text in {name!r}, got half of a surrogate pair in it")
     return str(row[name])
 
 
@@ -91,42 +96,52 @@ def _commonsense(row: Row, name: str) -> Example:
     if answer not in choices:
         raise Malformed(f"expected 'answer' to be one of the options {'/'.join(choices) or '(none named)'}, got {answer!r:.40}")
     template = ALPACA_INPUT if extra and extra.strip() else ALPACA
-    prompt = template.format(instruction=instruction, input=(extra or "").strip())
+    prompt = template.format(instruction=instruction, input=(extra or "").strip()) + "\n"  # LLM-Adapters answers on a line of its own
     return Example(name, Family.commonsense, prompt, response, answer)
 
 
-def _test_set(name: str, folder: str) -> DataSet:
-    """One of the eight sets, in the folders of LLM-Adapters."""
-    return DataSet(name, _commonsense, train=(f"{folder}/train.*",), test=(f"{folder}/test.*", f"{folder}_test.*"))
+def _files(split: str, *names: str) -> tuple[str, ...]:
+    """Where a split may lie: gsm8k_train.jsonl, gsm8k/train.csv, train.json, or the hub's Parquet files, there or one folder below."""
+    told = [f"{name}{link}{split}.*" for name in names for link in ("_", "-", "/")]
+    return (*told, f"{split}.*", f"{split}-*.parquet", f"*/{split}-*.parquet")
 
 
-COMMONSENSE_FOLDERS = {
-    "boolq": "boolq",
-    "piqa": "piqa",
-    "siqa": "social_i_qa",
-    "hellaswag": "hellaswag",
-    "winogrande": "winogrande",
-    "arc_easy": "ARC-Easy",
-    "arc_challenge": "ARC-Challenge",
-    "openbookqa": "openbookqa",
-}
-"""The eight test sets of Commonsense170K and their folders in LLM-Adapters' `dataset/`."""
+def _math_files(split: str) -> tuple[str, ...]:
+    """As above, or as MATH came: a folder for each subject with a file for each problem."""
+    return (*_files(split, "math", "MATH"), f"{split}/*/*.json", f"*/{split}/*/*.json")
+
+
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Challenge", "ARC-Easy", "openbookqa")
+"""The eight test sets of Commonsense170K by the names that LLM-Adapters gives them and their folders."""
+
+_LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
+
+
+def _one_of_eight(name: str) -> DataSet:
+    train, test = ((f"{name}/{split}.*", f"{name}_{split}.*") for split in ("train", "test"))
+    return DataSet(name, _commonsense, train, test, Address(f"{_LLM_ADAPTERS}/dataset/{name}/{{split}}.json"))
+
 
 SETS: dict[str, DataSet] = {
     each.name: each
     for each in [
+        DataSet("gsm8k", _gsm8k, _files("train", "gsm8k"), _files("test", "gsm8k"), Hub("openai/gsm8k", "main")),
         DataSet(
-            "gsm8k",
-            _gsm8k,
-            ("gsm8k_train.*", "train.*", "train-*.parquet"),
-            ("gsm8k_test.*", "test.*", "test-*.parquet"),
-            "openai/gsm8k",
-            "main",
+            "metamathqa",
+            _metamath,
+            ("MetaMathQA-395K.*", "MetaMathQA.*", "metamathqa.*", *_files("train", "metamathqa")),
+            (),
+            Hub("meta-math/MetaMathQA"),
         ),
-        DataSet("metamathqa", _metamath, ("MetaMathQA*.json*", "metamath*.json*", "train.*", "*.parquet"), (), "meta-math/MetaMathQA"),
-        DataSet("math", _math, ("math_train.*", "train.*"), ("math_test.*", "MATH_test.*", "test.*"), "DigitalLearningGmbH/MATH-lighteval"),
-        DataSet("commonsense170k", _commonsense, ("commonsense_170k.*", "*/train.*")),
-        *(_test_set(name, folder) for name, folder in COMMONSENSE_FOLDERS.items()),
+        DataSet("math", _math, _math_files("train"), _math_files("test"), Hub("DigitalLearningGmbH/MATH-lighteval")),
+        DataSet(
+            "commonsense_170k",
+            _commonsense,
+            ("commonsense_170k.*", "*/train.*"),  # the whole, or else what there is of its parts
+            (),
+            Address(f"{_LLM_ADAPTERS}/ft-training_set/commonsense_170k.json"),
+        ),
+        *map(_one_of_eight, COMMONSENSE),
     ]
 }
-"""All sets that are read from files or a hub; the embedded one is made."""
+"""All sets that are read from files, the hub or the web; the embedded one is made."""

@@ -20,20 +20,22 @@ COMMONSENSE = {"instruction": CHOICE, "input": "", "output": "the correct answer
     [
         ("gsm8k", GSM8K, "How many?", "She has 2*3=6.\n#### 1,006", "1,006"),
         ("metamathqa", METAMATH, "What is x?", "We solve.\n#### 4\nThe answer is: 4", "4"),
+        ("math", MATH | {"solution": "It is $\\fbox{2}$."}, "Find $x$.", "It is $\\fbox{2}$.", "2"),
         ("math", MATH, "Find $x$.", "So $x = \\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
-        ("commonsense170k", COMMONSENSE, CHOICE, "the correct answer is answer2", "answer2"),
+        ("commonsense_170k", COMMONSENSE, CHOICE, "the correct answer is answer2", "answer2"),
         ("boolq", COMMONSENSE, CHOICE, "the correct answer is answer2", "answer2"),
     ],
 )
 def test_a_row_becomes_an_example(name, row, instruction, response, answer):
     example = SETS[name].example(row, name)
-    assert example.prompt == f"{HEAD}{instruction}\n\n### Response:\n"
+    own_line = "\n" if instruction == CHOICE else ""
+    assert example.prompt == f"{HEAD}{instruction}\n\n### Response:{own_line}"
     assert (example.response, example.answer, example.task) == (response, answer, name)
     assert example.family is (Family.commonsense if instruction == CHOICE else Family.arithmetic)
 
 
 def test_an_input_has_a_part_of_its_own():
-    example = SETS["commonsense170k"].example(COMMONSENSE | {"input": "A story. "}, "x")
+    example = SETS["commonsense_170k"].example(COMMONSENSE | {"input": "A story. "}, "x")
     assert example.prompt.endswith(f"### Instruction:\n{CHOICE}\n\n### Input:\nA story.\n\n### Response:\n")
     assert "paired with an input" in example.prompt
 
@@ -44,6 +46,8 @@ def test_an_input_has_a_part_of_its_own():
         ("gsm8k", {"question": "q"}, "expected the field 'answer', got 'question'"),
         ("gsm8k", GSM8K | {"question": 3}, "expected text in 'question', got 3"),
         ("gsm8k", GSM8K | {"question": " "}, "expected text in 'question'"),
+        ("gsm8k", GSM8K | {"question": "\ud83d"}, "half of a surrogate pair"),
+        ("gsm8k", GSM8K | {"question": None}, "expected text in 'question', got None"),
         ("gsm8k", GSM8K | {"answer": "six"}, "'#### <number>'"),
         ("gsm8k", GSM8K | {"answer": "six #### six"}, "'#### <number>'"),
         ("gsm8k", ["q", "a"], "expected an object with fields, got list"),

@@ -1,0 +1,94 @@
+"""Rows that lie elsewhere: data sets of the Hugging Face hub, and files at an address. Both are fetched once and kept in a cache."""
+
+import os
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fedsim.data.rows import BATCH, Row, batch_rows, read
+from fedsim.errors import UserError
+
+PATIENCE_SECONDS = 10.0
+"""How long the first answer of a host may take."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set of the hub, whose splits are called train and test; a local folder in the hub's form serves as well."""
+
+    name: str
+    config: str | None = None
+
+    def place(self, split: str) -> str:
+        """Returns the name of a split for messages."""
+        return f"{self.name} ({split})"
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yields the rows of a split, numbered from one. Raises UserError where they cannot be fetched."""
+        tables = self._load(split).with_format("arrow").iter(batch_size=BATCH)
+        yield from enumerate((row for table in tables for row in batch_rows(table)), 1)
+
+    def _load(self, split: str) -> Any:
+        try:
+            _ask_once(self.name)
+            from datasets import load_dataset
+
+            return load_dataset(self.name, self.config, split=split)
+        except Exception as error:  # the libraries beneath raise dozens of kinds, for a wrong name and for a network that is down
+            raise UserError(_not_fetched(self.place(split), error)) from error
+
+
+@dataclass(frozen=True)
+class Address:
+    """A file on the web; {split} in its URL stands for train or test."""
+
+    url: str
+
+    def place(self, split: str) -> str:
+        """Returns the URL of a split."""
+        return self.url.format(split=split)
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Yields the rows of the file with their lines. Raises UserError where it cannot be fetched."""
+        url = self.place(split)
+        path = cache_folder() / urlsplit(url).netloc / urlsplit(url).path.lstrip("/")
+        if not path.is_file():
+            _fetch(url, path)
+        yield from read(path)
+
+
+def cache_folder() -> Path:
+    """Returns the folder of the files that `Address` has fetched."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
+
+
+def _fetch(url: str, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.fedsim-tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as reply, open(temporary, "wb") as file:
+            shutil.copyfileobj(reply, file)
+            if reply.length:  # what the announced size leaves to come
+                raise OSError(f"the connection closed {reply.length} bytes too early")
+        os.replace(temporary, path)
+    except OSError as error:  # of the network and of the disk
+        raise UserError(_not_fetched(url, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _ask_once(name: str) -> None:
+    """Asks whether the hub is there, since the library goes on asking for half a minute; not where it is told to stay offline."""
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE and not Path(name).is_dir():
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE_SECONDS)
+
+
+def _not_fetched(what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{what}: this data set cannot be fetched: {reason:.150}. Check name and network, or give data.path= a local folder."

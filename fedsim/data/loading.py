@@ -1,0 +1,211 @@
+"""From a configuration to examples: where each set is read from, what is left out, and which part is kept.
+
+`data.path` is the training set's hub name, its file, or a folder for all sets; a set without it is fetched from where its authors put it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedsim.config import DataConfig, OnError
+from fedsim.data.hub import Address, Hub
+from fedsim.data.rows import READERS, Malformed, Row, read
+from fedsim.data.sets import COMMONSENSE, SETS, DataSet
+from fedsim.errors import UserError, nearest
+from fedsim.models import looks_local
+from fedsim.seeding import numpy_generator
+from fedsim.types import Example, Family
+
+EMBEDDED = "embedded"
+EMBEDDED_SIZES = {"train": 5000, "test": 500}
+"""Examples of each task that the embedded data has unless the configuration asks for fewer."""
+
+HELD_OUT = 0.1
+"""Part of a single file's rows that becomes the test set, at most MOST_HELD_OUT rows."""
+MOST_HELD_OUT = 1000
+
+MOST_NOTES = 10
+"""Malformed rows of one file that are reported one by one; beyond them only their number is."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run trains and is tested on. `skipped` says, line by line, what was left out and why."""
+
+    train: list[Example]
+    test: dict[str, list[Example]]
+    skipped: list[str]
+
+
+@dataclass
+class _Reading:
+    """What is common to the reading of all sets of a configuration."""
+
+    config: DataConfig
+    seed: int
+    notes: list[str] = field(default_factory=list)
+
+
+class _MissingError(UserError):
+    """A set has no file in the folder, or no usable row: fatal unless it is one of several test sets."""
+
+
+def load(config: DataConfig, seed: int) -> Dataset:
+    """Reads the sets that the configuration names.
+
+    Guarantees: the same arguments give the same examples in the same order; `train_examples` and `test_examples` are seeded choices.
+    Of several test sets, one that a folder does not hold is reported in `skipped`. Raises UserError, with file, line and reason, for
+    what cannot be read.
+    """
+    _check(config)
+    reading = _Reading(config, seed)
+    if config.path is not None and Path(config.path).is_file():
+        train, test = _from_single_file(reading, Path(config.path))
+    else:
+        train = [example for name in config.train for example in _examples(reading, name, "train")]
+        test = _tests(reading)
+    train = _at_most(train, config.train_examples, seed, "train")
+    test = {task: _at_most(examples, config.test_examples, seed, task) for task, examples in test.items()}
+    return Dataset(train, test, reading.notes)
+
+
+def _check(config: DataConfig) -> None:
+    known = [EMBEDDED, *SETS]
+    for split, names in (("train", config.train), ("test", config.test)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"data.{split}: expected names out of {', '.join(known)}, got {name!r}.{nearest(name, known)}")
+            if name != EMBEDDED and not SETS[name].patterns(split):
+                raise UserError(f"data.{split}: {name} has no {split} split. Choose another set for data.{split}.")
+    if config.path is not None and {*config.train, *config.test} == {EMBEDDED}:
+        raise UserError(
+            f"data.path={config.path}: the embedded data reads no file. Leave out data.path, or choose a set such as data=gsm8k."
+        )
+    if config.path is not None and not Path(config.path).exists() and looks_local(config.path):
+        raise UserError(f"data.path={config.path}: there is no such file or folder. Check the path.")
+
+
+def _from_single_file(reading: _Reading, path: Path) -> tuple[list[Example], dict[str, list[Example]]]:
+    """The file is the training set; a seeded part of it is held out as the test set."""
+    name = _only_training_set(reading.config, "a single file")
+    examples = _converted(reading, SETS[name], name, str(path), _line_or_row(path), read(path))
+    count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
+    if count == 0:
+        least = int(1 / HELD_OUT)
+        raise UserError(f"{path}: expected at least {least} rows to hold some out as a test, got {len(examples)}. Give more or a folder.")
+    chosen = set(numpy_generator(reading.seed, "held out").permutation(len(examples))[:count].tolist())
+    reading.notes.append(f"{path}: {count} of {len(examples)} rows are held out as the test set")
+    reading.notes += [f"test set left out: {other}: data.path is a single file" for other in reading.config.test if other != name]
+    train = [example for i, example in enumerate(examples) if i not in chosen]
+    return train, {name: [examples[i] for i in sorted(chosen)]}
+
+
+def _only_training_set(config: DataConfig, what: str) -> str:
+    names = [name for name in config.train if name != EMBEDDED]
+    if len(config.train) != 1 or not names:
+        raise UserError(
+            f"data.path={config.path}: {what} holds one training set, got data.train=[{','.join(config.train)}]. "
+            "Name one, or give a folder."
+        )
+    return names[0]
+
+
+def _tests(reading: _Reading) -> dict[str, list[Example]]:
+    found: dict[str, list[Example]] = {}
+    missing: list[str] = []
+    for name in reading.config.test:
+        try:
+            for example in _examples(reading, name, "test"):
+                found.setdefault(example.task, []).append(example)
+        except _MissingError as error:
+            missing.append(str(error))
+    if not found:
+        raise UserError(missing[0])
+    reading.notes += [f"test set left out: {line}" for line in missing]
+    return found
+
+
+def _examples(reading: _Reading, name: str, split: str) -> list[Example]:
+    """Returns the examples of one split of one set. Raises UserError where there is none."""
+    if name == EMBEDDED:
+        return _embedded(reading, split)
+    each, path, num_notes = SETS[name], reading.config.path, len(reading.notes)
+    if path is not None and Path(path).is_dir():
+        examples = _from_folder(reading, each, Path(path), split)
+    else:
+        remote = remote_of(reading.config, name)
+        examples = _converted(reading, each, name, remote.place(split), "row", remote.rows(split))
+    if not examples:
+        raise _MissingError(f"{name}: expected {split} rows, but each is malformed, first {reading.notes[num_notes]}.")
+    return examples
+
+
+def remote_of(config: DataConfig, name: str) -> Hub | Address:
+    """Returns where a set is fetched from: a hub name in `data.path` is that of the training set; other sets keep their own sources."""
+    if config.path is not None and name == _only_training_set(config, "a hub name"):
+        return Hub(config.path)
+    return SETS[name].remote
+
+
+def _embedded(reading: _Reading, split: str) -> list[Example]:
+    from fedsim.embedded import examples
+
+    asked = reading.config.train_examples if split == "train" else reading.config.test_examples
+    each = EMBEDDED_SIZES[split]
+    if asked is not None:
+        each = min(each, asked if split == "test" else -(-asked // len(Family)))
+    return [example for family in Family for example in examples(family, split, each, reading.seed)]
+
+
+def _from_folder(reading: _Reading, each: DataSet, folder: Path, split: str) -> list[Example]:
+    """Reads the files of a set; what stands in the folder of one of the eight commonsense sets is of its task."""
+    examples: list[Example] = []
+    for file in _files(each, folder, split):
+        task = file.parent.name if file.parent.name in COMMONSENSE else each.name
+        examples += _converted(reading, each, task, str(file), _line_or_row(file), read(file))
+    return examples
+
+
+def _files(each: DataSet, folder: Path, split: str) -> list[Path]:
+    for pattern in each.patterns(split):
+        found = sorted(path for path in folder.glob(pattern) if path.suffix.lower() in READERS and "." not in path.stem)
+        if len({path.with_suffix("") for path in found}) < len(found):
+            twice = ", ".join(str(path) for path in found[:4])
+            raise UserError(f"data.path={folder}: expected the {split} split of {each.name} in one format, got {twice}. Keep one of them.")
+        if found:
+            return found
+    wanted = ", ".join(each.patterns(split)[:5])
+    raise _MissingError(f"{each.name}: expected a {split} file in {folder}, such as {wanted}; found none")
+
+
+def _line_or_row(path: Path) -> str:
+    return "row" if path.suffix.lower() == ".parquet" else "line"
+
+
+def _converted(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Iterator[Row]) -> list[Example]:
+    """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says."""
+    found: list[Example] = []
+    num_left_out = 0
+    for number, row in rows:
+        try:
+            if isinstance(row, Malformed):
+                raise row
+            found.append(each.example(row, task))
+        except Malformed as error:
+            fault = " ".join(f"{where}, {unit} {number}: {error}".split())  # a row's own text may have line breaks
+            if reading.config.on_error is OnError.stop:
+                raise UserError(f"{fault}. Mend it, or leave such rows out with data.on_error=skip.") from None
+            num_left_out += 1
+            if num_left_out <= MOST_NOTES:
+                reading.notes.append(fault)
+    if num_left_out:
+        reading.notes.append(f"{where}: {num_left_out} of {num_left_out + len(found)} rows left out")
+    return found
+
+
+def _at_most(examples: Sequence[Example], count: int | None, seed: int, purpose: str) -> list[Example]:
+    """Returns a seeded choice of `count` examples, in their order; all of them where there are no more."""
+    if count is None or count >= len(examples):
+        return list(examples)
+    chosen = numpy_generator(seed, "subset", purpose).choice(len(examples), count, replace=False)
+    return [examples[i] for i in sorted(chosen.tolist())]

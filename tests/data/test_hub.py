@@ -1,0 +1,132 @@
+"""Rows from elsewhere: the hub's form by the real library in a local folder, files by a real server of this process."""
+
+import json
+import threading
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from fedsim.config import DataConfig
+from fedsim.data import load
+from fedsim.data.hub import Address, Hub, cache_folder
+from fedsim.data.loading import remote_of
+from fedsim.data.sets import SETS
+from fedsim.errors import UserError
+
+ROWS = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in range(3000)]
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    (tmp_path / "copy/data").mkdir(parents=True)
+    for split, rows in (("train", ROWS), ("test", ROWS[:5])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"copy/data/{split}-00000-of-00001.parquet")
+    return tmp_path / "copy"
+
+
+def serve(handler):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A server of the folder `tmp_path/site`, and its address."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    (tmp_path / "site").mkdir()
+    server, address = serve(partial(Quiet, directory=str(tmp_path / "site")))
+    yield tmp_path / "site", address
+    server.shutdown()
+    server.server_close()
+
+
+def test_rows_of_a_data_set_are_numbered_from_one(hub_folder):
+    assert list(Hub(str(hub_folder)).rows("train")) == list(enumerate(ROWS, 1))
+    assert len(list(Hub(str(hub_folder)).rows("test"))) == 5
+
+
+def test_a_split_that_a_data_set_lacks_is_one_clear_line(hub_folder):
+    with pytest.raises(UserError, match=r"copy \(validation\): this data set cannot be fetched: Unknown split") as caught:
+        list(Hub(str(hub_folder)).rows("validation"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_is_out_of_reach_is_one_clear_line_at_once(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for path, name in ((None, "openai/gsm8k"), ("someone/else", "someone/else")):
+        with pytest.raises(UserError) as caught:
+            load(DataConfig(train=["gsm8k"], test=["gsm8k"], path=path), 0)
+        assert str(caught.value).startswith(f"{name} (train): this data set cannot be fetched: ")
+        assert str(caught.value).endswith("Check name and network, or give data.path= a local folder.")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_fetched_once_and_read_with_its_lines(site):
+    folder, address = site
+    (folder / "boolq").mkdir()
+    (folder / "boolq/test.json").write_text(json.dumps(ROWS[:2], indent=1))
+    (folder / "boolq/train.json").write_text(json.dumps(ROWS[2:5], indent=1))
+    source = Address(address + "/boolq/{split}.json")
+    assert [row for _, row in source.rows("train")] == ROWS[2:5]
+    for _ in range(2):
+        assert list(source.rows("test")) == [(2, ROWS[0]), (6, ROWS[1])]
+        (folder / "boolq/test.json").unlink(missing_ok=True)  # the second time it comes from the cache
+
+
+def test_a_missing_file_is_one_clear_line_and_leaves_nothing(site):
+    with pytest.raises(UserError, match=r"/none.json: this data set cannot be fetched: HTTP Error 404: File not found. Check name"):
+        list(Address(f"{site[1]}/none.json").rows("train"))
+    assert not [path for path in cache_folder().rglob("*") if path.is_file()]
+
+
+def test_a_file_that_breaks_off_is_not_kept():
+    class Short(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"[{}]")
+
+        def log_message(self, *args):
+            pass
+
+    server, address = serve(Short)
+    with pytest.raises(UserError, match=r"the connection closed 996 bytes too early"):
+        list(Address(f"{address}/a.json").rows("train"))
+    server.shutdown()
+    server.server_close()
+    assert not [path for path in cache_folder().rglob("*") if path.is_file()]
+
+
+def test_a_hub_name_is_that_of_the_training_set_alone():
+    config = DataConfig(train=["gsm8k"], test=["gsm8k", "math"], path="someone/else")
+    assert remote_of(config, "gsm8k") == Hub("someone/else")
+    assert remote_of(config, "math") == SETS["math"].remote
+    assert remote_of(DataConfig(train=["gsm8k"], test=["gsm8k"]), "gsm8k") == SETS["gsm8k"].remote
+    with pytest.raises(UserError, match=r"data.path=someone/else: a hub name holds one training set, got data.train=\[gsm8k,math\]"):
+        load(DataConfig(train=["gsm8k", "math"], test=["gsm8k"], path="someone/else"), 0)
+
+
+def test_every_split_of_every_set_has_a_source_of_its_own():
+    places = [each.remote.place(split) for each in SETS.values() for split in ("train", "test") if each.patterns(split)]
+    assert len(set(places)) == len(places) == 2 * (len(SETS) - 2) + 2  # two sets are for training only

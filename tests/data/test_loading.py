@@ -1,0 +1,211 @@
+"""Loading by configuration: folders, single files, choices of examples, and what is left out or refused."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from fedsim.cli.compose import compose
+from fedsim.config import DataConfig, OnError
+from fedsim.data import load
+from fedsim.errors import UserError
+
+REAL = Path(__file__).resolve().parents[3] / "shared/data"
+real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not here")
+
+
+def gsm8k(**options):
+    return DataConfig(train=["gsm8k"], test=["gsm8k"], **options)
+
+
+def write(path, numbers, odd=()):
+    rows = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in numbers]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps({} if i in odd else row)}\n" for i, row in enumerate(rows)))
+    return path
+
+
+def test_the_embedded_data_has_both_tasks_and_no_question_twice():
+    data = load(DataConfig(train_examples=101, test_examples=20), 0)
+    assert len(data.train) == 101
+    assert {task: len(examples) for task, examples in data.test.items()} == {"arithmetic": 20, "commonsense": 20}
+    train = {example.prompt for example in data.train}
+    assert len(train) == 101
+    assert not train & {example.prompt for examples in data.test.values() for example in examples}
+    assert load(DataConfig(train_examples=101, test_examples=20), 0) == data
+    assert load(DataConfig(train_examples=101, test_examples=20), 1).train != data.train
+
+
+def test_a_folder_gives_train_and_test_in_the_order_of_the_files(tmp_path):
+    write(tmp_path / "gsm8k_train.jsonl", range(30))
+    write(tmp_path / "gsm8k_test.jsonl", range(100, 105))
+    data = load(gsm8k(path=str(tmp_path)), 0)
+    assert [example.answer for example in data.train] == [str(n) for n in range(30)]
+    assert [example.answer for example in data.test["gsm8k"]] == [str(n) for n in range(100, 105)]
+    assert data.skipped == []
+
+
+def test_a_choice_of_examples_is_seeded_and_keeps_the_order(tmp_path):
+    write(tmp_path / "train.jsonl", range(30))
+    write(tmp_path / "test.jsonl", range(30))
+    config = gsm8k(path=str(tmp_path), train_examples=7, test_examples=6)
+    numbers = [int(example.answer) for example in load(config, 0).train]
+    assert len(numbers) == 7
+    assert numbers == sorted(numbers) == [int(example.answer) for example in load(config, 0).train]
+    assert numbers != [int(example.answer) for example in load(config, 1).train]
+    assert len(load(config, 0).test["gsm8k"]) == 6
+
+
+def test_of_a_single_file_a_part_is_held_out(tmp_path):
+    data = load(gsm8k(path=str(write(tmp_path / "mine.jsonl", range(50)))), 0)
+    train, test = ({int(example.answer) for example in examples} for examples in (data.train, data.test["gsm8k"]))
+    assert len(test) == 5
+    assert train | test == set(range(50))
+    assert not train & test
+    assert "5 of 50 rows are held out" in data.skipped[0]
+
+
+def test_a_malformed_row_ends_with_file_line_and_reason_or_is_counted(tmp_path):
+    path = write(tmp_path / "train.jsonl", range(40), odd=(3, 7))
+    write(tmp_path / "test.jsonl", range(5))
+    with pytest.raises(UserError, match=r"train.jsonl, line 4: expected the field 'question', got none.*data.on_error=skip"):
+        load(gsm8k(path=str(tmp_path)), 0)
+    data = load(gsm8k(path=str(tmp_path), on_error=OnError.skip), 0)
+    assert len(data.train) == 38
+    assert data.skipped[0].startswith(f"{path}, line 4: ")
+    assert data.skipped[-1] == f"{path}: 2 of 40 rows left out"
+
+
+def test_a_thousand_malformed_rows_make_few_lines(tmp_path):
+    write(tmp_path / "train.jsonl", range(1010), odd=range(1000))
+    write(tmp_path / "test.jsonl", range(5))
+    data = load(gsm8k(path=str(tmp_path), on_error=OnError.skip), 0)
+    assert (len(data.train), len(data.skipped)) == (10, 11)
+
+
+def write_choices(folder, *names, rows=3):
+    """Files in the form of LLM-Adapters."""
+    row = {"instruction": "Is it? Answer format: true/false", "input": "", "output": "the correct answer is true", "answer": "true"}
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text(json.dumps([row] * rows, indent=4))
+
+
+def test_a_test_set_that_a_folder_lacks_is_reported_and_the_union_of_the_train_files_is_trained_on(tmp_path):
+    write_choices(tmp_path, "boolq/train.json", "piqa/train.json", "boolq/test.json")
+    data = load(DataConfig(train=["commonsense_170k"], test=["boolq", "hellaswag"], path=str(tmp_path)), 0)
+    assert [example.task for example in data.train] == ["boolq"] * 3 + ["piqa"] * 3
+    assert list(data.test) == ["boolq"]
+    assert data.skipped == [
+        f"test set left out: hellaswag: expected a test file in {tmp_path}, such as hellaswag/test.*, hellaswag_test.*; found none"
+    ]
+
+
+def test_the_whole_training_set_goes_before_its_parts(tmp_path):
+    write_choices(tmp_path, "boolq/train.json", "boolq/test.json")
+    write_choices(tmp_path, "commonsense_170k.json", rows=7)
+    data = load(DataConfig(train=["commonsense_170k"], test=["boolq"], path=str(tmp_path)), 0)
+    assert [example.task for example in data.train] == ["commonsense_170k"] * 7
+
+
+@pytest.mark.parametrize("content", ["", "[]", '[{"a": 1}]', '[{"instruction": '])
+def test_with_skip_a_test_set_without_a_usable_row_is_left_out_but_a_training_set_is_not(tmp_path, content):
+    write_choices(tmp_path, "boolq/train.json", "boolq/test.json", "piqa/test.json")
+    (tmp_path / "piqa/test.json").write_text(content)
+    config = DataConfig(train=["boolq"], test=["boolq", "piqa"], path=str(tmp_path), on_error=OnError.skip)
+    data = load(config, 0)
+    assert list(data.test) == ["boolq"]
+    assert "piqa/test.json, line 1: " in data.skipped[0]
+    assert data.skipped[-1].startswith("test set left out: piqa: expected test rows, but each is malformed, first ")
+    (tmp_path / "boolq/train.json").write_text(content)
+    with pytest.raises(UserError, match=r"^boolq: expected train rows, but each is malformed, first .*train.json, line 1: "):
+        load(config, 0)
+
+
+def test_a_split_in_two_formats_is_refused_rather_than_read_twice(tmp_path):
+    path = write(tmp_path / "gsm8k_train.jsonl", range(5))
+    write(tmp_path / "gsm8k_test.jsonl", range(5))
+    (tmp_path / "gsm8k_train.jsonl.bak").write_text("an editor's")
+    assert len(load(gsm8k(path=str(tmp_path)), 0).train) == 5
+    path.with_suffix(".csv").write_text("question,answer\n1,#### 1\n")
+    with pytest.raises(UserError, match=r"train split of gsm8k in one format, got .*gsm8k_train.csv, .*gsm8k_train.jsonl"):
+        load(gsm8k(path=str(tmp_path)), 0)
+
+
+@pytest.mark.parametrize("shape", ["{split}/algebra/{n}.json", "MATH/{split}/algebra/{n}.json", "math_{split}.jsonl"])
+def test_math_is_read_in_the_shapes_it_comes_in(tmp_path, shape):
+    for split in ("train", "test"):
+        for n in range(3):
+            path = tmp_path / shape.format(split=split, n=n)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                indent = None if "jsonl" in shape else 4
+                file.write(json.dumps({"problem": f"{split} {n}", "solution": f"$\\boxed{{{n}}}$"}, indent=indent) + "\n")
+    data = load(DataConfig(train=["math"], test=["math"], path=str(tmp_path)), 0)
+    assert [example.answer for example in data.train] == [example.answer for example in data.test["math"]] == ["0", "1", "2"]
+
+
+def test_parquet_parts_as_the_hub_has_them_are_read_in_order(tmp_path):
+    for split, count in (("train", 2), ("test", 1)):
+        for n in range(count):
+            path = tmp_path / "main" / f"{split}-0000{n}-of-0000{count}.parquet"
+            path.parent.mkdir(exist_ok=True)
+            rows = [{"question": "q", "answer": f"#### {n}"}, {"question": "q", "answer": f"#### {n}0"}]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    data = load(gsm8k(path=str(tmp_path)), 0)
+    assert [example.answer for example in data.train] == ["0", "00", "1", "10"]
+
+
+def test_of_a_single_file_other_test_sets_are_reported(tmp_path):
+    rows = [{"query": "q", "response": f"The answer is: {n}"} for n in range(20)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    config = DataConfig(train=["metamathqa"], test=["gsm8k", "math"], path=str(tmp_path / "mine.json"))
+    data = load(config, 0)
+    assert {name: len(examples) for name, examples in data.test.items()} == {"metamathqa": 2}
+    assert data.skipped[1:] == [f"test set left out: {name}: data.path is a single file" for name in ("gsm8k", "math")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": ["gsm8"]}, "data.train: expected names out of embedded, gsm8k, "),
+        ({"train": ["gsm8"]}, "got 'gsm8'. Did you mean 'gsm8k'"),
+        ({"path": "/nowhere/at/all"}, "there is no such file or folder"),
+        ({"test": ["metamathqa"]}, "data.test: metamathqa has no test split"),
+        ({"test": ["math"]}, "math: expected a test file in "),
+        ({"train": ["math"]}, "math: expected a train file in "),
+        ({"train": ["embedded"], "test": ["embedded"]}, "the embedded data reads no file"),
+        ({"train": ["gsm8k", "math"], "file": "gsm8k_train.jsonl"}, "a single file holds one training set, got data.train=[gsm8k,math]"),
+        ({"file": "gsm8k_train.jsonl"}, "expected at least 10 rows to hold some out as a test, got 5"),
+    ],
+)
+def test_a_wrong_name_or_path_is_one_clear_line(tmp_path, options, message):
+    write(tmp_path / "gsm8k_train.jsonl", range(5))
+    path = str(tmp_path / options.pop("file", ""))
+    with pytest.raises(UserError) as caught:
+        load(DataConfig(**({"train": ["gsm8k"], "test": ["gsm8k"], "path": path} | options)), 0)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_with_line_breaks_is_still_one_line(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "q", "answer\n": "a"}))
+    with pytest.raises(UserError) as caught:
+        load(gsm8k(path=str(tmp_path)), 0)
+    assert "\n" not in str(caught.value)
+
+
+@real_data
+def test_all_real_rows_are_read():
+    data = load(gsm8k(path=str(REAL / "arithmetic")), 0)
+    assert (len(data.train), len(data.test["gsm8k"])) == (7473, 1319)
+    config = compose(["data=commonsense", f"data.path={REAL / 'commonsense'}"]).data
+    data = load(config, 0)
+    assert Counter(example.task for example in data.train) == {"boolq": 9427, "openbookqa": 4957, "ARC-Easy": 2251, "ARC-Challenge": 1119}
+    expected = {"boolq": 3270, "piqa": 1838, "social_i_qa": 1954, "winogrande": 1267}
+    expected |= {"ARC-Easy": 2376, "ARC-Challenge": 1172, "openbookqa": 500}
+    assert {task: len(examples) for task, examples in data.test.items()} == expected
+    assert ["hellaswag" in line for line in data.skipped] == [True]
