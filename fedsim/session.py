@@ -76,6 +76,7 @@ class Session:
         self.layout = Layout.of(factors(self.model, self.method.trained))
         self.bases_layout = Layout.of(initialization.bases_of(factors(self.model, ("B", "A"))))
         self.bases_digest = ""  # of the bases that are installed in the model
+        self.num_too_long = 0  # examples left out so far because nothing of their response is within data.max_length
         self._encoded: dict[int, list[EncodedExample]] = {}
 
     def _split_public(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -106,9 +107,20 @@ class Session:
         return [encode(example, self.tokenizer, data.max_length, data.train_on) for example in examples]
 
     def client_data(self, client: int) -> ClientData:
-        """Returns the encoded examples of one client; they are encoded once."""
+        """Returns the encoded examples of one client, encoded once, without those whose response lies beyond `data.max_length`.
+
+        Raises UserError where none is left.
+        """
         if client not in self._encoded:
-            self._encoded[client] = self.encode([self.pool[i] for i in self.shards[client]])
+            encoded = self.encode([self.pool[i] for i in self.shards[client]])
+            kept = [example for example in encoded if has_response(example)]
+            if not kept:
+                raise UserError(
+                    f"data.max_length: expected room for a response of client {client}, got {self.config.data.max_length} tokens, "
+                    "which its prompts fill; raise it or give the clients more examples."
+                )
+            self._encoded[client] = kept
+            self.num_too_long += len(encoded) - len(kept)
         return ClientData(client, self._encoded[client])
 
     def train(self, start: Tensor, clients: Sequence[int], round: int) -> list[LocalResult]:

@@ -74,6 +74,7 @@ class Run:
 
     def __init__(self, session: Session, config: Config, grid: Grid, folder: RunFolder, progress: Progress) -> None:
         self._session, self._config, self._grid, self._folder, self._progress = session, config, grid, folder, progress
+        self._told_too_long = 0
 
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
@@ -184,7 +185,17 @@ class Run:
         }
         self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, **report)
         self._progress.round_finished(number, report)
+        self._tell_too_long()
         self._save(state)
+
+    def _tell_too_long(self) -> None:
+        """Says how many examples this process has left out since it said so last."""
+        count = self._session.num_too_long - self._told_too_long
+        if count:
+            limit = self._config.data.max_length
+            self._progress.note(f"left out: {count} training examples whose response lies beyond data.max_length={limit}")
+            self._folder.event("too_long", num_examples=count, max_length=limit)
+            self._told_too_long = self._session.num_too_long
 
     @contextmanager
     def _passes_shown(self) -> Iterator[None]:
