@@ -90,8 +90,7 @@ def boxed(text: str) -> str | None:
 def _first_option(text: str, choices: list[str]) -> str | None:
     if not choices:
         return None
-    longest_first = sorted(choices, key=len, reverse=True)
-    found = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", text)
+    found = re.search(rf"(?<!\w)(?:{'|'.join(map(re.escape, choices))})(?!\w)", text)
     return found[0] if found else None
 
 

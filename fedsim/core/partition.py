@@ -26,7 +26,8 @@ def partition(examples: Sequence[Example], federation: FederationConfig, seed: i
             "use fewer clients or more examples."
         )
     generator = numpy_generator(seed, "partition")
-    weights = np.exp(federation.quantity_sigma * generator.standard_normal(federation.clients))
+    logs = federation.quantity_sigma * generator.standard_normal(federation.clients)
+    weights = np.exp(np.maximum(logs - logs.max(), -600))  # relative to the largest: exp neither overflows nor vanishes
     shards = {Partition.iid: _iid, Partition.task: _by_task, Partition.dirichlet: _dirichlet}[federation.partition](
         examples, federation, weights, generator
     )
@@ -46,19 +47,27 @@ def holdings(examples: Sequence[Example], shards: Sequence[Sequence[int]]) -> li
 def apportion(weights: np.ndarray, total: int, most: np.ndarray | None = None) -> np.ndarray:
     """Returns whole numbers in proportion to `weights` [n] that sum to `total`, each at least 1 and at most `most` [n].
 
-    Largest remainder; `total` must lie between n and the sum of `most`. Ties go to the lower index.
+    Weights are positive; `total` must lie between n and the sum of `most`. Those that a bound holds leave the others' proportions as they
+    are. Rounded by largest remainder; ties go to the lower index.
     """
     limit = np.full(len(weights), total) if most is None else most
-    shares = np.ones(len(weights), dtype=np.int64)
-    while (left := total - int(shares.sum())) > 0:
-        open_ = shares < limit
-        ideal = np.where(open_, weights / weights[open_].sum() * left, 0.0)
-        whole = np.minimum(ideal.astype(np.int64), limit - shares)
-        if whole.any():
-            shares += whole
-            continue
-        shares[np.argsort(-ideal, kind="stable")[:left]] += 1
+    ideal = _bounded(weights, total, limit)
+    shares = ideal.astype(np.int64)
+    remainders = np.where(shares < limit, ideal - shares, -1.0)
+    shares[np.argsort(-remainders, kind="stable")[: total - int(shares.sum())]] += 1
     return shares
+
+
+def _bounded(weights: np.ndarray, total: int, limit: np.ndarray) -> np.ndarray:
+    """Returns c * weights, held between 1 and `limit`, with the factor c that makes the sum `total`; found by bisection of log c."""
+    low, high = -np.log(weights.max()), np.log(limit.max() / weights.min())
+    for _ in range(100):
+        middle = (low + high) / 2
+        if np.clip(np.exp(middle) * weights, 1, limit).sum() < total:
+            low = middle
+        else:
+            high = middle
+    return np.clip(np.exp(high) * weights, 1, limit)
 
 
 def _iid(

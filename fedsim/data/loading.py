@@ -192,7 +192,7 @@ def _converted(reading: _Reading, each: DataSet, task: str, where: str, unit: st
                 raise row
             found.append(each.example(row, task))
         except Malformed as error:
-            fault = " ".join(f"{where}, {unit} {number}: {error}".split())  # a row's own text may have line breaks
+            fault = f"{where}, {unit} {number}: {error}"
             if reading.config.on_error is OnError.stop:
                 raise UserError(f"{fault}. Mend it, or leave such rows out with data.on_error=skip.") from None
             num_left_out += 1

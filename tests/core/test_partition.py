@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.config import DirichletOver, FederationConfig, Partition
-from fedsim.core.partition import holdings, partition
+from fedsim.core.partition import apportion, holdings, partition
 from fedsim.errors import UserError
 from fedsim.types import Example, Family
 
@@ -41,6 +41,47 @@ def test_every_example_belongs_to_one_client_and_every_client_has_one(counts, cl
 def test_another_seed_deals_otherwise():
     federation = FederationConfig(clients=5)
     assert partition(examples(50), federation, 0) != partition(examples(50), federation, 1)
+
+
+@pytest.mark.parametrize("kind", Partition)
+def test_which_of_its_tasks_examples_a_client_gets_is_random(kind):
+    shards = partition(examples(200), FederationConfig(clients=4, partition=kind), 0)
+    assert all(max(shard) - min(shard) > 2 * len(shard) for shard in shards)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), st.integers(0, 3000))
+def test_apportioned_numbers_are_whole_complete_and_in_proportion(weights, more):
+    weights = np.array(weights)
+    total = len(weights) + more
+    shares = apportion(weights, total)
+    assert shares.sum() == total
+    assert shares.min() >= 1
+    quotas = weights / weights.sum() * total
+    assert quotas.min() < 1 or (abs(shares - quotas) < 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "total", "most", "shares"),
+    [
+        ([1, 1, 2], 5, None, [1, 1, 3]),
+        ([1, 1, 2], 6, None, [2, 1, 3]),  # ties go to the lower index
+        ([1, 1, 1], 5, None, [2, 2, 1]),
+        ([1, 2, 100], 9, None, [1, 1, 7]),
+        ([1, 1, 100], 9, None, [1, 1, 7]),
+        ([5, 1, 1], 10, [3, 9, 2], [3, 5, 2]),
+        ([8, 4, 2], 10, [3, 9, 9], [3, 5, 2]),
+        ([1, 1], 2, [1, 1], [1, 1]),
+        ([1e-250, 1], 10, None, [1, 9]),
+        ([1e-250, 1], 10, [8, 4], [6, 4]),
+    ],
+)
+def test_the_largest_remainder_gets_what_is_left_and_none_more_than_it_may(weights, total, most, shares):
+    assert apportion(np.array(weights), total, None if most is None else np.array(most)).tolist() == shares
+
+
+def test_an_extreme_quantity_skew_leaves_one_example_to_all_but_one():
+    sizes = sorted(len(shard) for shard in partition(examples(100), FederationConfig(clients=5, quantity_sigma=1e6), 0))
+    assert sizes == [1, 1, 1, 1, 96]
 
 
 def test_iid_shards_have_equal_size_and_the_overall_mixture():

@@ -129,6 +129,7 @@ def test_a_split_in_two_formats_is_refused_rather_than_read_twice(tmp_path):
     path = write(tmp_path / "gsm8k_train.jsonl", range(5))
     write(tmp_path / "gsm8k_test.jsonl", range(5))
     (tmp_path / "gsm8k_train.jsonl.bak").write_text("an editor's")
+    (tmp_path / "gsm8k_train.old.jsonl").write_text("a user's")
     assert len(load(gsm8k(path=str(tmp_path)), 0).train) == 5
     path.with_suffix(".csv").write_text("question,answer\n1,#### 1\n")
     with pytest.raises(UserError, match=r"train split of gsm8k in one format, got .*gsm8k_train.csv, .*gsm8k_train.jsonl"):

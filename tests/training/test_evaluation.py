@@ -96,6 +96,28 @@ def test_an_answer_may_be_empty_and_a_batch_may_end_at_once():
     assert batched(model, [], VOCABULARY, 5) == []
 
 
+def sizes_of_passes(model):
+    """The (rows, tokens) of each forward pass from now on."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, inputs: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True)
+    return seen
+
+
+def test_rows_that_have_ended_leave_the_batch_when_they_are_half_of_it():
+    model, prompts = chatty(tiny_model("llama")), prompts_of([9] * 40)
+    eos_id = ends_often(model, prompts, 30)
+    ends = {i: len(answer) for i, answer in enumerate(one_by_one(model, prompts, eos_id, 30)) if len(answer) < 30}
+    expected, rows = [], len(ends)
+    for step in range(max(ends.values()) + 1):
+        expected.append(rows)
+        alive = sum(end > step for end in ends.values())
+        rows = alive if alive * 2 <= rows else rows
+    seen = sizes_of_passes(model)
+    batched(model, [prompts[i] for i in ends], eos_id, 30)
+    assert seen == [(expected[0], 9), *((rows, 1) for rows in expected[1:])]  # and it stops when none is left
+    assert len(set(expected)) > 2
+
+
 def test_progress_counts_every_prompt_once():
     seen = []
     generate(
@@ -188,10 +210,10 @@ def test_evaluation_leaves_the_model_as_it_was(embedded, questions):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_in_training_mode_with_checkpointed_activations_answers_the_same():
-    prompts = prompts_of([5, 9])
-    expected = batched(tiny_model("llama").eval(), prompts, 2, 6)
-    model = tiny_model("llama", activation_checkpointing=True)
+def test_a_model_in_training_mode_with_checkpointed_activations_answers_the_same(embedded, questions):
+    model, tokenizer = load_model(ModelConfig(), activation_checkpointing=True)
     assert model.training
-    model.eval()
-    assert batched(model, prompts, 2, 6) == expected
+    config = EvaluationConfig(max_new_tokens=8)
+    seen = sizes_of_passes(model)
+    assert evaluate(model, tokenizer, questions, config, DataConfig()) == evaluate(*embedded, questions, config, DataConfig())
+    assert seen[1][1] == 1  # the cache was used: behind the prompts, a token at a time
