@@ -32,7 +32,7 @@ def load_model(config: ModelConfig, *, activation_checkpointing: bool = False) -
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
-            f"model.path={path}: {len(missing)} weights of the {settings.model_type!r} architecture are not in the files, first {missing[0]!r}."
+            f"model.path={path}: {len(missing)} weights of the {settings.model_type!r} architecture are missing, first {missing[0]!r}."
         )
     tokenizer = _guarded(path, lambda: AutoTokenizer.from_pretrained(path))
     if tokenizer.eos_token_id is None:
@@ -45,13 +45,13 @@ def load_model(config: ModelConfig, *, activation_checkpointing: bool = False) -
 
 
 def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
-    """Freezes the model, moves it to the device and turns all dropout off; with checkpointing it is left in training mode, as that needs."""
+    """Freezes the model, moves it to the device and turns dropout off; checkpointing needs training mode, in which it is left then."""
     model.requires_grad_(False).to(on)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # a plain number, which nn.Module has no type for
     if activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model.train(activation_checkpointing)

@@ -19,12 +19,12 @@ from fedsim.core.methods import METHODS, Method
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout, digest
 from fedsim.data import Dataset, load
-from fedsim.training.encoding import encode, has_response
 from fedsim.errors import UserError, nearest
 from fedsim.models import load_model
 from fedsim.seeding import numpy_generator
 from fedsim.training.batches import steps_per_round
 from fedsim.training.cohort import ClientData, LocalResult, PassFacts, train_cohort
+from fedsim.training.encoding import encode, has_response
 from fedsim.training.gradients import weight_gradients
 from fedsim.training.optimizers import learning_rate
 from fedsim.types import Adapter, EncodedExample, Example

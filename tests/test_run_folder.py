@@ -92,11 +92,11 @@ def test_a_folder_in_use_is_refused_whatever_the_options(tmp_path: Path) -> None
 
 def test_an_interrupted_or_finished_run_is_refused_and_left_as_it_was(interrupted: Path) -> None:
     before = tree(interrupted)
-    with pytest.raises(UserError, match="interrupted run.*resume=true.*overwrite=true"):
+    with pytest.raises(UserError, match=r"interrupted run.*resume=true.*overwrite=true"):
         RunFolder.open(config_of(interrupted))
     with RunFolder.open(config_of(interrupted, resume=True)) as folder:
         folder.finish({"method": "fed_sb"})
-    with pytest.raises(UserError, match="finished run.*overwrite=true"):
+    with pytest.raises(UserError, match=r"finished run.*overwrite=true"):
         RunFolder.open(config_of(interrupted))
     changed = tree(interrupted)
     assert {name: changed[name] for name in before if name != "manifest.json"} == {k: v for k, v in before.items() if k != "manifest.json"}

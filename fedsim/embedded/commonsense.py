@@ -6,6 +6,7 @@ is never asked for in training. Wrong options come from the same column of the k
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from fedsim.embedded.knowledge import RELATIONS, SAME_KIND_ORDER, SIZES, article
 from fedsim.embedded.splits import draw_unique, split_of
 from fedsim.seeding import numpy_generator
 from fedsim.types import Example, Family
+
+T = TypeVar("T")
 
 NAMES = ["Tom", "Ann", "Ben", "Mia", "Sam", "Eva", "Max", "Lea", "Leo", "Ida", "Jim", "Amy", "Dan", "Zoe", "Kim", "Roy"]
 
@@ -28,11 +31,11 @@ class Question:
     wrong: tuple[str, ...]
 
 
-def pick(rng: np.random.Generator, values: list[str]) -> str:
+def pick(rng: np.random.Generator, values: list[T]) -> T:
     return values[int(rng.integers(len(values)))]
 
 
-def sample(rng: np.random.Generator, values: list[str], count: int) -> list[str]:
+def sample(rng: np.random.Generator, values: list[T], count: int) -> list[T]:
     return [values[i] for i in rng.permutation(len(values))[:count]]
 
 

@@ -137,7 +137,9 @@ def drill(rng: np.random.Generator) -> str:
     """Numbered places, and again and again which of them has which thing, told in one way."""
     label, told = pick(rng, LABELS), pick(rng, _TOLD)
     relation = RELATIONS[pick(rng, list(RELATIONS))]
-    pool = list(dict.fromkeys(relation.facts.values())) if rng.random() < 0.5 else pick(rng, [list(relation.facts), OBJECTS, NAMES])
+    pool = (
+        list(dict.fromkeys(relation.facts.values())) if rng.random() < 0.5 else [list(relation.facts), OBJECTS, NAMES][int(rng.integers(3))]
+    )
     options = sample(rng, pool, int(rng.integers(2, 6)))
     asked = [told.format(o=options[i], l=label, i=i + 1) for i in rng.integers(len(options), size=8)]
     return f"{_listing(label, options, rng)}{pick(rng, [' ', NEW_PART])}{' '.join(asked)}"

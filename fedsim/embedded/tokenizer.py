@@ -11,7 +11,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 _PIECES = r"[ /]?\p{L}+| ?\d:?|\n+|##| ?[^\s\p{L}\d#]+|\s|."
 """Words (with a space or slash before them), single digits, line ends, pairs of #, other signs.
 
-The colon of "Answer1:" is one with its digit, so that what follows stands right after its number: a small model sees that far and no farther.
+The colon of "Answer1:" is one with its digit, so that what follows stands right after its number: a small model sees no farther.
 """
 
 

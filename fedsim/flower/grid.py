@@ -62,7 +62,7 @@ class InProcessGrid(Grid):
 
     def _handle(self, message: Message) -> Message:
         context = self._contexts[message.metadata.dst_node_id]
-        own = Message(_copy(message.content), metadata=message.metadata)
+        own = Message(_copy(message.content), metadata=message.metadata)  # type: ignore[call-overload]  # as Flower itself rebuilds them
         return self._app(own, context)
 
 
@@ -70,7 +70,7 @@ def _copy(content: RecordDict) -> RecordDict:
     """A strategy may put one record into many messages: each node gets its own (arrays share their immutable bytes)."""
     return RecordDict(
         {
-            name: ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else type(record)(dict(record))
+            name: ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else type(record)(dict(record))  # type: ignore[arg-type]
             for name, record in content.items()
         }
     )

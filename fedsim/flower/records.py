@@ -5,7 +5,7 @@ Tensors only: NumPy's own format without pickle. What arrives is checked before 
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from torch import Tensor
 
@@ -31,6 +31,22 @@ def from_record(record: ArrayRecord, num_parameters: int) -> Tensor:
     if not np.isfinite(values).all():
         raise ValueError("Expected finite values, got NaN or infinity.")
     return torch.from_numpy(values)
+
+
+def whole_numbers(record: ConfigRecord | MetricRecord, key: str) -> list[int]:
+    """Returns the list of whole numbers under `key`. Raises ValueError where there is something else."""
+    values = record[key]
+    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+        raise ValueError(f"Expected {key!r} to be a list of whole numbers, got {values!r:.60}.")
+    return [int(value) for value in values]
+
+
+def numbers(record: ConfigRecord | MetricRecord, key: str) -> list[float]:
+    """Returns the list of numbers under `key`. Raises ValueError where there is something else."""
+    values = record[key]
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"Expected {key!r} to be a list of numbers, got {values!r:.60}.")
+    return [float(value) for value in values]
 
 
 def serialized_bytes(record: ArrayRecord) -> int:

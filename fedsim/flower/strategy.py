@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsim.config import Config, Weighting, to_dict
 from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
-from fedsim.flower.records import from_record, serialized_bytes, to_record
+from fedsim.flower.records import from_record, numbers, serialized_bytes, to_record, whole_numbers
 from fedsim.flower.worker import NEEDS_BASES, client_key
 from fedsim.seeding import numpy_generator
 from fedsim.session import Session
@@ -75,7 +75,7 @@ class FedsimStrategy(Strategy):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterator[Message]:
         """Yields one message per cohort, made when it is asked for."""
         for node, clients in self.cohorts(self.participants(server_round), grid):
-            content = RecordDict({ADAPTER: arrays, REQUEST: self._request(clients, round=server_round)})
+            content = RecordDict({ADAPTER: arrays, REQUEST: self._request(clients, round=[server_round])})
             newcomers = [client for client in clients if client not in self.has_bases]
             if newcomers and self._bases is not None:
                 content[BASES] = self._bases
@@ -118,13 +118,13 @@ class FedsimStrategy(Strategy):
             request = self._request([client], samples=[samples])
             message = Message(RecordDict({REQUEST: request}), node, "train.initial_gradient", group_id="0")
             (reply,) = _checked(grid.send_and_receive([message]))
-            record = reply.content[client_key(client)]
+            record = reply.content.array_records[client_key(client)]
             total += from_record(record, layout.num_parameters)
             self._record(0, [client], Direction.uplink, Purpose.initial_gradient, record)
         return layout.unpack(total.float())
 
     def init_shares(self) -> dict[int, int]:
-        """Returns how many samples each client gives: equal shares; where there are fewer samples than clients, a seeded choice gives one each."""
+        """Returns how many samples each client gives: equal shares; of fewer samples than clients, a seeded choice gives one each."""
         samples, clients = self._session.config.adapter.init_samples, self._federation.clients
         order = numpy_generator(self._session.config.seed, "init_shares").permutation(clients).tolist()
         shares = {client: samples // clients + (place < samples % clients) for place, client in enumerate(order)}
@@ -150,19 +150,20 @@ class FedsimStrategy(Strategy):
 
     def _updates(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[float, Tensor]]:
         for reply in replies:
-            metrics = reply.content["metrics"]
-            self.facts.num_tokens += sum(metrics["num_tokens"])
-            for client, num_examples, loss in zip(metrics["clients"], metrics["num_examples"], metrics["loss"], strict=True):
+            metrics = reply.content.metric_records["metrics"]
+            self.facts.num_tokens += sum(whole_numbers(metrics, "num_tokens"))
+            clients, counts = whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples")
+            for client, num_examples, loss in zip(clients, counts, numbers(metrics, "loss"), strict=True):
                 self.facts.clients.append(client)
                 self.facts.num_examples.append(num_examples)
                 self.facts.loss.append(loss)
-                record = reply.content[client_key(client)]
+                record = reply.content.array_records[client_key(client)]
                 self._record(server_round, [client], Direction.uplink, Purpose.adapter, record)
                 weight = float(num_examples) if self._federation.weighting is Weighting.examples else 1.0
                 self.facts.weights.append(weight)
                 yield weight, from_record(record, self._session.layout.num_parameters)
 
-    def _request(self, clients: Sequence[int], **facts: int | list[int]) -> ConfigRecord:
+    def _request(self, clients: Sequence[int], **facts: list[int]) -> ConfigRecord:
         return ConfigRecord({"config": self._config_text, "clients": list(clients), "bases_digest": self._session.bases_digest, **facts})
 
     def _record(self, server_round: int, clients: Sequence[int], direction: Direction, purpose: Purpose, record: ArrayRecord) -> None:

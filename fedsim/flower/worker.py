@@ -6,10 +6,10 @@ checked against the digest in every message.
 
 import json
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedsim.config import Config, from_dict
-from fedsim.flower.records import from_record, to_record
+from fedsim.flower.records import from_record, to_record, whole_numbers
 from fedsim.session import DERIVED, Session, open_session
 
 NEEDS_BASES = "needs_bases"
@@ -22,12 +22,13 @@ def client_key(client: int) -> str:
 
 def train(message: Message) -> Message:
     """Trains the named clients for one round; the reply has one record of factors per client, and their metrics."""
-    request = message.content["request"]
+    request = message.content.config_records["request"]
     session = _session(request)
     if not _has_bases(session, message.content):
         return Message(RecordDict({NEEDS_BASES: ConfigRecord(), "request": request}), reply_to=message)
-    start = from_record(message.content["adapter"], session.layout.num_parameters)
-    results = session.train(start, list(request["clients"]), int(request["round"]))
+    start = from_record(message.content.array_records["adapter"], session.layout.num_parameters)
+    (round_,) = whole_numbers(request, "round")
+    results = session.train(start, whole_numbers(request, "clients"), round_)
     content = RecordDict({client_key(result.client): to_record(result.factors) for result in results})
     content["metrics"] = MetricRecord(
         {
@@ -43,10 +44,10 @@ def train(message: Message) -> Message:
 
 def initial_gradient(message: Message) -> Message:
     """Returns the weight gradients of each named client over its share of the initialisation samples."""
-    request = message.content["request"]
+    request = message.content.config_records["request"]
     session = _session(request)
     content = RecordDict()
-    for client, samples in zip(request["clients"], request["samples"], strict=True):
+    for client, samples in zip(whole_numbers(request, "clients"), whole_numbers(request, "samples"), strict=True):
         content[client_key(client)] = to_record(session.client_gradient(client, samples))
     return Message(content, reply_to=message)
 
@@ -57,7 +58,7 @@ def _session(request: ConfigRecord) -> Session:
 
 def _has_bases(session: Session, content: RecordDict) -> bool:
     """Makes sure that the model has the bases of the digest in the request. Raises ValueError if the ones sent or derived differ."""
-    expected = str(content["request"]["bases_digest"])
+    expected = str(content.config_records["request"]["bases_digest"])
     if session.bases_digest == expected:
         return True
     if session.config.adapter.init in DERIVED:
@@ -65,9 +66,7 @@ def _has_bases(session: Session, content: RecordDict) -> bool:
 
         found = session.install_bases(bases_of(session.derive_bases()))
     elif "bases" in content:
-        record = content["bases"]
-        assert isinstance(record, ArrayRecord)
-        flat = from_record(record, session.bases_layout.num_parameters)
+        flat = from_record(content.array_records["bases"], session.bases_layout.num_parameters)
         found = session.install_bases(session.bases_layout.unpack(flat))
     else:
         return False
