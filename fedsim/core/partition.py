@@ -44,30 +44,22 @@ def holdings(examples: Sequence[Example], shards: Sequence[Sequence[int]]) -> li
     return found
 
 
-def apportion(weights: np.ndarray, total: int, most: np.ndarray | None = None) -> np.ndarray:
-    """Returns whole numbers in proportion to `weights` [n] that sum to `total`, each at least 1 and at most `most` [n].
+def apportion(weights: np.ndarray, total: int) -> np.ndarray:
+    """Returns whole numbers in proportion to `weights` [n], each at least 1, that sum to `total`, which is at least n.
 
-    Weights are positive; `total` must lie between n and the sum of `most`. Those that a bound holds leave the others' proportions as they
-    are. Rounded by largest remainder; ties go to the lower index.
+    Weights are positive. What is raised to 1 leaves the others' proportions as they are. Rounded by largest remainder; ties go to the
+    lower index.
     """
-    limit = np.full(len(weights), total) if most is None else most
-    ideal = _bounded(weights, total, limit)
-    shares = ideal.astype(np.int64)
-    remainders = np.where(shares < limit, ideal - shares, -1.0)
-    shares[np.argsort(-remainders, kind="stable")[: total - int(shares.sum())]] += 1
+    free = np.ones(len(weights), dtype=bool)  # not raised to 1
+    while True:
+        ideal = np.where(free, weights / weights[free].sum() * (total - np.sum(~free)), 1.0)
+        small = ideal < 1 - 1e-9
+        if not small.any():
+            break
+        free &= ~small
+    shares = np.maximum(ideal.astype(np.int64), 1)
+    shares[np.argsort(shares - ideal, kind="stable")[: total - int(shares.sum())]] += 1
     return shares
-
-
-def _bounded(weights: np.ndarray, total: int, limit: np.ndarray) -> np.ndarray:
-    """Returns c * weights, held between 1 and `limit`, with the factor c that makes the sum `total`; found by bisection of log c."""
-    low, high = -np.log(weights.max()), np.log(limit.max() / weights.min())
-    for _ in range(100):
-        middle = (low + high) / 2
-        if np.clip(np.exp(middle) * weights, 1, limit).sum() < total:
-            low = middle
-        else:
-            high = middle
-    return np.clip(np.exp(high) * weights, 1, limit)
 
 
 def _iid(
@@ -88,7 +80,7 @@ def _by_task(
         )
     sizes = np.array([len(group) for group in groups])
     shards: list[np.ndarray] = []
-    for group, count in zip(groups, apportion(sizes, federation.clients, sizes), strict=True):
+    for group, count in zip(groups, apportion(sizes, federation.clients), strict=True):
         own = weights[len(shards) : len(shards) + count]
         shards += _cut(generator.permutation(group), apportion(own, len(group)))
     return shards

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 
 from fedsim.config import DataConfig, OnError
@@ -18,7 +19,7 @@ from fedsim.types import Example, Family
 
 EMBEDDED = "embedded"
 EMBEDDED_SIZES = {"train": 5000, "test": 500}
-"""Examples of each task that the embedded data has unless the configuration asks for fewer."""
+"""Examples of each task that the embedded data has unless the configuration asks for another number."""
 
 HELD_OUT = 0.1
 """Part of a single file's rows that becomes the test set, at most MOST_HELD_OUT rows."""
@@ -150,10 +151,9 @@ def remote_of(config: DataConfig, name: str) -> Hub | Address:
 def _embedded(reading: _Reading, split: str) -> list[Example]:
     from fedsim.embedded import examples
 
-    asked = reading.config.train_examples if split == "train" else reading.config.test_examples
-    each = EMBEDDED_SIZES[split]
-    if asked is not None:
-        each = min(each, asked if split == "test" else -(-asked // len(Family)))
+    in_all, of_each = reading.config.train_examples, reading.config.test_examples
+    asked = of_each if split == "test" else in_all and ceil(in_all / len(Family))
+    each = asked or EMBEDDED_SIZES[split]
     return [example for family in Family for example in examples(family, split, each, reading.seed)]
 
 

@@ -61,22 +61,26 @@ def test_apportioned_numbers_are_whole_complete_and_in_proportion(weights, more)
 
 
 @pytest.mark.parametrize(
-    ("weights", "total", "most", "shares"),
+    ("weights", "total", "shares"),
     [
-        ([1, 1, 2], 5, None, [1, 1, 3]),
-        ([1, 1, 2], 6, None, [2, 1, 3]),  # ties go to the lower index
-        ([1, 1, 1], 5, None, [2, 2, 1]),
-        ([1, 2, 100], 9, None, [1, 1, 7]),
-        ([1, 1, 100], 9, None, [1, 1, 7]),
-        ([5, 1, 1], 10, [3, 9, 2], [3, 5, 2]),
-        ([8, 4, 2], 10, [3, 9, 9], [3, 5, 2]),
-        ([1, 1], 2, [1, 1], [1, 1]),
-        ([1e-250, 1], 10, None, [1, 9]),
-        ([1e-250, 1], 10, [8, 4], [6, 4]),
+        ([1, 1, 2], 5, [1, 1, 3]),
+        ([1, 1, 2], 6, [2, 1, 3]),  # ties go to the lower index
+        ([1, 1, 1], 5, [2, 2, 1]),
+        ([1, 1, 1], 3, [1, 1, 1]),
+        ([1, 2, 100], 9, [1, 1, 7]),
+        ([1, 10, 20], 10, [1, 3, 6]),
+        ([1e-250, 1], 10, [1, 9]),
     ],
 )
-def test_the_largest_remainder_gets_what_is_left_and_none_more_than_it_may(weights, total, most, shares):
-    assert apportion(np.array(weights), total, None if most is None else np.array(most)).tolist() == shares
+def test_the_largest_remainder_gets_what_is_left_and_none_gets_nothing(weights, total, shares):
+    assert apportion(np.array(weights), total).tolist() == shares
+
+
+@pytest.mark.parametrize("n", [3, 7, 10, 49, 1000])
+def test_equal_weights_of_any_size_give_equal_numbers(n):
+    for weight in (0.1, 1 / 3, 1e-200):
+        assert set(apportion(np.full(n, weight), n)) == {1}
+        assert set(apportion(np.full(n, weight), 7 * n)) == {7}
 
 
 def test_an_extreme_quantity_skew_leaves_one_example_to_all_but_one():

@@ -39,6 +39,14 @@ def test_the_embedded_data_has_both_tasks_and_no_question_twice():
     assert load(DataConfig(train_examples=101, test_examples=20), 1).train != data.train
 
 
+def test_the_embedded_data_has_a_size_of_its_own_and_as_many_as_asked_for():
+    data = load(DataConfig(), 0)
+    assert Counter(example.task for example in data.train) == {"arithmetic": 5000, "commonsense": 5000}
+    assert {task: len(examples) for task, examples in data.test.items()} == {"arithmetic": 500, "commonsense": 500}
+    more = load(DataConfig(train_examples=12_001, test_examples=600), 0)
+    assert (len(more.train), [len(examples) for examples in more.test.values()]) == (12_001, [600, 600])
+
+
 def test_a_folder_gives_train_and_test_in_the_order_of_the_files(tmp_path):
     write(tmp_path / "gsm8k_train.jsonl", range(30))
     write(tmp_path / "gsm8k_test.jsonl", range(100, 105))

@@ -104,7 +104,7 @@ def sizes_of_passes(model):
 
 
 def test_rows_that_have_ended_leave_the_batch_when_they_are_half_of_it():
-    model, prompts = chatty(tiny_model("llama")), prompts_of([9] * 40)
+    model, prompts = chatty(tiny_model("llama")), prompts_of([9] * 20)
     eos_id = ends_often(model, prompts, 30)
     ends = {i: len(answer) for i, answer in enumerate(one_by_one(model, prompts, eos_id, 30)) if len(answer) < 30}
     expected, rows = [], len(ends)
@@ -179,15 +179,22 @@ def test_accuracy_and_loss_are_those_of_single_questions(embedded, questions):
     assert result.loss == pytest.approx(sum(losses) / 12, rel=1e-5)
 
 
-def test_an_answer_counts_when_it_is_the_gold_one(embedded):
+@pytest.fixture(scope="module")
+def answered(embedded):
+    """A question with the answer that the embedded model gives."""
     model, tokenizer = embedded
-    asked = Example("sum", Family.arithmetic, "Tom has 5 apples . Tom gets 3 more . Now Tom has", "", "")
+    asked = Example("sum", Family.arithmetic, "Tom has 5 apples . Tom gets 3 more . Now Tom has", "5 + 3 = 8", "")
     prompt = tokenizer(asked.prompt)["input_ids"]
     text = tokenizer.decode(one_by_one(model, [prompt], tokenizer.eos_token_id, 16)[0], skip_special_tokens=True)
-    gold, config = extract(text, asked), EvaluationConfig(max_new_tokens=16)
+    gold = extract(text, asked)
     assert gold is not None
-    found = [evaluate(model, tokenizer, [replace(asked, answer=answer)], config, DataConfig()) for answer in (gold, gold + "1")]
-    assert [result.accuracy for result in found] == [1, 0]
+    return replace(asked, answer=gold)
+
+
+def test_an_answer_counts_when_it_is_the_gold_one(embedded, answered):
+    config, wrong = EvaluationConfig(max_new_tokens=16), replace(answered, answer=answered.answer + "1")
+    assert evaluate(*embedded, [answered], config, DataConfig()).accuracy == 1
+    assert evaluate(*embedded, [answered, wrong, wrong, wrong], config, DataConfig()).accuracy == 0.25
 
 
 def test_the_order_of_the_examples_and_the_size_of_the_batches_do_not_matter(embedded, questions):
@@ -210,10 +217,9 @@ def test_evaluation_leaves_the_model_as_it_was(embedded, questions):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_model_in_training_mode_with_checkpointed_activations_answers_the_same(embedded, questions):
+def test_a_model_in_training_mode_with_checkpointed_activations_answers_the_same(embedded, answered):
     model, tokenizer = load_model(ModelConfig(), activation_checkpointing=True)
     assert model.training
-    config = EvaluationConfig(max_new_tokens=8)
-    seen = sizes_of_passes(model)
-    assert evaluate(model, tokenizer, questions, config, DataConfig()) == evaluate(*embedded, questions, config, DataConfig())
-    assert seen[1][1] == 1  # the cache was used: behind the prompts, a token at a time
+    config = EvaluationConfig(max_new_tokens=16)
+    assert evaluate(model, tokenizer, [answered], config, DataConfig()) == evaluate(*embedded, [answered], config, DataConfig())
+    assert evaluate(*embedded, [answered], config, DataConfig()).accuracy == 1
