@@ -5,23 +5,28 @@ Sizes are decimal: 1 MB is 10^6 bytes. Losses are read from the device a few tim
 
 import sys
 import time
+from collections.abc import Collection
+from statistics import fmean
 from typing import IO, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
 from torch import Tensor
 
 REFRESH = 0.25
 """Seconds between two readings of the loss."""
 
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+Totals = dict[str, int]
+"""Bytes so far: {uplink_bytes, downlink_bytes, setup_bytes}; other names do not matter here."""
+
 
 def size(num_bytes: float) -> str:
     """Returns bytes in decimal units: "4.2 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(num_bytes) < 999.5:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.3g} TB"
+    unit = next((unit for unit, bytes_ in UNITS.items() if abs(num_bytes) < 999.5 * bytes_), "TB")
+    return f"{num_bytes / UNITS[unit]:.3g} {unit}"
 
 
 def duration(seconds: float) -> str:
@@ -32,19 +37,29 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """The display of one run. As a context manager it leaves the terminal as it was, however the run ends."""
+    """The display of one run, on stderr unless told otherwise. As a context manager it leaves the terminal as it was, however the run ends.
 
-    def __init__(self, rounds: int, *, quiet: bool = False, file: IO[str] | None = None) -> None:
-        console = Console(file=file or sys.stderr, quiet=quiet, highlight=False)
-        self._console, self._rounds, self._live = console, rounds, console.is_terminal and not quiet
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"))
-        self._bars = Bars(*columns, console=console, transient=True, disable=not self._live)
-        self._bar: TaskID = self._bars.add_task("starting", total=1.0, facts="")
+    `evaluations` are the rounds after which the model is evaluated, so that the time left allows for them. What is no terminal gets no
+    control characters, whatever the environment says of colours.
+    """
+
+    def __init__(self, rounds: int, evaluations: Collection[int] = (), *, quiet: bool = False, file: IO[str] | None = None) -> None:
+        file = file or sys.stderr
+        self._console = Console(file=file, quiet=quiet, highlight=False, force_terminal=file.isatty())
+        self._live = self._console.is_terminal and not self._console.is_dumb_terminal and not quiet
+        columns = (BarColumn(bar_width=16), TextColumn("{task.description}", markup=False))
+        self._bars = Bars(*columns, console=self._console, transient=True, disable=not self._live, refresh_per_second=1 / REFRESH)
+        self._whole = self._bars.add_task("starting", total=rounds)
+        self._part = self._bars.add_task("", total=None)
+        self._rounds, self._evaluations = rounds, evaluations
+        self._round_seconds: list[float] = []  # of the rounds and evaluations of this process
+        self._evaluation_seconds: list[float] = []
         self._number = self._clients = self._tokens = 0
-        self._bytes = {"uplink_bytes": 0, "downlink_bytes": 0, "setup_bytes": 0}
+        self._evaluated = -1  # the round after which the model was evaluated last
+        self._sent: Totals = {}
+        self._text = ""
         self._begun = self._read = 0.0
-        self._spent: list[float] = []  # seconds of each round in this process
-        self._loss = ""
+        self._ends: float | None = None
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -55,60 +70,93 @@ class Progress:
 
     def phase(self, text: str) -> None:
         """Says what is going on between rounds."""
-        self._bars.update(self._bar, description=text, completed=0.0, total=None if self._live else 1.0, facts="")
-        if not self._live:
+        if self._live:
+            self._show_part(text, None)
+        else:
             self._line(text)
 
     def done(self, part: int, whole: int) -> None:
         """Says how far the phase has come."""
-        self._bars.update(self._bar, total=float(whole), completed=float(part), facts=f"{part}/{whole}")
+        if self._live:
+            self._bars.update(self._part, total=whole, completed=part, description=f"{self._text}  {part:,}/{whole:,}")
+            self._show_whole()
+
+    def evaluated(self, number: int, seconds: float) -> None:
+        """Says how long the evaluation after round `number` has taken."""
+        self._evaluation_seconds.append(seconds)
+        self._evaluated = number
+        self._foresee(number)
 
     def note(self, text: str) -> None:
         """Leaves a line that stays."""
         self._line(text)
 
-    def round_started(self, number: int, num_clients: int) -> None:
-        """Begins round `number` with that many clients."""
-        self._number, self._clients, self._tokens, self._loss = number, num_clients, 0, ""
+    def round_started(self, number: int, num_clients: int, sent: Totals) -> None:
+        """Begins round `number`, before which `sent` had travelled, with that many clients."""
+        self._number, self._clients, self._tokens, self._sent = number, num_clients, 0, sent
         self._begun = time.monotonic()
-        self._bars.update(self._bar, description=f"round {number}/{self._rounds}", total=1.0, completed=0.0, facts=f"{num_clients} clients")
+        if self._live:
+            self._bars.update(self._whole, completed=number - 1)
+            self._show_part(f"training {num_clients} clients", 1.0)
 
     def step(self, num_tokens: int, loss: Tensor, fraction: float) -> None:
-        """Counts one pass in this process; `fraction` of the round's steps are done."""
+        """Counts one pass in this process; `fraction` of the round is done. Costs a microsecond unless it is time to read the loss."""
         self._tokens += num_tokens
         now = time.monotonic()
         if not self._live or now - self._read < REFRESH:
             return
-        self._read, self._loss = now, f"  loss {float(loss):.3f}"
+        self._read = now
         rate = self._tokens / max(now - self._begun, 1e-9)
-        self._bars.update(
-            self._bar, completed=fraction, facts=f"{self._clients} clients{self._loss}  {rate:,.0f} tokens/s{self._left(fraction)}"
-        )
+        text = f"{self._text}  loss {float(loss):.3f}  {rate:,.0f} tokens/s"
+        self._bars.update(self._part, completed=fraction, description=text)
+        self._bars.update(self._whole, completed=self._number - 1 + fraction)
+        self._foresee(self._number - 1 + fraction)
+        self._show_whole()
 
-    def round_finished(self, number: int, report: dict[str, Any]) -> None:
-        """Leaves the line of a round: clients, loss, speed, bytes so far, time left."""
-        self._spent.append(report["wall_seconds"])
-        for name in self._bytes:
-            self._bytes[name] += report[name]
+    def round_finished(self, number: int, report: dict[str, Any], sent: Totals) -> None:
+        """Leaves the line of a round: clients, loss, speed, all that has been `sent` so far, time left."""
+        self._round_seconds.append(report["wall_seconds"])
+        self._sent = sent
+        self._foresee(number)
         rate = report["tokens"] / max(report["wall_seconds"], 1e-9)
-        setup = f"  set-up {size(report['setup_bytes'])}" if report["setup_bytes"] else ""
-        width = len(str(self._rounds))
         self._line(
-            f"round {number:>{width}}/{self._rounds}  {self._clients} clients  loss {report['train_loss']:.4f}  {rate:,.0f} tokens/s  "
-            f"up {size(report['uplink_bytes'])}  down {size(report['downlink_bytes'])}{setup}{self._left(1.0)}"
+            f"{self._heading(number)}  {self._clients} clients  loss {report['train_loss']:.4f}  {rate:,.0f} tokens/s"
+            f"{self._sent_so_far()}{self._left()}"
         )
+        if self._live:
+            self._bars.update(self._whole, completed=number)
 
-    def _left(self, fraction: float) -> str:
-        """Time left, from the rounds so far; before the first has ended, from its part that is done."""
-        if self._spent and fraction == 1.0:
-            seconds = sum(self._spent) / len(self._spent) * (self._rounds - self._number)
-        elif self._spent:
-            seconds = sum(self._spent) / len(self._spent) * (self._rounds - self._number + 1 - fraction)
-        elif fraction > 0:
-            seconds = (time.monotonic() - self._begun) * ((self._rounds - self._number + 1) / fraction - 1)
-        else:
-            return ""
-        return f"  {duration(seconds)} left" if seconds > 0 else ""
+    def _foresee(self, finished: float) -> None:
+        """Sets the end from the rounds and evaluations so far; before the first round has ended, from its part that is done."""
+        part = finished - (self._number - 1)
+        if not self._round_seconds and (part <= 0 or not self._number):
+            return
+        now = time.monotonic()
+        each = fmean(self._round_seconds) if self._round_seconds else (now - self._begun) / part
+        evaluation = fmean(self._evaluation_seconds) if self._evaluation_seconds else 0.0
+        waiting = sum(after >= finished and after > self._evaluated for after in self._evaluations)
+        self._ends = now + each * (self._rounds - finished) + evaluation * waiting
+
+    def _show_part(self, text: str, total: float | None) -> None:
+        """Begins a new bar for what is done now; without a total it pulses."""
+        self._text = text
+        self._bars.remove_task(self._part)
+        self._part = self._bars.add_task(text, total=total)
+        self._show_whole()
+
+    def _show_whole(self) -> None:
+        self._bars.update(self._whole, description=f"{self._heading(self._number)}{self._left()}{self._sent_so_far()}")
+
+    def _heading(self, number: int) -> str:
+        return f"round {number:>{len(str(self._rounds))}}/{self._rounds}"
+
+    def _sent_so_far(self) -> str:
+        kinds = {"up": "uplink_bytes", "down": "downlink_bytes", "set-up": "setup_bytes"}
+        return "".join(f"  {word} {size(self._sent[name])}" for word, name in kinds.items() if self._sent.get(name))
+
+    def _left(self) -> str:
+        seconds = 0.0 if self._ends is None else self._ends - time.monotonic()
+        return f"  {duration(seconds)} left" if seconds >= 0.5 else ""
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

@@ -1,15 +1,17 @@
-"""What is left to read and to look at after a run: the table of results, the picture of its course, and who held what.
+"""What is left to read and to look at after a run: the table of results, the pictures of its course, and who held what.
 
 Tables are plain text and pictures are drawn from the events alone, so that they can be made again from a run folder.
 """
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from fedsim.progress import duration, size
+from fedsim.core.communication import COLUMNS
+from fedsim.progress import UNITS, duration, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 Holdings = Sequence[dict[str, int]]
 
-MOST_ROWS = 40
-"""Clients that the table of holdings shows one by one."""
+MOST_NAMED = 30
+"""Clients that the picture of holdings numbers one by one, and rounds that the curves mark one by one."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,63 +36,64 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """Returns what a run came to: accuracy and loss by task, what travelled, how long it took, and where its files are."""
-    head = ["task", "questions", "accuracy base", "final", "gain", "loss base", "final"]
+    """Returns what a run came to: accuracy and loss by task, what travelled, how long it took, where its files are, and what to do next."""
+    head = ["task", "questions", "accuracy base", "final", "points gained", "loss base", "final"]
     rows = [_task_row(task, found) for task, found in summary["evaluation"].items()]
-    moved, training = summary["communication"], summary["training"]
+    moved, training, folder = summary["communication"], summary["training"], summary["run_dir"]
+    speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s"
     lines = [
-        f"{summary['method']}: {summary['clients']} clients, {summary['rounds']} rounds, seed {summary['seed']}",
+        f"{summary['method']}: {_count(summary['clients'], 'client')}, {_count(summary['rounds'], 'round')}, seed {summary['seed']}",
         "",
         table(head, rows),
         "",
         f"sent by clients   {size(moved['uplink_bytes']):>9}   {moved['uplink_parameters']:,} parameters",
         f"sent to clients   {size(moved['downlink_bytes']):>9}   {moved['downlink_parameters']:,} parameters",
-        f"for set-up        {size(moved['setup_bytes']):>9}   bases and initial gradients",
-        f"training          {duration(training['wall_seconds']):>9}   {training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s",
-        f"adapter           {summary['adapter_digest'][:16]}... in {summary['run_dir']}/adapter (PEFT)",
+        f"for set-up        {size(moved['setup_bytes']):>9}   bases and initial gradients (1 MB = 10^6 bytes)",
+        f"training          {duration(training['wall_seconds']):>9}   {speed}",
+        "",
+        f"files     {folder}: summary.json, curves.png, partition.png, holdings.txt, communication.csv, events.jsonl",
+        f"adapter   {folder}/adapter, digest {summary['adapter_digest'][:16]}...",
+        f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/adapter")',
     ]
     return "\n".join(lines)
 
 
 def _task_row(task: str, found: dict[str, Any]) -> list[str]:
     base, final = found["base"], found["final"]
-    gain = 100 * (final["accuracy"] - base["accuracy"])
+    accuracies = [f"{100 * each['accuracy']:.1f} %" for each in (base, final)]
     losses = [_loss(each["loss"]) for each in (base, final)]
-    return [
-        task,
-        str(found["num_examples"]),
-        f"{100 * base['accuracy']:.1f} %",
-        f"{100 * final['accuracy']:.1f} %",
-        f"{gain:+.1f}",
-        *losses,
-    ]
+    return [task, f"{found['num_examples']:,}", *accuracies, f"{100 * (final['accuracy'] - base['accuracy']):+.1f}", *losses]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    """A loss that is no number is NaN in a run's memory and null in its files."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def holdings_table(holdings: Holdings) -> str:
-    """Returns who holds how many examples of each task, with totals; beyond MOST_ROWS clients only the first are shown."""
+def holdings_table(holdings: Holdings, max_clients: int | None = 40) -> str:
+    """Returns who holds how many examples of each task, with totals; of more than `max_clients` clients only the first are shown."""
     tasks = list(holdings[0])
-    shown = [
-        [f"client {i}", *(f"{held[task]:,}" for task in tasks), f"{sum(held.values()):,}"] for i, held in enumerate(holdings[:MOST_ROWS])
-    ]
-    if len(holdings) > MOST_ROWS:
-        shown.append([f"... {len(holdings) - MOST_ROWS} more", *[""] * (len(tasks) + 1)])
+    rows = [[f"client {i}", *_with_total([held[task] for task in tasks])] for i, held in enumerate(holdings[:max_clients])]
+    if len(rows) < len(holdings):
+        rows.append([f"... {len(holdings) - len(rows):,} more", *[""] * (len(tasks) + 1)])
     totals = [sum(held[task] for held in holdings) for task in tasks]
-    return table(["", *tasks, "all"], [*shown, ["all", *(f"{total:,}" for total in totals), f"{sum(totals):,}"]])
+    return table(["", *tasks, "all"], [*rows, ["all", *_with_total(totals)]])
+
+
+def _with_total(counts: list[int]) -> list[str]:
+    return [f"{count:,}" for count in [*counts, sum(counts)]]
 
 
 def transfers_csv(rows: Iterable[dict[str, int | str]]) -> bytes:
     """Returns the ledger's rows as CSV with a header."""
     text = io.StringIO()
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(text, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(row)
+    writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue().encode()
 
 
@@ -98,36 +101,62 @@ def transfers_csv(rows: Iterable[dict[str, int | str]]) -> bytes:
 
 
 def curves_png(events: Iterable[Event]) -> bytes:
-    """Returns a picture of training loss, held-out accuracy and loss, and bytes by round, from the events of a run."""
+    """Returns the picture of `curves` as a file."""
+    return _png(curves(events))
+
+
+def partition_png(holdings: Holdings) -> bytes:
+    """Returns the picture of `holdings_bars` as a file."""
+    return _png(holdings_bars(holdings))
+
+
+def curves(events: Iterable[Event]) -> "Figure":
+    """Draws held-out accuracy and loss, training loss, and bytes by round, from the events of a run, whether it has ended or not."""
     found = list(events)
     rounds = [event for event in found if event["kind"] == "round"]
     evaluated = [event for event in found if event["kind"] == "evaluated"]
     figure = _figure(11.0, 7.0)
-    axes = figure.subplots(2, 2)
-    _draw_training_loss(axes[0, 0], rounds)
-    _draw_by_task(axes[0, 1], evaluated, "accuracy", "accuracy on held-out questions (%)", 100.0)
-    _draw_by_task(axes[1, 0], evaluated, "loss", "loss on held-out answers (nats per token)", 1.0)
-    _draw_bytes(axes[1, 1], [event for event in found if event["kind"] in ("initialized", "round")])
-    return _png(figure)
+    (accuracy, loss), (training, moved) = figure.subplots(2, 2)
+    _draw_by_task(accuracy, evaluated, "accuracy", 100.0)
+    _draw_by_task(loss, evaluated, "loss", 1.0)
+    _draw_training_loss(training, rounds)
+    unit = _draw_bytes(moved, [event for event in found if event["kind"] in ("initialized", "round")])
+    titles = [
+        "held-out accuracy (%)",
+        "held-out loss (nats per token)",
+        "training loss (nats per token)",
+        f"sent so far, all clients ({unit})",
+    ]
+    last = max([event["round"] for event in rounds], default=1)
+    for axes, title in zip((accuracy, loss, training, moved), titles, strict=True):
+        _dress(axes, title, last)
+    accuracy.set_ylim(0, 100)
+    for axes in (loss, moved):  # on the right: beside the data, never over it
+        _legend_outside(axes)
+    return figure
 
 
-def partition_png(holdings: Holdings) -> bytes:
-    """Returns a picture of how many examples of each task every client holds."""
+def holdings_bars(holdings: Holdings) -> "Figure":
+    """Draws how many examples of each task every client holds, stacked."""
     figure = _figure(11.0, 4.0)
     axes = figure.subplots()
-    clients = range(len(holdings))
+    tasks, clients = list(holdings[0]), range(len(holdings))
     bottom = [0] * len(holdings)
-    for task in holdings[0]:
+    for task, color in zip(tasks, _colors(tasks), strict=True):
         heights = [held[task] for held in holdings]
-        axes.bar(clients, heights, bottom=bottom, label=task, width=0.85 if len(holdings) <= 60 else 1.0)
+        axes.bar(clients, heights, bottom=bottom, label=task, color=color, width=0.85 if len(holdings) <= 60 else 1.0)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    axes.set(title="who holds what", xlabel="client", ylabel="training examples", xlim=(-0.7, len(holdings) - 0.3))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    title = f"who holds what: {_count(len(holdings), 'client')}, {_count(sum(bottom), 'training example')}"
+    middle, half = (len(holdings) - 1) / 2, max(len(holdings), 8) / 2 + 0.2  # a single bar does not fill the picture
+    axes.set(title=title, xlabel="client", ylabel="training examples", xlim=(middle - half, middle + half))
+    if len(holdings) <= MOST_NAMED:
+        axes.set_xticks(clients)
     _legend_outside(axes)
-    return _png(figure)
+    return figure
 
 
 def _figure(width: float, height: float) -> "Figure":
+    """A figure outside pyplot: nothing global is touched, and no display is needed."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -139,45 +168,63 @@ def _png(figure: "Figure") -> bytes:
     return content.getvalue()
 
 
-def _draw_training_loss(axes: "Axes", rounds: list[Event]) -> None:
-    axes.plot(
-        [event["round"] for event in rounds], [_number(event["train_loss"]) for event in rounds], marker="o", markersize=4, clip_on=False
-    )
-    _dress(axes, "training loss, mean over clients")
+def _colors(names: Sequence[str]) -> list[Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    return [palette(i % palette.N) for i in range(len(names))]
 
 
-def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, title: str, scale: float) -> None:
-    for task in dict.fromkeys(event["task"] for event in evaluated):
+def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, scale: float) -> None:
+    tasks = list(dict.fromkeys(event["task"] for event in evaluated))
+    for task, color in zip(tasks, _colors(tasks), strict=True):
         mine = [event for event in evaluated if event["task"] == task]
-        axes.plot(
-            [event["round"] for event in mine], [scale * _number(event[name]) for event in mine], marker="o", markersize=4, label=task
-        )
-    _dress(axes, title)
-    if evaluated:
-        _legend_outside(axes)
+        values = [scale * _number(event[name]) for event in mine]
+        label = task if any(map(math.isfinite, values)) else f"{task} (no {name})"
+        _draw(axes, [event["round"] for event in mine], values, color=color, label=label)
 
 
-def _draw_bytes(axes: "Axes", moving: list[Event]) -> None:
-    """The initialisation counts as round 0."""
-    for name, label, style in (("uplink_bytes", "up", "-"), ("downlink_bytes", "down", ":"), ("setup_bytes", "set-up", "-")):
-        totals = list(accumulate(event.get(name, 0) / 1e6 for event in moving))
-        axes.plot([event.get("round", 0) for event in moving], totals, style, marker="o", markersize=4, label=label, clip_on=False)
-    _dress(axes, "sent so far, all clients (MB)")
-    if moving:
-        _legend_outside(axes)
+def _draw_training_loss(axes: "Axes", rounds: list[Event]) -> None:
+    """The mean over clients, by their examples."""
+    _draw(axes, [event["round"] for event in rounds], [_number(event["train_loss"]) for event in rounds], color="black")
 
 
-def _dress(axes: "Axes", title: str) -> None:
+def _draw_bytes(axes: "Axes", moving: list[Event]) -> str:
+    """Draws running totals, the initialisation as round 0, and returns their unit. Up is broad: down may lie on it and both are seen."""
+    kinds = {"up": ("uplink_bytes", 4.0), "down": ("downlink_bytes", 1.5), "set-up": ("setup_bytes", 1.5)}
+    totals = {label: list(accumulate(event.get(name, 0) for event in moving)) for label, (name, _) in kinds.items()}
+    most = max((values[-1] for values in totals.values() if values), default=0)
+    unit = size(most).split()[1]
+    for (label, values), color in zip(totals.items(), _colors(list(kinds)), strict=True):
+        rounds = [event.get("round", 0) for event in moving]
+        _draw(axes, rounds, [value / UNITS[unit] for value in values], color=color, label=label, linewidth=kinds[label][1])
+    return unit
+
+
+def _draw(axes: "Axes", rounds: list[int], values: list[float], linewidth: float = 1.5, **style: Any) -> None:
+    marker = linewidth + (2.5 if len(rounds) <= MOST_NAMED else 0.5)
+    if rounds:  # a line without points that is not clipped has no bounds, and the layout fails
+        axes.plot(rounds, values, marker="o", markersize=marker, linewidth=linewidth, clip_on=False, **style)
+
+
+def _dress(axes: "Axes", title: str, last_round: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("round")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("round", fontsize=9)
+    axes.set_xlim(0, max(1, last_round))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    axes.autoscale_view()  # before the limit is set: it would keep the top where it is
-    axes.set_ylim(bottom=0)
+    highest = axes.dataLim.ymax  # -inf without data
+    axes.set_ylim(0, 1.05 * highest if 0 < highest < math.inf else 1.0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _legend_outside(axes: "Axes") -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8)
 
 
 def _number(value: float | None) -> float:

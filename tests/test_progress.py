@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import fedsim.progress
 from fedsim.progress import Progress, duration, size
 
 
@@ -16,26 +17,52 @@ class Terminal(io.StringIO):
         return True
 
 
-REPORT = {"train_loss": 1.25, "tokens": 6000, "wall_seconds": 2.0, "uplink_bytes": 1_200_000, "downlink_bytes": 500, "setup_bytes": 0}
+REPORT = {"train_loss": 1.25, "tokens": 6000, "wall_seconds": 2.0}
+NOTHING = {"uplink_bytes": 0, "downlink_bytes": 0, "setup_bytes": 0}
+SENT = {"uplink_bytes": 1_200_000, "downlink_bytes": 500, "setup_bytes": 0, "uplink_parameters": 7}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when it is told to."""
+
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(fedsim.progress, "time", clock)
+    return clock
 
 
 def go_through(file, quiet=False):
-    with Progress(4, quiet=quiet, file=file) as progress:
+    with Progress(4, [0, 4], quiet=quiet, file=file) as progress:
         progress.phase("evaluating")
         progress.done(3, 10)
-        progress.round_started(1, 25)
+        progress.evaluated(0, 5.0)
+        progress.round_started(1, 25, NOTHING)
         for part in range(1, 5):
             progress.step(100, torch.tensor(2.5), part / 4)
-        progress.round_finished(1, REPORT)
+        progress.round_finished(1, REPORT, SENT)
         progress.note("[bold] is no markup")
     return file.getvalue()
 
 
-def test_a_pipe_gets_one_plain_line_for_each_phase_and_round():
-    lines = go_through(io.StringIO()).splitlines()
-    assert lines[0] == "evaluating"
-    assert lines[1] == "round 1/4  25 clients  loss 1.2500  3,000 tokens/s  up 1.2 MB  down 500 B  0:06 left"
-    assert lines[2:] == ["[bold] is no markup"]
+def shown(text):
+    """What a terminal shows of it, in the order in which it is drawn."""
+    return re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", text)
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"])
+def test_a_pipe_gets_one_plain_line_for_each_phase_and_round(monkeypatch, variable, clock):
+    monkeypatch.setenv(variable, "1")
+    assert go_through(io.StringIO()) == (
+        "evaluating\n"
+        "round 1/4  25 clients  loss 1.2500  3,000 tokens/s  up 1.2 MB  down 500 B  0:11 left\n"  # 3 rounds of 2 s, an evaluation of 5 s
+        "[bold] is no markup\n"
+    )
 
 
 def test_nothing_is_shown_when_quiet():
@@ -45,8 +72,41 @@ def test_nothing_is_shown_when_quiet():
 def test_a_terminal_shows_the_round_and_gets_its_cursor_back(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     text = go_through(Terminal())
-    assert "round 1/4" in re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", text)
+    assert "round 1/4  25 clients" in shown(text)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") >= 1
+
+
+def test_the_live_display_shows_loss_speed_bytes_and_time_left_within_80_columns(monkeypatch, clock):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    file = Terminal()
+    with Progress(4, [0, 4], file=file) as progress:
+        progress.evaluated(0, 3.0)
+        progress.round_started(2, 25, SENT)
+        clock.now += 10.0
+        progress.step(50_000, torch.tensor(2.5), 0.5)  # the round takes 20 s
+        progress._bars.refresh()
+        lines = shown(file.getvalue()).splitlines()[-2:]
+    assert lines[0].strip("\u2501\u2578\u257a ") == "round 2/4  0:53 left  up 1.2 MB  down 500 B"  # 2.5 rounds and 3 s
+    assert lines[1].strip("\u2501\u2578\u257a ") == "training 25 clients  loss 2.500  5,000 tokens/s"
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch, clock):
+    monkeypatch.setenv("TERM", "dumb")
+    assert go_through(Terminal()) == go_through(io.StringIO())
+
+
+def test_the_time_left_is_foreseen_from_what_this_process_has_done(clock):
+    file = io.StringIO()
+    with Progress(10, [0, 5, 10], file=file) as progress:  # resumed after round 3: no evaluation has been timed yet
+        for number in (4, 5):
+            progress.round_started(number, 2, SENT)
+            progress.round_finished(number, REPORT, SENT)
+        progress.evaluated(5, 30.0)
+        progress.round_started(6, 2, SENT)
+        progress.round_finished(6, REPORT | {"wall_seconds": 5.0}, SENT)
+    left = [line.split("  ")[-1] for line in file.getvalue().splitlines()]
+    assert left == ["0:12 left", "0:10 left", "0:42 left"]  # 6 * 2, 5 * 2, 4 * 3 + 30
 
 
 def test_the_terminal_is_left_as_it_was_after_ctrl_c(monkeypatch):
@@ -67,7 +127,7 @@ def test_the_loss_is_read_a_few_times_a_second_only(monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm")
     with Progress(4, file=Terminal()) as progress:
-        progress.round_started(1, 5)
+        progress.round_started(1, 5, NOTHING)
         for _ in range(5000):
             progress.step(1, Counted(), 0.5)
     assert 1 <= Counted.reads <= 20

@@ -2,11 +2,16 @@
 
 import csv
 import io
+import math
 import struct
+import subprocess
+import sys
 
 import pytest
 
-from fedsim.report import MOST_ROWS, curves_png, holdings_table, partition_png, summary_table, transfers_csv
+from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
+from fedsim.files import finite
+from fedsim.report import curves, curves_png, holdings_bars, holdings_table, partition_png, summary_table, transfers_csv
 
 SUMMARY = {
     "method": "fed_sb",
@@ -16,7 +21,7 @@ SUMMARY = {
     "adapter_digest": "ab" * 32,
     "evaluation": {
         "sums": {"base": {"accuracy": 0.025, "loss": 4.5}, "final": {"accuracy": 0.875, "loss": 0.25}, "num_examples": 400},
-        "broken": {"base": {"accuracy": 0.5, "loss": 1.0}, "final": {"accuracy": 0.25, "loss": None}, "num_examples": 4},
+        "broken": {"base": {"accuracy": 0.5, "loss": 1.0}, "final": {"accuracy": 0.25, "loss": float("nan")}, "num_examples": 4},
     },
     "communication": {
         "uplink_bytes": 1234567,
@@ -42,6 +47,7 @@ def test_the_summary_shows_accuracies_gains_bytes_and_time():
     assert sums.split() == ["sums", "400", "2.5", "%", "87.5", "%", "+85.0", "4.500", "0.250"]
     broken = next(line for line in lines if line.startswith("broken"))
     assert broken.split()[-3:] == ["-25.0", "1.000", "-"]
+    assert summary_table(finite(SUMMARY)) == summary_table(SUMMARY)  # as it is read back from the run folder
     text = " ".join(" ".join(lines).split())
     for told in (
         "25 clients, 3 rounds, seed 0",
@@ -59,17 +65,60 @@ def test_holdings_are_shown_with_totals_and_long_ones_are_cut():
     rows = [line.split() for line in text.splitlines()]
     assert rows[0] == ["a", "b", "all"]
     assert rows[2:] == [["client", "0", "1", "2", "3"], ["client", "1", "30", "0", "30"], ["all", "31", "2", "33"]]
-    long = holdings_table([{"a": 1}] * (MOST_ROWS + 7)).splitlines()
-    assert len(long) == MOST_ROWS + 4
-    assert "... 7 more" in long[-2]
-    assert long[-1].split() == ["all", str(MOST_ROWS + 7), str(MOST_ROWS + 7)]
 
 
-def test_transfers_become_a_csv_with_a_header():
-    rows = [{"round": 1, "client": 2, "purpose": "adapter"}, {"round": 1, "client": 3, "purpose": "bases"}]
-    read = list(csv.DictReader(io.StringIO(transfers_csv(rows).decode())))
-    assert [{**row, "round": int(row["round"]), "client": int(row["client"])} for row in read] == rows
-    assert transfers_csv([]) == b""
+def test_the_table_of_many_holdings_is_cut_but_its_totals_are_not():
+    holdings = [{"a": i} for i in range(50)]
+    cut, whole = (holdings_table(holdings, max_clients).splitlines() for max_clients in (10, None))
+    assert cut[2:12] == [f"client {i:<4}  {i:>5}  {i:>5}" for i in range(10)]
+    assert cut[12].startswith("... 40 more")
+    assert cut[-1].split() == whole[-1].split() == ["all", "1,225", "1,225"]
+    assert len(whole) == 2 + 50 + 1
+
+
+def test_transfers_survive_the_csv():
+    ledger = CommunicationLedger()
+    ledger.add(Transfer(0, 3, Direction.uplink, Purpose.initial_gradient, 5, 20, 91))
+    ledger.add(Transfer(1, 2, Direction.downlink, Purpose.adapter, 7, 28, 120))
+    for each in (ledger, CommunicationLedger()):
+        text = transfers_csv(each.rows()).decode()
+        assert text.splitlines()[0] == "round,client,direction,purpose,parameters,raw_bytes,serialized_bytes"
+        assert CommunicationLedger.from_rows(csv.DictReader(io.StringIO(text))).to_json() == each.to_json()
+
+
+def lines_of(axes):
+    """{label: [(x, y), ...]} of the points that are seen."""
+    return {
+        line.get_label(): [(x, pytest.approx(y)) for x, y in zip(*line.get_data(), strict=True) if math.isfinite(y)] for line in axes.lines
+    }
+
+
+def test_curves_show_what_the_events_say():
+    accuracy, loss, training, moved = curves(EVENTS).axes
+    assert lines_of(accuracy) == {"a": [(0, 0.0), (2, 50.0)], "b": [(0, 0.0), (2, 50.0)]}
+    assert lines_of(loss) == {"a": [(0, 2.0)], "b": [(0, 2.0)]}
+    assert list(lines_of(training).values()) == [[(1, 1.0), (2, 0.5)]]
+    assert lines_of(moved) == {
+        "up": [(0, 0.0), (1, 0.001), (2, 0.002)],
+        "down": [(0, 0.0), (1, 0.0009), (2, 0.0018)],
+        "set-up": [(0, 5.0), (1, 5.0), (2, 5.0)],
+    }
+    assert "(MB)" in moved.get_title()
+    assert {text.get_text() for text in loss.get_legend().get_texts()} == {"a", "b"}
+
+
+def test_a_task_without_any_loss_is_named_in_the_legend():
+    events = [{"kind": "evaluated", "round": 0, "task": "a", "accuracy": 1.0, "loss": None}]
+    assert [text.get_text() for text in curves(events).axes[1].get_legend().get_texts()] == ["a (no loss)"]
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 40])
+def test_rounds_are_marked_by_whole_numbers(last):
+    events = [{"kind": "round", "round": r, "train_loss": 1.0, "uplink_bytes": 1, "downlink_bytes": 1} for r in range(1, last + 1)]
+    for axes in curves(events).axes:
+        ticks = axes.get_xticks()
+        assert len(ticks) >= 2
+        assert all(float(tick).is_integer() for tick in ticks)
 
 
 def png_size(content):
@@ -77,12 +126,26 @@ def png_size(content):
     return struct.unpack(">II", content[16:24])
 
 
-@pytest.mark.parametrize("events", [EVENTS, EVENTS[:3], EVENTS[-2:]])
+@pytest.mark.parametrize("events", [EVENTS, EVENTS[:3], []])
 def test_curves_are_drawn_from_whatever_has_happened(events):
     assert png_size(curves_png(events)) == (1320, 840)
 
 
 @pytest.mark.parametrize("clients", [1, 25, 200])
-def test_the_partition_is_drawn_for_few_and_many_clients(clients):
+def test_the_partition_shows_every_example_once(clients):
     holdings = [{f"task{t}": (i + t) % 7 for t in range(3)} for i in range(clients)]
+    (axes,) = holdings_bars(holdings).axes
+    tops = [0.0] * clients
+    for bars, task in zip(axes.containers, holdings[0], strict=True):
+        assert [bar.get_height() for bar in bars] == [held[task] for held in holdings]
+        assert [bar.get_y() for bar in bars] == tops
+        tops = [bar.get_y() + bar.get_height() for bar in bars]
+    assert tops == [sum(held.values()) for held in holdings]
+    low, high = axes.get_xlim()
+    assert low < -0.5 < clients - 0.5 < high
     assert png_size(partition_png(holdings)) == (1320, 480)
+
+
+def test_pictures_leave_pyplot_and_its_backend_alone():
+    code = "import sys; from fedsim.report import curves_png, partition_png; curves_png([]); partition_png([{'a': 1}])"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'matplotlib.pyplot' not in sys.modules"], check=True)

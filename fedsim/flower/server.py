@@ -55,13 +55,14 @@ def serve(grid: Grid, config: Config, *, quiet: bool = False) -> dict[str, Any]:
     Raises UserError for what the user can mend. A KeyboardInterrupt is raised again with the run folder as its argument: the last
     checkpoint there stays for `resume=true`.
     """
-    with Progress(config.federation.rounds, quiet=quiet) as progress:
+    evaluations = [number for number in range(config.federation.rounds + 1) if _evaluated_after(number, config)]
+    with Progress(config.federation.rounds, evaluations, quiet=quiet) as progress:
         progress.phase("loading model and data")
         session = open_session(config)
         with RunFolder.open(config) as folder:
             if folder.finished_summary is not None:
                 progress.note(f"{folder.folder} holds a finished run: nothing is left to do")
-                summary = folder.finished_summary
+                summary = folder.finished_summary | {"run_dir": str(folder.folder)}  # it may have been moved since
             else:
                 summary = Run(session, config, grid, folder, progress).carry_out()
     if not quiet:
@@ -78,16 +79,16 @@ class Run:
 
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
-        state = self._restored() or self._initial()
-        strategy = self._strategy(state)
         try:
+            state = self._restored() or self._initial()
+            strategy = self._strategy(state)
             while True:
                 self._evaluate_if_due(state)
                 if state.round == self._config.federation.rounds:
                     return self._finish(state)
                 self._next_round(state, strategy)
         except KeyboardInterrupt:
-            self._folder.event("interrupted", round=state.round)
+            self._folder.event("interrupted")
             raise KeyboardInterrupt(str(self._folder.folder)) from None
 
     # ---- setting up
@@ -164,16 +165,17 @@ class Run:
     def _next_round(self, state: State, strategy: FedsimStrategy) -> None:
         number = state.round + 1
         before = state.ledger.totals()
-        self._progress.round_started(number, len(strategy.participants(number)))
+        self._progress.round_started(number, len(strategy.participants(number)), before)
         begun = time.perf_counter()
-        with self._passes_shown():
+        with self._passes_shown(number, strategy):
             record = strategy.exchange(number, to_record(state.factors), self._grid)
         seconds = time.perf_counter() - begun
         state.factors = from_record(record, self._session.layout.num_parameters)
         state.round, facts = number, strategy.facts
         state.num_tokens += facts.num_tokens
         state.wall_seconds += seconds
-        moved = {name: total - before[name] for name, total in state.ledger.totals().items()}
+        after = state.ledger.totals()
+        moved = {name: total - before[name] for name, total in after.items()}
         report = {
             "train_loss": facts.mean_loss,
             "tokens": facts.num_tokens,
@@ -184,7 +186,7 @@ class Run:
             "adapter_digest": self._digest(state),
         }
         self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, **report)
-        self._progress.round_finished(number, report)
+        self._progress.round_finished(number, report, after)
         self._tell_too_long()
         self._save(state)
 
@@ -198,11 +200,14 @@ class Run:
             self._told_too_long = self._session.num_too_long
 
     @contextmanager
-    def _passes_shown(self) -> Iterator[None]:
+    def _passes_shown(self, number: int, strategy: FedsimStrategy) -> Iterator[None]:
         """Shows the passes of workers in this process; workers elsewhere show theirs where they run."""
+        cohorts = [len(clients) for _, clients in strategy.cohorts(strategy.participants(number), self._grid)]
 
         def show(facts: PassFacts) -> None:
-            self._progress.step(facts.num_tokens, facts.loss, facts.fraction)
+            done = len(strategy.facts.clients)  # of the cohorts before this one
+            now = min(cohorts[0], sum(cohorts) - done)
+            self._progress.step(facts.num_tokens, facts.loss, (done + now * facts.fraction) / sum(cohorts))
 
         self._session.on_pass = show
         try:
@@ -214,10 +219,9 @@ class Run:
 
     def _evaluate_if_due(self, state: State) -> None:
         """Evaluates the base model (round 0), every k-th round and the last, unless that has been done before an interruption."""
-        every, last = self._config.evaluation.every, self._config.federation.rounds
-        due = state.round in (0, last) or (every > 0 and state.round % every == 0)
-        if not due or state.round in state.evaluations:
+        if not _evaluated_after(state.round, self._config) or state.round in state.evaluations:
             return
+        begun = time.perf_counter()
         factors = torch.zeros_like(state.factors) if state.round == 0 else state.factors  # round 0 is the base model itself
         self._session.install_factors(factors)
         tasks = {}
@@ -235,6 +239,7 @@ class Run:
                 tasks[task] = {"accuracy": result.accuracy, "loss": result.loss, "num_examples": result.num_examples}
                 self._folder.event("evaluated", round=state.round, task=task, **tasks[task])
         state.evaluations[state.round] = tasks
+        self._progress.evaluated(state.round, time.perf_counter() - begun)
         self._save(state)
 
     # ---- the end
@@ -243,13 +248,14 @@ class Run:
         return digest(self._session.layout.unpack(state.factors), common=state.bases_digest)
 
     def _finish(self, state: State) -> dict[str, Any]:
+        self._progress.phase("writing adapter, tables and pictures")
         self._session.install_factors(state.factors)
         for name, content in peft_files(self._session.model, self._base_model()).items():
             self._folder.write_bytes(f"adapter/{name}", content)
         summary = self._summary(state)
         self._folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
         self._folder.write_bytes("communication.csv", transfers_csv(state.ledger.rows()))
-        self._folder.write_bytes("holdings.txt", f"{holdings_table(self._session.holdings)}\n".encode())
+        self._folder.write_bytes("holdings.txt", f"{holdings_table(self._session.holdings, max_clients=None)}\n".encode())
         self._folder.write_bytes("partition.png", partition_png(self._session.holdings))
         self._folder.write_bytes("curves.png", curves_png(self._folder.events()))
         self._folder.finish(summary)
@@ -284,3 +290,8 @@ class Run:
             },
             "run_dir": str(self._folder.folder),
         }
+
+
+def _evaluated_after(number: int, config: Config) -> bool:
+    every = config.evaluation.every
+    return number in (0, config.federation.rounds) or (every > 0 and number % every == 0)
