@@ -41,6 +41,9 @@ def load_model(config: ModelConfig, *, activation_checkpointing: bool = False) -
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    context = getattr(settings, "max_position_embeddings", None)
+    if context:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)  # many tokenizers do not know the limit of their model
     return prepare(model, device(config), activation_checkpointing=activation_checkpointing), tokenizer
 
 

@@ -12,6 +12,8 @@ from fedsim.core.initialization import from_seed
 from fedsim.models import prepare
 from fedsim.types import EncodedExample
 
+torch.set_num_threads(1)  # the models are so small that two threads cost more than they bring
+
 VOCABULARY = 50
 ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma", "gpt2", "bert")
 

@@ -6,7 +6,7 @@ from fedsim.data import load
 from fedsim.session import effective
 
 
-def holdings_of(config: Config) -> list[dict[str, int]]:
-    """Returns the number of training examples of each client by task. Raises UserError for data that cannot be read or dealt."""
-    examples = load(config.data, config.seed).train
-    return holdings(examples, partition(examples, effective(config).federation, config.seed))
+def holdings_of(config: Config) -> tuple[list[dict[str, int]], list[str]]:
+    """Returns the number of training examples of each client by task, and what was left out. Raises UserError for bad data."""
+    data = load(config.data, config.seed)
+    return holdings(data.train, partition(data.train, effective(config).federation, config.seed)), data.skipped

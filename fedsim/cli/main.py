@@ -105,7 +105,10 @@ def _data(words: list[str]) -> int:
     from fedsim.cli.holdings import holdings_of
     from fedsim.report import holdings_table
 
-    print(holdings_table(holdings_of(config)))
+    held, skipped = holdings_of(config)
+    for line in skipped:
+        print(f"left out: {line}", file=sys.stderr)
+    print(holdings_table(held))
     return 0
 
 
