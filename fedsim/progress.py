@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Collection
 from statistics import fmean
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REFRESH = 0.25
 """Seconds between two readings of the loss."""
@@ -99,7 +101,7 @@ class Progress:
             self._bars.update(self._whole, completed=number - 1)
             self._show_part(f"training {num_clients} clients", 1.0)
 
-    def step(self, num_tokens: int, loss: Tensor, fraction: float) -> None:
+    def step(self, num_tokens: int, loss: "Tensor", fraction: float) -> None:
         """Counts one pass in this process; `fraction` of the round is done. Costs a microsecond unless it is time to read the loss."""
         self._tokens += num_tokens
         now = time.monotonic()

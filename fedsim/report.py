@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from fedsim.core.communication import COLUMNS
 from fedsim.progress import UNITS, duration, size
 
 if TYPE_CHECKING:
@@ -90,6 +89,8 @@ def _with_total(counts: list[int]) -> list[str]:
 
 def transfers_csv(rows: Iterable[dict[str, int | str]]) -> bytes:
     """Returns the ledger's rows as CSV with a header."""
+    from fedsim.core.communication import COLUMNS
+
     text = io.StringIO()
     writer = csv.DictWriter(text, list(COLUMNS), lineterminator="\n")
     writer.writeheader()

@@ -2,11 +2,13 @@
 
 import io
 import re
+import shlex
 
 import pytest
 import torch
 
 import fedsim.progress
+from fedsim.cli.main import main
 from fedsim.progress import Progress, duration, size
 
 
@@ -144,3 +146,18 @@ def test_sizes_are_decimal(value, text):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (725, "12:05"), (3723, "1:02:03")])
 def test_durations_read_like_a_clock(seconds, text):
     assert duration(seconds) == text
+
+
+def test_ctrl_c_tells_how_to_go_on_with_the_words_of_the_user(monkeypatch, capsys):
+    def stop(config):
+        raise KeyboardInterrupt(*where)
+
+    monkeypatch.setattr("fedsim.experiment.run", stop)
+    words = ["run", "seed=1", "data.path=my data", "run_dir=somewhere", "overwrite=true"]
+    where = ["runs/my run"]
+    assert main(words) == 130
+    told = capsys.readouterr().err.strip().partition("Go on with: ")[2]
+    assert shlex.split(told) == ["fedsim", "run", "seed=1", "data.path=my data", "run_dir=runs/my run", "resume=true"]
+    where.clear()
+    assert main(words) == 130
+    assert capsys.readouterr().err.strip() == "Stopped before the run began."

@@ -95,6 +95,8 @@ def _run(words: list[str]) -> int:
             again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]
             again += [f"run_dir={interrupt.args[0]}", "resume=true"]
             print(f"\nStopped. Go on with: fedsim run {shlex.join(again)}", file=sys.stderr)
+        else:
+            print("\nStopped before the run began.", file=sys.stderr)
         return 130
     return 0
 

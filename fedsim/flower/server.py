@@ -133,6 +133,7 @@ class Run:
         if bases_digest != facts["bases_digest"]:
             raise ValueError(f"Expected bases with digest {facts['bases_digest'][:16]}..., derived {bases_digest[:16]}... on this machine.")
         self._folder.event("resumed", round=checkpoint.round)
+        self._progress.note(f"going on after round {checkpoint.round}")
         return State(
             checkpoint.round,
             checkpoint.tensors[FACTORS],
