@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import fedsim.progress
+from fedsim.cli.compose import compose
 from fedsim.cli.main import main
+from fedsim.experiment import run
 from fedsim.progress import Progress, duration, size
 
 
@@ -109,6 +111,31 @@ def test_the_time_left_is_foreseen_from_what_this_process_has_done(clock):
         progress.round_finished(6, REPORT | {"wall_seconds": 5.0}, SENT)
     left = [line.split("  ")[-1] for line in file.getvalue().splitlines()]
     assert left == ["0:12 left", "0:10 left", "0:42 left"]  # 6 * 2, 5 * 2, 4 * 3 + 30
+
+
+def test_nothing_is_left_once_the_last_evaluation_is_done(monkeypatch, clock):
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    with Progress(1, [0, 1], file=file) as progress:
+        progress.evaluated(0, 30.0)
+        progress.round_started(1, 2, SENT)
+        progress.round_finished(1, REPORT, SENT)
+        progress.evaluated(1, 30.0)
+        progress.phase("writing")
+        progress._bars.refresh()
+        text = shown(file.getvalue())
+    assert "0:30 left" in text
+    assert "left" not in "".join(text.splitlines()[-2:])
+
+
+def test_a_round_in_several_cohorts_goes_from_start_to_end_once(monkeypatch, tmp_path):
+    fractions = []
+    monkeypatch.setattr(Progress, "step", lambda self, num_tokens, loss, fraction: fractions.append(fraction))
+    small = ["data.train_examples=10", "data.test_examples=1", "federation.clients=5", "federation.rounds=1", "training.batch_size=1"]
+    small += ["training.local_steps=2", "evaluation.max_new_tokens=1", "adapter.rank=2", "adapter.init=orthogonal"]
+    run(compose([*small, "engine.cohort_size=2", f"run_dir={tmp_path / 'run'}"]), quiet=True)
+    assert fractions == sorted(fractions)
+    assert {0.2, 0.4, 0.6, 0.8, 0.9, 1.0} == {round(fraction, 9) for fraction in fractions}  # cohorts of 2, 2 and 1, two steps each
 
 
 def test_the_terminal_is_left_as_it_was_after_ctrl_c(monkeypatch):
