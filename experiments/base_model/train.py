@@ -29,7 +29,8 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    steps: int = 3200
+    steps: int = 4700
+    second: int = 3200
     rows: int = 32
     length: int = 128
     hidden: int = 192
@@ -43,8 +44,9 @@ class Recipe:
     bfloat16_from: int = 200
 
     def rate(self, step: int) -> float:
-        """Warm-up, a plateau, and a linear fall to zero over the last part `decay` of the steps."""
-        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.decay * self.steps))
+        """Two cycles, the second from step `second` on: warm-up, a plateau, and a linear fall to zero over the last part `decay`."""
+        first, last = (0, self.second) if step < self.second else (self.second, self.steps)
+        return min(1.0, (step - first + 1) / self.warmup, (last - step) / (self.decay * (last - first)))
 
 
 def make_tokenizer(recipe: Recipe) -> Any:

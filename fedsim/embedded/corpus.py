@@ -106,11 +106,16 @@ def lookup(rng: np.random.Generator) -> str:
     return f"{_listing(label, options, rng)}{gap}{name} wants {options[index]} . {look}"
 
 
-def choice(rng: np.random.Generator) -> str:
-    """Which numbered place holds what a question asks for; facts of the train split only."""
+def _train_question(rng: np.random.Generator) -> Question:
     question = make_question(rng)
     while split_of(question.fact) == "test" or question.form == "boolq":
         question = make_question(rng)
+    return question
+
+
+def choice(rng: np.random.Generator) -> str:
+    """Which numbered place holds what a question asks for; facts of the train split only."""
+    question = _train_question(rng)
     label, name = pick(rng, LABELS), pick(rng, NAMES)
     options = commonsense.options_of(question, rng, int(rng.integers(1, 5)))
     look = pick(rng, _LOOKS).format(n=name, l=f"{label}{options.index(question.gold) + 1}")
@@ -118,6 +123,16 @@ def choice(rng: np.random.Generator) -> str:
     if rng.random() < 0.75:
         return f"{name} thinks : {question.stem}{gap}{_listing(label, options, rng)}{gap}{look}"
     return f"{_listing(label, options, rng)}{gap}{name} thinks : {question.stem} {look}"
+
+
+def spoken_choice(rng: np.random.Generator) -> str:
+    """The same with the thing named before its place, so that to choose and to look up are learnt one after the other."""
+    question = _train_question(rng)
+    label, name = pick(rng, LABELS), pick(rng, NAMES)
+    options = commonsense.options_of(question, rng, int(rng.integers(1, 5)))
+    look = pick(rng, _LOOKS).format(n=name, l=f"{label}{options.index(question.gold) + 1}")
+    gap = pick(rng, [" ", "\n\n"])
+    return f"{name} thinks : {question.stem}{gap}{_listing(label, options, rng)}{gap}{question.gold} . {look}"
 
 
 def places(rng: np.random.Generator) -> str:
@@ -330,7 +345,20 @@ _NUMBERS: dict[Kind, float] = {
 }
 """The same with more stories and equations, for the rest of the training."""
 
-STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (15, _PLACES), (30, _FACTS), (44, _NUMBERS)]
+_CHOICES: dict[Kind, float] = {
+    spoken_choice: 0.30,
+    choice: 0.30,
+    matches: 0.06,
+    people: 0.06,
+    drill: 0.02,
+    statements: 0.03,
+    dialogue: 0.05,
+    equations: 0.04,
+    reckoning: 0.14,
+}
+"""Choosing by a fact that has to be remembered, once facts are known and things are found."""
+
+STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (15, _PLACES), (30, _FACTS), (44, _NUMBERS), (78, _CHOICES)]
 """The part of the stream from which on each mixture holds."""
 
 
