@@ -36,10 +36,13 @@ class Layout:
         return sum(self.sizes)
 
     def pack(self, adapter: Adapter) -> Tensor:
-        """Returns the factors as one float32 array [num_parameters]. Raises ValueError if names or shapes differ from the layout."""
-        if Layout.of(adapter) != self:
+        """Returns the factors as one float32 array [num_parameters], in the order of the layout, whatever the adapter's own.
+
+        Raises ValueError if names or shapes differ from the layout.
+        """
+        if {name: tuple(tensor.shape) for name, tensor in adapter.items()} != dict(zip(self.names, self.shapes, strict=True)):
             raise ValueError(f"Expected the factors {self.names[:2]}... of this layout, got {tuple(adapter)[:2]}...")
-        return torch.cat([tensor.detach().to(torch.float32).flatten() for tensor in adapter.values()])
+        return torch.cat([adapter[name].detach().to(torch.float32).flatten() for name in self.names])
 
     def unpack(self, flat: Tensor) -> Adapter:
         """Returns the factors of [num_parameters], or stacked ones [clients, ...] of [clients, num_parameters], as views."""

@@ -260,6 +260,26 @@ def reckoning(rng: np.random.Generator) -> str:
     return f"{story} {asker} asks : {problem.question} {teller} thinks : {thought} , so {teller} says {problem.answer} ."
 
 
+_OPENINGS = ["", "", "story : ", "{o} tells : ", "a note : ", "today : ", "## {o}\n", "{o} writes :\n"]
+_ASKING = ["{q}", "{o} asks : {q}", "the question of {o} : {q}", "{q} asks {o} ."]
+_LEADS = ["{n} thinks : ", "thoughts : ", "{n} :\n", "notes of {n} :\n", "", "it goes like this : ", "{n} says : "]
+_JOINTS = [" and ", " .\n", " . ", " ; ", "\n", " , then "]
+_ENDS = [" , so {n} says {a} .", " .\n{a}", " . it is {a} .", "\n{a} .", " ; {a} .", " .\n## {a}"]
+
+
+def _retold(rng: np.random.Generator) -> str:
+    problem = _train_problem(rng)
+    asker, teller = sample(rng, NAMES, 2)
+    thought = pick(rng, _JOINTS).join(f"{a} {sign} {b} = {result((a, sign, b))}" for a, sign, b in problem.steps)
+    parts = f"{pick(rng, _OPENINGS)}{{story}} {pick(rng, _ASKING)}{pick(rng, [' ', NEW_PART])}{pick(rng, _LEADS)}{thought}{pick(rng, _ENDS)}"
+    return parts.format(story=" ".join(problem.sentences), q=problem.question, o=asker, n=teller, a=problem.answer)
+
+
+def retold(rng: np.random.Generator) -> str:
+    """Two stories with numbers, each told, asked and thought about in its own way: no one form stands for reckoning."""
+    return f"{_retold(rng)}{pick(rng, [' ', NEW_PART])}{_retold(rng)}"
+
+
 _PROSE = [
     "{n} reads the problem and looks for a solution .",
     "First {n} walks to the {p} . Then {n} meets {o} .",
@@ -353,10 +373,10 @@ _CHOICES: dict[Kind, float] = {
     drill: 0.02,
     statements: 0.03,
     dialogue: 0.05,
-    equations: 0.04,
-    reckoning: 0.14,
+    equations: 0.03,
+    retold: 0.15,
 }
-"""Choosing by a fact that has to be remembered, once facts are known and things are found."""
+"""Choosing by a fact that has to be remembered, once facts are known and things are found; and stories told in many ways."""
 
 STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (15, _PLACES), (30, _FACTS), (44, _NUMBERS), (78, _CHOICES)]
 """The part of the stream from which on each mixture holds."""
@@ -372,8 +392,9 @@ def documents(seed: int, part: int, count: int) -> Iterator[str]:
 
 
 def vocabulary(seed: int, count: int = 10000) -> Iterator[str]:
-    """Yields texts from which the tokenizer takes whole words: `count` of each stage and, never trained on, some in the tasks' forms."""
-    for first, _ in STAGES:
+    """Yields texts from which the tokenizer takes whole words: `count` of each stage but the last, whose few new words are spelt, and,
+    never trained on, some in the tasks' forms."""
+    for first, _ in STAGES[:-1]:
         yield from documents(seed, first, count)
     yield from _task_texts(2000)
 

@@ -15,6 +15,11 @@ def test_unpack_restores_what_pack_took():
     assert all(torch.equal(ADAPTER[name], tensor) for name, tensor in layout.unpack(flat).items())
 
 
+def test_the_order_of_the_adapter_does_not_matter_to_its_layout():
+    layout = Layout.of(ADAPTER)
+    assert torch.equal(layout.pack(dict(reversed(ADAPTER.items()))), layout.pack(ADAPTER))
+
+
 def test_unpack_keeps_a_leading_client_axis():
     layout = Layout.of(ADAPTER)
     stack = torch.stack([layout.pack(ADAPTER), -layout.pack(ADAPTER)])
@@ -22,8 +27,9 @@ def test_unpack_keeps_a_leading_client_axis():
 
 
 def test_pack_refuses_other_names_and_shapes():
-    with pytest.raises(ValueError, match="Expected the factors"):
-        Layout.of(ADAPTER).pack({"b.R": ADAPTER["b.R"]})
+    for other in ({"b.R": ADAPTER["b.R"]}, ADAPTER | {"b.R": torch.zeros(4)}):
+        with pytest.raises(ValueError, match="Expected the factors"):
+            Layout.of(ADAPTER).pack(other)
 
 
 def test_digest_is_sha256_over_names_shapes_and_values_whatever_the_order():
