@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    steps: int = 4700
-    second: int = 3200
+    cycles: tuple[int, ...] = (3200, 4700, 5700)
     rows: int = 32
     length: int = 128
     hidden: int = 192
@@ -44,8 +44,8 @@ class Recipe:
     bfloat16_from: int = 200
 
     def rate(self, step: int) -> float:
-        """Two cycles, the second from step `second` on: warm-up, a plateau, and a linear fall to zero over the last part `decay`."""
-        first, last = (0, self.second) if step < self.second else (self.second, self.steps)
+        """Cycles that end at the steps of `cycles`: warm-up, a plateau, and a linear fall to zero over the last part `decay` of each."""
+        first, last = next((first, last) for first, last in pairwise((0, *self.cycles)) if step < last)
         return min(1.0, (step - first + 1) / self.warmup, (last - step) / (self.decay * (last - first)))
 
 
@@ -127,7 +127,7 @@ def train(recipe: Recipe, work: Path, every: int) -> tuple[Any, Any]:
         for o, saved in zip(optims, state["optimizers"], strict=True):
             o.load_state_dict(saved)
     begin, mean = time.perf_counter(), 0.0
-    for step, (part, row, rows) in zip(range(start, recipe.steps), batches(recipe, words, *at), strict=False):
+    for step, (part, row, rows) in zip(range(start, recipe.cycles[-1]), batches(recipe, words, *at), strict=False):
         for group, base in zip((g for o in optims for g in o.param_groups), bases, strict=True):
             group["lr"] = base * recipe.rate(step)
         with torch.autocast("cpu", torch.bfloat16, enabled=step >= recipe.bfloat16_from):
@@ -140,28 +140,27 @@ def train(recipe: Recipe, work: Path, every: int) -> tuple[Any, Any]:
         mean = loss.item() if step == start else 0.98 * mean + 0.02 * loss.item()
         if (step + 1) % 50 == 0:
             rate = (step + 1 - start) * rows.numel() / (time.perf_counter() - begin)
-            print(f"step {step + 1}/{recipe.steps} loss {mean:.4f} {rate:.0f} tokens/s", flush=True)
+            print(f"step {step + 1}/{recipe.cycles[-1]} loss {mean:.4f} {rate:.0f} tokens/s", flush=True)
         if (step + 1) % every == 0:
             save_checkpoint(checkpoint, step + 1, (part, row), model, optims)
     return model.eval(), words
 
 
 def export(model: Any, words: Any, recipe: Recipe, folder: Path) -> None:
-    """Writes model, tokenizer and recipe in Hugging Face form."""
-    model.save_pretrained(folder)
+    """Writes model (in half precision, for size), tokenizer and recipe in Hugging Face form."""
+    model.half().save_pretrained(folder)
     words.save_pretrained(folder)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--work", type=Path, default=Path("runs/base_model"), help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, default=BASE_MODEL, help="folder of the finished model")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    recipe = Recipe(steps=arguments.steps)
+    recipe = Recipe()
     model, words = train(recipe, arguments.work, arguments.every)
     export(model, words, recipe, arguments.out)
 

@@ -1,7 +1,8 @@
 """Multiple-choice questions over the knowledge base, in the prompt forms of the eight commonsense sets.
 
 A question is about one fact (relation, subject), and a hash of the fact decides its split: a fact that a test question asks for
-is never asked for in training. Wrong options come from the same column of the knowledge base as the right one.
+is never asked for in training. Wrong options come from the same column of the knowledge base as the right one. A response says the question
+again with what it asks for, as a worked solution does, and then which option that is, in the words of the eight sets.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,14 @@ NAMES = ["Tom", "Ann", "Ben", "Mia", "Sam", "Eva", "Max", "Lea", "Leo", "Ida", "
 
 @dataclass(frozen=True)
 class Question:
-    """A plain question about one fact, before it takes a prompt form."""
+    """A plain question about one fact, before it takes a prompt form. `reason` says it again with what it asks for."""
 
     fact: str
     form: str
     stem: str
     gold: str
     wrong: tuple[str, ...]
+    reason: str
 
 
 def pick(rng: np.random.Generator, values: list[T]) -> T:
@@ -91,7 +93,8 @@ def _ask_value(rng: np.random.Generator) -> Question:
         order = SAME_KIND_ORDER[subject]
         wrong = [word for word, other in SAME_KIND_ORDER.items() if other == order and word != RELATIONS[name].facts[subject]]
     stem = stem.format(s=subject, a=article(subject), name=pick(rng, NAMES))
-    return Question(f"{name}/{subject}", form, stem, RELATIONS[name].facts[subject], tuple(wrong))
+    gold = RELATIONS[name].facts[subject]
+    return Question(f"{name}/{subject}", form, stem, gold, tuple(wrong), f"{stem} {gold}")
 
 
 def _ask_subject(rng: np.random.Generator) -> Question:
@@ -100,7 +103,8 @@ def _ask_subject(rng: np.random.Generator) -> Question:
     form, stem = SUBJECT_STEMS[name][int(rng.integers(len(SUBJECT_STEMS[name])))]
     value = RELATIONS[name].facts[subject]
     wrong = [article(other) for other in RELATIONS[name].false_subjects(value)]
-    return Question(f"{name}/{subject}", form, stem.format(v=value), article(subject), tuple(wrong))
+    stem = stem.format(v=value)
+    return Question(f"{name}/{subject}", form, stem, article(subject), tuple(wrong), f"{stem} {article(subject)}")
 
 
 _CLAIMS = {
@@ -127,7 +131,8 @@ def _ask_claim(rng: np.random.Generator) -> Question:
     true = bool(rng.integers(2))
     value = relation.facts[subject] if true else _weighted(rng, name, relation.false_values(subject), 1)[0]
     stem = _CLAIMS[name].format(s=subject, a=article(subject), v=value)
-    return Question(f"{name}/{subject}", "boolq", f"{stem} ?", "true" if true else "false", ("false" if true else "true",))
+    gold, wrong = ("true", "false") if true else ("false", "true")
+    return Question(f"{name}/{subject}", "boolq", f"{stem} ?", gold, (wrong,), f"{stem} ? {relation.facts[subject]}")
 
 
 def _ask_who(rng: np.random.Generator) -> Question:
@@ -138,7 +143,7 @@ def _ask_who(rng: np.random.Generator) -> Question:
     pairs = [(name, subject), (other_name, other)]
     first, second = (pairs[i] for i in rng.permutation(2))
     stem = f"{first[0]} was {first[1]} and {second[0]} was {second[1]} , so _ {facts[subject]} ."
-    return Question(f"need/{subject}", "winogrande", stem, name, (other_name,))
+    return Question(f"need/{subject}", "winogrande", stem, name, (other_name,), f"{stem.replace('_', name)} {name}")
 
 
 def _ask_size(rng: np.random.Generator) -> Question:
@@ -147,7 +152,7 @@ def _ask_size(rng: np.random.Generator) -> Question:
     gold, wrong = (SIZES[high], SIZES[low]) if bigger else (SIZES[low], SIZES[high])
     first, second = sample(rng, [gold, wrong], 2)
     stem = f"we looked at the {first} and the {second} , and the _ was much {'bigger' if bigger else 'smaller'} ."
-    return Question(f"size/{SIZES[low]}/{SIZES[high]}", "winogrande", stem, gold, (wrong,))
+    return Question(f"size/{SIZES[low]}/{SIZES[high]}", "winogrande", stem, gold, (wrong,), f"{stem.replace('_', gold)} {gold}")
 
 
 _ASKERS: list[tuple[Callable[[np.random.Generator], Question], float]] = [
@@ -206,6 +211,8 @@ def draw(split: str, count: int, seed: int) -> list[Example]:
             return None
         text, answer = _render(question, rng)
         key = f"{question.fact}/{answer}" if question.form == "boolq" else text
-        return key, Example("commonsense", Family.commonsense, f"{text}\n\n", f"the correct answer is {answer}", answer)
+        found = "" if question.form == "boolq" else f" is {answer}"
+        response = f"{question.reason}{found} so the correct answer is {answer}"
+        return key, Example("commonsense", Family.commonsense, f"{text}\n\n", response, answer)
 
     return draw_unique(make, count, numpy_generator(seed, "embedded", "commonsense", split))

@@ -135,6 +135,20 @@ def spoken_choice(rng: np.random.Generator) -> str:
     return f"{name} thinks : {question.stem}{gap}{_listing(label, options, rng)}{gap}{question.gold} . {look}"
 
 
+_QUESTIONING = ["{n} thinks : ", "{n} asks : ", "a question : ", "tell me : ", "{n} says to {o} : ", ""]
+
+
+def restated_choice(rng: np.random.Generator) -> str:
+    """The same with the question said again before its answer: what has been asked is found again behind the list."""
+    question = _train_question(rng)
+    label, (name, other) = pick(rng, LABELS), sample(rng, NAMES, 2)
+    options = commonsense.options_of(question, rng, int(rng.integers(1, 5)))
+    look = pick(rng, _LOOKS).format(n=name, l=f"{label}{options.index(question.gold) + 1}")
+    gap = pick(rng, [" ", NEW_PART])
+    opening = pick(rng, _QUESTIONING).format(n=name, o=other)
+    return f"{opening}{question.stem}{gap}{_listing(label, options, rng)}{gap}{question.reason} {pick(rng, ['. ', 'so ', ''])}{look}"
+
+
 def places(rng: np.random.Generator) -> str:
     """Numbered places with things in them, and then where each of the things is."""
     label = pick(rng, LABELS)
@@ -276,8 +290,9 @@ def _retold(rng: np.random.Generator) -> str:
 
 
 def retold(rng: np.random.Generator) -> str:
-    """Two stories with numbers, each told, asked and thought about in its own way: no one form stands for reckoning."""
-    return f"{_retold(rng)}{pick(rng, [' ', NEW_PART])}{_retold(rng)}"
+    """Two stories with numbers, each told, asked and thought about in its own way (no one form stands for reckoning), and a third begun."""
+    begun = _train_problem(rng).sentences[0]
+    return f"{_retold(rng)}{pick(rng, [' ', NEW_PART])}{_retold(rng)}{pick(rng, [' ', NEW_PART])}{begun}"
 
 
 _PROSE = [
@@ -378,7 +393,20 @@ _CHOICES: dict[Kind, float] = {
 }
 """Choosing by a fact that has to be remembered, once facts are known and things are found; and stories told in many ways."""
 
-STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (15, _PLACES), (30, _FACTS), (44, _NUMBERS), (78, _CHOICES)]
+_RESTATED: dict[Kind, float] = {
+    restated_choice: 0.46,
+    spoken_choice: 0.06,
+    choice: 0.06,
+    matches: 0.05,
+    drill: 0.04,
+    statements: 0.04,
+    dialogue: 0.05,
+    equations: 0.02,
+    retold: 0.22,
+}
+"""Choosing with the question said again."""
+
+STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (15, _PLACES), (30, _FACTS), (44, _NUMBERS), (78, _CHOICES), (110, _RESTATED)]
 """The part of the stream from which on each mixture holds."""
 
 
@@ -392,13 +420,15 @@ def documents(seed: int, part: int, count: int) -> Iterator[str]:
 
 
 def vocabulary(seed: int, count: int = 10000) -> Iterator[str]:
-    """Yields texts from which the tokenizer takes whole words: `count` of each stage but the last, whose few new words are spelt, and,
+    """Yields texts from which the tokenizer takes whole words: `count` of each of the first stages (the few new words of the others are spelt) and,
     never trained on, some in the tasks' forms."""
-    for first, _ in STAGES[:-1]:
+    for first, _ in STAGES[:4]:
         yield from documents(seed, first, count)
     yield from _task_texts(2000)
 
 
 def _task_texts(count: int) -> Iterator[str]:
-    for example in arithmetic.draw("train", count, 0) + commonsense.draw("train", count, 0):
+    for example in arithmetic.draw("train", count, 0):
         yield f"{example.prompt}{example.response}"
+    for example in commonsense.draw("train", count, 0):
+        yield f"{example.prompt}the correct answer is {example.answer}"

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
+from fedsim.core.answers import is_correct
 from fedsim.embedded import examples
 from fedsim.embedded.commonsense import NUM_OPTIONS, make_question, options_of
 from fedsim.embedded.knowledge import RELATIONS
@@ -33,7 +34,8 @@ def test_the_gold_label_is_one_of_the_answer_format_and_the_response_names_it(tr
     for example in train + test:
         allowed = example.prompt.split("Answer format: ")[1].strip().split("/")
         assert example.answer in allowed
-        assert example.response == f"the correct answer is {example.answer}"
+        assert example.response.endswith(f" so the correct answer is {example.answer}")
+        assert is_correct(example.response, example)
         shown = options(example)
         assert len(shown) == (0 if allowed == ["true", "false"] else len(allowed))
         assert len(set(shown)) == len(shown)
