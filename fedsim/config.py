@@ -82,7 +82,7 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    rank: int = 32
+    rank: int = 64
     """Rank r: the trained matrix R of each adapted layer is r x r."""
     init: Init = Init.gradient
     """Where the common bases B and A come from."""
@@ -156,19 +156,19 @@ class TrainingConfig:
     """Learning rate over all local steps of all rounds."""
     warmup_ratio: float = 0.02
     """Part of all steps in which the learning rate rises linearly to its peak."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Examples per client and micro-batch."""
     accumulation: int = 1
     """Micro-batches per local step."""
-    local_epochs: int = 1
-    """Passes over a client's examples per round; not used when local_steps is set."""
-    local_steps: Optional[int] = None
-    """Local optimizer steps per round; null follows from local_epochs."""
+    local_steps: int = 40
+    """Local optimizer steps of a client per round."""
+    local_epochs: Optional[int] = None
+    """Passes over a client's examples per round; when set, it takes the place of local_steps."""
     group_by_length: bool = True
     """Put examples of similar length into the same batch."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass to save memory."""
-    tokens_per_pass: int = 8192
+    tokens_per_pass: int = 4096
     """Most tokens (padding included) in one forward and backward pass; a cohort's step is cut into passes of this size."""
 
 

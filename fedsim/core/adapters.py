@@ -29,6 +29,16 @@ def multiply(x: Tensor, factor: Tensor) -> Tensor:
     return torch.bmm(grouped, factor.mT).view(*x.shape[:-1], factor.shape[1])
 
 
+def add_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """Returns `y + multiply(x, factor)`, in one pass over memory."""
+    factor = factor.to(x.dtype)
+    if factor.dim() == 2:
+        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), factor.T).view_as(y)
+    groups = factor.shape[0]
+    grouped, sums = x.reshape(groups, -1, x.shape[-1]), y.reshape(groups, -1, y.shape[-1])
+    return torch.baddbmm(sums, grouped, factor.mT).view_as(y)
+
+
 class LoRASBLinear(nn.Module):
     """A frozen linear layer W (out x in) with the low-rank update s B R A; B is out x r, R is r x r, A is r x in.
 
@@ -52,7 +62,7 @@ class LoRASBLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None:
             return functional.linear(x, self.merged, self.base.bias)  # type: ignore[arg-type]
-        return self.base(x) + self.scaling * multiply(multiply(multiply(x, self.A), self.R), self.B)
+        return add_product(self.base(x), multiply(multiply(x, self.A), self.scaling * self.R), self.B)
 
     def update(self) -> Tensor:
         """Returns s B R A as float32 [out, in]."""

@@ -38,7 +38,7 @@ class Pass:
 
 def steps_per_round(num_examples: int, training: TrainingConfig) -> int:
     """Returns the optimizer steps of a client with `num_examples` in one round."""
-    if training.local_steps is not None:
+    if training.local_epochs is None:
         return training.local_steps
     return training.local_epochs * ceil(num_examples / (training.batch_size * training.accumulation))
 

@@ -74,13 +74,14 @@ def train_cohort(
     cohort = [clients[i] for i in order]
     steps = [len(plans[data.client]) for data in cohort]
     stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].clone()
+    space = torch.empty_like(stack)  # of the gradients
     state = OptimizerState()
     step_losses = torch.zeros(len(cohort), device=device)
 
     for step in range(max(steps)):
         active = sum(n > step for n in steps)
         rows = {slot: [data.examples[i] for i in plans[data.client][step]] for slot, data in enumerate(cohort[:active])}
-        gradients = torch.zeros_like(stack[:active])
+        gradients = space[:active].zero_()
         for each in pack(rows, training.batch_size, training.tokens_per_pass):
             slots = torch.tensor(each.slots, device=device)
             batch = collate([row.example for row in each.rows], pad_id, device)

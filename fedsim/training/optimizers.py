@@ -39,6 +39,7 @@ def update(values: Tensor, gradients: Tensor, state: OptimizerState, rates: Tens
     """Takes one step in place for the first `len(gradients)` clients of `values` [clients, parameters].
 
     `rates` [active, 1] are the clients' learning rates. The other rows, their moments included, stay as they are.
+    `gradients` is used up: its memory serves the computation, which otherwise allocates nothing the size of the stack.
     """
     rules = {Optimizer.adamw: _adamw, Optimizer.sgd: _sgd}
     state.step += 1
@@ -54,10 +55,11 @@ def _moment(state: OptimizerState, index: int, like: Tensor, active: int) -> Ten
 def _adamw(active: Tensor, gradients: Tensor, stack: Tensor, state: OptimizerState, rates: Tensor, training: TrainingConfig) -> None:
     mean = _moment(state, 0, stack, len(active)).lerp_(gradients, 1 - training.beta1)
     square = _moment(state, 1, stack, len(active)).mul_(training.beta2).addcmul_(gradients, gradients, value=1 - training.beta2)
-    denominator = square.div(1 - training.beta2**state.step).sqrt_().add_(training.epsilon)
+    denominator = torch.div(square, 1 - training.beta2**state.step, out=gradients).sqrt_().add_(training.epsilon)
+    direction = torch.div(mean, denominator, out=gradients)
     if training.weight_decay:
         active.mul_(1 - rates * training.weight_decay)
-    active.addcdiv_(mean * (rates / -(1 - training.beta1**state.step)), denominator)
+    active.addcmul_(direction, rates, value=-1 / (1 - training.beta1**state.step))
 
 
 def _sgd(active: Tensor, gradients: Tensor, stack: Tensor, state: OptimizerState, rates: Tensor, training: TrainingConfig) -> None:
@@ -65,4 +67,4 @@ def _sgd(active: Tensor, gradients: Tensor, stack: Tensor, state: OptimizerState
         active.mul_(1 - rates * training.weight_decay)
     if training.momentum:
         gradients = _moment(state, 0, stack, len(active)).mul_(training.momentum).add_(gradients)
-    active.sub_(rates * gradients)
+    active.addcmul_(gradients, rates, value=-1)

@@ -54,7 +54,7 @@ TAKEN += [
     "model.name=${data.name}",
     "hydra/launcher=joblib",
     "hydra.launcher.n_jobs=2",
-    "training.local_steps=null",
+    "training.local_epochs=null",
     "resume=yes",
     "~method",
 ]

@@ -28,6 +28,10 @@ def test_local_steps_go_round_the_examples_as_often_as_needed():
     assert len(local_batches([4] * 5, training, seed=0, round=1, client=0)) == 7
 
 
+def test_local_epochs_take_the_place_of_local_steps():
+    assert steps_per_round(9, TrainingConfig(batch_size=2, accumulation=2, local_steps=7, local_epochs=2)) == 6
+
+
 def test_order_depends_on_seed_round_and_client_only():
     training, lengths = TrainingConfig(batch_size=2), [5] * 12
     plan = local_batches(lengths, training, seed=0, round=1, client=3)

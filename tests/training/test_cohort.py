@@ -15,7 +15,7 @@ SIZES = (5, 3, 9)  # unequal: the clients take different numbers of steps
 def train(model, clients, *, round=1, **options):
     current = factors(model, ("R",))
     layout = Layout.of(current)
-    training = TrainingConfig(**{"learning_rate": 1e-2, "batch_size": 2, "tokens_per_pass": 60, **options})
+    training = TrainingConfig(**{"learning_rate": 1e-2, "batch_size": 2, "local_epochs": 1, "tokens_per_pass": 60, **options})
     return train_cohort(model, layout.pack(current), layout, clients, training, pad_id=0, seed=0, round=round, rounds=2)
 
 
@@ -38,7 +38,7 @@ def test_one_step_of_sgd_equals_autograd_on_dense_weights(architecture, sequence
     """The oracle knows neither cohorts nor our loss: gradients of Hugging Face's loss, one example at a time, projected by B and A."""
     model, (client, *_) = adapted_model(architecture), cohort(sequences)
     start = factors(model, ("R",))
-    rate = {"optimizer": Optimizer.sgd, "schedule": Schedule.constant, "warmup_ratio": 0.0, "local_steps": 1, "batch_size": 5}
+    rate = {"optimizer": Optimizer.sgd, "schedule": Schedule.constant, "warmup_ratio": 0.0, "local_steps": 1, "local_epochs": None, "batch_size": 5}
     (result,) = train(model, [client], **rate)
     for layer in adapted_layers(model).values():
         layer.R = layer.R.clone().requires_grad_(True)

@@ -21,7 +21,7 @@ def test_each_row_moves_as_under_torchs_own_optimizer(rule):
     state = OptimizerState()
     for _ in range(5):
         gradients = torch.randn(3, 40)
-        update(stack, gradients, state, torch.full((3, 1), 1e-2), training)
+        update(stack, gradients.clone(), state, torch.full((3, 1), 1e-2), training)
         for single, gradient, optimizer in zip(singles, gradients, optimizers, strict=True):
             single.grad = gradient
             optimizer.step()
