@@ -82,8 +82,8 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    rank: int = 64
-    """Rank r: the trained matrix R of each adapted layer is r x r."""
+    rank: Optional[int] = None
+    """Rank r: the trained matrix R of each adapted layer is r x r; null takes 64, or the smallest side of the layers if that is less."""
     init: Init = Init.gradient
     """Where the common bases B and A come from."""
     init_samples: int = 100
@@ -120,7 +120,7 @@ class DataConfig:
 class FederationConfig:
     clients: int = 25
     """Number of clients (data owners)."""
-    rounds: int = 3
+    rounds: int = 12
     """Number of rounds."""
     fraction: float = 1.0
     """Fraction of the clients that take part in a round, at least one."""
@@ -140,7 +140,7 @@ class FederationConfig:
 class TrainingConfig:
     optimizer: Optimizer = Optimizer.adamw
     """Optimizer of each client's local training; its state starts anew in every round."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the trained factors."""
@@ -160,7 +160,7 @@ class TrainingConfig:
     """Examples per client and micro-batch."""
     accumulation: int = 1
     """Micro-batches per local step."""
-    local_steps: int = 40
+    local_steps: int = 10
     """Local optimizer steps of a client per round."""
     local_epochs: Optional[int] = None
     """Passes over a client's examples per round; when set, it takes the place of local_steps."""

@@ -41,7 +41,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     moved, training, folder = summary["communication"], summary["training"], summary["run_dir"]
     speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s"
     lines = [
-        f"{summary['method']}: {_count(summary['clients'], 'client')}, {_count(summary['rounds'], 'round')}, seed {summary['seed']}",
+        f"{summary['method']}: {_count(summary['clients'], 'client')}, {_count(summary['rounds'], 'round')}, rank {summary['rank']}, seed {summary['seed']}",
         "",
         table(head, rows),
         "",

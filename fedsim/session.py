@@ -73,6 +73,7 @@ class Session:
         self.shards = partition(self.pool, self.config.federation, config.seed)
         self.model, self.tokenizer = load_model(config.model, activation_checkpointing=config.training.activation_checkpointing)
         adapt(self.model, config.adapter.rank, config.adapter.scaling, config.adapter.target_modules)
+        self.rank = next(iter(adapted_layers(self.model).values())).R.shape[-1]
         self.layout = Layout.of(factors(self.model, self.method.trained))
         self.bases_layout = Layout.of(initialization.bases_of(factors(self.model, ("B", "A"))))
         self.bases_digest = ""  # of the bases that are installed in the model

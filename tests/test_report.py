@@ -18,6 +18,7 @@ SUMMARY = {
     "rounds": 3,
     "clients": 25,
     "seed": 0,
+    "rank": 64,
     "adapter_digest": "ab" * 32,
     "evaluation": {
         "sums": {"base": {"accuracy": 0.025, "loss": 4.5}, "final": {"accuracy": 0.875, "loss": 0.25}, "num_examples": 400},
@@ -50,7 +51,7 @@ def test_the_summary_shows_accuracies_gains_bytes_and_time():
     assert summary_table(finite(SUMMARY)) == summary_table(SUMMARY)  # as it is read back from the run folder
     text = " ".join(" ".join(lines).split())
     for told in (
-        "25 clients, 3 rounds, seed 0",
+        "25 clients, 3 rounds, rank 64, seed 0",
         "sent by clients 1.23 MB 300 parameters",
         "sent to clients 7.65 kB",
         "set-up 0 B",

@@ -15,6 +15,8 @@ from torch.nn import functional
 from fedsim.errors import UserError, nearest
 from fedsim.types import Adapter
 
+DEFAULT_RANK = 64
+
 
 def multiply(x: Tensor, factor: Tensor) -> Tensor:
     """Returns `x @ factor.T` for each row of x: [rows, ..., k] -> [rows, ..., j].
@@ -85,14 +87,17 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_transposed(module)
 
 
-def adapt(model: nn.Module, rank: int, scaling: float, target_modules: list[str]) -> None:
+def adapt(model: nn.Module, rank: int | None, scaling: float, target_modules: list[str]) -> None:
     """Freezes the model and replaces its target layers by `LoRASBLinear`, in place.
 
     Targets are all linear layers inside the repeated blocks (heads, embeddings and poolers stay out), or those whose path
-    ends with a name of `target_modules`. Raises UserError for a name that fits no layer and for a rank above a layer's size.
+    ends with a name of `target_modules`. Without a rank it is `DEFAULT_RANK`, or the smallest side of a target where that is less.
+    Raises UserError for a name that fits no layer and for a rank above a layer's size.
     """
     model.requires_grad_(False)
     names = _targets(model, target_modules)
+    if rank is None:
+        rank = min(DEFAULT_RANK, *(side for name in names for side in weight_matrix(model.get_submodule(name)).shape))
     for name in names:
         matrix = weight_matrix(model.get_submodule(name))
         if rank > min(matrix.shape):

@@ -285,7 +285,9 @@ def _retold(rng: np.random.Generator) -> str:
     problem = _train_problem(rng)
     asker, teller = sample(rng, NAMES, 2)
     thought = pick(rng, _JOINTS).join(f"{a} {sign} {b} = {result((a, sign, b))}" for a, sign, b in problem.steps)
-    parts = f"{pick(rng, _OPENINGS)}{{story}} {pick(rng, _ASKING)}{pick(rng, [' ', NEW_PART])}{pick(rng, _LEADS)}{thought}{pick(rng, _ENDS)}"
+    parts = (
+        f"{pick(rng, _OPENINGS)}{{story}} {pick(rng, _ASKING)}{pick(rng, [' ', NEW_PART])}{pick(rng, _LEADS)}{thought}{pick(rng, _ENDS)}"
+    )
     return parts.format(story=" ".join(problem.sentences), q=problem.question, o=asker, n=teller, a=problem.answer)
 
 
@@ -406,7 +408,14 @@ _RESTATED: dict[Kind, float] = {
 }
 """Choosing with the question said again."""
 
-STAGES: list[tuple[int, dict[Kind, float]]] = [(0, _LOOKING_BACK), (15, _PLACES), (30, _FACTS), (44, _NUMBERS), (78, _CHOICES), (110, _RESTATED)]
+STAGES: list[tuple[int, dict[Kind, float]]] = [
+    (0, _LOOKING_BACK),
+    (15, _PLACES),
+    (30, _FACTS),
+    (44, _NUMBERS),
+    (78, _CHOICES),
+    (110, _RESTATED),
+]
 """The part of the stream from which on each mixture holds."""
 
 

@@ -107,7 +107,7 @@ class Run:
         factors = self._session.layout.pack({name: adapter[name] for name in self._session.layout.names})
         seconds = time.perf_counter() - begun
         facts = {"bases_digest": bases_digest, "wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"]}
-        self._folder.event("initialized", init=self._config.adapter.init.name, **facts)
+        self._folder.event("initialized", init=self._config.adapter.init.name, rank=self._session.rank, **facts)
         derived = self._config.adapter.init in DERIVED
         state = State(0, factors, None if derived else bases, bases_digest, ledger)
         self._save(state)
@@ -280,6 +280,7 @@ class Run:
             "rounds": state.round,
             "clients": self._config.federation.clients,
             "seed": self._config.seed,
+            "rank": self._session.rank,
             "adapter_digest": self._digest(state),
             "evaluation": evaluation,
             "communication": state.ledger.totals(),

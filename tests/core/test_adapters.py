@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, adapted_model, tiny_model
 
-from fedsim.core.adapters import LoRASBLinear, adapt, adapted_layers, bound, factors, merged, multiply, weight_matrix
+from fedsim.core.adapters import DEFAULT_RANK, LoRASBLinear, adapt, adapted_layers, bound, factors, merged, multiply, weight_matrix
 from fedsim.errors import UserError
 
 
@@ -65,6 +65,14 @@ def test_a_rank_above_the_layers_size_is_refused_and_the_model_stays_as_it_was()
     with pytest.raises(UserError, match=r"adapter.rank: expected at most 16.*got 17"):
         adapt(model, 17, 1.0, [])
     assert not adapted_layers(model)
+
+
+def test_without_a_rank_it_is_the_default_or_the_smallest_side_of_a_layer():
+    small, named = tiny_model("llama"), tiny_model("llama")
+    adapt(small, None, 1.0, [])
+    adapt(named, None, 1.0, ["o_proj"])
+    assert {layer.R.shape[0] for layer in adapted_layers(small).values()} == {16}
+    assert {layer.R.shape[0] for layer in adapted_layers(named).values()} == {min(DEFAULT_RANK, 32)}
 
 
 def test_bound_puts_the_old_factors_back_even_after_an_error():

@@ -38,7 +38,14 @@ def test_one_step_of_sgd_equals_autograd_on_dense_weights(architecture, sequence
     """The oracle knows neither cohorts nor our loss: gradients of Hugging Face's loss, one example at a time, projected by B and A."""
     model, (client, *_) = adapted_model(architecture), cohort(sequences)
     start = factors(model, ("R",))
-    rate = {"optimizer": Optimizer.sgd, "schedule": Schedule.constant, "warmup_ratio": 0.0, "local_steps": 1, "local_epochs": None, "batch_size": 5}
+    rate = {
+        "optimizer": Optimizer.sgd,
+        "schedule": Schedule.constant,
+        "warmup_ratio": 0.0,
+        "local_steps": 1,
+        "local_epochs": None,
+        "batch_size": 5,
+    }
     (result,) = train(model, [client], **rate)
     for layer in adapted_layers(model).values():
         layer.R = layer.R.clone().requires_grad_(True)
