@@ -40,8 +40,9 @@ def summary_table(summary: dict[str, Any]) -> str:
     rows = [_task_row(task, found) for task, found in summary["evaluation"].items()]
     moved, training, folder = summary["communication"], summary["training"], summary["run_dir"]
     speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s"
+    run = f"{_count(summary['clients'], 'client')}, {_count(summary['rounds'], 'round')}, rank {summary['rank']}"
     lines = [
-        f"{summary['method']}: {_count(summary['clients'], 'client')}, {_count(summary['rounds'], 'round')}, rank {summary['rank']}, seed {summary['seed']}",
+        f"{summary['method']}: {run}, seed {summary['seed']}",
         "",
         table(head, rows),
         "",

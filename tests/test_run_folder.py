@@ -146,7 +146,7 @@ def test_resume_of_nothing_is_refused_and_makes_nothing(tmp_path: Path) -> None:
 def test_resume_with_options_that_change_the_result_names_each_of_them(interrupted: Path) -> None:
     config = config_of(interrupted, resume=True, seed=5)
     config.training.learning_rate = 0.5
-    with pytest.raises(UserError, match=r"seed=5 \(run: 0\), training.learning_rate=0.5 \(run: 0.01\)"):
+    with pytest.raises(UserError, match=r"seed=5 \(run: 0\), training.learning_rate=0.5 \(run: 0.03\)"):
         RunFolder.open(config)
 
 

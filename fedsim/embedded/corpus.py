@@ -429,8 +429,9 @@ def documents(seed: int, part: int, count: int) -> Iterator[str]:
 
 
 def vocabulary(seed: int, count: int = 10000) -> Iterator[str]:
-    """Yields texts from which the tokenizer takes whole words: `count` of each of the first stages (the few new words of the others are spelt) and,
-    never trained on, some in the tasks' forms."""
+    """Yields texts from which the tokenizer takes whole words: `count` of each of the first stages and some in the tasks' forms.
+
+    The few new words of the later stages are spelt; the texts in the tasks' forms are for the tokenizer only, never for training."""
     for first, _ in STAGES[:4]:
         yield from documents(seed, first, count)
     yield from _task_texts(2000)

@@ -35,9 +35,14 @@ def test_every_fact_of_the_knowledge_base_occurs():
 
 
 def test_no_test_problem_occurs():
-    stories = {e.prompt.removeprefix("Problem: ").split(" How many")[0] for e in examples(Family.arithmetic, "test", 3000, 0)}
+    problems = {e.prompt.removeprefix("Problem: ").split("\n")[0] for e in examples(Family.arithmetic, "test", 3000, 0)}
+    asked = 0
+    for problem in problems:
+        story, _, question = problem.rpartition(" How many")
+        for found in re.finditer(re.escape(story), TEXT):  # a longer story may begin alike: it is then asked something else
+            asked += f"How many{question}" in TEXT[found.end() : found.end() + 60]
     assert sum("How many" in text for text in DOCUMENTS) > 1000
-    assert not [story for story in stories if story in TEXT]
+    assert asked == 0
 
 
 def test_documents_depend_on_seed_and_part_only():

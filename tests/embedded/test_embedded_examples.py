@@ -53,7 +53,7 @@ def test_an_unknown_split_and_too_many_examples_are_users_errors(monkeypatch):
 def _only_question():
     from fedsim.embedded.commonsense import Question
 
-    return Question("color/grass", "boolq", "is the color of grass green ?", "true", ("false",))
+    return Question("color/grass", "boolq", "is the color of grass green ?", "true", ("false",), "the color of grass is green")
 
 
 ONLY_QUESTION = _only_question()
