@@ -74,6 +74,8 @@ class ModelConfig:
     """Name in tables and plots."""
     path: Optional[str] = None
     """Hugging Face model id or local folder; null is the small model inside the package."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Entries of config.json that fix the layers' shapes; they tell the cost of a model whose path is no folder on this machine."""
     dtype: Dtype = Dtype.float32
     """Type of the frozen base weights; the trained factors are always float32."""
     device: str = "auto"

@@ -59,12 +59,22 @@ def to_config(composed: DictConfig) -> Config:
 def initialized() -> Iterator[None]:
     """Hydra over conf/, with the schema and the presets, for the time of the block."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=_schema())
     for path in presets_folder().glob("*.yaml"):
         with one_line(f"{path.name}: "):
             store.store(group="experiment", name=path.stem, node=OmegaConf.load(path), package="_global_")
     with hydra.initialize_config_dir(str(conf_folder()), job_name="fedsim", version_base="1.3"):
         yield
+
+
+def _schema() -> DictConfig:
+    """Returns the typed defaults; options that are tables, such as model.architecture, take new keys, for which Hydra asks ++ otherwise."""
+    schema = OmegaConf.structured(Config)
+    for section in schema.values():
+        for option in section.values() if isinstance(section, DictConfig) else ():
+            if isinstance(option, DictConfig):
+                OmegaConf.set_struct(option, False)
+    return schema
 
 
 @contextmanager

@@ -14,7 +14,14 @@ import fedsim.config
 from fedsim.cli.groups import choice_values, default_choices, groups
 from fedsim.config import BOUNDS, Config, to_dict
 
-_KINDS = {int: "integer", float: "number", str: "text", bool: "true or false", list[str]: "list of names, such as [a,b]"}
+_KINDS: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    list[str]: "list of names, such as [a,b]",
+    dict[str, Any]: "entries, such as {a:1,b:2}",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ def plain(value: Any) -> str:
     """Returns a value as it is written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{plain(entry)}' for key, entry in value.items())}}}"
     return f"[{','.join(map(plain, value))}]" if isinstance(value, list) else str(value)
 
 

@@ -1,0 +1,130 @@
+"""The shapes of the layers that would be adapted, for any model, without its weights and without a hub.
+
+transformers builds the model on torch's meta device, where a tensor has a shape and no storage: a model of nine billion parameters takes
+a tenth of a second and no memory. What is counted is therefore the model that a run would load, not a formula for it.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsim.config import ModelConfig
+from fedsim.core.adapters import matrix_shape, target_layers
+from fedsim.errors import UserError, nearest
+from fedsim.models import EMBEDDED
+
+LayerShape = tuple[int, int]
+"""(out_features, in_features) of a linear layer."""
+
+_UNDECLARED = {"head_dim"}
+"""Entries that some models read although their configuration does not declare them (Qwen 2)."""
+
+
+def layer_shapes(model: ModelConfig, target_modules: list[str]) -> dict[str, LayerShape]:
+    """Returns (out_features, in_features) of each layer that `adapt` would adapt, by path, in the model's order.
+
+    Paths are those of the causal language model, or of the bare encoder for BERT and its kin. Raises UserError as `skeleton` does, and
+    for a name in `target_modules` that fits no layer.
+    """
+    bare = skeleton(model)
+    return {path: matrix_shape(bare.get_submodule(path)) for path in target_layers(bare, target_modules)}
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Returns the number of parameters of the base model, tied ones counted once. Raises UserError as `skeleton` does."""
+    return sum(parameter.numel() for parameter in skeleton(model).parameters())
+
+
+def skeleton(model: ModelConfig) -> nn.Module:
+    """Returns the model on the meta device: every module and every shape, no weight.
+
+    It is built from config.json in the local folder `path`, else from `architecture`, else, where `path` is None, from the embedded
+    model's folder. Guarantees: nothing is downloaded or printed, no remote code runs, and no random state is touched.
+    Raises UserError where there is none of these, or where what is there makes no language model.
+    """
+    entries, origin = _entries(model)
+    with _silence():
+        try:
+            return _build(entries, origin)
+        except UserError:
+            raise
+        except Exception as error:  # a wrong value surfaces as anything, from a division by zero to transformers' own types
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{origin}: Expected entries that make a model, got {type(error).__name__}: {reason}. Correct them.") from error
+
+
+def _entries(model: ModelConfig) -> tuple[dict[str, Any], str]:
+    """Returns the entries of config.json, and where they were found."""
+    if model.path is not None and (Path(model.path) / "config.json").is_file():
+        return _read(Path(model.path) / "config.json")
+    if model.architecture:
+        return model.architecture, "model.architecture"
+    if model.path is None:
+        return _read(EMBEDDED / "config.json")
+    raise UserError(
+        f"Expected a local folder with config.json in model.path, or model.architecture, got model.path={model.path} alone; nothing is "
+        "downloaded to learn shapes. Give the folder, or its entries: model.architecture={model_type:llama,hidden_size:2048,...}."
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        entries = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"Expected JSON in {path}, but it cannot be read: {error}. Put the model's own config.json there.") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"Expected entries by name in {path}, got a {type(entries).__name__}. Put the model's own config.json there.")
+    return entries, str(path)
+
+
+def _build(entries: dict[str, Any], origin: str) -> nn.Module:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoModelForCausalLM
+
+    name = entries.get("model_type")
+    known = list(CONFIG_MAPPING)
+    if name not in known:
+        raise UserError(f"{origin}: Expected a model_type that transformers knows, such as llama, got {name!r}.{nearest(str(name), known)}")
+    kind = CONFIG_MAPPING[name]
+    if origin == "model.architecture":
+        _refuse_unknown(entries, kind())
+    settings = kind.from_dict(deepcopy(entries))  # it writes into nested entries
+    both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(settings, "is_decoder", False)
+    if getattr(settings, "is_encoder_decoder", False) or not (both_ways or kind in MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise UserError(f"{origin}: Expected a decoder-only language model or a text encoder, got {name!r}. Choose another model.")
+    auto = AutoModel if both_ways else AutoModelForCausalLM
+    with torch.device("meta"):
+        model: nn.Module = auto.from_config(settings, attn_implementation="eager", trust_remote_code=False)
+    return model
+
+
+def _refuse_unknown(entries: dict[str, Any], default: Any) -> None:
+    """Refuses a slip such as hiden_size, which transformers would take and leave at the default."""
+    for entry in entries:
+        if not hasattr(default, entry) and entry not in _UNDECLARED:
+            hint = nearest(entry, list(default.to_dict()))
+            raise UserError(
+                f"model.architecture: {entry!r} is no entry of a {default.model_type} model.{hint} "
+                "Correct it, or leave it out if it does not fix shapes."
+            )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps transformers' and Python's warnings back for the time of the block: no weight is loaded that they could concern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging
+
+        level = logging.get_verbosity()
+        logging.set_verbosity(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
