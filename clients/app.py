@@ -11,7 +11,7 @@ def train(message: Message, context: Context) -> Message:
     """Trains the cohort of clients that the message names."""
     from fedsim.flower import worker
 
-    return worker.train(message)
+    return worker.train(message, context)
 
 
 @app.train("initial_gradient")
@@ -19,4 +19,12 @@ def initial_gradient(message: Message, context: Context) -> Message:
     """Returns the named clients' weight gradients, from which the server derives the common bases."""
     from fedsim.flower import worker
 
-    return worker.initial_gradient(message)
+    return worker.initial_gradient(message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluates the personal models of the clients that the message names."""
+    from fedsim.flower import worker
+
+    return worker.evaluate(message, context)

@@ -23,6 +23,20 @@ class Init(Enum):
     gradient_public = "the same, estimated on a public shard at the server"
     weight_svd = "top singular vectors of the base weights (LoRA-XS); nothing is sent"
     orthogonal = "seeded random orthonormal bases; only the seed is sent"
+    lora = "LoRA's own start: A uniform from the seed, B zero; only the seed is sent"
+    zero = "no update"
+
+
+class Residual(Enum):
+    stacked = "the clients' factors side by side, as published"
+    dense = "one matrix of the size of the weight"
+
+
+class ServerRule(Enum):
+    mean = "weighted mean"
+    median = "median of every entry"
+    trimmed_mean = "mean of every entry without the largest and smallest"
+    krum = "mean of the uploads that are nearest to their neighbours (multi-Krum)"
 
 
 class Partition(Enum):
@@ -66,6 +80,14 @@ class OnError(Enum):
 class MethodConfig:
     name: str = "fed_sb"
     """What is trained, what travels and how the server combines it."""
+    residual: Residual = Residual.stacked
+    """FedEx-LoRA and FLoRA: how what is added to the base weights travels."""
+    residual_rank: Optional[int] = None
+    """FedEx-LoRA: send the best approximation of this rank of the residual; null sends all of it."""
+    heads: int = 4
+    """RAVAN: heads per layer, each of rank adapter.rank."""
+    client_heads: Optional[int] = None
+    """RAVAN: heads that a client trains in a round, drawn from the seed; null trains all."""
 
 
 @dataclass
@@ -86,8 +108,10 @@ class ModelConfig:
 class AdapterConfig:
     rank: Optional[int] = None
     """Rank r: the trained matrix R of each adapted layer is r x r; null takes 64, or the smallest side of the layers if that is less."""
-    init: Init = Init.gradient
-    """Where the common bases B and A come from."""
+    init: Optional[Init] = None
+    """Where the factors start, and with them the common bases B and A; null takes the method's own: gradient for Fed-SB."""
+    refresh_every: int = 0
+    """Fed-SB: after every k-th round add B R A to the base weights and compute new bases; 0 keeps the first ones."""
     init_samples: int = 100
     """Examples in all from which the initial gradient is estimated (gradient, gradient_public)."""
     scaling: float = 1.0
@@ -136,6 +160,8 @@ class FederationConfig:
     """What the Dirichlet mixture is over."""
     quantity_sigma: float = 0.0
     """Log-normal sigma of the clients' numbers of examples; 0 deals equal shares."""
+    ranks: dict[int, float] = field(default_factory=dict)
+    """Clients of different rank, as {rank: share of the clients}; empty gives every client adapter.rank."""
 
 
 @dataclass
@@ -172,6 +198,42 @@ class TrainingConfig:
     """Compute activations again in the backward pass to save memory."""
     tokens_per_pass: int = 4096
     """Most tokens (padding included) in one forward and backward pass; a cohort's step is cut into passes of this size."""
+    proximal_mu: float = 0.0
+    """FedProx: weight mu of the pull mu/2 |x - x_start|^2 towards the start of the round."""
+    scaffold: bool = False
+    """SCAFFOLD: control variates against drift; they travel both ways with the factors. Needs training.optimizer=sgd without momentum."""
+
+
+@dataclass
+class ServerConfig:
+    rule: ServerRule = ServerRule.mean
+    """How the clients' uploads become one."""
+    trimmed: float = 0.1
+    """trimmed_mean: part of the clients that is left out at each end."""
+    malicious: int = 0
+    """krum: number of clients that may be malicious."""
+    kept: int = 0
+    """krum: number of uploads that are averaged; 0 averages all but the malicious."""
+    optimizer: str = "fedavg"
+    """What the server does with the averaged update: fedavg, fedavgm, fedadam, fedyogi or fedadagrad."""
+    learning_rate: float = 1.0
+    """Server learning rate."""
+    momentum: float = 0.9
+    """Momentum of fedavgm; first moment's decay of the adaptive ones."""
+    beta2: float = 0.99
+    """Second moment's decay of fedadam and fedyogi."""
+    tau: float = 1e-3
+    """Adaptivity: term added to the denominator of the adaptive ones."""
+
+
+@dataclass
+class CompressionConfig:
+    name: str = "none"
+    """How an upload is compressed: none, bfloat16, int8, int4 or top_k."""
+    density: float = 0.01
+    """top_k: part of the entries that is sent."""
+    error_feedback: bool = False
+    """A client adds what compression cost to its next upload."""
 
 
 @dataclass
@@ -182,6 +244,8 @@ class EvaluationConfig:
     """Longest generated answer in tokens."""
     tokens_per_pass: int = 16384
     """Most tokens (prompt, answer and padding) in one generation batch."""
+    diagnosis: bool = True
+    """After every round measure how exact the average is, how far clients drift apart, and the effective rank of the update."""
 
 
 @dataclass
@@ -202,6 +266,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
@@ -222,6 +288,8 @@ def to_dict(config: Any) -> Any:
         return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
     if isinstance(config, (list, tuple)):
         return [to_dict(value) for value in config]
+    if isinstance(config, dict):
+        return {str(key): to_dict(value) for key, value in config.items()}
     return config
 
 
@@ -239,8 +307,12 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
 def _from_plain(kind: Any, value: Any) -> Any:
     if is_dataclass(kind):
         return from_dict(kind, value)  # type: ignore[arg-type]
+    if kind == Optional[Init]:
+        return None if value is None else Init[value]
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind[value]
+    if kind == dict[int, float]:
+        return {int(key): float(share) for key, share in value.items()}
     return value
 
 
@@ -266,6 +338,19 @@ class Bounds:
 _AT_LEAST_ONE, _NOT_NEGATIVE, _POSITIVE, _DECAY = Bounds(1), Bounds(0), Bounds(0, low_open=True), Bounds(0, 1, high_open=True)
 
 BOUNDS = {
+    "method.residual_rank": _AT_LEAST_ONE,
+    "method.heads": _AT_LEAST_ONE,
+    "method.client_heads": _AT_LEAST_ONE,
+    "adapter.refresh_every": _NOT_NEGATIVE,
+    "training.proximal_mu": _NOT_NEGATIVE,
+    "server.trimmed": Bounds(0, 0.5, high_open=True),
+    "server.malicious": _NOT_NEGATIVE,
+    "server.kept": _NOT_NEGATIVE,
+    "server.learning_rate": _POSITIVE,
+    "server.momentum": _DECAY,
+    "server.beta2": _DECAY,
+    "server.tau": _POSITIVE,
+    "compression.density": Bounds(0, 1, low_open=True),
     "adapter.rank": _AT_LEAST_ONE,
     "adapter.init_samples": _AT_LEAST_ONE,
     "adapter.scaling": _POSITIVE,

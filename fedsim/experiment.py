@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from flwr.serverapp import Grid
-
 from clients.app import app
 from fedsim.config import Config
 from fedsim.errors import UserError, nearest
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.server import serve
 
-ENGINES: dict[str, Callable[[Config], Grid]] = {"inprocess": lambda config: InProcessGrid(app)}
+ENGINES: dict[str, Callable[[Config], InProcessGrid]] = {"inprocess": lambda config: InProcessGrid(app)}
 
 
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
@@ -20,4 +18,5 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
         raise UserError(
             f"engine.name: expected one of {', '.join(ENGINES)}, got {config.engine.name!r}.{nearest(config.engine.name, list(ENGINES))}"
         )
-    return serve(ENGINES[config.engine.name](config), config, quiet=quiet)
+    grid = ENGINES[config.engine.name](config)
+    return serve(grid, config, grid.contexts, quiet=quiet)

@@ -1,6 +1,8 @@
-"""The adapter as an ordinary LoRA in PEFT's files: B' = B R and A' = A, so that any PEFT user loads it without fedsim.
+"""The adapter as an ordinary LoRA in PEFT's files, so that any PEFT user loads it without fedsim.
 
-A third matrix beside A and B would be opened by PEFT without a warning and give wrong results; it is never written.
+B' is the product of all factors but the last, A' the last, for LoRA-SB B R and A. Where the base weights have been added to, or the update
+has no factors, it is the SVD of the whole update, cut where the singular values end in rounding. A third matrix beside A and B would be
+opened by PEFT without a warning and give wrong results; it is never written.
 """
 
 import json
@@ -10,27 +12,30 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from fedsim.core.adapters import adapted_layers, is_transposed
+from fedsim.core.adapters import AdaptedLinear, adapted_layers, is_transposed, weight_matrix
 
 
 def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
     """Returns {file name: content} of PEFT's adapter_config.json and adapter_model.safetensors for the factors installed in `model`."""
-    tensors: dict[str, torch.Tensor] = {}
     layers = adapted_layers(model)
-    for name, layer in layers.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.A.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = (layer.B @ layer.R).detach().cpu().contiguous()
-    first = next(iter(layers.values()))
-    rank = first.R.shape[-1]
+    pairs = {name: _pair(layer) for name, layer in layers.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (left, right) in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = right.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = left.detach().cpu().contiguous()
+    ranks = {name: left.shape[1] for name, (left, _) in pairs.items()}
+    rank = max(ranks.values())
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": first.scaling * rank,
+        "lora_alpha": rank,
+        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {name: own for name, own in ranks.items() if own != rank},
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": is_transposed(first.base),
+        "fan_in_fan_out": is_transposed(next(iter(layers.values())).base),
         "target_modules": sorted(layers),
         "inference_mode": True,
     }
@@ -38,3 +43,18 @@ def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, {"format": "pt"}),
     }
+
+
+def _pair(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns B' [out, k] and A' [k, in] with the product of the layer's whole change, the scaling in B'."""
+    left, *others = layer.form.chain(layer.factors)
+    if others and layer.original is None:
+        for matrix in others[:-1]:
+            left = left @ matrix
+        return layer.scaling * left, others[-1]
+    change = layer.update().double()
+    if layer.original is not None:
+        change = change + (weight_matrix(layer.base).double() - layer.original.double())
+    u, s, vt = torch.linalg.svd(change.cpu(), full_matrices=False)
+    kept = max(1, int((s > s[0] * torch.finfo(torch.float32).eps).sum()))
+    return (u[:, :kept] * s[:kept]).float(), vt[:kept].float()

@@ -6,35 +6,53 @@ worker processes each open their own from the same configuration.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import ceil
 
+import torch
 from torch import Tensor
 
 from fedsim.config import Config, Init, from_dict, to_dict
-from fedsim.core import initialization
-from fedsim.core.adapters import adapt, adapted_layers, factors, install
-from fedsim.core.methods import METHODS, Method
+from fedsim.core.adapters import adapt, adapted_layers, base_weights, factors, install
+from fedsim.core.compression import CODECS, compress
+from fedsim.core.exchange import CONTROL, WEIGHTS, Exchange
+from fedsim.core.forms import RAVAN
+from fedsim.core.global_state import GlobalState, folded_layout
+from fedsim.core.initialization import DERIVED, from_gradients
+from fedsim.core.methods import METHODS, Method, combinations
 from fedsim.core.partition import holdings, partition
-from fedsim.core.payload import Layout, digest
+from fedsim.core.payload import Layout
+from fedsim.core.ranks import deal_ranks
 from fedsim.data import Dataset, load
 from fedsim.errors import UserError, nearest
 from fedsim.models import load_model
-from fedsim.seeding import numpy_generator
+from fedsim.seeding import derive_seed, numpy_generator, torch_generator
 from fedsim.training.batches import steps_per_round
-from fedsim.training.cohort import ClientData, LocalResult, PassFacts, train_cohort
+from fedsim.training.cohort import ClientData, LocalResult, LocalRule, PassFacts, train_cohort
 from fedsim.training.encoding import encode, has_response
 from fedsim.training.gradients import weight_gradients
 from fedsim.training.optimizers import learning_rate
 from fedsim.types import Adapter, EncodedExample, Example
 
-DERIVED = {Init.weight_svd: initialization.from_weights, Init.orthogonal: initialization.from_seed}
+Memory = dict[int, dict[str, Tensor]]
+"""What clients keep for themselves from round to round, as flat arrays by client and name."""
+
+PERSONAL, OWN_CONTROL, RESIDUE = "personal", "control", "residue"  # names in a client's memory
+VALUES = "values"  # the one array of an upload that is not compressed
 
 
 def effective(config: Config) -> Config:
-    """Returns the configuration that is carried out: a pooled method has one client, whose batch is the union of all clients' batches."""
+    """Returns the configuration that is carried out, with nothing left open that the method decides.
+
+    A pooled method has one client, whose batch is the union of all clients' batches.
+    """
     method = method_of(config)
+    combinations.check(config, method)
+    adapter = replace(config.adapter, init=config.adapter.init or method.inits[0])
+    if config.federation.ranks:
+        adapter = replace(adapter, rank=max(config.federation.ranks))
+    config = replace(config, adapter=adapter)
     if not method.pooled:
         return config
     federation = replace(config.federation, clients=1, fraction=1.0)
@@ -61,24 +79,34 @@ def _open(text: str) -> "Session":
     return Session(from_dict(Config, json.loads(text)))
 
 
+@dataclass(frozen=True)
+class ClientReply:
+    """What a client sends after local training, and what it told about it."""
+
+    result: LocalResult
+    arrays: dict[str, Tensor]  # the flat factors, or their compressed change
+    control: Tensor | None  # change of SCAFFOLD's control variate
+
+
 class Session:
     """The adapted model, the data and its partition, for a server and for the workers in its process."""
 
     def __init__(self, config: Config) -> None:
         self.method = method_of(config)
-        self.config = effective(config)
+        self.config = config = effective(config)
         self.on_pass: Callable[[PassFacts], None] = lambda facts: None
         self.data: Dataset = load(config.data, config.seed)
         self.pool, self.public = self._split_public(self.data.train)
-        self.shards = partition(self.pool, self.config.federation, config.seed)
+        self.shards = partition(self.pool, config.federation, config.seed)
         self.model, self.tokenizer = load_model(config.model, activation_checkpointing=config.training.activation_checkpointing)
-        adapt(self.model, config.adapter.rank, config.adapter.scaling, config.adapter.target_modules)
-        self.rank = next(iter(adapted_layers(self.model).values())).R.shape[-1]
-        self.layout = Layout.of(factors(self.model, self.method.trained))
-        self.bases_layout = Layout.of(initialization.bases_of(factors(self.model, ("B", "A"))))
-        self.bases_digest = ""  # of the bases that are installed in the model
+        adapter, heads = config.adapter, config.method.heads if self.method.form is RAVAN else 1
+        self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules)
+        self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
+        self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
+        self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
         self.num_too_long = 0  # examples left out so far because nothing of their response is within data.max_length
         self._encoded: dict[int, list[EncodedExample]] = {}
+        self._positions: dict[tuple[tuple[str, ...], int], Tensor | None] = {}
 
     def _split_public(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         """With public initialisation the server holds a sample that no client owns."""
@@ -124,23 +152,171 @@ class Session:
             self.num_too_long += len(encoded) - len(kept)
         return ClientData(client, self._encoded[client])
 
-    def train(self, start: Tensor, clients: Sequence[int], round: int) -> list[LocalResult]:
-        """Trains the clients from the flat factors `start` for one round, as one cohort."""
-        return train_cohort(
+    # ---- the global state in this process
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.model.parameters()).device
+
+    def install(self, adapter: Adapter, digests: dict[str, str]) -> None:
+        """Puts factors into the model; `digests` are those of their kinds."""
+        install(self.model, {name: tensor.to(self.device) for name, tensor in adapter.items()})
+        self.digests |= digests
+
+    def install_folded(self, folded: Adapter, tag: str) -> None:
+        """Makes W + folded the base weights of the adapted layers; `tag` is the digest of W."""
+        if self.digests.get(WEIGHTS, "") != tag:
+            self.folded = folded
+            for name, layer in adapted_layers(self.model).items():
+                layer.fold(folded[name])
+        self.digests[WEIGHTS] = tag
+
+    def install_state(self, state: GlobalState) -> None:
+        """Puts the whole global state into the model, as far as it is not there."""
+        self.install_folded(state.folded, state.tag)
+        missing = {kind: state.digest(kind) for kind in self.spec.kinds if self.digests.get(kind) != state.digest(kind)}
+        self.install(self.spec.pick(state.factors, list(missing)), missing)
+
+    def derived_factors(self, round: int) -> Adapter | None:
+        """Returns all factors at the start of a round where seed and base model give them, None where they do not."""
+        if self.method.restart is not None:
+            return self.method.restart(self.spec, self.config.seed, round)
+        init = self.config.adapter.init
+        return DERIVED[init](self.spec, base_weights(self.model), self._epoch_seed(round)) if init in DERIVED else None
+
+    def _epoch_seed(self, round: int) -> int:
+        """Bases from a seed are other ones after each refresh."""
+        every, seed = self.config.adapter.refresh_every, self.config.seed
+        epoch = (round - 1) // every if every else 0
+        return derive_seed(seed, "refresh", epoch) if epoch else seed
+
+    def initial_state(self, factors: Adapter) -> GlobalState:
+        """Returns the state before the first round. What all can derive, and need not be told as the start of training, is held by all."""
+        derived = {WEIGHTS}
+        if self.method.restart is not None:
+            derived |= set(self.spec.kinds)
+        elif self.config.adapter.init in DERIVED:
+            derived |= set(self.spec.kinds) - set(self.method.trained(1))
+        derived |= {*self.method.local, *self.method.personal}
+        versions = dict.fromkeys((*self.spec.kinds, WEIGHTS), 0)
+        state = GlobalState(self.spec, factors, Exchange(versions, frozenset(derived)))
+        if self.config.training.scaffold:
+            state.control = torch.zeros(self.spec.layout(self.method.uploaded(1)).num_parameters)
+            state.exchange.versions[CONTROL] = 0
+        return state
+
+    # ---- clients
+
+    def client_rank(self, client: int) -> int:
+        """Returns the rank of a client's adapter."""
+        return self.ranks[client] if self.ranks else self.spec.rank
+
+    def block(self, kinds: Sequence[str], client: int) -> Tensor | None:
+        """Returns the positions in the flat array of `kinds` of what the client's rank holds; None for all."""
+        key = (tuple(kinds), self.client_rank(client))
+        if key not in self._positions:
+            self._positions[key] = self.spec.block(*key)
+        return self._positions[key]
+
+    def sent_positions(self, round: int, client: int) -> Tensor | None:
+        """Returns the positions in the flat array of the uploaded kinds of what the client trains and sends in a round; None for all."""
+        return self._trained_positions(self.method.uploaded(round), round, client)
+
+    def _trained_positions(self, kinds: Sequence[str], round: int, client: int) -> Tensor | None:
+        chosen = self.config.method.client_heads
+        if self.method.form is not RAVAN or chosen is None:
+            return self.block(kinds, client)
+        drawn = numpy_generator(self.config.seed, "heads", round, client).permutation(self.spec.heads)[:chosen]
+        return self.spec.head_positions(kinds, sorted(drawn.tolist()))
+
+    def train(self, clients: Sequence[int], round: int, memory: Memory, control: Tensor | None = None) -> list[ClientReply]:
+        """Trains the clients from the installed state for one round, as one cohort, and returns what they send.
+
+        `memory` is what the clients keep for themselves from round to round; it is brought up to date. `control` is SCAFFOLD's c.
+        """
+        kinds = self.method.trained(round)
+        start = self._starts(kinds, clients, memory)
+        results = train_cohort(
             self.model,
             start,
-            self.layout,
+            self.spec.layout(kinds),
             [self.client_data(client) for client in clients],
             self.config.training,
             pad_id=self.tokenizer.pad_token_id,
             seed=self.config.seed,
             round=round,
             rounds=self.config.federation.rounds,
+            rule=LocalRule(self.config.training.proximal_mu, self._shift(clients, memory, control), self._trainable(kinds, clients, round)),
             on_pass=self.on_pass,
         )
+        return [self._upload(result, row, round, memory, control) for result, row in zip(results, start.cpu(), strict=True)]
+
+    def _starts(self, kinds: Sequence[str], clients: Sequence[int], memory: Memory) -> Tensor:
+        """Returns [clients, parameters]: the installed factors, a client's own where they are personal, its block of a smaller rank."""
+        common = self.spec.pack(factors(self.model, kinds), kinds)
+        starts = common.expand(len(clients), len(common)).clone()
+        for row, client in zip(starts, clients, strict=True):
+            own = memory.get(client, {}).get(PERSONAL)
+            if own is not None:
+                row[self.spec.within(kinds, self.method.personal)] = own.to(row.device)
+            positions = self.block(kinds, client)
+            if positions is not None:
+                row.copy_(torch.zeros_like(row).index_copy_(0, positions, row[positions]))
+        return starts
+
+    def _trainable(self, kinds: Sequence[str], clients: Sequence[int], round: int) -> Tensor | None:
+        positions = [self._trained_positions(kinds, round, client) for client in clients]
+        if all(each is None for each in positions):
+            return None
+        masks = torch.ones(len(clients), self.spec.layout(kinds).num_parameters, dtype=torch.bool)
+        for mask, each in zip(masks, positions, strict=True):
+            if each is not None:
+                mask.fill_(False)[each] = True
+        return masks
+
+    def _shift(self, clients: Sequence[int], memory: Memory, control: Tensor | None) -> Tensor | None:
+        if control is None:
+            return None
+        return torch.stack([control - memory.get(client, {}).get(OWN_CONTROL, torch.zeros_like(control)) for client in clients])
+
+    def _upload(self, result: LocalResult, start: Tensor, round: int, memory: Memory, control: Tensor | None) -> ClientReply:
+        kinds, uploaded = self.method.trained(round), self.method.uploaded(round)
+        layout, own = self.spec.layout(kinds), memory.setdefault(result.client, {})
+        if self.method.personal:
+            own[PERSONAL] = result.factors[self.spec.within(kinds, self.method.personal)]
+        change = None if control is None else self._control_change(result, start, round, control, own)
+        flat = self.spec.pack(self.method.before_upload(layout.unpack(result.factors)), uploaded)
+        positions = self.sent_positions(round, result.client)
+        flat = flat if positions is None else flat[positions]
+        if self.config.compression.name == "none":
+            return ClientReply(result, {VALUES: flat}, change)
+        origin = self.spec.pack(layout.unpack(start), uploaded)
+        update = flat - (origin if positions is None else origin[positions])
+        return ClientReply(result, self._compressed(update, round, result.client, own), change)
+
+    def _control_change(self, result: LocalResult, start: Tensor, round: int, control: Tensor, own: dict[str, Tensor]) -> Tensor:
+        """SCAFFOLD's option II: c_i becomes c_i - c + (x - y) / sum of the learning rates; returns what it changes by."""
+        rounds = self.config.federation.rounds
+        first, total = (round - 1) * result.num_steps, rounds * result.num_steps
+        rates = sum(learning_rate(first + step, total, self.config.training) for step in range(result.num_steps))
+        change = (start - result.factors) / rates - control
+        own[OWN_CONTROL] = own.get(OWN_CONTROL, torch.zeros_like(control)) + change
+        return change
+
+    def _compressed(self, update: Tensor, round: int, client: int, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        options = self.config.compression
+        residual = own.get(RESIDUE, torch.zeros_like(update)) if options.error_feedback else None
+        generator = torch_generator(self.config.seed, "compression", round, client)
+        arrays, _, residual = compress(update, residual, CODECS[options.name], generator, options.density)
+        if residual is not None:
+            own[RESIDUE] = residual
+        return arrays
+
+    # ---- gradients of the base weights
 
     def weight_gradients(self, examples: Sequence[EncodedExample]) -> Adapter:
-        """Returns the summed loss gradient of every adapted base weight over the examples, with the update R at zero."""
+        """Returns the summed loss gradient of every adapted base weight over the examples, without any update."""
         return weight_gradients(
             self.model, examples, pad_id=self.tokenizer.pad_token_id, tokens_per_pass=self.config.training.tokens_per_pass
         )
@@ -149,33 +325,14 @@ class Session:
         """Returns the flat weight gradients of a seeded sample of the client's own examples."""
         examples = self.client_data(client).examples
         chosen = numpy_generator(self.config.seed, "init", client).choice(len(examples), min(num_samples, len(examples)), replace=False)
-        gradients = self.weight_gradients([examples[i] for i in chosen])
-        return Layout.of(gradients).pack(gradients).cpu()
+        return self.gradient_layout.pack(self.weight_gradients([examples[i] for i in chosen])).cpu()
 
     @property
     def gradient_layout(self) -> Layout:
-        """Layout of the flat weight gradients."""
-        layers = adapted_layers(self.model)
-        shapes = tuple((layer.B.shape[0], layer.A.shape[1]) for layer in layers.values())
-        return Layout(tuple(layers), shapes)
+        """Layout of the flat weight gradients, and of what is folded into the weights."""
+        return folded_layout(self.spec)
 
-    def bases_from_gradients(self, gradients: Adapter) -> Adapter:
-        """Returns B, R, A of the first full fine-tuning step along the summed gradients."""
-        eta = learning_rate(0, self.total_steps, self.config.training)
-        return initialization.from_gradients(adapted_layers(self.model), gradients, eta, self.config.seed)
-
-    def derive_bases(self) -> Adapter:
-        """Returns B, R, A of an initialisation that needs no data; every party derives the same."""
-        return DERIVED[self.config.adapter.init](adapted_layers(self.model), self.config.seed)
-
-    def install_bases(self, bases: Adapter) -> str:
-        """Puts B and A into the model and returns their digest."""
-        device = next(self.model.parameters()).device
-        install(self.model, {name: tensor.to(device) for name, tensor in bases.items()})
-        self.bases_digest = digest(bases)
-        return self.bases_digest
-
-    def install_factors(self, flat: Tensor) -> None:
-        """Puts flat trained factors into the model, for evaluation and export."""
-        device = next(self.model.parameters()).device
-        install(self.model, self.layout.unpack(flat.to(device)))
+    def factors_from_gradients(self, gradients: Adapter, steps_taken: int = 0) -> Adapter:
+        """Returns B, R, A of the next full fine-tuning step along the summed gradients."""
+        eta = learning_rate(steps_taken, self.total_steps, self.config.training)
+        return from_gradients(self.spec, gradients, eta, self.config.seed)

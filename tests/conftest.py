@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedsim.core.adapters import adapt, adapted_layers, install
+from fedsim.core.adapters import adapt, install
+from fedsim.core.forms import LORA_SB
 from fedsim.core.initialization import from_seed
 from fedsim.models import prepare
 from fedsim.types import EncodedExample
@@ -42,8 +43,8 @@ def tiny_model(architecture: str, *, seed: int = 0, activation_checkpointing: bo
 def adapted_model(architecture: str = "llama", rank: int = 8, **options: bool) -> nn.Module:
     """A tiny model with adapters whose B and A are orthonormal and whose R is random."""
     model = tiny_model(architecture, **options)  # type: ignore[arg-type]
-    adapt(model, rank, 1.0, [])
-    factors = from_seed(adapted_layers(model), seed=0)
+    spec = adapt(model, LORA_SB, rank, 1, 1.0, [])
+    factors = from_seed(spec, {}, seed=0)
     generator = torch.Generator().manual_seed(1)
     install(model, {k: torch.randn(v.shape, generator=generator) * 0.1 if k.endswith(".R") else v for k, v in factors.items()})
     return model

@@ -79,8 +79,8 @@ def test_the_table_of_many_holdings_is_cut_but_its_totals_are_not():
 
 def test_transfers_survive_the_csv():
     ledger = CommunicationLedger()
-    ledger.add(Transfer(0, 3, Direction.uplink, Purpose.initial_gradient, 5, 20, 91))
-    ledger.add(Transfer(1, 2, Direction.downlink, Purpose.adapter, 7, 28, 120))
+    ledger.add(Transfer(0, 3, Direction.uplink, Purpose.initial_gradient, 5, 20, 20, 91))
+    ledger.add(Transfer(1, 2, Direction.downlink, Purpose.adapter, 7, 28, 28, 120))
     for each in (ledger, CommunicationLedger()):
         text = transfers_csv(each.rows()).decode()
         assert text.splitlines()[0] == "round,client,direction,purpose,parameters,raw_bytes,serialized_bytes"

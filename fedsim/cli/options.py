@@ -21,6 +21,7 @@ _KINDS: dict[Any, str] = {
     bool: "true or false",
     list[str]: "list of names, such as [a,b]",
     dict[str, Any]: "entries, such as {a:1,b:2}",
+    dict[int, float]: "ranks with shares, such as {8:0.5,16:0.5}",
 }
 
 
@@ -73,14 +74,15 @@ def _describe(key: str, kind: Any, members: dict[str, str]) -> str:
     bounds = f" {BOUNDS[key]}" if key in BOUNDS else ""
     if get_origin(kind) is Union:
         inner = next(part for part in get_args(kind) if part is not type(None))
-        return f"{_KINDS[inner]}{bounds} or null"
+        return f"{'|'.join(members) or _KINDS[inner] + bounds} or null"
     return "|".join(members) or _KINDS[kind] + bounds
 
 
 def _members(key: str, kind: Any) -> dict[str, str]:
     if key in ("method.name", "engine.name"):  # each has a file of its own in conf/
         return groups()[key.removesuffix(".name")]
-    return {member.name: str(member.value) for member in kind} if isinstance(kind, type) and issubclass(kind, Enum) else {}
+    inner = next((part for part in get_args(kind) if part is not type(None)), None) if get_origin(kind) is Union else kind
+    return {member.name: str(member.value) for member in inner} if isinstance(inner, type) and issubclass(inner, Enum) else {}
 
 
 @cache

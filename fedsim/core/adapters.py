@@ -1,17 +1,18 @@
-"""LoRA-SB adapters: y = W x + s B R A x, where only R trains (LoRA-SB, arXiv 2411.19557; Fed-SB, arXiv 2502.15436).
+"""Adapted layers: y = W x + s P x, where P is the product of a form's factors (see `fedsim.core.forms`), such as B R A for LoRA-SB.
 
-W, B and A are common to all clients, so a cohort of clients differs in R alone. A factor may therefore carry a leading
-axis of groups: the rows of the batch fall into as many equal, contiguous groups, and each group meets its own factor.
+W and the frozen factors are common to all clients, so a cohort of clients differs in the trained factors alone. A factor may therefore
+carry a leading axis of groups: the rows of the batch fall into as many equal, contiguous groups, and each group meets its own factor.
 One group is a single client, one group per client is a cohort, one group per row gives per-example gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsim.core.forms import AdapterSpec, Factors, Form, product
 from fedsim.errors import UserError, nearest
 from fedsim.types import Adapter
 
@@ -31,44 +32,59 @@ def multiply(x: Tensor, factor: Tensor) -> Tensor:
     return torch.bmm(grouped, factor.mT).view(*x.shape[:-1], factor.shape[1])
 
 
-def add_product(y: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """Returns `y + multiply(x, factor)`, in one pass over memory."""
+def add_product(y: Tensor, x: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
+    """Returns `y + scaling * multiply(x, factor)`, in one pass over memory."""
     factor = factor.to(x.dtype)
     if factor.dim() == 2:
-        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), factor.T).view_as(y)
+        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), factor.T, alpha=scaling).view_as(y)
     groups = factor.shape[0]
     grouped, sums = x.reshape(groups, -1, x.shape[-1]), y.reshape(groups, -1, y.shape[-1])
-    return torch.baddbmm(sums, grouped, factor.mT).view_as(y)
+    return torch.baddbmm(sums, grouped, factor.mT, alpha=scaling).view_as(y)
 
 
-class LoRASBLinear(nn.Module):
-    """A frozen linear layer W (out x in) with the low-rank update s B R A; B is out x r, R is r x r, A is r x in.
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer W [out, in] with the update of a form.
 
-    The factors are buffers, not parameters: `bound` puts the tensors of one client or of a cohort in their place, whoever owns them.
+    The factors are buffers named by their kind, not parameters: `bound` puts the tensors of one client or of a cohort in their place,
+    whoever owns them.
     """
 
-    def __init__(self, base: nn.Module, rank: int, scaling: float) -> None:
+    def __init__(self, base: nn.Module, form: Form, rank: int, heads: int, scaling: float) -> None:
         super().__init__()
-        out_features, in_features = weight_matrix(base).shape
-        device = weight_matrix(base).device
+        matrix = weight_matrix(base)
         self.base = base
+        self.form = form
         self.scaling = scaling
-        self.merged: Tensor | None = None  # W + s B R A, [out, in], while `merged` is in force
-        self.B: Tensor
-        self.R: Tensor
-        self.A: Tensor
-        self.register_buffer("B", torch.zeros(out_features, rank, device=device), persistent=False)
-        self.register_buffer("R", torch.zeros(rank, rank, device=device), persistent=False)
-        self.register_buffer("A", torch.zeros(rank, in_features, device=device), persistent=False)
+        self.merged: Tensor | None = None  # takes the place of W and its update while `merged` or `unadapted` is in force
+        self.original: Tensor | None = None  # W before `fold`
+        self.shapes = form.shapes(*matrix_shape(base), rank, heads)
+        for kind, shape in self.shapes.items():
+            self.register_buffer(kind, torch.zeros(shape, device=matrix.device), persistent=False)
+
+    @property
+    def factors(self) -> Factors:
+        """The layer's present factors by kind."""
+        return {kind: getattr(self, kind) for kind in self.shapes}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged is not None:
             return functional.linear(x, self.merged, self.base.bias)  # type: ignore[arg-type]
-        return add_product(self.base(x), multiply(multiply(x, self.A), self.scaling * self.R), self.B)
+        left, *others = self.form.chain(self.factors)
+        z = x
+        for matrix in reversed(others):
+            z = multiply(z, matrix)
+        return add_product(self.base(x), z, left, self.scaling)
 
     def update(self) -> Tensor:
-        """Returns s B R A as float32 [out, in]."""
-        return self.scaling * (self.B @ self.R @ self.A)
+        """Returns the update as float32 [out, in]."""
+        return product(self.form, self.factors, self.scaling)
+
+    def fold(self, update: Tensor) -> None:
+        """Makes W + update [out, in] the base weight, W being the one that the model was loaded with."""
+        matrix = weight_matrix(self.base)
+        if self.original is None:
+            self.original = matrix.clone()
+        matrix.copy_((self.original.float() + update.to(matrix.device)).to(matrix.dtype))
 
 
 def weight_matrix(base: nn.Module) -> Tensor:
@@ -87,30 +103,47 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_transposed(module)
 
 
-def adapt(model: nn.Module, rank: int | None, scaling: float, target_modules: list[str]) -> None:
-    """Freezes the model and replaces its target layers by `LoRASBLinear`, in place.
+def adapt(model: nn.Module, form: Form, rank: int | None, heads: int, scaling: float, target_modules: list[str]) -> AdapterSpec:
+    """Freezes the model, replaces its target layers by `AdaptedLinear` in place, and returns what was put in.
 
     Targets are all linear layers inside the repeated blocks (heads, embeddings and poolers stay out), or those whose path
-    ends with a name of `target_modules`. Without a rank it is `DEFAULT_RANK`, or the smallest side of a target where that is less.
-    Raises UserError for a name that fits no layer and for a rank above a layer's size.
+    ends with a name of `target_modules`. Raises UserError for a name that fits no layer and for a rank above a layer's size.
     """
     model.requires_grad_(False)
-    names = _targets(model, target_modules)
-    if rank is None:
-        rank = min(DEFAULT_RANK, *(side for name in names for side in weight_matrix(model.get_submodule(name)).shape))
-    for name in names:
-        matrix = weight_matrix(model.get_submodule(name))
-        if rank > min(matrix.shape):
-            raise UserError(
-                f"adapter.rank: expected at most {min(matrix.shape)}, the smaller side of {name!r} with shape {tuple(matrix.shape)}, "
-                f"got {rank}; lower the rank or leave the layer out with adapter.target_modules."
-            )
-    for name in names:
+    shapes = {name: matrix_shape(model.get_submodule(name)) for name in target_layers(model, target_modules)}
+    spec = AdapterSpec(form, shapes, fitting_rank(form, rank, heads, shapes), heads, scaling)
+    for name in shapes:
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoRASBLinear(model.get_submodule(name), rank, scaling))
+        layer = AdaptedLinear(model.get_submodule(name), form, spec.rank, heads, scaling)
+        setattr(model.get_submodule(parent), child, layer)
+    return spec
 
 
-def _targets(model: nn.Module, target_modules: list[str]) -> list[str]:
+def matrix_shape(base: nn.Module) -> tuple[int, int]:
+    """Returns (out, in) of a linear layer."""
+    out_features, in_features = weight_matrix(base).shape
+    return out_features, in_features
+
+
+def fitting_rank(form: Form, rank: int | None, heads: int, shapes: dict[str, tuple[int, int]]) -> int:
+    """Returns the rank; without one it is `DEFAULT_RANK` over all heads, or the smallest side of a layer where that is less.
+
+    Raises UserError where rank x heads exceeds the smaller side of a layer.
+    """
+    if rank is None:
+        return max(1, min(DEFAULT_RANK, *(side for shape in shapes.values() for side in shape)) // heads)
+    for name, shape in shapes.items():
+        if form.bounded and rank * heads > min(shape):
+            times = f" x {heads} heads" if heads > 1 else ""
+            raise UserError(
+                f"adapter.rank: expected at most {min(shape) // heads}, as {name!r} has shape {shape}, "
+                f"got {rank}{times}; lower the rank or leave the layer out with adapter.target_modules."
+            )
+    return rank
+
+
+def target_layers(model: nn.Module, target_modules: list[str]) -> list[str]:
+    """Returns the paths of the layers to adapt. Raises UserError where there is none, or for a name that fits none."""
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     if not target_modules:
         return _inside_blocks(model, linear)
@@ -139,13 +172,18 @@ def _inside_blocks(model: nn.Module, linear: list[str]) -> list[str]:
     return inside
 
 
-def adapted_layers(model: nn.Module) -> dict[str, LoRASBLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Returns the adapted layers by path, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRASBLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
-def factors(model: nn.Module, kinds: tuple[str, ...]) -> Adapter:
-    """Returns the model's present factors of the given kinds ("B", "R", "A") by name, in the model's order."""
+def base_weights(model: nn.Module) -> Adapter:
+    """Returns the present base weight [out, in] of every adapted layer."""
+    return {name: weight_matrix(layer.base) for name, layer in adapted_layers(model).items()}
+
+
+def factors(model: nn.Module, kinds: Sequence[str]) -> Adapter:
+    """Returns the model's present factors of the given kinds by name, in the model's order."""
     return {f"{name}.{kind}": getattr(layer, kind) for name, layer in adapted_layers(model).items() for kind in kinds}
 
 
@@ -176,12 +214,33 @@ def merged(model: nn.Module) -> Iterator[None]:
 
     The base weights are not touched, so the state afterwards is bit for bit the one before. Costs one copy of the adapted weights.
     """
-    layers = adapted_layers(model).values()
+
+    def dense(layer: AdaptedLinear) -> Tensor:
+        matrix = weight_matrix(layer.base)
+        return (matrix.float() + layer.update()).to(matrix.dtype)
+
+    with _in_place_of(adapted_layers(model), dense):
+        yield
+
+
+@contextmanager
+def unadapted(model: nn.Module) -> Iterator[None]:
+    """Runs the block with the base weights alone, without any update."""
+
+    def itself(layer: AdaptedLinear) -> Tensor:
+        matrix = weight_matrix(layer.base)
+        return matrix.view_as(matrix)  # a view, since nn.Module would register the parameter a second time
+
+    with _in_place_of(adapted_layers(model), itself):
+        yield
+
+
+@contextmanager
+def _in_place_of(layers: dict[str, AdaptedLinear], weight: Callable[[AdaptedLinear], Tensor]) -> Iterator[None]:
     try:
-        for layer in layers:
-            matrix = weight_matrix(layer.base)
-            layer.merged = (matrix.float() + layer.update()).to(matrix.dtype)
+        for layer in layers.values():
+            layer.merged = weight(layer)
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             layer.merged = None

@@ -22,18 +22,24 @@ class Direction(Enum):
 
 
 class Purpose(Enum):
-    """What a transfer is for. Everything but `adapter` is set-up."""
+    """What a transfer is for. Bases and initial gradients are set-up, everything else belongs to the rounds."""
 
     bases = "the common bases B and A"
     initial_gradient = "gradients from which the bases are made"
     adapter = "the trained factors of a round"
+    fold = "what is added to the base weights"
+    control = "control variates of SCAFFOLD"
+
+
+SETUP = (Purpose.bases, Purpose.initial_gradient)
 
 
 @dataclass(frozen=True)
 class Transfer:
     """One payload between the server and a client.
 
-    `parameters` counts numbers, `raw_bytes` is their size in memory, `serialized_bytes` is the length of the message that carried them.
+    `parameters` counts numbers, `raw_bytes` is their size as float32, `payload_bytes` that of the arrays in which they travelled (less
+    where they were compressed), and `serialized_bytes` the length of the message that carried them.
     """
 
     round: int
@@ -42,22 +48,24 @@ class Transfer:
     purpose: Purpose
     parameters: int
     raw_bytes: int
+    payload_bytes: int
     serialized_bytes: int
 
 
 DIRECTIONS = tuple(Direction)
 PURPOSES = tuple(Purpose)
-COLUMNS = {"round": "q", "client": "q", "direction": "b", "purpose": "b", "parameters": "q", "raw_bytes": "q", "serialized_bytes": "q"}
-AMOUNTS = {"parameters": "parameters", "bytes": "serialized_bytes", "raw_bytes": "raw_bytes"}
+COLUMNS = {"round": "q", "client": "q", "direction": "b", "purpose": "b", "parameters": "q"}
+COLUMNS |= {"raw_bytes": "q", "payload_bytes": "q", "serialized_bytes": "q"}
+AMOUNTS = {"parameters": "parameters", "bytes": "serialized_bytes", "raw_bytes": "raw_bytes", "payload_bytes": "payload_bytes"}
 
 Totals = dict[str, int]
 
 
 class CommunicationLedger:
-    """All transfers of a run: 42 bytes each in memory, one row per transfer, in the order in which they were added.
+    """All transfers of a run: 50 bytes each in memory, one row per transfer, in the order in which they were added.
 
-    In all totals `uplink_*` and `downlink_*` are the adapters of the rounds, and `setup_*` is the rest (bases and initial gradients, both
-    directions together); the three add up to everything that travelled. `*_bytes` are as serialized, `*_raw_bytes` as held in memory.
+    In all totals `setup_*` are bases and initial gradients, both directions together, and `uplink_*` and `downlink_*` the rest; the three
+    add up to everything that travelled. `*_bytes` are as serialized, `*_payload_bytes` the arrays alone, `*_raw_bytes` their float32 size.
     """
 
     def __init__(self) -> None:
@@ -68,10 +76,10 @@ class CommunicationLedger:
 
     def add(self, transfer: Transfer) -> None:
         """Adds one transfer. Raises ValueError, and adds nothing, if a size is negative."""
-        if min(transfer.parameters, transfer.raw_bytes, transfer.serialized_bytes) < 0:
+        sizes = (transfer.parameters, transfer.raw_bytes, transfer.payload_bytes, transfer.serialized_bytes)
+        if min(sizes) < 0:
             raise ValueError(f"Expected sizes of at least 0, got {transfer}.")
         direction, purpose = DIRECTIONS.index(transfer.direction), PURPOSES.index(transfer.purpose)
-        sizes = (transfer.parameters, transfer.raw_bytes, transfer.serialized_bytes)
         for column, value in zip(self._columns.values(), (transfer.round, transfer.client, direction, purpose, *sizes), strict=True):
             column.append(value)
 
@@ -136,9 +144,9 @@ class CommunicationLedger:
 
     def _kinds(self) -> dict[str, NDArray[np.bool_]]:
         """Returns which rows count as uplink, downlink and setup: a partition of all rows."""
-        adapter = self._column("purpose") == PURPOSES.index(Purpose.adapter)
+        setup = np.isin(self._column("purpose"), [PURPOSES.index(purpose) for purpose in SETUP])
         upward = self._column("direction") == DIRECTIONS.index(Direction.uplink)
-        return {"uplink": adapter & upward, "downlink": adapter & ~upward, "setup": ~adapter}
+        return {"uplink": ~setup & upward, "downlink": ~setup & ~upward, "setup": setup}
 
 
 def _zero_totals() -> Totals:

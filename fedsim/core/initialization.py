@@ -1,53 +1,81 @@
-"""Where the common bases B and A come from (LoRA-SB, arXiv 2411.19557; LoRA-XS, arXiv 2405.17604).
+"""Where the factors of an adapter start, and with them the common bases B and A.
 
-`gradient`: B diag(S) A is the truncated SVD of the first full fine-tuning step dW = -eta sign(G), G the sum of loss gradients over a
-few samples. With B^T B = A A^T = I the gradient on R is the projection of the full gradient, so it needs no re-scaling.
-`weight_svd`: top singular vectors of W, R = 0. `orthogonal`: random orthonormal bases from a seed, R = 0.
+`gradient` (LoRA-SB, arXiv 2411.19557): B diag(S) A is the truncated SVD of the first full fine-tuning step dW = -eta sign(G), G the sum of
+loss gradients over a few samples. With B^T B = A A^T = I the gradient on R is the projection of the full gradient, so it needs no
+re-scaling. `weight_svd` (LoRA-XS, arXiv 2405.17604): top singular vectors of W, R near zero. `orthogonal`: random orthonormal bases from a
+seed, R (or the heads H) zero. `lora`: A uniform from a seed, B zero (PEFT's start). `zero`: a dense update of zero.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fedsim.core.adapters import LoRASBLinear, weight_matrix
+from fedsim.config import Init
+from fedsim.core.forms import AdapterSpec
 from fedsim.seeding import torch_generator
 from fedsim.types import Adapter
 
 EXACT_SVD_LIMIT = 2048  # above this smaller side a seeded subspace iteration takes the place of the full SVD
 TOLERANCE = 1e-5  # largest entry of |B^T B - I| and |A A^T - I| in float32
+NEAR_ZERO = 1e-5  # standard deviation of R on bases from the weights, as LoRA-XS has it
 
 
-def from_gradients(layers: dict[str, LoRASBLinear], gradients: Adapter, eta: float, seed: int) -> Adapter:
+def from_gradients(spec: AdapterSpec, gradients: Adapter, eta: float, seed: int) -> Adapter:
     """Returns B, R = diag(S) / s and A of every layer from the summed weight gradients {layer: [out, in]} and the first step size `eta`."""
     adapter: Adapter = {}
-    for name, layer in layers.items():
-        left, values, right = truncated_svd(-eta * gradients[name].sign(), layer.R.shape[-1], seed, name)
-        adapter |= {f"{name}.B": left, f"{name}.R": torch.diag(values) / layer.scaling, f"{name}.A": right}
+    for name in spec.layers:
+        left, values, right = truncated_svd(-eta * gradients[name].sign(), spec.rank, seed, name)
+        adapter |= {f"{name}.B": left, f"{name}.R": torch.diag(values) / spec.scaling, f"{name}.A": right}
     return adapter
 
 
-def from_weights(layers: dict[str, LoRASBLinear], seed: int) -> Adapter:
-    """Returns B, A = top singular vectors of each base weight and R = 0, so that training starts exactly at the base model."""
+def from_weights(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
+    """Returns B, A = top singular vectors of each base weight {layer: [out, in]}, and R drawn near zero."""
     adapter: Adapter = {}
-    for name, layer in layers.items():
-        left, _, right = truncated_svd(weight_matrix(layer.base), layer.R.shape[-1], seed, name)
-        adapter |= _with_zero_r(name, left, right)
+    for name in spec.layers:
+        left, _, right = truncated_svd(weights[name], spec.rank, seed, name)
+        R = NEAR_ZERO * torch.randn(spec.rank, spec.rank, generator=torch_generator(seed, "weight_svd", name))
+        adapter |= {f"{name}.B": left, f"{name}.R": R, f"{name}.A": right}
     return adapter
 
 
-def from_seed(layers: dict[str, LoRASBLinear], seed: int) -> Adapter:
-    """Returns random orthonormal B, A, other ones for every layer, and R = 0."""
+def from_seed(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
+    """Returns random orthonormal B and A, other ones for every layer; R or the heads H are zero and their scales one."""
     adapter: Adapter = {}
-    for name, layer in layers.items():
+    for name in spec.layers:
+        shapes = spec.shapes(name)
         generator = torch_generator(seed, "orthogonal", name)
-        left = torch.linalg.qr(torch.randn(layer.B.shape, generator=generator, dtype=torch.float64)).Q
-        right = torch.linalg.qr(torch.randn(layer.A.T.shape, generator=generator, dtype=torch.float64)).Q.T
-        adapter |= _with_zero_r(name, left.float().contiguous(), right.float().contiguous())
+        left = torch.linalg.qr(torch.randn(shapes["B"], generator=generator, dtype=torch.float64)).Q
+        right = torch.linalg.qr(torch.randn(shapes["A"][::-1], generator=generator, dtype=torch.float64)).Q.T
+        for kind, shape in shapes.items():
+            adapter[f"{name}.{kind}"] = torch.ones(shape) if kind == "s" else torch.zeros(shape)
+        adapter |= {f"{name}.B": left.float().contiguous(), f"{name}.A": right.float().contiguous()}
     return adapter
 
 
-def _with_zero_r(name: str, left: Tensor, right: Tensor) -> Adapter:
-    rank = left.shape[1]
-    return {f"{name}.B": left, f"{name}.R": torch.zeros(rank, rank), f"{name}.A": right}
+def lora(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
+    """Returns A uniform within +-1/sqrt(in), other ones for every layer, and B = 0, so that training starts at the base model."""
+    adapter: Adapter = {}
+    for name in spec.layers:
+        shapes = spec.shapes(name)
+        uniform = torch.rand(shapes["A"], generator=torch_generator(seed, "lora", name))
+        adapter |= {f"{name}.B": torch.zeros(shapes["B"]), f"{name}.A": (2 * uniform - 1) / shapes["A"][1] ** 0.5}
+    return adapter
+
+
+def zero(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
+    """Returns zeros for every factor."""
+    return {name: torch.zeros(shape) for name, shape in zip(spec.layout(spec.kinds).names, spec.layout(spec.kinds).shapes, strict=True)}
+
+
+DERIVED: dict[Init, Callable[[AdapterSpec, Adapter, int], Adapter]] = {
+    Init.weight_svd: from_weights,
+    Init.orthogonal: from_seed,
+    Init.lora: lora,
+    Init.zero: zero,
+}
+"""Initialisations from base weights and seed alone: every party derives the same, and nothing is sent."""
 
 
 def truncated_svd(matrix: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,8 +112,3 @@ def check_orthonormal(name: str, left: Tensor, right: Tensor) -> None:
     worst = max((left.double().T @ left.double() - identity).abs().max(), (right.double() @ right.double().T - identity).abs().max())
     if not worst <= TOLERANCE:
         raise ValueError(f"Expected orthonormal bases for {name!r}, got a deviation of {worst:.1e} (at most {TOLERANCE:.0e}).")
-
-
-def bases_of(adapter: Adapter) -> Adapter:
-    """Returns the common factors B and A."""
-    return {name: tensor for name, tensor in adapter.items() if not name.endswith(".R")}

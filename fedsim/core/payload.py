@@ -50,12 +50,9 @@ class Layout:
         return {name: part.view(*flat.shape[:-1], *shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)}
 
 
-def digest(adapter: Adapter, common: str = "") -> str:
-    """Returns the SHA-256, in hex, over names, shapes and float32 little-endian values in the order of names.
-
-    `common` is the digest of factors that stay the same (the bases), put in front, so that they need not be read again every round.
-    """
-    total = hashlib.sha256(common.encode())
+def digest(adapter: Adapter) -> str:
+    """Returns the SHA-256, in hex, over names, shapes and float32 little-endian values in the order of names."""
+    total = hashlib.sha256()
     for name in sorted(adapter):
         tensor = adapter[name].detach().to("cpu", torch.float32).contiguous()
         total.update(f"{name}{tuple(tensor.shape)}".encode())

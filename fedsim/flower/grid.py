@@ -24,7 +24,7 @@ class InProcessGrid(Grid):
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, SERVER_NODE
         self._app = client_app
         self._run = Run.create_empty(RUN_ID)
-        self._contexts = {node: Context(RUN_ID, node, {}, RecordDict(), {}) for node in range(1, workers + 1)}
+        self.contexts = {node: Context(RUN_ID, node, {}, RecordDict(), {}) for node in range(1, workers + 1)}
         self._pending: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
@@ -38,7 +38,7 @@ class InProcessGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self._contexts)
+        return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -61,7 +61,7 @@ class InProcessGrid(Grid):
             yield from self.pull_messages(self.push_messages([message]))
 
     def _handle(self, message: Message) -> Message:
-        context = self._contexts[message.metadata.dst_node_id]
+        context = self.contexts[message.metadata.dst_node_id]
         own = Message(_copy(message.content), metadata=message.metadata)  # type: ignore[call-overload]  # as Flower itself rebuilds them
         return self._app(own, context)
 

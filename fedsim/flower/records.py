@@ -3,6 +3,8 @@
 Tensors only: NumPy's own format without pickle. What arrives is checked before it is believed.
 """
 
+from math import prod
+
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
@@ -10,7 +12,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from torch import Tensor
 
 KEY = "values"  # the one array in a record
-_sizes: dict[tuple[str, tuple[int, ...], int], int] = {}
+_sizes: dict[tuple[tuple[str, str, tuple[int, ...], int], ...], int] = {}
+_float_sizes: dict[int, int] = {}
 
 
 def to_record(flat: Tensor) -> ArrayRecord:
@@ -49,13 +52,43 @@ def numbers(record: ConfigRecord | MetricRecord, key: str) -> list[float]:
     return [float(value) for value in values]
 
 
-def serialized_bytes(record: ArrayRecord) -> int:
-    """Returns the bytes of the record as Flower 1.41 puts it on the wire: the record, its array's head and its chunks.
+def arrays_to_record(arrays: dict[str, Tensor]) -> ArrayRecord:
+    """Returns a record of named arrays, as a compressed upload has them."""
+    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in arrays.items()})
 
-    The size depends on type, shape and length alone, so it is measured once for each.
+
+def arrays_from_record(record: ArrayRecord, types: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Returns the named arrays. Raises ValueError where names, types or shapes are not the expected ones."""
+    if set(record) != set(types):
+        raise ValueError(f"Expected the arrays {sorted(types)}, got {sorted(record)[:5]}.")
+    arrays = {}
+    for name, (dtype, shape) in types.items():
+        values = record[name].numpy()
+        tensor = torch.from_numpy(values) if values.dtype.kind in "iuf" else torch.empty(0)
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ValueError(f"Expected {name!r} to be {dtype} of shape {shape}, got {values.dtype} {values.shape}.")
+        arrays[name] = tensor
+    return arrays
+
+
+def payload_bytes(record: ArrayRecord) -> int:
+    """Returns the bytes of the arrays' numbers alone."""
+    return sum(prod(array.shape) * np.dtype(array.dtype).itemsize for array in record.values())
+
+
+def size_of_floats(num_parameters: int) -> int:
+    """Returns `serialized_bytes` of a record of as many float32 numbers."""
+    if num_parameters not in _float_sizes:
+        _float_sizes[num_parameters] = serialized_bytes(to_record(torch.zeros(num_parameters)))
+    return _float_sizes[num_parameters]
+
+
+def serialized_bytes(record: ArrayRecord) -> int:
+    """Returns the bytes of the record as Flower 1.41 puts it on the wire: the record, its arrays' heads and their chunks.
+
+    The size depends on types, shapes and lengths alone, so it is measured once for each.
     """
-    array = record[KEY]
-    signature = (array.dtype, tuple(array.shape), len(array.data))
+    signature = tuple((name, array.dtype, tuple(array.shape), len(array.data)) for name, array in record.items())
     if signature not in _sizes:
         _sizes[signature] = sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
     return _sizes[signature]

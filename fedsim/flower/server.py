@@ -5,33 +5,34 @@ so a run that was killed at any moment goes on from the last checkpoint and ends
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from flwr.app import Context
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedsim.config import Config, Init, to_dict
-from fedsim.core.adapters import merged
+from fedsim.core.adapters import bound, merged, unadapted
 from fedsim.core.communication import CommunicationLedger
-from fedsim.core.initialization import bases_of
-from fedsim.core.payload import digest
+from fedsim.core.global_state import GlobalState
+from fedsim.core.initialization import DERIVED, zero
 from fedsim.export import peft_files
-from fedsim.flower.records import from_record, to_record
-from fedsim.flower.strategy import FedsimStrategy
+from fedsim.flower.strategy import FedsimStrategy, keeps_memory
+from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
 from fedsim.progress import Progress
 from fedsim.report import curves_png, holdings_table, partition_png, summary_table, transfers_csv
 from fedsim.run_folder import RunFolder
-from fedsim.session import DERIVED, Session, open_session
+from fedsim.session import PERSONAL, Memory, Session, open_session
 from fedsim.training.cohort import PassFacts
 from fedsim.training.evaluation import evaluate
 from fedsim.types import Adapter
 
-FACTORS, BASES = "factors", "bases"  # names of the tensors in a checkpoint
+FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY = "factor", "folded", "increment", "moment", "control", "memory"
+"""First parts of the names of tensors in a checkpoint."""
 
 
 @dataclass
@@ -39,18 +40,17 @@ class State:
     """The whole state of a run after `round`. `evaluations` is {round: {task: {accuracy, loss, num_examples}}}."""
 
     round: int
-    factors: Tensor  # flat, on the CPU
-    bases: Adapter | None  # None where every client derives them
-    bases_digest: str
+    shared: GlobalState
     ledger: CommunicationLedger = field(default_factory=CommunicationLedger)
-    has_bases: set[int] = field(default_factory=set)
     evaluations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     num_tokens: int = 0
     wall_seconds: float = 0.0  # of training: messages, local training and aggregation
 
 
-def serve(grid: Grid, config: Config, *, quiet: bool = False) -> dict[str, Any]:
+def serve(grid: Grid, config: Config, contexts: Mapping[int, Context] | None = None, *, quiet: bool = False) -> dict[str, Any]:
     """Carries the experiment out and returns its summary, also written to summary.json.
+
+    `contexts` are those of the nodes in this process, by node: what clients keep there goes into the checkpoints.
 
     Raises UserError for what the user can mend. A KeyboardInterrupt is raised again with the run folder as its argument: the last
     checkpoint there stays for `resume=true`.
@@ -64,7 +64,7 @@ def serve(grid: Grid, config: Config, *, quiet: bool = False) -> dict[str, Any]:
                 progress.note(f"{folder.folder} holds a finished run: nothing is left to do")
                 summary = folder.finished_summary | {"run_dir": str(folder.folder)}  # it may have been moved since
             else:
-                summary = Run(session, config, grid, folder, progress).carry_out()
+                summary = Run(session, config, grid, contexts or {}, folder, progress).carry_out()
     if not quiet:
         print(f"\n{summary_table(summary)}")
     return summary
@@ -73,15 +73,18 @@ def serve(grid: Grid, config: Config, *, quiet: bool = False) -> dict[str, Any]:
 class Run:
     """One run under way."""
 
-    def __init__(self, session: Session, config: Config, grid: Grid, folder: RunFolder, progress: Progress) -> None:
-        self._session, self._config, self._grid, self._folder, self._progress = session, config, grid, folder, progress
+    def __init__(
+        self, session: Session, config: Config, grid: Grid, contexts: Mapping[int, Context], folder: RunFolder, progress: Progress
+    ) -> None:
+        self._session, self._config, self._grid, self._contexts = session, session.config, grid, contexts
+        self._given, self._folder, self._progress = config, folder, progress
         self._told_too_long = 0
 
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
         try:
             state = self._restored() or self._initial()
-            strategy = self._strategy(state)
+            strategy = FedsimStrategy(self._session, self._given, state.ledger, state.shared)
             while True:
                 self._evaluate_if_due(state)
                 if state.round == self._config.federation.rounds:
@@ -94,72 +97,121 @@ class Run:
     # ---- setting up
 
     def _initial(self) -> State:
-        self._folder.event("run_started", config=to_dict(self._config))
+        self._folder.event("run_started", config=to_dict(self._given))
         self._folder.event("partition", holdings=self._session.holdings, skipped=self._session.data.skipped)
         for line in self._session.data.skipped:
             self._progress.note(f"left out: {line}")
-        self._progress.phase(f"initial bases ({self._config.adapter.init.name})")
+        self._progress.phase(f"initial factors ({self._init.name})")
         begun = time.perf_counter()
         ledger = CommunicationLedger()
-        adapter = self._initial_adapter(ledger)
-        bases = bases_of(adapter)
-        bases_digest = self._session.install_bases(bases)
-        factors = self._session.layout.pack({name: adapter[name] for name in self._session.layout.names})
+        zeros = zero(self._session.spec, {}, 0)
+        shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
+        if self._init not in DERIVED:
+            shared.factors = self._factors_from_gradients(shared, ledger, 0)
         seconds = time.perf_counter() - begun
-        facts = {"bases_digest": bases_digest, "wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"]}
-        self._folder.event("initialized", init=self._config.adapter.init.name, rank=self._session.rank, **facts)
-        derived = self._config.adapter.init in DERIVED
-        state = State(0, factors, None if derived else bases, bases_digest, ledger)
+        facts = {"wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"], "digests": shared.digests()}
+        self._folder.event("initialized", init=self._init.name, rank=self._session.spec.rank, **facts)
+        state = State(0, shared, ledger)
         self._save(state)
         return state
 
-    def _initial_adapter(self, ledger: CommunicationLedger) -> Adapter:
-        """Returns B, R, A by `adapter.init`, with what that moved in the ledger."""
-        session, init = self._session, self._config.adapter.init
-        if init in DERIVED:
-            return session.derive_bases()
-        if init is Init.gradient_public:
-            return session.bases_from_gradients(session.weight_gradients(session.encode(session.public)))
-        gradients = FedsimStrategy(session, self._config, ledger, None, set()).initial_gradients(self._grid)
-        return session.bases_from_gradients(gradients)
+    @property
+    def _init(self) -> Init:
+        init = self._config.adapter.init
+        assert init is not None  # `fedsim.session.effective` has settled it
+        return init
+
+    def _factors_from_gradients(self, shared: GlobalState, ledger: CommunicationLedger, number: int) -> Adapter:
+        """Returns B, R, A from the gradients at the present base weights, with what that moved in the ledger."""
+        session = self._session
+        session.install_folded(shared.folded, shared.tag)
+        if self._init is Init.gradient_public:
+            gradients = session.weight_gradients(session.encode(session.public))
+        else:
+            gradients = FedsimStrategy(session, self._given, ledger, shared).initial_gradients(self._grid, number)
+        steps = number * session.total_steps // self._config.federation.rounds
+        return session.factors_from_gradients(gradients, steps)
+
+    def _refresh(self, state: State) -> None:
+        """Adds B R A to the base weights and computes new bases; clients that hold B and A need no more than R for it."""
+        self._progress.phase(f"new bases after round {state.round}")
+        shared, number = state.shared, state.round
+        shared.fold(self._session.spec.pick(shared.factors, ("R",)), number, builds_on=("B", "A"))
+        if self._init in DERIVED:
+            self._session.install_folded(shared.folded, shared.tag)
+            factors = self._session.derived_factors(number + 1)
+            assert factors is not None
+        else:
+            factors = self._factors_from_gradients(shared, state.ledger, number)
+        shared.replace(factors, self._session.spec.kinds, number)
+        shared.moments = {}
+        self._folder.event("refreshed", round=number, setup_bytes=state.ledger.totals()["setup_bytes"], digests=shared.digests())
+
+    # ---- checkpoints
 
     def _restored(self) -> State | None:
         checkpoint = self._folder.last_checkpoint()
         if checkpoint is None:
             return None
-        facts = checkpoint.state
-        bases = {name: tensor for name, tensor in checkpoint.tensors.items() if name != FACTORS} or None
-        bases_digest = self._session.install_bases(bases or bases_of(self._session.derive_bases()))
-        if bases_digest != facts["bases_digest"]:
-            raise ValueError(f"Expected bases with digest {facts['bases_digest'][:16]}..., derived {bases_digest[:16]}... on this machine.")
+        facts, tensors = checkpoint.state, _by_first_part(checkpoint.tensors)
+        shared = self._session.initial_state(tensors[FACTOR])
+        exchange = shared.exchange
+        exchange.versions, exchange.needed = facts["versions"], facts["needed"]
+        exchange.held = {int(client): dict(zip(exchange.versions, held, strict=True)) for client, held in facts["held"].items()}
+        shared.folded, shared.increment, shared.moments = tensors[FOLDED], tensors[INCREMENT], tensors[MOMENT]
+        shared.tag, shared.increment_on = facts["tag"], facts["increment_on"]
+        shared.control = tensors[CONTROL_VARIATE].get("c")
+        for node, context in self._contexts.items():
+            write_memory(context, _by_client(tensors[MEMORY], node))
+        if facts["adapter_digest"] != shared.adapter_digest():
+            raise ValueError(f"Expected a state with digest {facts['adapter_digest'][:16]}..., got {shared.adapter_digest()[:16]}....")
         self._folder.event("resumed", round=checkpoint.round)
         self._progress.note(f"going on after round {checkpoint.round}")
         return State(
             checkpoint.round,
-            checkpoint.tensors[FACTORS],
-            bases,
-            bases_digest,
+            shared,
             CommunicationLedger.from_json(facts["ledger"]),
-            set(facts["has_bases"]),
             {int(round_): tasks for round_, tasks in facts["evaluations"].items()},
             facts["num_tokens"],
             facts["wall_seconds"],
         )
 
     def _save(self, state: State) -> None:
+        shared = state.shared
+        exchange = shared.exchange
         facts = {
-            "bases_digest": state.bases_digest,
+            "adapter_digest": shared.adapter_digest(),
+            "versions": exchange.versions,
+            "needed": exchange.needed,
+            "held": {client: [held.get(part, -1) for part in exchange.versions] for client, held in exchange.held.items()},
+            "tag": shared.tag,
+            "increment_on": shared.increment_on,
             "ledger": state.ledger.to_json(),
-            "has_bases": sorted(state.has_bases),
             "evaluations": state.evaluations,
             "num_tokens": state.num_tokens,
             "wall_seconds": state.wall_seconds,
         }
-        self._folder.save_checkpoint(state.round, {FACTORS: state.factors, **(state.bases or {})}, facts)
+        tensors = {
+            FACTOR: shared.factors,
+            FOLDED: shared.folded,
+            INCREMENT: shared.increment,
+            MOMENT: shared.moments,
+            CONTROL_VARIATE: {} if shared.control is None else {"c": shared.control},
+            MEMORY: self._memory(),
+        }
+        flat = {f"{first}/{name}": tensor for first, group in tensors.items() for name, tensor in group.items()}
+        self._folder.save_checkpoint(state.round, flat, facts)
 
-    def _strategy(self, state: State) -> FedsimStrategy:
-        bases = None if state.bases is None else self._session.bases_layout.pack(state.bases)
-        return FedsimStrategy(self._session, self._config, state.ledger, bases, state.has_bases)
+    def _memory(self) -> dict[str, Tensor]:
+        """Returns what clients keep in this process, by node/client/name."""
+        clients = list(range(self._config.federation.clients)) if keeps_memory(self._config, self._session.method) else []
+        memories = {node: read_memory(context, clients) for node, context in self._contexts.items()}
+        return {
+            f"{node}/{client}/{name}": tensor
+            for node, memory in memories.items()
+            for client, own in memory.items()
+            for name, tensor in own.items()
+        }
 
     # ---- a round
 
@@ -168,10 +220,10 @@ class Run:
         before = state.ledger.totals()
         self._progress.round_started(number, len(strategy.participants(number)), before)
         begun = time.perf_counter()
+        self._session.install_state(state.shared)
         with self._passes_shown(number, strategy):
-            record = strategy.exchange(number, to_record(state.factors), self._grid)
+            strategy.exchange(number, self._grid)
         seconds = time.perf_counter() - begun
-        state.factors = from_record(record, self._session.layout.num_parameters)
         state.round, facts = number, strategy.facts
         state.num_tokens += facts.num_tokens
         state.wall_seconds += seconds
@@ -184,11 +236,14 @@ class Run:
             "uplink_bytes": moved["uplink_bytes"],
             "downlink_bytes": moved["downlink_bytes"],
             "setup_bytes": moved["setup_bytes"],
-            "adapter_digest": self._digest(state),
+            "adapter_digest": state.shared.adapter_digest(),
         }
-        self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, **report)
+        self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, **report, **facts.diagnosis)
         self._progress.round_finished(number, report, after)
         self._tell_too_long()
+        every = self._config.adapter.refresh_every
+        if every and number % every == 0 and number < self._config.federation.rounds:
+            self._refresh(state)
         self._save(state)
 
     def _tell_too_long(self) -> None:
@@ -223,35 +278,36 @@ class Run:
         if not _evaluated_after(state.round, self._config) or state.round in state.evaluations:
             return
         begun = time.perf_counter()
-        factors = torch.zeros_like(state.factors) if state.round == 0 else state.factors  # round 0 is the base model itself
-        self._session.install_factors(factors)
-        tasks = {}
-        with merged(self._session.model):
-            for task, examples in self._session.data.test.items():
-                self._progress.phase(f"evaluating {task} ({len(examples)} questions) after round {state.round}")
-                result = evaluate(
-                    self._session.model,
-                    self._session.tokenizer,
-                    examples,
-                    self._config.evaluation,
-                    self._config.data,
-                    self._progress.done,
-                )
-                tasks[task] = {"accuracy": result.accuracy, "loss": result.loss, "num_examples": result.num_examples}
-                self._folder.event("evaluated", round=state.round, task=task, **tasks[task])
+        personal = self._session.method.personal and state.round > 0
+        tasks = self._evaluate_personally(state) if personal else self._evaluate_globally(state)
+        for task, found in tasks.items():
+            self._folder.event("evaluated", round=state.round, task=task, **found)
         state.evaluations[state.round] = tasks
         self._progress.evaluated(state.round, time.perf_counter() - begun)
         self._save(state)
 
-    # ---- the end
+    def _evaluate_globally(self, state: State) -> dict[str, dict[str, Any]]:
+        session, tasks = self._session, {}
+        session.install_state(state.shared)
+        with merged(session.model) if state.round else unadapted(session.model):  # round 0 is the base model itself
+            for task, examples in session.data.test.items():
+                self._progress.phase(f"evaluating {task} ({len(examples)} questions) after round {state.round}")
+                found = evaluate(
+                    session.model, session.tokenizer, examples, self._config.evaluation, self._config.data, self._progress.done
+                )
+                tasks[task] = {"accuracy": found.accuracy, "loss": found.loss, "num_examples": found.num_examples}
+        return tasks
 
-    def _digest(self, state: State) -> str:
-        return digest(self._session.layout.unpack(state.factors), common=state.bases_digest)
+    def _evaluate_personally(self, state: State) -> dict[str, dict[str, Any]]:
+        """Every client answers its share of the questions with its own model."""
+        self._progress.phase(f"evaluating the clients' own models after round {state.round}")
+        return FedsimStrategy(self._session, self._given, state.ledger, state.shared).personal_evaluation(state.round, self._grid)
+
+    # ---- the end
 
     def _finish(self, state: State) -> dict[str, Any]:
         self._progress.phase("writing adapter, tables and pictures")
-        self._session.install_factors(state.factors)
-        for name, content in peft_files(self._session.model, self._base_model()).items():
+        for name, content in self._adapter_files(state):
             self._folder.write_bytes(f"adapter/{name}", content)
         summary = self._summary(state)
         self._folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
@@ -261,6 +317,21 @@ class Run:
         self._folder.write_bytes("curves.png", curves_png(self._folder.events()))
         self._folder.finish(summary)
         return summary
+
+    def _adapter_files(self, state: State) -> Iterator[tuple[str, bytes]]:
+        """Yields name and content of PEFT's files: one adapter, or one folder for each client that has a personal one in this process."""
+        session = self._session
+        session.install_state(state.shared)
+        if not session.method.personal:
+            yield from peft_files(session.model, self._base_model()).items()
+        layout = session.spec.layout(session.method.personal)
+        for name, tensor in self._memory().items():
+            _, client, what = name.split("/")
+            if what == PERSONAL:
+                with bound(session.model, layout.unpack(tensor.to(session.device))):
+                    yield from (
+                        (f"client_{client}/{file}", content) for file, content in peft_files(session.model, self._base_model()).items()
+                    )
 
     def _base_model(self) -> str:
         return "fedsim/embedded" if self._config.model.path is None else source(self._config.model)
@@ -278,10 +349,10 @@ class Run:
         return {
             "method": self._config.method.name,
             "rounds": state.round,
-            "clients": self._config.federation.clients,
+            "clients": self._given.federation.clients,
             "seed": self._config.seed,
-            "rank": self._session.rank,
-            "adapter_digest": self._digest(state),
+            "rank": self._session.spec.rank,
+            "adapter_digest": state.shared.adapter_digest(),
             "evaluation": evaluation,
             "communication": state.ledger.totals(),
             "privacy": None,
@@ -297,3 +368,22 @@ class Run:
 def _evaluated_after(number: int, config: Config) -> bool:
     every = config.evaluation.every
     return number in (0, config.federation.rounds) or (every > 0 and number % every == 0)
+
+
+def _by_first_part(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of a checkpoint by the first part of their name; a group may be empty."""
+    groups: dict[str, dict[str, Tensor]] = {first: {} for first in (FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY)}
+    for name, tensor in tensors.items():
+        first, _, rest = name.partition("/")
+        groups[first][rest] = tensor
+    return groups
+
+
+def _by_client(tensors: dict[str, Tensor], node: int) -> Memory:
+    """Returns the memories of a node's clients, of tensors named node/client/name."""
+    memory: Memory = {}
+    for name, tensor in tensors.items():
+        owner, client, what = name.split("/")
+        if int(owner) == node:
+            memory.setdefault(int(client), {})[what] = tensor
+    return memory

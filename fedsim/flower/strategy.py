@@ -5,10 +5,12 @@ the run's seed and the round, never from node ids.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import cycle
-from math import prod
+from math import ceil
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -16,15 +18,40 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsim.config import Config, Weighting, to_dict
+from fedsim.config import Config, ServerConfig, ServerRule, Weighting, to_dict
+from fedsim.core import robust
+from fedsim.core.collecting import Collector, Rule, keeps_clients
 from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
-from fedsim.flower.records import from_record, numbers, serialized_bytes, to_record, whole_numbers
-from fedsim.flower.worker import NEEDS_BASES, client_key
+from fedsim.core.compression import CODECS
+from fedsim.core.diagnosis import diagnose
+from fedsim.core.exchange import CONTROL, WEIGHTS
+from fedsim.core.global_state import GlobalState, folded_layout
+from fedsim.core.methods import Method
+from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
+from fedsim.core.traffic import down_sizes
+from fedsim.flower.records import (
+    arrays_from_record,
+    from_record,
+    numbers,
+    payload_bytes,
+    serialized_bytes,
+    size_of_floats,
+    whole_numbers,
+)
+from fedsim.flower.transfer import Packer
+from fedsim.flower.worker import NEEDS_STATE, client_key, control_key
 from fedsim.seeding import numpy_generator
 from fedsim.session import Session
 from fedsim.types import Adapter
 
-ADAPTER, BASES, REQUEST = "adapter", "bases", "request"
+REQUEST = "request"
+RULES = {
+    ServerRule.median: lambda options: lambda updates, weights: robust.median(updates),
+    ServerRule.trimmed_mean: lambda options: lambda updates, weights: robust.trimmed_mean(updates, options.trimmed),
+    ServerRule.krum: lambda options: (
+        lambda updates, weights: robust.krum(updates, options.malicious, options.kept or len(updates) - options.malicious)
+    ),
+}
 
 
 @dataclass
@@ -36,6 +63,7 @@ class RoundFacts:
     loss: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)  # as used in the average, before normalisation
     num_tokens: int = 0
+    diagnosis: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shares(self) -> list[float]:
@@ -49,106 +77,120 @@ class RoundFacts:
 
 
 class FedsimStrategy(Strategy):
-    """Federated training of flat factors by any method of `fedsim.core.methods`.
+    """Federated training of one `GlobalState` by any method of `fedsim.core.methods`; every transfer goes into the ledger."""
 
-    `has_bases` are the clients that hold the common bases; the others are sent `bases` (a flat record, or None where every client
-    derives them) with their first request.
-    """
-
-    def __init__(self, session: Session, config: Config, ledger: CommunicationLedger, bases: Tensor | None, has_bases: set[int]) -> None:
-        self._session = session
-        self._method = session.method
+    def __init__(self, session: Session, config: Config, ledger: CommunicationLedger, state: GlobalState) -> None:
+        self._session, self._method, self._spec = session, session.method, session.spec
         self._federation = session.config.federation
         self._config_text = json.dumps(to_dict(config))
         self._cohort_size = config.engine.cohort_size
         self._ledger = ledger
-        self._bases = None if bases is None else to_record(bases)
-        self.has_bases = has_bases
+        self._state = state
+        self._size = cache(self._spec.num_parameters)
+        self._control_change = torch.zeros(0)
         self.facts = RoundFacts()
 
     def participants(self, server_round: int) -> list[int]:
         """Returns the clients of a round, in ascending order; a function of seed and round."""
-        count = max(1, round(self._federation.fraction * self._federation.clients))
-        generator = numpy_generator(self._session.config.seed, "participants", server_round)
-        return sorted(generator.choice(self._federation.clients, count, replace=False).tolist())
+        return draw_participants(self._federation.clients, self._federation.fraction, self._session.config.seed, server_round)
+
+    # ---- a round
+
+    def exchange(self, server_round: int, grid: Grid) -> None:
+        """Carries one round out and brings the global state forward."""
+        packer = Packer(self._state, self._method.moving)
+        messages = self._messages(server_round, packer, grid)
+        self._combine(server_round, self._replies(grid, messages, packer, "train"))
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterator[Message]:
-        """Yields one message per cohort, made when it is asked for."""
-        for node, clients in self.cohorts(self.participants(server_round), grid):
-            content = RecordDict({ADAPTER: arrays, REQUEST: self._request(clients, round=[server_round])})
-            newcomers = [client for client in clients if client not in self.has_bases]
-            if newcomers and self._bases is not None:
-                content[BASES] = self._bases
-                self._record(server_round, newcomers, Direction.downlink, Purpose.bases, self._bases)
-            self.has_bases.update(clients)
-            self._record(server_round, clients, Direction.downlink, Purpose.adapter, arrays)
-            yield Message(content, node, "train", group_id=str(server_round))
+        """Yields one message per cohort, made when it is asked for. The state is the strategy's own, so `arrays` is not looked at."""
+        return self._messages(server_round, Packer(self._state, self._method.moving), grid)
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Combines the clients' factors as their replies come; holds one reply at a time."""
-        self.facts = RoundFacts()
-        combined = self._method.aggregate(self._updates(server_round, replies))
-        return to_record(combined), MetricRecord({"loss": self.facts.mean_loss, "num_tokens": self.facts.num_tokens})
+        """Combines the clients' uploads as they come into the global state; holds one reply at a time."""
+        self._combine(server_round, replies)
+        return None, MetricRecord({"loss": self.facts.mean_loss, "num_tokens": self.facts.num_tokens})
 
-    def exchange(self, server_round: int, arrays: ArrayRecord, grid: Grid) -> ArrayRecord:
-        """Carries one round out and returns the new global factors."""
-        messages = self.configure_train(server_round, arrays, ConfigRecord(), grid)
-        combined, _ = self.aggregate_train(server_round, self._replies(grid, messages, arrays))
-        assert combined is not None
-        return combined
+    def _messages(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Message]:
+        for node, clients in self.cohorts(self.participants(server_round), grid):
+            content = self._brought_up(server_round, clients, packer)
+            yield Message(content, node, "train", group_id=str(server_round))
 
-    def _replies(self, grid: Grid, messages: Iterable[Message], arrays: ArrayRecord) -> Iterator[Message]:
-        """Yields replies as they come. A worker process that does not hold the bases itself is sent its request again with them."""
+    def _brought_up(
+        self, server_round: int, clients: Sequence[int], packer: Packer, needed: Collection[str] | None = None, **facts: list[int]
+    ) -> RecordDict:
+        """Returns a request with what any of the clients lacks of the needed parts (None is all), and charges each for what it lacks."""
+        exchange = self._state.exchange
+        needed = exchange.versions if needed is None else needed
+        lacking = {client: [part for part in exchange.lacking(client) if part in needed] for client in clients}
+        behind = [client for client in clients if WEIGHTS in lacking[client]]
+        increment = bool(behind) and all(exchange.takes_increment(client) for client in behind)
+        for client in clients:
+            self._charge_down(server_round, client, lacking[client])
+            exchange.sent(client, needed)
+        parts = {part for each in lacking.values() for part in each}
+        records, told = packer.pack(parts, needed, increment=increment)
+        return RecordDict({**records, REQUEST: self._request(clients, server_round, told, **facts)})
+
+    def _request(self, clients: Sequence[int], server_round: int, told: dict[str, str | list[str]], **facts: list[int]) -> ConfigRecord:
+        return ConfigRecord({"config": self._config_text, "clients": list(clients), "round": server_round, **told, **facts})
+
+    def _replies(self, grid: Grid, messages: Iterable[Message], packer: Packer, kind: str) -> Iterator[Message]:
+        """Yields replies as they come. A worker process that lacks something of the state is sent its request again with all of it."""
         again = []
         for reply in _checked(grid.send_and_receive(messages)):
-            if NEEDS_BASES in reply.content and self._bases is not None:
-                content = RecordDict({ADAPTER: arrays, REQUEST: reply.content[REQUEST], BASES: self._bases})
-                again.append(Message(content, reply.metadata.src_node_id, "train", group_id=reply.metadata.group_id))
-            else:
+            if NEEDS_STATE not in reply.content:
                 yield reply
+                continue
+            records, told = packer.pack(self._state.exchange.versions, self._state.exchange.versions, increment=False)
+            asked = {
+                name: value for name, value in reply.content.config_records[REQUEST].items() if name not in ("adapter", "bases", "fold")
+            }
+            content = RecordDict({**records, REQUEST: ConfigRecord({**asked, **told})})
+            again.append(Message(content, reply.metadata.src_node_id, kind, group_id=reply.metadata.group_id))
         if again:
             yield from _checked(grid.send_and_receive(again))
 
-    def initial_gradients(self, grid: Grid) -> Adapter:
-        """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in all; streaming, one client at a time."""
-        layout = self._session.gradient_layout
-        total = torch.zeros(layout.num_parameters, dtype=torch.float64)
-        nodes = cycle(sorted(grid.get_node_ids()))
-        for node, (client, samples) in zip(nodes, self.init_shares().items(), strict=False):
-            request = self._request([client], samples=[samples])
-            message = Message(RecordDict({REQUEST: request}), node, "train.initial_gradient", group_id="0")
-            (reply,) = _checked(grid.send_and_receive([message]))
-            record = reply.content.array_records[client_key(client)]
-            total += from_record(record, layout.num_parameters)
-            self._record(0, [client], Direction.uplink, Purpose.initial_gradient, record)
-        return layout.unpack(total.float())
+    def _combine(self, server_round: int, replies: Iterable[Message]) -> None:
+        self.facts = RoundFacts()
+        state, method, config = self._state, self._method, self._session.config
+        kinds = method.uploaded(server_round)
+        options, collector = config.method, self._collector(kinds)
+        self._control_change = torch.zeros_like(state.control) if state.control is not None else torch.zeros(0)
+        for weight, flat, positions in self._updates(server_round, replies):
+            collector.add(weight, flat, positions)
+        start, mean = self._spec.pack(state.factors, kinds), collector.mean()
+        new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
+        collected = collector.collected(new, config.seed, server_round)
+        outcome = method.finish(collected)
+        state.replace(outcome.factors, [kind for kind in (*kinds, *method.remade) if kind not in method.local], server_round)
+        if outcome.fold:
+            state.fold(outcome.fold, server_round)
+        if state.control is not None:
+            state.control = state.control + self._control_change
+            state.exchange.changed([CONTROL], server_round)
+        if config.evaluation.diagnosis:
+            self.facts.diagnosis = diagnose(method, options, collector, collected, state)
 
-    def init_shares(self) -> dict[int, int]:
-        """Returns how many samples each client gives: equal shares; of fewer samples than clients, a seeded choice gives one each."""
-        samples, clients = self._session.config.adapter.init_samples, self._federation.clients
-        order = numpy_generator(self._session.config.seed, "init_shares").permutation(clients).tolist()
-        shares = {client: samples // clients + (place < samples % clients) for place, client in enumerate(order)}
-        return {client: shares[client] for client in sorted(shares) if shares[client]}
+    def _collector(self, kinds: Sequence[str]) -> Collector:
+        config, method = self._session.config, self._method
+        wanted = method.products or (config.evaluation.diagnosis and not method.exact)
+        folds = method.products and method.name != "flexlora"
+        rule: Rule | None = RULES[config.server.rule](config.server) if config.server.rule in RULES else None
+        keep_clients = keeps_clients(config.method, folds)
+        return Collector(
+            self._spec,
+            kinds,
+            self._state.factors,
+            config.method,
+            keep_products=wanted and not keep_clients,
+            keep_clients=keep_clients,
+            rule=rule,
+        )
 
-    def cohorts(self, clients: Sequence[int], grid: Grid) -> Iterator[tuple[int, list[int]]]:
-        """Yields (node, clients): cohorts of `engine.cohort_size`, or equal parts for all nodes, dealt to the nodes in turn."""
-        nodes = sorted(grid.get_node_ids())
-        size = self._cohort_size or -(-len(clients) // len(nodes))
-        for node, start in zip(cycle(nodes), range(0, len(clients), size), strict=False):
-            yield node, list(clients[start : start + size])
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Evaluation is done at the server, on held-out data."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing is evaluated at the clients."""
-        return None
-
-    def summary(self) -> None:
-        """The run's own display and log tell what Flower would print here."""
-
-    def _updates(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[float, Tensor]]:
+    def _updates(self, server_round: int, replies: Iterable[Message]) -> Iterator[tuple[float, Tensor, Tensor | None]]:
+        kinds = self._method.uploaded(server_round)
+        start = self._spec.pack(self._state.factors, kinds)
         for reply in replies:
             metrics = reply.content.metric_records["metrics"]
             self.facts.num_tokens += sum(whole_numbers(metrics, "num_tokens"))
@@ -157,22 +199,143 @@ class FedsimStrategy(Strategy):
                 self.facts.clients.append(client)
                 self.facts.num_examples.append(num_examples)
                 self.facts.loss.append(loss)
-                record = reply.content.array_records[client_key(client)]
-                self._record(server_round, [client], Direction.uplink, Purpose.adapter, record)
                 weight = float(num_examples) if self._federation.weighting is Weighting.examples else 1.0
                 self.facts.weights.append(weight)
-                yield weight, from_record(record, self._session.layout.num_parameters)
+                positions = self._session.sent_positions(server_round, client)
+                record = reply.content.array_records[client_key(client)]
+                yield weight, self._read(server_round, client, record, start if positions is None else start[positions]), positions
+                if self._state.control is not None:
+                    self._add_control(server_round, client, reply.content.array_records[control_key(client)])
 
-    def _request(self, clients: Sequence[int], **facts: list[int]) -> ConfigRecord:
-        return ConfigRecord({"config": self._config_text, "clients": list(clients), "bases_digest": self._session.bases_digest, **facts})
+    def _read(self, server_round: int, client: int, record: ArrayRecord, start: Tensor) -> Tensor:
+        """Returns a client's flat upload, decompressed, and charges it."""
+        self._charge(server_round, client, Direction.uplink, Purpose.adapter, len(start), record)
+        options = self._session.config.compression
+        if options.name == "none":
+            return from_record(record, len(start))
+        codec = CODECS[options.name]
+        arrays = arrays_from_record(record, codec.shapes(len(start), options.density))
+        return start + codec.decode(arrays, len(start), options.density)
 
-    def _record(self, server_round: int, clients: Sequence[int], direction: Direction, purpose: Purpose, record: ArrayRecord) -> None:
-        if self._method.pooled:
+    def _add_control(self, server_round: int, client: int, record: ArrayRecord) -> None:
+        """SCAFFOLD: c changes by the participants' mean change times the part of all clients that they are, which is sum / clients."""
+        self._charge(server_round, client, Direction.uplink, Purpose.control, len(self._control_change), record)
+        self._control_change += from_record(record, len(self._control_change)) / self._federation.clients
+
+    # ---- setting up
+
+    def initial_gradients(self, grid: Grid, server_round: int = 0) -> Adapter:
+        """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in all; streaming, one client at a time."""
+        layout = self._session.gradient_layout
+        total = torch.zeros(layout.num_parameters, dtype=torch.float64)
+        packer = Packer(self._state, self._method.moving)
+        nodes = sorted(grid.get_node_ids())
+        for client, samples in self.init_shares().items():
+            content = self._brought_up(server_round, [client], packer, (WEIGHTS,), samples=[samples])
+            message = Message(content, nodes[client % len(nodes)], "train.initial_gradient", group_id=str(server_round))
+            (reply,) = self._replies(grid, [message], packer, "train.initial_gradient")
+            record = reply.content.array_records[client_key(client)]
+            total += from_record(record, layout.num_parameters)
+            self._charge(server_round, client, Direction.uplink, Purpose.initial_gradient, layout.num_parameters, record)
+        return layout.unpack(total.float())
+
+    def init_shares(self) -> dict[int, int]:
+        """Returns how many samples each client gives: equal shares; of fewer samples than clients, a seeded choice gives one each."""
+        return share_samples(self._session.config.adapter.init_samples, self._federation.clients, self._session.config.seed)
+
+    # ---- who does what
+
+    def cohorts(self, clients: Sequence[int], grid: Grid) -> Iterator[tuple[int, list[int]]]:
+        """Yields (node, clients): cohorts of `engine.cohort_size`, or equal parts for all nodes, dealt to the nodes in turn.
+
+        Clients that keep something for themselves from round to round always go to the same node.
+        """
+        nodes = sorted(grid.get_node_ids())
+        if keeps_memory(self._session.config, self._method):
+            for place, node in enumerate(nodes):
+                mine = [client for client in clients if client % len(nodes) == place]
+                size = self._cohort_size or max(1, len(mine))
+                yield from ((node, mine[start : start + size]) for start in range(0, len(mine), size))
             return
-        parameters = sum(prod(array.shape) for array in record.values())
-        size = serialized_bytes(record)
-        for client in clients:
-            self._ledger.add(Transfer(server_round, client, direction, purpose, parameters, 4 * parameters, size))
+        size = self._cohort_size or ceil(len(clients) / len(nodes))
+        for node, start in zip(cycle(nodes), range(0, len(clients), size), strict=False):
+            yield node, list(clients[start : start + size])
+
+    # ---- personal models
+
+    def personal_evaluation(self, server_round: int, grid: Grid) -> dict[str, dict[str, Any]]:
+        """Returns {task: {accuracy, loss, num_examples}} over the clients' own models; the test questions are dealt out among them.
+
+        Not charged: it belongs to the experiment, not to what is simulated.
+        """
+        packer = Packer(self._state, self._method.moving)
+        records, told = packer.pack(self._state.exchange.versions, self._state.exchange.versions, increment=False)
+        messages = [
+            Message(
+                RecordDict({**records, REQUEST: self._request(clients, server_round, told)}), node, "evaluate", group_id=str(server_round)
+            )
+            for node, clients in self.cohorts(range(self._federation.clients), grid)
+        ]
+        sums: dict[str, list[float]] = {task: [0.0, 0.0, 0.0] for task in self._session.data.test}
+        for reply in _checked(grid.send_and_receive(messages)):
+            metrics = reply.content.metric_records["metrics"]
+            for task, total in sums.items():
+                for place, name in enumerate(("correct", "loss", "num_examples")):
+                    total[place] += sum(numbers(metrics, f"{task}/{name}"))
+        return {task: {"accuracy": right / n, "loss": loss / n, "num_examples": int(n)} for task, (right, loss, n) in sums.items()}
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Evaluation is no part of a round: the server does it on held-out data, or asks for it by `personal_evaluation`."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing is evaluated within a round."""
+        return None
+
+    def summary(self) -> None:
+        """The run's own display and log tell what Flower would print here."""
+
+    # ---- the ledger
+
+    def _charge_down(self, server_round: int, client: int, parts: Sequence[str]) -> None:
+        rank, whole = self._session.client_rank(client), folded_layout(self._spec).num_parameters
+        increment = sum(tensor.numel() for tensor in self._state.increment.values())
+        exchange = self._state.exchange
+        control = len(self._state.control) if self._state.control is not None else 0
+        sizes = lambda kinds: control if kinds == (CONTROL,) else self._size(kinds, rank)  # noqa: E731
+        for purpose, size in down_sizes(exchange, self._method.moving, client, parts, sizes, whole, increment):
+            self._add(server_round, client, Direction.downlink, purpose, size, 4 * size, size_of_floats(size))
+
+    def _charge(self, server_round: int, client: int, direction: Direction, purpose: Purpose, parameters: int, record: ArrayRecord) -> None:
+        self._add(server_round, client, direction, purpose, parameters, payload_bytes(record), serialized_bytes(record))
+
+    def _add(
+        self, server_round: int, client: int, direction: Direction, purpose: Purpose, parameters: int, payload: int, size: int
+    ) -> None:
+        if not self._method.pooled:
+            self._ledger.add(Transfer(server_round, client, direction, purpose, parameters, 4 * parameters, payload, size))
+
+
+def draw_participants(clients: int, fraction: float, seed: int, server_round: int) -> list[int]:
+    """Returns the clients of a round, in ascending order."""
+    count = max(1, round(fraction * clients))
+    return sorted(numpy_generator(seed, "participants", server_round).choice(clients, count, replace=False).tolist())
+
+
+def share_samples(samples: int, clients: int, seed: int) -> dict[int, int]:
+    """Returns how many samples each client gives that gives any."""
+    order = numpy_generator(seed, "init_shares").permutation(clients).tolist()
+    shares = {client: samples // clients + (place < samples % clients) for place, client in enumerate(order)}
+    return {client: shares[client] for client in sorted(shares) if shares[client]}
+
+
+def keeps_memory(config: Config, method: Method) -> bool:
+    """Whether clients keep something for themselves from round to round."""
+    return bool(method.personal) or config.training.scaffold or config.compression.error_feedback
+
+
+def _server_options(server: ServerConfig) -> ServerOptions:
+    return ServerOptions(server.learning_rate, server.momentum, server.beta2, server.tau)
 
 
 def _checked(replies: Iterable[Message]) -> Iterator[Message]:

@@ -1,18 +1,24 @@
-"""What a worker does with a message: it trains the cohort of clients that the message names, or takes their initial gradients.
+"""What a worker does with a message: it trains the cohort of clients that the message names, takes their initial gradients, or evaluates
+their personal models.
 
-A worker that lacks the common bases derives them where that needs no data, and otherwise says so instead of training; what it has is
-checked against the digest in every message.
+First it brings its model to the global state of the message; where it lacks something it says so, and is sent the request again with all.
+What clients keep for themselves from round to round lies in the node's Context.
 """
 
 import json
+from collections.abc import Callable
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedsim.config import Config, from_dict
-from fedsim.flower.records import from_record, to_record, whole_numbers
-from fedsim.session import DERIVED, Session, open_session
+from fedsim.core.adapters import bound, merged
+from fedsim.flower.records import arrays_to_record, to_record, whole_numbers
+from fedsim.flower.transfer import control_of, take_in
+from fedsim.session import PERSONAL, Memory, Session, open_session
+from fedsim.training.evaluation import evaluate as evaluate_examples
 
-NEEDS_BASES = "needs_bases"
+NEEDS_STATE = "needs_state"
 
 
 def client_key(client: int) -> str:
@@ -20,17 +26,70 @@ def client_key(client: int) -> str:
     return f"client-{client}"
 
 
-def train(message: Message) -> Message:
+def control_key(client: int) -> str:
+    """Returns the name of the record with the change of a client's control variate."""
+    return f"control-{client}"
+
+
+def memory_key(client: int) -> str:
+    """Returns the name of a client's record in the state of its node's Context."""
+    return f"memory-{client}"
+
+
+def train(message: Message, context: Context) -> Message:
     """Trains the named clients for one round; the reply has one record of factors per client, and their metrics."""
+    return _with_state(message, lambda session, request: _train(session, request, message.content, context))
+
+
+def initial_gradient(message: Message, context: Context) -> Message:
+    """Returns the weight gradients of each named client over its share of the initialisation samples."""
+
+    def gradients(session: Session, request: ConfigRecord) -> RecordDict:
+        content = RecordDict()
+        for client, samples in zip(whole_numbers(request, "clients"), whole_numbers(request, "samples"), strict=True):
+            content[client_key(client)] = to_record(session.client_gradient(client, samples))
+        return content
+
+    return _with_state(message, gradients)
+
+
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluates each named client's personal model on its share of the test questions: client k of n takes every n-th from the k-th on."""
+    return _with_state(message, lambda session, request: _evaluate(session, request, context))
+
+
+def read_memory(context: Context, clients: list[int]) -> Memory:
+    """Returns what the clients keep for themselves."""
+    records = {client: context.state.array_records.get(memory_key(client), ArrayRecord()) for client in clients}
+    return {client: {name: torch.from_numpy(array.numpy()) for name, array in record.items()} for client, record in records.items()}
+
+
+def write_memory(context: Context, memory: Memory) -> None:
+    """Keeps what the clients keep for themselves; clients without anything leave no record."""
+    for client, own in memory.items():
+        if own:
+            context.state[memory_key(client)] = arrays_to_record(own)
+
+
+def _with_state(message: Message, work: Callable[[Session, ConfigRecord], RecordDict]) -> Message:
     request = message.content.config_records["request"]
-    session = _session(request)
-    if not _has_bases(session, message.content):
-        return Message(RecordDict({NEEDS_BASES: ConfigRecord(), "request": request}), reply_to=message)
-    start = from_record(message.content.array_records["adapter"], session.layout.num_parameters)
-    (round_,) = whole_numbers(request, "round")
-    results = session.train(start, whole_numbers(request, "clients"), round_)
-    content = RecordDict({client_key(result.client): to_record(result.factors) for result in results})
-    content["metrics"] = MetricRecord(
+    session = open_session(from_dict(Config, json.loads(str(request["config"]))))
+    if not take_in(session, message.content, request):
+        return Message(RecordDict({NEEDS_STATE: ConfigRecord(), "request": request}), reply_to=message)
+    return Message(work(session, request), reply_to=message)
+
+
+def _train(session: Session, request: ConfigRecord, content: RecordDict, context: Context) -> RecordDict:
+    clients = whole_numbers(request, "clients")
+    memory = read_memory(context, clients)
+    replies = session.train(clients, int(request["round"]), memory, control_of(session, content))  # type: ignore[arg-type]
+    write_memory(context, memory)
+    results = [reply.result for reply in replies]
+    answer = RecordDict({client_key(reply.result.client): arrays_to_record(reply.arrays) for reply in replies})
+    for reply in replies:
+        if reply.control is not None:
+            answer[control_key(reply.result.client)] = to_record(reply.control)
+    answer["metrics"] = MetricRecord(
         {
             "clients": [result.client for result in results],
             "num_examples": [result.num_examples for result in results],
@@ -39,37 +98,25 @@ def train(message: Message) -> Message:
             "loss": [result.loss for result in results],
         }
     )
-    return Message(content, reply_to=message)
+    return answer
 
 
-def initial_gradient(message: Message) -> Message:
-    """Returns the weight gradients of each named client over its share of the initialisation samples."""
-    request = message.content.config_records["request"]
-    session = _session(request)
-    content = RecordDict()
-    for client, samples in zip(whole_numbers(request, "clients"), whole_numbers(request, "samples"), strict=True):
-        content[client_key(client)] = to_record(session.client_gradient(client, samples))
-    return Message(content, reply_to=message)
-
-
-def _session(request: ConfigRecord) -> Session:
-    return open_session(from_dict(Config, json.loads(str(request["config"]))))
-
-
-def _has_bases(session: Session, content: RecordDict) -> bool:
-    """Makes sure that the model has the bases of the digest in the request. Raises ValueError if the ones sent or derived differ."""
-    expected = str(content.config_records["request"]["bases_digest"])
-    if session.bases_digest == expected:
-        return True
-    if session.config.adapter.init in DERIVED:
-        from fedsim.core.initialization import bases_of
-
-        found = session.install_bases(bases_of(session.derive_bases()))
-    elif "bases" in content:
-        flat = from_record(content.array_records["bases"], session.bases_layout.num_parameters)
-        found = session.install_bases(session.bases_layout.unpack(flat))
-    else:
-        return False
-    if found != expected:
-        raise ValueError(f"Expected bases with digest {expected[:16]}..., got {found[:16]}...: the server and this worker disagree.")
-    return True
+def _evaluate(session: Session, request: ConfigRecord, context: Context) -> RecordDict:
+    tasks = list(session.data.test)
+    metrics: dict[str, int | float | list[int] | list[float]] = {}
+    clients, all_clients = whole_numbers(request, "clients"), session.config.federation.clients
+    kinds = session.method.personal
+    memory = read_memory(context, clients)
+    for task in tasks:
+        correct, loss, counts = [], [], []
+        for client in clients:
+            examples = session.data.test[task][client::all_clients]
+            own = memory[client].get(PERSONAL)
+            personal = {} if own is None else session.spec.layout(kinds).unpack(own.to(session.device))
+            with bound(session.model, personal), merged(session.model):
+                found = evaluate_examples(session.model, session.tokenizer, examples, session.config.evaluation, session.config.data)
+            correct.append(found.accuracy * len(examples))
+            loss.append(found.loss * len(examples) if examples else 0.0)
+            counts.append(len(examples))
+        metrics |= {f"{task}/correct": correct, f"{task}/loss": loss, f"{task}/num_examples": counts}
+    return RecordDict({"metrics": MetricRecord(metrics)})

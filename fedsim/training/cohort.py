@@ -1,7 +1,8 @@
 """Local training of a cohort of clients in batched passes over one shared base model.
 
-W, B and A are common, so the clients differ in R alone: R is stacked with a client axis, rows of all clients share a pass, and the
-gradient of the stack is per client. A single client is a cohort of one; there is no other training path.
+The base weights and the frozen factors are common, so the clients differ in the trained factors alone: these are stacked with a client
+axis, rows of all clients share a pass, and the gradient of the stack is per client. A single client is a cohort of one; there is no other
+training path.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,6 +40,15 @@ class LocalResult:
 
 
 @dataclass(frozen=True)
+class LocalRule:
+    """What local training does besides following its gradient; all tensors are [clients, parameters], in the order of the clients."""
+
+    proximal_mu: float = 0.0  # FedProx (arXiv 1812.06127): weight of the pull towards the start of the round
+    shift: Tensor | None = None  # SCAFFOLD (arXiv 1910.06378): added to every gradient, c - c_i
+    trainable: Tensor | None = None  # bool: entries that the client trains; the others stay as they are
+
+
+@dataclass(frozen=True)
 class PassFacts:
     """What a progress display is told after each pass."""
 
@@ -58,6 +68,7 @@ def train_cohort(
     seed: int,
     round: int,
     rounds: int,
+    rule: LocalRule | None = None,
     on_pass: Callable[[PassFacts], None] = lambda facts: None,
 ) -> list[LocalResult]:
     """Trains every client from `start` on its own examples for one round and returns the results in the order of `clients`.
@@ -75,6 +86,7 @@ def train_cohort(
     steps = [len(plans[data.client]) for data in cohort]
     stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].clone()
     space = torch.empty_like(stack)  # of the gradients
+    adjust = _Adjustment(rule or LocalRule(), stack, order)
     state = OptimizerState()
     step_losses = torch.zeros(len(cohort), device=device)
 
@@ -90,8 +102,10 @@ def train_cohort(
             gradients.index_add_(0, slots, torch.cat([part.flatten(1) for part in parts.values()], dim=1))
             step_losses.index_add_(0, torch.tensor([row.slot for row in each.rows], device=device), losses * weights)
             on_pass(PassFacts(batch.num_tokens, losses.mean(), (step + 1) / max(steps)))
+        adjust.gradients(stack, gradients)
         rates = [learning_rate((round - 1) * n + step, rounds * n, training) for n in steps[:active]]
         update(stack, gradients, state, torch.tensor(rates, device=device).unsqueeze(1), training)
+        adjust.values(stack)
 
     results = {}
     trained, losses_of = stack.cpu(), step_losses.cpu()
@@ -100,3 +114,28 @@ def train_cohort(
         loss = float(losses_of[slot]) / max(1, steps[slot])
         results[data.client] = LocalResult(data.client, trained[slot], len(data.examples), loss, steps[slot], tokens)
     return [results[data.client] for data in clients]
+
+
+class _Adjustment:
+    """A rule in force over a stack whose rows are in `order`."""
+
+    def __init__(self, rule: LocalRule, stack: Tensor, order: list[int]) -> None:
+        def sorted_like_stack(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(stack.device)[order]
+
+        self._mu = rule.proximal_mu
+        self._shift, self._trainable = sorted_like_stack(rule.shift), sorted_like_stack(rule.trainable)
+        self._start = stack.clone() if self._mu or self._trainable is not None else None
+
+    def gradients(self, stack: Tensor, gradients: Tensor) -> None:
+        """Adds to the gradients of the active clients, in place."""
+        active = len(gradients)
+        if self._mu and self._start is not None:
+            gradients.add_(stack[:active] - self._start[:active], alpha=self._mu)
+        if self._shift is not None:
+            gradients.add_(self._shift[:active])
+
+    def values(self, stack: Tensor) -> None:
+        """Puts back what a client does not train."""
+        if self._trainable is not None and self._start is not None:
+            torch.where(self._trainable, stack, self._start, out=stack)

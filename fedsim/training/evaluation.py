@@ -42,8 +42,11 @@ def evaluate(
     """Answers every example and compares with the gold answers; `on_progress(done, total)` counts answered examples.
 
     Guarantees: no gradient, no change of the model; the result does not depend on the order of the examples, beyond float tolerance. A
-    prompt that fills the model's context counts as answered wrongly; a response that `data.max_length` cuts away has no loss.
+    prompt that fills the model's context counts as answered wrongly; a response that `data.max_length` cuts away has no loss. No examples
+    give accuracy 0 and loss nan.
     """
+    if not examples:
+        return TaskResult(0.0, float("nan"), 0)
     with _inference(model):
         prompts = [encode_prompt(example, tokenizer) for example in examples]
         answers = generate(

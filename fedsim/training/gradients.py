@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fedsim.core.adapters import adapted_layers, is_transposed
+from fedsim.core.adapters import adapted_layers, is_transposed, unadapted
 from fedsim.training.batches import collate, pack
 from fedsim.training.loss import row_losses
 from fedsim.types import Adapter, EncodedExample
@@ -14,7 +14,8 @@ from fedsim.types import Adapter, EncodedExample
 def weight_gradients(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: int, tokens_per_pass: int) -> Adapter:
     """Returns {layer: [out, in]}: the gradient of the sum of the examples' losses with respect to each adapted base weight.
 
-    float32 on the model's device; the frozen state of the model is restored. An empty sequence gives zeros.
+    Taken at the base weights alone, without any update. float32 on the model's device; the frozen state of the model is restored. An empty
+    sequence gives zeros.
     """
     layers = adapted_layers(model)
     weights = [parameter for layer in layers.values() for name, parameter in layer.base.named_parameters() if name == "weight"]
@@ -24,7 +25,8 @@ def weight_gradients(model: nn.Module, examples: Sequence[EncodedExample], *, pa
             weight.requires_grad_(True)
         for each in pack({0: list(examples)}, len(examples), tokens_per_pass) if examples else ():
             batch = collate([row.example for row in each.rows], pad_id, next(model.parameters()).device)
-            gradients = torch.autograd.grad(row_losses(model, batch).sum(), weights)
+            with unadapted(model):
+                gradients = torch.autograd.grad(row_losses(model, batch).sum(), weights)
             for total, gradient in zip(sums, gradients, strict=True):
                 total.add_(gradient)
     finally:

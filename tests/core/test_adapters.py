@@ -2,7 +2,19 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, adapted_model, tiny_model
 
-from fedsim.core.adapters import DEFAULT_RANK, LoRASBLinear, adapt, adapted_layers, bound, factors, merged, multiply, weight_matrix
+from fedsim.core.adapters import (
+    DEFAULT_RANK,
+    AdaptedLinear,
+    adapt,
+    adapted_layers,
+    bound,
+    factors,
+    merged,
+    multiply,
+    unadapted,
+    weight_matrix,
+)
+from fedsim.core.forms import LORA_SB
 from fedsim.errors import UserError
 
 
@@ -51,26 +63,26 @@ def test_all_linear_layers_of_the_blocks_are_adapted_and_the_head_is_not():
 
 def test_named_layers_only_are_adapted():
     model = tiny_model("llama")
-    adapt(model, 4, 1.0, ["q_proj", "v_proj"])
+    adapt(model, LORA_SB, 4, 1, 1.0, ["q_proj", "v_proj"])
     assert {name.rsplit(".", 1)[-1] for name in adapted_layers(model)} == {"q_proj", "v_proj"}
 
 
 def test_an_unknown_layer_name_is_refused_with_the_nearest_one():
     with pytest.raises(UserError, match=r"no linear layer is named 'q_pro'.*Did you mean 'q_proj'"):
-        adapt(tiny_model("llama"), 4, 1.0, ["q_pro"])
+        adapt(tiny_model("llama"), LORA_SB, 4, 1, 1.0, ["q_pro"])
 
 
 def test_a_rank_above_the_layers_size_is_refused_and_the_model_stays_as_it_was():
     model = tiny_model("llama")
     with pytest.raises(UserError, match=r"adapter.rank: expected at most 16.*got 17"):
-        adapt(model, 17, 1.0, [])
+        adapt(model, LORA_SB, 17, 1, 1.0, [])
     assert not adapted_layers(model)
 
 
 def test_without_a_rank_it_is_the_default_or_the_smallest_side_of_a_layer():
     small, named = tiny_model("llama"), tiny_model("llama")
-    adapt(small, None, 1.0, [])
-    adapt(named, None, 1.0, ["o_proj"])
+    adapt(small, LORA_SB, None, 1, 1.0, [])
+    adapt(named, LORA_SB, None, 1, 1.0, ["o_proj"])
     assert {layer.R.shape[0] for layer in adapted_layers(small).values()} == {16}
     assert {layer.R.shape[0] for layer in adapted_layers(named).values()} == {min(DEFAULT_RANK, 32)}
 
@@ -90,4 +102,24 @@ def test_nothing_in_an_adapted_model_asks_for_gradients():
 def test_conv1d_weights_are_read_as_out_by_in():
     layer = tiny_model("gpt2").get_submodule("transformer.h.0.mlp.c_fc")
     assert weight_matrix(layer).shape == (128, 32)
-    assert LoRASBLinear(layer, 4, 1.0).update().shape == (128, 32)
+    assert AdaptedLinear(layer, LORA_SB, 4, 1, 1.0).update().shape == (128, 32)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_without_its_update_an_adapted_model_is_the_base_model(architecture):
+    model = adapted_model(architecture)
+    with unadapted(model):
+        torch.testing.assert_close(logits(model), logits(tiny_model(architecture)), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(logits(model), logits(tiny_model(architecture)))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_what_is_folded_is_added_to_the_loaded_weight_however_often_that_is_done(architecture):
+    model, dense = adapted_model(architecture), tiny_model(architecture)
+    for name, layer in adapted_layers(model).items():
+        update = torch.randn(layer.update().shape, generator=torch.Generator().manual_seed(0)) * 0.1
+        layer.fold(torch.ones_like(update))
+        layer.fold(update)
+        dense.get_submodule(name).weight.data += update.T if architecture == "gpt2" else update
+    with unadapted(model):
+        torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)

@@ -57,19 +57,19 @@ def test_json_keeps_every_transfer_and_its_order(items: list[Transfer]) -> None:
     ledger = ledger_of(items)
     copy = CommunicationLedger.from_json(json.loads(json.dumps(ledger.to_json())))
     assert list(copy.rows()) == list(ledger.rows())
-    copy.add(Transfer(9, 9, Direction.uplink, Purpose.bases, 1, 4, 7))
+    copy.add(Transfer(9, 9, Direction.uplink, Purpose.bases, 1, 4, 4, 7))
     assert len(copy) == len(items) + 1
 
 
 def test_json_is_read_by_name_so_that_a_new_purpose_may_be_put_before_an_old_one() -> None:
-    value = ledger_of([Transfer(1, 0, Direction.uplink, Purpose.adapter, 1, 4, 9)]).to_json()
+    value = ledger_of([Transfer(1, 0, Direction.uplink, Purpose.adapter, 1, 4, 4, 9)]).to_json()
     value |= {"purposes": ["adapter", "bases"], "directions": ["downlink", "uplink"]}
     value["columns"] |= {"purpose": [[0, 1]], "direction": [[1, 1]]}
     assert CommunicationLedger.from_json(value).totals()["uplink_bytes"] == 9
 
 
 def test_rows_written_as_csv_are_read_back_to_the_same_totals() -> None:
-    ledger = ledger_of([Transfer(r, c, d, p, 3, 12, 20 + c) for r in range(2) for c in range(3) for d in Direction for p in Purpose])
+    ledger = ledger_of([Transfer(r, c, d, p, 3, 12, 12, 20 + c) for r in range(2) for c in range(3) for d in Direction for p in Purpose])
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(next(ledger.rows())))
     writer.writeheader()
@@ -84,7 +84,7 @@ def test_a_thousand_clients_over_a_hundred_rounds_stay_small() -> None:
     for round_ in range(100):
         for direction in Direction:
             for client in range(1000):
-                ledger.add(Transfer(round_, client, direction, Purpose.adapter, 1024, 4096, 4200))
+                ledger.add(Transfer(round_, client, direction, Purpose.adapter, 1024, 4096, 4096, 4200))
     assert sum(sys.getsizeof(column) for column in ledger._columns.values()) < 60 * len(ledger)
     assert len(json.dumps(ledger.to_json())) < len(ledger)
     assert ledger.totals()["uplink_parameters"] == 100 * 1000 * 1024
@@ -93,6 +93,6 @@ def test_a_thousand_clients_over_a_hundred_rounds_stay_small() -> None:
 def test_a_negative_size_is_refused_and_leaves_the_ledger_as_it_was() -> None:
     ledger = CommunicationLedger()
     with pytest.raises(ValueError, match="at least 0"):
-        ledger.add(Transfer(1, 0, Direction.uplink, Purpose.adapter, -1, 4, 4))
+        ledger.add(Transfer(1, 0, Direction.uplink, Purpose.adapter, -1, 4, 4, 4))
     assert len(ledger) == 0
     assert set(ledger.totals().values()) == {0}

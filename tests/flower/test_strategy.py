@@ -10,9 +10,8 @@ from clients.app import app
 from fedsim.config import AdapterConfig, Config, DataConfig, EngineConfig, FederationConfig, Init, TrainingConfig, Weighting
 from fedsim.core.adapters import adapted_layers
 from fedsim.core.communication import CommunicationLedger
-from fedsim.core.initialization import bases_of, from_seed
+from fedsim.core.initialization import from_seed
 from fedsim.flower.grid import InProcessGrid
-from fedsim.flower.records import from_record, to_record
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.session import _open, open_session
 
@@ -24,41 +23,39 @@ SMALL = Config(
 )
 
 
-def opened(config=SMALL, has_bases=frozenset()):
-    """A session with installed bases (seeded ones, whatever the configuration says), a strategy and an empty ledger."""
+def opened(config=SMALL):
+    """A session, a global state on seeded bases whatever the configuration says, a strategy and an empty ledger."""
     session, ledger = open_session(config), CommunicationLedger()
-    adapter = from_seed(adapted_layers(session.model), config.seed)
-    session.install_bases(bases_of(adapter))
-    start = session.layout.pack({name: adapter[name] for name in session.layout.names})
-    derived = config.adapter.init in (Init.orthogonal, Init.weight_svd)
-    bases = None if derived else session.bases_layout.pack(bases_of(adapter))
-    return session, FedsimStrategy(session, config, ledger, bases, set(has_bases)), start, ledger
+    state = session.initial_state(from_seed(session.spec, {}, config.seed))
+    return session, state, FedsimStrategy(session, config, ledger, state), ledger
 
 
 def exchange(config, round_=1, workers=1):
-    session, strategy, start, _ = opened(config)
-    record = strategy.exchange(round_, to_record(start), InProcessGrid(app, workers))
-    return from_record(record, session.layout.num_parameters)
+    """The flat R after a round."""
+    session, state, strategy, _ = opened(config)
+    strategy.exchange(round_, InProcessGrid(app, workers))
+    return session.spec.pack(state.factors, ("R",))
 
 
-def dense_update(session, flat):
+def dense_update(session, flat, state):
     """The weight update s B R A of every layer as one vector."""
-    session.install_factors(flat)
-    return torch.cat([(layer.scaling * layer.B @ layer.R @ layer.A).flatten() for layer in adapted_layers(session.model).values()])
+    factors = state.factors | session.spec.layout(("R",)).unpack(flat)
+    return torch.cat([session.spec.update(factors, layer).flatten() for layer in session.spec.layers])
 
 
 @pytest.mark.parametrize("weighting", Weighting)
 def test_the_aggregate_is_the_mean_of_the_clients_weight_updates(weighting):
     config = replace(SMALL, federation=replace(SMALL.federation, weighting=weighting))
-    session, strategy, start, _ = opened(config)
-    alone = [session.train(start, [client], 1)[0] for client in range(5)]
+    session, state, strategy, _ = opened(config)
+    session.install_state(state)
+    alone = [session.train([client], 1, {})[0].result for client in range(5)]
     counts = [len(shard) for shard in session.shards]
     assert len(set(counts)) > 1, "equal shards would not tell the weightings apart"
     weights = torch.tensor(counts if weighting is Weighting.examples else [1] * 5, dtype=torch.float64)
-    updates = torch.stack([dense_update(session, result.factors.flatten()) for result in alone]).double()
+    updates = torch.stack([dense_update(session, result.factors, state) for result in alone]).double()
     expected = (weights / weights.sum()) @ updates
-    record = strategy.exchange(1, to_record(start), InProcessGrid(app))
-    aggregate = dense_update(session, from_record(record, session.layout.num_parameters))
+    strategy.exchange(1, InProcessGrid(app))
+    aggregate = dense_update(session, session.spec.pack(state.factors, ("R",)), state)
     assert (updates[0] - expected).abs().max() > 1e-4, "clients that do not differ would show nothing"
     torch.testing.assert_close(aggregate.double(), expected, atol=1e-6, rtol=0)
 
@@ -73,20 +70,20 @@ def test_the_result_does_not_depend_on_cohorts_or_workers(cohort_size, workers):
 
 def test_participants_are_drawn_from_seed_and_round_only():
     config = replace(SMALL, federation=replace(SMALL.federation, fraction=0.4))
-    _, strategy, start, _ = opened(config)
+    _, _, strategy, _ = opened(config)
     rounds = [strategy.participants(r) for r in range(1, 40)]
     assert all(len(set(clients)) == 2 and clients == sorted(clients) for clients in rounds)
     assert {client for clients in rounds for client in clients} == set(range(5))
-    assert rounds == [opened(config)[1].participants(r) for r in range(1, 40)]
-    strategy.exchange(1, to_record(start), InProcessGrid(app))
+    assert rounds == [opened(config)[2].participants(r) for r in range(1, 40)]
+    strategy.exchange(1, InProcessGrid(app))
     assert sorted(strategy.facts.clients) == rounds[0]
-    other = opened(replace(config, seed=1))[1]
+    other = opened(replace(config, seed=1))[2]
     assert rounds != [other.participants(r) for r in range(1, 40)]
 
 
 def test_bases_that_clients_derive_cost_nothing_and_the_adapter_is_charged_both_ways():
-    session, strategy, start, ledger = opened()
-    strategy.exchange(1, to_record(start), InProcessGrid(app))
+    session, _, strategy, ledger = opened()
+    strategy.exchange(1, InProcessGrid(app))
     totals, count = ledger.totals(), 5 * 4 * 4 * len(adapted_layers(session.model))
     assert totals["setup_bytes"] == 0
     assert totals["uplink_parameters"] == totals["downlink_parameters"] == count
@@ -97,50 +94,49 @@ def test_bases_that_clients_derive_cost_nothing_and_the_adapter_is_charged_both_
 
 def test_bases_from_data_are_charged_once_to_each_client():
     config = replace(SMALL, adapter=replace(SMALL.adapter, init=Init.gradient))
-    session, ledger = open_session(config), CommunicationLedger()
-    adapter = session.bases_from_gradients(FedsimStrategy(session, config, ledger, None, set()).initial_gradients(InProcessGrid(app)))
-    session.install_bases(bases_of(adapter))
-    strategy = FedsimStrategy(session, config, ledger, session.bases_layout.pack(bases_of(adapter)), set())
+    session, state, strategy, ledger = opened(config)
+    state.factors = session.factors_from_gradients(strategy.initial_gradients(InProcessGrid(app)))
     layers = adapted_layers(session.model).values()
     dense = sum(layer.B.shape[0] * layer.A.shape[1] for layer in layers)
     bases = sum(layer.B.numel() + layer.A.numel() for layer in layers)
-    start = session.layout.pack({name: adapter[name] for name in session.layout.names})
-    first = strategy.exchange(1, to_record(start), InProcessGrid(app))
+    strategy.exchange(1, InProcessGrid(app))
     assert ledger.totals()["setup_parameters"] == 5 * dense + 5 * bases
-    strategy.exchange(2, first, InProcessGrid(app))
+    strategy.exchange(2, InProcessGrid(app))
     assert ledger.totals()["setup_parameters"] == 5 * dense + 5 * bases
 
 
 def test_the_shares_of_the_initialisation_samples_add_up():
     for samples, clients in [(7, 5), (3, 5), (5, 5), (100, 5)]:
         config = replace(SMALL, adapter=replace(SMALL.adapter, init_samples=samples))
-        shares = opened(config)[1].init_shares()
+        shares = opened(config)[2].init_shares()
         assert sum(shares.values()) == samples
         assert len(shares) == min(samples, clients)
         assert max(shares.values()) - min(shares.values()) <= 1
 
 
-def test_a_worker_that_lacks_the_bases_asks_for_them_once():
+def test_a_worker_that_lacks_the_bases_is_sent_everything():
     config = replace(SMALL, adapter=replace(SMALL.adapter, init=Init.gradient))
-    _, strategy, start, _ = opened(config, has_bases=set(range(5)))
     expected = exchange(SMALL)
+    session, state, strategy, ledger = opened(config)
+    for client in range(5):
+        state.exchange.sent(client, ("B", "A"))  # so that no message carries them
     _open.cache_clear()  # as a worker process that has just been started
-    record = strategy.exchange(1, to_record(start), InProcessGrid(app))
-    torch.testing.assert_close(from_record(record, len(expected)), expected)
+    strategy.exchange(1, InProcessGrid(app))
+    torch.testing.assert_close(session.spec.pack(state.factors, ("R",)), expected)
+    assert ledger.totals()["setup_bytes"] == 0, "what a process lacks is no cost of the method"
 
 
-def test_bases_that_do_not_fit_the_digest_are_refused():
-    session, strategy, start, _ = opened()
-    session.bases_digest = "0" * 64
-    message = next(iter(strategy.configure_train(1, to_record(start), None, InProcessGrid(app))))
-    session.bases_digest = ""
-    with pytest.raises(ValueError, match="Expected bases with digest 0000"):
+def test_factors_that_do_not_fit_their_digest_are_refused():
+    session, state, strategy, _ = opened()
+    state._digests[("R", 0)] = "0" * 64
+    message = next(iter(strategy.configure_train(1, None, None, InProcessGrid(app))))
+    with pytest.raises(ValueError, match="Expected R with digest 0000"):
         list(InProcessGrid(app).send_and_receive([message]))
 
 
 def test_facts_of_a_round_are_averages_by_examples():
-    session, strategy, start, _ = opened()
-    strategy.exchange(1, to_record(start), InProcessGrid(app))
+    session, _, strategy, _ = opened()
+    strategy.exchange(1, InProcessGrid(app))
     facts = strategy.facts
     counts = np.array([len(session.shards[client]) for client in facts.clients])
     np.testing.assert_allclose(facts.shares, counts / counts.sum())

@@ -4,13 +4,10 @@ Its batch is the union of the batches that the clients would take at the same ti
 as many optimizer steps on as many tokens with the same schedule as the federation does.
 """
 
-from fedsim.core.aggregation import weighted_mean
-from fedsim.core.methods.method import Method
+from dataclasses import replace
 
-CENTRALIZED = Method(
-    name="centralized",
-    summary="the same adapter trained on the pooled data; nothing travels",
-    trained=("R",),
-    aggregate=weighted_mean,
-    pooled=True,
+from fedsim.core.methods.fed_sb import FED_SB
+
+CENTRALIZED = replace(
+    FED_SB, name="centralized", summary="the same adapter trained on the pooled data; nothing travels", pooled=True, ranks=False
 )

@@ -1,11 +1,18 @@
-"""Fed-SB (arXiv 2502.15436): clients train R of LoRA-SB on common bases B and A; the server averages R, which is exact."""
+"""Fed-SB (arXiv 2502.15436): clients train R of LoRA-SB on common bases B and A; the server averages R.
 
-from fedsim.core.aggregation import weighted_mean
-from fedsim.core.methods.method import Method
+Exact, because sum_i p_i B R_i A = B (sum_i p_i R_i) A. The bases are ordered by singular value, so a client of smaller rank r_i holds the
+leading r_i columns and rows and trains the leading r_i x r_i block; every entry is averaged over the clients that trained it.
+"""
+
+from fedsim.config import Init
+from fedsim.core.forms import LORA_SB
+from fedsim.core.methods.method import Method, always
 
 FED_SB = Method(
     name="fed_sb",
     summary="LoRA-SB at every client, exact averaging of the small R matrices",
-    trained=("R",),
-    aggregate=weighted_mean,
+    form=LORA_SB,
+    inits=(Init.gradient, Init.gradient_public, Init.weight_svd, Init.orthogonal),
+    trained=always("R"),
+    ranks=True,
 )

@@ -3,7 +3,15 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from fedsim.core.aggregation import weighted_mean
+from fedsim.core.collecting import WeightedMean
+
+
+def weighted_mean(updates):
+    pairs = list(updates)
+    mean = WeightedMean(pairs[0][1].numel())
+    for weight, update in pairs:
+        mean.add(weight, update.flatten())
+    return mean.result(torch.zeros(1)).view(pairs[0][1].shape)
 
 
 def test_weighted_mean_equals_flowers_average_by_number_of_examples():
@@ -31,6 +39,14 @@ def test_order_of_arrival_does_not_show():
     assert torch.equal(weighted_mean(updates), weighted_mean(reversed(updates)))
 
 
+def test_an_entry_is_averaged_over_the_clients_that_sent_it_and_stays_where_nobody_did():
+    mean = WeightedMean(4)
+    mean.add(1.0, torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
+    mean.add(3.0, torch.tensor([6.0]), torch.tensor([1]))
+    mean.add(2.0, torch.tensor([9.0]), torch.tensor([2]))
+    assert mean.result(torch.full((4,), 7.0)).tolist() == [1.0, 5.0, 9.0, 7.0]
+
+
 def test_no_client_is_an_error():
     with pytest.raises(ValueError, match="at least one client"):
-        weighted_mean([])
+        WeightedMean(3).result(torch.zeros(3))

@@ -1,0 +1,179 @@
+"""The server's side of a round: what the clients send is taken in one at a time, and what a method needs of it is kept.
+
+Streaming: the mean holds one float64 sum and the mean of the dense updates one dense sum, whatever the number of clients. Only stacked
+factors and robust rules keep every client's upload, because that is what they are made of.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from fedsim.config import MethodConfig, Residual
+from fedsim.core.forms import AdapterSpec
+from fedsim.types import Adapter
+
+Rule = Callable[[Tensor, Tensor], Tensor]
+"""A robust rule: of (updates [clients, parameters], weights [clients]) to one flat update [parameters]."""
+
+
+class WeightedMean:
+    """sum_i w_i x_i / sum_i w_i of flat vectors, in float64; an entry that some clients lack is averaged over those that sent it."""
+
+    def __init__(self, num_parameters: int) -> None:
+        self._total = torch.zeros(num_parameters, dtype=torch.float64)
+        self._weight = 0.0  # of the clients that sent every entry
+        self._weights: Tensor | None = None  # by entry, of the others
+
+    def add(self, weight: float, flat: Tensor, positions: Tensor | None = None) -> None:
+        """Adds one client's entries: all, or those at `positions`."""
+        if positions is None:
+            self._total.add_(flat, alpha=weight)
+            self._weight += weight
+            return
+        self._total.index_add_(0, positions, flat.double(), alpha=weight)
+        if self._weights is None:
+            self._weights = torch.zeros_like(self._total)
+        self._weights.index_add_(0, positions, torch.full((len(positions),), weight, dtype=torch.float64))
+
+    def result(self, otherwise: Tensor) -> Tensor:
+        """Returns the mean as float32; an entry that nobody sent is taken from `otherwise`. Raises ValueError if nobody sent anything."""
+        if self._weights is None and self._weight <= 0:
+            raise ValueError(f"Expected at least one client with a positive weight, got a total weight of {self._weight}.")
+        if self._weights is None:
+            return (self._total / self._weight).float()
+        weights = self._weights + self._weight
+        return torch.where(weights > 0, self._total / weights.clamp(min=torch.finfo(torch.float64).tiny), otherwise.double()).float()
+
+
+@dataclass
+class Collected:
+    """What the server has when every reply is in. `factors` are all kinds, the averaged ones in place of the start's."""
+
+    spec: AdapterSpec
+    factors: Adapter
+    seed: int
+    round: int
+    options: MethodConfig
+    shares: list[float] = field(default_factory=list)  # p_i in the order of arrival
+    products: Adapter = field(default_factory=dict)  # {layer: [out, in]} mean of the clients' dense updates, where it was kept
+    clients: list[Adapter] = field(default_factory=list)  # their factors, where they were kept
+
+    def product(self, layer: str) -> Tensor:
+        """Returns sum_i p_i s B_i A_i of a layer, [out, in] float32."""
+        if self.products:
+            return self.products[layer].float()
+        left, right = self.stack(layer)
+        return left @ right
+
+    def stack(self, layer: str, less: Adapter | None = None) -> tuple[Tensor, Tensor]:
+        """Returns U = [B_1 .. B_c] and V = [p_1 s (A_1 - A); ..], where A is that of `less` or zero."""
+        shift = less[f"{layer}.A"] if less else 0.0
+        left = torch.cat([client[f"{layer}.B"] for client in self.clients], dim=1)
+        scaled = [p * self.spec.scaling * (client[f"{layer}.A"] - shift) for p, client in zip(self.shares, self.clients, strict=True)]
+        return left, torch.cat(scaled)
+
+    def fold(self, less: Adapter | None = None) -> Adapter:
+        """Returns sum_i p_i s B_i A_i - s B A, with B and A of `less` or zero: {layer}.W, or {layer}.U and {layer}.V by `method.residual`.
+
+        With `method.residual_rank` it is the truncated SVD, the best approximation of that rank.
+        """
+        result: Adapter = {}
+        for layer in self.spec.layers:
+            if self.clients and self.options.residual_rank is None:
+                result[f"{layer}.U"], result[f"{layer}.V"] = self.stack(layer, less)
+                continue
+            dense = self.product(layer) - (self.spec.update(less, layer) if less else 0.0)
+            if self.options.residual_rank is None:
+                result[f"{layer}.W"] = dense
+            else:
+                u, s, vt = torch.linalg.svd(dense.double(), full_matrices=False)
+                kept = min(self.options.residual_rank, len(s))
+                result[f"{layer}.U"], result[f"{layer}.V"] = (u[:, :kept] * s[:kept]).float(), vt[:kept].float().contiguous()
+        return result
+
+
+class Collector:
+    """Takes uploads in, one client at a time, in the round that starts from `start` (all kinds).
+
+    `keep_products` keeps the mean of the clients' dense updates, or with `method.residual=stacked` their factors.
+    """
+
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        kinds: Sequence[str],
+        start: Adapter,
+        options: MethodConfig,
+        *,
+        keep_products: bool,
+        keep_clients: bool = False,
+        rule: Rule | None = None,
+    ) -> None:
+        self._spec, self._kinds, self._start, self._options = spec, tuple(kinds), start, options
+        self._layout = spec.layout(kinds)
+        self._origin = self._layout.pack(spec.pick(start, kinds))
+        self._mean = WeightedMean(self._layout.num_parameters)
+        self._rule, self._uploads = rule, []  # type: tuple[Rule | None, list[Tensor]]
+        self._keep_products, self._keep_clients = keep_products, keep_clients
+        self._products: Adapter = {}
+        self._clients: list[Adapter] = []
+        self._weights: list[float] = []
+        self._squares = 0.0  # sum_i w_i |x_i - start|^2
+
+    def add(self, weight: float, flat: Tensor, positions: Tensor | None = None) -> None:
+        """Takes in one client's upload: all entries of the uploaded kinds, or those at `positions`."""
+        self._weights.append(weight)
+        self._mean.add(weight, flat, positions)
+        origin = self._origin if positions is None else self._origin[positions]
+        self._squares += weight * float((flat - origin).double().square().sum())
+        if self._rule is not None:
+            self._uploads.append(flat.clone())
+        if self._keep_products or self._keep_clients:
+            whole = flat if positions is None else torch.zeros_like(self._origin).index_copy_(0, positions, flat)
+            self._keep(weight, self._start | self._layout.unpack(whole), positions)
+
+    def _keep(self, weight: float, client: Adapter, positions: Tensor | None) -> None:
+        if self._keep_clients:
+            self._clients.append(client if positions is None else self._trimmed(client))
+            return
+        for layer in self._spec.layers:
+            update = self._spec.update(client, layer)
+            if layer not in self._products:
+                self._products[layer] = torch.zeros(update.shape, dtype=torch.float64)
+            self._products[layer].add_(update, alpha=weight)
+
+    def _trimmed(self, client: Adapter) -> Adapter:
+        """Drops the ranks that a client of smaller rank does not have: rows of A that are all zero in every layer."""
+        layer = next(iter(self._spec.layers))
+        rank = int(client[f"{layer}.A"].any(dim=1).nonzero().max()) + 1
+        return {name: tensor[:rank] if name.endswith(".A") else tensor[:, :rank] for name, tensor in client.items()}
+
+    def mean(self) -> Tensor:
+        """Returns the new flat factors of the uploaded kinds: the weighted mean, or what the robust rule makes of the uploads."""
+        if self._rule is None:
+            return self._mean.result(self._origin)
+        if not self._uploads:
+            raise ValueError("Expected at least one client, got none.")
+        return self._rule(torch.stack(self._uploads), torch.tensor(self._weights))
+
+    def drift(self) -> float:
+        """Returns how far clients are apart: root of sum_i p_i |x_i - mean|^2 over |mean - start|, x the uploaded factors; nan at rest."""
+        step = float((self._mean.result(self._origin) - self._origin).double().square().sum())
+        spread = max(0.0, self._squares / sum(self._weights) - step)
+        return sqrt(spread / step) if step > 0 else float("nan")
+
+    def collected(self, new: Tensor, seed: int, round: int) -> Collected:
+        """Returns what a method's `finish` needs; `new` are the flat uploaded factors that take the place of the start's."""
+        total = sum(self._weights)
+        products = {layer: dense / total for layer, dense in self._products.items()}
+        shares = [weight / total for weight in self._weights]
+        factors = self._start | {name: tensor.clone() for name, tensor in self._layout.unpack(new).items()}
+        return Collected(self._spec, factors, seed, round, self._options, shares, products, self._clients)
+
+
+def keeps_clients(options: MethodConfig, folds: bool) -> bool:
+    """Whether the server keeps the clients' factors: where they are stacked for `Collected.fold`."""
+    return folds and options.residual is Residual.stacked and options.residual_rank is None

@@ -1,0 +1,46 @@
+"""Who holds which version of which part of the global state, and so what a message to a client must carry.
+
+Parts are the kinds of factors, "W" (what has been added to the base weights since the beginning) and "c" (SCAFFOLD's control variate of
+the server). A run and the command that predicts its cost ask the same class, so that they cannot disagree.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+WEIGHTS, CONTROL = "W", "c"
+
+
+@dataclass
+class Exchange:
+    """Versions are the rounds in which a part last changed. What all derive from seed and base model, everybody holds at version 0."""
+
+    versions: dict[str, int]
+    derived: frozenset[str]
+    held: dict[int, dict[str, int]] = field(default_factory=dict)  # by client
+    needed: dict[str, int] = field(default_factory=dict)  # versions that a client must hold to take the last increment of W
+
+    def holds(self, client: int, part: str) -> int:
+        """Returns the version of the part that the client holds, -1 for none."""
+        return self.held.get(client, {}).get(part, 0 if part in self.derived else -1)
+
+    def lacking(self, client: int) -> list[str]:
+        """Returns the parts that the client does not hold in their present version, in order."""
+        return [part for part, version in self.versions.items() if self.holds(client, part) < version]
+
+    def takes_increment(self, client: int) -> bool:
+        """Whether the client holds what the last increment of W builds on; otherwise it needs W whole."""
+        return bool(self.needed) and all(self.holds(client, part) == version for part, version in self.needed.items())
+
+    def sent(self, client: int, parts: Iterable[str]) -> None:
+        """Notes that the client now holds these parts in their present version."""
+        held = {part: self.holds(client, part) for part in self.versions}
+        self.held[client] = held | {part: self.versions[part] for part in parts}
+
+    def changed(self, parts: Iterable[str], round: int) -> None:
+        """Notes that the parts have changed in this round."""
+        self.versions.update(dict.fromkeys(parts, round))
+
+    def added(self, round: int, builds_on: Iterable[str] | None) -> None:
+        """Notes that W has changed; an increment of it can be sent to clients that hold W and the parts `builds_on` as they were before."""
+        self.needed = {} if builds_on is None else {part: self.versions[part] for part in (WEIGHTS, *builds_on)}
+        self.versions[WEIGHTS] = round

@@ -1,0 +1,94 @@
+"""The state that all clients have in common: the factors, what has been added to the base weights, and who holds what of it."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedsim.core.exchange import CONTROL, WEIGHTS, Exchange
+from fedsim.core.forms import AdapterSpec
+from fedsim.core.payload import Layout, digest
+from fedsim.types import Adapter
+
+
+@dataclass
+class GlobalState:
+    """`folded` is {layer: [out, in]}, the sum of all that was added to the base weights; `increment` is the last of it as it travels:
+    {layer}.U and {layer}.V, or the trained factors where every client that holds the bases can compute the update itself."""
+
+    spec: AdapterSpec
+    factors: Adapter  # of all kinds, on the CPU
+    exchange: Exchange
+    folded: Adapter = field(default_factory=dict)
+    increment: Adapter = field(default_factory=dict)
+    increment_on: dict[str, str] = field(default_factory=dict)  # digests of the factors that the increment builds on
+    control: Tensor | None = None  # SCAFFOLD's c, flat
+    moments: dict[str, Tensor] = field(default_factory=dict)  # of the server optimizer
+    tag: str = ""  # digest of everything folded so far, in order
+    _digests: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def digest(self, part: str) -> str:
+        """Returns the digest of a part in its present version, in hex."""
+        if part == WEIGHTS:
+            return self.tag
+        key = (part, self.exchange.versions[part])
+        if key not in self._digests:
+            self._digests = {known: value for known, value in self._digests.items() if known[0] != part}
+            tensors = {CONTROL: self.control} if part == CONTROL and self.control is not None else self.spec.pick(self.factors, (part,))
+            self._digests[key] = digest(tensors)
+        return self._digests[key]
+
+    def digests(self) -> dict[str, str]:
+        """Returns the digests of all parts."""
+        return {part: self.digest(part) for part in self.exchange.versions}
+
+    def adapter_digest(self) -> str:
+        """Returns one digest of the trained result: all factors and all that was folded."""
+        text = "\n".join(f"{part} {self.digest(part)}" for part in sorted(self.exchange.versions) if part != CONTROL)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def replace(self, factors: Adapter, kinds: Iterable[str], round: int) -> None:
+        """Puts new factors in place; `kinds` are those that have changed."""
+        self.factors = factors
+        self.exchange.changed(kinds, round)
+
+    def fold(self, fold: Adapter, round: int, builds_on: Iterable[str] | None = None) -> None:
+        """Adds to the base weights {layer}.W, the product of {layer}.U and {layer}.V, or the update of the trained factors given.
+
+        A dense matrix travels as the whole sum, which costs no more; the others travel as they are to clients that hold what they build on.
+        """
+        dense = any(name.endswith(".W") for name in fold)
+        self.increment_on = {part: self.digest(part) for part in builds_on or ()}
+        self.folded = added(self.folded, dense_updates(self.spec, fold, self.factors))
+        self.tag = chained(self.tag, fold)
+        self.increment = {} if dense else fold
+        self.exchange.added(round, None if dense else builds_on or ())
+
+    def whole(self) -> Tensor:
+        """Returns the flat sum of everything folded."""
+        return Layout.of(self.folded).pack(self.folded)
+
+
+def added(folded: Adapter, updates: Adapter) -> Adapter:
+    """Returns the sums by layer; nothing folded counts as zero."""
+    return {layer: folded[layer] + update if layer in folded else update for layer, update in updates.items()}
+
+
+def dense_updates(spec: AdapterSpec, fold: Adapter, factors: Adapter) -> Adapter:
+    """Returns {layer: [out, in]} of what is added; `factors` are the frozen ones beside trained factors in `fold`."""
+    if f"{next(iter(spec.layers))}.W" in fold:
+        return {layer: fold[f"{layer}.W"] for layer in spec.layers}
+    if f"{next(iter(spec.layers))}.U" in fold:
+        return {layer: fold[f"{layer}.U"] @ fold[f"{layer}.V"] for layer in spec.layers}
+    return {layer: spec.update(factors | fold, layer) for layer in spec.layers}
+
+
+def chained(tag: str, fold: Adapter) -> str:
+    """Returns the tag of W after `fold` was added to the W of `tag`."""
+    return hashlib.sha256(f"{tag} {digest(fold)}".encode()).hexdigest()
+
+
+def folded_layout(spec: AdapterSpec) -> Layout:
+    """Returns the layout of `GlobalState.folded`."""
+    return Layout(tuple(spec.layers), tuple(spec.layers.values()))

@@ -1,0 +1,92 @@
+"""Which options make sense together with which method; the others are refused with the reason."""
+
+from collections.abc import Iterator
+
+from fedsim.config import Config, Init, Optimizer, ServerRule
+from fedsim.core.compression import CODECS
+from fedsim.core.methods.method import Method
+from fedsim.core.server_optimizers import SERVER_OPTIMIZERS
+from fedsim.errors import UserError, nearest
+
+
+def check(config: Config, method: Method) -> None:
+    """Raises UserError for the first combination that makes no sense."""
+    for unfit in (_unknown, _initialisation, _ranks, _server, _local, _compression, _method_options):
+        for reason in unfit(config, method):
+            raise UserError(reason)
+
+
+def _unknown(config: Config, method: Method) -> Iterator[str]:
+    for key, value, known in (
+        ("compression.name", config.compression.name, ["none", *CODECS]),
+        ("server.optimizer", config.server.optimizer, list(SERVER_OPTIMIZERS)),
+    ):
+        if value not in known:
+            yield f"{key}: expected one of {', '.join(known)}, got {value!r}.{nearest(value, known)}"
+
+
+def _initialisation(config: Config, method: Method) -> Iterator[str]:
+    init, every = config.adapter.init, config.adapter.refresh_every
+    if init is not None and init not in method.inits:
+        names = ", ".join(each.name for each in method.inits)
+        yield f"adapter.init: method={method.name} starts from {names}, got {init.name}; leave adapter.init out for {method.inits[0].name}."
+    if every and "R" not in method.trained(1):
+        yield f"adapter.refresh_every: only LoRA-SB has bases to compute anew, got {every} with method={method.name}; leave it out."
+    if every and (config.federation.ranks or (init or method.inits[0]) is Init.gradient_public):
+        yield f"adapter.refresh_every: expected equal ranks and bases from clients, weights or a seed, got {every}; leave one of them out."
+
+
+def _ranks(config: Config, method: Method) -> Iterator[str]:
+    ranks = config.federation.ranks
+    if not ranks:
+        return
+    if not method.ranks:
+        yield f"federation.ranks: {method.name} averages factors entry by entry, which mixes directions of different ranks; use one rank."
+    if min(ranks) < 1 or min(ranks.values()) <= 0:
+        yield f"federation.ranks: expected ranks of at least 1 and positive shares, got {ranks}."
+    if config.adapter.rank not in (None, max(ranks)):
+        yield f"adapter.rank: expected the largest of federation.ranks, {max(ranks)}, or null, got {config.adapter.rank}."
+
+
+def _server(config: Config, method: Method) -> Iterator[str]:
+    optimizer, rule = config.server.optimizer, config.server.rule
+    if optimizer != "fedavg" and not method.lasting:
+        yield f"server.optimizer: {method.name} gives the factors a new meaning every round, so moments mean nothing; use fedavg."
+    if optimizer != "fedavg" and config.federation.ranks:
+        yield "server.optimizer: with federation.ranks an entry may lack an update in a round; use fedavg."
+    if rule is not ServerRule.mean and (method.products or config.federation.ranks or config.method.client_heads):
+        yield f"server.rule: {rule.name} compares whole uploads entry by entry, which {method.name} as configured has none of; use mean."
+    if rule is not ServerRule.mean and method.pooled:
+        yield f"server.rule: {method.name} has one party, got {rule.name}; use mean."
+
+
+def _local(config: Config, method: Method) -> Iterator[str]:
+    training = config.training
+    if not training.scaffold:
+        return
+    if training.optimizer is not Optimizer.sgd or training.momentum or training.weight_decay:
+        yield "training.scaffold: its control variates are gradients of plain SGD; set training.optimizer=sgd and training.momentum=0."
+    if not method.lasting or method.personal or method.local or method.pooled:
+        yield f"training.scaffold: {method.name} has no common factors that mean the same in every round; leave it out."
+    if config.federation.ranks or config.adapter.refresh_every:
+        yield "training.scaffold: expected one rank and lasting bases; leave out federation.ranks and adapter.refresh_every."
+
+
+def _compression(config: Config, method: Method) -> Iterator[str]:
+    options = config.compression
+    if options.name == "none":
+        if options.error_feedback:
+            yield "compression.error_feedback: there is no error without compression; choose compression.name as well."
+        return
+    if method.pooled:
+        yield f"compression.name: {method.name} sends nothing, got {options.name}; leave it out."
+    if options.error_feedback and not (method.lasting and not config.adapter.refresh_every and not config.method.client_heads):
+        yield f"compression.error_feedback: {method.name} as configured gives the factors a new meaning every round; leave it out."
+
+
+def _method_options(config: Config, method: Method) -> Iterator[str]:
+    options = config.method
+    if options.residual_rank is not None and method.name != "fedex_lora":
+        yield f"method.residual_rank: only fedex_lora sends a residual that may be truncated, got method={method.name}; leave it out."
+    if options.client_heads is not None and not (method.name == "ravan" and options.client_heads <= options.heads):
+        yield f"method.client_heads: expected at most method.heads={options.heads} with method=ravan, got {options.client_heads}."

@@ -1,0 +1,17 @@
+"""FedIT (arXiv 2305.05644): clients train LoRA's A and B; the server averages each by itself.
+
+Not exact: the product of the means is not the mean of the products.
+"""
+
+from fedsim.config import Init
+from fedsim.core.forms import LORA
+from fedsim.core.methods.method import Method, always
+
+FEDIT = Method(
+    name="fedit",
+    summary="LoRA at every client; A and B are averaged apart, which is not exact",
+    form=LORA,
+    inits=(Init.lora,),
+    trained=always("B", "A"),
+    exact=False,
+)

@@ -1,0 +1,14 @@
+"""FedSA-LoRA (arXiv 2410.01463): clients train A and B; A is averaged, B stays at its client and makes the model personal."""
+
+from fedsim.config import Init
+from fedsim.core.forms import LORA
+from fedsim.core.methods.method import Method, always
+
+FEDSA_LORA = Method(
+    name="fedsa_lora",
+    summary="LoRA of which only A is sent and averaged; every client keeps its own B",
+    form=LORA,
+    inits=(Init.lora,),
+    trained=always("B", "A"),
+    personal=("B",),
+)

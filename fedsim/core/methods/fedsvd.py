@@ -1,0 +1,34 @@
+"""FedSVD (arXiv 2505.12805): A is frozen within a round; the server averages B and then re-factors B A by its SVD.
+
+A becomes the right singular vectors, B the left ones times the singular values: B A stays, A gets orthonormal rows along the update.
+"""
+
+import torch
+
+from fedsim.config import Init
+from fedsim.core.collecting import Collected
+from fedsim.core.forms import LORA
+from fedsim.core.methods.method import Method, Outcome, always
+from fedsim.types import Adapter
+
+
+def _refactor(collected: Collected) -> Outcome:
+    factors: Adapter = {}
+    for layer in collected.spec.layers:
+        B, A = (collected.factors[f"{layer}.{kind}"].double() for kind in "BA")
+        (left, upper), (right, lower) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+        u, s, vt = torch.linalg.svd(upper @ lower.T)
+        factors |= {f"{layer}.B": (left @ u * s).float(), f"{layer}.A": (vt @ right.T).float().contiguous()}
+    return Outcome(factors, {})
+
+
+FEDSVD = Method(
+    name="fedsvd",
+    summary="LoRA with A frozen within a round; the server averages B and re-factors B A by its SVD",
+    form=LORA,
+    inits=(Init.lora,),
+    trained=always("B"),
+    finish=_refactor,
+    remade=("A",),
+    lasting=False,
+)

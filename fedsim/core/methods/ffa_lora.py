@@ -1,0 +1,16 @@
+"""FFA-LoRA (arXiv 2403.12313): A is common, drawn from the seed, and frozen; clients train B, from zero, and the server averages it.
+
+Exact, because sum_i p_i B_i A = (sum_i p_i B_i) A. Published counts halve LoRA's; B alone is what travels, r x out per layer.
+"""
+
+from fedsim.config import Init
+from fedsim.core.forms import LORA
+from fedsim.core.methods.method import Method, always
+
+FFA_LORA = Method(
+    name="ffa_lora",
+    summary="LoRA with a common frozen A; only B is trained, sent and averaged",
+    form=LORA,
+    inits=(Init.lora,),
+    trained=always("B"),
+)

@@ -1,0 +1,35 @@
+"""FLoRA (arXiv 2409.05976): the clients' factors are stacked, which is exact; everybody adds the product to W and starts a fresh LoRA.
+
+B = [B_1 .. B_c], A = [p_1 A_1; ..; p_c A_c]. Ranks may differ. The fresh A is drawn from seed and round, so it costs no byte.
+"""
+
+from fedsim.config import Init
+from fedsim.core.collecting import Collected
+from fedsim.core.forms import LORA, AdapterSpec
+from fedsim.core.initialization import lora
+from fedsim.core.methods.method import Method, Outcome, always
+from fedsim.seeding import derive_seed
+from fedsim.types import Adapter
+
+
+def _fresh(spec: AdapterSpec, seed: int, round: int) -> Adapter:
+    return lora(spec, {}, derive_seed(seed, "flora", round))
+
+
+def _fold_all(collected: Collected) -> Outcome:
+    return Outcome(_fresh(collected.spec, collected.seed, collected.round + 1), collected.fold())
+
+
+FLORA = Method(
+    name="flora",
+    summary="LoRA factors of all clients are stacked and added to the base weights; each round starts a fresh LoRA",
+    form=LORA,
+    inits=(Init.lora,),
+    trained=always("B", "A"),
+    finish=_fold_all,
+    restart=_fresh,
+    products=True,
+    ranks=True,
+    linear=False,
+    lasting=False,
+)

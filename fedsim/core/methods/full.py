@@ -1,0 +1,13 @@
+"""Federated averaging of all adapted weights themselves (FedAvg, arXiv 1602.05629): no adapter, for small models."""
+
+from fedsim.config import Init
+from fedsim.core.forms import DENSE
+from fedsim.core.methods.method import Method, always
+
+FULL = Method(
+    name="full",
+    summary="every adapted weight is trained, sent and averaged in full (FedAvg)",
+    form=DENSE,
+    inits=(Init.zero,),
+    trained=always("D"),
+)

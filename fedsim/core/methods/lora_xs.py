@@ -1,0 +1,10 @@
+"""Federated LoRA-XS (arXiv 2405.17604): Fed-SB on the top singular vectors of the base weights, R near zero; no byte for the bases."""
+
+from dataclasses import replace
+
+from fedsim.config import Init
+from fedsim.core.methods.fed_sb import FED_SB
+
+LORA_XS = replace(
+    FED_SB, name="lora_xs", summary="Fed-SB on the singular vectors of the base weights; nothing is sent for them", inits=(Init.weight_svd,)
+)

@@ -1,0 +1,14 @@
+"""RoLoRA (arXiv 2409.02346): B and A take turns; in each round the clients train and send one of them and hold the other in common."""
+
+from fedsim.config import Init
+from fedsim.core.forms import LORA
+from fedsim.core.methods.method import Method
+
+ROLORA = Method(
+    name="rolora",
+    summary="LoRA whose B and A are trained and averaged in alternate rounds",
+    form=LORA,
+    inits=(Init.lora,),
+    trained=lambda round: ("B",) if round % 2 else ("A",),  # B first: with B = 0 the gradient on A vanishes
+    lasting=False,
+)

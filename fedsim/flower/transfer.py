@@ -1,0 +1,142 @@
+"""The global state in messages: what of it a message carries, and how a worker takes it in.
+
+Factors that differ from round to round, common bases, what is added to the base weights, and SCAFFOLD's control variate travel in
+records of their own, because the ledger tells them apart. Every part has a digest in every message, sent or not; a worker that finds another one says so
+instead of training.
+"""
+
+import json
+from collections.abc import Callable, Collection
+from functools import partial
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedsim.core.adapters import factors
+from fedsim.core.exchange import CONTROL, WEIGHTS
+from fedsim.core.forms import AdapterSpec
+from fedsim.core.global_state import GlobalState, added, chained, dense_updates, folded_layout
+from fedsim.core.payload import Layout, digest
+from fedsim.flower.records import from_record, to_record
+from fedsim.session import Session
+
+ADAPTER, BASES, FOLD, CONTROL_RECORD = "adapter", "bases", "fold", "control"
+WHOLE, INCREMENT = "whole", "increment"
+
+
+class Packer:
+    """Packs parts of one global state; records that several messages of a round share are made once."""
+
+    def __init__(self, state: GlobalState, moving: tuple[str, ...]) -> None:
+        self._state, self._moving = state, moving
+        self._records: dict[object, ArrayRecord] = {}
+
+    def pack(
+        self, parts: Collection[str], needed: Collection[str], *, increment: bool
+    ) -> tuple[dict[str, ArrayRecord], dict[str, str | list[str]]]:
+        """Returns the records that carry the parts, and what a request must say of all that are needed.
+
+        `increment` sends the last increment of W only.
+        """
+        state, spec = self._state, self._state.spec
+        records: dict[str, ArrayRecord] = {}
+        told: dict[str, str | list[str]] = {"digests": json.dumps({part: state.digest(part) for part in needed})}
+        for name, kinds in self._by_record(parts).items():
+            told[name] = kinds
+            records[name] = self._once((name, *kinds), partial(spec.pack, state.factors, kinds))
+        if WEIGHTS in parts and state.folded:
+            told[FOLD] = INCREMENT if increment else WHOLE
+            records[FOLD] = self._once((FOLD, increment), self._increment if increment else state.whole)
+            if increment:
+                layout = Layout.of(state.increment)
+                told["fold_shapes"] = json.dumps(dict(zip(layout.names, layout.shapes, strict=True)))
+                told["fold_on"] = json.dumps(state.increment_on)
+        if CONTROL in parts and state.control is not None:
+            records[CONTROL_RECORD] = self._once(CONTROL, state.control.clone)
+        return records, told
+
+    def _by_record(self, parts: Collection[str]) -> dict[str, list[str]]:
+        kinds = [kind for kind in self._state.spec.kinds if kind in parts]
+        split = {ADAPTER: [k for k in kinds if k in self._moving], BASES: [k for k in kinds if k not in self._moving]}
+        return {name: chosen for name, chosen in split.items() if chosen}
+
+    def _increment(self) -> Tensor:
+        return Layout.of(self._state.increment).pack(self._state.increment)
+
+    def _once(self, key: object, flat: Callable[[], Tensor]) -> ArrayRecord:
+        if key not in self._records:
+            self._records[key] = to_record(flat())
+        return self._records[key]
+
+
+def take_in(session: Session, content: RecordDict, request: ConfigRecord) -> bool:
+    """Brings the session to the global state of the message. Returns False if it lacks something that was not sent and cannot be derived.
+
+    Raises ValueError if what was sent does not have its digest, names, sizes or finite values.
+    """
+    digests: dict[str, str] = json.loads(str(request["digests"]))
+    if FOLD in content and not _take_fold(session, content.array_records[FOLD], request, digests[WEIGHTS]):
+        return False
+    for name in (BASES, ADAPTER):
+        if name in content:
+            _take_factors(session, content.array_records[name], [str(kind) for kind in request[name]], digests)  # type: ignore[union-attr]
+    if session.digests.get(WEIGHTS, "") != digests[WEIGHTS]:
+        return False
+    missing = [kind for kind in session.spec.kinds if kind in digests and session.digests.get(kind) != digests[kind]]
+    return not missing or _derive(session, missing, int(request["round"]), digests)  # type: ignore[arg-type]
+
+
+def control_of(session: Session, content: RecordDict) -> Tensor | None:
+    """Returns SCAFFOLD's control variate of the server, None where the message has none."""
+    if CONTROL_RECORD not in content:
+        return None
+    size = session.spec.layout(session.method.uploaded(1)).num_parameters
+    return from_record(content.array_records[CONTROL_RECORD], size)
+
+
+def _take_factors(session: Session, record: ArrayRecord, kinds: list[str], digests: dict[str, str]) -> None:
+    layout = session.spec.layout(kinds)
+    adapter = layout.unpack(from_record(record, layout.num_parameters))
+    for kind in kinds:
+        found = digest(session.spec.pick(adapter, (kind,)))
+        if found != digests[kind]:
+            raise ValueError(
+                f"Expected {kind} with digest {digests[kind][:16]}..., got {found[:16]}...: the server and this worker disagree."
+            )
+    session.install(adapter, {kind: digests[kind] for kind in kinds})
+
+
+def _take_fold(session: Session, record: ArrayRecord, request: ConfigRecord, tag: str) -> bool:
+    if session.digests.get(WEIGHTS, "") == tag:
+        return True  # a worker that shares its process with the server has it already
+    if request[FOLD] == WHOLE:
+        layout = folded_layout(session.spec)
+        session.install_folded(layout.unpack(from_record(record, layout.num_parameters)), tag)
+        return True
+    shapes: dict[str, list[int]] = json.loads(str(request["fold_shapes"]))
+    layout = Layout(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()))
+    fold = layout.unpack(from_record(record, layout.num_parameters))
+    builds_on: dict[str, str] = json.loads(str(request["fold_on"]))
+    if chained(session.digests.get(WEIGHTS, ""), fold) != tag or any(
+        session.digests.get(kind) != value for kind, value in builds_on.items()
+    ):
+        return False
+    session.install_folded(added(session.folded, _updates(session.spec, session, fold)), tag)
+    return True
+
+
+def _updates(spec: AdapterSpec, session: Session, fold: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dense_updates(spec, fold, {name: tensor.cpu() for name, tensor in factors(session.model, spec.kinds).items()})
+
+
+def _derive(session: Session, missing: list[str], round: int, digests: dict[str, str]) -> bool:
+    """Installs what seed and base model give. Returns False where that is not all that is missing."""
+    derived = session.derived_factors(round)
+    if derived is None:
+        return False
+    for kind in missing:
+        found = session.spec.pick(derived, (kind,))
+        if digest(found) != digests[kind]:
+            return False
+        session.install(found, {kind: digests[kind]})
+    return True

@@ -1,0 +1,105 @@
+"""The privacy ledger: all that was computed from each client's private data, and what it adds up to.
+
+A published epsilon often leaves out the initialisation, or is one client's. Here every release is written down with the client whose data
+it came from, and what is reported is the worst client's total. Nothing is ever taken back: a resumed run goes on where it stopped.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import astuple
+from typing import Any
+
+from fedsim.errors import UserError
+from fedsim.privacy.accounting import History, Mechanism, check_accountant, epsilon, exceeds, extended
+
+UNITS = ("example", "client")
+
+
+class PrivacyLedger:
+    """Histories of mechanisms, one for each client in `deltas`; `budget` is the epsilon that none may exceed, None for no limit.
+
+    Write a mechanism down before its result leaves the client: what was released and not charged is lost when a run is interrupted.
+    Clients with equal histories and deltas are computed once, in this process (see `accounting.epsilon`).
+    """
+
+    def __init__(self, unit: str, deltas: Mapping[int, float], accountant: str = "prv", budget: float | None = None) -> None:
+        check_accountant(accountant)
+        if unit not in UNITS:
+            raise UserError(f"Expected a unit of privacy among {', '.join(UNITS)}, got {unit!r}.")
+        if budget is not None and not budget > 0:
+            raise UserError(f"Expected a privacy budget above 0 or none, got {budget}.")
+        if wrong := {client: delta for client, delta in deltas.items() if not 0 < delta < 1}:
+            raise UserError(f"Expected 0 < delta < 1 for every client, got {wrong}.")
+        self.unit, self.accountant, self.budget = unit, accountant, budget
+        self._deltas = dict(sorted(deltas.items()))
+        self._histories: dict[int, History] = dict.fromkeys(self._deltas, ())
+
+    def charge(self, client: int, mechanism: Mechanism) -> None:
+        """Writes down what was spent, even above the budget: ask `would_exceed` before spending. KeyError for an unknown client."""
+        self._histories[client] = extended(self._histories[client], mechanism)
+
+    def history(self, client: int) -> History:
+        """Returns all that was charged to the client, in order, neighbours merged."""
+        return self._histories[client]
+
+    def delta(self, client: int) -> float:
+        """Returns the delta at which this client's epsilon holds."""
+        return self._deltas[client]
+
+    def epsilon(self, client: int, name: str | None = None) -> float:
+        """Returns the client's epsilon over everything, or over the mechanisms of one name as if they were all there was."""
+        chosen = [mechanism for mechanism in self._histories[client] if name in (None, mechanism.name)]
+        return epsilon(chosen, self._deltas[client], self.accountant)
+
+    def remaining(self, client: int) -> float:
+        """Returns the budget less what was spent, at least 0; infinite without a budget. No price of a next step: costs do not add."""
+        return math.inf if self.budget is None else max(0.0, self.budget - self.epsilon(client))
+
+    def would_exceed(self, client: int, mechanism: Mechanism) -> bool:
+        """Returns whether the client's epsilon would be above the budget after the mechanism. Changes nothing."""
+        if self.budget is None:
+            return False
+        return exceeds(extended(self._histories[client], mechanism), self.budget, self._deltas[client], self.accountant)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns plain values for summary.json: `epsilon`, `initialization_epsilon` and `delta` are maxima over clients.
+
+        An infinite epsilon stays a float here. Takes up to a second for each distinct client that was not computed before.
+        """
+        clients = [self._of_client(client) for client in self._deltas]
+        spent = [row["epsilon"] for row in clients]
+        return {
+            "unit": self.unit,
+            "epsilon": max(spent, default=0.0),
+            "delta": max(self._deltas.values(), default=0.0),
+            "accountant": self.accountant,
+            "budget": self.budget,
+            "initialization_epsilon": max((row["initialization_epsilon"] for row in clients), default=0.0),
+            "distribution": {"min": min(spent), "median": statistics.median(spent), "max": max(spent)} if spent else None,
+            "per_client": clients,
+        }
+
+    def _of_client(self, client: int) -> dict[str, Any]:
+        return {
+            "client": client,
+            "epsilon": self.epsilon(client),
+            "delta": self._deltas[client],
+            "initialization_epsilon": self.epsilon(client, "initialization"),
+            "mechanisms": [vars(mechanism).copy() for mechanism in self._histories[client]],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values for a checkpoint; lossless."""
+        clients = [[client, delta, [list(astuple(m)) for m in self._histories[client]]] for client, delta in self._deltas.items()]
+        return {"unit": self.unit, "accountant": self.accountant, "budget": self.budget, "clients": clients}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "PrivacyLedger":
+        """Returns the ledger that `to_json` was called on. Raises ValueError or UserError for values that no ledger holds."""
+        deltas = {client: delta for client, delta, _ in value["clients"]}
+        ledger = cls(value["unit"], deltas, value["accountant"], value["budget"])
+        for client, _, mechanisms in value["clients"]:
+            for fields in mechanisms:
+                ledger.charge(client, Mechanism(*fields))
+        return ledger
