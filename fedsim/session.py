@@ -165,11 +165,11 @@ class Session:
         self.digests |= digests
 
     def install_folded(self, folded: Adapter, tag: str) -> None:
-        """Makes W + folded the base weights of the adapted layers; `tag` is the digest of W."""
+        """Makes W + folded the base weights of the adapted layers, W alone where nothing is folded; `tag` is the digest of it."""
         if self.digests.get(WEIGHTS, "") != tag:
             self.folded = folded
             for name, layer in adapted_layers(self.model).items():
-                layer.fold(folded[name])
+                layer.fold(folded.get(name))
         self.digests[WEIGHTS] = tag
 
     def install_state(self, state: GlobalState) -> None:

@@ -79,12 +79,16 @@ class AdaptedLinear(nn.Module):
         """Returns the update as float32 [out, in]."""
         return product(self.form, self.factors, self.scaling)
 
-    def fold(self, update: Tensor) -> None:
-        """Makes W + update [out, in] the base weight, W being the one that the model was loaded with."""
+    def fold(self, update: Tensor | None) -> None:
+        """Makes W + update [out, in] the base weight, W being the one that the model was loaded with; None makes it W again."""
         matrix = weight_matrix(self.base)
         if self.original is None:
             self.original = matrix.clone()
-        matrix.copy_((self.original.float() + update.to(matrix.device)).to(matrix.dtype))
+        if update is None:
+            matrix.copy_(self.original)
+            self.original = None
+        else:
+            matrix.copy_((self.original.float() + update.to(matrix.device)).to(matrix.dtype))
 
 
 def weight_matrix(base: nn.Module) -> Tensor:
@@ -111,10 +115,10 @@ def adapt(model: nn.Module, form: Form, rank: int | None, heads: int, scaling: f
     """
     model.requires_grad_(False)
     shapes = {name: matrix_shape(model.get_submodule(name)) for name in target_layers(model, target_modules)}
-    spec = AdapterSpec(form, shapes, fitting_rank(form, rank, heads, shapes), heads, scaling)
+    spec = AdapterSpec(form, shapes, fitting_rank(form, rank, heads, shapes), heads, scaling if form.low_rank else 1.0)
     for name in shapes:
         parent, _, child = name.rpartition(".")
-        layer = AdaptedLinear(model.get_submodule(name), form, spec.rank, heads, scaling)
+        layer = AdaptedLinear(model.get_submodule(name), form, spec.rank, heads, spec.scaling)
         setattr(model.get_submodule(parent), child, layer)
     return spec
 
@@ -133,7 +137,7 @@ def fitting_rank(form: Form, rank: int | None, heads: int, shapes: dict[str, tup
     if rank is None:
         return max(1, min(DEFAULT_RANK, *(side for shape in shapes.values() for side in shape)) // heads)
     for name, shape in shapes.items():
-        if form.bounded and rank * heads > min(shape):
+        if form.low_rank and rank * heads > min(shape):
             times = f" x {heads} heads" if heads > 1 else ""
             raise UserError(
                 f"adapter.rank: expected at most {min(shape) // heads}, as {name!r} has shape {shape}, "

@@ -28,7 +28,7 @@ class Form:
     shapes: Callable[[int, int, int, int], dict[str, tuple[int, ...]]]  # of (out, in, rank, heads)
     chain: Callable[[Factors], list[Tensor]]  # matrices from left to right; their product, times the scaling, is the update
     rank_axes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of each kind, the axes that a smaller rank cuts short
-    bounded: bool = True  # rank x heads may not exceed the smaller side of a layer
+    low_rank: bool = True  # it has a rank, which times heads may not exceed the smaller side of a layer, and a scaling
 
 
 def _block_diagonal(blocks: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ DENSE = Form(
     formula="D",
     shapes=lambda m, n, r, h: {"D": (m, n)},
     chain=lambda f: [f["D"]],
-    bounded=False,
+    low_rank=False,
 )
 
 

@@ -105,6 +105,7 @@ class Run:
         begun = time.perf_counter()
         ledger = CommunicationLedger()
         zeros = zero(self._session.spec, {}, 0)
+        self._session.install_folded({}, "")  # an earlier run in this process may have left something there
         shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
         if self._init not in DERIVED:
             shared.factors = self._factors_from_gradients(shared, ledger, 0)

