@@ -51,7 +51,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"for set-up        {size(moved['setup_bytes']):>9}   bases and initial gradients (1 MB = 10^6 bytes)",
         f"training          {duration(training['wall_seconds']):>9}   {speed}",
         "",
-        f"files     {folder}: summary.json, curves.png, partition.png, holdings.txt, communication.csv, events.jsonl",
+        f"files     {folder}: summary.json, curves.png, diagnosis.png, partition.png, holdings.txt, communication.csv, events.jsonl",
         f"adapter   {folder}/adapter, digest {summary['adapter_digest'][:16]}...",
         f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/adapter")',
     ]
@@ -122,7 +122,7 @@ def curves(events: Iterable[Event]) -> "Figure":
     _draw_by_task(accuracy, evaluated, "accuracy", 100.0)
     _draw_by_task(loss, evaluated, "loss", 1.0)
     _draw_training_loss(training, rounds)
-    unit = _draw_bytes(moved, [event for event in found if event["kind"] in ("initialized", "round")])
+    unit = _draw_bytes(moved, [event for event in found if event["kind"] in ("initialized", "round", "refreshed")])
     titles = [
         "held-out accuracy (%)",
         "held-out loss (nats per token)",
@@ -135,6 +135,33 @@ def curves(events: Iterable[Event]) -> "Figure":
     accuracy.set_ylim(0, 100)
     for axes in (loss, moved):  # on the right: beside the data, never over it
         _legend_outside(axes)
+    return figure
+
+
+def diagnosis_png(events: Iterable[Event]) -> bytes:
+    """Returns the picture of `diagnosis` as a file."""
+    return _png(diagnosis(events))
+
+
+def diagnosis(events: Iterable[Event]) -> "Figure":
+    """Draws by round how far the average misses the mean of the clients' updates (a line per layer), the clients' drift, and the rank."""
+    rounds = [event for event in events if event["kind"] == "round"]
+    figure = _figure(11.0, 3.6)
+    missed, drift, rank = figure.subplots(1, 3)
+    measured = [event for event in rounds if event.get("deviation")]
+    for layer in measured[0]["deviation"] if measured else ():
+        values = [100 * _number(event["deviation"][layer]) for event in measured]
+        _draw(missed, [event["round"] for event in measured], values, linewidth=0.8, color="tab:blue", alpha=0.5)
+    for axes, name in ((drift, "drift"), (rank, "effective_rank")):
+        _draw(axes, [event["round"] for event in rounds], [_number(event.get(name)) for event in rounds], color="black")
+    last = max([event["round"] for event in rounds], default=1)
+    exact = "missed by the average (%)" if measured else "missed by the average: nothing, it is exact"
+    for axes, title in (
+        (missed, exact),
+        (drift, "drift of clients over mean step"),
+        (rank, "effective rank of the update, mean of layers"),
+    ):
+        _dress(axes, title, last)
     return figure
 
 

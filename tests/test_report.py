@@ -11,7 +11,17 @@ import pytest
 
 from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
 from fedsim.files import finite
-from fedsim.report import curves, curves_png, holdings_bars, holdings_table, partition_png, summary_table, transfers_csv
+from fedsim.report import (
+    curves,
+    curves_png,
+    diagnosis,
+    diagnosis_png,
+    holdings_bars,
+    holdings_table,
+    partition_png,
+    summary_table,
+    transfers_csv,
+)
 
 SUMMARY = {
     "method": "fed_sb",
@@ -150,3 +160,15 @@ def test_the_partition_shows_every_example_once(clients):
 def test_pictures_leave_pyplot_and_its_backend_alone():
     code = "import sys; from fedsim.report import curves_png, partition_png; curves_png([]); partition_png([{'a': 1}])"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'matplotlib.pyplot' not in sys.modules"], check=True)
+
+
+def test_the_diagnosis_draws_a_line_per_layer_and_says_where_the_average_is_exact():
+    facts = [{"kind": "round", "round": r, "drift": 0.5 / r, "effective_rank": 3.0 * r} for r in (1, 2)]
+    inexact = [fact | {"deviation": {"a": 0.1, "b": None if fact["round"] == 1 else 0.2}} for fact in facts]
+    missed, drift, rank = diagnosis(inexact).axes
+    assert list(missed.lines[0].get_ydata()) == [10.0, 10.0]
+    assert missed.lines[1].get_ydata()[1] == 20.0
+    assert list(drift.lines[0].get_ydata()) == [0.5, 0.25]
+    assert list(rank.lines[0].get_ydata()) == [3.0, 6.0]
+    assert "it is exact" in diagnosis(facts).axes[0].get_title()
+    assert png_size(diagnosis_png([])) == (1320, 432)

@@ -24,7 +24,7 @@ from fedsim.flower.strategy import FedsimStrategy, keeps_memory
 from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
 from fedsim.progress import Progress
-from fedsim.report import curves_png, holdings_table, partition_png, summary_table, transfers_csv
+from fedsim.report import curves_png, diagnosis_png, holdings_table, partition_png, summary_table, transfers_csv
 from fedsim.run_folder import RunFolder
 from fedsim.session import PERSONAL, Memory, Session, open_session
 from fedsim.training.cohort import PassFacts
@@ -136,7 +136,7 @@ class Run:
     def _refresh(self, state: State) -> None:
         """Adds B R A to the base weights and computes new bases; clients that hold B and A need no more than R for it."""
         self._progress.phase(f"new bases after round {state.round}")
-        shared, number = state.shared, state.round
+        shared, number, before = state.shared, state.round, state.ledger.totals()
         shared.fold(self._session.spec.pick(shared.factors, ("R",)), number, builds_on=("B", "A"))
         if self._init in DERIVED:
             self._session.install_folded(shared.folded, shared.tag)
@@ -146,7 +146,9 @@ class Run:
             factors = self._factors_from_gradients(shared, state.ledger, number)
         shared.replace(factors, self._session.spec.kinds, number)
         shared.moments = {}
-        self._folder.event("refreshed", round=number, setup_bytes=state.ledger.totals()["setup_bytes"], digests=shared.digests())
+        after = state.ledger.totals()
+        moved = {name: after[name] - before[name] for name in ("uplink_bytes", "downlink_bytes", "setup_bytes")}
+        self._folder.event("refreshed", round=number, **moved, digests=shared.digests())
 
     # ---- checkpoints
 
@@ -316,6 +318,8 @@ class Run:
         self._folder.write_bytes("holdings.txt", f"{holdings_table(self._session.holdings, max_clients=None)}\n".encode())
         self._folder.write_bytes("partition.png", partition_png(self._session.holdings))
         self._folder.write_bytes("curves.png", curves_png(self._folder.events()))
+        if self._config.evaluation.diagnosis:
+            self._folder.write_bytes("diagnosis.png", diagnosis_png(self._folder.events()))
         self._folder.finish(summary)
         return summary
 

@@ -1,8 +1,8 @@
 """The global state in messages: what of it a message carries, and how a worker takes it in.
 
 Factors that differ from round to round, common bases, what is added to the base weights, and SCAFFOLD's control variate travel in
-records of their own, because the ledger tells them apart. Every part has a digest in every message, sent or not; a worker that finds another one says so
-instead of training.
+records of their own, because the ledger tells them apart. Every part has a digest in every message, sent or not;
+a worker that finds another one says so instead of training.
 """
 
 import json

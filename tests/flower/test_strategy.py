@@ -127,7 +127,7 @@ def test_a_worker_that_lacks_the_bases_is_sent_everything():
 
 
 def test_factors_that_do_not_fit_their_digest_are_refused():
-    session, state, strategy, _ = opened()
+    _, state, strategy, _ = opened()
     state._digests[("R", 0)] = "0" * 64
     message = next(iter(strategy.configure_train(1, None, None, InProcessGrid(app))))
     with pytest.raises(ValueError, match="Expected R with digest 0000"):
