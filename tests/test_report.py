@@ -93,7 +93,7 @@ def test_transfers_survive_the_csv():
     ledger.add(Transfer(1, 2, Direction.downlink, Purpose.adapter, 7, 28, 28, 120))
     for each in (ledger, CommunicationLedger()):
         text = transfers_csv(each.rows()).decode()
-        assert text.splitlines()[0] == "round,client,direction,purpose,parameters,raw_bytes,serialized_bytes"
+        assert text.splitlines()[0] == "round,client,direction,purpose,parameters,raw_bytes,payload_bytes,serialized_bytes"
         assert CommunicationLedger.from_rows(csv.DictReader(io.StringIO(text))).to_json() == each.to_json()
 
 

@@ -87,7 +87,7 @@ ACCOUNTANTS: dict[str, Callable[[Parts, float], float]] = {"prv": prv_epsilon, "
 def _prv_upper_bound(parts: Parts, delta: float, error: float) -> float:
     """Returns Opacus's upper bound, or infinity, which is one too, where its numerics fail."""
     accountant = PRVAccountant()
-    accountant.history = list(parts)[:1]
+    accountant.history = list(parts)
     try:
         with _loose_orders_ignored(), np.errstate(divide="ignore", over="raise", invalid="raise"):  # log(1 - rate) is -inf at rate 1
             warnings.filterwarnings("error", category=IntegrationWarning)
