@@ -49,7 +49,7 @@ class PrivacyLedger:
 
     def epsilon(self, client: int, name: str | None = None) -> float:
         """Returns the client's epsilon over everything, or over the mechanisms of one name as if they were all there was."""
-        chosen = [mechanism for mechanism in self._histories[client] if mechanism.name == 'training']
+        chosen = [mechanism for mechanism in self._histories[client] if name in (None, mechanism.name)]
         return epsilon(chosen, self._deltas[client], self.accountant)
 
     def remaining(self, client: int) -> float:
