@@ -27,6 +27,7 @@ from fedsim.core.diagnosis import diagnose
 from fedsim.core.exchange import CONTROL, WEIGHTS
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.methods import Method
+from fedsim.core.participation import draw_participants, share_samples
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.core.traffic import down_sizes
 from fedsim.flower.records import (
@@ -40,7 +41,6 @@ from fedsim.flower.records import (
 )
 from fedsim.flower.transfer import Packer
 from fedsim.flower.worker import NEEDS_STATE, client_key, control_key
-from fedsim.seeding import numpy_generator
 from fedsim.session import Session
 from fedsim.types import Adapter
 
@@ -314,19 +314,6 @@ class FedsimStrategy(Strategy):
     ) -> None:
         if not self._method.pooled:
             self._ledger.add(Transfer(server_round, client, direction, purpose, parameters, 4 * parameters, payload, size))
-
-
-def draw_participants(clients: int, fraction: float, seed: int, server_round: int) -> list[int]:
-    """Returns the clients of a round, in ascending order."""
-    count = max(1, round(fraction * clients))
-    return sorted(numpy_generator(seed, "participants", server_round).choice(clients, count, replace=False).tolist())
-
-
-def share_samples(samples: int, clients: int, seed: int) -> dict[int, int]:
-    """Returns how many samples each client gives that gives any."""
-    order = numpy_generator(seed, "init_shares").permutation(clients).tolist()
-    shares = {client: samples // clients + (place < samples % clients) for place, client in enumerate(order)}
-    return {client: shares[client] for client in sorted(shares) if shares[client]}
 
 
 def keeps_memory(config: Config, method: Method) -> bool:

@@ -1,0 +1,22 @@
+"""Who takes part: functions of seed and round, never of node ids or of the order in which anything arrives."""
+
+from fedsim.seeding import numpy_generator
+
+
+def draw_participants(clients: int, fraction: float, seed: int, server_round: int) -> list[int]:
+    """Returns the clients of a round, in ascending order: a set of fixed size, at least one."""
+    count = max(1, round(fraction * clients))
+    return sorted(numpy_generator(seed, "participants", server_round).choice(clients, count, replace=False).tolist())
+
+
+def draw_by_coin(clients: int, fraction: float, seed: int, server_round: int) -> list[int]:
+    """Returns the clients of a round, each drawn by its own coin, as amplification by subsampling needs; there may be none."""
+    coins = numpy_generator(seed, "participants", server_round).random(clients)
+    return [client for client, coin in enumerate(coins) if coin < fraction]
+
+
+def share_samples(samples: int, clients: int, seed: int) -> dict[int, int]:
+    """Returns how many samples each client gives that gives any: equal shares; of fewer samples than clients, a seeded choice gives one."""
+    order = numpy_generator(seed, "init_shares").permutation(clients).tolist()
+    shares = {client: samples // clients + (place < samples % clients) for place, client in enumerate(order)}
+    return {client: shares[client] for client in sorted(shares) if shares[client]}
