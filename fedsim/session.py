@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsim.config import Config, Init, from_dict, to_dict
 from fedsim.core.adapters import adapt, adapted_layers, base_weights, factors, install
 from fedsim.core.compression import CODECS, compress
-from fedsim.core.exchange import CONTROL, WEIGHTS, Exchange
+from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.initialization import DERIVED, from_gradients
@@ -24,6 +24,7 @@ from fedsim.core.methods import METHODS, Method, combinations
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout
 from fedsim.core.ranks import deal_ranks
+from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, load
 from fedsim.errors import UserError, nearest
 from fedsim.models import load_model
@@ -192,18 +193,11 @@ class Session:
         return derive_seed(seed, "refresh", epoch) if epoch else seed
 
     def initial_state(self, factors: Adapter) -> GlobalState:
-        """Returns the state before the first round. What all can derive, and need not be told as the start of training, is held by all."""
-        derived = {WEIGHTS}
-        if self.method.restart is not None:
-            derived |= set(self.spec.kinds)
-        elif self.config.adapter.init in DERIVED:
-            derived |= set(self.spec.kinds) - set(self.method.trained(1))
-        derived |= {*self.method.local, *self.method.personal}
-        versions = dict.fromkeys((*self.spec.kinds, WEIGHTS), 0)
-        state = GlobalState(self.spec, factors, Exchange(versions, frozenset(derived)))
-        if self.config.training.scaffold:
+        """Returns the state before the first round."""
+        scaffold = self.config.training.scaffold
+        state = GlobalState(self.spec, factors, starting_exchange(self.method, self.config.adapter.init, scaffold=scaffold))
+        if scaffold:
             state.control = torch.zeros(self.spec.layout(self.method.uploaded(1)).num_parameters)
-            state.exchange.versions[CONTROL] = 0
         return state
 
     # ---- clients

@@ -12,15 +12,21 @@ WEIGHTS, CONTROL = "W", "c"
 
 @dataclass
 class Exchange:
-    """Versions are the rounds in which a part last changed. What all derive from seed and base model, everybody holds at version 0."""
+    """Versions are the rounds in which a part last changed.
+
+    What all derive from seed and base model, everybody holds: the `derived` parts at version 0, the `rederived` ones at every version.
+    """
 
     versions: dict[str, int]
     derived: frozenset[str]
+    rederived: frozenset[str] = frozenset()
     held: dict[int, dict[str, int]] = field(default_factory=dict)  # by client
     needed: dict[str, int] = field(default_factory=dict)  # versions that a client must hold to take the last increment of W
 
     def holds(self, client: int, part: str) -> int:
         """Returns the version of the part that the client holds, -1 for none."""
+        if part in self.rederived:
+            return self.versions[part]
         return self.held.get(client, {}).get(part, 0 if part in self.derived else -1)
 
     def lacking(self, client: int) -> list[str]:
@@ -29,7 +35,9 @@ class Exchange:
 
     def takes_increment(self, client: int) -> bool:
         """Whether the client holds what the last increment of W builds on; otherwise it needs W whole."""
-        return bool(self.needed) and all(self.holds(client, part) == version for part, version in self.needed.items())
+        return bool(self.needed) and all(
+            part in self.rederived or self.holds(client, part) == version for part, version in self.needed.items()
+        )
 
     def sent(self, client: int, parts: Iterable[str]) -> None:
         """Notes that the client now holds these parts in their present version."""

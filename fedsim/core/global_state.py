@@ -50,8 +50,10 @@ class GlobalState:
 
     def replace(self, factors: Adapter, kinds: Iterable[str], round: int) -> None:
         """Puts new factors in place; `kinds` are those that have changed."""
+        changed = tuple(kinds)
         self.factors = factors
-        self.exchange.changed(kinds, round)
+        self._digests = {key: value for key, value in self._digests.items() if key[0] not in changed}
+        self.exchange.changed(changed, round)
 
     def fold(self, fold: Adapter, round: int, builds_on: Iterable[str] | None = None) -> None:
         """Adds to the base weights {layer}.W, the product of {layer}.U and {layer}.V, or the update of the trained factors given.

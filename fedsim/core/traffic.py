@@ -1,12 +1,40 @@
-"""What a client is sent, in numbers: shared by the ledger of a run and by the command that predicts it."""
+"""Who holds what from the beginning, and what a client is sent, in numbers: shared by a run and by the command that predicts its cost."""
 
 from collections.abc import Callable, Iterator, Sequence
 
+from fedsim.config import Config, Init
 from fedsim.core.communication import Purpose
 from fedsim.core.exchange import CONTROL, WEIGHTS, Exchange
+from fedsim.core.initialization import DERIVED
+from fedsim.core.methods import Method
 
 Sizes = Callable[[tuple[str, ...]], int]
 """Number of parameters of factors of some kinds, as one client holds them."""
+
+
+def starting_exchange(method: Method, init: Init | None, *, scaffold: bool) -> Exchange:
+    """Returns who holds what before the first round: nobody anything that seed and base model do not give.
+
+    What is trained first is told even where it could be derived, as the start of training; a method that starts anew in every round has
+    it derived in every round.
+    """
+    kinds = tuple(method.form.shapes(1, 1, 1, 1))
+    derived = {WEIGHTS, *method.local, *method.personal}
+    rederived: set[str] = set()
+    if method.restart is not None:
+        derived |= set(kinds)
+        rederived = set(kinds)
+    elif init in DERIVED:
+        derived |= set(kinds) - set(method.trained(1))
+        rederived = set(kinds) - set(method.moving) - set(method.personal)
+    parts = (*kinds, WEIGHTS, *((CONTROL,) if scaffold else ()))
+    return Exchange(dict.fromkeys(parts, 0), frozenset(derived), frozenset(rederived))
+
+
+def refresh_due(config: Config, number: int) -> bool:
+    """Whether new bases are computed after round `number`."""
+    every = config.adapter.refresh_every
+    return every > 0 and number % every == 0 and number < config.federation.rounds
 
 
 def down_sizes(

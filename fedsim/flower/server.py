@@ -19,6 +19,7 @@ from fedsim.core.adapters import bound, merged, unadapted
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
+from fedsim.core.traffic import refresh_due
 from fedsim.export import peft_files
 from fedsim.flower.strategy import FedsimStrategy, keeps_memory
 from fedsim.flower.worker import read_memory, write_memory
@@ -244,8 +245,7 @@ class Run:
         self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, **report, **facts.diagnosis)
         self._progress.round_finished(number, report, after)
         self._tell_too_long()
-        every = self._config.adapter.refresh_every
-        if every and number % every == 0 and number < self._config.federation.rounds:
+        if refresh_due(self._config, number):
             self._refresh(state)
         self._save(state)
 

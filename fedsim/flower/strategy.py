@@ -163,7 +163,7 @@ class FedsimStrategy(Strategy):
         new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
         collected = collector.collected(new, config.seed, server_round)
         outcome = method.finish(collected)
-        state.replace(outcome.factors, [kind for kind in (*kinds, *method.remade) if kind not in method.local], server_round)
+        state.replace(outcome.factors, method.changed(server_round), server_round)
         if outcome.fold:
             state.fold(outcome.fold, server_round)
         if state.control is not None:
@@ -175,9 +175,8 @@ class FedsimStrategy(Strategy):
     def _collector(self, kinds: Sequence[str]) -> Collector:
         config, method = self._session.config, self._method
         wanted = method.products or (config.evaluation.diagnosis and not method.exact)
-        folds = method.products and method.name != "flexlora"
         rule: Rule | None = RULES[config.server.rule](config.server) if config.server.rule in RULES else None
-        keep_clients = keeps_clients(config.method, folds)
+        keep_clients = keeps_clients(config.method, method.folds)
         return Collector(
             self._spec,
             kinds,

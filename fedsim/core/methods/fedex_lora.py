@@ -22,6 +22,7 @@ FEDEX_LORA = Method(
     inits=(Init.lora,),
     trained=always("B", "A"),
     finish=_with_residual,
+    folds=True,
     products=True,
     linear=False,
     lasting=False,

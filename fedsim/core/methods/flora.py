@@ -27,6 +27,7 @@ FLORA = Method(
     inits=(Init.lora,),
     trained=always("B", "A"),
     finish=_fold_all,
+    folds=True,
     restart=_fresh,
     products=True,
     ranks=True,

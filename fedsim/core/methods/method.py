@@ -39,6 +39,7 @@ class Method:
     inits: tuple[Init, ...]  # that make sense, the default first
     trained: Callable[[int], tuple[str, ...]]
     finish: Callable[[Collected], Outcome] = keep_mean
+    folds: bool = False  # `finish` adds something to the base weights in every round
     personal: tuple[str, ...] = ()
     local: tuple[str, ...] = ()
     before_upload: Callable[[Adapter], Adapter] = lambda adapter: adapter
@@ -54,6 +55,10 @@ class Method:
     def uploaded(self, round: int) -> tuple[str, ...]:
         """Returns the kinds of factors that a client sends."""
         return tuple(kind for kind in self.trained(round) if kind not in (*self.personal, *self.local))
+
+    def changed(self, round: int) -> tuple[str, ...]:
+        """Returns the kinds of common factors that a round leaves changed."""
+        return (*self.uploaded(round), *self.remade)
 
     @property
     def moving(self) -> tuple[str, ...]:
