@@ -21,6 +21,7 @@ class Dtype(Enum):
 class Init(Enum):
     gradient = "SVD of the first full fine-tuning step, estimated on a sample of the clients' data (LoRA-SB)"
     gradient_public = "the same, estimated on a public shard at the server"
+    gradient_dp = "singular vectors of the clients' clipped and noised gradients; costs epsilon"
     weight_svd = "top singular vectors of the base weights (LoRA-XS); nothing is sent"
     orthogonal = "seeded random orthonormal bases; only the seed is sent"
     lora = "LoRA's own start: A uniform from the seed, B zero; only the seed is sent"
@@ -30,6 +31,17 @@ class Init(Enum):
 class Residual(Enum):
     stacked = "the clients' factors side by side, as published"
     dense = "one matrix of the size of the weight"
+
+
+class PrivacyUnit(Enum):
+    none = "nothing is claimed"
+    example = "one training example of a client"
+    client = "one client with all its examples"
+
+
+class Accountant(Enum):
+    prv = "numerical, tight (privacy random variables)"
+    rdp = "Renyi divergences; looser, fast"
 
 
 class ServerRule(Enum):
@@ -237,6 +249,34 @@ class CompressionConfig:
 
 
 @dataclass
+class PrivacyConfig:
+    unit: PrivacyUnit = PrivacyUnit.none
+    """What differential privacy protects."""
+    epsilon: Optional[float] = None
+    """Budget of every client over the whole run, initialisation included; without noise_multiplier the noise is calibrated to it."""
+    noise_multiplier: Optional[float] = None
+    """Standard deviation of the noise in units of clip_norm; null calibrates it to epsilon."""
+    clip_norm: float = 1.0
+    """Largest L2 norm of an example's gradient, or of a client's update, over all layers."""
+    delta: Optional[float] = None
+    """Delta of every client; null takes 1 / n^1.1 of its examples, or of the clients. One of 1 / n or more is refused."""
+    accountant: Accountant = Accountant.prv
+    """How epsilon is computed."""
+    init_share: float = 0.2
+    """adapter.init=gradient_dp: part of epsilon that the initialisation may spend."""
+    init_noise_multiplier: Optional[float] = None
+    """adapter.init=gradient_dp: its noise; null calibrates it to init_share x epsilon."""
+    adaptive_clip: bool = False
+    """unit=client: let clip_norm follow a quantile of the updates' norms; the noised counts are in the price."""
+    clip_quantile: float = 0.5
+    """unit=client, adaptive_clip: the quantile."""
+    clip_rate: float = 0.2
+    """unit=client, adaptive_clip: learning rate of the clip norm's logarithm."""
+    unsafe_init: bool = False
+    """Allow adapter.init=gradient, which leaks, with privacy: for audits only; no epsilon is claimed then."""
+
+
+@dataclass
 class EvaluationConfig:
     every: int = 0
     """Evaluate after every k-th round as well; 0 evaluates before the first and after the last only."""
@@ -268,6 +308,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
@@ -351,6 +392,14 @@ BOUNDS = {
     "server.beta2": _DECAY,
     "server.tau": _POSITIVE,
     "compression.density": Bounds(0, 1, low_open=True),
+    "privacy.epsilon": _POSITIVE,
+    "privacy.noise_multiplier": _NOT_NEGATIVE,
+    "privacy.clip_norm": _POSITIVE,
+    "privacy.delta": Bounds(0, 1, low_open=True, high_open=True),
+    "privacy.init_share": Bounds(0, 1, low_open=True, high_open=True),
+    "privacy.init_noise_multiplier": _NOT_NEGATIVE,
+    "privacy.clip_quantile": Bounds(0, 1, low_open=True, high_open=True),
+    "privacy.clip_rate": _POSITIVE,
     "adapter.rank": _AT_LEAST_ONE,
     "adapter.init_samples": _AT_LEAST_ONE,
     "adapter.scaling": _POSITIVE,

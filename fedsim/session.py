@@ -8,18 +8,18 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from math import ceil
+from math import ceil, nan
 
 import torch
 from torch import Tensor
 
-from fedsim.config import Config, Init, from_dict, to_dict
+from fedsim.config import Config, Init, PrivacyUnit, from_dict, to_dict
 from fedsim.core.adapters import adapt, adapted_layers, base_weights, factors, install
 from fedsim.core.compression import CODECS, compress
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState, folded_layout
-from fedsim.core.initialization import DERIVED, from_gradients
+from fedsim.core.initialization import DERIVED, from_gradients, from_noised_gradients
 from fedsim.core.methods import METHODS, Method, combinations
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout
@@ -28,12 +28,15 @@ from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, load
 from fedsim.errors import UserError, nearest
 from fedsim.models import load_model
+from fedsim.privacy import checks as privacy_checks
+from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import derive_seed, numpy_generator, torch_generator
 from fedsim.training.batches import steps_per_round
 from fedsim.training.cohort import ClientData, LocalResult, LocalRule, PassFacts, train_cohort
 from fedsim.training.encoding import encode, has_response
-from fedsim.training.gradients import weight_gradients
+from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
 from fedsim.training.optimizers import learning_rate
+from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches
 from fedsim.types import Adapter, EncodedExample, Example
 
 Memory = dict[int, dict[str, Tensor]]
@@ -50,7 +53,8 @@ def effective(config: Config) -> Config:
     """
     method = method_of(config)
     combinations.check(config, method)
-    adapter = replace(config.adapter, init=config.adapter.init or method.inits[0])
+    adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
+    privacy_checks.check(replace(config, adapter=adapter), method)
     if config.federation.ranks:
         adapter = replace(adapter, rank=max(config.federation.ranks))
     config = replace(config, adapter=adapter)
@@ -87,6 +91,7 @@ class ClientReply:
     result: LocalResult
     arrays: dict[str, Tensor]  # the flat factors, or their compressed change
     control: Tensor | None  # change of SCAFFOLD's control variate
+    within: bool = True  # whether the update was within the clip norm of client-level privacy
 
 
 class Session:
@@ -108,6 +113,13 @@ class Session:
         self.num_too_long = 0  # examples left out so far because nothing of their response is within data.max_length
         self._encoded: dict[int, list[EncodedExample]] = {}
         self._positions: dict[tuple[tuple[str, ...], int], Tensor | None] = {}
+
+    @cached_property
+    def privacy_plan(self) -> list[ClientPlan]:
+        """What every client's training costs; empty where nothing is claimed. Calibration takes seconds."""
+        if self.config.privacy.unit is PrivacyUnit.none:
+            return []
+        return plan(self.config, [len(self.client_data(client).examples) for client in range(len(self.shards))])
 
     def _split_public(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         """With public initialisation the server holds a sample that no client owns."""
@@ -224,11 +236,22 @@ class Session:
         drawn = numpy_generator(self.config.seed, "heads", round, client).permutation(self.spec.heads)[:chosen]
         return self.spec.head_positions(kinds, sorted(drawn.tolist()))
 
-    def train(self, clients: Sequence[int], round: int, memory: Memory, control: Tensor | None = None) -> list[ClientReply]:
+    def train(
+        self,
+        clients: Sequence[int],
+        round: int,
+        memory: Memory,
+        control: Tensor | None = None,
+        *,
+        noise: Sequence[float] = (),
+        clip_norm: float | None = None,
+    ) -> list[ClientReply]:
         """Trains the clients from the installed state for one round, as one cohort, and returns what they send.
 
         `memory` is what the clients keep for themselves from round to round; it is brought up to date. `control` is SCAFFOLD's c.
+        With `privacy.unit=example`, `noise` are the clients' noise multipliers; with unit=client, `clip_norm` bounds a client's update.
         """
+        unit = self.config.privacy.unit
         kinds = self.method.trained(round)
         start = self._starts(kinds, clients, memory)
         results = train_cohort(
@@ -242,9 +265,10 @@ class Session:
             round=round,
             rounds=self.config.federation.rounds,
             rule=LocalRule(self.config.training.proximal_mu, self._shift(clients, memory, control), self._trainable(kinds, clients, round)),
+            private=PrivateRule(self.config.privacy.clip_norm, tuple(noise)) if unit is PrivacyUnit.example else None,
             on_pass=self.on_pass,
         )
-        return [self._upload(result, row, round, memory, control) for result, row in zip(results, start.cpu(), strict=True)]
+        return [self._upload(result, row, round, memory, control, clip_norm) for result, row in zip(results, start.cpu(), strict=True)]
 
     def _starts(self, kinds: Sequence[str], clients: Sequence[int], memory: Memory) -> Tensor:
         """Returns [clients, parameters]: the installed factors, a client's own where they are personal, its block of a smaller rank."""
@@ -274,7 +298,9 @@ class Session:
             return None
         return torch.stack([control - memory.get(client, {}).get(OWN_CONTROL, torch.zeros_like(control)) for client in clients])
 
-    def _upload(self, result: LocalResult, start: Tensor, round: int, memory: Memory, control: Tensor | None) -> ClientReply:
+    def _upload(
+        self, result: LocalResult, start: Tensor, round: int, memory: Memory, control: Tensor | None, clip_norm: float | None
+    ) -> ClientReply:
         kinds, uploaded = self.method.trained(round), self.method.uploaded(round)
         layout, own = self.spec.layout(kinds), memory.setdefault(result.client, {})
         if self.method.personal:
@@ -283,10 +309,15 @@ class Session:
         flat = self.spec.pack(self.method.before_upload(layout.unpack(result.factors)), uploaded)
         positions = self.sent_positions(round, result.client)
         flat = flat if positions is None else flat[positions]
-        if self.config.compression.name == "none":
-            return ClientReply(result, {VALUES: flat}, change)
         origin = self.spec.pack(layout.unpack(start), uploaded)
         update = flat - (origin if positions is None else origin[positions])
+        if self.config.privacy.unit is PrivacyUnit.client:
+            assert clip_norm is not None
+            norm = float(update.norm())
+            told = replace(result, loss=nan, num_tokens=0)  # nothing leaves the client without noise
+            return ClientReply(told, {VALUES: origin + update * min(1.0, clip_norm / max(norm, 1e-12))}, None, norm <= clip_norm)
+        if self.config.compression.name == "none":
+            return ClientReply(result, {VALUES: flat}, change)
         return ClientReply(result, self._compressed(update, round, result.client, own), change)
 
     def _control_change(self, result: LocalResult, start: Tensor, round: int, control: Tensor, own: dict[str, Tensor]) -> Tensor:
@@ -315,11 +346,24 @@ class Session:
             self.model, examples, pad_id=self.tokenizer.pad_token_id, tokens_per_pass=self.config.training.tokens_per_pass
         )
 
-    def client_gradient(self, client: int, num_samples: int) -> Tensor:
-        """Returns the flat weight gradients of a seeded sample of the client's own examples."""
+    def client_gradient(self, client: int, num_samples: int, noise: float | None = None, round: int = 0) -> Tensor:
+        """Returns the flat weight gradients of a seeded sample of the client's own examples.
+
+        With `noise` it is private: every example is drawn by its own coin (`num_samples` is not looked at), clipped, and the sum is noised.
+        """
         examples = self.client_data(client).examples
+        if noise is not None:
+            return self._private_gradient(client, noise, round)
         chosen = numpy_generator(self.config.seed, "init", client).choice(len(examples), min(num_samples, len(examples)), replace=False)
         return self.gradient_layout.pack(self.weight_gradients([examples[i] for i in chosen])).cpu()
+
+    def _private_gradient(self, client: int, noise: float, round: int) -> Tensor:
+        examples, clip_norm = self.client_data(client).examples, self.config.privacy.clip_norm
+        rate = self.privacy_plan[client].initialization.sampling_rate  # type: ignore[union-attr]
+        (chosen,) = poisson_batches(len(examples), rate, 1, seed=self.config.seed, round=-1 - round, client=client)
+        gradients = clipped_weight_gradients(self.model, [examples[i] for i in chosen], clip_norm, pad_id=self.tokenizer.pad_token_id)
+        generator = torch_generator(self.config.seed, "init noise", round, client)
+        return noise_of_initial_gradient(self.gradient_layout.pack(gradients).cpu(), noise, clip_norm, generator)
 
     @property
     def gradient_layout(self) -> Layout:
@@ -328,5 +372,7 @@ class Session:
 
     def factors_from_gradients(self, gradients: Adapter, steps_taken: int = 0) -> Adapter:
         """Returns B, R, A of the next full fine-tuning step along the summed gradients."""
+        if self.config.adapter.init is Init.gradient_dp:
+            return from_noised_gradients(self.spec, gradients, self.config.seed)
         eta = learning_rate(steps_taken, self.total_steps, self.config.training)
         return from_gradients(self.spec, gradients, eta, self.config.seed)

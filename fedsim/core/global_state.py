@@ -25,6 +25,7 @@ class GlobalState:
     increment_on: dict[str, str] = field(default_factory=dict)  # digests of the factors that the increment builds on
     control: Tensor | None = None  # SCAFFOLD's c, flat
     moments: dict[str, Tensor] = field(default_factory=dict)  # of the server optimizer
+    clip_norm: float | None = None  # of client-level privacy, where it adapts
     tag: str = ""  # digest of everything folded so far, in order
     _digests: dict[tuple[str, int], str] = field(default_factory=dict)
 

@@ -30,6 +30,19 @@ def from_gradients(spec: AdapterSpec, gradients: Adapter, eta: float, seed: int)
     return adapter
 
 
+def from_noised_gradients(spec: AdapterSpec, gradients: Adapter, seed: int) -> Adapter:
+    """Returns B and A of the singular vectors of the noised sum of clipped gradients, and R = 0.
+
+    Without the sign of the first step: it would make every entry's noise as large as the gradient. With R = 0, since the singular values
+    are mostly noise.
+    """
+    adapter: Adapter = {}
+    for name in spec.layers:
+        left, _, right = truncated_svd(gradients[name], spec.rank, seed, name)
+        adapter |= {f"{name}.B": left, f"{name}.R": torch.zeros(spec.rank, spec.rank), f"{name}.A": right}
+    return adapter
+
+
 def from_weights(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
     """Returns B, A = top singular vectors of each base weight {layer: [out, in]}, and R drawn near zero."""
     adapter: Adapter = {}

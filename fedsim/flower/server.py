@@ -24,6 +24,7 @@ from fedsim.export import peft_files
 from fedsim.flower.strategy import FedsimStrategy, keeps_memory
 from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
+from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import Progress
 from fedsim.report import curves_png, diagnosis_png, holdings_table, partition_png, summary_table, transfers_csv
 from fedsim.run_folder import RunFolder
@@ -43,6 +44,7 @@ class State:
     round: int
     shared: GlobalState
     ledger: CommunicationLedger = field(default_factory=CommunicationLedger)
+    privacy: PrivacyLedger | None = None
     evaluations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     num_tokens: int = 0
     wall_seconds: float = 0.0  # of training: messages, local training and aggregation
@@ -85,7 +87,7 @@ class Run:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
         try:
             state = self._restored() or self._initial()
-            strategy = FedsimStrategy(self._session, self._given, state.ledger, state.shared)
+            strategy = FedsimStrategy(self._session, self._given, state.ledger, state.shared, state.privacy)
             while True:
                 self._evaluate_if_due(state)
                 if state.round == self._config.federation.rounds:
@@ -104,16 +106,16 @@ class Run:
             self._progress.note(f"left out: {line}")
         self._progress.phase(f"initial factors ({self._init.name})")
         begun = time.perf_counter()
-        ledger = CommunicationLedger()
+        ledger, privacy = CommunicationLedger(), self._privacy_ledger()
         zeros = zero(self._session.spec, {}, 0)
         self._session.install_folded({}, "")  # an earlier run in this process may have left something there
         shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
         if self._init not in DERIVED:
-            shared.factors = self._factors_from_gradients(shared, ledger, 0)
+            shared.factors = self._factors_from_gradients(shared, ledger, privacy, 0)
         seconds = time.perf_counter() - begun
         facts = {"wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"], "digests": shared.digests()}
         self._folder.event("initialized", init=self._init.name, rank=self._session.spec.rank, **facts)
-        state = State(0, shared, ledger)
+        state = State(0, shared, ledger, privacy)
         self._save(state)
         return state
 
@@ -123,14 +125,26 @@ class Run:
         assert init is not None  # `fedsim.session.effective` has settled it
         return init
 
-    def _factors_from_gradients(self, shared: GlobalState, ledger: CommunicationLedger, number: int) -> Adapter:
+    def _privacy_ledger(self) -> PrivacyLedger | None:
+        """Returns the empty ledger of a private run, None where nothing is claimed."""
+        options, plan = self._config.privacy, self._session.privacy_plan
+        if not plan:
+            return None
+        deltas = {client: each.delta for client, each in enumerate(plan)}
+        noise = sorted({round(each.noise_multiplier, 4) for each in plan})
+        self._folder.event("privacy_planned", unit=options.unit.name, noise_multipliers=noise, sampling_rates=[each.rate for each in plan])
+        return PrivacyLedger(options.unit.name, deltas, options.accountant.name, None if options.unsafe_init else options.epsilon)
+
+    def _factors_from_gradients(
+        self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None, number: int
+    ) -> Adapter:
         """Returns B, R, A from the gradients at the present base weights, with what that moved in the ledger."""
         session = self._session
         session.install_folded(shared.folded, shared.tag)
         if self._init is Init.gradient_public:
             gradients = session.weight_gradients(session.encode(session.public))
         else:
-            gradients = FedsimStrategy(session, self._given, ledger, shared).initial_gradients(self._grid, number)
+            gradients = FedsimStrategy(session, self._given, ledger, shared, privacy).initial_gradients(self._grid, number)
         steps = number * session.total_steps // self._config.federation.rounds
         return session.factors_from_gradients(gradients, steps)
 
@@ -144,7 +158,7 @@ class Run:
             factors = self._session.derived_factors(number + 1)
             assert factors is not None
         else:
-            factors = self._factors_from_gradients(shared, state.ledger, number)
+            factors = self._factors_from_gradients(shared, state.ledger, state.privacy, number)
         shared.replace(factors, self._session.spec.kinds, number)
         shared.moments = {}
         after = state.ledger.totals()
@@ -164,7 +178,7 @@ class Run:
         exchange.held = {int(client): dict(zip(exchange.versions, held, strict=True)) for client, held in facts["held"].items()}
         shared.folded, shared.increment, shared.moments = tensors[FOLDED], tensors[INCREMENT], tensors[MOMENT]
         shared.tag, shared.increment_on = facts["tag"], facts["increment_on"]
-        shared.control = tensors[CONTROL_VARIATE].get("c")
+        shared.control, shared.clip_norm = tensors[CONTROL_VARIATE].get("c"), facts["clip_norm"]
         for node, context in self._contexts.items():
             write_memory(context, _by_client(tensors[MEMORY], node))
         if facts["adapter_digest"] != shared.adapter_digest():
@@ -175,6 +189,7 @@ class Run:
             checkpoint.round,
             shared,
             CommunicationLedger.from_json(facts["ledger"]),
+            PrivacyLedger.from_json(facts["privacy"]) if facts["privacy"] else None,
             {int(round_): tasks for round_, tasks in facts["evaluations"].items()},
             facts["num_tokens"],
             facts["wall_seconds"],
@@ -190,7 +205,9 @@ class Run:
             "held": {client: [held.get(part, -1) for part in exchange.versions] for client, held in exchange.held.items()},
             "tag": shared.tag,
             "increment_on": shared.increment_on,
+            "clip_norm": shared.clip_norm,
             "ledger": state.ledger.to_json(),
+            "privacy": state.privacy.to_json() if state.privacy else None,
             "evaluations": state.evaluations,
             "num_tokens": state.num_tokens,
             "wall_seconds": state.wall_seconds,
@@ -242,12 +259,20 @@ class Run:
             "setup_bytes": moved["setup_bytes"],
             "adapter_digest": state.shared.adapter_digest(),
         }
+        if state.privacy is not None:
+            report["epsilon"] = self._largest_epsilon(state.privacy)
         self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, **report, **facts.diagnosis)
         self._progress.round_finished(number, report, after)
         self._tell_too_long()
         if refresh_due(self._config, number):
             self._refresh(state)
         self._save(state)
+
+    def _largest_epsilon(self, privacy: PrivacyLedger) -> float:
+        """Returns the epsilon of the client that has spent most so far; clients with equal histories are computed once."""
+        plan = self._session.privacy_plan
+        kinds = {(privacy.history(client), plan[client].delta): client for client in range(len(plan))}
+        return max(privacy.epsilon(client) for client in kinds.values())
 
     def _tell_too_long(self) -> None:
         """Says how many examples this process has left out since it said so last."""
@@ -360,7 +385,7 @@ class Run:
             "adapter_digest": state.shared.adapter_digest(),
             "evaluation": evaluation,
             "communication": state.ledger.totals(),
-            "privacy": None,
+            "privacy": state.privacy.summary() if state.privacy else None,
             "training": {
                 "tokens": state.num_tokens,
                 "wall_seconds": state.wall_seconds,

@@ -6,10 +6,10 @@ the run's seed and the round, never from node ids.
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import cycle
-from math import ceil
+from math import ceil, exp, nan
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsim.config import Config, ServerConfig, ServerRule, Weighting, to_dict
+from fedsim.config import Config, Init, PrivacyUnit, ServerConfig, ServerRule, Weighting, to_dict
 from fedsim.core import robust
 from fedsim.core.collecting import Collector, Rule, keeps_clients
 from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
@@ -27,9 +27,10 @@ from fedsim.core.diagnosis import diagnose
 from fedsim.core.exchange import CONTROL, WEIGHTS
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.methods import Method
-from fedsim.core.participation import draw_participants, share_samples
+from fedsim.core.participation import draw_by_coin, draw_participants, share_samples
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.core.traffic import down_sizes
+from fedsim.errors import UserError
 from fedsim.flower.records import (
     arrays_from_record,
     from_record,
@@ -41,6 +42,9 @@ from fedsim.flower.records import (
 )
 from fedsim.flower.transfer import Packer
 from fedsim.flower.worker import NEEDS_STATE, client_key, control_key
+from fedsim.privacy.accounting import split_noise
+from fedsim.privacy.ledger import PrivacyLedger
+from fedsim.seeding import torch_generator
 from fedsim.session import Session
 from fedsim.types import Adapter
 
@@ -63,6 +67,7 @@ class RoundFacts:
     loss: list[float] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)  # as used in the average, before normalisation
     num_tokens: int = 0
+    num_within: int = 0  # clients whose update was within the clip norm
     diagnosis: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,32 +78,69 @@ class RoundFacts:
     @property
     def mean_loss(self) -> float:
         """Training loss averaged over the clients by their number of examples."""
+        if not self.clients:
+            return nan
         return sum(n * loss for n, loss in zip(self.num_examples, self.loss, strict=True)) / sum(self.num_examples)
 
 
 class FedsimStrategy(Strategy):
     """Federated training of one `GlobalState` by any method of `fedsim.core.methods`; every transfer goes into the ledger."""
 
-    def __init__(self, session: Session, config: Config, ledger: CommunicationLedger, state: GlobalState) -> None:
+    def __init__(
+        self, session: Session, config: Config, ledger: CommunicationLedger, state: GlobalState, privacy: PrivacyLedger | None = None
+    ) -> None:
         self._session, self._method, self._spec = session, session.method, session.spec
         self._federation = session.config.federation
         self._config_text = json.dumps(to_dict(config))
         self._cohort_size = config.engine.cohort_size
-        self._ledger = ledger
+        self._ledger, self._privacy = ledger, privacy
+        self._unit = session.config.privacy.unit
+        self._participants: dict[int, list[int]] = {}
         self._state = state
         self._size = cache(self._spec.num_parameters)
         self._control_change = torch.zeros(0)
         self.facts = RoundFacts()
 
     def participants(self, server_round: int) -> list[int]:
-        """Returns the clients of a round, in ascending order; a function of seed and round."""
-        return draw_participants(self._federation.clients, self._federation.fraction, self._session.config.seed, server_round)
+        """Returns the clients of a round, in ascending order; a function of seed and round.
+
+        With client-level privacy each is drawn by its own coin; with example-level privacy a client stops before its budget is exceeded.
+        Raises UserError where every client's budget is spent.
+        """
+        if server_round not in self._participants:
+            draw = draw_by_coin if self._unit is PrivacyUnit.client else draw_participants
+            drawn = draw(self._federation.clients, self._federation.fraction, self._session.config.seed, server_round)
+            self._participants[server_round] = self._within_budget(server_round, drawn)
+        return self._participants[server_round]
+
+    def _within_budget(self, server_round: int, drawn: list[int]) -> list[int]:
+        if self._privacy is None:
+            return drawn
+        plan, ledger = self._session.privacy_plan, self._privacy
+        if self._unit is PrivacyUnit.client:
+            left = drawn if not ledger.would_exceed(0, plan[0].round_mechanism) else None
+        else:
+            left = [client for client in drawn if not ledger.would_exceed(client, plan[client].round_mechanism)] or None
+        if left is None:
+            raise UserError(
+                f"privacy.epsilon: round {server_round} would exceed the budget of {ledger.budget:g} of every client that was drawn; "
+                "allow more epsilon, more noise or fewer rounds. The rounds before it are in the last checkpoint."
+            )
+        return left
+
+    def _charge_privacy(self, clients: Sequence[int]) -> None:
+        """Writes the round down before anything of it leaves a client."""
+        if self._privacy is not None:
+            for client in clients:
+                self._privacy.charge(client, self._session.privacy_plan[client].round_mechanism)
 
     # ---- a round
 
     def exchange(self, server_round: int, grid: Grid) -> None:
         """Carries one round out and brings the global state forward."""
         packer = Packer(self._state, self._method.moving)
+        participants = self.participants(server_round)
+        self._charge_privacy(range(self._federation.clients) if self._unit is PrivacyUnit.client else participants)
         messages = self._messages(server_round, packer, grid)
         self._combine(server_round, self._replies(grid, messages, packer, "train"))
 
@@ -113,11 +155,21 @@ class FedsimStrategy(Strategy):
 
     def _messages(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Message]:
         for node, clients in self.cohorts(self.participants(server_round), grid):
-            content = self._brought_up(server_round, clients, packer)
+            content = self._brought_up(server_round, clients, packer, **self._private_facts(clients))
             yield Message(content, node, "train", group_id=str(server_round))
 
+    def _private_facts(self, clients: Sequence[int]) -> dict[str, Any]:
+        """Returns what a request says of privacy."""
+        if self._unit is PrivacyUnit.example:
+            return {"noise": [self._session.privacy_plan[client].noise_multiplier for client in clients]}
+        return {"clip_norm": self._clip_norm} if self._unit is PrivacyUnit.client else {}
+
+    @property
+    def _clip_norm(self) -> float:
+        return self._state.clip_norm or self._session.config.privacy.clip_norm
+
     def _brought_up(
-        self, server_round: int, clients: Sequence[int], packer: Packer, needed: Collection[str] | None = None, **facts: list[int]
+        self, server_round: int, clients: Sequence[int], packer: Packer, needed: Collection[str] | None = None, **facts: Any
     ) -> RecordDict:
         """Returns a request with what any of the clients lacks of the needed parts (None is all), and charges each for what it lacks."""
         exchange = self._state.exchange
@@ -132,7 +184,7 @@ class FedsimStrategy(Strategy):
         records, told = packer.pack(parts, needed, increment=increment)
         return RecordDict({**records, REQUEST: self._request(clients, server_round, told, **facts)})
 
-    def _request(self, clients: Sequence[int], server_round: int, told: dict[str, str | list[str]], **facts: list[int]) -> ConfigRecord:
+    def _request(self, clients: Sequence[int], server_round: int, told: dict[str, str | list[str]], **facts: Any) -> ConfigRecord:
         return ConfigRecord({"config": self._config_text, "clients": list(clients), "round": server_round, **told, **facts})
 
     def _replies(self, grid: Grid, messages: Iterable[Message], packer: Packer, kind: str) -> Iterator[Message]:
@@ -159,7 +211,10 @@ class FedsimStrategy(Strategy):
         self._control_change = torch.zeros_like(state.control) if state.control is not None else torch.zeros(0)
         for weight, flat, positions in self._updates(server_round, replies):
             collector.add(weight, flat, positions)
-        start, mean = self._spec.pack(state.factors, kinds), collector.mean()
+        start = self._spec.pack(state.factors, kinds)
+        mean = collector.mean() if self.facts.clients else start
+        if self._unit is PrivacyUnit.client:
+            mean = self._noised(server_round, start, mean)
         new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
         collected = collector.collected(new, config.seed, server_round)
         outcome = method.finish(collected)
@@ -171,6 +226,22 @@ class FedsimStrategy(Strategy):
             state.exchange.changed([CONTROL], server_round)
         if config.evaluation.diagnosis:
             self.facts.diagnosis = diagnose(method, options, collector, collected, state)
+
+    def _noised(self, server_round: int, start: Tensor, mean: Tensor) -> Tensor:
+        """Client-level privacy: the sum of clipped updates with noise, over the number of clients that are drawn on average.
+
+        With `privacy.adaptive_clip` the clip norm follows the quantile of the updates' norms, by a noised count (arXiv 1905.03871).
+        """
+        options, expected = self._session.config.privacy, self._federation.fraction * self._federation.clients
+        generator = torch_generator(self._session.config.seed, "server noise", server_round)
+        noise, clip_norm = self._session.privacy_plan[0].noise_multiplier, self._clip_norm
+        if options.adaptive_clip:
+            count_noise = max(expected / 20, noise)
+            noise = split_noise(noise, count_noise)
+            count = self.facts.num_within - len(self.facts.clients) / 2 + count_noise * float(torch.randn((), generator=generator))
+            self._state.clip_norm = clip_norm * exp(-options.clip_rate * (count / expected + 0.5 - options.clip_quantile))
+        total = (mean - start) * len(self.facts.clients)
+        return start + (total + noise * clip_norm * torch.randn(total.shape, generator=generator)) / expected
 
     def _collector(self, kinds: Sequence[str]) -> Collector:
         config, method = self._session.config, self._method
@@ -193,6 +264,7 @@ class FedsimStrategy(Strategy):
         for reply in replies:
             metrics = reply.content.metric_records["metrics"]
             self.facts.num_tokens += sum(whole_numbers(metrics, "num_tokens"))
+            self.facts.num_within += sum(whole_numbers(metrics, "within"))
             clients, counts = whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples")
             for client, num_examples, loss in zip(clients, counts, numbers(metrics, "loss"), strict=True):
                 self.facts.clients.append(client)
@@ -229,8 +301,14 @@ class FedsimStrategy(Strategy):
         total = torch.zeros(layout.num_parameters, dtype=torch.float64)
         packer = Packer(self._state, self._method.moving)
         nodes = sorted(grid.get_node_ids())
-        for client, samples in self.init_shares().items():
-            content = self._brought_up(server_round, [client], packer, (WEIGHTS,), samples=[samples])
+        mechanisms = {client: each.initialization for client, each in enumerate(self._session.privacy_plan) if each.initialization}
+        private = self._session.config.adapter.init is Init.gradient_dp
+        shares = dict.fromkeys(range(self._federation.clients), 0) if private else self.init_shares()
+        for client, samples in shares.items():
+            facts: dict[str, Any] = {"noise": [mechanisms[client].noise_multiplier]} if private else {}
+            if self._privacy is not None and client in mechanisms:
+                self._privacy.charge(client, replace(mechanisms[client], steps=1))
+            content = self._brought_up(server_round, [client], packer, (WEIGHTS,), samples=[samples], **facts)
             message = Message(content, nodes[client % len(nodes)], "train.initial_gradient", group_id=str(server_round))
             (reply,) = self._replies(grid, [message], packer, "train.initial_gradient")
             record = reply.content.array_records[client_key(client)]

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 
 from fedsim.config import Config, from_dict
 from fedsim.core.adapters import bound, merged
-from fedsim.flower.records import arrays_to_record, to_record, whole_numbers
+from fedsim.flower.records import arrays_to_record, numbers, to_record, whole_numbers
 from fedsim.flower.transfer import control_of, take_in
 from fedsim.session import PERSONAL, Memory, Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
@@ -46,8 +46,11 @@ def initial_gradient(message: Message, context: Context) -> Message:
 
     def gradients(session: Session, request: ConfigRecord) -> RecordDict:
         content = RecordDict()
-        for client, samples in zip(whole_numbers(request, "clients"), whole_numbers(request, "samples"), strict=True):
-            content[client_key(client)] = to_record(session.client_gradient(client, samples))
+        clients = whole_numbers(request, "clients")
+        noise: list[float | None] = [*numbers(request, "noise")] if "noise" in request else [None] * len(clients)
+        for client, samples, own in zip(clients, whole_numbers(request, "samples"), noise, strict=True):
+            gradient = session.client_gradient(client, samples, own, int(request["round"]))  # type: ignore[arg-type]
+            content[client_key(client)] = to_record(gradient)
         return content
 
     return _with_state(message, gradients)
@@ -82,7 +85,14 @@ def _with_state(message: Message, work: Callable[[Session, ConfigRecord], Record
 def _train(session: Session, request: ConfigRecord, content: RecordDict, context: Context) -> RecordDict:
     clients = whole_numbers(request, "clients")
     memory = read_memory(context, clients)
-    replies = session.train(clients, int(request["round"]), memory, control_of(session, content))  # type: ignore[arg-type]
+    replies = session.train(
+        clients,
+        int(request["round"]),  # type: ignore[arg-type]
+        memory,
+        control_of(session, content),
+        noise=numbers(request, "noise") if "noise" in request else (),
+        clip_norm=float(request["clip_norm"]) if "clip_norm" in request else None,  # type: ignore[arg-type]
+    )
     write_memory(context, memory)
     results = [reply.result for reply in replies]
     answer = RecordDict({client_key(reply.result.client): arrays_to_record(reply.arrays) for reply in replies})
@@ -96,6 +106,7 @@ def _train(session: Session, request: ConfigRecord, content: RecordDict, context
             "num_tokens": [result.num_tokens for result in results],
             "num_steps": [result.num_steps for result in results],
             "loss": [result.loss for result in results],
+            "within": [int(reply.within) for reply in replies],
         }
     )
     return answer

@@ -7,15 +7,18 @@ training path.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import nan
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.config import TrainingConfig
 from fedsim.core.payload import Layout
-from fedsim.training.batches import collate, local_batches, pack
+from fedsim.seeding import torch_generator
+from fedsim.training.batches import collate, local_batches, pack, steps_per_round
 from fedsim.training.loss import group_gradients
 from fedsim.training.optimizers import OptimizerState, learning_rate, update
+from fedsim.training.private import CohortDPOptimizer, PrivateRule, poisson_batches, sampling_rate
 from fedsim.types import EncodedExample
 
 
@@ -69,6 +72,7 @@ def train_cohort(
     round: int,
     rounds: int,
     rule: LocalRule | None = None,
+    private: PrivateRule | None = None,
     on_pass: Callable[[PassFacts], None] = lambda facts: None,
 ) -> list[LocalResult]:
     """Trains every client from `start` on its own examples for one round and returns the results in the order of `clients`.
@@ -77,9 +81,9 @@ def train_cohort(
     own factors are unchanged. The optimizer state starts anew; the schedule runs over the local steps of all rounds.
     """
     device = next(model.parameters()).device
+    draw = local_batches if private is None else private_batches
     plans = {
-        data.client: local_batches([e.num_tokens for e in data.examples], training, seed=seed, round=round, client=data.client)
-        for data in clients
+        data.client: draw([e.num_tokens for e in data.examples], training, seed=seed, round=round, client=data.client) for data in clients
     }
     order = sorted(range(len(clients)), key=lambda i: -len(plans[clients[i].client]))  # longest first: the active clients are a prefix
     cohort = [clients[i] for i in order]
@@ -90,30 +94,73 @@ def train_cohort(
     state = OptimizerState()
     step_losses = torch.zeros(len(cohort), device=device)
 
+    def take_step(gradients: Tensor) -> None:
+        adjust.gradients(stack, gradients)
+        rates = [learning_rate((round - 1) * n + step, rounds * n, training) for n in steps[: len(gradients)]]
+        update(stack, gradients, state, torch.tensor(rates, device=device).unsqueeze(1), training)
+        adjust.values(stack)
+
+    noised = private and _private_optimizer(private, cohort, order, stack, take_step, training, seed=seed, round=round)
+
     for step in range(max(steps)):
         active = sum(n > step for n in steps)
         rows = {slot: [data.examples[i] for i in plans[data.client][step]] for slot, data in enumerate(cohort[:active])}
         gradients = space[:active].zero_()
+        if noised:
+            noised.start(active)
         for each in pack(rows, training.batch_size, training.tokens_per_pass):
-            slots = torch.tensor(each.slots, device=device)
             batch = collate([row.example for row in each.rows], pad_id, device)
             weights = torch.tensor([row.weight for row in each.rows], device=device)
-            losses, parts = group_gradients(model, layout.unpack(stack[slots]), batch, weights)
-            gradients.index_add_(0, slots, torch.cat([part.flatten(1) for part in parts.values()], dim=1))
-            step_losses.index_add_(0, torch.tensor([row.slot for row in each.rows], device=device), losses * weights)
+            owners = torch.tensor([row.slot for row in each.rows], device=device)
+            slots = owners if noised else torch.tensor(each.slots, device=device)  # private gradients are taken row by row
+            losses, parts = group_gradients(model, layout.unpack(stack[slots]), batch, torch.ones_like(weights) if noised else weights)
+            found = torch.cat([part.flatten(1) for part in parts.values()], dim=1)
+            if noised:
+                noised.add(slots, adjust.masked(slots, found))
+            else:
+                gradients.index_add_(0, slots, found)
+            step_losses.index_add_(0, owners, losses * weights)
             on_pass(PassFacts(batch.num_tokens, losses.mean(), (step + 1) / max(steps)))
-        adjust.gradients(stack, gradients)
-        rates = [learning_rate((round - 1) * n + step, rounds * n, training) for n in steps[:active]]
-        update(stack, gradients, state, torch.tensor(rates, device=device).unsqueeze(1), training)
-        adjust.values(stack)
+        if noised:
+            noised.finish()
+        else:
+            take_step(gradients)
 
     results = {}
     trained, losses_of = stack.cpu(), step_losses.cpu()
     for slot, data in enumerate(cohort):
-        tokens = sum(data.examples[i].num_tokens for batch_ in plans[data.client] for i in batch_)
-        loss = float(losses_of[slot]) / max(1, steps[slot])
+        tokens = 0 if noised else sum(data.examples[i].num_tokens for batch_ in plans[data.client] for i in batch_)
+        loss = nan if noised else float(losses_of[slot]) / max(1, steps[slot])  # a private client tells nothing that has no noise
         results[data.client] = LocalResult(data.client, trained[slot], len(data.examples), loss, steps[slot], tokens)
     return [results[data.client] for data in clients]
+
+
+def private_batches(lengths: Sequence[int], training: TrainingConfig, *, seed: int, round: int, client: int) -> list[list[int]]:
+    """Returns Poisson samples for the local steps of a round."""
+    rate = sampling_rate(len(lengths), training.batch_size * training.accumulation)
+    return poisson_batches(len(lengths), rate, steps_per_round(len(lengths), training), seed=seed, round=round, client=client)
+
+
+def _private_optimizer(
+    private: PrivateRule,
+    cohort: Sequence[ClientData],
+    order: list[int],
+    stack: Tensor,
+    take_step: Callable[[Tensor], None],
+    training: TrainingConfig,
+    *,
+    seed: int,
+    round: int,
+) -> CohortDPOptimizer:
+    sizes, batch_size = [len(data.examples) for data in cohort], training.batch_size * training.accumulation
+    return CohortDPOptimizer(
+        stack,
+        take_step,
+        noise_multipliers=[private.noise_multipliers[i] for i in order],
+        clip_norm=private.clip_norm,
+        expected_batch_sizes=[n * sampling_rate(n, batch_size) for n in sizes],
+        generators=[torch_generator(seed, "noise", round, data.client) for data in cohort],
+    )
 
 
 class _Adjustment:
@@ -134,6 +181,10 @@ class _Adjustment:
             gradients.add_(stack[:active] - self._start[:active], alpha=self._mu)
         if self._shift is not None:
             gradients.add_(self._shift[:active])
+
+    def masked(self, slots: Tensor, gradients: Tensor) -> Tensor:
+        """Returns the gradients [rows, parameters] of rows of the clients at `slots`, zero where the client does not train."""
+        return gradients if self._trainable is None else gradients * self._trainable[slots]
 
     def values(self, stack: Tensor) -> None:
         """Puts back what a client does not train."""

@@ -36,3 +36,18 @@ def weight_gradients(model: nn.Module, examples: Sequence[EncodedExample], *, pa
         name: total.T.contiguous() if is_transposed(layer.base) else total
         for (name, layer), total in zip(layers.items(), sums, strict=True)
     }
+
+
+def clipped_weight_gradients(model: nn.Module, examples: Sequence[EncodedExample], clip_norm: float, *, pad_id: int) -> Adapter:
+    """Returns {layer: [out, in]}: the sum of the examples' gradients, each scaled to an L2 norm over all layers of at most `clip_norm`.
+
+    One example changes the result by at most `clip_norm`, whatever the others are. One backward pass per example.
+    """
+    total = weight_gradients(model, [], pad_id=pad_id, tokens_per_pass=1)
+    for example in examples:
+        gradients = weight_gradients(model, [example], pad_id=pad_id, tokens_per_pass=example.num_tokens)
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        for name, gradient in gradients.items():
+            total[name].add_(gradient * factor)
+    return total

@@ -1,0 +1,121 @@
+"""DP-SGD for a cohort (arXiv 1607.00133): one Opacus optimizer clips, noises and steps for all clients of a pass, each as if it were alone.
+
+Opacus's DPOptimizer keeps one clip-and-noise state per parameter. Here the parameter is the stack of the cohort, so three of its steps are
+written for a stack: an example is clipped over all its factors and added to its own client's row; noise is drawn per client, from the
+client's own generator and with its own standard deviation; and a row is divided by its own client's expected batch size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _generate_noise
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch import Tensor, nn
+
+from fedsim.seeding import torch_generator
+
+
+@dataclass(frozen=True)
+class PrivateRule:
+    """How the clients of a cohort train privately; lists run in the order of the clients."""
+
+    clip_norm: float
+    noise_multipliers: tuple[float, ...]
+
+
+def sampling_rate(num_examples: int, batch_size: int) -> float:
+    """Returns the probability with which an example is in a step: an expected batch of `batch_size`, or everything."""
+    return min(1.0, batch_size / num_examples)
+
+
+def poisson_batches(num_examples: int, rate: float, steps: int, *, seed: int, round: int, client: int) -> list[list[int]]:
+    """Returns the example indices of each step: every example is drawn by its own coin, so a batch may be empty."""
+    generator = torch_generator(seed, "poisson", round, client)
+    sampler = UniformWithReplacementSampler(num_samples=num_examples, sample_rate=rate, generator=generator, steps=steps)
+    return [list(batch) for batch in sampler]
+
+
+class _StackOptimizer(torch.optim.Optimizer):
+    """Hands the noised gradients of the active clients to the trainer's own step."""
+
+    def __init__(self, stack: nn.Parameter, step: Callable[[Tensor], None]) -> None:
+        super().__init__([stack], {})
+        self._step = step
+        self.gradients = torch.zeros(0)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self._step(self.gradients)
+
+
+class CohortDPOptimizer(DPOptimizer):
+    """An Opacus optimizer over a stack [clients, parameters]; row i belongs to client i and meets its noise alone.
+
+    Guarantees: equal to one `DPOptimizer` per client with the same generator, to float tolerance; an example moves the sum of its client
+    by at most `clip_norm`, whatever the other examples are; noise is added in every step, after an empty batch too.
+    """
+
+    def __init__(
+        self,
+        stack: Tensor,  # of the clients that still train, a view that is stepped in place
+        step: Callable[[Tensor], None],  # takes the gradients [active, parameters] and changes the stack
+        *,
+        noise_multipliers: Sequence[float],
+        clip_norm: float,
+        expected_batch_sizes: Sequence[float],
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        self._parameter = nn.Parameter(stack)
+        self._stack_optimizer = _StackOptimizer(self._parameter, step)
+        super().__init__(
+            self._stack_optimizer,
+            noise_multiplier=max(noise_multipliers),
+            max_grad_norm=clip_norm,
+            expected_batch_size=1,
+        )
+        self._noise_multipliers, self._generators = noise_multipliers, generators
+        self._expected = torch.tensor(expected_batch_sizes, device=stack.device).unsqueeze(1)
+        self._slots = torch.zeros(0, dtype=torch.long, device=stack.device)
+        self._rows = self._sum = torch.zeros(0, device=stack.device)
+
+    def start(self, active: int) -> None:
+        """Begins a step of the first `active` clients."""
+        self._sum = torch.zeros_like(self._parameter[:active], requires_grad=False)
+
+    def add(self, slots: Tensor, gradients: Tensor) -> None:
+        """Clips the gradients of some examples [rows, parameters] and adds each to the client at its slot; the gradients are used up."""
+        self._slots, self._rows = slots, gradients
+        self.clip_and_accumulate()
+
+    def finish(self) -> None:
+        """Adds noise, divides by the expected batch sizes and takes the optimizer's step."""
+        self.add_noise()
+        self.scale_grad()
+        self.original_optimizer.step()
+
+    def clip_and_accumulate(self) -> None:
+        factors = (self.max_grad_norm / (self._rows.norm(dim=1) + 1e-6)).clamp(max=1.0)  # Opacus's own constant
+        self._sum.index_add_(0, self._slots, self._rows.mul_(factors.unsqueeze(1)))
+
+    def add_noise(self) -> None:
+        for slot, total in enumerate(self._sum):
+            std = self._noise_multipliers[slot] * self.max_grad_norm
+            reference = total.cpu()  # the generators are the CPU's, so that noise is the same on every device
+            total += _generate_noise(std=std, reference=reference, generator=self._generators[slot]).to(total.device)
+
+    def scale_grad(self) -> None:
+        self._stack_optimizer.gradients = self._sum.div_(self._expected[: len(self._sum)])
+
+
+def noise_of_initial_gradient(gradient: Tensor, noise_multiplier: float, clip_norm: float, generator: torch.Generator) -> Tensor:
+    """Returns the flat sum of clipped gradients with Gaussian noise of standard deviation noise_multiplier x clip_norm in every entry.
+
+    One example moves the sum by at most clip_norm in L2 norm over all layers, which is the sensitivity; the SVD that makes the bases of
+    it is post-processing.
+    """
+    if not math.isfinite(noise_multiplier) or noise_multiplier < 0:
+        raise ValueError(f"Expected a finite noise multiplier of at least 0, got {noise_multiplier}.")
+    return gradient + _generate_noise(std=noise_multiplier * clip_norm, reference=gradient, generator=generator)
