@@ -1,0 +1,191 @@
+"""DP-SGD in the cohort against genuine Opacus, one client at a time: GradSampleModule and DPOptimizer, the same draws and generators."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import adapted_model
+from torch import nn
+
+from fedsim.config import Optimizer, Schedule, TrainingConfig
+from fedsim.core.adapters import adapted_layers, factors
+from fedsim.core.payload import Layout
+from fedsim.seeding import torch_generator
+from fedsim.training.cohort import ClientData, private_batches, train_cohort
+from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
+from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches, sampling_rate
+
+SIZES, NOISE, CLIP = (9, 5, 14), (0.7, 1.3, 0.4), 0.05
+SGD = {"optimizer": Optimizer.sgd, "learning_rate": 0.5, "schedule": Schedule.constant, "warmup_ratio": 0.0}
+
+
+def training(**options):
+    return TrainingConfig(**{"batch_size": 4, "local_steps": 4, "tokens_per_pass": 60, **SGD, **options})
+
+
+def clients(sequences, sizes=SIZES):
+    return [ClientData(i, sequences(n, seed=i)) for i, n in enumerate(sizes)]
+
+
+def train(model, cohort, noise=NOISE, clip=CLIP, **options):
+    current = factors(model, ("R",))
+    layout = Layout.of(current)
+    rule = PrivateRule(clip, tuple(noise[: len(cohort)]))
+    return train_cohort(
+        model, layout.pack(current), layout, cohort, training(**options), pad_id=0, seed=0, round=1, rounds=1, private=rule
+    )
+
+
+class WithLinearR(nn.Module):
+    """An adapted layer as Opacus wants it: R is the weight of a Linear."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base, self.B, self.A = layer.base, layer.B, layer.A
+        self.R = nn.Linear(layer.R.shape[1], layer.R.shape[0], bias=False)
+        self.R.weight.data = layer.R.clone()
+
+    def forward(self, x):
+        return self.base(x) + self.R(x @ self.A.T) @ self.B.T
+
+
+def opacus_alone(architecture, data, noise, options):
+    """One client in Opacus itself."""
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    model = adapted_model(architecture).train()
+    names = list(adapted_layers(model))
+    for name, layer in adapted_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, WithLinearR(layer))
+    Rs = [model.get_submodule(name).R.weight for name in names]
+    private = GradSampleModule(model, loss_reduction="sum", strict=False)
+    expected = len(data.examples) * sampling_rate(len(data.examples), 4)
+    kind = torch.optim.AdamW(Rs, lr=0.01, weight_decay=0.0) if options else torch.optim.SGD(Rs, lr=0.5)
+    optimizer = DPOptimizer(
+        kind, noise_multiplier=noise, max_grad_norm=CLIP, expected_batch_size=expected, generator=torch_generator(0, "noise", 1, data.client)
+    )
+    lengths = [example.num_tokens for example in data.examples]
+    for batch in private_batches(lengths, training(), seed=0, round=1, client=data.client):
+        optimizer.zero_grad()
+        for i in batch:  # one example at a time: no padding, no other row
+            example = data.examples[i]
+            labels = torch.tensor([[-100] * example.loss_start + list(example.input_ids[example.loss_start :])])
+            private(input_ids=torch.tensor([example.input_ids]), labels=labels, use_cache=False).loss.backward()
+            optimizer.signal_skip_step(True)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.signal_skip_step(False)
+        for R in Rs:
+            R.grad_sample = torch.zeros(0, *R.shape)
+        optimizer.step()
+    return torch.cat([R.detach().flatten() for R in Rs])
+
+
+@pytest.mark.filterwarnings("ignore")  # of Opacus, about its hooks
+@pytest.mark.parametrize("options", [{}, {"optimizer": Optimizer.adamw, "learning_rate": 0.01}])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_a_private_cohort_equals_genuine_opacus_client_by_client(architecture, options, sequences):
+    cohort = clients(sequences)
+    for result, data, noise in zip(train(adapted_model(architecture), cohort, **options), cohort, NOISE, strict=True):
+        alone = opacus_alone(architecture, data, noise, options)
+        torch.testing.assert_close(result.factors, alone, rtol=0, atol=1e-6 if not options else 2e-5)
+
+
+def test_the_cohort_contains_an_empty_batch_and_noises_it(sequences):
+    drawn = [len(batch) for batch in private_batches([8] * 5, training(batch_size=1, local_steps=12), seed=0, round=1, client=1)]
+    assert 0 in drawn
+    model = adapted_model()
+    (noised,) = train(model, clients(sequences, (5,)), batch_size=1, local_steps=1, noise=(1.0,))
+    start = Layout.of(factors(model, ("R",))).pack(factors(model, ("R",)))
+    assert (noised.factors - start).abs().min() > 0
+
+
+def deviation(sequences, noise):
+    """Standard deviation of what noise adds to a step, in units of the clip norm."""
+    cohort, model = clients(sequences), adapted_model()
+    with_noise, without = (train(model, cohort, noise=each, local_steps=1, learning_rate=1.0) for each in (noise, (0.0, 0.0, 0.0)))
+    added = [
+        (a.factors - b.factors) * len(data.examples) * sampling_rate(len(data.examples), 4) / CLIP
+        for a, b, data in zip(with_noise, without, cohort, strict=True)
+    ]
+    return [float(each.std()) for each in added]
+
+
+def test_noise_has_its_standard_deviation_and_not_two_thirds_or_three_halves_of_it(sequences):
+    def accepted(found, claimed):
+        return abs(found / claimed - 1) < 0.12  # 896 values: four standard errors are 0.094
+
+    found = deviation(sequences, NOISE)
+    for sigma, claimed in zip(found, NOISE, strict=True):
+        assert accepted(sigma, claimed)
+    for factor in (2 / 3, 3 / 2):
+        wrong = deviation(sequences, tuple(factor * noise for noise in NOISE))
+        assert not any(accepted(sigma, claimed) for sigma, claimed in zip(wrong, NOISE, strict=True))
+
+
+def test_examples_are_drawn_at_the_sampling_rate_and_not_at_another():
+    draws = np.array([len(batch) for batch in poisson_batches(200, 0.1, 400, seed=0, round=1, client=0)])
+    standard_error = np.sqrt(200 * 0.1 * 0.9 / 400)
+    assert abs(draws.mean() - 20) < 4 * standard_error < abs(200 * 0.12 - draws.mean())
+    assert draws.var() == pytest.approx(200 * 0.1 * 0.9, rel=0.3), "a fixed batch size would vary by nothing"
+
+
+def test_an_example_moves_the_sum_by_at_most_the_clip_norm_whatever_the_others_are(sequences):
+    """Noise off, one step over everything: the change of the sum is the contribution of one example."""
+    model, everything = adapted_model(), {"batch_size": 100, "local_steps": 1, "learning_rate": 1.0}
+    examples = sequences(8, seed=3)
+
+    def total(of):
+        (result,) = train(model, [ClientData(0, of)], noise=(0.0,), **everything)
+        start = Layout.of(factors(model, ("R",))).pack(factors(model, ("R",)))
+        return (start - result.factors) * len(of)  # the expected batch is the number of examples
+
+    with_it, without = total(examples), total(examples[:-1])
+    contribution = with_it - without
+    assert 0.9 * CLIP < contribution.norm() < CLIP * 1.001
+    others = sequences(7, seed=77)  # of other lengths and contents
+    again = total([*others, examples[-1]]) - total(others)
+    torch.testing.assert_close(again, contribution, rtol=0, atol=2e-6)
+
+
+def test_a_private_client_tells_neither_loss_nor_tokens(sequences):
+    result = train(adapted_model(), clients(sequences))[0]
+    assert np.isnan(result.loss)
+    assert result.num_tokens == 0
+
+
+def test_the_private_result_does_not_depend_on_the_cohort_or_the_packing(sequences):
+    model, cohort = adapted_model(), clients(sequences)
+    together, small = train(model, cohort), train(model, cohort, tokens_per_pass=15)
+    for i, data in enumerate(cohort):
+        (alone,) = train(model, [data], noise=(NOISE[i],))
+        torch.testing.assert_close(together[i].factors, alone.factors, rtol=0, atol=1e-6)
+        torch.testing.assert_close(together[i].factors, small[i].factors, rtol=0, atol=1e-6)
+
+
+def test_checkpointing_and_a_bfloat16_base_train_privately(sequences):
+    plain, saved = (train(adapted_model(activation_checkpointing=each), clients(sequences))[0].factors for each in (False, True))
+    torch.testing.assert_close(plain, saved, rtol=0, atol=1e-6)
+    half = adapted_model()
+    half.to(torch.bfloat16)
+    for layer in adapted_layers(half).values():
+        layer.R, layer.A, layer.B = layer.R.float(), layer.A.float(), layer.B.float()
+    torch.testing.assert_close(train(half, clients(sequences))[0].factors, plain, rtol=0, atol=2e-2)
+
+
+def test_the_initial_gradient_is_clipped_per_example_over_all_layers(sequences):
+    model, examples = adapted_model(), sequences(4)
+    found = clipped_weight_gradients(model, examples, 0.3, pad_id=0)
+    expected = None
+    for example in examples:
+        gradients = weight_gradients(model, [example], pad_id=0, tokens_per_pass=100)
+        flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        clipped = flat * min(1.0, 0.3 / float(flat.norm()))
+        expected = clipped if expected is None else expected + clipped
+    torch.testing.assert_close(torch.cat([gradient.flatten() for gradient in found.values()]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_noise_of_the_initial_gradient_has_its_standard_deviation():
+    noised = noise_of_initial_gradient(torch.zeros(40_000), 1.5, 0.2, torch.Generator().manual_seed(0))
+    assert float(noised.std()) == pytest.approx(0.3, rel=0.02)
