@@ -121,10 +121,9 @@ class Progress:
         self._sent = sent
         self._foresee(number)
         rate = report["tokens"] / max(report["wall_seconds"], 1e-9)
-        self._line(
-            f"{self._heading(number)}  {self._clients} clients  loss {report['train_loss']:.4f}  {rate:,.0f} tokens/s"
-            f"{self._sent_so_far()}{self._left()}"
-        )
+        private = "epsilon" in report  # clients then tell neither their loss nor their tokens
+        facts = f"epsilon {report['epsilon']:.3f}" if private else f"loss {report['train_loss']:.4f}  {rate:,.0f} tokens/s"
+        self._line(f"{self._heading(number)}  {self._clients} clients  {facts}{self._sent_so_far()}{self._left()}")
         if self._live:
             self._bars.update(self._whole, completed=number)
 

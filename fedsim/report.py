@@ -39,7 +39,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     head = ["task", "questions", "accuracy base", "final", "points gained", "loss base", "final"]
     rows = [_task_row(task, found) for task, found in summary["evaluation"].items()]
     moved, training, folder = summary["communication"], summary["training"], summary["run_dir"]
-    speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s"
+    speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s" if training["tokens"] else "tokens withheld"
     run = f"{_count(summary['clients'], 'client')}, {_count(summary['rounds'], 'round')}, rank {summary['rank']}"
     lines = [
         f"{summary['method']}: {run}, seed {summary['seed']}",
@@ -50,12 +50,24 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"sent to clients   {size(moved['downlink_bytes']):>9}   {moved['downlink_parameters']:,} parameters",
         f"for set-up        {size(moved['setup_bytes']):>9}   bases and initial gradients (1 MB = 10^6 bytes)",
         f"training          {duration(training['wall_seconds']):>9}   {speed}",
+        *_privacy_lines(summary["privacy"]),
         "",
         f"files     {folder}: summary.json, curves.png, diagnosis.png, partition.png, holdings.txt, communication.csv, events.jsonl",
         f"adapter   {folder}/adapter, digest {summary['adapter_digest'][:16]}...",
         f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/adapter")',
     ]
     return "\n".join(lines)
+
+
+def _privacy_lines(spent: dict[str, Any] | None) -> list[str]:
+    """An epsilon without bound is infinite in a run's memory and null in its files."""
+    if spent is None:
+        return []
+    if spent["epsilon"] is None or math.isinf(spent["epsilon"]):
+        return [f"privacy           {'none':>9}   something was computed from private data without noise: no epsilon is claimed"]
+    first = f", of it initialisation {spent['initialization_epsilon']:.2f}" if spent["initialization_epsilon"] else ""
+    told = f"epsilon of one {spent['unit']}, largest over clients{first}; delta {spent['delta']:.2g}, {spent['accountant']}"
+    return [f"privacy           {spent['epsilon']:>9.2f}   {told}"]
 
 
 def _task_row(task: str, found: dict[str, Any]) -> list[str]:
@@ -162,6 +174,28 @@ def diagnosis(events: Iterable[Event]) -> "Figure":
         (rank, "effective rank of the update, mean of layers"),
     ):
         _dress(axes, title, last)
+    return figure
+
+
+def privacy_png(events: Iterable[Event]) -> bytes:
+    """Returns the picture of `privacy_curve` as a file."""
+    return _png(privacy_curve(events))
+
+
+def privacy_curve(events: Iterable[Event]) -> "Figure":
+    """Draws the largest epsilon of a client by round, and the budget where there is one."""
+    found = list(events)
+    rounds = [event for event in found if event["kind"] == "round" and event.get("epsilon") is not None]
+    budget = next((event["budget"] for event in found if event["kind"] == "privacy_planned"), None)
+    figure = _figure(6.0, 3.6)
+    axes = figure.subplots()
+    _draw(axes, [event["round"] for event in rounds], [event["epsilon"] for event in rounds], color="black", label="spent")
+    last = max([event["round"] for event in rounds], default=1)
+    _dress(axes, "largest epsilon of a client", last)
+    if budget is not None:
+        axes.axhline(budget, color="tab:red", linewidth=1.0, label="budget")
+        axes.set_ylim(0, 1.15 * max([budget, *(event["epsilon"] for event in rounds)]))
+    _legend_outside(axes)
     return figure
 
 

@@ -19,11 +19,14 @@ from fedsim.report import (
     holdings_bars,
     holdings_table,
     partition_png,
+    privacy_curve,
+    privacy_png,
     summary_table,
     transfers_csv,
 )
 
 SUMMARY = {
+    "privacy": None,
     "method": "fed_sb",
     "rounds": 3,
     "clients": 25,
@@ -160,6 +163,25 @@ def test_the_partition_shows_every_example_once(clients):
 def test_pictures_leave_pyplot_and_its_backend_alone():
     code = "import sys; from fedsim.report import curves_png, partition_png; curves_png([]); partition_png([{'a': 1}])"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'matplotlib.pyplot' not in sys.modules"], check=True)
+
+
+def test_epsilon_is_drawn_by_round_below_its_budget():
+    events = [{"kind": "privacy_planned", "budget": 8.0}, *({"kind": "round", "round": r, "epsilon": 2.0 * r} for r in (1, 2, 3))]
+    (axes,) = privacy_curve(events).axes
+    spent, budget = axes.lines
+    assert list(spent.get_ydata()) == [2.0, 4.0, 6.0]
+    assert set(budget.get_ydata()) == {8.0}
+    assert png_size(privacy_png([])) == (720, 432)
+
+
+def test_the_summary_tells_epsilon_or_that_none_is_claimed():
+    spent = {"unit": "example", "epsilon": 7.994, "delta": 0.0014, "initialization_epsilon": 1.6, "accountant": "prv"}
+    assert "7.99   epsilon of one example, largest over clients, of it initialisation 1.60; delta 0.0014, prv" in summary_table(
+        SUMMARY | {"privacy": spent}
+    )
+    for unbounded in (None, float("inf")):
+        assert "no epsilon is claimed" in summary_table(SUMMARY | {"privacy": spent | {"epsilon": unbounded}})
+    assert "\nprivacy " not in summary_table(SUMMARY)
 
 
 def test_the_diagnosis_draws_a_line_per_layer_and_says_where_the_average_is_exact():

@@ -10,6 +10,7 @@ from fedsim.errors import UserError, nearest
 VERBS = {
     "run": "fine-tune and evaluate: fedsim run [option=value ...]",
     "data": "show who holds what, without training: fedsim data [option=value ...]",
+    "privacy": "compute noise and epsilon, without training: fedsim privacy privacy=example [option=value ...] [--json]",
     "help": "show this help, or that of one part: fedsim help run training",
 }
 

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 a mistake in what was asked (one line says which), 130 stopped by Ctrl-C.
 """
 
+import json
 import logging
 import os
 import shlex
@@ -60,6 +61,8 @@ def _dispatch(words: list[str]) -> int:
         return _run(rest)
     elif verb == "data":
         return _data(rest)
+    elif verb == "privacy":
+        return _privacy(rest)
     else:
         raise UserError(f"Unknown verb {verb!r}: expected one of {', '.join(VERBS)}.{nearest(verb, list(VERBS))} All verbs: fedsim --help")
     return 0
@@ -111,6 +114,16 @@ def _data(words: list[str]) -> int:
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
     print(holdings_table(held))
+    return 0
+
+
+def _privacy(words: list[str]) -> int:
+    flags, overrides = _split(words, ("--json",))
+    config = _checked(overrides)
+    from fedsim.cli.privacy import privacy_of, privacy_table
+
+    found = privacy_of(config)
+    print(json.dumps(found, indent=2) if flags else privacy_table(found))
     return 0
 
 

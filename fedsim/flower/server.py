@@ -26,7 +26,7 @@ from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import Progress
-from fedsim.report import curves_png, diagnosis_png, holdings_table, partition_png, summary_table, transfers_csv
+from fedsim.report import curves_png, diagnosis_png, holdings_table, partition_png, privacy_png, summary_table, transfers_csv
 from fedsim.run_folder import RunFolder
 from fedsim.session import PERSONAL, Memory, Session, open_session
 from fedsim.training.cohort import PassFacts
@@ -132,7 +132,7 @@ class Run:
             return None
         deltas = {client: each.delta for client, each in enumerate(plan)}
         noise = sorted({round(each.noise_multiplier, 4) for each in plan})
-        self._folder.event("privacy_planned", unit=options.unit.name, noise_multipliers=noise, sampling_rates=[each.rate for each in plan])
+        self._folder.event("privacy_planned", unit=options.unit.name, budget=options.epsilon, noise_multipliers=noise)
         return PrivacyLedger(options.unit.name, deltas, options.accountant.name, None if options.unsafe_init else options.epsilon)
 
     def _factors_from_gradients(
@@ -345,6 +345,8 @@ class Run:
         self._folder.write_bytes("curves.png", curves_png(self._folder.events()))
         if self._config.evaluation.diagnosis:
             self._folder.write_bytes("diagnosis.png", diagnosis_png(self._folder.events()))
+        if state.privacy is not None:
+            self._folder.write_bytes("privacy.png", privacy_png(self._folder.events()))
         self._folder.finish(summary)
         return summary
 

@@ -120,7 +120,7 @@ def train_cohort(
             else:
                 gradients.index_add_(0, slots, found)
             step_losses.index_add_(0, owners, losses * weights)
-            on_pass(PassFacts(batch.num_tokens, losses.mean(), (step + 1) / max(steps)))
+            on_pass(PassFacts(batch.num_tokens, losses.mean() * (nan if noised else 1.0), (step + 1) / max(steps)))
         if noised:
             noised.finish()
         else:

@@ -1,0 +1,88 @@
+"""`fedsim privacy`: what a run would cost in epsilon, and how much noise it takes, without model and training.
+
+The numbers are those of the run itself (`fedsim.privacy.plan`); only examples that the run leaves out because nothing of their response
+is within data.max_length are still counted here.
+"""
+
+from collections import Counter
+from typing import Any
+
+from fedsim.config import Config, PrivacyUnit
+from fedsim.core.partition import partition
+from fedsim.data import load
+from fedsim.errors import UserError
+from fedsim.privacy.accounting import Mechanism, epsilon
+from fedsim.privacy.plan import ClientPlan, plan
+from fedsim.report import table
+from fedsim.session import effective
+
+ACCOUNTANTS = ("prv", "rdp")
+MOST_ROUNDS = 10
+"""Rounds that the table of epsilon over rounds shows."""
+
+
+def privacy_of(config: Config) -> dict[str, Any]:
+    """Returns plain values: what each kind of client costs (clients with the same plan are one kind), and epsilon over the rounds.
+
+    Raises UserError where nothing is claimed or a budget cannot be kept.
+    """
+    if config.privacy.unit is PrivacyUnit.none:
+        raise UserError("privacy.unit: expected a unit to protect, got none; add privacy=example or privacy=client.")
+    config = effective(config)
+    sizes = [len(shard) for shard in partition(load(config.data, config.seed).train, config.federation, config.seed)]
+    kinds = Counter(plan(config, sizes))
+    worst = max(kinds, key=lambda each: epsilon(each.mechanisms, each.delta, config.privacy.accountant.name))
+    rounds = sorted({max(1, round(worst.rounds * part / MOST_ROUNDS)) for part in range(1, MOST_ROUNDS + 1)}) if worst.rounds else []
+    return {
+        "unit": config.privacy.unit.name,
+        "clip_norm": config.privacy.clip_norm,
+        "init": config.adapter.init.name if config.adapter.init else None,
+        "clients": [{"clients": count, **_kind(each)} for each, count in sorted(kinds.items(), key=lambda item: item[0].num_examples)],
+        "over_rounds": [{"rounds": number, **_epsilons(_up_to(worst, number), worst.delta)} for number in rounds],
+    }
+
+
+def privacy_table(found: dict[str, Any]) -> str:
+    """Returns the tables of `privacy_of` as text."""
+    unit = "examples" if found["unit"] == "example" else "clients"
+    head = ["clients", unit, "sampling rate", "steps", "delta", "noise", "epsilon prv", "rdp", "of it initialisation"]
+    rows = [
+        [
+            str(row["clients"]),
+            f"{row['num_examples']:,}",
+            f"{row['sampling_rate']:.4f}",
+            str(row["steps"]),
+            f"{row['delta']:.2g}",
+            f"{row['noise_multiplier']:.4f}",
+            *(f"{row[name]:.3f}" for name in ("epsilon_prv", "epsilon_rdp", "initialization_prv")),
+        ]
+        for row in found["clients"]
+    ]
+    over = [[str(row["rounds"]), f"{row['epsilon_prv']:.3f}", f"{row['epsilon_rdp']:.3f}"] for row in found["over_rounds"]]
+    lines = [f"{found['unit']}-level, clip norm {found['clip_norm']:g}, initialisation {found['init']}", "", table(head, rows)]
+    if over:
+        lines += ["", "the client that spends most, after so many of its rounds", table(["rounds", "epsilon prv", "rdp"], over)]
+    return "\n".join(lines)
+
+
+def _kind(each: ClientPlan) -> dict[str, Any]:
+    first = [each.initialization] if each.initialization else []
+    return {
+        "num_examples": each.num_examples,
+        "sampling_rate": each.rate,
+        "steps": each.steps * each.rounds,
+        "delta": each.delta,
+        "noise_multiplier": each.noise_multiplier,
+        "initialization_noise_multiplier": each.initialization.noise_multiplier if each.initialization else None,
+        **_epsilons(each.mechanisms, each.delta),
+        "initialization_prv": epsilon(first, each.delta, "prv"),
+    }
+
+
+def _epsilons(history: list[Mechanism], delta: float) -> dict[str, float]:
+    return {f"epsilon_{name}": epsilon(history, delta, name) for name in ACCOUNTANTS}
+
+
+def _up_to(each: ClientPlan, rounds: int) -> list[Mechanism]:
+    first = [each.initialization] if each.initialization else []
+    return [*first, Mechanism(each.noise_multiplier, each.rate, each.steps * rounds)]
