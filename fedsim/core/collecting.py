@@ -47,6 +47,10 @@ class WeightedMean:
         weights = self._weights + self._weight
         return torch.where(weights > 0, self._total / weights.clamp(min=torch.finfo(torch.float64).tiny), otherwise.double()).float()
 
+    def weights(self) -> Tensor:
+        """Returns the summed weight of the clients that sent each entry, [parameters]."""
+        return torch.full_like(self._total, self._weight) + (0.0 if self._weights is None else self._weights)
+
 
 @dataclass
 class Collected:
@@ -160,10 +164,13 @@ class Collector:
         return self._rule(torch.stack(self._uploads), torch.tensor(self._weights))
 
     def drift(self) -> float:
-        """Returns how far clients are apart: root of sum_i p_i |x_i - mean|^2 over |mean - start|, x the uploaded factors; nan at rest."""
-        step = float((self._mean.result(self._origin) - self._origin).double().square().sum())
-        spread = max(0.0, self._squares / sum(self._weights) - step)
-        return sqrt(spread / step) if step > 0 else float("nan")
+        """Returns how far clients are apart: root of sum_i p_i |x_i - mean|^2 over |mean - start|, x the uploaded factors; nan at rest.
+
+        An entry that a client does not send adds nothing to its distance.
+        """
+        steps, total = (self._mean.result(self._origin) - self._origin).double().square(), sum(self._weights)
+        spread = max(0.0, self._squares / total - float(self._mean.weights() @ steps) / total)
+        return sqrt(spread / float(steps.sum())) if steps.any() else float("nan")
 
     def collected(self, new: Tensor, seed: int, round: int) -> Collected:
         """Returns what a method's `finish` needs; `new` are the flat uploaded factors that take the place of the start's."""
