@@ -280,7 +280,8 @@ class Session:
                 row[self.spec.within(kinds, self.method.personal)] = own.to(row.device)
             positions = self.block(kinds, client)
             if positions is not None:
-                row.copy_(torch.zeros_like(row).index_copy_(0, positions, row[positions]))
+                held = row[positions]
+                row.zero_()[positions] = held
         return starts
 
     def _trainable(self, kinds: Sequence[str], clients: Sequence[int], round: int) -> Tensor | None:

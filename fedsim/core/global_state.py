@@ -70,7 +70,7 @@ class GlobalState:
 
     def whole(self) -> Tensor:
         """Returns the flat sum of everything folded."""
-        return Layout.of(self.folded).pack(self.folded)
+        return folded_layout(self.spec).pack(self.folded)
 
 
 def added(folded: Adapter, updates: Adapter) -> Adapter:

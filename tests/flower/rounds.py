@@ -1,0 +1,100 @@
+"""Rounds through Flower's messages one at a time, over a global state that a test may look at and change; what oracles share."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from clients.app import app
+from fedsim.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    FederationConfig,
+    Init,
+    MethodConfig,
+    Optimizer,
+    Schedule,
+    TrainingConfig,
+)
+from fedsim.core.communication import CommunicationLedger
+from fedsim.core.initialization import from_seed
+from fedsim.core.methods import METHODS
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.strategy import FedsimStrategy
+from fedsim.session import open_session
+
+TARGETS = ["layers.1.self_attn.q_proj", "layers.2.mlp.down_proj"]
+RATE, RANK, SCALING, CLIENTS = 2.0, 3, 0.5, 3  # as in test_methods, whose Oracle takes steps of this rate
+BASE = Config(
+    adapter=AdapterConfig(rank=RANK, scaling=SCALING, target_modules=TARGETS),
+    data=DataConfig(train_examples=24, test_examples=4),
+    federation=FederationConfig(clients=CLIENTS, rounds=2, quantity_sigma=0.7),
+    training=TrainingConfig(
+        batch_size=3, local_steps=2, learning_rate=RATE, optimizer=Optimizer.sgd, schedule=Schedule.constant, warmup_ratio=0.0
+    ),
+    evaluation=EvaluationConfig(diagnosis=False),
+)
+
+
+def changed(config=BASE, **sections):
+    """The configuration with options of its sections replaced; a section that is None stays."""
+    return replace(config, **{name: replace(getattr(config, name), **options) for name, options in sections.items()})
+
+
+def of_method(name, **sections):
+    """Three unequal clients on two layers with this method; LoRA-SB starts from a seed."""
+    config = replace(BASE, method=MethodConfig(name=name, heads=2))
+    init = Init.orthogonal if Init.orthogonal in METHODS[name].inits else None
+    return changed(config, **{**sections, "adapter": {"init": init, **sections.get("adapter", {})}})
+
+
+class Rounds:
+    """A run of a configuration. `prepare` may change {name: tensor} of the factors before the first round."""
+
+    def __init__(self, config, prepare=lambda factors: None, workers=1):
+        self.session, self.ledger = open_session(config), CommunicationLedger()
+        self.session.install_folded({}, "")
+        derived = self.session.derived_factors(1) or from_seed(self.session.spec, {}, config.seed)  # the latter in place of gradients
+        self.start = {name: tensor.clone() for name, tensor in derived.items()}
+        prepare(self.start)
+        self.state = self.session.initial_state({name: tensor.clone() for name, tensor in self.start.items()})
+        self.strategy = FedsimStrategy(self.session, config, self.ledger, self.state)
+        self.grid = InProcessGrid(app, workers)
+        self.number = 0
+
+    def next(self, count=1):
+        """Carries rounds out."""
+        for _ in range(count):
+            self.number += 1
+            self.session.install_state(self.state)
+            self.strategy.exchange(self.number, self.grid)
+        return self
+
+    @property
+    def spec(self):
+        return self.session.spec
+
+    @property
+    def counts(self):
+        """The clients' numbers of examples."""
+        counts = np.array([len(shard) for shard in self.session.shards], dtype=float)
+        assert len(set(counts)) == len(counts), "equal clients would not tell weightings apart"
+        return counts
+
+    def shares(self, clients):
+        """The clients' weights, which sum to one."""
+        return self.counts[list(clients)] / self.counts[list(clients)].sum()
+
+    def flat(self, *kinds):
+        """The global factors of some kinds as one vector."""
+        return self.spec.pack(self.state.factors, kinds)
+
+    def change(self):
+        """What the server has changed every weight by since the beginning."""
+        folded, factors = self.state.folded, self.state.factors
+        return {layer: (self.spec.update(factors, layer) + folded.get(layer, 0.0)).double() for layer in self.spec.layers}
+
+    def moved(self, column="parameters", **wanted):
+        """The sum of a column of the ledger over the rows with the given values, such as client=0, direction="uplink"."""
+        return sum(row[column] for row in self.ledger.rows() if all(row[name] == value for name, value in wanted.items()))

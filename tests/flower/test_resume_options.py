@@ -1,0 +1,73 @@
+"""A run with state beside the factors - folded weights, what clients keep, moments, control variates - goes on bit for bit."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rounds import changed, of_method
+
+from fedsim.checkpoints import load, saved
+from fedsim.config import Init
+from fedsim.experiment import run
+from fedsim.flower import server
+from fedsim.flower.strategy import FedsimStrategy
+from fedsim.session import _open
+
+MOMENTS = {"optimizer": "fedadam", "learning_rate": 0.01}
+OPTIONS = {
+    "refresh from data": of_method("fed_sb", adapter={"refresh_every": 1, "init": Init.gradient, "init_samples": 3}),
+    "refresh from a seed": of_method("fed_sb", adapter={"refresh_every": 2}),
+    "flora with ranks": of_method("flora", adapter={"rank": None}, federation={"ranks": {2: 1.0, 4: 1.0}}),
+    "fedex_lora": of_method("fedex_lora"),
+    "fedsa_lora": of_method("fedsa_lora"),
+    "scaffold": of_method("fed_sb", training={"scaffold": True}),
+    "moments and residues": of_method("fed_sb", server=MOMENTS, compression={"name": "top_k", "density": 0.3, "error_feedback": True}),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    for name in ("curves_png", "partition_png", "diagnosis_png"):
+        monkeypatch.setattr(server, name, lambda *facts: b"")
+
+
+def in_folder(config, folder, **options):
+    config = changed(config, data={"test_examples": 2}, training={"local_steps": 1}, evaluation={"max_new_tokens": 1})
+    config = changed(config, federation={"clients": 4, "fraction": 0.75, "rounds": 3})
+    return replace(config, run_dir=str(folder), **options)
+
+
+def interrupt(monkeypatch, call):
+    """A Ctrl-C while the server reads the upload of this number."""
+    original, calls = FedsimStrategy._read, iter(range(1000))
+
+    def read(self, *arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(FedsimStrategy, "_read", read)
+
+
+def outcome(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    last = load(saved(folder / "checkpoints")[-1])
+    return {key: summary[key] for key in ("adapter_digest", "evaluation", "communication")}, last.tensors, last.state["state"]["held"]
+
+
+@pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch):
+    run(in_folder(config, tmp_path / "whole"), quiet=True)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2 * 3 + 1)  # the second upload of the third round: what clients keep has been written already
+        with pytest.raises(KeyboardInterrupt):
+            run(in_folder(config, tmp_path / "run"), quiet=True)
+    _open.cache_clear()  # as a process that has just been started
+    run(in_folder(config, tmp_path / "run", resume=True), quiet=True)
+    (expected, tensors, held), (found, resumed, resumed_held) = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
+    assert found == expected
+    assert resumed_held == held
+    assert tensors.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors.items())
+    assert any(not name.startswith("factor/") for name in tensors), "a state of factors alone would show nothing"
