@@ -30,9 +30,7 @@ def train(model, cohort, noise=NOISE, clip=CLIP, **options):
     current = factors(model, ("R",))
     layout = Layout.of(current)
     rule = PrivateRule(clip, tuple(noise[: len(cohort)]))
-    return train_cohort(
-        model, layout.pack(current), layout, cohort, training(**options), pad_id=0, seed=0, round=1, rounds=1, private=rule
-    )
+    return train_cohort(model, layout.pack(current), layout, cohort, training(**options), pad_id=0, seed=0, round=1, rounds=1, private=rule)
 
 
 class WithLinearR(nn.Module):
@@ -63,7 +61,11 @@ def opacus_alone(architecture, data, noise, options):
     expected = len(data.examples) * sampling_rate(len(data.examples), 4)
     kind = torch.optim.AdamW(Rs, lr=0.01, weight_decay=0.0) if options else torch.optim.SGD(Rs, lr=0.5)
     optimizer = DPOptimizer(
-        kind, noise_multiplier=noise, max_grad_norm=CLIP, expected_batch_size=expected, generator=torch_generator(0, "noise", 1, data.client)
+        kind,
+        noise_multiplier=noise,
+        max_grad_norm=CLIP,
+        expected_batch_size=expected,
+        generator=torch_generator(0, "noise", 1, data.client),
     )
     lengths = [example.num_tokens for example in data.examples]
     for batch in private_batches(lengths, training(), seed=0, round=1, client=data.client):
