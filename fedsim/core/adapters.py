@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsim.core.forms import AdapterSpec, Factors, Form, product
+from fedsim.core.forms import RAVAN, AdapterSpec, Factors, Form, product
 from fedsim.errors import UserError, nearest
 from fedsim.types import Adapter
 
@@ -114,13 +114,20 @@ def adapt(model: nn.Module, form: Form, rank: int | None, heads: int, scaling: f
     ends with a name of `target_modules`. Raises UserError for a name that fits no layer and for a rank above a layer's size.
     """
     model.requires_grad_(False)
-    shapes = {name: matrix_shape(model.get_submodule(name)) for name in target_layers(model, target_modules)}
-    spec = AdapterSpec(form, shapes, fitting_rank(form, rank, heads, shapes), heads, scaling if form.low_rank else 1.0)
-    for name in shapes:
+    spec = adapter_spec(
+        {name: matrix_shape(model.get_submodule(name)) for name in target_layers(model, target_modules)}, form, rank, heads, scaling
+    )
+    for name in spec.layers:
         parent, _, child = name.rpartition(".")
-        layer = AdaptedLinear(model.get_submodule(name), form, spec.rank, heads, spec.scaling)
+        layer = AdaptedLinear(model.get_submodule(name), form, spec.rank, spec.heads, spec.scaling)
         setattr(model.get_submodule(parent), child, layer)
     return spec
+
+
+def adapter_spec(layers: dict[str, tuple[int, int]], form: Form, rank: int | None, heads: int, scaling: float) -> AdapterSpec:
+    """Returns the adapters of layers of these shapes (out, in); `heads` counts for a form that has several. Raises as `fitting_rank`."""
+    heads = heads if form is RAVAN else 1
+    return AdapterSpec(form, layers, fitting_rank(form, rank, heads, layers), heads, scaling if form.low_rank else 1.0)
 
 
 def matrix_shape(base: nn.Module) -> tuple[int, int]:

@@ -1,6 +1,21 @@
 """Who takes part: functions of seed and round, never of node ids or of the order in which anything arrives."""
 
+from fedsim.config import Config, Init, PrivacyUnit
 from fedsim.seeding import numpy_generator
+
+
+def drawn(config: Config, server_round: int) -> list[int]:
+    """Returns the clients of a round, in ascending order; with client-level privacy each is drawn by its own coin."""
+    draw = draw_by_coin if config.privacy.unit is PrivacyUnit.client else draw_participants
+    return draw(config.federation.clients, config.federation.fraction, config.seed, server_round)
+
+
+def givers(config: Config) -> dict[int, int]:
+    """Returns the clients that give initial gradients, with their samples: 0 for `gradient_dp`, for which each example has its own coin."""
+    clients = config.federation.clients
+    if config.adapter.init is Init.gradient_dp:
+        return dict.fromkeys(range(clients), 0)
+    return share_samples(config.adapter.init_samples, clients, config.seed)
 
 
 def draw_participants(clients: int, fraction: float, seed: int, server_round: int) -> list[int]:

@@ -27,7 +27,7 @@ from fedsim.core.diagnosis import diagnose
 from fedsim.core.exchange import CONTROL, WEIGHTS
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.methods import Method
-from fedsim.core.participation import draw_by_coin, draw_participants, share_samples
+from fedsim.core.participation import drawn, givers
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.core.traffic import down_sizes
 from fedsim.errors import UserError
@@ -108,19 +108,17 @@ class FedsimStrategy(Strategy):
         Raises UserError where every client's budget is spent.
         """
         if server_round not in self._participants:
-            draw = draw_by_coin if self._unit is PrivacyUnit.client else draw_participants
-            drawn = draw(self._federation.clients, self._federation.fraction, self._session.config.seed, server_round)
-            self._participants[server_round] = self._within_budget(server_round, drawn)
+            self._participants[server_round] = self._within_budget(server_round, drawn(self._session.config, server_round))
         return self._participants[server_round]
 
-    def _within_budget(self, server_round: int, drawn: list[int]) -> list[int]:
+    def _within_budget(self, server_round: int, clients: list[int]) -> list[int]:
         if self._privacy is None:
-            return drawn
+            return clients
         plan, ledger = self._session.privacy_plan, self._privacy
         if self._unit is PrivacyUnit.client:
-            left = drawn if not ledger.would_exceed(0, plan[0].round_mechanism) else None
+            left = clients if not ledger.would_exceed(0, plan[0].round_mechanism) else None
         else:
-            left = [client for client in drawn if not ledger.would_exceed(client, plan[client].round_mechanism)] or None
+            left = [client for client in clients if not ledger.would_exceed(client, plan[client].round_mechanism)] or None
         if left is None:
             raise UserError(
                 f"privacy.epsilon: round {server_round} would exceed the budget of {ledger.budget:g} of every client that was drawn; "
@@ -303,8 +301,7 @@ class FedsimStrategy(Strategy):
         nodes = sorted(grid.get_node_ids())
         mechanisms = {client: each.initialization for client, each in enumerate(self._session.privacy_plan) if each.initialization}
         private = self._session.config.adapter.init is Init.gradient_dp
-        shares = dict.fromkeys(range(self._federation.clients), 0) if private else self.init_shares()
-        for client, samples in shares.items():
+        for client, samples in givers(self._session.config).items():
             facts: dict[str, Any] = {"noise": [mechanisms[client].noise_multiplier]} if private else {}
             if self._privacy is not None and client in mechanisms:
                 self._privacy.charge(client, replace(mechanisms[client], steps=1))
@@ -315,10 +312,6 @@ class FedsimStrategy(Strategy):
             total += from_record(record, layout.num_parameters)
             self._charge(server_round, client, Direction.uplink, Purpose.initial_gradient, layout.num_parameters, record)
         return layout.unpack(total.float())
-
-    def init_shares(self) -> dict[int, int]:
-        """Returns how many samples each client gives: equal shares; of fewer samples than clients, a seeded choice gives one each."""
-        return share_samples(self._session.config.adapter.init_samples, self._federation.clients, self._session.config.seed)
 
     # ---- who does what
 

@@ -11,6 +11,7 @@ from fedsim.config import AdapterConfig, Config, DataConfig, EngineConfig, Feder
 from fedsim.core.adapters import adapted_layers
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.initialization import from_seed
+from fedsim.core.participation import givers
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.session import _open, open_session
@@ -108,7 +109,7 @@ def test_bases_from_data_are_charged_once_to_each_client():
 def test_the_shares_of_the_initialisation_samples_add_up():
     for samples, clients in [(7, 5), (3, 5), (5, 5), (100, 5)]:
         config = replace(SMALL, adapter=replace(SMALL.adapter, init_samples=samples))
-        shares = opened(config)[2].init_shares()
+        shares = givers(config)
         assert sum(shares.values()) == samples
         assert len(shares) == min(samples, clients)
         assert max(shares.values()) - min(shares.values()) <= 1
