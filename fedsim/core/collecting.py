@@ -6,7 +6,7 @@ factors and robust rules keep every client's upload, because that is what they a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from math import nan, sqrt
 
 import torch
 from torch import Tensor
@@ -168,9 +168,11 @@ class Collector:
 
         An entry that a client does not send adds nothing to its distance.
         """
+        if not self._weights:
+            return nan
         steps, total = (self._mean.result(self._origin) - self._origin).double().square(), sum(self._weights)
         spread = max(0.0, self._squares / total - float(self._mean.weights() @ steps) / total)
-        return sqrt(spread / float(steps.sum())) if steps.any() else float("nan")
+        return sqrt(spread / float(steps.sum())) if steps.any() else nan
 
     def collected(self, new: Tensor, seed: int, round: int) -> Collected:
         """Returns what a method's `finish` needs; `new` are the flat uploaded factors that take the place of the start's."""
