@@ -1,0 +1,175 @@
+"""Whole private runs: what they claim, what they withhold, when they stop, and what they refuse."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clients.app import app
+from fedsim.cli.compose import compose
+from fedsim.core.communication import CommunicationLedger
+from fedsim.errors import UserError
+from fedsim.experiment import run
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.strategy import FedsimStrategy
+from fedsim.session import effective, open_session
+
+SMALL = (
+    *("data.train_examples=60", "data.test_examples=4", "federation.clients=3", "federation.rounds=2", "training.batch_size=4"),
+    *("training.local_steps=2", "adapter.rank=4", "adapter.init_samples=30", "evaluation.max_new_tokens=2", "privacy.accountant=rdp"),
+    "evaluation.diagnosis=false",
+)
+CLIENT = ("privacy=client", "adapter.init=orthogonal")
+
+
+def run_in(folder, *overrides):
+    return run(compose([*SMALL, f"run_dir={folder}", *overrides]), quiet=True)
+
+
+def events_of(folder, kind):
+    return [event for line in (folder / "events.jsonl").read_text().splitlines() if (event := json.loads(line))["kind"] == kind]
+
+
+def oracle_epsilon(mechanisms, delta):
+    """Privacy loss distributions of dp-accounting, which share no code with Opacus."""
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant()
+    for each in mechanisms:
+        gaussian = dp_accounting.GaussianDpEvent(each["noise_multiplier"])
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(each["sampling_rate"], gaussian), each["steps"])
+    return accountant.get_epsilon(delta)
+
+
+@pytest.mark.parametrize("init", ["weight_svd", "gradient_dp"])
+def test_the_reported_epsilon_covers_initialisation_and_training_of_every_client(tmp_path, init):
+    privacy = run_in(tmp_path / "run", "privacy=example", "privacy.epsilon=6", "privacy.accountant=prv", f"adapter.init={init}")["privacy"]
+    assert (privacy["unit"], privacy["accountant"], len(privacy["per_client"])) == ("example", "prv", 3)
+    for client in privacy["per_client"]:
+        names = [each["name"] for each in client["mechanisms"]]
+        assert names == (["initialization", "training"] if init == "gradient_dp" else ["training"])
+        assert client["mechanisms"][-1]["sampling_rate"] == pytest.approx(4 / 20)
+        assert client["mechanisms"][-1]["steps"] == 2 * 2
+        assert client["epsilon"] == pytest.approx(oracle_epsilon(client["mechanisms"], client["delta"]), rel=0.01)
+        assert 0.995 * 6 < client["epsilon"] <= 6
+    assert (privacy["initialization_epsilon"] > 0) == (init == "gradient_dp")
+    assert privacy["delta"] == pytest.approx(20**-1.1)
+
+
+def test_a_private_run_withholds_losses_and_counts_and_draws_its_epsilon(tmp_path):
+    summary = run_in(tmp_path / "run", "privacy=example", "privacy.noise_multiplier=1.0", "privacy.epsilon=null")
+    rounds = events_of(tmp_path / "run", "round")
+    assert all(event["train_loss"] is None and event["tokens"] == 0 for event in rounds)
+    assert rounds[0]["epsilon"] < rounds[1]["epsilon"] == pytest.approx(summary["privacy"]["epsilon"])
+    assert (tmp_path / "run/privacy.png").stat().st_size > 1000
+
+
+def test_a_run_stops_before_its_budget_is_exceeded_and_keeps_what_was_reached(tmp_path):
+    one = run_in(tmp_path / "one", "privacy=example", "privacy.noise_multiplier=0.8", "privacy.epsilon=null", "federation.rounds=1")
+    budget = one["privacy"]["epsilon"] * 1.01
+    with pytest.raises(UserError, match=r"round 2 would exceed the budget"):
+        run_in(tmp_path / "two", "privacy=example", "privacy.noise_multiplier=0.8", f"privacy.epsilon={budget}")
+    assert [event["round"] for event in events_of(tmp_path / "two", "round")] == [1]
+    assert list((tmp_path / "two/checkpoints").glob("round_0001*"))
+
+
+def test_a_resumed_run_has_spent_what_the_uninterrupted_one_has(tmp_path):
+    options = ("privacy=example", "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "adapter.init=orthogonal")
+    whole = run_in(tmp_path / "whole", *options)
+    folder = tmp_path / "part"
+    run_in(folder, *options)
+    (folder / "summary.json").unlink()
+    for path in (folder / "checkpoints").glob("round_0002*"):
+        path.unlink()
+    resumed = run_in(folder, *options, "resume=true")
+    assert resumed["privacy"] == whole["privacy"]
+    assert resumed["adapter_digest"] == whole["adapter_digest"]
+
+
+def server_step(noise, *overrides, clip=0.05):
+    """The mean of clipped updates of a round, what the server made of it, and its state."""
+    config = compose(
+        [*SMALL, *CLIENT, f"privacy.clip_norm={clip}", f"privacy.noise_multiplier={noise}", "privacy.epsilon=null", *overrides]
+    )
+    session = open_session(config)
+    state = session.initial_state(session.derived_factors(1))
+    session.install_state(state)
+    start = session.spec.pack(state.factors, ("R",))
+    plain = open_session(effective(compose([*SMALL, "adapter.init=orthogonal"])))
+    plain.install_state(plain.initial_state(plain.derived_factors(1)))
+    updates = [plain.train([client], 1, {})[0].arrays["values"] - start for client in range(3)]
+    clipped = [update * min(1.0, clip / float(update.norm())) for update in updates]
+    session = open_session(config)
+    state = session.initial_state(session.derived_factors(1))
+    FedsimStrategy(session, config, CommunicationLedger(), state).exchange(1, InProcessGrid(app))
+    return sum(clipped) / 3, session.spec.pack(state.factors, ("R",)) - start, state, updates
+
+
+def test_client_level_privacy_averages_clipped_updates_with_equal_weights():
+    mean, found, _, updates = server_step(0.0)
+    assert all(float(update.norm()) > 0.05 for update in updates), "nothing would be clipped"
+    torch.testing.assert_close(found, mean, rtol=0, atol=1e-6)
+
+
+def test_the_servers_noise_has_its_standard_deviation_and_not_two_thirds_or_three_halves():
+    def sigma(noise):
+        return float((server_step(noise)[1] - mean).std()) * 3 / 0.05
+
+    mean = server_step(0.0)[0]
+    assert sigma(1.2) == pytest.approx(1.2, rel=0.15)
+    for factor in (2 / 3, 3 / 2):
+        assert sigma(1.2 * factor) != pytest.approx(1.2, rel=0.15)
+
+
+def test_an_adaptive_clip_norm_moves_towards_the_quantile():
+    small, large = (
+        server_step(0.01, "privacy.adaptive_clip=true", "privacy.clip_rate=0.5", clip=clip)[2].clip_norm / clip for clip in (1e-4, 100.0)
+    )
+    assert small > 1.2  # every update is longer: the norm grows
+    assert large < 0.85  # every update is shorter: it falls
+
+
+REFUSED = [
+    (("privacy=example", "adapter.init=gradient"), "without noise, which no epsilon covers; choose one of gradient_dp, gradient_public"),
+    (("adapter.init=gradient_dp",), "its noise belongs to a privacy budget"),
+    (("privacy.unit=example",), "expected privacy.epsilon or privacy.noise_multiplier"),
+    (("privacy=client", "federation.weighting=examples"), "set federation.weighting=uniform"),
+    (("privacy=client", "method=flora"), "a mean of updates, which flora does not form"),
+    (("privacy=client", "server.rule=median"), "a plain mean"),
+    (("privacy=client", "adapter.init=gradient_dp"), "with unit=client it has no price"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "reason"), REFUSED)
+def test_what_would_void_the_guarantee_is_refused_with_the_reason(overrides, reason):
+    with pytest.raises(UserError) as refused:
+        effective(compose([*SMALL, *overrides]))
+    assert reason in str(refused.value)
+
+
+def test_a_delta_of_one_over_n_is_refused():
+    config = compose([*SMALL, "privacy=example", f"privacy.delta={1 / 20}"])
+    with pytest.raises(UserError, match=r"Expected 0 < delta < 1/n"):
+        _ = open_session(config).privacy_plan
+
+
+def test_private_bases_from_unprotected_gradients_need_an_explicit_flag_and_claim_nothing(tmp_path):
+    summary = run_in(tmp_path / "run", "privacy=example", "adapter.init=gradient", "privacy.unsafe_init=true")
+    assert summary["privacy"]["epsilon"] in (None, float("inf"))
+    written = json.loads((tmp_path / "run/summary.json").read_text())
+    assert written["privacy"]["epsilon"] is None
+
+
+@pytest.mark.parametrize("method", ["fedit", "flora", "ravan", "centralized"])
+def test_every_method_trains_privately(tmp_path, method):
+    summary = run_in(tmp_path / "run", "privacy=example", f"method={method}", "adapter.rank=4", "federation.rounds=1")
+    assert 0 < summary["privacy"]["epsilon"] <= 8
+
+
+def test_the_session_of_a_private_configuration_derives_its_bases_without_data():
+    config = effective(compose([*SMALL, "privacy=example"]))
+    assert config.adapter.init is not None
+    assert config.adapter.init.name == "weight_svd"
+    assert replace(config, adapter=config.adapter) == config
