@@ -20,15 +20,14 @@ from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.initialization import DERIVED, from_gradients, from_noised_gradients
-from fedsim.core.methods import METHODS, Method, combinations
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, load
-from fedsim.errors import UserError, nearest
+from fedsim.effective import effective, method_of
+from fedsim.errors import UserError
 from fedsim.models import load_model
-from fedsim.privacy import checks as privacy_checks
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import derive_seed, numpy_generator, torch_generator
 from fedsim.training.batches import steps_per_round
@@ -44,34 +43,6 @@ Memory = dict[int, dict[str, Tensor]]
 
 PERSONAL, OWN_CONTROL, RESIDUE = "personal", "control", "residue"  # names in a client's memory
 VALUES = "values"  # the one array of an upload that is not compressed
-
-
-def effective(config: Config) -> Config:
-    """Returns the configuration that is carried out, with nothing left open that the method decides.
-
-    A pooled method has one client, whose batch is the union of all clients' batches.
-    """
-    method = method_of(config)
-    combinations.check(config, method)
-    adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
-    privacy_checks.check(replace(config, adapter=adapter), method)
-    if config.federation.ranks:
-        adapter = replace(adapter, rank=max(config.federation.ranks))
-    config = replace(config, adapter=adapter)
-    if not method.pooled:
-        return config
-    federation = replace(config.federation, clients=1, fraction=1.0)
-    training = replace(config.training, batch_size=config.training.batch_size * config.federation.clients)
-    return replace(config, federation=federation, training=training)
-
-
-def method_of(config: Config) -> Method:
-    """Returns the method that the configuration names. Raises UserError for an unknown one."""
-    if config.method.name not in METHODS:
-        raise UserError(
-            f"method.name: expected one of {', '.join(METHODS)}, got {config.method.name!r}.{nearest(config.method.name, list(METHODS))}"
-        )
-    return METHODS[config.method.name]
 
 
 def open_session(config: Config) -> "Session":

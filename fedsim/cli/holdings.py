@@ -3,7 +3,7 @@
 from fedsim.config import Config
 from fedsim.core.partition import holdings, partition
 from fedsim.data import load
-from fedsim.session import effective
+from fedsim.effective import effective
 
 
 def holdings_of(config: Config) -> tuple[list[dict[str, int]], list[str]]:

@@ -10,11 +10,11 @@ from typing import Any
 from fedsim.config import Config, PrivacyUnit
 from fedsim.core.partition import partition
 from fedsim.data import load
+from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.privacy.accounting import Mechanism, epsilon
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.report import table
-from fedsim.session import effective
 
 ACCOUNTANTS = ("prv", "rdp")
 MOST_ROUNDS = 10

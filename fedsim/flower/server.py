@@ -122,7 +122,7 @@ class Run:
     @property
     def _init(self) -> Init:
         init = self._config.adapter.init
-        assert init is not None  # `fedsim.session.effective` has settled it
+        assert init is not None  # `fedsim.effective` has settled it
         return init
 
     def _privacy_ledger(self) -> PrivacyLedger | None:

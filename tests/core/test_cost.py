@@ -11,9 +11,9 @@ from fedsim.core.adapters import adapter_spec
 from fedsim.core.communication import COLUMNS, Direction, Purpose
 from fedsim.core.cost import Charge, charges, forecast
 from fedsim.core.methods import METHODS
+from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
-from fedsim.session import effective
 from fedsim.shapes import layer_shapes
 from fedsim.training.evaluation import TaskResult
 

@@ -9,11 +9,12 @@ import torch
 from clients.app import app
 from fedsim.cli.compose import compose
 from fedsim.core.communication import CommunicationLedger
+from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
-from fedsim.session import effective, open_session
+from fedsim.session import open_session
 
 SMALL = (
     *("data.train_examples=60", "data.test_examples=4", "federation.clients=3", "federation.rounds=2", "training.batch_size=4"),

@@ -14,10 +14,10 @@ from fedsim.cli.compose import compose
 from fedsim.config import Init, Residual
 from fedsim.core.initialization import lora
 from fedsim.core.methods import METHODS
+from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
 from fedsim.seeding import derive_seed
-from fedsim.session import effective
 
 RANKS = {3: 1.0, 2: 1.0, 1: 1.0}
 

@@ -1,0 +1,36 @@
+"""What is carried out of a configuration, once the method has settled what it decides; known without model and data."""
+
+from dataclasses import replace
+
+from fedsim.config import Config
+from fedsim.core.methods import METHODS, Method, combinations
+from fedsim.errors import UserError, nearest
+from fedsim.privacy import checks as privacy_checks
+
+
+def effective(config: Config) -> Config:
+    """Returns the configuration that is carried out, with nothing left open that the method decides.
+
+    A pooled method has one client, whose batch is the union of all clients' batches.
+    """
+    method = method_of(config)
+    combinations.check(config, method)
+    adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
+    privacy_checks.check(replace(config, adapter=adapter), method)
+    if config.federation.ranks:
+        adapter = replace(adapter, rank=max(config.federation.ranks))
+    config = replace(config, adapter=adapter)
+    if not method.pooled:
+        return config
+    federation = replace(config.federation, clients=1, fraction=1.0)
+    training = replace(config.training, batch_size=config.training.batch_size * config.federation.clients)
+    return replace(config, federation=federation, training=training)
+
+
+def method_of(config: Config) -> Method:
+    """Returns the method that the configuration names. Raises UserError for an unknown one."""
+    if config.method.name not in METHODS:
+        raise UserError(
+            f"method.name: expected one of {', '.join(METHODS)}, got {config.method.name!r}.{nearest(config.method.name, list(METHODS))}"
+        )
+    return METHODS[config.method.name]
