@@ -6,7 +6,7 @@ from typing import Any
 from fedsim.report import table
 
 Row = dict[str, str]
-_LAST = ("bytes up", "bytes down", "seconds", "status")
+_LAST = ("epsilon", "MB up", "MB down", "MB set-up", "seconds", "status")
 
 
 def sweep_table(jobs: list[dict[str, Any]]) -> str:
@@ -34,9 +34,12 @@ def _row(job: dict[str, Any]) -> Row:
 def _results(summary: dict[str, Any]) -> Row:
     row = {task: f"{_percent(found['base'])} > {_percent(found['final'])}" for task, found in summary["evaluation"].items()}
     communication, training = summary["communication"], summary["training"]
+    if summary.get("privacy"):
+        row["epsilon"] = _number(summary["privacy"]["epsilon"], "{:.2f}".format)
     return row | {
-        "bytes up": f"{communication['uplink_bytes']:,}",
-        "bytes down": f"{communication['downlink_bytes']:,}",
+        "MB up": f"{communication['uplink_bytes'] / 1e6:,.1f}",
+        "MB down": f"{communication['downlink_bytes'] / 1e6:,.1f}",
+        "MB set-up": f"{communication['setup_bytes'] / 1e6:,.1f}",
         "seconds": _number(training["wall_seconds"], "{:.0f}".format),
     }
 

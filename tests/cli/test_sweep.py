@@ -18,7 +18,7 @@ def summary(config):
     accuracy = config.seed / 10 + (config.adapter.rank or 64) / 1000
     return {
         "evaluation": {"sums": {"base": {"accuracy": 0.0, "loss": 2.0}, "final": {"accuracy": accuracy, "loss": 1.0}, "num_examples": 10}},
-        "communication": {"uplink_bytes": 1234567, "downlink_bytes": 7654321},
+        "communication": {"uplink_bytes": 1234567, "downlink_bytes": 7654321, "setup_bytes": 50000},
         "training": {"wall_seconds": 12.3},
     }
 
@@ -65,8 +65,8 @@ def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, 
     assert {path.name for path in Path("all").iterdir()} == {"sweep.json", *(Path(name).name for name in expected)}
     assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves nothing
     table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
-    assert table[0].split() == ["job", "seed", "adapter.rank", "sums", "bytes", "up", "bytes", "down", "seconds", "status"]
-    assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "1,234,567", "7,654,321", "12", "finished"]
+    assert table[0].split() == ["job", "seed", "adapter.rank", "sums", "MB", "up", "MB", "down", "MB", "set-up", "seconds", "status"]
+    assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "1.2", "7.7", "0.1", "12", "finished"]
 
 
 def test_sweep_json_tells_all_about_the_jobs(runs):

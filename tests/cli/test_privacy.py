@@ -1,0 +1,48 @@
+"""`fedsim privacy`: the plan of a run, without the run."""
+
+import json
+
+import pytest
+
+from fedsim.cli.compose import compose
+from fedsim.cli.main import main
+from fedsim.cli.privacy import privacy_of
+from fedsim.experiment import run
+from fedsim.privacy.accounting import Mechanism, epsilon
+
+SMALL = (
+    *("data.train_examples=60", "federation.clients=3", "federation.rounds=2", "training.batch_size=4", "training.local_steps=2"),
+    *("adapter.rank=4", "privacy=example", "privacy.accountant=rdp"),
+)
+
+
+def test_the_calculator_says_what_the_run_then_spends(tmp_path):
+    foretold = privacy_of(compose([*SMALL, "privacy.epsilon=4"]))
+    spent = run(
+        compose([*SMALL, "privacy.epsilon=4", "data.test_examples=2", "evaluation.max_new_tokens=2", f"run_dir={tmp_path / 'run'}"]),
+        quiet=True,
+    )["privacy"]
+    (kind,) = foretold["clients"]
+    assert kind["clients"] == len(spent["per_client"]) == 3
+    for client in spent["per_client"]:
+        assert client["epsilon"] == kind["epsilon_rdp"]
+        assert client["mechanisms"][0]["noise_multiplier"] == kind["noise_multiplier"]
+    assert foretold["over_rounds"][-1]["epsilon_rdp"] == kind["epsilon_rdp"] <= 4
+    assert foretold["over_rounds"][0]["epsilon_rdp"] == epsilon([Mechanism(kind["noise_multiplier"], 0.2, 2)], kind["delta"], "rdp")
+
+
+def test_noise_gives_epsilon_and_epsilon_gives_the_noise_back(capsys):
+    assert main(["privacy", *SMALL, "privacy.noise_multiplier=1.1", "privacy.epsilon=null", "--json"]) == 0
+    (forward,) = json.loads(capsys.readouterr().out)["clients"]
+    assert main(["privacy", *SMALL, f"privacy.epsilon={forward['epsilon_rdp']}", "--json"]) == 0
+    (back,) = json.loads(capsys.readouterr().out)["clients"]
+    assert back["noise_multiplier"] == pytest.approx(1.1, rel=2e-3)
+
+
+def test_the_table_names_its_columns_and_a_run_without_privacy_is_no_question(capsys):
+    assert main(["privacy", *SMALL, "privacy.noise_multiplier=1.1", "privacy.epsilon=null"]) == 0
+    out = capsys.readouterr().out
+    assert "sampling rate" in out
+    assert "after so many of its rounds" in out
+    assert main(["privacy"]) == 2
+    assert "add privacy=example or privacy=client" in capsys.readouterr().err
