@@ -38,8 +38,10 @@ def default_choices() -> dict[str, str]:
 
 
 def choice_values(group: str, choice: str) -> dict[str, Any]:
-    """Returns what a choice sets, as plain values."""
-    return yaml.safe_load((conf_folder() / group / f"{choice}.yaml").read_text()) or {}
+    """Returns what a choice sets in its own group, as plain values; a file for the whole configuration may set other options as well."""
+    text = (conf_folder() / group / f"{choice}.yaml").read_text()
+    values = yaml.safe_load(text) or {}
+    return values.get(group, {}) if "@package _global_" in text else values
 
 
 def _folder(name: str) -> Path:
