@@ -18,9 +18,14 @@ def givers(config: Config) -> dict[int, int]:
     return share_samples(config.adapter.init_samples, clients, config.seed)
 
 
+def round_size(clients: int, fraction: float) -> int:
+    """Returns the number of clients in a round, at least one."""
+    return max(1, round(fraction * clients))
+
+
 def draw_participants(clients: int, fraction: float, seed: int, server_round: int) -> list[int]:
     """Returns the clients of a round, in ascending order: a set of fixed size, at least one."""
-    count = max(1, round(fraction * clients))
+    count = round_size(clients, fraction)
     return sorted(numpy_generator(seed, "participants", server_round).choice(clients, count, replace=False).tolist())
 
 

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from fedsim.config import Config, Init, Optimizer, ServerRule
 from fedsim.core.compression import CODECS
 from fedsim.core.methods.method import Method
+from fedsim.core.participation import round_size
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS
 from fedsim.errors import UserError, nearest
 
 
 def check(config: Config, method: Method) -> None:
     """Raises UserError for the first combination that makes no sense."""
-    for unfit in (_unknown, _initialisation, _ranks, _server, _local, _compression, _method_options):
+    for unfit in (_unknown, _initialisation, _ranks, _server, _robust, _local, _compression, _method_options):
         for reason in unfit(config, method):
             raise UserError(reason)
 
@@ -49,15 +50,28 @@ def _ranks(config: Config, method: Method) -> Iterator[str]:
 
 
 def _server(config: Config, method: Method) -> Iterator[str]:
-    optimizer, rule = config.server.optimizer, config.server.rule
+    optimizer, rate = config.server.optimizer, config.server.learning_rate
     if optimizer != "fedavg" and not method.lasting:
         yield f"server.optimizer: {method.name} gives the factors a new meaning every round, so moments mean nothing; use fedavg."
     if optimizer != "fedavg" and config.federation.ranks:
         yield "server.optimizer: with federation.ranks an entry may lack an update in a round; use fedavg."
+    if rate != 1 and method.products:
+        yield f"server.learning_rate: {method.name} takes the mean of the clients' updates as it is, got {rate:g}; leave it out."
+
+
+def _robust(config: Config, method: Method) -> Iterator[str]:
+    server, rule = config.server, config.server.rule
+    clients = round_size(config.federation.clients, config.federation.fraction)
     if rule is not ServerRule.mean and (method.products or config.federation.ranks or config.method.client_heads):
         yield f"server.rule: {rule.name} compares whole uploads entry by entry, which {method.name} as configured has none of; use mean."
     if rule is not ServerRule.mean and method.pooled:
         yield f"server.rule: {method.name} has one party, got {rule.name}; use mean."
+    if rule is ServerRule.trimmed_mean and int(server.trimmed * clients) == 0:
+        yield f"server.trimmed: {server.trimmed:g} of the {clients} clients of a round is nobody; raise it, or use server.rule=mean."
+    if rule is ServerRule.krum and clients < 2 * server.malicious + 3:
+        yield f"server.malicious: krum needs 2 x malicious + 3 clients in a round, got {server.malicious} of {clients}; lower it."
+    if rule is ServerRule.krum and server.kept > clients - server.malicious:
+        yield f"server.kept: expected at most the {clients - server.malicious} clients that are not malicious, got {server.kept}."
 
 
 def _local(config: Config, method: Method) -> Iterator[str]:
