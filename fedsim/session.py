@@ -281,6 +281,8 @@ class Session:
         flat = self.spec.pack(self.method.before_upload(layout.unpack(result.factors)), uploaded)
         positions = self.sent_positions(round, result.client)
         flat = flat if positions is None else flat[positions]
+        if self.config.privacy.unit is not PrivacyUnit.client and self.config.compression.name == "none":
+            return ClientReply(result, {VALUES: flat}, change)
         origin = self.spec.pack(layout.unpack(start), uploaded)
         update = flat - (origin if positions is None else origin[positions])
         if self.config.privacy.unit is PrivacyUnit.client:
@@ -288,8 +290,6 @@ class Session:
             norm = float(update.norm())
             told = replace(result, loss=nan, num_tokens=0)  # nothing leaves the client without noise
             return ClientReply(told, {VALUES: origin + update * min(1.0, clip_norm / max(norm, 1e-12))}, None, norm <= clip_norm)
-        if self.config.compression.name == "none":
-            return ClientReply(result, {VALUES: flat}, change)
         return ClientReply(result, self._compressed(update, round, result.client, own), change)
 
     def _control_change(self, result: LocalResult, start: Tensor, round: int, control: Tensor, own: dict[str, Tensor]) -> Tensor:

@@ -106,7 +106,7 @@ def _check_value(option: Option, value: Any) -> None:
     try:
         OmegaConf.update(schema, option.key, value)
         OmegaConf.to_object(schema)
-        fits = not option.members or str(value) in option.members
+        fits = not option.members or value is None or str(value) in option.members  # null that does not fit has failed above
     except (OmegaConfBaseException, ValueError, TypeError):
         fits = False
     if not fits:

@@ -260,7 +260,7 @@ class FedsimStrategy(Strategy):
         kinds = self._method.uploaded(server_round)
         start = self._spec.pack(self._state.factors, kinds)
         for reply in replies:
-            metrics = reply.content.metric_records["metrics"]
+            metrics, records = reply.content.metric_records["metrics"], reply.content.array_records  # made anew by Flower at each look
             self.facts.num_tokens += sum(whole_numbers(metrics, "num_tokens"))
             self.facts.num_within += sum(whole_numbers(metrics, "within"))
             clients, counts = whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples")
@@ -271,10 +271,10 @@ class FedsimStrategy(Strategy):
                 weight = float(num_examples) if self._federation.weighting is Weighting.examples else 1.0
                 self.facts.weights.append(weight)
                 positions = self._session.sent_positions(server_round, client)
-                record = reply.content.array_records[client_key(client)]
+                record = records[client_key(client)]
                 yield weight, self._read(server_round, client, record, start if positions is None else start[positions]), positions
                 if self._state.control is not None:
-                    self._add_control(server_round, client, reply.content.array_records[control_key(client)])
+                    self._add_control(server_round, client, records[control_key(client)])
 
     def _read(self, server_round: int, client: int, record: ArrayRecord, start: Tensor) -> Tensor:
         """Returns a client's flat upload, decompressed, and charges it."""

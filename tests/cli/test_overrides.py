@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsim.cli.compose import compose
 from fedsim.cli.overrides import parse, quote, swept
 from fedsim.errors import UserError
 
@@ -77,3 +78,9 @@ def test_sweeps_are_told_from_single_values():
 @given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=20).filter(lambda text: "${" not in text))
 def test_quoted_text_is_read_back_unchanged(text):
     assert parse([f"run_dir={quote(text)}"])[0].value() == text
+
+
+def test_null_is_a_choice_where_the_option_may_be_left_open():
+    assert compose(["adapter.init=null"]).adapter.init is None
+    with pytest.raises(UserError, match=r"Expected training\.optimizer"):
+        compose(["training.optimizer=null"])
