@@ -10,6 +10,7 @@ from fedsim.errors import UserError, nearest
 VERBS = {
     "run": "fine-tune and evaluate: fedsim run [option=value ...]",
     "data": "show who holds what, without training: fedsim data [option=value ...]",
+    "cost": "compare what methods send, without weights or data: fedsim cost [option=value,... ...] [--json | --csv]",
     "privacy": "compute noise and epsilon, without training: fedsim privacy privacy=example [option=value ...] [--json]",
     "help": "show this help, or that of one part: fedsim help run training",
 }
@@ -30,6 +31,7 @@ Examples
   fedsim run run_dir=runs/mine resume=true                go on after an interruption
   fedsim run --multirun seed=0,1 adapter.rank=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2
   fedsim run experiment=arithmetic_mistral_7b --cfg       look at a preset
+  fedsim cost model=mistral_7b method=fed_sb,fedit,flora  what they would send; commas in any option make rows
   fedsim data federation.partition=dirichlet federation.alpha=0.1
 """
 

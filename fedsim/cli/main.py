@@ -61,6 +61,8 @@ def _dispatch(words: list[str]) -> int:
         return _run(rest)
     elif verb == "data":
         return _data(rest)
+    elif verb == "cost":
+        return _cost(rest)
     elif verb == "privacy":
         return _privacy(rest)
     else:
@@ -124,6 +126,22 @@ def _privacy(words: list[str]) -> int:
 
     found = privacy_of(config)
     print(json.dumps(found, indent=2) if flags else privacy_table(found))
+    return 0
+
+
+def _cost(words: list[str]) -> int:
+    flags, overrides = _split(words, ("--json", "--csv"))
+    if len(set(flags)) > 1:
+        raise UserError("Expected --json or --csv, got both. Choose one.")
+    from fedsim.cli.cost import cost_table, costs, csv_text, left_out_notes, plain_rows
+
+    found = costs(overrides)
+    if not flags:
+        print(cost_table(found))
+    else:
+        for note in left_out_notes(found):
+            print(note, file=sys.stderr)
+        print(json.dumps(plain_rows(found), indent=2) if "--json" in flags else csv_text(plain_rows(found)))
     return 0
 
 

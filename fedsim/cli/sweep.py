@@ -68,7 +68,7 @@ def sweep(overrides: list[str]) -> int:
     contradicts itself, or if the folder belongs to something else.
     """
     with initialized():
-        master, jobs, options = _plan(overrides)
+        master, jobs, options = plan(overrides)
         folder = _folder(options)
         _place(jobs, folder, options)
         _refuse_occupied(folder, jobs, options)
@@ -84,7 +84,7 @@ def sweep(overrides: list[str]) -> int:
     return code
 
 
-def _plan(overrides: list[str]) -> tuple[DictConfig, list[Job], Config]:
+def plan(overrides: list[str]) -> tuple[DictConfig, list[Job], Config]:
     """Returns Hydra's configuration for the launcher, the jobs without folders, and the options of the sweep itself (run_dir and such)."""
     parsed = parse(overrides)
     several = swept(parsed)

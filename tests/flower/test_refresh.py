@@ -11,6 +11,7 @@ from test_methods import Oracle
 from clients.app import app
 from fedsim.config import Init
 from fedsim.core.adapters import base_weights
+from fedsim.core.participation import givers
 from fedsim.flower import transfer
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.server import Run
@@ -189,7 +190,7 @@ def test_bases_that_all_derive_cost_nothing_anew_and_the_fold_costs_what_a_clien
 def test_bases_from_data_cost_their_gradients_and_themselves_again(tmp_path):
     with refreshed(Init.gradient, tmp_path / "run", init_samples=2) as run:
         run.strategy.participants = {1: [1, 2], 2: [1, 2], 3: [0, 1]}.get
-        assert run.strategy.init_shares() == {0: 1, 1: 1}
+        assert givers(run.session.config) == {0: 1, 1: 1}
         for _ in range(3):
             run.next()
         upward = [row for row in run.state.ledger.rows() if row["purpose"] == "initial_gradient"]

@@ -1,0 +1,314 @@
+"""`fedsim cost`: what any methods would send, for any model and any number of clients, without weights, data or training.
+
+A comma list of any option makes rows, as in a sweep. The numbers are those of a run's ledger (`fedsim.core.cost`).
+"""
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from fedsim.cli.compose import compose_with_hydra, initialized, to_config
+from fedsim.cli.groups import default_choices
+from fedsim.cli.overrides import parse
+from fedsim.cli.sweep import Job, plan
+from fedsim.config import Config, ModelConfig, PrivacyUnit, Residual, check, from_dict, to_dict
+from fedsim.core.adapters import adapter_spec
+from fedsim.core.cost import Forecast, forecast
+from fedsim.core.forms import AdapterSpec
+from fedsim.core.methods import METHODS, Method
+from fedsim.effective import effective, method_of
+from fedsim.errors import UserError
+from fedsim.progress import size
+from fedsim.published import SOURCE, Published, published
+from fedsim.report import table
+from fedsim.shapes import LayerShape, layer_shapes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what distinguishes it, the configuration as it was given, and what it would cost."""
+
+    varied: dict[str, str]
+    config: Config
+    method: Method
+    spec: AdapterSpec
+    found: Forecast
+    published: Published | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload over all clients and rounds, both directions and set-up."""
+        return sum(number for name, number in self.found.totals.items() if name.endswith("payload_bytes"))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A combination that makes no sense, of a method that nobody asked for."""
+
+    varied: dict[str, str]
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All rows, and what is left out."""
+
+    rows: list[Row]
+    left_out: list[LeftOut]
+
+
+def costs(overrides: list[str]) -> Costs:
+    """Returns a row for each combination of the comma lists; without a method, for all methods through which something is sent.
+
+    Raises UserError for what does not compose, and for a row that makes no sense or whose model has no known shapes.
+    """
+    found = Costs([], [])
+    with initialized():
+        jobs, asked = _jobs(overrides)
+        for job in jobs:
+            config = to_config(compose_with_hydra(job.overrides))
+            try:
+                check(config)
+                found.rows.append(_row(job, config))
+            except UserError as error:
+                if asked:
+                    raise UserError(f"{' '.join(job.varied)}: {error}" if len(jobs) > 1 else str(error)) from None
+                found.left_out.append(LeftOut(_varied(job), config.method.name, str(error)))
+    if not found.rows:
+        raise UserError(found.left_out[0].reason)
+    return found
+
+
+def _jobs(overrides: list[str]) -> tuple[list[Job], bool]:
+    """Returns the combinations, and whether the methods among them were asked for: in so many words or by a preset."""
+    if any(override.key_or_group in ("method", "method.name") for override in parse(overrides)):
+        return plan(overrides)[1], True
+    every = ",".join(name for name, method in METHODS.items() if not method.pooled)
+    master, jobs, _ = plan([f"method={every}", *overrides])
+    if master.method.name != default_choices()["method"] or "method" in (master.hydra.sweeper.params or {}):
+        return plan(overrides)[1], True
+    return jobs, False
+
+
+def _varied(job: Job) -> dict[str, str]:
+    return {key.lstrip("+~"): value for key, _, value in (word.partition("=") for word in job.varied)}
+
+
+def _row(job: Job, given: Config) -> Row:
+    config, method = effective(given), method_of(given)
+    layers = _layers(json.dumps(to_dict(given.model)), tuple(config.adapter.target_modules))
+    spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
+    return Row(_varied(job), given, method, spec, forecast(config, method, spec), _published(given, spec))
+
+
+@lru_cache
+def _layers(model: str, target_modules: tuple[str, ...]) -> dict[str, LayerShape]:
+    return layer_shapes(from_dict(ModelConfig, json.loads(model)), list(target_modules))
+
+
+def _published(config: Config, spec: AdapterSpec) -> Published | None:
+    """The published runs had all clients in the round, all of one rank, and factors that travel as they are."""
+    federation, options = config.federation, config.method
+    if federation.fraction < 1 or federation.ranks or options.residual is not Residual.stacked or options.residual_rank is not None:
+        return None
+    return published(options.name, spec.rank, federation.clients, spec.layers.values())
+
+
+# ---- rows for machines
+
+
+def plain_rows(found: Costs) -> list[dict[str, Any]]:
+    """Returns flat rows of plain values, all with the same keys. Numbers are of parameters or bytes; means may have a fraction."""
+    return [_plain(row) for row in found.rows]
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    cost = row.found
+    return {
+        "method": row.config.method.name,
+        "model": row.config.model.name,
+        "clients": row.config.federation.clients,
+        "rounds": row.config.federation.rounds,
+        **{key: value for key, value in row.varied.items() if key not in ("method", "model")},
+        "rank": row.spec.rank if row.method.form.low_rank else None,
+        "layers": len(row.spec.layers),
+        "trained_parameters": _number(cost.trained),
+        "round_up_parameters": _number(cost.up.parameters),
+        "round_up_payload_bytes": _number(cost.up.payload_bytes),
+        "round_down_parameters": _number(cost.down.parameters),
+        "round_down_payload_bytes": _number(cost.down.payload_bytes),
+        "client_bases_parameters": _number(cost.bases),
+        "client_gradient_parameters": cost.gradient,
+        "clients_with_gradient": cost.givers,
+        **{f"total_{name}": number for name, number in cost.totals.items()},
+        "published_parameters": _number(row.published.parameters) if row.published else None,
+        "published_direction": ("down" if row.published.down else "up") if row.published else None,
+        "published_differs": (row.published.differs or None) if row.published else None,
+    }
+
+
+def _number(value: float) -> float | int:
+    """A mean that is whole is written as a whole number."""
+    return round(value) if abs(value - round(value)) < 1e-6 else value
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """Returns the rows as CSV with a header, without a line end after the last."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
+# ---- the table
+
+
+def cost_table(found: Costs) -> str:
+    """Returns title, table and notes as text."""
+    rows = found.rows
+    swept = [key for key in rows[0].varied if key not in ("method", "adapter.rank")]
+    columns: dict[str, Callable[[Row], str]] = {
+        "method": lambda row: row.config.method.name,
+        **{key: (lambda row, key=key: row.varied[key]) for key in swept},  # type: ignore[misc]
+        "rank": lambda row: str(row.spec.rank) if row.method.form.low_rank else "-",
+        "layers": lambda row: str(len(row.spec.layers)),
+        "trained": lambda row: amount(row.found.trained),
+        "up": lambda row: amount(row.found.up.parameters),
+        "down": lambda row: amount(row.found.down.parameters),
+        "bases": lambda row: amount(row.found.bases),
+        "gradient": lambda row: amount(row.found.gradient),
+        "all up": lambda row: amount(row.found.totals["uplink_parameters"]),
+        "all down": lambda row: amount(row.found.totals["downlink_parameters"]),
+        "all set-up": lambda row: amount(row.found.totals["setup_parameters"]),
+        "all bytes": lambda row: size(row.num_bytes) if row.num_bytes else "0",
+    }
+    if any(row.published for row in rows):
+        columns["published"] = lambda row: _published_cell(row.published)
+    width = max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
+    notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in _notes(found)]
+    body = table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+    return "\n".join([_title(rows), "", body, "", *notes])
+
+
+def amount(number: float) -> str:
+    """Returns a number of parameters, in millions as long as they can be read: "467 k", "8.96 M", "2,097 M", "14.0 G"."""
+    if number < 1000:
+        return f"{number:.0f}"
+    unit, letter = next((unit, letter) for below, unit, letter in _UNITS if number < below)
+    value = number / unit
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} {letter}"
+
+
+_UNITS = ((1e6, 1e3, "k"), (1e10, 1e6, "M"), (1e13, 1e9, "G"), (math.inf, 1e12, "T"))
+
+
+def _published_cell(found: Published | None) -> str:
+    return "" if found is None else f"{amount(found.parameters)}{'*' if found.differs else ''}"
+
+
+def _title(rows: list[Row]) -> str:
+    """Tells what all rows have in common."""
+    facts = [
+        {row.config.model.name for row in rows},
+        {f"{row.config.federation.clients:,} client{'s' if row.config.federation.clients > 1 else ''}" for row in rows},
+        {_part(row.config.federation.fraction) for row in rows},
+        {f"{row.config.federation.rounds} round{'s' if row.config.federation.rounds > 1 else ''}" for row in rows},
+    ]
+    return ", ".join(next(iter(each)) for each in facts if len(each) == 1)
+
+
+def _part(fraction: float) -> str:
+    return "all in every round" if fraction == 1 else f"{100 * fraction:g} % of them in a round"
+
+
+def _notes(found: Costs) -> Iterator[str]:
+    """Yields what the table does not say by itself, each note once."""
+    rows = found.rows
+    yield (
+        "trained, up, down: parameters of one client that takes part in every round, in a middle round. bases, gradient: of one client "
+        "over the whole run. all: over all clients and rounds. Bytes are those of the arrays; Flower's framing adds about 500 a transfer."
+    )
+    turns = _names(row for row in rows if row.method.trained(1) != row.method.trained(2))
+    if turns:
+        yield f"{turns}: factors take turns, so a round is the mean of two."
+    folds = _names(row for row in rows if row.method.folds)
+    if folds:
+        yield f"{folds}: the result of the last round is not sent, so what is added to the weights goes down in one round less."
+    yield from _givers(rows)
+    if any(row.config.federation.ranks for row in rows):
+        yield "Clients of different rank: numbers of one client are means over all clients."
+    if any(row.config.compression.name != "none" for row in rows):
+        yield "Compression makes uploads smaller in bytes, not in number."
+    if any(row.config.privacy.unit is not PrivacyUnit.none for row in rows):
+        yield "Clients that stop because their privacy budget is spent are not foreseen."
+    yield from _dense(rows)
+    yield from _differences(rows)
+    yield from left_out_notes(found)
+
+
+def left_out_notes(found: Costs) -> Iterator[str]:
+    """Yields for methods without a row why they have none, and how many more combinations are left out."""
+    present = {row.config.method.name for row in found.rows}
+    by_reason: dict[str, list[str]] = {}
+    told: set[str] = set()
+    for each in found.left_out:
+        if each.method not in present | told:
+            told.add(each.method)
+            reason = re.sub(rf"\b(method=)?{each.method}\b", "the method", each.reason)
+            by_reason.setdefault(reason, []).append(each.method)
+    for reason, methods in by_reason.items():
+        yield f"left out: {', '.join(methods)}. {reason}"
+    more = [each for each in found.left_out if each.method in present]
+    if more:
+        yield f"left out: {len(more)} more combinations, first {_label(more[0].method, more[0].varied)}. {more[0].reason}"
+
+
+def _names(rows: Iterable[Row]) -> str:
+    return ", ".join(dict.fromkeys(row.config.method.name for row in rows))
+
+
+def _givers(rows: list[Row]) -> Iterator[str]:
+    for some, every in dict.fromkeys((row.found.givers, row.config.federation.clients) for row in rows):
+        if 0 < some < every:
+            yield f"Initial gradients come from {some} of {every} clients (adapter.init_samples)."
+
+
+def _dense(rows: list[Row]) -> Iterator[str]:
+    """Tells where stacked factors are larger than what they make."""
+    told = []
+    for row in rows:
+        config = effective(row.config)
+        if row.method.folds and config.method.residual is Residual.stacked and config.method.residual_rank is None:
+            dense = forecast(replace(config, method=replace(config.method, residual=Residual.dense)), row.method, row.spec).down.parameters
+            if dense < row.found.down.parameters:
+                told.append(f"{_label(row.config.method.name, row.varied)} {amount(dense)} instead of {amount(row.found.down.parameters)}")
+    if told:
+        yield f"method.residual=dense would send less down: {'; '.join(told)}."
+
+
+def _label(method: str, varied: dict[str, str]) -> str:
+    """Returns what tells a row from the others: the method and the options that vary."""
+    return " ".join([method, *(f"{key}={value}" for key, value in varied.items() if key != "method")])
+
+
+def _differences(rows: list[Row]) -> Iterator[str]:
+    told = [row for row in rows if row.published]
+    if told:
+        bases = max(row.found.bases for row in told)
+        yield (
+            f"published: {SOURCE}; what a client sends in a round, for fedex_lora and flora what it receives. It leaves out the other "
+            f"direction, the bases{f' (up to {amount(bases)} for each client)' if bases else ''} and the initial gradients."
+        )
+    for found in dict.fromkeys(row.published for row in told):
+        if found is not None and found.differs:
+            yield f"* {found.method}: published is {found.differs}."

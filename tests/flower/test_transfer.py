@@ -1,0 +1,18 @@
+"""What a worker of another process is sent, and what it derives."""
+
+from rounds import Rounds, of_method
+
+from fedsim.flower import worker
+from fedsim.session import Session
+
+
+def test_a_worker_elsewhere_draws_floras_fresh_factors_itself(monkeypatch):
+    config = of_method("flora")
+    alike = Rounds(config).next(3)
+    run, theirs, served = Rounds(config), Session(config), []
+    monkeypatch.setattr(worker, "open_session", lambda config: theirs)
+    monkeypatch.setattr(worker, "take_in", lambda *facts, original=worker.take_in: served.append(original(*facts)) or served[-1])
+    run.next(3)
+    assert served == [True] * 3, "nothing has to be sent again"
+    assert run.state.digests() == alike.state.digests()
+    assert run.moved(direction="downlink") == run.moved(direction="downlink", purpose="fold") > 0

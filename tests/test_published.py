@@ -1,0 +1,43 @@
+"""The published counts come out of the configurations that were published, to the digits that were printed."""
+
+import pytest
+
+from fedsim.cli.compose import compose
+from fedsim.core.adapters import adapter_spec
+from fedsim.core.cost import forecast
+from fedsim.effective import effective, method_of
+from fedsim.published import MISTRAL_7B, PUBLISHED, published
+from fedsim.shapes import layer_shapes
+
+
+def steady(found):
+    config = effective(compose(["model=mistral_7b", f"method={found.method}", f"adapter.rank={found.rank}", "federation.rounds=1"]))
+    method = method_of(config)
+    spec = adapter_spec(layer_shapes(config.model, []), method.form, config.adapter.rank, 1, 1.0)
+    assert published(found.method, spec.rank, config.federation.clients, spec.layers.values()) is found
+    cost = forecast(config, method, spec)
+    return (cost.down if found.down else cost.up).parameters
+
+
+@pytest.mark.parametrize("found", PUBLISHED, ids=lambda found: f"{found.method}-{found.rank}")
+def test_a_published_count_is_what_travels_or_says_why_not(found):
+    decimals = len(found.millions.partition(".")[2])
+    assert (f"{steady(found) / 1e6:.{decimals}f}" == found.millions) == (not found.differs)
+
+
+def test_the_counts_that_differ_are_explained_by_their_numbers():
+    by_method = {found.method: found for found in PUBLISHED}
+    lora = steady(by_method["fedit"])
+    assert f"{lora / 2e6:.1f}" == by_method["ffa_lora"].millions
+    assert f"{steady(by_method['ffa_lora']) / 1e6:.1f} M" in by_method["ffa_lora"].differs
+    assert f"{(steady(by_method['fedex_lora']) - lora) / 1e6:.0f}" == by_method["fedex_lora"].millions
+    assert f"{lora / 1e6:.1f} M" in by_method["fedex_lora"].differs
+
+
+def test_nothing_is_published_for_other_models_ranks_and_numbers_of_clients():
+    shapes = list(MISTRAL_7B.elements())
+    assert published("fedit", 32, 25, shapes) is not None
+    assert published("fedit", 32, 24, shapes) is None
+    assert published("fedit", 16, 25, shapes) is None
+    assert published("fedit", 32, 25, shapes[1:]) is None
+    assert published("flexlora", 32, 25, shapes) is None
