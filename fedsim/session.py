@@ -278,7 +278,10 @@ class Session:
         if self.method.personal:
             own[PERSONAL] = result.factors[self.spec.within(kinds, self.method.personal)]
         change = None if control is None else self._control_change(result, start, round, control, own)
-        flat = self.spec.pack(self.method.before_upload(layout.unpack(result.factors)), uploaded)
+        flat = result.factors
+        if uploaded != kinds or self.method.before_upload:
+            factors_ = layout.unpack(flat)
+            flat = self.spec.pack(self.method.before_upload(factors_) if self.method.before_upload else factors_, uploaded)
         positions = self.sent_positions(round, result.client)
         flat = flat if positions is None else flat[positions]
         if self.config.privacy.unit is not PrivacyUnit.client and self.config.compression.name == "none":

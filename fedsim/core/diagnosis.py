@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedsim.config import MethodConfig
 from fedsim.core.collecting import Collected, Collector
-from fedsim.core.forms import AdapterSpec
+from fedsim.core.forms import LORA_SB, AdapterSpec
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods.method import Method
 from fedsim.types import Adapter
@@ -39,6 +39,8 @@ def _mean_effective_rank(state: GlobalState) -> float:
 
 def _singular_values(state: GlobalState, layer: str) -> Tensor | None:
     spec: AdapterSpec = state.spec
+    if not state.folded and spec.form is LORA_SB:
+        return torch.linalg.svdvals(spec.scaling * state.factors[f"{layer}.R"])  # B and A are orthonormal
     if not state.folded:
         left, *middle, right = _padded(spec.form.chain(spec.factors(state.factors, layer)))
         if right is not None:

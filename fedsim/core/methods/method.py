@@ -42,7 +42,7 @@ class Method:
     folds: bool = False  # `finish` adds something to the base weights in every round
     personal: tuple[str, ...] = ()
     local: tuple[str, ...] = ()
-    before_upload: Callable[[Adapter], Adapter] = lambda adapter: adapter
+    before_upload: Callable[[Adapter], Adapter] | None = None
     exact: bool = True  # the global update equals the weighted mean of the clients' updates
     restart: Callable[[AdapterSpec, int, int], Adapter] | None = None  # all factors at the start of a round, of (spec, seed, round)
     products: bool = False  # `finish` needs the mean of the clients' dense updates, or their stacked factors
