@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_methods import Oracle
 from clients.app import app
 from fedsim.config import Init
 from fedsim.core.adapters import base_weights
+from fedsim.core.initialization import from_seed
 from fedsim.core.participation import givers
 from fedsim.flower import transfer
 from fedsim.flower.grid import InProcessGrid
@@ -200,6 +202,13 @@ def test_bases_from_data_cost_their_gradients_and_themselves_again(tmp_path):
         assert charges(run, 1) == {0: {"fold": WHOLE}, 1: first | fold, 2: first}, "0 has never seen the bases of round 1"
         assert charges(run, 2) == {0: {"fold": WHOLE}, 1: first | fold, 2: first | fold}, "2 gave no gradient, and folds in the next round"
         assert charges(run, 3) == {0: first | fold, 1: first | fold}
+
+
+def test_seeded_bases_are_the_same_from_one_refresh_to_the_next():
+    session = open_session(of_method("fed_sb", adapter={"refresh_every": 2}))
+    B = [session.derived_factors(round_)[f"{next(iter(session.spec.layers))}.B"] for round_ in (1, 2, 3, 4, 5)]
+    assert [torch.equal(former, later) for former, later in pairwise(B)] == [True, False, True, False]
+    assert torch.equal(B[0], from_seed(session.spec, {}, 0)[f"{next(iter(session.spec.layers))}.B"]), "as without a refresh"
 
 
 def test_a_refresh_begins_the_moments_of_the_server_anew(tmp_path):
