@@ -8,7 +8,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -277,6 +279,16 @@ def _made(folder: Path) -> bool:
     return True
 
 
+def _taken(lock: int) -> bool:
+    """Takes the lock. Waits a second for it: Linux may release that of a killed process a moment after the process is gone."""
+    for pause in (0.0, *[0.1] * 10):
+        time.sleep(pause)
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
+
+
 def _locked(folder: Path) -> int:
     """Makes the folder if need be and returns the descriptor that holds its lock, which goes when the process does, however it ends."""
     _made(folder)
@@ -284,12 +296,10 @@ def _locked(folder: Path) -> int:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"Expected to write in {folder}, but: {error.strerror}. Choose another run_dir=.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _taken(lock):
         owner = os.read(lock, 100).decode().strip()
         os.close(lock)
-        raise UserError(f"Expected a free run folder, but {folder} is in use by {owner}. Wait for it or choose another run_dir=.") from None
+        raise UserError(f"Expected a free run folder, but {folder} is in use by {owner}. Wait for it or choose another run_dir=.")
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     return lock
