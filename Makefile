@@ -14,7 +14,7 @@ demo: .venv/.ready  ## 25 clients fine-tune the embedded model with Fed-SB, on t
 	@$(BIN)/fedsim run $(ARGS)
 
 test: .venv/.ready  ## the tests that take seconds
-	@$(BIN)/pytest -q $(ARGS)
+	@$(BIN)/pytest -q -n auto --maxprocesses 4 $(ARGS)
 
 test-slow: .venv/.ready-slow  ## real processes, many kills, Ray: minutes
 	@$(BIN)/pytest -q -m slow $(ARGS)
