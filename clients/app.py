@@ -1,30 +1,19 @@
-"""The Flower ClientApp. It is thin: torch and the model are imported when the first message asks for work."""
+"""The Flower ClientApp. It is thin: torch and the model are imported when a message asks for work.
+
+It knows no kinds of messages: each goes as it is to `fedsim.flower.worker.handle`, which knows them all.
+"""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-app = ClientApp()
+
+class FedsimClientApp(ClientApp):
+    """A ClientApp that hands every message on, whatever its type."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        from fedsim.flower.worker import handle
+
+        return handle(message, context)
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Trains the cohort of clients that the message names."""
-    from fedsim.flower import worker
-
-    return worker.train(message, context)
-
-
-@app.train("initial_gradient")
-def initial_gradient(message: Message, context: Context) -> Message:
-    """Returns the named clients' weight gradients, from which the server derives the common bases."""
-    from fedsim.flower import worker
-
-    return worker.initial_gradient(message, context)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Evaluates the personal models of the clients that the message names."""
-    from fedsim.flower import worker
-
-    return worker.evaluate(message, context)
+app = FedsimClientApp()

@@ -14,7 +14,7 @@ SMALL = (
 )
 
 PLACES = {
-    "broadcast": ("fedsim.flower.worker", "train"),
+    "broadcast": ("fedsim.flower.worker", "handle"),
     "training": ("fedsim.training.cohort", "update"),
     "aggregation": ("fedsim.flower.strategy", "from_record"),
     "evaluation": ("fedsim.flower.server", "evaluate"),
@@ -22,7 +22,7 @@ PLACES = {
 }
 """Where a kill strikes: just before the k-th call of a function."""
 
-CALLS = {"broadcast": 2, "training": 8, "aggregation": 9, "evaluation": 6, "checkpoint writing": 10}
+CALLS = {"broadcast": 5, "training": 8, "aggregation": 9, "evaluation": 6, "checkpoint writing": 10}
 """So many calls there are at least in a run."""
 
 

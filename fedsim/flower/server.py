@@ -21,7 +21,7 @@ from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.traffic import refresh_due
 from fedsim.export import peft_files
-from fedsim.flower.strategy import FedsimStrategy, keeps_memory
+from fedsim.flower.strategy import FedsimStrategy, Homes, keeps_memory
 from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
 from fedsim.privacy.ledger import PrivacyLedger
@@ -50,10 +50,18 @@ class State:
     wall_seconds: float = 0.0  # of training: messages, local training and aggregation
 
 
-def serve(grid: Grid, config: Config, contexts: Mapping[int, Context] | None = None, *, quiet: bool = False) -> dict[str, Any]:
+def serve(
+    grid: Grid,
+    config: Config,
+    contexts: Mapping[int, Context] | None = None,
+    *,
+    homes: Homes | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Carries the experiment out and returns its summary, also written to summary.json.
 
     `contexts` are those of the nodes in this process, by node: what clients keep there goes into the checkpoints.
+    `homes` are the clients' own nodes in a deployment.
 
     Raises UserError for what the user can mend. A KeyboardInterrupt is raised again with the run folder as its argument: the last
     checkpoint there stays for `resume=true`.
@@ -67,7 +75,7 @@ def serve(grid: Grid, config: Config, contexts: Mapping[int, Context] | None = N
                 progress.note(f"{folder.folder} holds a finished run: nothing is left to do")
                 summary = folder.finished_summary | {"run_dir": str(folder.folder)}  # it may have been moved since
             else:
-                summary = Run(session, config, grid, contexts or {}, folder, progress).carry_out()
+                summary = Run(session, config, grid, contexts or {}, homes, folder, progress).carry_out()
     if not quiet:
         print(f"\n{summary_table(summary)}")
     return summary
@@ -77,9 +85,16 @@ class Run:
     """One run under way."""
 
     def __init__(
-        self, session: Session, config: Config, grid: Grid, contexts: Mapping[int, Context], folder: RunFolder, progress: Progress
+        self,
+        session: Session,
+        config: Config,
+        grid: Grid,
+        contexts: Mapping[int, Context],
+        homes: Homes | None,
+        folder: RunFolder,
+        progress: Progress,
     ) -> None:
-        self._session, self._config, self._grid, self._contexts = session, session.config, grid, contexts
+        self._session, self._config, self._grid, self._contexts, self._homes = session, session.config, grid, contexts, homes
         self._given, self._folder, self._progress = config, folder, progress
         self._told_too_long = 0
 
@@ -87,7 +102,7 @@ class Run:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
         try:
             state = self._restored() or self._initial()
-            strategy = FedsimStrategy(self._session, self._given, state.ledger, state.shared, state.privacy)
+            strategy = self._strategy(state.shared, state.ledger, state.privacy)
             while True:
                 self._evaluate_if_due(state)
                 if state.round == self._config.federation.rounds:
@@ -96,6 +111,9 @@ class Run:
         except KeyboardInterrupt:
             self._folder.event("interrupted")
             raise KeyboardInterrupt(str(self._folder.folder)) from None
+
+    def _strategy(self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None) -> FedsimStrategy:
+        return FedsimStrategy(self._session, self._given, ledger, shared, privacy, self._homes)
 
     # ---- setting up
 
@@ -144,7 +162,7 @@ class Run:
         if self._init is Init.gradient_public:
             gradients = session.weight_gradients(session.encode(session.public))
         else:
-            gradients = FedsimStrategy(session, self._given, ledger, shared, privacy).initial_gradients(self._grid, number)
+            gradients = self._strategy(shared, ledger, privacy).initial_gradients(self._grid, number)
         steps = number * session.total_steps // self._config.federation.rounds
         return session.factors_from_gradients(gradients, steps)
 
@@ -180,7 +198,7 @@ class Run:
         shared.tag, shared.increment_on = facts["tag"], facts["increment_on"]
         shared.control, shared.clip_norm = tensors[CONTROL_VARIATE].get("c"), facts["clip_norm"]
         for node, context in self._contexts.items():
-            write_memory(context, _by_client(tensors[MEMORY], node))
+            write_memory(context, _by_client(tensors[MEMORY], node), checkpoint.round)
         if facts["adapter_digest"] != shared.adapter_digest():
             raise ValueError(f"Expected a state with digest {facts['adapter_digest'][:16]}..., got {shared.adapter_digest()[:16]}....")
         self._folder.event("resumed", round=checkpoint.round)
@@ -218,15 +236,15 @@ class Run:
             INCREMENT: shared.increment,
             MOMENT: shared.moments,
             CONTROL_VARIATE: {} if shared.control is None else {"c": shared.control},
-            MEMORY: self._memory(),
+            MEMORY: self._memory(state.round),
         }
         flat = {f"{first}/{name}": tensor for first, group in tensors.items() for name, tensor in group.items()}
         self._folder.save_checkpoint(state.round, flat, facts)
 
-    def _memory(self) -> dict[str, Tensor]:
-        """Returns what clients keep in this process, by node/client/name."""
+    def _memory(self, round: int) -> dict[str, Tensor]:
+        """Returns what clients in this process keep after a round, by node/client/name."""
         clients = list(range(self._config.federation.clients)) if keeps_memory(self._config, self._session.method) else []
-        memories = {node: read_memory(context, clients) for node, context in self._contexts.items()}
+        memories = {node: read_memory(context, clients, round) for node, context in self._contexts.items()}
         return {
             f"{node}/{client}/{name}": tensor
             for node, memory in memories.items()
@@ -329,7 +347,7 @@ class Run:
     def _evaluate_personally(self, state: State) -> dict[str, dict[str, Any]]:
         """Every client answers its share of the questions with its own model."""
         self._progress.phase(f"evaluating the clients' own models after round {state.round}")
-        return FedsimStrategy(self._session, self._given, state.ledger, state.shared).personal_evaluation(state.round, self._grid)
+        return self._strategy(state.shared, state.ledger, None).personal_evaluation(state.round, self._grid)
 
     # ---- the end
 
@@ -357,7 +375,7 @@ class Run:
         if not session.method.personal:
             yield from peft_files(session.model, self._base_model()).items()
         layout = session.spec.layout(session.method.personal)
-        for name, tensor in self._memory().items():
+        for name, tensor in self._memory(state.round).items():
             _, client, what = name.split("/")
             if what == PERSONAL:
                 with bound(session.model, layout.unpack(tensor.to(session.device))):

@@ -5,7 +5,7 @@ the run's seed and the round, never from node ids.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import cycle
@@ -49,6 +49,9 @@ from fedsim.session import Session
 from fedsim.types import Adapter
 
 REQUEST = "request"
+Homes = Callable[[Sequence[int]], dict[int, int]]
+"""Gives the node of each of these clients in a deployment, where a client has its own; those that are not connected are left out."""
+
 RULES = {
     ServerRule.median: lambda options: lambda updates, weights: robust.median(updates),
     ServerRule.trimmed_mean: lambda options: lambda updates, weights: robust.trimmed_mean(updates, options.trimmed),
@@ -87,13 +90,19 @@ class FedsimStrategy(Strategy):
     """Federated training of one `GlobalState` by any method of `fedsim.core.methods`; every transfer goes into the ledger."""
 
     def __init__(
-        self, session: Session, config: Config, ledger: CommunicationLedger, state: GlobalState, privacy: PrivacyLedger | None = None
+        self,
+        session: Session,
+        config: Config,
+        ledger: CommunicationLedger,
+        state: GlobalState,
+        privacy: PrivacyLedger | None = None,
+        homes: Homes | None = None,
     ) -> None:
         self._session, self._method, self._spec = session, session.method, session.spec
         self._federation = session.config.federation
         self._config_text = json.dumps(to_dict(config))
         self._cohort_size = config.engine.cohort_size
-        self._ledger, self._privacy = ledger, privacy
+        self._ledger, self._privacy, self._homes = ledger, privacy, homes
         self._unit = session.config.privacy.unit
         self._participants: dict[int, list[int]] = {}
         self._state = state
@@ -298,15 +307,15 @@ class FedsimStrategy(Strategy):
         layout = self._session.gradient_layout
         total = torch.zeros(layout.num_parameters, dtype=torch.float64)
         packer = Packer(self._state, self._method.moving)
-        nodes = sorted(grid.get_node_ids())
         mechanisms = {client: each.initialization for client, each in enumerate(self._session.privacy_plan) if each.initialization}
         private = self._session.config.adapter.init is Init.gradient_dp
-        for client, samples in givers(self._session.config).items():
+        givers_ = givers(self._session.config)
+        for client, node in self._nodes(list(givers_), grid).items():
             facts: dict[str, Any] = {"noise": [mechanisms[client].noise_multiplier]} if private else {}
             if self._privacy is not None and client in mechanisms:
                 self._privacy.charge(client, replace(mechanisms[client], steps=1))
-            content = self._brought_up(server_round, [client], packer, (WEIGHTS,), samples=[samples], **facts)
-            message = Message(content, nodes[client % len(nodes)], "train.initial_gradient", group_id=str(server_round))
+            content = self._brought_up(server_round, [client], packer, (WEIGHTS,), samples=[givers_[client]], **facts)
+            message = Message(content, node, "train.initial_gradient", group_id=str(server_round))
             (reply,) = self._replies(grid, [message], packer, "train.initial_gradient")
             record = reply.content.array_records[client_key(client)]
             total += from_record(record, layout.num_parameters)
@@ -318,8 +327,11 @@ class FedsimStrategy(Strategy):
     def cohorts(self, clients: Sequence[int], grid: Grid) -> Iterator[tuple[int, list[int]]]:
         """Yields (node, clients): cohorts of `engine.cohort_size`, or equal parts for all nodes, dealt to the nodes in turn.
 
-        Clients that keep something for themselves from round to round always go to the same node.
+        Clients that keep something for themselves from round to round always go to the same node. In a deployment each goes to its own.
         """
+        if self._homes is not None:
+            yield from ((node, [client]) for client, node in self._homes(clients).items())
+            return
         nodes = sorted(grid.get_node_ids())
         if keeps_memory(self._session.config, self._method):
             for place, node in enumerate(nodes):
@@ -330,6 +342,13 @@ class FedsimStrategy(Strategy):
         size = self._cohort_size or ceil(len(clients) / len(nodes))
         for node, start in zip(cycle(nodes), range(0, len(clients), size), strict=False):
             yield node, list(clients[start : start + size])
+
+    def _nodes(self, clients: Sequence[int], grid: Grid) -> dict[int, int]:
+        """Returns the node to which each client goes when it is asked alone."""
+        if self._homes is not None:
+            return self._homes(clients)
+        nodes = sorted(grid.get_node_ids())
+        return {client: nodes[client % len(nodes)] for client in clients}
 
     # ---- personal models
 

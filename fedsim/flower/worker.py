@@ -6,7 +6,7 @@ What clients keep for themselves from round to round lies in the node's Context.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -31,9 +31,20 @@ def control_key(client: int) -> str:
     return f"control-{client}"
 
 
-def memory_key(client: int) -> str:
-    """Returns the name of a client's record in the state of its node's Context."""
-    return f"memory-{client}"
+def memory_key(client: int, round: int) -> str:
+    """Returns the name, in the state of its node's Context, of what a client keeps after a round."""
+    return f"memory-{client}-{round}"
+
+
+def handle(message: Message, context: Context) -> Message:
+    """Does what a message asks for, by its type. Raises ValueError for a type that no handler is for.
+
+    This is all that a ClientApp, a worker process or a Grid needs to know of the kinds of messages.
+    """
+    kind = message.metadata.message_type
+    if kind not in HANDLERS:
+        raise ValueError(f"Expected a message of one of the types {', '.join(HANDLERS)}, got {kind!r:.60}.")
+    return HANDLERS[kind](message, context)
 
 
 def train(message: Message, context: Context) -> Message:
@@ -61,17 +72,34 @@ def evaluate(message: Message, context: Context) -> Message:
     return _with_state(message, lambda session, request: _evaluate(session, request, context))
 
 
-def read_memory(context: Context, clients: list[int]) -> Memory:
-    """Returns what the clients keep for themselves."""
-    records = {client: context.state.array_records.get(memory_key(client), ArrayRecord()) for client in clients}
-    return {client: {name: torch.from_numpy(array.numpy()) for name, array in record.items()} for client, record in records.items()}
+def read_memory(context: Context, clients: Iterable[int], round: int) -> Memory:
+    """Returns what the clients keep for themselves after a round: what they have put down in it, or last before it."""
+    memory: Memory = {}
+    for client in clients:
+        kept = [number for number in _kept_rounds(context, client) if number <= round]
+        record = context.state.array_records[memory_key(client, kept[-1])] if kept else ArrayRecord()
+        memory[client] = {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
+    return memory
 
 
-def write_memory(context: Context, memory: Memory) -> None:
-    """Keeps what the clients keep for themselves; clients without anything leave no record."""
+def write_memory(context: Context, memory: Memory, round: int) -> None:
+    """Keeps what the clients keep for themselves after a round, and what they kept before it; clients without anything leave no record.
+
+    So a round that is asked for again, because the server has lost it or begins anew, starts from what was there when it was asked first.
+    """
     for client, own in memory.items():
         if own:
-            context.state[memory_key(client)] = arrays_to_record(own)
+            kept = _kept_rounds(context, client)
+            before = [number for number in kept if number < round][-1:]
+            for number in set(kept) - set(before):
+                del context.state[memory_key(client, number)]
+            context.state[memory_key(client, round)] = arrays_to_record(own)
+
+
+def _kept_rounds(context: Context, client: int) -> list[int]:
+    """Returns the rounds after which the client has put something down, in ascending order."""
+    head = memory_key(client, 0)[:-1]
+    return sorted(int(name.removeprefix(head)) for name in context.state.array_records if name.startswith(head))
 
 
 def _with_state(message: Message, work: Callable[[Session, ConfigRecord], RecordDict]) -> Message:
@@ -84,16 +112,17 @@ def _with_state(message: Message, work: Callable[[Session, ConfigRecord], Record
 
 def _train(session: Session, request: ConfigRecord, content: RecordDict, context: Context) -> RecordDict:
     clients = whole_numbers(request, "clients")
-    memory = read_memory(context, clients)
+    number = int(request["round"])  # type: ignore[arg-type]
+    memory = read_memory(context, clients, number - 1)
     replies = session.train(
         clients,
-        int(request["round"]),  # type: ignore[arg-type]
+        number,
         memory,
         control_of(session, content),
         noise=numbers(request, "noise") if "noise" in request else (),
         clip_norm=float(request["clip_norm"]) if "clip_norm" in request else None,  # type: ignore[arg-type]
     )
-    write_memory(context, memory)
+    write_memory(context, memory, number)
     results = [reply.result for reply in replies]
     answer = RecordDict({client_key(reply.result.client): arrays_to_record(reply.arrays) for reply in replies})
     for reply in replies:
@@ -117,7 +146,7 @@ def _evaluate(session: Session, request: ConfigRecord, context: Context) -> Reco
     metrics: dict[str, int | float | list[int] | list[float]] = {}
     clients, all_clients = whole_numbers(request, "clients"), session.config.federation.clients
     kinds = session.method.personal
-    memory = read_memory(context, clients)
+    memory = read_memory(context, clients, int(request["round"]))  # type: ignore[arg-type]
     for task in tasks:
         correct, loss, counts = [], [], []
         for client in clients:
@@ -131,3 +160,11 @@ def _evaluate(session: Session, request: ConfigRecord, context: Context) -> Reco
             counts.append(len(examples))
         metrics |= {f"{task}/correct": correct, f"{task}/loss": loss, f"{task}/num_examples": counts}
     return RecordDict({"metrics": MetricRecord(metrics)})
+
+
+HANDLERS: dict[str, Callable[[Message, Context], Message]] = {
+    "train": train,
+    "train.initial_gradient": initial_gradient,
+    "evaluate": evaluate,
+}
+"""What is done with a message, by its type; a new kind of message is one more line."""

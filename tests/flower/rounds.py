@@ -22,6 +22,7 @@ from fedsim.core.initialization import from_seed
 from fedsim.core.methods import METHODS
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
+from fedsim.flower.worker import read_memory
 from fedsim.session import open_session
 
 TARGETS = ["layers.1.self_attn.q_proj", "layers.2.mlp.down_proj"]
@@ -94,6 +95,10 @@ class Rounds:
         """What the server has changed every weight by since the beginning."""
         folded, factors = self.state.folded, self.state.factors
         return {layer: (self.spec.update(factors, layer) + folded.get(layer, 0.0)).double() for layer in self.spec.layers}
+
+    def kept(self, client):
+        """What a client of the first worker keeps for itself after the last round, as flat arrays by name."""
+        return read_memory(self.grid.contexts[1], [client], self.number)[client]
 
     def moved(self, column="parameters", **wanted):
         """The sum of a column of the ledger over the rows with the given values, such as client=0, direction="uplink"."""

@@ -103,8 +103,7 @@ def test_scaffold_is_option_two_of_its_paper(name):
         assert flat(c).abs().max() > 1e-3, "control variates of nothing would show nothing"
         torch.testing.assert_close(run.state.control.double(), flat(c), rtol=0, atol=1e-5)
         for i in range(CLIENTS):
-            record = run.grid.contexts[1].state.array_records.get(f"memory-{i}")
-            kept = torch.zeros(len(flat(c))) if record is None else torch.from_numpy(record["control"].numpy())
+            kept = run.kept(i).get("control", torch.zeros(len(flat(c))))
             torch.testing.assert_close(kept.double(), flat(c_of[i]), rtol=0, atol=1e-5)
 
 

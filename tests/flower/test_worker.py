@@ -1,0 +1,70 @@
+"""What a worker does with a message, whatever carried it."""
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from rounds import Rounds, of_method
+
+from fedsim.config import Optimizer
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.records import arrays_to_record
+from fedsim.flower.worker import handle, memory_key, read_memory, write_memory
+
+
+def context():
+    return Context(1, 1, {}, RecordDict(), {})
+
+
+def own(value):
+    """What client 3 keeps."""
+    return {3: {"control": torch.full((2,), float(value))}}
+
+
+def kept(context, round):
+    found = read_memory(context, [3], round)[3]
+    return float(found["control"][0]) if found else None
+
+
+def test_an_unknown_kind_of_message_is_refused_by_name():
+    InProcessGrid(lambda message, context: message)  # a Message can only be made where Flower knows the run
+    with pytest.raises(ValueError, match=r"one of the types train, train\.initial_gradient, evaluate.*'query\.nothing'"):
+        handle(Message(RecordDict(), 1, "query.nothing"), context())
+
+
+def test_a_round_that_is_asked_for_again_starts_from_what_was_kept_before_it():
+    node = context()
+    for number in (1, 2, 4):  # the client was not drawn in round 3
+        write_memory(node, own(number), number)
+    assert [kept(node, number) for number in (4, 3, 2)] == [4.0, 2.0, 2.0]
+    write_memory(node, own(40), 4)
+    assert (kept(node, 4), kept(node, 3)) == (40.0, 2.0)
+
+
+def test_a_run_that_begins_anew_finds_nothing_of_the_one_before():
+    node = context()
+    write_memory(node, own(5), 5)
+    assert kept(node, 0) is None
+    write_memory(node, own(1), 1)
+    assert set(node.state) == {memory_key(3, 1)}
+
+
+def test_only_two_rounds_are_kept_and_other_clients_are_left_alone():
+    node = context()
+    node.state[memory_key(30, 7)] = arrays_to_record({"control": torch.zeros(1)})
+    node.state["other"] = ArrayRecord()
+    for number in range(1, 6):
+        write_memory(node, own(number), number)
+    assert set(node.state) == {memory_key(3, 4), memory_key(3, 5), memory_key(30, 7), "other"}
+
+
+def test_clients_with_homes_are_asked_there_and_nowhere_else():
+    run = Rounds(of_method("fed_sb", training={"optimizer": Optimizer.sgd}), workers=4)
+    homes = {0: 4, 1: 2, 2: 1}
+    run.strategy._homes = lambda clients: {client: homes[client] for client in clients if client != 1}  # one is not connected
+    asked = [(message.metadata.dst_node_id, list(message.content["request"]["clients"])) for message in messages_of(run)]
+    assert asked == [(4, [0]), (1, [2])]
+
+
+def messages_of(run):
+    run.session.install_state(run.state)
+    return list(run.strategy.configure_train(1, ArrayRecord(), {}, run.grid))
