@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
+from fedsim.core.missing import told
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -123,7 +125,9 @@ class Progress:
         rate = report["tokens"] / max(report["wall_seconds"], 1e-9)
         private = "epsilon" in report  # clients then tell neither their loss nor their tokens
         facts = f"epsilon {report['epsilon']:.3f}" if private else f"loss {report['train_loss']:.4f}  {rate:,.0f} tokens/s"
-        self._line(f"{self._heading(number)}  {self._clients} clients  {facts}{self._sent_so_far()}{self._left()}")
+        missing = told(report.get("missing", {}))
+        clients = f"{self._clients} clients{f', {missing}' if missing else ''}"
+        self._line(f"{self._heading(number)}  {clients}  {facts}{self._sent_so_far()}{self._left()}")
         if self._live:
             self._bars.update(self._whole, completed=number)
 

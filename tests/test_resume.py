@@ -16,13 +16,13 @@ SMALL = (
 PLACES = {
     "broadcast": ("fedsim.flower.worker", "handle"),
     "training": ("fedsim.training.cohort", "update"),
-    "aggregation": ("fedsim.flower.strategy", "from_record"),
+    "aggregation": ("fedsim.flower.reading", "from_record"),
     "evaluation": ("fedsim.flower.server", "evaluate"),
     "checkpoint writing": ("os", "replace"),
 }
 """Where a kill strikes: just before the k-th call of a function."""
 
-CALLS = {"broadcast": 5, "training": 8, "aggregation": 9, "evaluation": 6, "checkpoint writing": 10}
+CALLS = {"broadcast": 5, "training": 8, "aggregation": 6, "evaluation": 6, "checkpoint writing": 10}
 """So many calls there are at least in a run."""
 
 

@@ -19,9 +19,11 @@ from fedsim.core.adapters import bound, merged, unadapted
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
+from fedsim.core.missing import counted
 from fedsim.core.traffic import refresh_due
 from fedsim.export import peft_files
-from fedsim.flower.strategy import FedsimStrategy, Homes, keeps_memory
+from fedsim.flower.asking import Homes, keeps_memory
+from fedsim.flower.strategy import FedsimStrategy
 from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
 from fedsim.privacy.ledger import PrivacyLedger
@@ -279,8 +281,9 @@ class Run:
         }
         if state.privacy is not None:
             report["epsilon"] = self._largest_epsilon(state.privacy)
-        self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, **report, **facts.diagnosis)
-        self._progress.round_finished(number, report, after)
+        absent = [each.to_json() for each in facts.missing]
+        self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, missing=absent, **report, **facts.diagnosis)
+        self._progress.round_finished(number, report | {"missing": counted(facts.missing)}, after)
         self._tell_too_long()
         if refresh_due(self._config, number):
             self._refresh(state)

@@ -108,7 +108,7 @@ def test_the_ledger_has_what_the_codec_says(codec):
 def test_error_feedback_adds_what_was_lost_to_a_clients_next_upload(codec):
     taking_part = {1: [0, 1, 2], 2: [1, 2], 3: [0, 2]}
     run = compressed("fed_sb", codec, feedback=True, federation={"rounds": 3})
-    run.strategy.participants = taking_part.get
+    run.strategy.asking.participants = taking_part.get
     residues = dict.fromkeys(range(3), torch.zeros(run.spec.num_parameters(("R",))))
     for round_, clients in taking_part.items():
         start, updates = updates_of(run, round_, clients)

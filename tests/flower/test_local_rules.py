@@ -74,7 +74,7 @@ def test_fedprox_is_sgd_on_the_proximal_objective(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_scaffold_is_option_two_of_its_paper(name):
     run = Rounds(of_method(name, training={"scaffold": True, **LINEAR}, federation={"rounds": 4}))
-    run.strategy.participants = ROUNDS.get
+    run.strategy.asking.participants = ROUNDS.get
     oracle, form = Oracle(run.session), FORMS[name]
     kinds, trained, *_ = form
     x = by_layer(run.start, oracle.names, kinds)
@@ -109,7 +109,7 @@ def test_scaffold_is_option_two_of_its_paper(name):
 
 def test_control_variates_are_charged_both_ways_to_those_who_take_part():
     run = Rounds(of_method("fed_sb", training={"scaffold": True}))
-    run.strategy.participants = ROUNDS.get
+    run.strategy.asking.participants = ROUNDS.get
     run.next(3)
     count = run.spec.num_parameters(("R",))
     rows = [row for row in run.ledger.rows() if row["purpose"] == "control"]
@@ -161,7 +161,7 @@ def test_a_head_is_averaged_over_the_clients_that_trained_it():
 def test_a_head_that_nobody_trained_stays():
     run = Rounds(of_method("ravan", method={"client_heads": 1})).next()
     before = {name: tensor.clone() for name, tensor in run.state.factors.items()}
-    run.strategy.participants = {2: [0]}.get
+    run.strategy.asking.participants = {2: [0]}.get
     (head,) = heads_of(run, 0, 2)
     run.next()
     for layer in run.spec.layers:

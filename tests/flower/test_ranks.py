@@ -55,7 +55,7 @@ def test_three_clients_have_three_ranks():
 @pytest.mark.parametrize("taking_part", [{1: [0, 1, 2], 2: [0, 1, 2]}, {1: [0, 2], 2: [0, 1]}])
 def test_nested_r_is_averaged_entry_by_entry_over_the_clients_that_trained_it(taking_part):
     run = Rounds(with_ranks("fed_sb"), random_r)
-    run.strategy.participants = taking_part.get
+    run.strategy.asking.participants = taking_part.get
     oracle, ranks = Oracle(run.session), run.session.ranks
     assert ranks == [1, 3, 2]
     factors = by_layer(run.start, oracle.names, "BRA")

@@ -181,7 +181,7 @@ def charges(run, number):
 @pytest.mark.parametrize("init", [Init.orthogonal, Init.weight_svd])
 def test_bases_that_all_derive_cost_nothing_anew_and_the_fold_costs_what_a_client_lacks(init, tmp_path):
     with refreshed(init, tmp_path / "run") as run:
-        run.strategy.participants = {1: [0, 1], 2: [1, 2], 3: [0, 1]}.get
+        run.strategy.asking.participants = {1: [0, 1], 2: [1, 2], 3: [0, 1]}.get
         for _ in range(3):
             run.next()
         assert charges(run, 1) == {client: {"adapter": SQUARES} for client in (0, 1)}
@@ -191,7 +191,7 @@ def test_bases_that_all_derive_cost_nothing_anew_and_the_fold_costs_what_a_clien
 
 def test_bases_from_data_cost_their_gradients_and_themselves_again(tmp_path):
     with refreshed(Init.gradient, tmp_path / "run", init_samples=2) as run:
-        run.strategy.participants = {1: [1, 2], 2: [1, 2], 3: [0, 1]}.get
+        run.strategy.asking.participants = {1: [1, 2], 2: [1, 2], 3: [0, 1]}.get
         assert givers(run.session.config) == {0: 1, 1: 1}
         for _ in range(3):
             run.next()

@@ -11,7 +11,7 @@ from fedsim.checkpoints import load, saved
 from fedsim.config import Init
 from fedsim.experiment import run
 from fedsim.flower import server
-from fedsim.flower.strategy import FedsimStrategy
+from fedsim.flower.reading import Reader
 from fedsim.session import _open
 
 MOMENTS = {"optimizer": "fedadam", "learning_rate": 0.01}
@@ -40,14 +40,14 @@ def in_folder(config, folder, **options):
 
 def interrupt(monkeypatch, call):
     """A Ctrl-C while the server reads the upload of this number."""
-    original, calls = FedsimStrategy._read, iter(range(1000))
+    original, calls = Reader._flat, iter(range(1000))
 
     def read(self, *arguments):
         if next(calls) == call:
             raise KeyboardInterrupt
         return original(self, *arguments)
 
-    monkeypatch.setattr(FedsimStrategy, "_read", read)
+    monkeypatch.setattr(Reader, "_flat", read)
 
 
 def outcome(folder):

@@ -1,0 +1,45 @@
+"""The one way in which a client's reply can be missing from a round, with its reason."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Reason(Enum):
+    """Why the server goes on without a client."""
+
+    timeout = "no reply within the deadline"
+    died = "its worker failed or is gone"
+    refused_by_client = "its owner does not take part"
+    refused_by_server = "what it sent cannot be used"
+    dropped_out = "it left in the middle of the round"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A client that was asked in a round and is not part of its result. The weights of the others sum to one without it."""
+
+    client: int
+    round: int
+    reason: Reason
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns {client, reason, detail}, as an event of the round tells it."""
+        return {"client": self.client, "reason": self.reason.name, "detail": self.detail}
+
+
+def counted(missing: Iterable[Missing]) -> dict[str, int]:
+    """Returns how many are missing for each reason, in the order of `Reason`, without zeros."""
+    counts = Counter(each.reason for each in missing)
+    return {reason.name: counts[reason] for reason in Reason if counts[reason]}
+
+
+def told(counts: dict[str, int]) -> str:
+    """Returns "2 missing (1 timeout, 1 died)", or "" where nobody is."""
+    if not counts:
+        return ""
+    reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    return f"{sum(counts.values())} missing ({reasons})"

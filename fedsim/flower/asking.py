@@ -1,0 +1,172 @@
+"""What the server asks: who takes part in a round, which worker is asked for whom, and what its message must carry.
+
+Messages are addressed to workers (Flower nodes) and name the clients that a worker stands for. Which clients take part is drawn from
+the run's seed and the round, never from node ids.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from math import ceil
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsim.config import Config, PrivacyUnit, to_dict
+from fedsim.core.exchange import WEIGHTS
+from fedsim.core.global_state import GlobalState
+from fedsim.core.methods import Method
+from fedsim.core.participation import drawn
+from fedsim.errors import UserError
+from fedsim.flower.charging import Charges
+from fedsim.flower.transfer import ADAPTER, BASES, FOLD, Packer
+from fedsim.privacy.ledger import PrivacyLedger
+from fedsim.session import Session
+
+REQUEST = "request"
+
+Homes = Callable[[Sequence[int]], dict[int, int]]
+"""Gives the node of each of these clients in a deployment, where a client has its own; those that are not connected are left out."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One message to a worker, and the clients that it names."""
+
+    message: Message
+    clients: tuple[int, ...]
+
+
+class Asking:
+    """Makes the requests of a run. Each client is charged for what it lacks of the global state when its message is made."""
+
+    def __init__(
+        self,
+        session: Session,
+        config: Config,
+        state: GlobalState,
+        charges: Charges,
+        privacy: PrivacyLedger | None = None,
+        homes: Homes | None = None,
+    ) -> None:
+        self._session, self._state, self._charges, self._privacy, self._homes = session, state, charges, privacy, homes
+        self._config_text = json.dumps(to_dict(config))
+        self._cohort_size = config.engine.cohort_size
+        self._unit = session.config.privacy.unit
+        self._participants: dict[int, list[int]] = {}
+
+    # ---- who takes part
+
+    def participants(self, server_round: int) -> list[int]:
+        """Returns the clients of a round, in ascending order; a function of seed and round.
+
+        With client-level privacy each is drawn by its own coin; with example-level privacy a client stops before its budget is exceeded.
+        Raises UserError where every client's budget is spent.
+        """
+        if server_round not in self._participants:
+            self._participants[server_round] = self._within_budget(server_round, drawn(self._session.config, server_round))
+        return self._participants[server_round]
+
+    def _within_budget(self, server_round: int, clients: list[int]) -> list[int]:
+        if self._privacy is None:
+            return clients
+        plan, ledger = self._session.privacy_plan, self._privacy
+        if self._unit is PrivacyUnit.client:
+            left = clients if not ledger.would_exceed(0, plan[0].round_mechanism) else None
+        else:
+            left = [client for client in clients if not ledger.would_exceed(client, plan[client].round_mechanism)] or None
+        if left is None:
+            raise UserError(
+                f"privacy.epsilon: round {server_round} would exceed the budget of {ledger.budget:g} of every client that was drawn; "
+                "allow more epsilon, more noise or fewer rounds. The rounds before it are in the last checkpoint."
+            )
+        return left
+
+    def charge_privacy(self, server_round: int) -> None:
+        """Writes the round down before anything of it leaves a client; client-level privacy charges all clients, drawn or not."""
+        if self._privacy is not None:
+            everybody = range(self._session.config.federation.clients)
+            for client in everybody if self._unit is PrivacyUnit.client else self.participants(server_round):
+                self._privacy.charge(client, self._session.privacy_plan[client].round_mechanism)
+
+    # ---- who is asked for whom
+
+    def cohorts(self, clients: Sequence[int], grid: Grid) -> Iterator[tuple[int, list[int]]]:
+        """Yields (node, clients): cohorts of `engine.cohort_size`, or equal parts for all nodes, dealt to the nodes in turn.
+
+        Clients that keep something for themselves from round to round always go to the same node. In a deployment each goes to its own.
+        """
+        if self._homes is not None:
+            yield from ((node, [client]) for client, node in self._homes(clients).items())
+            return
+        nodes = sorted(grid.get_node_ids())
+        if keeps_memory(self._session.config, self._session.method):
+            for place, node in enumerate(nodes):
+                mine = [client for client in clients if client % len(nodes) == place]
+                size = self._cohort_size or max(1, len(mine))
+                yield from ((node, mine[start : start + size]) for start in range(0, len(mine), size))
+            return
+        size = self._cohort_size or ceil(len(clients) / len(nodes))
+        for node, start in zip(cycle(nodes), range(0, len(clients), size), strict=False):
+            yield node, list(clients[start : start + size])
+
+    def nodes(self, clients: Sequence[int], grid: Grid) -> dict[int, int]:
+        """Returns the node to which each client goes when it is asked alone."""
+        if self._homes is not None:
+            return self._homes(clients)
+        nodes = sorted(grid.get_node_ids())
+        return {client: nodes[client % len(nodes)] for client in clients}
+
+    # ---- what a message says
+
+    def to_train(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Ask]:
+        """Yields one request per cohort of the round, made when it is asked for."""
+        for node, clients in self.cohorts(self.participants(server_round), grid):
+            content = self.brought_up(server_round, clients, packer, **self._private_facts(clients))
+            yield Ask(Message(content, node, "train", group_id=str(server_round)), tuple(clients))
+
+    def _private_facts(self, clients: Sequence[int]) -> dict[str, Any]:
+        """Returns what a request says of privacy."""
+        if self._unit is PrivacyUnit.example:
+            return {"noise": [self._session.privacy_plan[client].noise_multiplier for client in clients]}
+        return {"clip_norm": clip_norm(self._session, self._state)} if self._unit is PrivacyUnit.client else {}
+
+    def brought_up(
+        self, server_round: int, clients: Sequence[int], packer: Packer, needed: Collection[str] | None = None, **facts: Any
+    ) -> RecordDict:
+        """Returns a request with what any of the clients lacks of the needed parts (None is all), and charges each for what it lacks."""
+        exchange = self._state.exchange
+        needed = exchange.versions if needed is None else needed
+        lacking = {client: [part for part in exchange.lacking(client) if part in needed] for client in clients}
+        behind = [client for client in clients if WEIGHTS in lacking[client]]
+        increment = bool(behind) and all(exchange.takes_increment(client) for client in behind)
+        for client in clients:
+            self._charges.down(server_round, client, lacking[client])
+            exchange.sent(client, needed)
+        parts = {part for each in lacking.values() for part in each}
+        records, told = packer.pack(parts, needed, increment=increment)
+        return RecordDict({**records, REQUEST: self.request(clients, server_round, told, **facts)})
+
+    def request(self, clients: Sequence[int], server_round: int, told: dict[str, str | list[str]], **facts: Any) -> ConfigRecord:
+        """Returns what a message says beside its arrays."""
+        return ConfigRecord({"config": self._config_text, "clients": list(clients), "round": server_round, **told, **facts})
+
+    def again(self, ask: Ask, packer: Packer) -> Ask:
+        """Returns the request with all of the global state, for a worker process that lacks something of it. Not charged."""
+        versions, metadata = self._state.exchange.versions, ask.message.metadata
+        records, told = packer.pack(versions, versions, increment=False)
+        asked = {name: value for name, value in ask.message.content.config_records[REQUEST].items() if name not in (ADAPTER, BASES, FOLD)}
+        content = RecordDict({**records, REQUEST: ConfigRecord({**asked, **told})})
+        return Ask(Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id), ask.clients)
+
+
+def clip_norm(session: Session, state: GlobalState) -> float:
+    """Returns the clip norm of client-level privacy, which may have adapted."""
+    return state.clip_norm or session.config.privacy.clip_norm
+
+
+def keeps_memory(config: Config, method: Method) -> bool:
+    """Whether clients keep something for themselves from round to round."""
+    return bool(method.personal) or config.training.scaffold or config.compression.error_feedback

@@ -1,0 +1,44 @@
+"""What the messages of a run cost: every transfer between the server and a client goes into the ledger as if the client were alone.
+
+A cohort shares one message; each of its clients is charged what it lacked itself and what it sent.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+from flwr.app import ArrayRecord
+
+from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
+from fedsim.core.exchange import CONTROL
+from fedsim.core.global_state import GlobalState, folded_layout
+from fedsim.core.traffic import down_sizes
+from fedsim.flower.records import payload_bytes, serialized_bytes, size_of_floats
+from fedsim.session import Session
+
+
+class Charges:
+    """Writes transfers into the ledger of a run; those of a pooled method, where nothing travels, are left out."""
+
+    def __init__(self, session: Session, state: GlobalState, ledger: CommunicationLedger) -> None:
+        self._session, self._state, self._ledger = session, state, ledger
+        self._size = cache(session.spec.num_parameters)
+
+    def down(self, server_round: int, client: int, parts: Sequence[str]) -> None:
+        """Charges the client for the parts of the global state that it is sent."""
+        state, spec = self._state, self._session.spec
+        rank, whole = self._session.client_rank(client), folded_layout(spec).num_parameters
+        increment = sum(tensor.numel() for tensor in state.increment.values())
+        control = len(state.control) if state.control is not None else 0
+        sizes = lambda kinds: control if kinds == (CONTROL,) else self._size(kinds, rank)  # noqa: E731
+        for purpose, size in down_sizes(state.exchange, self._session.method.moving, client, parts, sizes, whole, increment):
+            self._add(server_round, client, Direction.downlink, purpose, size, 4 * size, size_of_floats(size))
+
+    def up(self, server_round: int, client: int, purpose: Purpose, parameters: int, record: ArrayRecord) -> None:
+        """Charges the client for a record that it has sent."""
+        self._add(server_round, client, Direction.uplink, purpose, parameters, payload_bytes(record), serialized_bytes(record))
+
+    def _add(
+        self, server_round: int, client: int, direction: Direction, purpose: Purpose, parameters: int, payload: int, size: int
+    ) -> None:
+        if not self._session.method.pooled:
+            self._ledger.add(Transfer(server_round, client, direction, purpose, parameters, 4 * parameters, payload, size))

@@ -1,0 +1,113 @@
+"""How the uploads of a round become the next global state: mean or robust rule, noise, server optimizer, and the method's own finish."""
+
+from collections.abc import Iterable
+from math import exp
+
+import torch
+from torch import Tensor
+
+from fedsim.config import PrivacyUnit, ServerConfig, ServerRule, Weighting
+from fedsim.core import robust
+from fedsim.core.collecting import Collector, Rule, keeps_clients
+from fedsim.core.diagnosis import diagnose
+from fedsim.core.exchange import CONTROL
+from fedsim.core.global_state import GlobalState
+from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
+from fedsim.flower.asking import clip_norm
+from fedsim.flower.facts import RoundFacts
+from fedsim.flower.reading import Upload
+from fedsim.privacy.accounting import split_noise
+from fedsim.seeding import torch_generator
+from fedsim.session import Session
+
+RULES = {
+    ServerRule.median: lambda options: lambda updates, weights: robust.median(updates),
+    ServerRule.trimmed_mean: lambda options: lambda updates, weights: robust.trimmed_mean(updates, options.trimmed),
+    ServerRule.krum: lambda options: (
+        lambda updates, weights: robust.krum(updates, options.malicious, options.kept or len(updates) - options.malicious)
+    ),
+}
+
+
+class Combining:
+    """One round's aggregation. `add` takes uploads in as they come and holds one at a time; `finish` brings the state forward."""
+
+    def __init__(self, session: Session, state: GlobalState, server_round: int, facts: RoundFacts) -> None:
+        self._session, self._config, self._state, self._round, self.facts = session, session.config, state, server_round, facts
+        self._kinds = session.method.uploaded(server_round)
+        self._collector = self._new_collector()
+        self._control_change = torch.zeros_like(state.control) if state.control is not None else torch.zeros(0)
+
+    def add(self, uploads: Iterable[Upload]) -> None:
+        """Takes uploads in, each with its client's weight."""
+        for upload in uploads:
+            weight = float(upload.num_examples) if self._config.federation.weighting is Weighting.examples else 1.0
+            self._tell(upload, weight)
+            self._collector.add(weight, upload.flat, upload.positions)
+            if upload.control is not None:
+                # SCAFFOLD: c changes by the participants' mean change times the part of all clients that they are, which is sum / clients.
+                self._control_change += upload.control / self._config.federation.clients
+
+    def _tell(self, upload: Upload, weight: float) -> None:
+        facts = self.facts
+        facts.clients.append(upload.client)
+        facts.num_examples.append(upload.num_examples)
+        facts.loss.append(upload.loss)
+        facts.weights.append(weight)
+        facts.num_tokens += upload.num_tokens
+        facts.num_within += upload.within
+
+    def finish(self) -> None:
+        """Makes the next global state of what was taken in; of nothing, the mean is the start."""
+        state, method, config = self._state, self._session.method, self._config
+        start = self._session.spec.pack(state.factors, self._kinds)
+        mean = self._collector.mean() if self.facts.clients else start
+        if config.privacy.unit is PrivacyUnit.client:
+            mean = self._noised(start, mean)
+        new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
+        collected = self._collector.collected(new, config.seed, self._round)
+        outcome = method.finish(collected)
+        state.replace(outcome.factors, method.changed(self._round), self._round)
+        if outcome.fold:
+            state.fold(outcome.fold, self._round)
+        if state.control is not None:
+            state.control = state.control + self._control_change
+            state.exchange.changed([CONTROL], self._round)
+        if config.evaluation.diagnosis:
+            self.facts.diagnosis = diagnose(method, config.method, self._collector, collected, state)
+
+    def _noised(self, start: Tensor, mean: Tensor) -> Tensor:
+        """Client-level privacy: the sum of clipped updates with noise, over the number of clients that are drawn on average.
+
+        With `privacy.adaptive_clip` the clip norm follows the quantile of the updates' norms, by a noised count (arXiv 1905.03871).
+        """
+        config, facts = self._config, self.facts
+        options, expected = config.privacy, config.federation.fraction * config.federation.clients
+        generator = torch_generator(config.seed, "server noise", self._round)
+        noise, bound = self._session.privacy_plan[0].noise_multiplier, clip_norm(self._session, self._state)
+        if options.adaptive_clip:
+            count_noise = max(expected / 20, noise)
+            noise = split_noise(noise, count_noise)
+            count = facts.num_within - len(facts.clients) / 2 + count_noise * float(torch.randn((), generator=generator))
+            self._state.clip_norm = bound * exp(-options.clip_rate * (count / expected + 0.5 - options.clip_quantile))
+        total = (mean - start) * len(facts.clients)
+        return start + (total + noise * bound * torch.randn(total.shape, generator=generator)) / expected
+
+    def _new_collector(self) -> Collector:
+        config, method = self._config, self._session.method
+        wanted = method.products or (config.evaluation.diagnosis and not method.exact)
+        rule: Rule | None = RULES[config.server.rule](config.server) if config.server.rule in RULES else None
+        keep_clients = keeps_clients(config.method, method.folds)
+        return Collector(
+            self._session.spec,
+            self._kinds,
+            self._state.factors,
+            config.method,
+            keep_products=wanted and not keep_clients,
+            keep_clients=keep_clients,
+            rule=rule,
+        )
+
+
+def _server_options(server: ServerConfig) -> ServerOptions:
+    return ServerOptions(server.learning_rate, server.momentum, server.beta2, server.tau)

@@ -1,0 +1,33 @@
+"""What a round came to: who is in its result with which weight, who is missing and why, and what the clients told."""
+
+from dataclasses import dataclass, field
+from math import nan
+from typing import Any
+
+from fedsim.core.missing import Missing
+
+
+@dataclass
+class RoundFacts:
+    """Facts of one round, filled as replies come; lists run in the order of arrival."""
+
+    clients: list[int] = field(default_factory=list)
+    num_examples: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # as used in the average, before normalisation
+    missing: list[Missing] = field(default_factory=list)
+    num_tokens: int = 0
+    num_within: int = 0  # clients whose update was within the clip norm
+    diagnosis: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shares(self) -> list[float]:
+        """The clients' weights p_i, which sum to one."""
+        return [weight / sum(self.weights) for weight in self.weights]
+
+    @property
+    def mean_loss(self) -> float:
+        """Training loss averaged over the clients by their number of examples."""
+        if not self.clients:
+            return nan
+        return sum(n * loss for n, loss in zip(self.num_examples, self.loss, strict=True)) / sum(self.num_examples)
