@@ -60,7 +60,7 @@ def refreshed(init, folder, init_samples=6, **sections):
     config = replace(config, run_dir=str(folder))
     session, grid = open_session(config), InProcessGrid(app)
     with Progress(5, [], quiet=True) as progress, RunFolder.open(config) as opened:
-        yield Refreshed(Run(session, config, grid, grid.contexts, opened, progress), session, grid)
+        yield Refreshed(Run(session, config, grid, grid.contexts, None, opened, progress), session, grid)
 
 
 @pytest.mark.parametrize("init", INITS)
