@@ -51,7 +51,7 @@ class Asking:
         privacy: PrivacyLedger | None = None,
         homes: Homes | None = None,
     ) -> None:
-        self._session, self._state, self._charges, self._privacy, self._homes = session, state, charges, privacy, homes
+        self._session, self._state, self._charges, self._privacy, self.homes = session, state, charges, privacy, homes
         self._config_text = json.dumps(to_dict(config))
         self._cohort_size = config.engine.cohort_size
         self._unit = session.config.privacy.unit
@@ -98,8 +98,8 @@ class Asking:
 
         Clients that keep something for themselves from round to round always go to the same node. In a deployment each goes to its own.
         """
-        if self._homes is not None:
-            yield from ((node, [client]) for client, node in self._homes(clients).items())
+        if self.homes is not None:
+            yield from ((node, [client]) for client, node in self.homes(clients).items())
             return
         nodes = sorted(grid.get_node_ids())
         if keeps_memory(self._session.config, self._session.method):
@@ -114,8 +114,8 @@ class Asking:
 
     def nodes(self, clients: Sequence[int], grid: Grid) -> dict[int, int]:
         """Returns the node to which each client goes when it is asked alone."""
-        if self._homes is not None:
-            return self._homes(clients)
+        if self.homes is not None:
+            return self.homes(clients)
         nodes = sorted(grid.get_node_ids())
         return {client: nodes[client % len(nodes)] for client in clients}
 

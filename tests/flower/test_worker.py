@@ -60,7 +60,7 @@ def test_only_two_rounds_are_kept_and_other_clients_are_left_alone():
 def test_clients_with_homes_are_asked_there_and_nowhere_else():
     run = Rounds(of_method("fed_sb", training={"optimizer": Optimizer.sgd}), workers=4)
     homes = {0: 4, 1: 2, 2: 1}
-    run.strategy._homes = lambda clients: {client: homes[client] for client in clients if client != 1}  # one is not connected
+    run.strategy.asking.homes = lambda clients: {client: homes[client] for client in clients if client != 1}  # one is not connected
     asked = [(message.metadata.dst_node_id, list(message.content["request"]["clients"])) for message in messages_of(run)]
     assert asked == [(4, [0]), (1, [2])]
 
