@@ -44,6 +44,11 @@ class Accountant(Enum):
     rdp = "Renyi divergences; looser, fast"
 
 
+class NoiseSource(Enum):
+    seed = "the run's seed: a run can be repeated, and whoever knows the seed can take the noise off"
+    system = "the operating system of each client: holds against the server, and no run repeats another"
+
+
 class ServerRule(Enum):
     mean = "weighted mean"
     median = "median of every entry"
@@ -174,6 +179,8 @@ class FederationConfig:
     """Log-normal sigma of the clients' numbers of examples; 0 deals equal shares."""
     ranks: dict[int, float] = field(default_factory=dict)
     """Clients of different rank, as {rank: share of the clients}; empty gives every client adapter.rank."""
+    dropout: float = 0.0
+    """Simulation: probability that a client vanishes in mid-round, before its upload; with secure aggregation as often after it, too."""
 
 
 @dataclass
@@ -274,6 +281,24 @@ class PrivacyConfig:
     """unit=client, adaptive_clip: learning rate of the clip norm's logarithm."""
     unsafe_init: bool = False
     """Allow adapter.init=gradient, which leaks, with privacy: for audits only; no epsilon is claimed then."""
+    secure_aggregation: bool = False
+    """The server sees sums of uploads only (SecAgg+, see secure), of linear methods. With unit=client the clients add the noise."""
+
+
+@dataclass
+class SecureConfig:
+    bits: int = 16
+    """Secure aggregation: bits of a value of an upload; with its sum's carry bits, in whole bytes, it is what travels."""
+    range: float = 1.0
+    """Largest change of an entry in a round that an upload can hold; what is larger is clipped, and counted. unit=client: clip_norm."""
+    gradient_range: float = 16.0
+    """The same for the sums of initial gradients, which travel in 32 bits."""
+    threshold: float = 0.6
+    """Part of the round's clients that must stay to the end; with fewer the round is given up. unit=client: sized to give all the noise."""
+    neighbours: int = 0
+    """Clients with which each shares masks and secrets (an even number); 0 takes all others."""
+    noise: NoiseSource = NoiseSource.seed
+    """unit=client: where the clients' noise comes from."""
 
 
 @dataclass
@@ -309,6 +334,7 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    secure: SecureConfig = field(default_factory=SecureConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
@@ -400,6 +426,12 @@ BOUNDS = {
     "privacy.init_noise_multiplier": _NOT_NEGATIVE,
     "privacy.clip_quantile": Bounds(0, 1, low_open=True, high_open=True),
     "privacy.clip_rate": _POSITIVE,
+    "secure.bits": Bounds(2, 24),
+    "secure.range": _POSITIVE,
+    "secure.gradient_range": _POSITIVE,
+    "secure.threshold": Bounds(0.5, 1, low_open=True),
+    "secure.neighbours": _NOT_NEGATIVE,
+    "federation.dropout": Bounds(0, 1, high_open=True),
     "adapter.rank": _AT_LEAST_ONE,
     "adapter.init_samples": _AT_LEAST_ONE,
     "adapter.scaling": _POSITIVE,

@@ -20,6 +20,8 @@ def effective(config: Config) -> Config:
     if config.federation.ranks:
         adapter = replace(adapter, rank=max(config.federation.ranks))
     config = replace(config, adapter=adapter)
+    if config.privacy.secure_aggregation:
+        config = replace(config, evaluation=replace(config.evaluation, diagnosis=False))  # it needs single uploads
     if not method.pooled:
         return config
     federation = replace(config.federation, clients=1, fraction=1.0)

@@ -29,6 +29,7 @@ class Purpose(Enum):
     adapter = "the trained factors of a round"
     fold = "what is added to the base weights"
     control = "control variates of SCAFFOLD"
+    secure_aggregation = "keys, sealed shares and unmasking of secure aggregation"
 
 
 SETUP = (Purpose.bases, Purpose.initial_gradient)

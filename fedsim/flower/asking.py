@@ -124,10 +124,10 @@ class Asking:
     def to_train(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Ask]:
         """Yields one request per cohort of the round, made when it is asked for."""
         for node, clients in self.cohorts(self.participants(server_round), grid):
-            content = self.brought_up(server_round, clients, packer, **self._private_facts(clients))
+            content = self.brought_up(server_round, clients, packer, **self.private_facts(clients))
             yield Ask(Message(content, node, "train", group_id=str(server_round)), tuple(clients))
 
-    def _private_facts(self, clients: Sequence[int]) -> dict[str, Any]:
+    def private_facts(self, clients: Sequence[int]) -> dict[str, Any]:
         """Returns what a request says of privacy."""
         if self._unit is PrivacyUnit.example:
             return {"noise": [self._session.privacy_plan[client].noise_multiplier for client in clients]}

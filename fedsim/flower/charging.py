@@ -37,6 +37,10 @@ class Charges:
         """Charges the client for a record that it has sent."""
         self._add(server_round, client, Direction.uplink, purpose, parameters, payload_bytes(record), serialized_bytes(record))
 
+    def protocol(self, server_round: int, client: int, direction: Direction, record: ArrayRecord) -> None:
+        """Charges the client for keys, shares or unmasking of secure aggregation; they are no parameters."""
+        self._add(server_round, client, direction, Purpose.secure_aggregation, 0, payload_bytes(record), serialized_bytes(record))
+
     def _add(
         self, server_round: int, client: int, direction: Direction, purpose: Purpose, parameters: int, payload: int, size: int
     ) -> None:

@@ -16,6 +16,7 @@ from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.flower.asking import clip_norm
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.reading import Upload
+from fedsim.flower.secure_round import SecureRound
 from fedsim.privacy.accounting import split_noise
 from fedsim.seeding import torch_generator
 from fedsim.session import Session
@@ -47,6 +48,13 @@ class Combining:
             if upload.control is not None:
                 # SCAFFOLD: c changes by the participants' mean change times the part of all clients that they are, which is sum / clients.
                 self._control_change += upload.control / self._config.federation.clients
+
+    def add_sum(self, found: SecureRound) -> None:
+        """Takes in the mean of a secure sum as one upload of all its clients' weight."""
+        facts = self.facts
+        facts.clients, facts.num_examples, facts.weights = found.clients, found.num_examples, found.weights
+        facts.loss, facts.num_tokens = [found.mean_loss] * len(found.clients), found.num_tokens
+        self._collector.add(sum(found.weights), found.mean)
 
     def _tell(self, upload: Upload, weight: float) -> None:
         facts = self.facts

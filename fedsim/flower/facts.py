@@ -18,6 +18,7 @@ class RoundFacts:
     missing: list[Missing] = field(default_factory=list)
     num_tokens: int = 0
     num_within: int = 0  # clients whose update was within the clip norm
+    secure: dict[str, Any] = field(default_factory=dict)  # what secure aggregation tells of the round
     diagnosis: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -124,6 +124,8 @@ class Run:
         self._folder.event("partition", holdings=self._session.holdings, skipped=self._session.data.skipped)
         for line in self._session.data.skipped:
             self._progress.note(f"left out: {line}")
+        if self._given.evaluation.diagnosis and not self._config.evaluation.diagnosis:
+            self._progress.note("no diagnosis of the rounds: it needs single uploads, which secure aggregation hides")
         self._progress.phase(f"initial factors ({self._init.name})")
         begun = time.perf_counter()
         ledger, privacy = CommunicationLedger(), self._privacy_ledger()
@@ -164,7 +166,10 @@ class Run:
         if self._init is Init.gradient_public:
             gradients = session.weight_gradients(session.encode(session.public))
         else:
-            gradients = self._strategy(shared, ledger, privacy).initial_gradients(self._grid, number)
+            strategy = self._strategy(shared, ledger, privacy)
+            gradients = strategy.initial_gradients(self._grid, number)
+            if strategy.facts.secure:
+                self._folder.event("secure_gradients", round=number, **strategy.facts.secure)
         steps = number * session.total_steps // self._config.federation.rounds
         return session.factors_from_gradients(gradients, steps)
 
@@ -282,7 +287,10 @@ class Run:
         if state.privacy is not None:
             report["epsilon"] = self._largest_epsilon(state.privacy)
         absent = [each.to_json() for each in facts.missing]
+        report |= {"secure": facts.secure} if facts.secure else {}
         self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, missing=absent, **report, **facts.diagnosis)
+        if "refused" in facts.secure:
+            self._progress.note(f"round {number} changes nothing: {facts.secure['refused']}")
         self._progress.round_finished(number, report | {"missing": counted(facts.missing)}, after)
         self._tell_too_long()
         if refresh_due(self._config, number):

@@ -8,6 +8,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedsim.config import Config, Init
 from fedsim.core.communication import CommunicationLedger, Purpose
@@ -22,6 +23,8 @@ from fedsim.flower.facts import RoundFacts
 from fedsim.flower.gathering import Failure, gathered, read
 from fedsim.flower.reading import Reader
 from fedsim.flower.records import from_record, numbers
+from fedsim.flower.secure import Protocol, SumRefused
+from fedsim.flower.secure_round import secure_gradients, secure_round
 from fedsim.flower.transfer import Packer
 from fedsim.flower.worker import client_key
 from fedsim.privacy.ledger import PrivacyLedger
@@ -64,6 +67,8 @@ class FedsimStrategy(Strategy):
         """Carries one round out and brings the global state forward."""
         packer = self._packer()
         self.asking.charge_privacy(server_round)
+        if self._session.config.privacy.secure_aggregation:
+            return self._combine_secretly(server_round, packer, grid)
         asks = self.asking.to_train(server_round, packer, grid)
         self._combine(server_round, gathered(grid, asks, self._again(packer)))
 
@@ -89,8 +94,41 @@ class FedsimStrategy(Strategy):
                 facts.missing += [Missing(client, server_round, reply.reason, reply.detail) for client in ask.clients]
             else:
                 combining.add(reader.uploads(reply))
+                gone = [client for client in ask.clients if client not in facts.clients]
+                facts.missing += [Missing(client, server_round, Reason.dropped_out) for client in gone]
         self._note_absent(server_round)
         combining.finish()
+
+    def _combine_secretly(self, server_round: int, packer: Packer, grid: Grid) -> None:
+        """Combines the sum over the clients that stay; with too few of them the round changes nothing."""
+        self.facts = facts = RoundFacts()
+        combining = Combining(self._session, self._state, server_round, facts)
+        protocol = self._protocol(server_round, packer, grid, self.participants(server_round))
+
+        def work(clients: list[int], told: dict[str, Any]) -> RecordDict:
+            return self.asking.brought_up(server_round, clients, packer, **self.asking.private_facts(clients), **told)
+
+        try:
+            combining.add_sum(secure_round(self._session, self._state, protocol, work))
+        except SumRefused as refused:
+            facts.secure = {"refused": str(refused)}
+        facts.secure |= protocol.facts()
+        facts.missing = protocol.missing()
+        self._note_absent(server_round)
+        combining.finish()
+
+    def _protocol(self, server_round: int, packer: Packer, grid: Grid, clients: Sequence[int], *, alone: bool = False) -> Protocol:
+        """Returns the stages of secure aggregation over these clients; `alone` asks each in a message of its own."""
+        nodes = [(node, [client]) for client, node in self.asking.nodes(clients, grid).items()] if alone else self.cohorts(clients, grid)
+        return Protocol(
+            self._session.config,
+            server_round,
+            list(clients),
+            list(nodes),
+            ask=lambda asks: gathered(grid, asks, self._again(packer)),
+            request=lambda asked, **told: self.asking.request(asked, server_round, {}, **told),
+            charges=self._charges,
+        )
 
     def _note_absent(self, server_round: int) -> None:
         """Writes down the participants whose node is not connected, so that nobody could be asked for them."""
@@ -109,6 +147,8 @@ class FedsimStrategy(Strategy):
     def initial_gradients(self, grid: Grid, server_round: int = 0) -> Adapter:
         """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in all; streaming, one client at a time."""
         layout = self._session.gradient_layout
+        if self._session.config.privacy.secure_aggregation:
+            return layout.unpack(self._masked_gradients(server_round, grid).float())
         total = torch.zeros(layout.num_parameters, dtype=torch.float64)
         packer = self._packer()
         for (client,), reply in self._each_gradient(server_round, packer, grid):
@@ -124,15 +164,29 @@ class FedsimStrategy(Strategy):
             yield ask.clients, reply
 
     def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Ask]:
-        mechanisms = {client: each.initialization for client, each in enumerate(self._session.privacy_plan) if each.initialization}
-        private = self._session.config.adapter.init is Init.gradient_dp
         samples = givers(self._session.config)
         for client, node in self.asking.nodes(list(samples), grid).items():
-            facts: dict[str, Any] = {"noise": [mechanisms[client].noise_multiplier]} if private else {}
-            if self._privacy is not None and client in mechanisms:
-                self._privacy.charge(client, replace(mechanisms[client], steps=1))
-            content = self.asking.brought_up(server_round, [client], packer, (WEIGHTS,), samples=[samples[client]], **facts)
+            content = self._gradient_request(server_round, packer, client, samples[client])
             yield Ask(Message(content, node, "train.initial_gradient", group_id=str(server_round)), (client,))
+
+    def _gradient_request(self, server_round: int, packer: Packer, client: int, samples: int, **told: Any) -> RecordDict:
+        mechanism = self._session.privacy_plan[client].initialization if self._session.privacy_plan else None
+        if mechanism is not None and self._session.config.adapter.init is Init.gradient_dp:
+            told["noise"] = [mechanism.noise_multiplier]
+        if self._privacy is not None and mechanism is not None:
+            self._privacy.charge(client, replace(mechanism, steps=1))
+        return self.asking.brought_up(server_round, [client], packer, (WEIGHTS,), samples=[samples], **told)
+
+    def _masked_gradients(self, server_round: int, grid: Grid) -> Tensor:
+        packer, samples = self._packer(), givers(self._session.config)
+        protocol = self._protocol(server_round, packer, grid, list(samples), alone=True)
+
+        def work(clients: list[int], told: dict[str, Any]) -> RecordDict:
+            return self._gradient_request(server_round, packer, clients[0], samples[clients[0]], **told)
+
+        total = secure_gradients(self._session, protocol, work)
+        self.facts.secure = protocol.facts()
+        return total
 
     # ---- personal models
 

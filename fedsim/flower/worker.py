@@ -6,16 +6,18 @@ What clients keep for themselves from round to round lies in the node's Context.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from fedsim.config import Config, from_dict
 from fedsim.core.adapters import bound, merged
+from fedsim.core.dropout import Stage
+from fedsim.flower import secure_worker
 from fedsim.flower.records import arrays_to_record, numbers, to_record, whole_numbers
 from fedsim.flower.transfer import control_of, take_in
-from fedsim.session import PERSONAL, Memory, Session, open_session
+from fedsim.session import PERSONAL, ClientReply, Memory, Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
 
 NEEDS_STATE = "needs_state"
@@ -49,6 +51,7 @@ def handle(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context) -> Message:
     """Trains the named clients for one round; the reply has one record of factors per client, and their metrics."""
+    secure_worker.take_shares(message, context)
     return _with_state(message, lambda session, request: _train(session, request, message.content, context))
 
 
@@ -61,9 +64,14 @@ def initial_gradient(message: Message, context: Context) -> Message:
         noise: list[float | None] = [*numbers(request, "noise")] if "noise" in request else [None] * len(clients)
         for client, samples, own in zip(clients, whole_numbers(request, "samples"), noise, strict=True):
             gradient = session.client_gradient(client, samples, own, int(request["round"]))  # type: ignore[arg-type]
-            content[client_key(client)] = to_record(gradient)
+            if session.config.privacy.secure_aggregation:
+                content[client_key(client)] = secure_worker.masked_gradient(session, request, context, client, gradient)
+            else:
+                content[client_key(client)] = to_record(gradient)
+        content["metrics"] = MetricRecord({"clients": clients})
         return content
 
+    secure_worker.take_shares(message, context)
     return _with_state(message, gradients)
 
 
@@ -103,15 +111,21 @@ def _kept_rounds(context: Context, client: int) -> list[int]:
 
 
 def _with_state(message: Message, work: Callable[[Session, ConfigRecord], RecordDict]) -> Message:
-    request = message.content.config_records["request"]
-    session = open_session(from_dict(Config, json.loads(str(request["config"]))))
+    request, session = message.content.config_records["request"], _session_of(message)
     if not take_in(session, message.content, request):
         return Message(RecordDict({NEEDS_STATE: ConfigRecord(), "request": request}), reply_to=message)
     return Message(work(session, request), reply_to=message)
 
 
+def _session_of(message: Message) -> Session:
+    return open_session(from_dict(Config, json.loads(str(message.content.config_records["request"]["config"]))))
+
+
 def _train(session: Session, request: ConfigRecord, content: RecordDict, context: Context) -> RecordDict:
-    clients = whole_numbers(request, "clients")
+    clients = secure_worker.present(session, request, Stage.upload)
+    if not clients:
+        return RecordDict({"metrics": _metrics([])})
+    noise = dict(zip(whole_numbers(request, "clients"), numbers(request, "noise"), strict=True)) if "noise" in request else {}
     number = int(request["round"])  # type: ignore[arg-type]
     memory = read_memory(context, clients, number - 1)
     replies = session.train(
@@ -119,16 +133,25 @@ def _train(session: Session, request: ConfigRecord, content: RecordDict, context
         number,
         memory,
         control_of(session, content),
-        noise=numbers(request, "noise") if "noise" in request else (),
+        noise=[noise[client] for client in clients] if noise else (),
         clip_norm=float(request["clip_norm"]) if "clip_norm" in request else None,  # type: ignore[arg-type]
     )
     write_memory(context, memory, number)
-    results = [reply.result for reply in replies]
+    if session.config.privacy.secure_aggregation:
+        answer = RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request, context, r) for r in replies})
+        answer["metrics"] = MetricRecord({"clients": clients})
+        return answer
     answer = RecordDict({client_key(reply.result.client): arrays_to_record(reply.arrays) for reply in replies})
     for reply in replies:
         if reply.control is not None:
             answer[control_key(reply.result.client)] = to_record(reply.control)
-    answer["metrics"] = MetricRecord(
+    answer["metrics"] = _metrics(replies)
+    return answer
+
+
+def _metrics(replies: Sequence[ClientReply]) -> MetricRecord:
+    results = [reply.result for reply in replies]
+    return MetricRecord(
         {
             "clients": [result.client for result in results],
             "num_examples": [result.num_examples for result in results],
@@ -138,7 +161,6 @@ def _train(session: Session, request: ConfigRecord, content: RecordDict, context
             "within": [int(reply.within) for reply in replies],
         }
     )
-    return answer
 
 
 def _evaluate(session: Session, request: ConfigRecord, context: Context) -> RecordDict:
@@ -162,9 +184,16 @@ def _evaluate(session: Session, request: ConfigRecord, context: Context) -> Reco
     return RecordDict({"metrics": MetricRecord(metrics)})
 
 
+def _secure(stage: Callable[[Session, Message, Context], Message]) -> Callable[[Message, Context], Message]:
+    return lambda message, context: stage(_session_of(message), message, context)
+
+
 HANDLERS: dict[str, Callable[[Message, Context], Message]] = {
     "train": train,
     "train.initial_gradient": initial_gradient,
     "evaluate": evaluate,
+    "query.secure_keys": _secure(secure_worker.keys),
+    "query.secure_shares": _secure(secure_worker.shares),
+    "query.secure_unmask": _secure(secure_worker.unmask),
 }
 """What is done with a message, by its type; a new kind of message is one more line."""

@@ -41,6 +41,7 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
 
 
 def _client_reasons(config: Config, method: Method) -> Iterator[str]:
+    privacy = config.privacy
     if config.adapter.init in (Init.gradient, Init.gradient_dp):
         yield f"adapter.init={config.adapter.init.name}: with unit=client it has no price; use weight_svd, orthogonal or gradient_public."
     if config.federation.weighting is not Weighting.uniform:
@@ -49,5 +50,7 @@ def _client_reasons(config: Config, method: Method) -> Iterator[str]:
         yield f"privacy.unit=client: noise belongs to a mean of updates, which {method.name} does not form; use privacy.unit=example."
     if config.federation.ranks or config.method.client_heads or config.training.scaffold:
         yield "privacy.unit=client: expected every client to send all factors and nothing else; leave out ranks, client_heads and scaffold."
+    if privacy.secure_aggregation:
+        yield "privacy.secure_aggregation: with unit=client not yet."
     if config.server.rule is not ServerRule.mean or config.compression.name != "none":
         yield "privacy.unit=client: its sensitivity is that of a plain mean; leave out server.rule and compression."

@@ -6,13 +6,14 @@ from fedsim.config import Config, Init, Optimizer, ServerRule
 from fedsim.core.compression import CODECS
 from fedsim.core.methods.method import Method
 from fedsim.core.participation import round_size
+from fedsim.core.quantization import limit_of
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS
 from fedsim.errors import UserError, nearest
 
 
 def check(config: Config, method: Method) -> None:
     """Raises UserError for the first combination that makes no sense."""
-    for unfit in (_unknown, _initialisation, _ranks, _server, _robust, _local, _compression, _method_options):
+    for unfit in (_unknown, _initialisation, _ranks, _server, _robust, _local, _compression, _method_options, _secure):
         for reason in unfit(config, method):
             raise UserError(reason)
 
@@ -104,3 +105,27 @@ def _method_options(config: Config, method: Method) -> Iterator[str]:
         yield f"method.residual_rank: only fedex_lora sends a residual that may be truncated, got method={method.name}; leave it out."
     if options.client_heads is not None and not (method.name == "ravan" and options.client_heads <= options.heads):
         yield f"method.client_heads: expected at most method.heads={options.heads} with method=ravan, got {options.client_heads}."
+
+
+def _secure(config: Config, method: Method) -> Iterator[str]:
+    clients, key = round_size(config.federation.clients, config.federation.fraction), "privacy.secure_aggregation"
+    if config.federation.dropout and method.pooled:
+        yield f"federation.dropout: {method.name} has one party, got {config.federation.dropout:g}; leave it out."
+    if not config.privacy.secure_aggregation:
+        return
+    if not method.linear:
+        yield f"{key}: {method.name} needs every client's own factors, and a sum does not give them; choose a method that averages."
+    if method.pooled:
+        yield f"{key}: {method.name} sends nothing; leave it out."
+    if config.server.rule is not ServerRule.mean:
+        yield f"{key}: server.rule={config.server.rule.name} compares single uploads, which nobody sees; use mean."
+    if config.compression.name != "none":
+        yield f"{key}: masked uploads are uniform and do not compress, got {config.compression.name}; use fewer secure.bits instead."
+    if config.federation.ranks or config.method.client_heads:
+        yield f"{key}: an entry that few clients send would be seen; leave out federation.ranks and method.client_heads."
+    if config.training.scaffold:
+        yield f"{key}: SCAFFOLD's control variates would travel unmasked; leave out training.scaffold."
+    if clients < 2:
+        yield f"{key}: the sum over one client is its upload, got rounds of {clients}; raise federation.clients or federation.fraction."
+    if 2 * clients * limit_of(config.secure.bits) >= 1 << 32:
+        yield f"secure.bits: the sum of {clients} values of {config.secure.bits} bits does not fit into 32 bits; use fewer bits."

@@ -1,0 +1,61 @@
+"""Clients that vanish in the middle of a round: who and when is a function of seed, round and client.
+
+A client fails before its upload with probability `federation.dropout`; with secure aggregation the moment is one of three, and a client
+whose upload has come fails as often before the unmasking. The same clients are lost with and without secure aggregation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from fedsim.config import Config
+from fedsim.core.secure_aggregation import Graph, complete
+from fedsim.seeding import numpy_generator
+
+
+class Stage(IntEnum):
+    """What a client sends in a round, in order; without secure aggregation only the upload."""
+
+    keys = 0
+    shares = 1
+    upload = 2
+    unmasking = 3
+
+
+def vanishes(config: Config, server_round: int, client: int) -> Stage | None:
+    """Returns what the client does not send any more in this round, None where it stays. Round 0 is the set-up, in which all stay."""
+    rate = config.federation.dropout
+    if not rate or not server_round:
+        return None
+    generator = numpy_generator(config.seed, "dropout", server_round, client)
+    before, after = generator.random(2) < rate
+    moment = Stage(int(generator.integers(3))) if config.privacy.secure_aggregation else Stage.upload
+    return moment if before else Stage.unmasking if after else None
+
+
+def heard(config: Config, server_round: int, clients: Sequence[int], stage: Stage = Stage.upload) -> list[int]:
+    """Returns those of the clients that send this in the round."""
+    moments = {client: vanishes(config, server_round, client) for client in clients}
+    return [client for client, moment in moments.items() if moment is None or moment > stage]
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """Who is heard at each stage of a round; empty lists from the one on at which the round is given up."""
+
+    keys: list[int]
+    shares: list[int]
+    upload: list[int]
+    unmasking: list[int]
+
+
+def attendance(config: Config, server_round: int, graph: Graph) -> Attendance:
+    """Returns who is heard in a round of secure aggregation: nobody any more once too few are left."""
+    lists: list[list[int]] = []
+    left = list(graph)
+    for stage in Stage:
+        left = heard(config, server_round, left, stage)
+        owners = left if stage <= Stage.shares else lists[Stage.shares]
+        left = left if complete(graph, owners, left, config.secure.threshold) else []
+        lists.append(left)
+    return Attendance(*lists)

@@ -1,0 +1,190 @@
+"""Secure aggregation: the server learns the sum of the clients' vectors and no vector (Bonawitz et al. 2017; SecAgg+, Bell et al. 2020).
+
+Each pair of neighbours agrees on a mask that one adds and the other subtracts, and each client adds a mask of its own. Shares of the
+secrets behind both lie with its neighbours, sealed from the server: of a client whose vector came they give out its own mask, of one
+that vanished its pair masks, never both. A sum is unmasked only while `threshold` of each group (a client and its neighbours) answer.
+
+The adversary is a server that follows the protocol and looks at everything, with fewer clients than the threshold on its side; clients
+have no signing keys, so a server that invents clients is not held off. Keys are X25519, seals ChaCha20-Poly1305, masks AES-256 in counter
+mode. (Flower's SecAgg+ of 1.41 folds a mask's seed to 32 bits for a generator that is not cryptographic, and so is not used.)
+"""
+
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedsim.core.quantization import Integers
+from fedsim.core.secret_sharing import SHARE_BYTES, combine, split
+from fedsim.seeding import numpy_generator
+
+KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
+SEALED_BYTES = NONCE_BYTES + 2 * SHARE_BYTES + TAG_BYTES
+Public = tuple[bytes, bytes]
+"""A client's public keys of a round: for sealing, and for pair masks."""
+Graph = dict[int, list[int]]
+"""The clients of a round with their neighbours."""
+
+
+def fewest_survivors(clients: int, threshold: float) -> int:
+    """Returns how many of so many clients must stay to the end, at least two."""
+    return max(2, ceil(threshold * clients - 1e-9))
+
+
+def complete(graph: Graph, owners: Collection[int], present: Collection[int], threshold: float) -> bool:
+    """Whether those present are enough of all, and enough to recover the secrets of all owners: so many of each owner's group."""
+    here = set(present)
+    groups = ({owner, *graph[owner]} for owner in owners)
+    return len(here) >= fewest_survivors(len(graph), threshold) and all(
+        len(group & here) >= fewest_survivors(len(group), threshold) for group in groups
+    )
+
+
+def neighbour_graph(clients: Sequence[int], neighbours: int, seed: int, server_round: int) -> Graph:
+    """Returns each client's neighbours, in ascending order: all others, or `neighbours` of them on a ring in seeded order.
+
+    0 takes all; an odd number is made even, because a neighbour is one on both sides.
+    """
+    count = len(clients)
+    reach = ceil(neighbours / 2)
+    if neighbours == 0 or 2 * reach >= count - 1:
+        return {client: [other for other in clients if other != client] for client in clients}
+    ring = [clients[i] for i in numpy_generator(seed, "neighbours", server_round).permutation(count)]
+    steps = [step for step in range(-reach, reach + 1) if step]
+    places = {client: place for place, client in enumerate(ring)}
+    return {client: sorted(ring[(places[client] + step) % count] for step in steps) for client in clients}
+
+
+@dataclass
+class Party:
+    """One client's secrets of one round. `threshold` is that of its group; `held` are shares that it keeps of others and of itself."""
+
+    client: int
+    sealing: bytes = field(default_factory=lambda: X25519PrivateKey.generate().private_bytes_raw())
+    masking: bytes = field(default_factory=lambda: X25519PrivateKey.generate().private_bytes_raw())
+    seed: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
+    threshold: int = 0
+    peers: dict[int, Public] = field(default_factory=dict)
+    held: dict[int, bytes] = field(default_factory=dict)  # a share of the seed, then one of the masking key
+
+    @property
+    def public(self) -> Public:
+        """The keys that everybody may see."""
+        return _public(self.sealing), _public(self.masking)
+
+    def share(self, peers: Mapping[int, Public], threshold: int) -> dict[int, bytes]:
+        """Returns for each neighbour, sealed, its shares of both secrets; keeps this client's own."""
+        self.peers, self.threshold = dict(peers), threshold
+        group = [self.client, *peers]
+        points = [client + 1 for client in group]
+        seeds, keys = split(self.seed, threshold, points), split(self.masking, threshold, points)
+        shares = {client: seeds[client + 1] + keys[client + 1] for client in group}
+        self.held = {self.client: shares.pop(self.client)}
+        return {peer: self._seal(peer, plain) for peer, plain in shares.items()}
+
+    def take(self, sealed: Mapping[int, bytes]) -> None:
+        """Opens and keeps what neighbours have sealed for this client. Raises ValueError where it was changed or is for another."""
+        for peer, data in sealed.items():
+            if peer not in self.peers:
+                raise ValueError(f"Expected shares of a neighbour of client {self.client}, got some of client {peer}.")
+            try:
+                plain = self._cipher(peer).decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], _address(peer, self.client))
+            except Exception as error:  # InvalidTag, or ValueError for a wrong length
+                raise ValueError(f"Expected shares that client {peer} sealed for client {self.client}, got others.") from error
+            self.held[peer] = plain
+
+    def masked(self, values: Integers) -> Integers:
+        """Returns values + own mask + pair masks with all neighbours whose shares were taken. Raises ValueError below the threshold."""
+        if len(self.held) < self.threshold:
+            raise ValueError(f"Expected shares of {self.threshold} of the group of client {self.client}, got {len(self.held)}.")
+        total = values + mask(self.seed, len(values))
+        for peer in self.held:
+            if peer != self.client:
+                total += pair_mask(self.client, self.masking, peer, self.peers[peer][1], len(values))
+        return total
+
+    def reveal(self, survivors: Collection[int], vanished: Collection[int]) -> dict[int, bytes]:
+        """Returns a share of each survivor's seed and of each vanished one's masking key, and forgets all: a round is unmasked once.
+
+        Raises ValueError for a client on both lists, one of which nothing is held, or fewer survivors than the threshold.
+        """
+        if set(survivors) & set(vanished) or not {*survivors, *vanished} <= set(self.held):
+            raise ValueError(f"Expected each of the group of client {self.client} at most once, got {survivors} and {vanished}.")
+        if len(set(survivors)) < self.threshold or self.client not in survivors:
+            raise ValueError(f"Expected at least {self.threshold} survivors with client {self.client}, got {sorted(survivors)}.")
+        shares = {client: self.held[client][:SHARE_BYTES] for client in survivors}
+        shares |= {client: self.held[client][SHARE_BYTES:] for client in vanished}
+        self.held, self.seed, self.masking = {}, b"", b""
+        return shares
+
+    def _seal(self, peer: int, plain: bytes) -> bytes:
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        return nonce + self._cipher(peer).encrypt(nonce, plain, _address(self.client, peer))
+
+    def _cipher(self, peer: int) -> ChaCha20Poly1305:
+        return ChaCha20Poly1305(_agreed(self.sealing, self.peers[peer][0], b"fedsim seal"))
+
+
+class MaskedSum:
+    """What the server adds up, and the masks that it takes off: it holds one vector, the sum."""
+
+    def __init__(self, size: int) -> None:
+        self._total: Integers = np.zeros(size, dtype=np.uint32)
+        self.survivors: list[int] = []
+
+    def add(self, client: int, masked: Integers) -> None:
+        """Adds one client's masked vector."""
+        self._total += masked
+        self.survivors.append(client)
+
+    def unmasked(
+        self,
+        publics: Mapping[int, Public],
+        masked_with: Mapping[int, Iterable[int]],  # by client that shared secrets: the neighbours that did so too
+        shares: Mapping[int, Mapping[int, bytes]],  # by owner and holder
+        thresholds: Mapping[int, int],
+    ) -> Integers:
+        """Returns the sum of the survivors' vectors. Raises ValueError where the shares of a needed secret are too few or wrong."""
+        survivors, total = set(self.survivors), self._total.copy()
+        for owner, neighbours in masked_with.items():
+            secret = combine({holder + 1: share for holder, share in shares[owner].items()}, thresholds[owner])
+            if owner in survivors:
+                total -= mask(secret, len(total))
+                continue
+            if _public(secret) != publics[owner][1]:
+                raise ValueError(f"Expected shares of the masking key of client {owner}, got others.")
+            for peer in survivors.intersection(neighbours):  # what a survivor added towards the vanished is what that one would take off
+                total += pair_mask(owner, secret, peer, publics[peer][1], len(total))
+        return total
+
+
+def mask(key: bytes, size: int) -> Integers:
+    """Returns uniform residues: the key stream of AES-256 in counter mode. A key must not serve twice."""
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(4 * size))
+    return np.frombuffer(stream, dtype="<u4").astype(np.uint32)
+
+
+def pair_mask(client: int, private: bytes, peer: int, public: bytes, size: int) -> Integers:
+    """Returns the mask that `client` adds towards `peer`; the peer's own towards the client is its negative."""
+    both = mask(_agreed(private, public, b"fedsim mask"), size)
+    return both if client < peer else np.zeros_like(both) - both
+
+
+def _agreed(private: bytes, public: bytes, purpose: bytes) -> bytes:
+    secret = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=purpose).derive(secret)
+
+
+def _public(private: bytes) -> bytes:
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def _address(sender: int, receiver: int) -> bytes:
+    return f"{sender} {receiver}".encode()

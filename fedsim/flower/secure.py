@@ -1,0 +1,280 @@
+"""The server's side of secure aggregation over Flower messages: four stages, of which it keeps public keys, sealed shares and one sum.
+
+    query.secure_keys     who takes part: public keys and numbers of examples
+    query.secure_shares   the neighbours' public keys, for shares of each client's secrets, sealed for its neighbours
+    train...              the sealed shares besides the work's own request, for masked uploads, which are summed as they come
+    query.secure_unmask   who survived and who vanished, for shares of the survivors' own masks and of the vanished ones' keys
+
+A client that is not heard at a stage is out. Below the threshold the sum is given up: `SumRefused`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.core.communication import Direction, Purpose
+from fedsim.core.dropout import Stage
+from fedsim.core.missing import Missing, Reason
+from fedsim.core.quantization import Grid
+from fedsim.core.secret_sharing import SHARE_BYTES
+from fedsim.core.secure_aggregation import (
+    KEY_BYTES,
+    SEALED_BYTES,
+    Graph,
+    MaskedSum,
+    Public,
+    complete,
+    fewest_survivors,
+    neighbour_graph,
+)
+from fedsim.errors import UserError
+from fedsim.flower.asking import REQUEST, Ask
+from fedsim.flower.charging import Charges
+from fedsim.flower.gathering import Failure
+from fedsim.flower.records import arrays_from_record, arrays_to_record, whole_numbers
+from fedsim.flower.secure_worker import secure_key
+from fedsim.flower.worker import client_key
+
+Cohorts = Sequence[tuple[int, list[int]]]
+"""Node and clients of each message; the same in all stages, because a client's secrets stay at its node."""
+Work = Callable[[list[int], dict[str, Any]], RecordDict]
+"""Makes the request for uploads of some clients, with what secure aggregation tells them besides."""
+
+
+Types = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class SumRefused(UserError):
+    """Too few clients were left for a sum that shows no single one."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is summed: `parameters` numbers on the grid, and counters after them."""
+
+    kind: str  # of the message that asks for an upload
+    purpose: Purpose
+    grid: Grid
+    parameters: int
+    counters: int
+    work: Work
+
+    @property
+    def entries(self) -> int:
+        """Number of integers in an upload."""
+        return self.parameters + self.counters * self.grid.digits
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A sum over the survivors, in the order of arrival, as integers of the grid."""
+
+    values: NDArray[np.int64]
+    survivors: list[int]
+    num_examples: dict[int, int]
+
+
+@dataclass
+class Protocol:
+    """The four stages over some clients: those of `cohorts` are asked, others of `clients` count as not heard."""
+
+    config: Config
+    server_round: int
+    clients: list[int]
+    cohorts: Cohorts
+    ask: Callable[[Iterable[Ask]], Iterator[tuple[Ask, Message | Failure]]]
+    request: Callable[..., ConfigRecord]  # of (clients, **told)
+    charges: Charges
+    told: dict[str, Any] = field(default_factory=dict)  # in every request
+
+    def __post_init__(self) -> None:
+        self._graph: Graph = neighbour_graph(self.clients, self.config.secure.neighbours, self.config.seed, self.server_round)
+        self._heard: dict[Stage, list[int]] = {}
+        self._failures: dict[int, Failure] = {}
+        self._counted: dict[str, Any] = {}
+
+    def carry_out(self, wanted: Wanted) -> Summed:
+        """Returns the sum of what the clients answer. Raises SumRefused if fewer than the threshold stay to the end."""
+        self._counted = {"step": wanted.grid.step, "modulus_bits": 8 * wanted.grid.width}
+        publics, counts = self._keys()
+        self._check(Stage.keys, publics, publics)
+        sealed = self._shares(publics)
+        self._check(Stage.shares, sealed, sealed)
+        total = self._uploads(wanted, sealed, max(counts.values()))
+        self._check(Stage.upload, sealed, total.survivors)
+        shares, answered = self._unmasking(sealed, total.survivors)
+        self._check(Stage.unmasking, sealed, answered)
+        masked_with = {owner: [peer for peer in self._graph[owner] if peer in sealed] for owner in sealed}
+        thresholds = {owner: self._threshold(owner) for owner in sealed}
+        return Summed(wanted.grid.signed(total.unmasked(publics, masked_with, shares, thresholds)), total.survivors, counts)
+
+    def count(self, **counts: int) -> None:
+        """Adds what the sum told to the facts."""
+        self._counted |= counts
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what the log tells: how many took part and had to stay, who vanished before what, and the numbers of the grid."""
+        vanished: dict[str, str] = {}
+        left = set(self.clients)
+        for stage, here in self._heard.items():
+            vanished |= {str(client): stage.name for client in sorted(left - set(here))}
+            left = set(here)
+        return {"participants": len(self.clients), "needed": self._needed, "vanished": vanished, **self._counted}
+
+    def missing(self) -> list[Missing]:
+        """Returns who was asked and is not in the sum; after a refusal, who was not heard."""
+        stages = {int(client): name for client, name in self.facts()["vanished"].items() if name != Stage.unmasking.name}
+        asked = {client for _, clients in self.cohorts for client in clients}
+        return [self._missing(client, name) for client, name in stages.items() if client in asked]
+
+    def _missing(self, client: int, stage: str) -> Missing:
+        failure = self._failures.get(client, Failure(Reason.dropped_out, f"before its {stage}"))
+        return Missing(client, self.server_round, failure.reason, failure.detail)
+
+    # ---- the stages
+
+    def _keys(self) -> tuple[dict[int, Public], dict[int, int]]:
+        publics: dict[int, Public] = {}
+        counts: dict[int, int] = {}
+        for reply in self._ask("query.secure_keys", self._graph, lambda clients: {}):
+            metrics = reply.content.metric_records["metrics"]
+            clients = whole_numbers(metrics, "clients")
+            counts |= dict(zip(clients, whole_numbers(metrics, "num_examples"), strict=True))
+            for client in clients:
+                rows = self._received(client, reply, {"keys": (torch.uint8, (2 * KEY_BYTES,))})["keys"].numpy()
+                publics[client] = bytes(rows[:KEY_BYTES]), bytes(rows[KEY_BYTES:])
+        return publics, counts
+
+    def _shares(self, publics: Mapping[int, Public]) -> dict[int, dict[int, bytes]]:
+        peers = {client: [peer for peer in self._graph[client] if peer in publics] for client in publics}
+
+        def content(clients: list[int]) -> dict[str, ArrayRecord | ConfigRecord]:
+            rows = {client: [b"".join(publics[peer]) for peer in peers[client]] for client in clients}
+            records = {client: {"peers": _ids(peers[client]), "keys": _table(rows[client], 2 * KEY_BYTES)} for client in clients}
+            thresholds = [self._threshold(client) for client in clients]
+            return {REQUEST: self._request(clients, thresholds=thresholds), **self._sent(records)}
+
+        sealed = {}
+        for reply in self._ask("query.secure_shares", publics, content):
+            for client in _answering(reply):
+                types: Types = {"sealed": (torch.uint8, (len(peers[client]), SEALED_BYTES))}
+                rows = self._received(client, reply, types)["sealed"].numpy()
+                sealed[client] = {peer: bytes(row) for peer, row in zip(peers[client], rows, strict=True)}
+        return sealed
+
+    def _uploads(self, wanted: Wanted, sealed: Mapping[int, Mapping[int, bytes]], largest: int) -> MaskedSum:
+        def content(clients: list[int]) -> dict[str, Any]:
+            peers = {client: [peer for peer in self._graph[client] if peer in sealed] for client in clients}
+            rows = {client: [sealed[peer][client] for peer in peers[client]] for client in clients}
+            records = {client: {"peers": _ids(peers[client]), "sealed": _table(rows[client], SEALED_BYTES)} for client in clients}
+            facts = {"largest": largest, "contributors": len(self._graph), **self.told}
+            return {**wanted.work(clients, facts), **self._sent(records)}
+
+        total, shape = MaskedSum(wanted.entries), (wanted.entries, wanted.grid.width)
+        for reply in self._ask(wanted.kind, sealed, content):
+            records = reply.content.array_records
+            for client in whole_numbers(reply.content.metric_records["metrics"], "clients"):
+                record = records[client_key(client)]
+                self.charges.up(self.server_round, client, wanted.purpose, wanted.parameters, record)
+                masked = arrays_from_record(record, {"masked": (torch.uint8, shape)})["masked"]
+                total.add(client, wanted.grid.from_wire(masked.numpy()))
+        return total
+
+    def _unmasking(self, sealed: Mapping[int, Any], survivors: Sequence[int]) -> tuple[dict[int, dict[int, bytes]], list[int]]:
+        groups = {client: [member for member in sorted([client, *self._graph[client]]) if member in sealed] for client in survivors}
+        came = set(survivors)
+        survived = {client: [member for member in group if member in came] for client, group in groups.items()}
+        vanished = {client: [member for member in group if member not in came] for client, group in groups.items()}
+
+        def content(clients: list[int]) -> dict[str, ArrayRecord | ConfigRecord]:
+            records = {client: {"survivors": _ids(survived[client]), "vanished": _ids(vanished[client])} for client in clients}
+            return {REQUEST: self._request(clients), **self._sent(records)}
+
+        shares: dict[int, dict[int, bytes]] = {owner: {} for owner in sealed}
+        answered = []
+        for reply in self._ask("query.secure_unmask", survivors, content):
+            for client in _answering(reply):
+                owners = [*survived[client], *vanished[client]]
+                rows = self._received(client, reply, {"shares": (torch.uint8, (len(owners), SHARE_BYTES))})["shares"].numpy()
+                answered.append(client)
+                for owner, row in zip(owners, rows, strict=True):
+                    shares[owner][client] = bytes(row)
+        return shares, answered
+
+    # ---- messages
+
+    def _ask(self, kind: str, left: Iterable[int], content: Callable[[list[int]], Mapping[str, Any]]) -> Iterator[Message]:
+        """Asks those of the clients that are left, each at its node, and yields the replies that come."""
+        here = set(left)
+
+        def asks() -> Iterator[Ask]:
+            for node, clients in self.cohorts:
+                asked = [client for client in clients if client in here]
+                if asked:
+                    parts = {REQUEST: self._request(asked), **content(asked)}
+                    yield Ask(Message(RecordDict(parts), node, kind, group_id=str(self.server_round)), tuple(asked))
+
+        for ask, reply in self.ask(asks()):
+            if isinstance(reply, Failure):
+                self._failures |= dict.fromkeys(ask.clients, reply)
+            else:
+                yield reply
+
+    def _request(self, clients: Sequence[int], **facts: Any) -> ConfigRecord:
+        return self.request(clients, **self.told, **facts)
+
+    def _sent(self, records: Mapping[int, dict[str, Tensor]]) -> dict[str, ArrayRecord]:
+        made = {client: arrays_to_record(arrays) for client, arrays in records.items()}
+        for client, record in made.items():
+            self.charges.protocol(self.server_round, client, Direction.downlink, record)
+        return {secure_key(client): record for client, record in made.items()}
+
+    def _received(self, client: int, reply: Message, types: Types) -> dict[str, Tensor]:
+        record = reply.content.array_records[secure_key(client)]
+        self.charges.protocol(self.server_round, client, Direction.uplink, record)
+        return arrays_from_record(record, types)
+
+    # ---- thresholds
+
+    @property
+    def _needed(self) -> int:
+        return fewest_survivors(len(self.clients), self.config.secure.threshold)
+
+    def _threshold(self, client: int) -> int:
+        return fewest_survivors(len(self._graph[client]) + 1, self.config.secure.threshold)
+
+    def _check(self, stage: Stage, owners: Iterable[int], left: Iterable[int]) -> None:
+        self._heard[stage] = present = list(left)
+        threshold = self.config.secure.threshold
+        if complete(self._graph, list(owners), present, threshold):
+            return
+        few = len(present) < self._needed
+        of_all = f"{self._needed} of {len(self.clients)} clients" if few else f"{threshold:g} of the clients of every group of neighbours"
+        raise SumRefused(
+            f"secure.threshold: round {self.server_round} needs {of_all} to the end, got {len(present)} that sent their "
+            f"{stage.name}; nothing was unmasked. Lower secure.threshold (above 0.5), or take more clients into a round."
+        )
+
+
+def _answering(reply: Message) -> list[int]:
+    prefix = secure_key(0).removesuffix("0")
+    return [int(name.removeprefix(prefix)) for name in reply.content.array_records if name.startswith(prefix)]
+
+
+def _ids(clients: Sequence[int]) -> Tensor:
+    return torch.tensor(clients, dtype=torch.int64)
+
+
+def _table(rows: Sequence[bytes], length: int) -> Tensor:
+    return (
+        torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, length)
+        if rows
+        else torch.zeros(0, length, dtype=torch.uint8)
+    )

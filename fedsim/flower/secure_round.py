@@ -1,0 +1,66 @@
+"""A round's mean, and the sum of the initial gradients, out of secure sums."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsim.config import PrivacyUnit, Weighting
+from fedsim.core.communication import Purpose
+from fedsim.core.global_state import GlobalState
+from fedsim.core.quantization import LOSS_UNITS, gradient_grid, num_counters, upload_grid
+from fedsim.flower.secure import Protocol, Summed, Wanted, Work
+from fedsim.flower.secure_worker import SETUP
+from fedsim.session import Session
+
+
+@dataclass(frozen=True)
+class SecureRound:
+    """What the server knows after a round; lists are of the survivors, in the order of arrival."""
+
+    mean: Tensor  # [parameters] weighted mean of the survivors' factors
+    clients: list[int]
+    num_examples: list[int]
+    weights: list[float]
+    mean_loss: float  # nan where it is withheld
+    num_tokens: int
+
+
+def secure_round(session: Session, state: GlobalState, protocol: Protocol, work: Work) -> SecureRound:
+    """Returns the survivors' mean. Raises SumRefused.
+
+    Guarantees: each entry differs from the mean of the clipped changes by less than clients * step * largest weight / sum of weights.
+    """
+    config, kinds = session.config, session.method.uploaded(protocol.server_round)
+    start = session.spec.pack(state.factors, kinds).double()
+    grid = upload_grid(config, len(protocol.clients))
+    wanted = Wanted("train", Purpose.adapter, grid, len(start), num_counters(config), work)
+    summed = protocol.carry_out(wanted)
+    counts = [summed.num_examples[client] for client in summed.survivors]
+    by_examples = config.federation.weighting is Weighting.examples
+    weights = [float(count) if by_examples else 1.0 for count in counts]
+    largest = max(summed.num_examples.values()) if by_examples else 1
+    mean = start + torch.from_numpy(summed.values[: len(start)] * (grid.step * largest / sum(weights)))
+    clipped, tokens, loss = _counted(wanted, summed) or (0, 0, 0)
+    protocol.count(clipped=clipped)
+    mean_loss = nan if config.privacy.unit is not PrivacyUnit.none else loss / LOSS_UNITS / sum(counts)
+    return SecureRound(mean.float(), summed.survivors, counts, weights, mean_loss, tokens)
+
+
+def secure_gradients(session: Session, protocol: Protocol, work: Work) -> Tensor:
+    """Returns the flat sum of the clients' initial gradients [parameters] float64. Raises SumRefused."""
+    protocol.told = {SETUP: True}
+    grid, size = gradient_grid(session.config, len(protocol.clients)), session.gradient_layout.num_parameters
+    wanted = Wanted("train.initial_gradient", Purpose.initial_gradient, grid, size, 1, work)
+    summed = protocol.carry_out(wanted)
+    protocol.count(clipped=_counted(wanted, summed)[0])
+    return torch.from_numpy(summed.values[:size] * grid.step)
+
+
+def _counted(wanted: Wanted, summed: Summed) -> Sequence[int]:
+    if not wanted.counters:
+        return []
+    return [wanted.grid.counted(digits) for digits in np.split(summed.values[wanted.parameters :], wanted.counters)]

@@ -1,0 +1,187 @@
+"""A client's side of secure aggregation over Flower messages: keys, shares, a masked upload, unmasking.
+
+Every client is a party of its own also where one worker holds a cohort: its secrets lie in a record of its own in the Context of its
+node, never in a message or a checkpoint, and are gone after the unmasking.
+"""
+
+from collections.abc import Sequence
+from math import isnan
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.config import Weighting
+from fedsim.core.adapters import factors
+from fedsim.core.dropout import Stage, heard
+from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, upload_grid
+from fedsim.core.secret_sharing import SHARE_BYTES
+from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party
+from fedsim.flower.records import arrays_from_record, arrays_to_record, whole_numbers
+from fedsim.seeding import numpy_generator
+from fedsim.session import VALUES, ClientReply, Session
+
+SETUP = "setup"
+"""In a request: the sum is no part of a round's training, so no simulated drop-out is due."""
+
+
+def secure_key(client: int) -> str:
+    """Returns the name of a client's record of the protocol, both ways."""
+    return f"secure-{client}"
+
+
+def party_key(client: int) -> str:
+    """Returns the name of the record of a client's secrets in the state of its node's Context."""
+    return f"party-{client}"
+
+
+def keys(session: Session, message: Message, context: Context) -> Message:
+    """Makes each named client's keys of the round and returns the public ones, with its number of examples."""
+    request = message.content.config_records["request"]
+    clients = present(session, request, Stage.keys)
+    content = RecordDict()
+    for client in clients:
+        party = Party(client)
+        _keep(context, party)
+        content[secure_key(client)] = arrays_to_record({"keys": _bytes(party.public)})
+    counts = [len(session.client_data(client).examples) for client in clients]
+    content["metrics"] = MetricRecord({"clients": clients, "num_examples": counts})
+    return Message(content, reply_to=message)
+
+
+def shares(session: Session, message: Message, context: Context) -> Message:
+    """Returns each client's shares of its secrets, sealed for the neighbours whose keys came."""
+    request = message.content.config_records["request"]
+    thresholds = dict(zip(whole_numbers(request, "clients"), whole_numbers(request, "thresholds"), strict=True))
+    content = RecordDict()
+    for client in present(session, request, Stage.shares):
+        party, record = _party(context, client), message.content.array_records[secure_key(client)]
+        peers = [int(peer) for peer in record["peers"].numpy()]
+        arrays = arrays_from_record(record, {"peers": (torch.int64, (len(peers),)), "keys": (torch.uint8, (len(peers), 2 * KEY_BYTES))})
+        publics = [(bytes(row[:KEY_BYTES]), bytes(row[KEY_BYTES:])) for row in arrays["keys"].numpy()]
+        sealed = party.share(dict(zip(peers, publics, strict=True)), thresholds[client])
+        _keep(context, party)
+        content[secure_key(client)] = arrays_to_record({"sealed": _rows([sealed[peer] for peer in peers], SEALED_BYTES)})
+    return Message(content, reply_to=message)
+
+
+def take_shares(message: Message, context: Context) -> None:
+    """Keeps the sealed shares that a request for uploads brings; a request that is sent again need not bring them again."""
+    for client in whole_numbers(message.content.config_records["request"], "clients"):
+        record = message.content.array_records.get(secure_key(client))
+        if record is not None:
+            peers = [int(peer) for peer in record["peers"].numpy()]
+            types = {"peers": (torch.int64, (len(peers),)), "sealed": (torch.uint8, (len(peers), SEALED_BYTES))}
+            party, rows = _party(context, client), arrays_from_record(record, types)["sealed"].numpy()
+            party.take({peer: bytes(row) for peer, row in zip(peers, rows, strict=True)})
+            _keep(context, party)
+
+
+def masked(context: Context, client: int, grid: Grid, integers: NDArray[np.int64]) -> ArrayRecord:
+    """Returns the record of a client's masked integers: all that leaves it of its values."""
+    sent = _party(context, client).masked(residues(integers))
+    return arrays_to_record({"masked": torch.from_numpy(grid.to_wire(sent))})
+
+
+def unmask(session: Session, message: Message, context: Context) -> Message:
+    """Returns each client's shares of the survivors' seeds and the vanished ones' masking keys, in that order, and forgets the round."""
+    request = message.content.config_records["request"]
+    content = RecordDict()
+    for client in present(session, request, Stage.unmasking):
+        record, party = message.content.array_records[secure_key(client)], _party(context, client)
+        survivors, vanished = ([int(peer) for peer in record[name].numpy()] for name in ("survivors", "vanished"))
+        revealed = party.reveal(survivors, vanished)
+        del context.state[party_key(client)]
+        content[secure_key(client)] = arrays_to_record({"shares": _rows([revealed[c] for c in [*survivors, *vanished]], SHARE_BYTES)})
+    return Message(content, reply_to=message)
+
+
+def present(session: Session, request: ConfigRecord, stage: Stage) -> list[int]:
+    """Returns those of the named clients that are still there, by the simulation's coins."""
+    clients = whole_numbers(request, "clients")
+    return clients if SETUP in request else heard(session.config, int(request["round"]), clients, stage)  # type: ignore[arg-type]
+
+
+def weight_of(session: Session, request: ConfigRecord, client: int) -> float:
+    """Returns the client's weight in the sum, 1 for the largest. Raises ValueError if the server knows of no client that is as large."""
+    if session.config.federation.weighting is Weighting.uniform:
+        return 1.0
+    own, largest = len(session.client_data(client).examples), int(request["largest"])  # type: ignore[arg-type]
+    if own > largest:
+        raise ValueError(f"Expected at most {largest} examples, got the {own} of client {client}.")
+    return own / largest
+
+
+def rounding_generator(session: Session, request: ConfigRecord, client: int) -> np.random.Generator:
+    """Returns the generator of a client's stochastic rounding."""
+    words = ("setup",) if SETUP in request else ()
+    return numpy_generator(session.config.seed, "quantization", *words, int(request["round"]), client)  # type: ignore[arg-type]
+
+
+def masked_update(session: Session, request: ConfigRecord, context: Context, reply: ClientReply) -> ArrayRecord:
+    """Returns the masked change of a client's factors, weighted, with its counters: clipped entries, tokens, and loss times examples."""
+    client, clients = reply.result.client, int(request["contributors"])  # type: ignore[arg-type]
+    kinds = session.method.uploaded(int(request["round"]))  # type: ignore[arg-type]
+    start = session.spec.pack(factors(session.model, kinds), kinds).cpu()
+    grid = upload_grid(session.config, clients)
+    values = (reply.arrays[VALUES].double() - start.double()).numpy()
+    integers, clipped = grid.rounded(values, weight_of(session, request, client), rounding_generator(session, request, client))
+    loss = 0.0 if isnan(reply.result.loss) else reply.result.loss * reply.result.num_examples * LOSS_UNITS
+    return masked(context, client, grid, with_counters(grid, integers, (clipped, reply.result.num_tokens, loss)))
+
+
+def masked_gradient(session: Session, request: ConfigRecord, context: Context, client: int, gradient: Tensor) -> ArrayRecord:
+    """Returns a client's masked initial gradient with its counter of clipped entries."""
+    grid = gradient_grid(session.config, int(request["contributors"]))  # type: ignore[arg-type]
+    integers, clipped = grid.rounded(gradient.double().numpy(), 1.0, rounding_generator(session, request, client))
+    return masked(context, client, grid, with_counters(grid, integers, (clipped,)))
+
+
+def with_counters(grid: Grid, values: NDArray[np.int64], counters: Sequence[float]) -> NDArray[np.int64]:
+    """Returns the integers with counters as digits at their end."""
+    return np.concatenate([values, *(grid.counter(count) for count in counters)])
+
+
+def _bytes(parts: Sequence[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+
+
+def _rows(rows: Sequence[bytes], length: int) -> Tensor:
+    return _bytes(rows).view(len(rows), length) if rows else torch.zeros(0, length, dtype=torch.uint8)
+
+
+def _keep(context: Context, party: Party) -> None:
+    context.state[party_key(party.client)] = ConfigRecord(
+        {
+            "secrets": [party.sealing, party.masking, party.seed],
+            "threshold": party.threshold,
+            "peers": list(party.peers),
+            "publics": [key for pair in party.peers.values() for key in pair],
+            "holders": list(party.held),
+            "held": list(party.held.values()),
+        }
+    )
+
+
+def _party(context: Context, client: int) -> Party:
+    """Raises ValueError where this client has no round under way here."""
+    record = context.state.config_records.get(party_key(client))
+    if record is None:
+        raise ValueError(f"Expected a round of secure aggregation under way for client {client}, got none at this worker.")
+    peers, publics = whole_numbers(record, "peers"), _secrets(record, "publics")
+    sealing, masking, seed = _secrets(record, "secrets")
+    return Party(
+        client,
+        sealing,
+        masking,
+        seed,
+        threshold=int(record["threshold"]),  # type: ignore[arg-type]
+        peers={peer: (publics[2 * i], publics[2 * i + 1]) for i, peer in enumerate(peers)},
+        held=dict(zip(whole_numbers(record, "holders"), _secrets(record, "held"), strict=True)),
+    )
+
+
+def _secrets(record: ConfigRecord, name: str) -> list[bytes]:
+    return [bytes(each) for each in record[name]]  # type: ignore[union-attr, arg-type]

@@ -1,0 +1,40 @@
+"""Simulated drop-outs are a function of seed, round and client."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedsim.config import Config, FederationConfig, PrivacyConfig
+from fedsim.core.dropout import Stage, attendance, heard, vanishes
+from fedsim.core.secure_aggregation import neighbour_graph
+
+
+def config_of(dropout, secure=False):
+    return Config(federation=FederationConfig(dropout=dropout), privacy=PrivacyConfig(secure_aggregation=secure))
+
+
+def test_clients_vanish_as_often_as_asked_and_at_every_stage():
+    moments = [vanishes(config_of(0.3, secure=True), 1, client) for client in range(4000)]
+    before = [moment for moment in moments if moment is not None and moment <= Stage.upload]
+    assert len(before) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert moments.count(Stage.unmasking) / (4000 - len(before)) == pytest.approx(0.3, abs=0.03)
+    assert all(before.count(stage) / len(before) == pytest.approx(1 / 3, abs=0.05) for stage in (Stage.keys, Stage.shares, Stage.upload))
+
+
+def test_the_same_clients_are_lost_with_and_without_secure_aggregation():
+    clients = list(range(300))
+    plain, secure = (heard(config_of(0.2, secure), 4, clients) for secure in (False, True))
+    assert plain == secure
+    assert plain != heard(config_of(0.2), 5, clients)
+    assert plain != heard(replace(config_of(0.2), seed=1), 4, clients)
+    assert heard(config_of(0.0), 4, clients) == heard(config_of(0.9), 0, clients) == clients
+
+
+def test_attendance_only_shrinks_and_ends_below_the_threshold():
+    graph = neighbour_graph(list(range(30)), 0, 0, 1)
+    few = attendance(config_of(0.1, secure=True), 1, graph)
+    assert set(few.unmasking) <= set(few.upload) <= set(few.shares) <= set(few.keys)
+    assert 0 < len(few.unmasking) < len(graph)
+    many = attendance(config_of(0.6, secure=True), 1, graph)
+    assert many.keys
+    assert many.unmasking == many.upload == []

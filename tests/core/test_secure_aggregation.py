@@ -1,0 +1,150 @@
+"""The protocol by itself: masks cancel, whoever vanishes; the threshold holds; a masked vector is uniform."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedsim.core.secure_aggregation import MaskedSum, Party, complete, fewest_survivors, mask, neighbour_graph, pair_mask
+
+SIZE, SHARE = 50, 0.6
+
+
+def vectors(clients, seed=0):
+    generator = np.random.default_rng(seed)
+    return {client: generator.integers(0, 1 << 32, SIZE, dtype=np.uint32) for client in clients}
+
+
+class Round:
+    """The parties of a round and what the server passes on between them; `gone` are {client: stage at which it is not heard}."""
+
+    def __init__(self, graph, gone=None, share=SHARE):
+        here = lambda stage: [client for client in graph if (gone or {}).get(client, 9) > stage]  # noqa: E731
+        self.parties = {client: Party(client) for client in here(0)}
+        self.publics = {client: party.public for client, party in self.parties.items()}
+        peers = {client: [peer for peer in graph[client] if peer in self.publics] for client in self.parties}
+        self.thresholds = {client: fewest_survivors(len(graph[client]) + 1, share) for client in self.parties}
+        self.sealed = {
+            client: self.parties[client].share({peer: self.publics[peer] for peer in peers[client]}, self.thresholds[client])
+            for client in here(1)
+        }
+        for client in here(1):
+            self.parties[client].take({peer: self.sealed[peer][client] for peer in peers[client] if peer in self.sealed})
+        self.values, self.sum = vectors(graph), MaskedSum(SIZE)
+        self.uploads = {client: self.parties[client].masked(self.values[client]) for client in here(2)}
+        for client, upload in self.uploads.items():
+            self.sum.add(client, upload)
+        self.shares = {owner: {} for owner in self.sealed}
+        for client in here(3):
+            group = [member for member in [client, *graph[client]] if member in self.sealed]
+            survivors = [member for member in group if member in self.uploads]
+            for owner, share_ in self.parties[client].reveal(survivors, [m for m in group if m not in survivors]).items():
+                self.shares[owner][client] = share_
+        self.masked_with = {owner: [peer for peer in graph[owner] if peer in self.sealed] for owner in self.sealed}
+
+    def total(self):
+        return self.sum.unmasked(self.publics, self.masked_with, self.shares, self.thresholds)
+
+
+def full_graph(count):
+    return neighbour_graph(list(range(count)), 0, 0, 1)
+
+
+@pytest.mark.parametrize("gone", [{}, {0: 0}, {0: 1}, {0: 2}, {0: 3}, {0: 0, 3: 1, 5: 2}, {4: 1, 6: 3}, {1: 2, 2: 2, 7: 2}])
+@pytest.mark.parametrize("neighbours", [0, 8])
+def test_the_sum_is_that_of_the_survivors_at_whatever_stage_clients_vanish(gone, neighbours):
+    graph = neighbour_graph(list(range(10)), neighbours, 3, 1)
+    found = Round(graph, gone)
+    survivors = [client for client in graph if gone.get(client, 9) > 2]
+    assert np.array_equal(found.total(), sum(found.values[client] for client in survivors))
+    assert found.sum.survivors == survivors
+
+
+def test_with_fewer_answers_than_the_threshold_nothing_is_unmasked():
+    with pytest.raises(ValueError, match="at least 6 shares, got 5"):
+        Round(full_graph(10), dict.fromkeys(range(5), 3)).total()
+
+
+def test_a_client_gives_out_nothing_below_the_threshold_nor_both_secrets_of_one_client_nor_twice():
+    party = Round(full_graph(5), dict.fromkeys(range(5), 3)).parties[0]  # asked by nobody so far
+    for survivors, vanished, reason in (
+        ([0, 1], [2, 3, 4], "at least 3 survivors"),
+        ([0, 1, 2, 3], [3, 4], "at most once"),
+        ([1, 2, 3], [0, 4], "with client 0"),
+        ([0, 1, 2, 9], [3], "of the group"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            party.reveal(survivors, vanished)
+    assert len(party.reveal([0, 1, 2], [3, 4])) == 5
+    with pytest.raises(ValueError, match="of the group"):
+        party.reveal([0, 1, 2], [3, 4])
+
+
+def test_a_share_is_read_by_its_receiver_alone_and_unchanged_only():
+    found = Round(full_graph(4))
+    sealed = found.sealed[0]
+    assert not any(found.parties[0].held)  # forgotten after the unmasking
+    fresh = {client: Party(client) for client in range(3)}
+    publics = {client: party.public for client, party in fresh.items()}
+    sent = {client: party.share({p: publics[p] for p in fresh if p != client}, 2) for client, party in fresh.items()}
+    with pytest.raises(ValueError, match="that client 1 sealed for client 2"):
+        fresh[2].take({1: sent[1][0]})
+    with pytest.raises(ValueError, match="that client 1 sealed for client 2"):
+        fresh[2].take({1: sent[1][2][:-1] + bytes([sent[1][2][-1] ^ 1])})
+    with pytest.raises(ValueError, match="of a neighbour"):
+        fresh[2].take({7: sealed[1]})
+    with pytest.raises(ValueError, match="shares of 2 of the group"):
+        fresh[2].masked(np.zeros(3, dtype=np.uint32))
+
+
+def test_a_masked_vector_is_uniform_and_differs_from_round_to_round_while_the_values_do_not():
+    zeros = np.zeros(20_000, dtype=np.uint32)
+    uploads = []
+    for _ in range(2):
+        parties = {client: Party(client) for client in range(3)}
+        publics = {client: party.public for client, party in parties.items()}
+        sent = {client: party.share({p: publics[p] for p in parties if p != client}, 2) for client, party in parties.items()}
+        parties[0].take({1: sent[1][0], 2: sent[2][0]})
+        uploads.append(parties[0].masked(zeros))
+    for upload in uploads:
+        counts = np.bincount(upload.view(np.uint8), minlength=256)
+        assert stats.chisquare(counts).pvalue > 1e-4
+    assert np.mean(uploads[0] == uploads[1]) < 0.001
+
+
+def test_pair_masks_are_negatives_and_the_key_stream_is_that_of_aes_in_counter_mode():
+    one, two = Party(1), Party(2)
+    forth = pair_mask(1, one.masking, 2, two.public[1], SIZE)
+    assert np.array_equal(forth + pair_mask(2, two.masking, 1, one.public[1], SIZE), np.zeros(SIZE, dtype=np.uint32))
+    from Crypto.Cipher import AES  # another implementation
+
+    stream = AES.new(bytes(32), AES.MODE_CTR, nonce=b"", initial_value=bytes(16)).encrypt(bytes(4 * SIZE))
+    assert mask(bytes(32), SIZE).tobytes() == stream
+
+
+@pytest.mark.parametrize(("clients", "neighbours"), [(2, 0), (9, 4), (10, 3), (6, 8), (7, 6)])
+def test_neighbours_are_so_on_both_sides_and_as_many_as_asked(clients, neighbours):
+    graph = neighbour_graph(list(range(100, 100 + clients)), neighbours, 5, 2)
+    wanted = min(clients - 1, 2 * ((neighbours + 1) // 2)) if neighbours else clients - 1
+    assert all(len(set(peers)) == wanted and client not in peers for client, peers in graph.items())
+    assert all(client in graph[peer] for client, peers in graph.items() for peer in peers)
+    assert neighbour_graph(list(graph), neighbours, 5, 2).items() == graph.items()
+
+
+def test_the_graph_is_connected_so_that_no_part_of_the_sum_can_be_told_apart():
+    graph = neighbour_graph(list(range(40)), 4, 0, 1)
+    reached, edge = {0}, [0]
+    while edge:
+        edge = [peer for client in edge for peer in graph[client] if peer not in reached and not reached.add(peer)]
+    assert reached == set(graph)
+
+
+def test_the_threshold_is_of_all_and_of_every_group():
+    assert [fewest_survivors(n, 0.6) for n in (2, 3, 5, 10, 25)] == [2, 2, 3, 6, 15]
+    graph = neighbour_graph(list(range(12)), 4, 0, 1)
+    assert complete(graph, list(graph), list(graph), 1.0)
+    lonely = next(c for c in graph for pair in itertools.combinations(graph[c], 3) if complete(graph, [], set(graph) - set(pair), SHARE))
+    left = set(graph) - set(graph[lonely][:3])
+    assert complete(graph, [], left, SHARE)
+    assert not complete(graph, [lonely], left, SHARE)
