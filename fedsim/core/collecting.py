@@ -67,6 +67,8 @@ class Collected:
 
     def product(self, layer: str) -> Tensor:
         """Returns sum_i p_i s B_i A_i of a layer, [out, in] float32."""
+        if not self.shares:
+            return self.spec.update(self.factors, layer)  # nobody sent anything: the start is what there is
         if self.products:
             return self.products[layer].float()
         left, right = self.stack(layer)
@@ -85,7 +87,7 @@ class Collected:
         With `method.residual_rank` it is the truncated SVD, the best approximation of that rank.
         """
         result: Adapter = {}
-        for layer in self.spec.layers:
+        for layer in self.spec.layers if self.shares else ():
             if self.clients and self.options.residual_rank is None:
                 result[f"{layer}.U"], result[f"{layer}.V"] = self.stack(layer, less)
                 continue

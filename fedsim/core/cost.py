@@ -4,7 +4,7 @@ All rounds are gone through with the `Exchange`, the draws and the sizes that a 
 those that the ledger of the run will hold, transfer by transfer.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -13,12 +13,16 @@ from fedsim.config import Config, Init
 from fedsim.core.collecting import keeps_clients
 from fedsim.core.communication import SETUP, Direction, Purpose
 from fedsim.core.compression import CODECS
+from fedsim.core.dropout import Stage, attendance, heard
 from fedsim.core.exchange import CONTROL, WEIGHTS
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
-from fedsim.core.participation import drawn, givers
+from fedsim.core.participation import drawn, givers, round_size
+from fedsim.core.quantization import gradient_grid, num_counters, upload_grid
 from fedsim.core.ranks import deal_ranks
+from fedsim.core.secure_aggregation import neighbour_graph
+from fedsim.core.secure_traffic import protocol_traffic
 from fedsim.core.traffic import down_sizes, refresh_due, starting_exchange
 from fedsim.errors import UserError
 
@@ -119,6 +123,7 @@ class _Walk:
         self._size = cache(spec.num_parameters)
         self._whole = sum(rows * columns for rows, columns in spec.layers.values())
         self._increment = 0
+        self._secure = config.privacy.secure_aggregation
 
     def charges(self) -> Iterator[Charge]:
         """Yields every transfer in the order of rounds."""
@@ -126,11 +131,13 @@ class _Walk:
             return
         yield from self._gradients(0)
         for number in range(1, self._config.federation.rounds + 1):
-            clients = drawn(self._config, number)
-            for client in (*clients, *range(self._clients, len(self._rank))):
+            told, sending = yield from self._attending(number, drawn(self._config, number), number)
+            observers = range(self._clients, len(self._rank))
+            for client in (*told, *observers):
                 yield from self._down(number, client, self._exchange.versions)
+            for client in (*sending, *observers):
                 yield from self._up(number, client)
-            self._combine(number, clients)
+            self._combine(number, sending)
             if refresh_due(self._config, number):
                 yield from self._refresh(number)
 
@@ -143,9 +150,33 @@ class _Walk:
         """Yields the initial gradients after round `number`, each from a client that has the base weights as they are then."""
         if self._config.adapter.init in DERIVED or self._config.adapter.init is Init.gradient_public:
             return
-        for client in givers(self._config):
+        clients, size = list(givers(self._config)), 4 * self._whole
+        yield from self._attending(number, clients, 0)
+        if self._secure:
+            grid = gradient_grid(self._config, len(clients))
+            size = grid.width * (self._whole + grid.digits)
+        for client in clients:
             yield from self._down(number, client, (WEIGHTS,))
-            yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._whole, 4 * self._whole)
+            yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._whole, size)
+
+    def _attending(self, number: int, clients: list[int], dropouts: int) -> Generator[Charge, None, tuple[list[int], list[int]]]:
+        """Yields what secure aggregation itself sends, and returns who is asked for an upload and who sends one.
+
+        `dropouts` is the round of which the simulated ones are, 0 for none. Observers are as clients of a round in which all stay.
+        """
+        if not self._secure:
+            return clients, heard(self._config, dropouts, clients)
+        options, seed = self._config.secure, self._config.seed
+        graph = neighbour_graph(clients, options.neighbours, seed, number)
+        present = attendance(self._config, dropouts, graph)
+        sent = list(protocol_traffic(graph, present))
+        if dropouts:
+            whole = protocol_traffic(graph, dict.fromkeys(Stage, clients))
+            alike = [each for each in whole if each.client == clients[0]]
+            sent += [each._replace(client=client) for client in range(self._clients, len(self._rank)) for each in alike]
+        for each in sent:
+            yield Charge(number, each.client, each.direction, Purpose.secure_aggregation, 0, each.payload_bytes)
+        return present.get(Stage.shares, []) if Stage.upload in present else [], present.get(Stage.upload, [])
 
     def _down(self, number: int, client: int, needed: Collection[str]) -> Iterator[Charge]:
         lacking = [part for part in self._exchange.lacking(client) if part in needed]
@@ -166,6 +197,9 @@ class _Walk:
 
     def _payload(self, size: int) -> int:
         options = self._config.compression
+        if self._secure:
+            grid = upload_grid(self._config, round_size(self._clients, self._config.federation.fraction))
+            return grid.width * (size + num_counters(self._config) * grid.digits)
         if options.name == "none":
             return 4 * size
         try:
@@ -176,7 +210,7 @@ class _Walk:
     def _combine(self, number: int, clients: Sequence[int]) -> None:
         """Notes what the server changes at the end of a round."""
         self._exchange.changed(self._method.changed(number), number)
-        if self._method.folds:
+        if self._method.folds and clients:
             self._increment = self._fold(clients)
             self._exchange.added(number, () if self._increment else None)
         if self._config.training.scaffold:

@@ -5,7 +5,6 @@ whose upload has come fails as often before the unmasking. The same clients are 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 
 from fedsim.config import Config
@@ -29,7 +28,9 @@ def vanishes(config: Config, server_round: int, client: int) -> Stage | None:
         return None
     generator = numpy_generator(config.seed, "dropout", server_round, client)
     before, after = generator.random(2) < rate
-    moment = Stage(int(generator.integers(3))) if config.privacy.secure_aggregation else Stage.upload
+    moment = Stage(int(generator.integers(3)))
+    if not config.privacy.secure_aggregation:
+        return Stage.upload if before else None
     return moment if before else Stage.unmasking if after else None
 
 
@@ -39,23 +40,17 @@ def heard(config: Config, server_round: int, clients: Sequence[int], stage: Stag
     return [client for client, moment in moments.items() if moment is None or moment > stage]
 
 
-@dataclass(frozen=True)
-class Attendance:
-    """Who is heard at each stage of a round; empty lists from the one on at which the round is given up."""
-
-    keys: list[int]
-    shares: list[int]
-    upload: list[int]
-    unmasking: list[int]
+Attendance = dict[Stage, list[int]]
+"""Who is heard at each stage of a round of secure aggregation, as far as it goes."""
 
 
 def attendance(config: Config, server_round: int, graph: Graph) -> Attendance:
-    """Returns who is heard in a round of secure aggregation: nobody any more once too few are left."""
-    lists: list[list[int]] = []
+    """Returns who is heard in a round; a stage at which too few are is the last. In round 0, the set-up, all are heard."""
+    found: Attendance = {}
     left = list(graph)
     for stage in Stage:
-        left = heard(config, server_round, left, stage)
-        owners = left if stage <= Stage.shares else lists[Stage.shares]
-        left = left if complete(graph, owners, left, config.secure.threshold) else []
-        lists.append(left)
-    return Attendance(*lists)
+        left = found[stage] = heard(config, server_round, left, stage)
+        owners = left if stage <= Stage.shares else found[Stage.shares]
+        if not complete(graph, owners, left, config.secure.threshold):
+            break
+    return found

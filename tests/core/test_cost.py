@@ -26,6 +26,7 @@ MIXED = "adapter.rank=null federation.ranks={2:2,4:2,5:1}"
 PARTIAL = "federation.fraction=0.4 federation.rounds=4"
 FEEDBACK = "compression.name=top_k compression.density=0.1 compression.error_feedback=true"
 SCAFFOLD = "training=sgd training.momentum=0 training.scaffold=true"
+SECURE = "privacy.secure_aggregation=true"
 
 RUNS = [
     *(f"method={name}" for name in METHODS),
@@ -45,6 +46,9 @@ RUNS = [
     f"{SCAFFOLD} {FEEDBACK} {PARTIAL}",
     f"privacy=example privacy.accountant=rdp privacy.noise_multiplier=1 privacy.init_noise_multiplier=1 adapter.init=gradient_dp {PARTIAL}",
     f"privacy=client privacy.accountant=rdp privacy.noise_multiplier=1 method=fedit federation.weighting=uniform {PARTIAL}",
+    *(f"federation.dropout={rate} method={name}" for rate, name in ((0.4, "flora"), (0.9, "fedex_lora"), (0.9, "flexlora"))),
+    *(f"{SECURE} {options}" for options in ("method=fedit secure.bits=7", "federation.dropout=0.2", "adapter.refresh_every=1")),
+    f"{SECURE} method=rolora federation.clients=7 federation.dropout=0.15 secure.neighbours=4 federation.rounds=6",
 ]
 
 

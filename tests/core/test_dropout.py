@@ -1,6 +1,7 @@
 """Simulated drop-outs are a function of seed, round and client."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -32,9 +33,11 @@ def test_the_same_clients_are_lost_with_and_without_secure_aggregation():
 
 def test_attendance_only_shrinks_and_ends_below_the_threshold():
     graph = neighbour_graph(list(range(30)), 0, 0, 1)
-    few = attendance(config_of(0.1, secure=True), 1, graph)
-    assert set(few.unmasking) <= set(few.upload) <= set(few.shares) <= set(few.keys)
-    assert 0 < len(few.unmasking) < len(graph)
+    assert attendance(config_of(0.9, secure=True), 0, graph) == {stage: list(range(30)) for stage in Stage}
+    few = list(attendance(config_of(0.1, secure=True), 1, graph).values())
+    assert all(set(later) <= set(earlier) for earlier, later in pairwise(few))
+    assert 18 <= len(few[-1]) < 30
     many = attendance(config_of(0.6, secure=True), 1, graph)
-    assert many.keys
-    assert many.unmasking == many.upload == []
+    *enough, last = (len(heard_) for heard_ in many.values())
+    assert len(enough) == 2
+    assert min(enough) >= 18 > last

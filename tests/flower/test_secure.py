@@ -1,0 +1,329 @@
+"""Whole rounds of secure aggregation: equal to plain ones, survived drop-outs, and nothing on the wire but masks and sums."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from flower.rounds import Rounds, changed, of_method
+from flwr.app import Message, RecordDict
+from scipy import stats
+
+from clients.app import app
+from fedsim.cli.compose import compose
+from fedsim.config import Init
+from fedsim.core.dropout import Stage, vanishes
+from fedsim.core.methods import METHODS
+from fedsim.effective import effective
+from fedsim.errors import UserError
+from fedsim.experiment import run
+from fedsim.flower import secure_worker
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.records import serialized_bytes
+from fedsim.flower.strategy import FedsimStrategy
+from fedsim.session import _open
+
+LINEAR = [name for name, method in METHODS.items() if method.linear and not method.pooled]
+BITS = 18
+SECURE = {"privacy": {"secure_aggregation": True}, "secure": {"bits": BITS, "range": 8.0}}
+
+
+class ListeningGrid(InProcessGrid):
+    """Keeps every message that crosses the Grid, both ways."""
+
+    def __init__(self, client_app, workers=1):
+        super().__init__(client_app, workers)
+        self.requests, self.replies = [], []
+
+    def _handle(self, message):
+        self.requests.append((message.metadata.message_type, message.content))
+        reply = super()._handle(message)
+        self.replies.append((message.metadata.message_type, reply.content))
+        return reply
+
+
+def secure_rounds(config, workers=1):
+    found = Rounds(config, workers=workers)
+    found.grid = ListeningGrid(app, workers)
+    return found
+
+
+def largest_gap(one, other):
+    return max(float((tensor - other.state.factors[name]).abs().max()) for name, tensor in one.state.factors.items())
+
+
+def bound(counts, step, clients):
+    """What stochastic rounding may change in a weighted mean: less than a step for each client, over the sum of weights n / largest."""
+    return len(clients) * step * max(counts) / sum(counts[client] for client in clients)
+
+
+@pytest.mark.parametrize("method", LINEAR)
+def test_a_secure_round_equals_a_plain_one_up_to_the_rounding_of_the_grid(method):
+    plain, secure = Rounds(of_method(method)).next(), secure_rounds(of_method(method, **SECURE)).next()
+    step = 8.0 / (2 ** (BITS - 1) - 1)
+    limit = bound(plain.counts, step, range(3)) + 1e-6
+    kinds = plain.session.method.uploaded(1)
+    uploaded = [name for name in plain.state.factors if name.rpartition(".")[2] in kinds]
+    if method == "fedsvd":  # B and A are factored anew from the product, whose error is bounded by that of B
+        for layer, dense in plain.change().items():
+            rank_bound = limit * plain.session.spec.rank * 0.5 * float(plain.start[f"{layer}.A"].abs().max()) * 3
+            assert float((dense - secure.change()[layer]).abs().max()) <= rank_bound
+    else:
+        assert max(float((plain.state.factors[name] - secure.state.factors[name]).abs().max()) for name in uploaded) <= limit
+    assert any(not torch.equal(plain.start[name], plain.state.factors[name]) for name in uploaded), "nothing was trained"
+    facts, told = secure.strategy.facts, plain.strategy.facts
+    assert (facts.num_tokens, facts.clients, facts.weights) == (told.num_tokens, told.clients, told.weights)
+    assert facts.mean_loss == pytest.approx(told.mean_loss, abs=1e-4)
+    assert facts.secure["clipped"] == 0
+
+
+def test_what_crosses_the_grid_is_uniform_and_no_clients_values():
+    config = changed(of_method("ffa_lora", **SECURE), adapter={"rank": 16, "target_modules": []})
+    secure = secure_rounds(config).next()
+    updates = {}
+    for client in range(3):  # what each would have sent in the plain protocol
+        alone = Rounds(changed(config, privacy={"secure_aggregation": False}))
+        alone.session.install_state(alone.state)
+        kinds = alone.session.method.uploaded(1)
+        start = alone.session.spec.pack(alone.state.factors, kinds)
+        updates[client] = (alone.session.train([client], 1, {})[0].arrays["values"] - start).numpy()
+    (reply,) = [content for kind, content in secure.grid.replies if kind == "train"]
+    assert set(reply) == {"client-0", "client-1", "client-2", "metrics"}
+    assert set(reply.metric_records["metrics"]) == {"clients"}, "no loss, no number of tokens of a single client"
+    for client in range(3):
+        sent = reply.array_records[f"client-{client}"]["masked"].numpy()
+        assert stats.chisquare(np.bincount(sent.ravel(), minlength=256)).pvalue > 1e-4
+        values = sent[: len(updates[client])].astype(np.int64) @ (256 ** np.arange(sent.shape[1]))
+        assert abs(np.corrcoef(values, updates[client])[0, 1]) < 0.03
+        for other in range(client):  # nor does the difference of two uploads tell anything
+            theirs = reply.array_records[f"client-{other}"]["masked"].numpy()
+            assert stats.chisquare(np.bincount((sent - theirs).ravel(), minlength=256)).pvalue > 1e-4
+    floats = [array for _, content in secure.grid.replies for r in content.array_records.values() for array in r.values()]
+    assert {array.dtype for array in floats} == {"uint8"}, "nothing that a client sends is a number of its own"
+
+
+def test_the_server_keeps_no_secret_and_workers_forget_theirs():
+    secure = secure_rounds(of_method("fed_sb", **SECURE), workers=2).next(2)
+    assert not [name for context in secure.grid.contexts.values() for name in context.state if name.startswith("party")]
+    kinds = [kind for kind, _ in secure.grid.requests]
+    assert kinds[:8] == [k for k in ("query.secure_keys", "query.secure_shares", "train", "query.secure_unmask") for _ in range(2)]
+    keys = [
+        record["keys"].numpy().tobytes()
+        for kind, content in secure.grid.replies
+        if kind == "query.secure_keys"
+        for record in content.array_records.values()
+    ]
+    assert len(set(keys)) == 2 * 3, "new keys in each round"
+
+
+def test_a_worker_never_answers_with_an_unmasked_upload():
+    secure = secure_rounds(of_method("fed_sb", **SECURE))
+    plain_request = next(iter(secure.strategy.configure_train(1, None, None, secure.grid)))
+    with pytest.raises(Exception, match=r"a round of secure aggregation under way|contributors"):
+        app(Message(RecordDict(dict(plain_request.content)), metadata=plain_request.metadata), secure.grid.contexts[1])
+
+
+@pytest.mark.parametrize("dropped", [{}, {1: Stage.keys}, {1: Stage.shares}, {1: Stage.upload}, {1: Stage.unmasking}])
+def test_a_client_that_vanishes_at_any_stage_leaves_the_mean_of_the_others(monkeypatch, dropped):
+    config = of_method("fedit", **SECURE)
+    moments = lambda config, server_round, client: dropped.get(client) if server_round else None  # noqa: E731
+    monkeypatch.setattr("fedsim.core.dropout.vanishes", moments)
+    secure = secure_rounds(config).next()
+    plain = Rounds(of_method("fedit")).next()  # the same drop-outs, in which the last stage does not exist
+    survivors = [client for client in range(3) if dropped.get(client, Stage.unmasking) is Stage.unmasking]
+    assert secure.strategy.facts.clients == plain.strategy.facts.clients == survivors
+    assert secure.strategy.facts.secure["vanished"] == {str(client): stage.name for client, stage in dropped.items()}
+    limit = bound(plain.counts, 8.0 / (2 ** (BITS - 1) - 1), survivors)
+    assert largest_gap(plain, secure) <= limit + 1e-6
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_below_the_threshold_a_round_changes_nothing_and_says_why(monkeypatch, stage):
+    monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, server_round, client: stage if client else None)
+    secure = secure_rounds(of_method("fed_sb", **SECURE)).next()
+    facts = secure.strategy.facts
+    assert (facts.clients, facts.secure) == ([], {})
+    assert f"round 1 needs 2 of 3 clients to the end, got 1 that sent their {stage.name}" in facts.refused
+    assert largest_gap(secure, Rounds(of_method("fed_sb"))) == 0
+
+
+@pytest.mark.parametrize(("cohort_size", "workers", "neighbours"), [(1, 1, 0), (2, 2, 0), (0, 3, 0), (2, 2, 2)])
+def test_the_result_does_not_depend_on_cohorts_workers_and_neighbours(cohort_size, workers, neighbours):
+    options = {"federation": {"clients": 5}, "secure": {**SECURE["secure"], "neighbours": neighbours}, "engine": {}}
+    config = of_method("lora_xs", privacy=SECURE["privacy"], **options)
+    whole = secure_rounds(changed(config, secure={"neighbours": 0})).next()
+    parts = secure_rounds(changed(config, engine={"cohort_size": cohort_size}), workers=workers).next()
+    # training is equal to float tolerance, so a few entries are rounded the other way
+    assert largest_gap(whole, parts) <= bound(whole.counts, 8.0 / (2 ** (BITS - 1) - 1), whole.strategy.facts.clients)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_the_ledger_holds_every_byte_of_the_protocol_with_its_client(dropout):
+    config = of_method("fed_sb", federation={"clients": 6, "dropout": dropout}, **SECURE)
+    secure = secure_rounds(config, workers=2).next(2)
+    crossed = {}
+    for direction, messages in (("downlink", secure.grid.requests), ("uplink", secure.grid.replies)):
+        for _, content in messages:
+            for name, record in content.array_records.items():
+                if name.startswith(("client-", "secure-")):
+                    key = (direction, int(name.rpartition("-")[2]), "adapter" if name.startswith("client-") else "secure_aggregation")
+                    crossed[key] = crossed.get(key, 0) + serialized_bytes(record)
+    for (direction, client, purpose), size in crossed.items():
+        assert secure.moved("serialized_bytes", direction=direction, client=client, purpose=purpose) == size
+    assert sum(crossed.values()) == sum(
+        row["serialized_bytes"] for row in secure.ledger.rows() if row["purpose"] == "secure_aggregation" or row["direction"] == "uplink"
+    )
+    width = secure.strategy.facts.secure["modulus_bits"] // 8
+    sizes = {row["payload_bytes"] for row in secure.ledger.rows() if row["purpose"] == "adapter" and row["direction"] == "uplink"}
+    assert len(sizes) == 1
+    assert 0 < sizes.pop() - width * secure.session.spec.num_parameters(("R",)) < 100  # the counters
+
+
+def test_clipped_entries_are_clipped_and_counted_without_telling_whose():
+    config = of_method("fed_sb", privacy=SECURE["privacy"], secure={"range": 1e-3, "bits": 12})
+    plain, secure = Rounds(changed(config, privacy={"secure_aggregation": False})), secure_rounds(config).next()
+    plain.session.install_state(plain.state)
+    start = plain.flat("R")
+    updates = [plain.session.train([client], 1, {})[0].arrays["values"] - start for client in range(3)]
+    assert secure.strategy.facts.secure["clipped"] == sum(int((update.abs() > 1e-3).sum()) for update in updates) > 0
+    mean = sum(update.clamp(-1e-3, 1e-3) * share for update, share in zip(updates, plain.shares(range(3)), strict=True))
+    torch.testing.assert_close(secure.flat("R") - start, mean.float(), rtol=0, atol=bound(plain.counts, 1e-3 / 2047, range(3)) + 1e-7)
+
+
+def test_initial_gradients_are_summed_behind_masks_too():
+    config = changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient, "init_samples": 7})
+    sums = []
+    for secure in (False, True):
+        rounds = secure_rounds(changed(config, privacy={"secure_aggregation": secure}))
+        strategy = FedsimStrategy(rounds.session, rounds.session.config, rounds.ledger, rounds.state)
+        sums.append(rounds.session.gradient_layout.pack(strategy.initial_gradients(rounds.grid)))
+    plain, masked = sums
+    assert float(plain.abs().max()) > 1e-3
+    torch.testing.assert_close(masked, plain, rtol=0, atol=3 * 16.0 / (2**31 // 3) + 1e-6)
+    assert {kind for kind, _ in rounds.grid.replies} == {
+        "query.secure_keys",
+        "query.secure_shares",
+        "train.initial_gradient",
+        "query.secure_unmask",
+    }
+    assert rounds.moved("payload_bytes", purpose="initial_gradient") > 3 * 4 * len(plain)
+
+
+REFUSED = [
+    (("method=flora",), "flora needs every client's own factors"),
+    (("method=fedex_lora",), "fedex_lora needs every client's own factors"),
+    (("method=flexlora",), "flexlora needs every client's own factors"),
+    (("method=centralized",), "centralized sends nothing"),
+    (("server.rule=median",), "compares single uploads, which nobody sees"),
+    (("compression.name=int8",), "do not compress"),
+    (("method=ravan", "method.client_heads=2"), "an entry that few clients send would be seen"),
+    (("training=sgd", "training.momentum=0", "training.scaffold=true"), "would travel unmasked"),
+    (("federation.clients=1",), "the sum over one client is its upload"),
+    (("secure.bits=24", "federation.clients=600"), "does not fit into 32 bits"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "reason"), REFUSED)
+def test_what_needs_single_uploads_is_refused_with_the_reason(overrides, reason):
+    with pytest.raises(UserError) as refused:
+        effective(compose([*overrides, "privacy.secure_aggregation=true"]))
+    assert reason in str(refused.value)
+
+
+SMALL = (
+    *("data.train_examples=60", "data.test_examples=2", "federation.clients=4", "federation.rounds=3", "training.batch_size=3"),
+    *(
+        "training.local_steps=1",
+        "adapter.rank=4",
+        "adapter.init_samples=8",
+        "evaluation.max_new_tokens=2",
+        "evaluation.tokens_per_pass=999",
+    ),
+    "adapter.target_modules=[layers.1.self_attn.q_proj]",
+)
+
+
+def events_of(folder, kind):
+    return [event for line in (folder / "events.jsonl").read_text().splitlines() if (event := json.loads(line))["kind"] == kind]
+
+
+def test_a_run_tells_its_secure_rounds_and_a_resumed_one_ends_the_same(tmp_path):
+    options = [*SMALL, "privacy.secure_aggregation=true", "federation.dropout=0.3", "seed=3"]
+    whole = run(compose([*options, f"run_dir={tmp_path / 'whole'}"]), quiet=True)
+    rounds = events_of(tmp_path / "whole", "round")
+    config = compose(options)
+    gone = [[c for c in range(4) if vanishes(config, number, c)] for number in (1, 2, 3)]
+    assert any(gone)
+    for event, vanished in zip(rounds, gone, strict=True):
+        if "refused" in event:
+            assert event["clients"] == []
+            assert "secure.threshold" in event["refused"]
+        else:
+            assert sorted(map(int, event["secure"]["vanished"])) == vanished
+            assert event["secure"]["participants"] == 4
+            assert event["train_loss"] > 0
+    assert any("secure" in event for event in rounds)
+    assert events_of(tmp_path / "whole", "secure_gradients")[0]["clipped"] == 0
+    assert not (tmp_path / "whole/diagnosis.png").exists()
+
+    run(compose([*options, f"run_dir={tmp_path / 'part'}"]), quiet=True)
+    (tmp_path / "part/summary.json").unlink()
+    for path in (tmp_path / "part/checkpoints").glob("round_000[23]*"):
+        path.unlink()
+    resumed = run(compose([*options, f"run_dir={tmp_path / 'part'}", "resume=true"]), quiet=True)
+    assert resumed["adapter_digest"] == whole["adapter_digest"]
+    assert resumed["communication"] == whole["communication"]
+
+
+def test_dropout_without_secure_aggregation_renormalises_the_weights():
+    config = of_method("fed_sb", federation={"clients": 6, "dropout": 0.4})
+    rounds = Rounds(config).next()
+    gone = [client for client in range(6) if vanishes(config, 1, client)]
+    assert gone
+    assert rounds.strategy.facts.clients == [client for client in range(6) if client not in gone]
+    assert sum(rounds.strategy.facts.shares) == pytest.approx(1)
+    assert {row["client"] for row in rounds.ledger.rows() if row["direction"] == "uplink"} == set(rounds.strategy.facts.clients)
+
+
+def test_a_round_in_which_everybody_vanishes_changes_nothing():
+    rounds = Rounds(of_method("fed_sb", federation={"dropout": 0.999999})).next()
+    assert rounds.strategy.facts.clients == []
+    assert largest_gap(rounds, Rounds(of_method("fed_sb"))) == 0
+
+
+def test_example_level_privacy_travels_behind_masks():
+    options = {"unit": "example", "noise_multiplier": 1.0, "epsilon": None}
+    config = of_method("fed_sb", secure=SECURE["secure"])
+    unit = type(config.privacy.unit)["example"]
+    config = changed(config, privacy={**options, "unit": unit})
+    plain = Rounds(config).next()
+    secure = secure_rounds(changed(config, privacy={"secure_aggregation": True})).next()
+    assert largest_gap(plain, secure) <= bound(plain.counts, 8.0 / (2 ** (BITS - 1) - 1), range(3)) + 1e-6
+    assert np.isnan(secure.strategy.facts.mean_loss)
+    assert secure.strategy.facts.num_tokens == 0
+
+
+def test_a_request_for_an_upload_below_the_group_threshold_is_refused_by_the_client(monkeypatch):
+    secure = secure_rounds(of_method("fed_sb", **SECURE))
+    original = secure_worker.take_shares
+    monkeypatch.setattr("fedsim.flower.secure_worker.take_shares", lambda message, context: None)  # a server that passes nothing on
+    assert original is not secure_worker.take_shares
+    with pytest.raises(ValueError, match="Expected shares of 2 of the group"):
+        secure.next()
+
+
+def test_a_worker_that_lacks_the_state_is_asked_again_and_keeps_the_shares_of_the_first_time():
+    expected = secure_rounds(of_method("fed_sb", **SECURE)).next()
+    secure = secure_rounds(changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient}))
+    for client in range(3):
+        secure.state.exchange.sent(client, ("B", "A"))  # so that no message carries them
+    _open.cache_clear()  # as a worker process that has just been started
+    secure.strategy.exchange(1, secure.grid)
+    assert [kind for kind, _ in secure.grid.requests].count("train") == 2
+    assert largest_gap(expected, secure) == 0
+
+
+def test_a_round_is_the_same_twice_though_keys_are_not():
+    config = replace(of_method("rolora", **SECURE), seed=5)
+    assert largest_gap(secure_rounds(config).next(2), secure_rounds(config).next(2)) == 0
