@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flower.rounds import Rounds, changed, of_method
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from scipy import stats
 
 from clients.app import app
@@ -15,6 +15,7 @@ from fedsim.cli.compose import compose
 from fedsim.config import Init
 from fedsim.core.dropout import Stage, vanishes
 from fedsim.core.methods import METHODS
+from fedsim.core.missing import Reason
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
@@ -39,7 +40,8 @@ class ListeningGrid(InProcessGrid):
     def _handle(self, message):
         self.requests.append((message.metadata.message_type, message.content))
         reply = super()._handle(message)
-        self.replies.append((message.metadata.message_type, reply.content))
+        if reply.has_content():
+            self.replies.append((message.metadata.message_type, reply.content))
         return reply
 
 
@@ -103,6 +105,29 @@ def test_what_crosses_the_grid_is_uniform_and_no_clients_values():
     assert {array.dtype for array in floats} == {"uint8"}, "nothing that a client sends is a number of its own"
 
 
+def test_a_worker_that_fails_is_a_client_that_vanishes(monkeypatch):
+    secure = secure_rounds(of_method("fed_sb", **SECURE), workers=3)
+
+    def failing(message, context):
+        reply = app(message, context)
+        failed = message.metadata.dst_node_id == 2 and message.metadata.message_type == "train"
+        return Message(Error(0, "out of memory"), reply_to=message) if failed else reply
+
+    secure.grid._app = failing
+    secure.next()
+    facts = secure.strategy.facts
+    assert facts.clients == [0, 2]
+    assert [(each.client, each.reason, each.detail) for each in facts.missing] == [(1, Reason.died, "out of memory")]
+    assert facts.secure["vanished"] == {"1": "upload"}
+    expected = Rounds(of_method("fed_sb"))
+    expected.session.install_state(expected.state)
+    start = expected.flat("R")
+    updates = {client: expected.session.train([client], 1, {})[0].arrays["values"] - start for client in (0, 2)}
+    mean = sum(update * share for update, share in zip(updates.values(), expected.shares([0, 2]), strict=True))
+    limit = bound(expected.counts, 8.0 / (2 ** (BITS - 1) - 1), [0, 2])
+    torch.testing.assert_close(secure.flat("R") - start, mean.float(), rtol=0, atol=limit + 1e-6)
+
+
 def test_the_server_keeps_no_secret_and_workers_forget_theirs():
     secure = secure_rounds(of_method("fed_sb", **SECURE), workers=2).next(2)
     assert not [name for context in secure.grid.contexts.values() for name in context.state if name.startswith("party")]
@@ -134,6 +159,9 @@ def test_a_client_that_vanishes_at_any_stage_leaves_the_mean_of_the_others(monke
     survivors = [client for client in range(3) if dropped.get(client, Stage.unmasking) is Stage.unmasking]
     assert secure.strategy.facts.clients == plain.strategy.facts.clients == survivors
     assert secure.strategy.facts.secure["vanished"] == {str(client): stage.name for client, stage in dropped.items()}
+    for rounds in (plain, secure):
+        lost = [(each.client, each.reason) for each in rounds.strategy.facts.missing]
+        assert lost == [(client, Reason.dropped_out) for client in range(3) if client not in survivors]
     limit = bound(plain.counts, 8.0 / (2 ** (BITS - 1) - 1), survivors)
     assert largest_gap(plain, secure) <= limit + 1e-6
 
@@ -143,8 +171,9 @@ def test_below_the_threshold_a_round_changes_nothing_and_says_why(monkeypatch, s
     monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, server_round, client: stage if client else None)
     secure = secure_rounds(of_method("fed_sb", **SECURE)).next()
     facts = secure.strategy.facts
-    assert (facts.clients, facts.secure) == ([], {})
-    assert f"round 1 needs 2 of 3 clients to the end, got 1 that sent their {stage.name}" in facts.refused
+    assert facts.clients == []
+    assert f"round 1 needs 2 of 3 clients to the end, got 1 that sent their {stage.name}" in facts.secure["refused"]
+    assert facts.secure["vanished"] == {"1": stage.name, "2": stage.name}
     assert largest_gap(secure, Rounds(of_method("fed_sb"))) == 0
 
 
@@ -256,14 +285,14 @@ def test_a_run_tells_its_secure_rounds_and_a_resumed_one_ends_the_same(tmp_path)
     gone = [[c for c in range(4) if vanishes(config, number, c)] for number in (1, 2, 3)]
     assert any(gone)
     for event, vanished in zip(rounds, gone, strict=True):
-        if "refused" in event:
+        if "refused" in event["secure"]:
             assert event["clients"] == []
-            assert "secure.threshold" in event["refused"]
+            assert "secure.threshold" in event["secure"]["refused"]
         else:
             assert sorted(map(int, event["secure"]["vanished"])) == vanished
             assert event["secure"]["participants"] == 4
             assert event["train_loss"] > 0
-    assert any("secure" in event for event in rounds)
+    assert any(event["clients"] for event in rounds)
     assert events_of(tmp_path / "whole", "secure_gradients")[0]["clipped"] == 0
     assert not (tmp_path / "whole/diagnosis.png").exists()
 
