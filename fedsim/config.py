@@ -157,6 +157,8 @@ class DataConfig:
     """Which tokens carry the loss."""
     on_error: OnError = OnError.stop
     """What a malformed row does."""
+    owner: Optional[int] = None
+    """The one client to which all training examples belong, as in a client's own worker; null deals them to the clients."""
 
 
 @dataclass
@@ -317,6 +319,10 @@ class EvaluationConfig:
 class EngineConfig:
     name: str = "inprocess"
     """Which Flower Grid carries the messages."""
+    superlink: Optional[str] = None
+    """deployment: name of the SuperLink in Flower's configuration (flwr config list)."""
+    wait_seconds: float = 120.0
+    """deployment: how long clients that are not connected are waited for when a run begins; afterwards a round goes on without them."""
     cohort_size: int = 0
     """Clients that a worker trains together in one message; 0 takes all of the round's clients."""
 
@@ -438,6 +444,7 @@ BOUNDS = {
     "data.train_examples": _AT_LEAST_ONE,
     "data.test_examples": _AT_LEAST_ONE,
     "data.max_length": Bounds(8),
+    "data.owner": _NOT_NEGATIVE,
     "federation.clients": _AT_LEAST_ONE,
     "federation.rounds": _AT_LEAST_ONE,
     "federation.fraction": Bounds(0, 1, low_open=True),
@@ -459,6 +466,7 @@ BOUNDS = {
     "evaluation.max_new_tokens": _AT_LEAST_ONE,
     "evaluation.tokens_per_pass": _AT_LEAST_ONE,
     "engine.cohort_size": _NOT_NEGATIVE,
+    "engine.wait_seconds": _NOT_NEGATIVE,
     "seed": _NOT_NEGATIVE,
 }
 """Allowed values of the options that are numbers; null is allowed where the type allows it."""
@@ -504,5 +512,7 @@ def _check_contradictions(config: Config) -> None:
             f"Expected at least one training example for each client, got data.train_examples={examples} and "
             f"federation.clients={config.federation.clients}. Raise the first or lower the second."
         )
+    if config.engine.name == "deployment" and not config.engine.superlink:
+        raise UserError("Expected engine.superlink with engine=deployment, got none. Name a SuperLink of `flwr config list`.")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.model.device):
         raise UserError(f"Expected model.device auto, cpu, cuda, cuda:<number> or mps, got {config.model.device!r}. Choose one of them.")

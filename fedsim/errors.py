@@ -8,6 +8,10 @@ class UserError(Exception):
     """Bad input or a contradiction in it; nothing was lost or half written."""
 
 
+class LeftRunningError(KeyboardInterrupt):
+    """Ctrl-C has ended the watching, not the run, which goes on elsewhere; the argument says how to follow, stop and resume it."""
+
+
 def nearest(word: str, allowed: list[str]) -> str:
     """Returns " Did you mean 'x'?" for the allowed word closest to `word`, or "" when none is close."""
     from difflib import get_close_matches

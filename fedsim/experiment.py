@@ -6,10 +6,6 @@ from typing import Any
 from clients.app import app
 from fedsim.config import Config
 from fedsim.errors import UserError, nearest
-from fedsim.flower.grid import InProcessGrid
-from fedsim.flower.server import serve
-
-ENGINES: dict[str, Callable[[Config], InProcessGrid]] = {"inprocess": lambda config: InProcessGrid(app)}
 
 
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
@@ -18,5 +14,22 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
         raise UserError(
             f"engine.name: expected one of {', '.join(ENGINES)}, got {config.engine.name!r}.{nearest(config.engine.name, list(ENGINES))}"
         )
-    grid = ENGINES[config.engine.name](config)
+    return ENGINES[config.engine.name](config, quiet)
+
+
+def _in_process(config: Config, quiet: bool) -> dict[str, Any]:
+    from fedsim.flower.grid import InProcessGrid
+    from fedsim.flower.server import serve
+
+    grid = InProcessGrid(app)
     return serve(grid, config, grid.contexts, quiet=quiet)
+
+
+def _in_a_deployment(config: Config, quiet: bool) -> dict[str, Any]:
+    from fedsim.deploy.submit import run as submit
+
+    return submit(config, quiet=quiet)
+
+
+ENGINES: dict[str, Callable[[Config, bool], dict[str, Any]]] = {"inprocess": _in_process, "deployment": _in_a_deployment}
+"""What carries a run out, by the name of the engine."""

@@ -9,14 +9,15 @@ TEMPORARY = ".*.fedsim-tmp"
 """Pattern of the names that a killed `atomic_write` may leave behind."""
 
 
-def atomic_write(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Makes `content` the whole content of `path`, durably.
 
-    Guarantees: at any moment, also after a kill or a power cut, `path` holds its old content or all of the new. The folder must exist.
+    Guarantees: at any moment, also after a kill or a power cut, `path` holds its old content or all of the new, and never has more
+    permissions than `mode` less the process's umask. The folder must exist.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.fedsim-tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -4,6 +4,7 @@ The server and the workers of a simulation share it within a process, so there i
 worker processes each open their own from the same configuration.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -74,13 +75,14 @@ class Session:
         self.on_pass: Callable[[PassFacts], None] = lambda facts: None
         self.data: Dataset = load(config.data, config.seed)
         self.pool, self.public = self._split_public(self.data.train)
-        self.shards = partition(self.pool, config.federation, config.seed)
+        self.shards = self._dealt()
         self.model, self.tokenizer = load_model(config.model, activation_checkpointing=config.training.activation_checkpointing)
         adapter, heads = config.adapter, config.method.heads if self.method.form is RAVAN else 1
         self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules)
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
+        self.told_sizes: list[int] | None = None  # numbers of examples that the clients of a deployment have told
         self.num_too_long = 0  # examples left out so far because nothing of their response is within data.max_length
         self._encoded: dict[int, list[EncodedExample]] = {}
         self._positions: dict[tuple[tuple[str, ...], int], Tensor | None] = {}
@@ -90,7 +92,29 @@ class Session:
         """What every client's training costs; empty where nothing is claimed. Calibration takes seconds."""
         if self.config.privacy.unit is PrivacyUnit.none:
             return []
-        return plan(self.config, [len(self.client_data(client).examples) for client in range(len(self.shards))])
+        own = [len(self.client_data(client).examples) for client in range(len(self.shards))] if self.told_sizes is None else self.told_sizes
+        return plan(self.config, own)
+
+    @cached_property
+    def base_digest(self) -> str:
+        """Digest of the base model, equal where server and client hold the same one in the same type.
+
+        Of embeddings, norms and whatever has no adapter; adapted layers may have something folded in, so their shapes must do.
+        """
+        adapted = {id(layer.base.weight) for layer in adapted_layers(self.model).values()}
+        hashed = hashlib.sha256(json.dumps(self.spec.layers).encode())
+        for name, tensor in sorted(self.model.named_parameters()):
+            if id(tensor) not in adapted:
+                hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return hashed.hexdigest()
+
+    def _dealt(self) -> list[list[int]]:
+        """Returns the positions in the pool of each client's examples."""
+        owner, clients = self.config.data.owner, self.config.federation.clients
+        if owner is None:
+            return partition(self.pool, self.config.federation, self.config.seed)
+        return [list(range(len(self.pool))) if client == owner else [] for client in range(clients)]
 
     def _split_public(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         """With public initialisation the server holds a sample that no client owns."""
@@ -321,20 +345,20 @@ class Session:
             self.model, examples, pad_id=self.tokenizer.pad_token_id, tokens_per_pass=self.config.training.tokens_per_pass
         )
 
-    def client_gradient(self, client: int, num_samples: int, noise: float | None = None, round: int = 0) -> Tensor:
+    def client_gradient(self, client: int, num_samples: int, noise: float | None = None, round: int = 0, rate: float = 0.0) -> Tensor:
         """Returns the flat weight gradients of a seeded sample of the client's own examples.
 
-        With `noise` it is private: every example is drawn by its own coin (`num_samples` is not looked at), clipped, and the sum is noised.
+        With `noise` it is private: every example is drawn by its own coin with probability `rate` (`num_samples` is not looked at),
+        clipped, and the sum is noised.
         """
         examples = self.client_data(client).examples
         if noise is not None:
-            return self._private_gradient(client, noise, round)
+            return self._private_gradient(client, noise, round, rate)
         chosen = numpy_generator(self.config.seed, "init", client).choice(len(examples), min(num_samples, len(examples)), replace=False)
         return self.gradient_layout.pack(self.weight_gradients([examples[i] for i in chosen])).cpu()
 
-    def _private_gradient(self, client: int, noise: float, round: int) -> Tensor:
+    def _private_gradient(self, client: int, noise: float, round: int, rate: float) -> Tensor:
         examples, clip_norm = self.client_data(client).examples, self.config.privacy.clip_norm
-        rate = self.privacy_plan[client].initialization.sampling_rate  # type: ignore[union-attr]
         (chosen,) = poisson_batches(len(examples), rate, 1, seed=self.config.seed, round=-1 - round, client=client)
         gradients = clipped_weight_gradients(self.model, [examples[i] for i in chosen], clip_norm, pad_id=self.tokenizer.pad_token_id)
         generator = torch_generator(self.config.seed, "init noise", round, client)

@@ -8,7 +8,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ["base", "core", "training", "world", "entry"]
 BASE = {"fedsim", "fedsim.config", "fedsim.types", "fedsim.seeding", "fedsim.errors", "fedsim.files"}
-ENTRY = ("fedsim.cli", "fedsim.experiment", "clients")  # fedsim.experiment joins the server with the client app of this process
+ENTRY = (
+    "fedsim.cli",
+    "fedsim.experiment",
+    "fedsim.deploy",
+    "clients",
+)  # fedsim.experiment joins the server with the client app of this process
 NOT_IN_CORE = {"flwr", "hydra", "omegaconf", "transformers", "datasets", "ray", "rich", "matplotlib", "peft"}
 DISK_AND_CLOCK = {"os", "pathlib", "io", "shutil", "tempfile", "time", "datetime"}
 

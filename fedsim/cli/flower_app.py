@@ -1,24 +1,56 @@
-"""The ServerApp that `flwr run .` finds: composes the overrides that the run configuration carries, as `fedsim run` does its own.
+"""The ServerApp of `flwr run .` and of `fedsim run engine=deployment`.
 
-A run configuration takes declared keys only; the one key "overrides" carries them all: `flwr run . --run-config 'overrides="seed=1"'`.
+A run configuration takes declared keys only. "config" carries a whole configuration, as `fedsim run engine=deployment` has resolved it;
+without it "overrides" are composed as `fedsim run` does its own: `flwr run . --run-config 'overrides="seed=1"'`.
 """
 
+import json
 import shlex
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsim.cli.compose import compose
-from fedsim.config import check
+from fedsim.config import Config, check, from_dict
+from fedsim.errors import UserError
+
+DEPLOYMENT = "deployment"
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Carries the experiment out over Flower's own Grid. Raises UserError."""
-    config = compose(shlex.split(str(context.run_config["overrides"])))
-    check(config)
-    from fedsim.flower.server import serve
+    """Carries the experiment out over Flower's own Grid. Raises UserError; one who follows the run is told its line."""
+    from fedsim.flower.telling import MISTAKE, tell
 
-    serve(grid, config)
+    try:
+        _carry_out(grid, _configuration(context))
+    except UserError as error:
+        tell(MISTAKE, str(error))
+        raise
+
+
+def _configuration(context: Context) -> Config:
+    text = str(context.run_config.get("config", ""))
+    if text:
+        config: Config = from_dict(Config, json.loads(text))
+    else:
+        from fedsim.cli.compose import compose
+
+        config = compose(shlex.split(str(context.run_config["overrides"])))
+    check(config)
+    return config
+
+
+def _carry_out(grid: Grid, config: Config) -> None:
+    from fedsim.flower.roster import Roster
+    from fedsim.flower.server import serve
+    from fedsim.flower.streaming import StreamingGrid
+    from fedsim.flower.telling import SUMMARY, TellingProgress, tell
+
+    streaming = StreamingGrid(grid)
+    if config.engine.name != DEPLOYMENT:
+        serve(streaming, config)
+        return
+    summary = serve(streaming, config, roster=Roster(streaming, config), quiet=True, display=TellingProgress)
+    tell(SUMMARY, summary)

@@ -12,6 +12,8 @@ VERBS = {
     "data": "show who holds what, without training: fedsim data [option=value ...]",
     "cost": "compare what methods send, without weights or data: fedsim cost [option=value,... ...] [--json | --csv]",
     "privacy": "compute noise and epsilon, without training: fedsim privacy privacy=example [option=value ...] [--json]",
+    "deploy": "a real federation: fedsim deploy init DIR | up --local N [option=value ...] | status [DIR]",
+    "worker": "what works for one client: fedsim worker client.yaml [--stop]",
     "help": "show this help, or that of one part: fedsim help run training",
 }
 

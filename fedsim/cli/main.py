@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import fedsim
-from fedsim.errors import UserError, nearest
+from fedsim.errors import LeftRunningError, UserError, nearest
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -65,6 +65,14 @@ def _dispatch(words: list[str]) -> int:
         return _cost(rest)
     elif verb == "privacy":
         return _privacy(rest)
+    elif verb == "deploy":
+        from fedsim.cli.deploy import deploy
+
+        return deploy(rest)
+    elif verb == "worker":
+        from clients.worker import main as worker
+
+        return worker(rest)
     else:
         raise UserError(f"Unknown verb {verb!r}: expected one of {', '.join(VERBS)}.{nearest(verb, list(VERBS))} All verbs: fedsim --help")
     return 0
@@ -95,6 +103,9 @@ def _run(words: list[str]) -> int:
 
     try:
         run(config)
+    except LeftRunningError as left:
+        print(f"\n{left}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt as interrupt:
         if interrupt.args:  # the run had begun: it names its folder
             again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]

@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 
 from fedsim.core.missing import Reason
 from fedsim.flower.asking import Ask
-from fedsim.flower.worker import NEEDS_STATE
+from fedsim.flower.worker import NEEDS_STATE, REFUSED
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ def gathered(grid: Grid, asks: Iterable[Ask], again: Callable[[Ask], Ask]) -> It
 
 def read(reply: Message) -> Message | Failure:
     """Returns the reply, or what its error says."""
-    return Failure(Reason.died, str(reply.error.reason)) if reply.has_error() else reply
+    if not reply.has_error():
+        return reply
+    reason = Reason.refused_by_client if reply.error.code == REFUSED else Reason.died
+    return Failure(reason, str(reply.error.reason))
 
 
 def _exchanged(grid: Grid, asks: Iterable[Ask]) -> Iterator[tuple[Ask, Message | Failure]]:

@@ -5,7 +5,7 @@ so a run that was killed at any moment goes on from the last checkpoint and ends
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,8 @@ from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.missing import counted
 from fedsim.core.traffic import refresh_due
 from fedsim.export import peft_files
-from fedsim.flower.asking import Homes, keeps_memory
+from fedsim.flower.asking import keeps_memory
+from fedsim.flower.roster import Roster
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
@@ -57,19 +58,20 @@ def serve(
     config: Config,
     contexts: Mapping[int, Context] | None = None,
     *,
-    homes: Homes | None = None,
+    roster: Roster | None = None,
     quiet: bool = False,
+    display: Callable[..., Progress] = Progress,
 ) -> dict[str, Any]:
     """Carries the experiment out and returns its summary, also written to summary.json.
 
     `contexts` are those of the nodes in this process, by node: what clients keep there goes into the checkpoints.
-    `homes` are the clients' own nodes in a deployment.
+    `roster` knows the clients' own nodes in a deployment; `display` shows how the run goes, and `quiet` shows nothing.
 
     Raises UserError for what the user can mend. A KeyboardInterrupt is raised again with the run folder as its argument: the last
     checkpoint there stays for `resume=true`.
     """
     evaluations = [number for number in range(config.federation.rounds + 1) if _evaluated_after(number, config)]
-    with Progress(config.federation.rounds, evaluations, quiet=quiet) as progress:
+    with display(config.federation.rounds, evaluations, quiet=quiet) as progress:
         progress.phase("loading model and data")
         session = open_session(config)
         with RunFolder.open(config) as folder:
@@ -77,7 +79,7 @@ def serve(
                 progress.note(f"{folder.folder} holds a finished run: nothing is left to do")
                 summary = folder.finished_summary | {"run_dir": str(folder.folder)}  # it may have been moved since
             else:
-                summary = Run(session, config, grid, contexts or {}, homes, folder, progress).carry_out()
+                summary = Run(session, config, grid, contexts or {}, roster, folder, progress).carry_out()
     if not quiet:
         print(f"\n{summary_table(summary)}")
     return summary
@@ -92,17 +94,18 @@ class Run:
         config: Config,
         grid: Grid,
         contexts: Mapping[int, Context],
-        homes: Homes | None,
+        roster: Roster | None,
         folder: RunFolder,
         progress: Progress,
     ) -> None:
-        self._session, self._config, self._grid, self._contexts, self._homes = session, session.config, grid, contexts, homes
+        self._session, self._config, self._grid, self._contexts, self._roster = session, session.config, grid, contexts, roster
         self._given, self._folder, self._progress = config, folder, progress
         self._told_too_long = 0
 
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
         try:
+            self._muster()
             state = self._restored() or self._initial()
             strategy = self._strategy(state.shared, state.ledger, state.privacy)
             while True:
@@ -115,9 +118,24 @@ class Run:
             raise KeyboardInterrupt(str(self._folder.folder)) from None
 
     def _strategy(self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None) -> FedsimStrategy:
-        return FedsimStrategy(self._session, self._given, ledger, shared, privacy, self._homes)
+        homes = None if self._roster is None else self._roster.homes
+        return FedsimStrategy(self._session, self._given, ledger, shared, privacy, homes)
 
     # ---- setting up
+
+    def _muster(self) -> None:
+        """In a deployment, waits for the clients; what they or the server say against it is told."""
+        if self._roster is None:
+            return
+        self._progress.phase(f"waiting for {self._config.federation.clients} clients")
+        self._roster.muster(self._session, self._member_event)
+
+    def _member_event(self, kind: str, **facts: Any) -> None:
+        self._folder.event(kind, **facts)
+        if kind == "refused":
+            self._progress.note(f"left out: {facts['reason']}")
+        elif kind != "joined":
+            self._progress.note(f"{kind}: client {facts.get('client', facts.get('clients'))}")
 
     def _initial(self) -> State:
         self._folder.event("run_started", config=to_dict(self._given))

@@ -172,7 +172,7 @@ class FedsimStrategy(Strategy):
     def _gradient_request(self, server_round: int, packer: Packer, client: int, samples: int, **told: Any) -> RecordDict:
         mechanism = self._session.privacy_plan[client].initialization if self._session.privacy_plan else None
         if mechanism is not None and self._session.config.adapter.init is Init.gradient_dp:
-            told["noise"] = [mechanism.noise_multiplier]
+            told |= {"noise": [mechanism.noise_multiplier], "rates": [mechanism.sampling_rate]}
         if self._privacy is not None and mechanism is not None:
             self._privacy.charge(client, replace(mechanism, steps=1))
         return self.asking.brought_up(server_round, [client], packer, (WEIGHTS,), samples=[samples], **told)

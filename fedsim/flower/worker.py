@@ -21,6 +21,9 @@ from fedsim.session import PERSONAL, ClientReply, Memory, Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
 
 NEEDS_STATE = "needs_state"
+"""Name of a record in the reply of a worker that lacks something of the global state."""
+REFUSED = 1000
+"""Code of the error with which a client answers what its owner does not accept; Flower's own are below 100."""
 
 
 def client_key(client: int) -> str:
@@ -62,8 +65,9 @@ def initial_gradient(message: Message, context: Context) -> Message:
         content = RecordDict()
         clients = whole_numbers(request, "clients")
         noise: list[float | None] = [*numbers(request, "noise")] if "noise" in request else [None] * len(clients)
-        for client, samples, own in zip(clients, whole_numbers(request, "samples"), noise, strict=True):
-            gradient = session.client_gradient(client, samples, own, int(request["round"]))  # type: ignore[arg-type]
+        rates = numbers(request, "rates") if "noise" in request else [0.0] * len(clients)
+        for client, samples, own, rate in zip(clients, whole_numbers(request, "samples"), noise, rates, strict=True):
+            gradient = session.client_gradient(client, samples, own, int(request["round"]), rate)  # type: ignore[arg-type]
             if session.config.privacy.secure_aggregation:
                 content[client_key(client)] = secure_worker.masked_gradient(session, request, context, client, gradient)
             else:

@@ -1,0 +1,123 @@
+"""What a client's worker does with a message: asks whether its owner accepts it, and has the same code carry it out as a simulation.
+
+It knows no kinds of messages but the question whether a client joins; all others go to `fedsim.flower.worker.handle` with a Context
+that outlives the process.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+import fedsim
+from clients.memory import Budget, ContextStore, experiment_key
+from clients.owner import Owner, RefusedError, accept, own_view
+from fedsim.config import Config, PrivacyUnit, from_dict, to_dict
+from fedsim.errors import UserError
+from fedsim.flower.records import numbers, whole_numbers
+from fedsim.flower.roster import JOIN, Member
+from fedsim.flower.worker import NEEDS_STATE, REFUSED, handle
+from fedsim.privacy.accounting import Mechanism
+from fedsim.session import Session, open_session
+from fedsim.training.batches import steps_per_round
+from fedsim.training.private import sampling_rate
+
+log = logging.getLogger("fedsim.worker")
+
+FAILED = 4
+"""Flower's code of an exception in the ClientApp."""
+
+
+class Desk:
+    """Handles one client's messages, one after another; the base model stays loaded between them."""
+
+    def __init__(self, owner: Owner) -> None:
+        folder = Path(owner.folder)
+        self._owner = owner
+        self._store = ContextStore(folder / "memory", owner.max_message_mb * 10**6)
+        self._budget = Budget(folder / "privacy.json", owner)
+        self._session: Session | None = None
+        self._loads = 0
+
+    def answer(self, message: Message) -> Message:
+        """Returns the reply: the work's, or an error with the reason why there is none. What the reason says never tells of the data."""
+        metadata, begun = message.metadata, time.perf_counter()
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = metadata.run_id, metadata.dst_node_id, metadata.run_id
+        what = f"{metadata.message_type} of run {metadata.run_id}, round {metadata.group_id or '-'}"
+        try:
+            reply = self._carried_out(message)
+            log.info("done: %s, %.2f s", what, time.perf_counter() - begun)
+        except RefusedError as refusal:
+            log.warning("refused: %s: %s", what, refusal)
+            reply = Message(Error(REFUSED, f"Refused by the owner of client {self._owner.client}: {refusal}"), reply_to=message)
+        except Exception as error:
+            log.exception("failed: %s", what)
+            reason = f"The worker of client {self._owner.client} failed ({type(error).__name__}); its log says why."
+            reply = Message(Error(FAILED, reason), reply_to=message)
+        return reply
+
+    def _carried_out(self, message: Message) -> Message:
+        request = message.content.config_records["request"]
+        asked = self._acceptable(request)
+        here = own_view(self._owner, asked)
+        session = self._opened(here)
+        if message.metadata.message_type == JOIN:
+            return Message(self._joined(session), reply_to=message)
+        mechanism = self._acceptable_work(message.metadata.message_type, request, session)
+        context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, self._store.load(experiment_key(asked)), {})
+        own = RecordDict({**message.content, "request": ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
+        reply = handle(Message(own, metadata=message.metadata), context)  # type: ignore[call-overload]  # as Flower itself rebuilds them
+        if NEEDS_STATE in reply.content:
+            reply.content["request"] = request  # as it came: it has none of the owner's paths
+            return reply
+        if mechanism is not None:
+            self._budget.charge(mechanism, self._num_examples(session))
+        self._store.save(experiment_key(asked), context.state)
+        return reply
+
+    def _acceptable(self, request: ConfigRecord) -> Config:
+        """Returns the configuration of a request. Raises RefusedError if it is none, or none that the owner accepts."""
+        try:
+            config: Config = from_dict(Config, json.loads(str(request["config"])))
+        except (UserError, KeyError, ValueError) as error:
+            raise RefusedError(f"the configuration is not one of fedsim {fedsim.__version__}") from error
+        accept(self._owner, config)
+        if "clients" in request and whole_numbers(request, "clients") != [self._owner.client]:
+            raise RefusedError(f"the message names clients {whole_numbers(request, 'clients')!r:.60}, this is client {self._owner.client}")
+        return config
+
+    def _acceptable_work(self, kind: str, request: ConfigRecord, session: Session) -> Mechanism | None:
+        """Returns what the work costs in privacy, None for nothing. Raises RefusedError if the owner does not accept it."""
+        config, size = session.config, self._num_examples(session)
+        steps = steps_per_round(size, config.training)
+        if kind == "train" and steps > self._owner.max_local_steps:
+            raise RefusedError(f"{steps} local steps are more than the {self._owner.max_local_steps} accepted")
+        if config.privacy.unit is not PrivacyUnit.example or not kind.startswith("train"):
+            return None
+        if "noise" not in request:
+            raise RefusedError(f"{kind} would leave without noise")
+        (noise,) = numbers(request, "noise")
+        batch = config.training.batch_size * config.training.accumulation
+        mechanism = Mechanism(noise, sampling_rate(size, batch), steps)
+        if kind == "train.initial_gradient":
+            (rate,) = numbers(request, "rates")
+            mechanism = Mechanism(noise, rate, 1, "initialization")
+        self._budget.check(mechanism, size)
+        return mechanism
+
+    def _opened(self, config: Config) -> Session:
+        begun, session = time.perf_counter(), open_session(config)
+        if session is not self._session:
+            self._session, self._loads = session, self._loads + 1
+            log.info("base model loaded (%d since the start), %.2f s", self._loads, time.perf_counter() - begun)
+        return session
+
+    def _num_examples(self, session: Session) -> int:
+        return len(session.client_data(self._owner.client).examples)
+
+    def _joined(self, session: Session) -> RecordDict:
+        member = Member(self._owner.client, self._num_examples(session), session.base_digest, fedsim.__version__)
+        return member.to_records()

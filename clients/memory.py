@@ -1,0 +1,89 @@
+"""What a client keeps on its own disk: what it remembers of each experiment, and what was ever computed from its data.
+
+Flower loses the state of a Context when a SuperNode starts again; here every message's outcome is on disk before its reply leaves.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from clients.framing import FrameError, read_records, write_records
+from clients.owner import Owner, RefusedError
+from fedsim.config import Config, to_dict
+from fedsim.files import atomic_write, atomic_write_json
+from fedsim.privacy.accounting import Mechanism, default_delta
+from fedsim.privacy.ledger import PrivacyLedger
+
+log = logging.getLogger("fedsim.worker")
+
+WITHOUT_A_RESULT = ("run_dir", "resume", "overwrite", "engine")
+"""Options that do not make another experiment of one: a resumed run finds what its clients remember."""
+
+
+def experiment_key(config: Config) -> str:
+    """Returns the name of an experiment: the digest of all that can change its result."""
+    values = {key: value for key, value in to_dict(config).items() if key not in WITHOUT_A_RESULT}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class ContextStore:
+    """The state of Flower's Context of each experiment, in a file of its own."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def load(self, key: str) -> RecordDict:
+        """Returns what was saved last, nothing if there is none; a damaged file is set aside."""
+        path = self._folder / f"{key}.state"
+        if not path.exists():
+            return RecordDict()
+        try:
+            return read_records(io.BytesIO(path.read_bytes()).read, self._limit)
+        except (FrameError, EOFError) as error:
+            path.rename(path.with_suffix(".damaged"))
+            log.error("memory %s is damaged and set aside: %s", key, error)
+            return RecordDict()
+
+    def save(self, key: str, state: RecordDict) -> None:
+        """Makes the state what is found from now on, also after a power cut."""
+        path = self._folder / f"{key}.state"
+        if not state and not path.exists():
+            return
+        buffer = io.BytesIO()
+        write_records(buffer.write, state)
+        atomic_write(path, buffer.getvalue())
+
+
+class Budget:
+    """The client's own accountant, over all runs that it ever takes part in; nothing is ever taken back."""
+
+    def __init__(self, path: Path, owner: Owner) -> None:
+        self._path, self._owner = path, owner
+        self._ledger = PrivacyLedger.from_json(json.loads(path.read_bytes())) if path.exists() else None
+
+    def check(self, mechanism: Mechanism, num_examples: int) -> None:
+        """Raises RefusedError if the client's epsilon would be above its owner's limit after the mechanism."""
+        ledger = self._opened(num_examples)
+        if ledger.would_exceed(self._owner.client, mechanism):
+            raise RefusedError(
+                f"epsilon would exceed the owner's {self._owner.max_epsilon:g}; {ledger.epsilon(self._owner.client):.4g} is spent"
+            )
+
+    def charge(self, mechanism: Mechanism, num_examples: int) -> None:
+        """Writes down what is about to leave the client."""
+        ledger = self._opened(num_examples)
+        ledger.charge(self._owner.client, mechanism)
+        atomic_write_json(self._path, ledger.to_json())
+        self._ledger = ledger
+
+    def _opened(self, num_examples: int) -> PrivacyLedger:
+        """Returns the ledger under the owner's present limit; delta stays what it was when the first mechanism was charged."""
+        client, delta = self._owner.client, self._owner.delta or default_delta(num_examples)
+        ledger = self._ledger or PrivacyLedger("example", {client: delta})
+        ledger.budget = self._owner.max_epsilon
+        return ledger

@@ -1,0 +1,166 @@
+"""What the owner of a client's data decides, in a file of its own: where the data and the base model lie, and what is acceptable.
+
+Nothing that a server sends changes any of it. What is not acceptable is refused with a reason, which the server writes down.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, get_type_hints
+
+import yaml
+
+from fedsim.config import Config, PrivacyUnit
+from fedsim.errors import UserError, nearest
+
+STRENGTH = (PrivacyUnit.none, PrivacyUnit.client, PrivacyUnit.example)
+"""Units of privacy by how little the client must trust the server: noise of unit=client is the server's to add."""
+
+
+class RefusedError(Exception):
+    """The owner does not accept what the server asks for; the reason is told to the server."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The contents of client.yaml. Paths are relative to the file's folder."""
+
+    client: int
+    """Number of this client in the federation, from 0; the SuperNode's partition-id."""
+    data_path: Optional[str] = None
+    """File or folder of this client's own data; null takes the sets' hub names."""
+    data_sets: list[str] = field(default_factory=list)
+    """Names of the training sets, as data.train has them; empty takes those that the experiment names."""
+    shard: bool = False
+    """Train on the shard that a simulation would deal this client, not on all of the data: to try a deployment out."""
+    model_path: Optional[str] = None
+    """Folder or hub id of the base model; null is the one inside the package."""
+    device: str = "auto"
+    """Device of the base model, as model.device has it."""
+    methods: list[str] = field(default_factory=list)
+    """Methods that are accepted; empty accepts all."""
+    max_local_steps: int = 1000
+    """Most local steps in a round."""
+    min_privacy: str = "none"
+    """Weakest unit of privacy that is accepted: none, client (noise added by the server) or example (noise added here)."""
+    max_epsilon: Optional[float] = None
+    """Example-level budget over all runs that this client ever takes part in; null sets no limit."""
+    delta: Optional[float] = None
+    """Delta at which max_epsilon holds; null takes 1 / n^1.1 of the client's examples."""
+    max_message_mb: int = 4096
+    """Largest message in megabytes (10^6 bytes), either way."""
+    idle_minutes: float = 60.0
+    """The worker ends after so long without work; the next message starts it again."""
+    folder: str = "worker"
+    """Where the worker keeps its socket, log, memory and accountant."""
+
+
+def owner_text(owner: Owner) -> str:
+    """Returns the file of an owner, with the meaning of every option above it."""
+    lines = ["# What the owner of this client decides. Paths are relative to this file."]
+    for name, meaning in _meanings().items():
+        lines += [f"\n# {meaning}", f"{name}: {json.dumps(getattr(owner, name))}"]
+    return "\n".join(lines) + "\n"
+
+
+def _meanings() -> dict[str, str]:
+    """Returns the docstring under each field."""
+    (node,) = (each for each in ast.parse(inspect.getsource(Owner)).body if isinstance(each, ast.ClassDef))
+    pairs = [(a, b) for a, b in zip(node.body, node.body[1:], strict=False) if isinstance(a, ast.AnnAssign)]
+    return {a.target.id: b.value.value for a, b in pairs if isinstance(a.target, ast.Name) and isinstance(b, ast.Expr)}  # type: ignore[attr-defined]
+
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "client": (0, 10**9),
+    "max_local_steps": (1, 10**9),
+    "max_epsilon": (1e-9, 1e9),
+    "delta": (1e-300, 0.5),
+    "max_message_mb": (1, 10**9),
+    "idle_minutes": (0.001, 10**9),
+}
+
+
+def load_owner(path: Path) -> Owner:
+    """Reads client.yaml, with its paths made absolute. Raises UserError with one line for anything that is wrong in it."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"Expected the client's file {path}, but: {error.strerror}. Write one, or `fedsim deploy init`.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected YAML, got {str(error).splitlines()[0]}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `client:` and other options, got {type(values).__name__}.")
+    return _with_absolute_paths(_checked(path, values), path.resolve().parent)
+
+
+def accept(owner: Owner, config: Config) -> None:
+    """Raises RefusedError with the reason if the owner does not accept to train under this configuration."""
+    if owner.methods and config.method.name not in owner.methods:
+        raise RefusedError(f"method.name={config.method.name} is not among those accepted: {', '.join(owner.methods)}")
+    unit, least = config.privacy.unit, PrivacyUnit[owner.min_privacy]
+    if STRENGTH.index(unit) < STRENGTH.index(least):
+        raise RefusedError(f"privacy.unit={unit.name} is weaker than {least.name}, the least accepted")
+    if owner.max_epsilon is not None and unit is not PrivacyUnit.example:
+        raise RefusedError(f"privacy.unit={unit.name} keeps no budget of the client's own: max_epsilon takes privacy.unit=example only")
+    if config.federation.clients <= owner.client:
+        raise RefusedError(f"federation.clients={config.federation.clients} has no client {owner.client}, which this is")
+
+
+def own_view(owner: Owner, config: Config) -> Config:
+    """Returns the configuration that is carried out here: the server's, with the owner's data, model and device."""
+    model = dataclasses.replace(config.model, path=owner.model_path, device=owner.device)
+    data = dataclasses.replace(
+        config.data,
+        path=owner.data_path,
+        train=owner.data_sets or config.data.train,
+        owner=None if owner.shard else owner.client,
+        train_examples=config.data.train_examples if owner.shard else None,
+    )
+    return dataclasses.replace(config, model=model, data=data, run_dir=None, resume=False, overwrite=False)
+
+
+def _checked(path: Path, values: dict[str, Any]) -> Owner:
+    kinds = get_type_hints(Owner)
+    for name, value in values.items():
+        if name not in kinds:
+            raise UserError(f"{path}: expected options out of {', '.join(kinds)}, got {name!r}.{nearest(str(name), list(kinds))}")
+        if not _fits(kinds[name], value):
+            raise UserError(f"{path}: expected {name} to be {_described(kinds[name])}, got {value!r}.")
+        low, high = _BOUNDS.get(name, (float("-inf"), float("inf")))
+        if name in _BOUNDS and value is not None and not low <= value <= high:
+            raise UserError(f"{path}: expected {name} between {low:g} and {high:g}, got {value}.")
+    if "client" not in values:
+        raise UserError(f"{path}: expected `client:` with the number of this client, got none.")
+    units = [unit.name for unit in STRENGTH]
+    if values.get("min_privacy", "none") not in units:
+        raise UserError(f"{path}: expected min_privacy among {', '.join(units)}, got {values['min_privacy']!r}.")
+    return Owner(**values)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind == Optional[str] or kind == Optional[float]:
+        return value is None or _fits(str if kind == Optional[str] else float, value)
+    if kind == list[str]:
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _described(kind: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list[str]: "a list of names"}
+    return words.get(kind) or {Optional[str]: "text or null", Optional[float]: "a number or null"}[kind]
+
+
+def _with_absolute_paths(owner: Owner, folder: Path) -> Owner:
+    """Local paths are relative to the file; a hub name is one that no file beside it has."""
+
+    def local(path: str | None) -> str | None:
+        return str(folder / path) if path is not None and (path.startswith((".", "~")) or (folder / path).exists()) else path
+
+    return dataclasses.replace(
+        owner, data_path=local(owner.data_path), model_path=local(owner.model_path), folder=str(folder / owner.folder)
+    )

@@ -1,0 +1,36 @@
+"""Flower's own command line, called for what only Flower can do: submitting, listing, stopping and following runs, registering nodes."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from fedsim.errors import UserError
+
+FLWR = (sys.executable, "-m", "flwr.cli.app")
+
+
+def flwr(*words: str, timeout: float = 120.0) -> dict[str, Any]:
+    """Returns the JSON that `flwr WORDS --format json` prints. Raises UserError with its reason where it fails."""
+    done = subprocess.run([*FLWR, *words, "--format", "json"], capture_output=True, text=True, timeout=timeout, check=False)
+    start, end = done.stdout.find("{"), done.stdout.rfind("}")
+    try:
+        found: dict[str, Any] = json.loads(done.stdout[start : end + 1])
+    except ValueError:
+        found = {}
+    if done.returncode or not found.get("success"):
+        reason = found.get("error-message") or done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise UserError(f"flwr {words[0]}: {' '.join(str(reason).split())[:500]}")
+    return found
+
+
+def following(run_id: str, superlink: str) -> "subprocess.Popen[str]":
+    """Returns the process whose stdout is the log of a run, from its beginning until the run ends."""
+    command = [*FLWR, "log", run_id, superlink, "--stream"]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def run_facts(run_id: str, superlink: str) -> dict[str, Any]:
+    """Returns what Flower says of a run, such as its status."""
+    (found,) = flwr("list", superlink, "--run-id", run_id)["runs"]
+    return dict(found)

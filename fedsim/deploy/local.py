@@ -1,0 +1,178 @@
+"""`fedsim deploy up --local N`: a complete federation on loopback, with TLS and node authentication, for the length of one run.
+
+The programs, scripts and files are those of `fedsim deploy init`; only the addresses are loopback's. Whatever happens, all processes
+that were started here are ended, and none else.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clients.owner import load_owner
+from clients.worker import stop
+from fedsim.deploy.folder import Federation, init
+from fedsim.errors import UserError
+
+NAME = "local"
+START_SECONDS = 60.0
+PATIENCE_SECONDS = 15.0
+"""How long a process may take to end after SIGTERM before it is killed."""
+
+
+@dataclass
+class Local:
+    """A federation on this machine. Its SuperLink's name in Flower's configuration is `NAME`, under FLWR_HOME = `flwr_home`."""
+
+    folder: Path
+    federation: Federation
+    processes: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
+
+    @property
+    def flwr_home(self) -> Path:
+        """Flower's folder of whoever runs the federation."""
+        return self.folder / "server" / "flwr"
+
+    def client_folder(self, client: int) -> Path:
+        """The folder of a client, with its owner's file."""
+        return self.folder / "clients" / f"client-{client}"
+
+    def log(self, name: str) -> Path:
+        """Where a program's output goes."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def start_superlink(self) -> None:
+        """Starts the SuperLink and waits until it answers over TLS with the certificate of this federation."""
+        self.start("superlink", self.folder / "server" / "superlink.sh")
+        context = ssl.create_default_context(cafile=str(self.folder / "server" / "ca.crt"))
+
+        def answers() -> bool:
+            address = ("127.0.0.1", self.federation.port)
+            with suppress(OSError), context.wrap_socket(socket.create_connection(address, 1), server_hostname="localhost"):
+                return True
+            return False
+
+        self.wait_for(answers, "superlink")
+
+    def register(self) -> None:
+        """Has the SuperLink admit the keys of the clients."""
+        script = self.folder / "server" / "register.sh"
+        done = subprocess.run([str(script)], env=environment(), capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            raise UserError(f"Expected the clients' keys to be registered, but: {' '.join((done.stdout + done.stderr).split())[-500:]}")
+
+    def start_client(self, client: int, **variables: str) -> None:
+        """Starts the SuperNode of a client; its worker starts with the first message."""
+        own = {"FEDSIM_PORT": str(free_port())} | variables
+        self.start(f"client-{client}", self.client_folder(client) / "supernode.sh", **own)
+
+    def start(self, name: str, script: Path, **variables: str) -> None:
+        """Starts a program in a process group of its own, its output in a log."""
+        self.log(name).parent.mkdir(exist_ok=True)
+        with open(self.log(name), "ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [str(script)], env=environment() | variables, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait_for(self, ready: Callable[[], bool], name: str) -> None:
+        """Waits until `ready()` is true. Raises UserError with the end of the program's log if it ends before or takes too long."""
+        ends = time.monotonic() + START_SECONDS
+        while time.monotonic() < ends and self.processes[name].poll() is None:
+            if ready():
+                return
+            time.sleep(0.1)
+        raise UserError(f"Expected {name} to start, but it did not: {tail(self.log(name))}")
+
+    def end(self, name: str) -> None:
+        """Ends one program and what it started in its group."""
+        process = self.processes.pop(name)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def end_all(self) -> None:
+        """Ends the clients, their workers, and the SuperLink."""
+        for name in list(self.processes)[::-1]:
+            self.end(name)
+        for client in range(self.federation.clients):
+            stop(load_owner(self.client_folder(client) / "client.yaml"))
+
+
+@contextmanager
+def local_federation(clients: int, folder: Path | None = None, *, shard: bool = True) -> Iterator[Local]:
+    """A running federation of so many clients; its folder is a temporary one unless `folder` is given, which stays.
+
+    Guarantees: when the block is left, however, nothing that was started runs any more.
+    """
+    place = folder or Path(tempfile.mkdtemp(prefix="fedsim-"))
+    federation = Federation(NAME, clients, ("localhost",), free_port(), shard)
+    local = Local(place, federation)
+    try:
+        with _terminated_as_interrupted():
+            init(place, federation)
+            local.start_superlink()
+            local.register()
+            for client in range(clients):
+                local.start_client(client)
+            yield local
+    finally:
+        with _undisturbed():
+            local.end_all()
+            if folder is None:
+                shutil.rmtree(place, ignore_errors=True)
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of the programs: this one, with the programs of this installation first in PATH."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+def free_port() -> int:
+    """Returns a port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def tail(log: Path, lines: int = 5) -> str:
+    """Returns the last lines of a log as one line."""
+    return " | ".join(log.read_text(errors="replace").strip().splitlines()[-lines:]) or "(its log is empty)"
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that the processes are ended."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Neither Ctrl-C nor SIGTERM breaks the block off."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,110 @@
+"""`engine=deployment`: the server of the run is a ServerApp at the SuperLink; here it is submitted and followed.
+
+The run folder lies where the SuperLink runs: run_dir is a path there, relative to the SuperLink's working folder. The bundle that Flower
+carries names the apps only, and the resolved configuration travels in it as one string.
+"""
+
+import json
+import tempfile
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import fedsim
+from fedsim.config import Config, to_dict
+from fedsim.deploy.flower import flwr, following, run_facts
+from fedsim.errors import LeftRunningError
+from fedsim.flower.telling import Following
+from fedsim.report import summary_table
+
+_APP = """\
+[project]
+name = "fedsim"
+version = "{version}"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "fedsim"
+
+[tool.flwr.app.components]
+serverapp = "fedsim.cli.flower_app:app"
+clientapp = "clients.app:app"
+
+[tool.flwr.app.config]
+config = ""
+overrides = ""
+"""
+RECONNECTS = 5
+"""How often a log that breaks off while the run goes on is taken up again."""
+
+
+def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
+    """Submits the run, shows how it goes, and returns its summary.
+
+    Raises UserError for a mistake that the server finds, RuntimeError if the run fails, LeftRunningError on Ctrl-C: the run goes on.
+    """
+    config = named(config)
+    run_id = submitted(config)
+    try:
+        summary = _followed(run_id, config, quiet=quiet)
+    except KeyboardInterrupt:
+        raise LeftRunningError(_how_to_go_on(run_id, config)) from None
+    if not quiet:
+        print(f"\n{summary_table(summary)}")
+    return summary
+
+
+def named(config: Config) -> Config:
+    """Returns the configuration with a run folder, which whoever submits must know to resume the run."""
+    return replace(config, run_dir=config.run_dir or datetime.now().strftime(f"runs/%Y-%m-%d/%H-%M-%S-{config.method.name}"))
+
+
+def submitted(config: Config) -> str:
+    """Hands the run to the SuperLink and returns Flower's number of it. Raises UserError."""
+    assert config.engine.superlink is not None  # `fedsim.config.check` has seen to it
+    with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
+        (Path(folder) / "pyproject.toml").write_text(_APP.format(version=fedsim.__version__))
+        values = Path(folder) / "values.toml"  # JSON strings are TOML strings
+        values.write_text(f"config = {json.dumps(json.dumps(to_dict(config)))}\n")
+        return str(flwr("run", folder, config.engine.superlink, "--run-config", str(values))["run-id"])
+
+
+def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
+    shown, taken = Following(quiet=quiet), 0
+    superlink = str(config.engine.superlink)
+    try:
+        for _ in range(RECONNECTS + 1):
+            taken = _follow(run_id, superlink, shown, taken)
+            facts = run_facts(run_id, superlink)
+            if shown.summary is not None:
+                return shown.summary
+            if str(facts["status"]).startswith("finished"):
+                break
+    finally:
+        shown.close()
+    last = "\n".join(shown.others)
+    raise RuntimeError(f"Run {run_id} has not come to its end: {facts['status']}. The last lines of its log:\n{last}")
+
+
+def _follow(run_id: str, superlink: str, shown: Following, taken: int) -> int:
+    """Shows the log after its first `taken` characters, until it ends. Returns how many characters there are."""
+    with following(run_id, superlink) as process:
+        assert process.stdout is not None
+        try:
+            seen = 0
+            for line in process.stdout:
+                fresh = line[max(0, taken - seen) :]
+                seen += len(line)
+                shown.take(fresh)
+            return max(seen, taken)
+        finally:
+            process.kill()
+
+
+def _how_to_go_on(run_id: str, config: Config) -> str:
+    superlink = config.engine.superlink
+    return (
+        f"The run goes on at the SuperLink. Follow its log: flwr log {run_id} {superlink}    Stop it: flwr stop {run_id} {superlink}\n"
+        f"Afterwards go on with the same options and: run_dir={config.run_dir} resume=true"
+    )

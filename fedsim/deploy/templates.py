@@ -1,0 +1,197 @@
+"""The text files of a federation's folder; $names are filled in by `fedsim.deploy.folder`."""
+
+SUPERLINK = """\
+#!/usr/bin/env bash
+# Starts the SuperLink of $name. Without FEDSIM_BIND it listens on loopback only, behind gateway.conf: whoever reaches its port may submit
+# runs, and a run brings code to the clients. FEDSIM_BIND=0.0.0.0 is for a network where everybody may.
+set -euo pipefail
+cd "$$(dirname "$${BASH_SOURCE[0]}")"
+export FLWR_HOME="$$PWD/flwr" $quiet
+umask 077
+exec flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth \\
+    --disable-runtime-dependency-installation --host "$${FEDSIM_BIND:-127.0.0.1}" --port "$${FEDSIM_PORT:-$port}" --database state.db
+"""
+
+SUPERNODE = """\
+#!/usr/bin/env bash
+# Starts the SuperNode of client $client; its worker starts with the first message and ends with this script.
+set -euo pipefail
+cd "$$(dirname "$${BASH_SOURCE[0]}")"
+export FLWR_HOME="$$PWD/flwr" $quiet
+umask 077
+flower-supernode --root-certificates ca.crt --superlink "$${FEDSIM_SUPERLINK:-$host:$port}" --auth-supernode-private-key key \\
+    --node-config "partition-id=$client num-partitions=$clients client-file=\\"$$PWD/client.yaml\\"" \\
+    --port "$${FEDSIM_PORT:-$runtime_port}" &
+node=$$!
+trap 'kill "$$node" 2>/dev/null; wait "$$node" 2>/dev/null; fedsim worker client.yaml --stop' EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+wait "$$node"
+"""
+
+REGISTER = """\
+#!/usr/bin/env bash
+# Tells the running SuperLink which public keys it admits; a client that is not registered is turned away.
+set -euo pipefail
+cd "$$(dirname "$${BASH_SOURCE[0]}")"
+export FLWR_HOME="$$PWD/flwr" $quiet
+mkdir -p registered
+for key in keys/*.pub; do
+    name=$$(basename "$$key" .pub)
+    if [ -s "registered/$$name.json" ]; then
+        echo "$$name: registered before (registered/$$name.json)"
+        continue
+    fi
+    if answer=$$(flwr supernode register "$$key" $name --name "$$name" --format json) && [ -n "$$answer" ]; then
+        echo "$$answer" > "registered/$$name.json"
+        echo "$$name: registered"
+    else
+        echo "$$name: not registered: $$answer" >&2
+        exit 1
+    fi
+done
+"""
+
+FLWR_CONFIG = """\
+# Flower's configuration on the server: `export FLWR_HOME=<this folder>` for flwr, and for fedsim run engine=deployment.
+[superlink]
+default = "$name"
+
+[superlink.$name]
+address = "127.0.0.1:$port"
+root-certificates = $certificate
+"""
+
+GATEWAY = """\
+# nginx in front of the SuperLink: clients reach the Fleet API and nothing else. Put the server's public address in place of PUBLIC_ADDRESS.
+# The Control API (who submits runs) and the Runtime API stay on loopback.
+events {}
+http {
+    client_max_body_size 0;
+    server {
+        listen PUBLIC_ADDRESS:$port ssl;
+        ssl_certificate     server.crt;
+        ssl_certificate_key server.key;
+        ssl_protocols       TLSv1.3;
+        location /v1/fleet/ {
+            proxy_pass https://$upstream;
+            proxy_ssl_trusted_certificate ca.crt;
+            proxy_ssl_verify on;
+            proxy_ssl_name localhost;
+            proxy_http_version 1.1;
+            proxy_request_buffering off;
+            proxy_read_timeout 1h;
+        }
+        location / { return 404; }
+    }
+}
+"""
+
+SUPERLINK_UNIT = """\
+# /etc/systemd/system/fedsim-superlink.service; User and folder are yours to set.
+[Unit]
+Description=Flower SuperLink of $name
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=fedsim
+Environment=PATH=/opt/fedsim/.venv/bin:/usr/bin:/bin
+ExecStart=/opt/fedsim/$name/server/superlink.sh
+Restart=on-failure
+RestartSec=5
+NoNewPrivileges=yes
+ProtectSystem=strict
+ReadWritePaths=/opt/fedsim/$name/server
+ProtectHome=yes
+PrivateTmp=yes
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+SUPERNODE_UNIT = """\
+# /etc/systemd/system/fedsim-supernode.service on the machine of client $client; User and folder are yours to set.
+[Unit]
+Description=Flower SuperNode of client $client of $name
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=fedsim
+Environment=PATH=/opt/fedsim/.venv/bin:/usr/bin:/bin
+ExecStart=/opt/fedsim/client-$client/supernode.sh
+Restart=on-failure
+RestartSec=5
+NoNewPrivileges=yes
+ProtectSystem=strict
+ReadWritePaths=/opt/fedsim/client-$client
+ProtectHome=read-only
+PrivateTmp=yes
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+DOCKERFILE = """\
+# The image of server and clients. Build it in a checkout of fedsim: docker build -f Dockerfile -t fedsim .
+FROM python:3.11-slim
+WORKDIR /opt/fedsim
+COPY . .
+RUN PYTHON=python3 .ci/setup "" && useradd --create-home --uid 1000 fedsim
+ENV PATH=/opt/fedsim/.venv/bin:$$PATH
+USER fedsim
+"""
+
+COMPOSE_HEAD = """\
+# The whole federation in containers, to try it out; in earnest each client runs its service on its own machine.
+# The folders must belong to user 1000: chown -R 1000 server clients
+services:
+  superlink:
+    image: fedsim
+    command: /federation/superlink.sh
+    environment: {FEDSIM_BIND: 0.0.0.0}
+    volumes: [./server:/federation]
+    networks: {inside: {aliases: [$host]}}
+"""
+
+COMPOSE_CLIENT = """\
+  client-$client:
+    image: fedsim
+    command: /client/supernode.sh
+    volumes: [./clients/client-$client:/client]
+    networks: [inside]
+    depends_on: [superlink]
+    restart: on-failure
+"""
+
+COMPOSE_TAIL = """\
+networks:
+  inside: {}
+"""
+
+README = """\
+# Federation $name: one server, $clients clients
+
+Made by `fedsim deploy init`. Every machine needs fedsim of the same version: `make setup` in a checkout, its .venv/bin in PATH.
+
+1. Server: copy `server/` there and start it: `server/superlink.sh` (or `fedsim-superlink.service`). It listens on loopback.
+2. Server: put `gateway.conf` before it, so that clients reach the Fleet API and nothing else; or, on a network where everybody
+   may submit runs, start it with `FEDSIM_BIND=0.0.0.0` instead.
+3. Server: `server/register.sh` admits the clients' public keys (`server/keys/`).
+4. Client i: copy `clients/client-<i>/` to its machine and to nobody else, for it holds the private key. Its owner edits `client.yaml`:
+   where the data and the base model lie, and what is acceptable. Then `supernode.sh` (or `fedsim-supernode.service`).
+5. Server: `fedsim deploy status <this folder>` shows who is there.
+6. Server: `export FLWR_HOME=<this folder>/server/flwr`, then
+   `fedsim run engine=deployment engine.superlink=$name federation.clients=$clients ...`.
+   Run folders lie on the server, under `server/runs` unless run_dir= says otherwise.
+
+| secret | where it belongs | what it is for |
+|---|---|---|
+| `ca/ca.key` | offline, with whoever runs the federation | signs server certificates; needed again only for a new one |
+| `server/server.key` | the server | TLS |
+| `clients/client-<i>/key` | client i | proves that it is client i |
+
+All of them have mode 0600. `fedsim deploy init` run again keeps them and says so; `--new-keys` replaces them.
+Certificates: server valid for $hosts; the server's for 825 days, the authority's for ten years.
+"""

@@ -1,0 +1,146 @@
+"""A deployment's clients: which node each has, and whether it takes part.
+
+To Flower a node is a number that says nothing of who it is, so every new node is asked once; its answer names the client that it is
+(the partition-id of its SuperNode), how much data that client has, and a digest of its base model.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsim.config import Config, to_dict
+from fedsim.errors import UserError
+from fedsim.session import Session
+
+JOIN, MEMBER = "query.join", "member"
+POLL_SECONDS = 0.5
+
+Tell = Callable[..., None]
+"""Writes an event down: its kind, and facts by name."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a client says of itself when it joins."""
+
+    client: int
+    num_examples: int
+    base_digest: str
+    version: str
+
+    def to_records(self) -> RecordDict:
+        """Returns the content of the answer."""
+        return RecordDict({MEMBER: ConfigRecord(asdict(self))})
+
+    @classmethod
+    def from_records(cls, content: RecordDict) -> "Member":
+        """Returns what `to_records` was called on. Raises ValueError for anything else."""
+        record = content.config_records.get(MEMBER)
+        kinds = {field.name: field.type for field in fields(cls)}
+        if record is None or {name: type(value) for name, value in record.items()} != kinds or record["num_examples"] < 1:  # type: ignore[operator]
+            raise ValueError(f"Expected an answer with {', '.join(kinds)}, got {record!r:.200}.")
+        return cls(**record)  # type: ignore[arg-type]
+
+
+class Roster:
+    """Asks nodes to join and remembers who they are; a node that is gone, or comes back, is noticed before each round."""
+
+    def __init__(self, grid: Grid, config: Config) -> None:
+        self._grid, self._config = grid, config
+        self._text = json.dumps(to_dict(config))
+        self._asked: dict[str, int] = {}  # nodes that have not answered yet, by message
+        self._members: dict[int, Member] = {}  # by node
+        self._known: set[int] = set()  # nodes that were asked in their present stay
+        self._reasons: dict[int, str] = {}  # why a node does not take part
+        self._tell: Tell = lambda kind, **facts: None
+        self._base_digest = ""
+
+    def muster(self, session: Session, tell: Tell) -> None:
+        """Waits for the clients, `engine.wait_seconds` at most, and gives the session the sizes of their data.
+
+        Raises UserError if none is there to take part. Who comes later joins before the next round.
+        """
+        self._tell, self._base_digest = tell, session.base_digest
+        clients = range(self._config.federation.clients)
+        homes = self._waited_for(clients)
+        if not homes:
+            reasons = "; ".join(self._reasons.values()) or "no SuperNode is connected"
+            raise UserError(f"Expected clients to join within engine.wait_seconds={self._config.engine.wait_seconds:g}, but: {reasons}.")
+        sizes = {member.client: member.num_examples for member in self._members.values()}
+        session.told_sizes = [sizes.get(client, max(1, len(session.shards[client]))) for client in clients]
+
+    def homes(self, clients: Sequence[int]) -> dict[int, int]:
+        """Returns the node of each of the clients that are connected and take part; if there is none, some are waited for."""
+        self._look()
+        found = self._at_home(clients)
+        if not found and clients:
+            found = self._waited_for(clients, at_least=1)
+        absent = [client for client in clients if client not in found]
+        if absent:
+            self._tell("absent", clients=absent)
+        return found
+
+    def _waited_for(self, clients: Sequence[int], at_least: int | None = None) -> dict[int, int]:
+        """Looks again and again until so many of the clients, or all, are there, nobody is left to come, or the time is up."""
+        ends = time.monotonic() + self._config.engine.wait_seconds
+        while True:
+            self._look()
+            found = self._at_home(clients)
+            enough = len(found) >= (len(clients) if at_least is None else at_least)
+            all_refused = len(self._reasons) + len(found) >= len(clients)
+            if enough or time.monotonic() > ends or (all_refused and not self._asked):
+                return found
+            time.sleep(POLL_SECONDS)
+
+    def _at_home(self, clients: Iterable[int]) -> dict[int, int]:
+        nodes = {member.client: node for node, member in self._members.items()}
+        return {client: nodes[client] for client in clients if client in nodes}
+
+    def _look(self) -> None:
+        """Forgets nodes that are gone, asks those that have come, and takes the answers that are there."""
+        present = set(self._grid.get_node_ids())
+        for node in self._known - present:
+            gone = self._members.pop(node, None)
+            self._reasons.pop(node, None)
+            if gone is not None:
+                self._tell("left", client=gone.client, node=str(node))
+        for node in sorted(present - self._known):
+            request = RecordDict({"request": ConfigRecord({"config": self._text})})
+            for message_id in self._grid.push_messages([Message(request, node, JOIN)]):
+                self._asked[message_id] = node
+        self._known = present
+        self._asked = {message_id: node for message_id, node in self._asked.items() if node in present}
+        if self._asked:
+            for reply in self._grid.pull_messages(list(self._asked)):
+                self._answered(self._asked.pop(reply.metadata.reply_to_message_id), reply)
+
+    def _answered(self, node: int, reply: Message) -> None:
+        reason, member = None, None
+        if reply.has_error():
+            reason = str(reply.error.reason)
+        else:
+            try:
+                member = Member.from_records(reply.content)
+                reason = self._unfit(member)
+            except ValueError as error:
+                reason = str(error)
+        if reason is not None or member is None:
+            self._reasons[node] = str(reason)
+            self._tell("refused", node=str(node), reason=reason)
+            return
+        self._members[node] = member
+        self._tell("joined", client=member.client, node=str(node), num_examples=member.num_examples, version=member.version)
+
+    def _unfit(self, member: Member) -> str | None:
+        """Returns why a client cannot take part, None if it can."""
+        if not 0 <= member.client < self._config.federation.clients:
+            return f"there is no client {member.client} among {self._config.federation.clients}"
+        if member.client in self._at_home([member.client]):
+            return f"client {member.client} has another node already"
+        if member.base_digest != self._base_digest:
+            return f"client {member.client} has another base model than the server"
+        return None

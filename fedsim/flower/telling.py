@@ -1,0 +1,74 @@
+"""The display of a run whose server is elsewhere: what the server would show travels as marked lines of its log.
+
+Flower carries the log of a ServerApp to whoever follows the run; there each line is one call of the same display.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from fedsim.errors import UserError
+from fedsim.progress import Progress
+
+MARK = "@fedsim "
+CALLS = ("phase", "done", "evaluated", "note", "round_started", "round_finished")
+SUMMARY, STARTED, MISTAKE = "summary", "started", "mistake"
+
+
+class TellingProgress(Progress):
+    """Shows nothing where it is, and tells every call, on stdout."""
+
+    def __init__(self, rounds: int, evaluations: Iterable[int] = (), *, quiet: bool = False) -> None:
+        super().__init__(rounds, list(evaluations), quiet=True)
+        tell(STARTED, rounds, list(evaluations))
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in CALLS:
+            return lambda *arguments: tell(name, *arguments)
+        return super().__getattribute__(name)
+
+
+def tell(name: str, *arguments: Any) -> None:
+    """Writes one marked line."""
+    sys.stdout.write(f"{MARK}{json.dumps([name, *arguments])}\n")
+    sys.stdout.flush()
+
+
+class Following:
+    """Shows a run from the text of its log, which may come in any pieces; lines that are not marked are left out."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.summary: dict[str, Any] | None = None
+        self._quiet, self._rest = quiet, ""
+        self._progress: Progress | None = None
+        self.others: list[str] = []  # the last lines that are not marked: what is of interest if the run fails
+
+    def take(self, text: str) -> None:
+        """Shows what the next piece of the log tells. Raises UserError for a mistake that the server has found."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._line(line)
+
+    def close(self) -> None:
+        """Ends the display."""
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+            self._progress = None
+
+    def _line(self, line: str) -> None:
+        _, mark, told = line.partition(MARK)
+        try:
+            name, *arguments = json.loads(told) if mark else ("",)
+        except ValueError:
+            name, arguments = "", []
+        if name == STARTED:
+            self._progress = Progress(*arguments, quiet=self._quiet).__enter__()
+        elif name == SUMMARY:
+            self.summary = arguments[0]
+        elif name == MISTAKE:
+            raise UserError(str(arguments[0]))
+        elif name in CALLS and self._progress is not None:
+            getattr(self._progress, name)(*arguments)
+        elif line.strip():
+            self.others = [*self.others[-30:], line]
