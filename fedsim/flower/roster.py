@@ -114,8 +114,8 @@ class Roster:
                 self._asked[message_id] = node
         self._known = present
         self._asked = {message_id: node for message_id, node in self._asked.items() if node in present}
-        if self._asked:
-            for reply in self._grid.pull_messages(list(self._asked)):
+        while self._asked and (replies := list(self._grid.pull_messages(list(self._asked)))):
+            for reply in replies:
                 self._answered(self._asked.pop(reply.metadata.reply_to_message_id), reply)
 
     def _answered(self, node: int, reply: Message) -> None:

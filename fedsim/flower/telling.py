@@ -60,7 +60,7 @@ class Following:
         _, mark, told = line.partition(MARK)
         try:
             name, *arguments = json.loads(told) if mark else ("",)
-        except ValueError:
+        except (ValueError, TypeError):  # a line of somebody else's that has the mark in it
             name, arguments = "", []
         if name == STARTED:
             self._progress = Progress(*arguments, quiet=self._quiet).__enter__()

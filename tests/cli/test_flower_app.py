@@ -1,12 +1,17 @@
-import sys
+import json
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from fedsim.cli import flower_app
 from fedsim.cli.compose import compose
+from fedsim.cli.flower_app import main
+from fedsim.config import to_dict
 from fedsim.errors import UserError
+from fedsim.flower.roster import Roster
+from fedsim.flower.telling import MARK, TellingProgress
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
@@ -15,33 +20,53 @@ PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 def served(monkeypatch):
     """What the ServerApp hands to the server, which is stood in for."""
     calls = []
-    monkeypatch.setitem(sys.modules, "fedsim.flower.server", SimpleNamespace(serve=lambda grid, config: calls.append((grid, config))))
+
+    def serve(grid, config, **options):
+        calls.append((config, options))
+        return {"rounds": 1}
+
+    monkeypatch.setattr("fedsim.flower.server.serve", serve)
     return calls
 
 
-def context(overrides):
+def context(overrides="", config=""):
     """The part of Flower's Context that the app reads."""
-    return SimpleNamespace(run_config={"overrides": overrides})
+    return SimpleNamespace(run_config={"overrides": overrides, "config": config})
 
 
 def test_the_overrides_of_the_run_configuration_are_composed_as_on_the_command_line(served):
-    from fedsim.cli.flower_app import main
-
     main("grid", context("seed=3 training=sgd run_dir=\"'my runs'\""))
-    assert served == [("grid", compose(["seed=3", "training=sgd", "run_dir='my runs'"]))]
+    assert served == [(compose(["seed=3", "training=sgd", "run_dir='my runs'"]), {})]
+
+
+def test_a_whole_configuration_comes_as_it_was_resolved_and_its_run_is_told(served, capsys):
+    config = compose(["seed=3", "engine=deployment", "engine.superlink=here", "federation.ranks={4:0.5,8:0.5}"])
+    main("grid", context(config=json.dumps(to_dict(config))))
+    ((found, options),) = served
+    assert found == config
+    assert isinstance(options["roster"], Roster)
+    assert options["display"] is TellingProgress
+    assert capsys.readouterr().out == f'{MARK}["summary", {{"rounds": 1}}]\n'
 
 
 @pytest.mark.parametrize("overrides", ["sed=3", "federation.clients=0"])
-def test_mistakes_are_found_before_the_server_starts(served, overrides):
-    from fedsim.cli.flower_app import main
-
-    with pytest.raises(UserError):
+def test_mistakes_are_found_before_the_server_starts_and_told(served, overrides, capsys):
+    with pytest.raises(UserError) as caught:
         main("grid", context(overrides))
     assert served == []
+    assert json.loads(capsys.readouterr().out.removeprefix(MARK)) == ["mistake", str(caught.value)]
 
 
-def test_flower_finds_the_server_app_by_its_name_in_pyproject():
+def test_flower_finds_both_apps_by_their_names_in_pyproject_and_in_the_bundle_of_a_deployment():
+    from flwr.clientapp import ClientApp
     from flwr.serverapp import ServerApp
 
-    module, _, name = tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"]["components"]["serverapp"].partition(":")
-    assert isinstance(getattr(__import__(module, fromlist=[name]), name), ServerApp)
+    from fedsim.deploy.submit import _APP
+
+    app = tomllib.loads(PYPROJECT.read_text())["tool"]["flwr"]["app"]
+    bundle = tomllib.loads(_APP.format(version="1"))["tool"]["flwr"]["app"]
+    assert (app["components"], app["config"]) == (bundle["components"], bundle["config"])
+    for name, kind in (("serverapp", ServerApp), ("clientapp", ClientApp)):
+        module, _, attribute = app["components"][name].partition(":")
+        assert isinstance(getattr(__import__(module, fromlist=[attribute]), attribute), kind)
+    assert flower_app.app is not None

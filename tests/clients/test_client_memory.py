@@ -1,0 +1,51 @@
+"""What a client keeps on its own disk."""
+
+from dataclasses import replace
+
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+
+from clients.memory import Budget, ContextStore, experiment_key
+from clients.owner import Owner, RefusedError
+from fedsim.config import Config, EngineConfig
+from fedsim.privacy.accounting import Mechanism, epsilon
+
+STEP = Mechanism(1.0, 0.1, 10)
+
+
+def test_a_state_is_there_after_a_restart_and_a_damaged_one_is_set_aside(tmp_path):
+    store = ContextStore(tmp_path, 10**6)
+    assert not store.load("a")
+    store.save("a", RecordDict({"secret": ConfigRecord({"key": b"\1\2"})}))
+    assert ContextStore(tmp_path, 10**6).load("a")["secret"]["key"] == b"\1\2"
+    store.save("a", RecordDict())  # what was deleted is gone
+    assert not ContextStore(tmp_path, 10**6).load("a")
+    (tmp_path / "a.state").write_bytes(b"fedsim1\nnonsense")
+    assert not ContextStore(tmp_path, 10**6).load("a")
+    assert (tmp_path / "a.damaged").exists()
+
+
+def test_a_resumed_run_is_the_same_experiment_and_another_seed_is_another():
+    config = Config()
+    again = replace(config, run_dir="x", resume=True, engine=EngineConfig(name="deployment", superlink="other"))
+    assert experiment_key(config) == experiment_key(again) != experiment_key(replace(config, seed=1))
+
+
+def test_the_budget_counts_over_restarts_and_refuses_what_is_too_much(tmp_path):
+    limit = epsilon([replace(STEP, steps=25)], 1e-3)
+    owner = Owner(4, max_epsilon=limit, delta=1e-3)
+    for _ in range(2):
+        budget = Budget(tmp_path / "privacy.json", owner)  # as after a restart
+        budget.check(STEP, 100)
+        budget.charge(STEP, 100)
+    with pytest.raises(RefusedError, match=r"epsilon would exceed the owner's .* is spent"):
+        Budget(tmp_path / "privacy.json", owner).check(STEP, 100)
+    Budget(tmp_path / "privacy.json", replace(owner, max_epsilon=None)).check(STEP, 100)  # the owner may think again
+    with pytest.raises(RefusedError):
+        Budget(tmp_path / "privacy.json", owner).check(replace(STEP, noise_multiplier=0.0), 100)
+
+
+def test_what_was_only_asked_is_not_charged(tmp_path):
+    budget = Budget(tmp_path / "privacy.json", Owner(0, max_epsilon=100.0))
+    budget.check(STEP, 100)
+    assert not (tmp_path / "privacy.json").exists()

@@ -1,0 +1,99 @@
+"""What the owner of a client's data decides, and that nothing a server sends changes it."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from clients.owner import Owner, RefusedError, accept, load_owner, own_view, owner_text
+from fedsim.config import Config, DataConfig, FederationConfig, MethodConfig, ModelConfig, PrivacyConfig, PrivacyUnit
+from fedsim.errors import UserError
+
+CONFIG = Config(federation=FederationConfig(clients=3))
+
+
+def written(tmp_path, text):
+    path = tmp_path / "client.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_what_is_written_for_an_owner_is_read_back_and_explains_every_option(tmp_path):
+    text = owner_text(Owner(2, shard=True, methods=["fed_sb"]))
+    owner = load_owner(written(tmp_path, text))
+    assert owner == replace(Owner(2, shard=True, methods=["fed_sb"]), folder=str(tmp_path / "worker"))
+    options = list(yaml.safe_load(text))
+    lines = text.splitlines()
+    assert all(lines[lines.index(next(line for line in lines if line.startswith(f"{name}:"))) - 1].startswith("# ") for name in options)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("clint: 0", "Did you mean 'client'"),
+        ("methods: [fed_sb]", "expected `client:`"),
+        ("client: one", "expected client to be a whole number, got 'one'"),
+        ("client: true", "expected client to be a whole number"),
+        ("client: -1", "expected client between 0"),
+        ("client: 0\nmax_epsilon: 0", "expected max_epsilon between"),
+        ("client: 0\nmethods: fed_sb", "a list of names"),
+        ("client: 0\nmin_privacy: strong", "among none, client, example"),
+        ("client: 0\ndevice: null", "expected device to be text"),
+        ("[1, 2]", "got list"),
+        ("a: [", "expected YAML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path, text, line):
+    with pytest.raises(UserError, match=line) as caught:
+        load_owner(written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_says_how_to_write_one(tmp_path):
+    with pytest.raises(UserError, match="fedsim deploy init"):
+        load_owner(tmp_path / "client.yaml")
+
+
+def test_paths_are_relative_to_the_file_and_hub_names_stay(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("")
+    owner = load_owner(written(tmp_path, "client: 0\ndata_path: mine.jsonl\nmodel_path: org/model"))
+    assert (owner.data_path, owner.model_path) == (str(tmp_path / "mine.jsonl"), "org/model")
+
+
+def test_data_model_and_device_of_the_server_are_not_looked_at():
+    theirs = replace(
+        CONFIG,
+        model=ModelConfig(path="/etc", device="cuda:7"),
+        data=DataConfig(path="/home/somebody", train=["gsm8k"], train_examples=5, owner=2),
+        run_dir="/tmp/x",
+        overwrite=True,
+    )
+    here = own_view(Owner(1, data_path="/mine", data_sets=["math"], model_path="/base", device="cpu"), theirs)
+    assert (here.model.path, here.model.device, here.data.path, here.data.train) == ("/base", "cpu", "/mine", ["math"])
+    assert (here.data.owner, here.data.train_examples, here.run_dir, here.overwrite) == (1, None, None, False)
+    trial = own_view(Owner(1, shard=True), theirs)
+    assert (trial.data.owner, trial.data.train_examples, trial.data.path) == (None, 5, None)
+
+
+@pytest.mark.parametrize(
+    ("owner", "config", "reason"),
+    [
+        (Owner(0, methods=["fed_sb"]), replace(CONFIG, method=MethodConfig(name="fedit")), "fedit is not among those accepted: fed_sb"),
+        (Owner(0, min_privacy="client"), CONFIG, "unit=none is weaker than client"),
+        (
+            Owner(0, min_privacy="example"),
+            replace(CONFIG, privacy=PrivacyConfig(unit=PrivacyUnit.client)),
+            "unit=client is weaker than example",
+        ),
+        (Owner(0, max_epsilon=3.0), replace(CONFIG, privacy=PrivacyConfig(unit=PrivacyUnit.client)), "max_epsilon takes"),
+        (Owner(3), CONFIG, "no client 3"),
+    ],
+)
+def test_what_is_not_acceptable_is_refused_with_its_reason(owner, config, reason):
+    with pytest.raises(RefusedError, match=reason):
+        accept(owner, config)
+
+
+def test_what_is_acceptable_is_accepted():
+    accept(Owner(2), CONFIG)
+    accept(Owner(0, methods=["fed_sb"], min_privacy="client"), replace(CONFIG, privacy=PrivacyConfig(unit=PrivacyUnit.example)))

@@ -1,0 +1,119 @@
+"""The folder of a federation: whole or absent, keys kept, secrets for their owners only."""
+
+import stat
+import subprocess
+import tomllib
+
+import pytest
+import yaml
+
+from clients.owner import load_owner
+from fedsim.cli.main import main
+from fedsim.deploy.folder import Federation, init, load
+from fedsim.errors import UserError
+
+FEDERATION = Federation("trial", 2, ("server.example",))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    init(tmp_path / "federation", FEDERATION)
+    return tmp_path / "federation"
+
+
+def secrets(folder):
+    """Contents of all that is secret, by name."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.name == "key" or path.suffix == ".key"}
+
+
+def test_everything_that_the_machines_need_is_there(folder):
+    assert load(folder) == FEDERATION
+    programs = [folder / "server" / "superlink.sh", folder / "server" / "register.sh", *folder.glob("clients/*/supernode.sh")]
+    assert len(programs) == 4
+    for program in programs:
+        assert program.stat().st_mode & stat.S_IXUSR
+        subprocess.run(["bash", "-n", str(program)], check=True)
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    assert set(services) == {"superlink", "client-0", "client-1"}
+    link = tomllib.loads((folder / "server" / "flwr" / "config.toml").read_text())["superlink"]
+    assert link["trial"] == {"address": "127.0.0.1:9092", "root-certificates": str(folder / "server" / "ca.crt")}
+    assert load_owner(folder / "clients" / "client-1" / "client.yaml").client == 1
+
+
+def test_secrets_have_mode_0600_and_lie_where_they_belong(folder):
+    found = secrets(folder)
+    assert set(found) == {"ca/ca.key", "server/server.key", "clients/client-0/key", "clients/client-1/key"}
+    assert all(stat.S_IMODE((folder / name).stat().st_mode) == 0o600 for name in found)
+    others = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and str(path.relative_to(folder)) not in found)
+    assert b"PRIVATE KEY" not in others
+
+
+def test_keys_and_owners_files_stay_and_it_says_so(folder):
+    before = secrets(folder)
+    owners = folder / "clients" / "client-0" / "client.yaml"
+    owners.write_text("client: 0\nmax_local_steps: 7\n")
+    lines = init(folder, Federation("trial", 3, ("server.example",)))
+    assert [line.partition(":")[0] for line in lines] == ["kept"] * 4 + ["new"]
+    assert {name: secrets(folder)[name] for name in before} == before
+    assert load_owner(owners).max_local_steps == 7
+    assert (folder / "clients" / "client-2" / "key").exists()
+
+
+def test_other_host_names_take_another_server_certificate_of_the_same_authority(folder):
+    before = secrets(folder)
+    lines = init(folder, Federation("trial", 2, ("other.example",)))
+    changed = {name for name, content in secrets(folder).items() if content != before[name]}
+    assert changed == {"server/server.key"}
+    assert [line.partition(":")[0] for line in lines] == ["kept", "replaced", "kept", "kept"]
+
+
+def test_new_keys_are_made_when_asked_for_and_only_then(folder):
+    before = secrets(folder)
+    lines = init(folder, FEDERATION, new_keys=True)
+    assert all(line.startswith("replaced") for line in lines)
+    assert all(content != before[name] for name, content in secrets(folder).items())
+
+
+def test_another_folder_is_left_alone(tmp_path):
+    (tmp_path / "letters.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds other files"):
+        init(tmp_path, FEDERATION)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def test_a_folder_that_cannot_be_finished_does_not_appear(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("fedsim.deploy.folder._server_files", fails)
+    with pytest.raises(OSError, match="disk full"):
+        init(tmp_path / "federation", FEDERATION)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["deploy"], "Expected fedsim deploy init | up | status"),
+        (["deploy", "int"], "Did you mean 'init'?"),
+        (["deploy", "init"], "Expected one folder, got 0"),
+        (["deploy", "init", "x", "--clients", "none"], "Expected --clients to be a whole number from 1"),
+        (["deploy", "init", "x", "--clients"], "Expected a value after --clients"),
+        (["deploy", "init", "x", "--name", "a b"], "Expected --name of letters"),
+        (["deploy", "init", "x", "--hots", "a"], "Did you mean '--host'?"),
+        (["deploy", "up"], "Expected --local N"),
+        (["deploy", "up", "--local", "2", "sed=1"], "Unknown option 'sed'"),
+        (["deploy", "status"], "Expected the folder of a federation"),
+        (["deploy", "status", "nowhere"], "Expected nowhere to be a federation's folder"),
+        (["run", "engine=deployment"], "Expected engine.superlink with engine=deployment"),
+        (["worker"], "Expected fedsim worker FILE"),
+        (["worker", "nowhere.yaml"], "Expected the client's file nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_two(words, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,148 @@
+"""Who is there in a deployment, and replies as they come, over a Grid whose nodes come, go and answer when a test says so."""
+
+import time
+from dataclasses import replace
+
+import pytest
+from flwr.app import Context, Error, Message, RecordDict
+from rounds import BASE, changed
+
+from fedsim.errors import UserError
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.roster import JOIN, Member, Roster
+from fedsim.flower.streaming import StreamingGrid
+from fedsim.session import open_session
+
+CONFIG = changed(BASE, engine={"wait_seconds": 0.3})  # three clients
+
+
+class Nodes:
+    """Answers to the question whether a client joins, by node: a member, or a reason against it."""
+
+    def __init__(self, **members):
+        self.session = open_session(CONFIG)
+        self.answers, self.asked, self.events = {}, [], []
+        self.grid = InProcessGrid(self._answer, workers=5)
+        self.contexts = dict(self.grid.contexts)
+        self.present([])
+
+    def _answer(self, message, context):
+        assert message.metadata.message_type == JOIN
+        self.asked.append(context.node_id)
+        answer = self.answers[context.node_id]
+        content = answer.to_records() if isinstance(answer, Member) else Error(1000, answer)
+        return Message(content, reply_to=message)
+
+    def present(self, nodes):
+        self.grid.contexts = {node: self.contexts[node] for node in nodes}
+
+    def member(self, number, **changes):
+        return replace(Member(number, 10 + number, self.session.base_digest, "1"), **changes)
+
+    def tell(self, kind, **facts):
+        self.events.append((kind, facts.get("client", facts.get("clients", facts.get("reason")))))
+
+
+def test_clients_are_found_at_the_nodes_that_say_who_they_are():
+    nodes = Nodes()
+    nodes.answers = {1: nodes.member(2), 3: nodes.member(0), 5: nodes.member(1)}
+    nodes.present([1, 3, 5])
+    roster = Roster(nodes.grid, CONFIG)
+    roster.muster(nodes.session, nodes.tell)
+    assert roster.homes([0, 2]) == {0: 3, 2: 1}
+    assert nodes.session.told_sizes == [10, 11, 12]
+    assert sorted(nodes.events) == [("joined", 0), ("joined", 1), ("joined", 2)]
+    assert sorted(nodes.asked) == [1, 3, 5], "each is asked once"
+    nodes.session.told_sizes = None
+
+
+def test_a_node_that_goes_and_another_that_comes_are_noticed_before_the_next_round():
+    nodes = Nodes()
+    nodes.answers = {1: nodes.member(0), 2: nodes.member(1), 4: nodes.member(0)}
+    nodes.present([1, 2])
+    roster = Roster(nodes.grid, CONFIG)
+    roster.muster(nodes.session, nodes.tell)
+    nodes.present([2])
+    assert roster.homes([0, 1]) == {1: 2}
+    nodes.present([2, 4])
+    assert roster.homes([0, 1]) == {0: 4, 1: 2}
+    assert nodes.events[2:] == [("left", 0), ("absent", [0]), ("joined", 0)]
+    nodes.session.told_sizes = None
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("Refused by the owner of client 0: too many steps", "too many steps"),
+        ({"base_digest": "other"}, "has another base model than the server"),
+        ({"client": 9}, "there is no client 9 among 3"),
+        ({"num_examples": 0}, "Expected an answer with client, num_examples"),
+    ],
+)
+def test_who_does_not_fit_is_left_out_and_the_reason_is_written_down(answer, reason):
+    nodes = Nodes()
+    nodes.answers = {1: nodes.member(0, **answer) if isinstance(answer, dict) else answer, 2: nodes.member(1)}
+    nodes.present([1, 2])
+    roster = Roster(nodes.grid, CONFIG)
+    roster.muster(nodes.session, nodes.tell)
+    assert roster.homes([0, 1, 2]) == {1: 2}
+    ((_, found),) = [event for event in nodes.events if event[0] == "refused"]
+    assert reason in found
+    nodes.session.told_sizes = None
+
+
+def test_a_second_node_of_a_client_is_turned_away():
+    nodes = Nodes()
+    nodes.answers = {1: nodes.member(0), 2: nodes.member(0)}
+    nodes.present([1, 2])
+    roster = Roster(nodes.grid, CONFIG)
+    roster.muster(nodes.session, nodes.tell)
+    assert len(roster.homes([0])) == 1
+    assert ("refused", "client 0 has another node already") in nodes.events
+    nodes.session.told_sizes = None
+
+
+def test_nobody_at_all_is_an_error_that_says_why():
+    nodes = Nodes()
+    with pytest.raises(UserError, match=r"engine\.wait_seconds=0\.3, but: no SuperNode is connected"):
+        Roster(nodes.grid, CONFIG).muster(nodes.session, nodes.tell)
+    nodes.answers = {1: "not on Sundays"}
+    nodes.present([1])
+    with pytest.raises(UserError, match="not on Sundays"):
+        Roster(nodes.grid, CONFIG).muster(nodes.session, nodes.tell)
+
+
+class Slow(InProcessGrid):
+    """Replies are there only after some looks for them, the last one that was sent first; one node never answers."""
+
+    def __init__(self):
+        super().__init__(lambda message, context: Message(RecordDict(), reply_to=message), workers=3)
+        self.looks, self.sizes = 0, []
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.sizes.append(len(messages))
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        self.looks += 1
+        ready = [each for each in reversed(list(message_ids)) if each in self._pending and self._pending[each].metadata.dst_node_id != 3]
+        return super().pull_messages(ready[:1]) if self.looks % 3 == 0 else []
+
+
+def test_messages_are_sent_when_made_and_replies_come_as_they_are_until_the_time_is_up():
+    slow, made = Slow(), []
+
+    def messages():
+        for node in (1, 2, 3):
+            made.append(node)
+            yield Message(RecordDict(), node, "train")
+
+    begun = time.monotonic()
+    replies = StreamingGrid(slow).send_and_receive(messages(), timeout=0.8)
+    first = next(iter(replies)).metadata.src_node_id
+    rest = [reply.metadata.src_node_id for reply in replies]
+    assert sorted([first, *rest]) == [1, 2]
+    assert slow.sizes == [1, 1, 1]
+    assert 0.8 <= time.monotonic() - begun < 5
+    assert isinstance(slow.contexts[1], Context)
