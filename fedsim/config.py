@@ -512,7 +512,5 @@ def _check_contradictions(config: Config) -> None:
             f"Expected at least one training example for each client, got data.train_examples={examples} and "
             f"federation.clients={config.federation.clients}. Raise the first or lower the second."
         )
-    if config.engine.name == "deployment" and not config.engine.superlink:
-        raise UserError("Expected engine.superlink with engine=deployment, got none. Name a SuperLink of `flwr config list`.")
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.model.device):
         raise UserError(f"Expected model.device auto, cpu, cuda, cuda:<number> or mps, got {config.model.device!r}. Choose one of them.")

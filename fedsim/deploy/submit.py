@@ -14,7 +14,7 @@ from typing import Any
 import fedsim
 from fedsim.config import Config, to_dict
 from fedsim.deploy.flower import flwr, following, run_facts
-from fedsim.errors import LeftRunningError
+from fedsim.errors import LeftRunningError, UserError
 from fedsim.flower.telling import Following
 from fedsim.report import summary_table
 
@@ -42,8 +42,10 @@ RECONNECTS = 5
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     """Submits the run, shows how it goes, and returns its summary.
 
-    Raises UserError for a mistake that the server finds, RuntimeError if the run fails, LeftRunningError on Ctrl-C: the run goes on.
+    Raises UserError for a mistake here or one that the server finds, RuntimeError if the run fails, LeftRunningError on Ctrl-C: the run goes on.
     """
+    if not config.engine.superlink:
+        raise UserError("Expected engine.superlink with engine=deployment, got none. Name a SuperLink of `flwr config list`.")
     config = named(config)
     run_id = submitted(config)
     try:
@@ -62,12 +64,11 @@ def named(config: Config) -> Config:
 
 def submitted(config: Config) -> str:
     """Hands the run to the SuperLink and returns Flower's number of it. Raises UserError."""
-    assert config.engine.superlink is not None  # `fedsim.config.check` has seen to it
     with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
         (Path(folder) / "pyproject.toml").write_text(_APP.format(version=fedsim.__version__))
         values = Path(folder) / "values.toml"  # JSON strings are TOML strings
         values.write_text(f"config = {json.dumps(json.dumps(to_dict(config)))}\n")
-        return str(flwr("run", folder, config.engine.superlink, "--run-config", str(values))["run-id"])
+        return str(flwr("run", folder, str(config.engine.superlink), "--run-config", str(values))["run-id"])
 
 
 def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
