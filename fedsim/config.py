@@ -304,6 +304,14 @@ class SecureConfig:
 
 
 @dataclass
+class AuditConfig:
+    canaries: int = 0
+    """Examples of random tokens, dealt to the clients in turn, each put into its client's data by a coin from the seed; 0 puts in none."""
+    confidence: float = 0.95
+    """Probability with which the lower bound on epsilon holds."""
+
+
+@dataclass
 class EvaluationConfig:
     every: int = 0
     """Evaluate after every k-th round as well; 0 evaluates before the first and after the last only."""
@@ -341,6 +349,7 @@ class Config:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     secure: SecureConfig = field(default_factory=SecureConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
@@ -462,6 +471,8 @@ BOUNDS = {
     "training.local_epochs": _AT_LEAST_ONE,
     "training.local_steps": _AT_LEAST_ONE,
     "training.tokens_per_pass": _AT_LEAST_ONE,
+    "audit.canaries": _NOT_NEGATIVE,
+    "audit.confidence": Bounds(0, 1, low_open=True, high_open=True),
     "evaluation.every": _NOT_NEGATIVE,
     "evaluation.max_new_tokens": _AT_LEAST_ONE,
     "evaluation.tokens_per_pass": _AT_LEAST_ONE,

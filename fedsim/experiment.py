@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from flwr.serverapp import Grid
+
 from clients.app import app
 from fedsim.config import Config
 from fedsim.errors import UserError, nearest
@@ -17,12 +19,13 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     return ENGINES[config.engine.name](config, quiet)
 
 
-def _in_process(config: Config, quiet: bool) -> dict[str, Any]:
+def in_process(config: Config, quiet: bool, watch: Callable[[Grid], Grid] = lambda grid: grid) -> dict[str, Any]:
+    """Carries the run out in this process; `watch` may wrap the Grid, to see what passes."""
     from fedsim.flower.grid import InProcessGrid
     from fedsim.flower.server import serve
 
     grid = InProcessGrid(app)
-    return serve(grid, config, grid.contexts, quiet=quiet)
+    return serve(watch(grid), config, grid.contexts, quiet=quiet)
 
 
 def _in_a_deployment(config: Config, quiet: bool) -> dict[str, Any]:
@@ -31,5 +34,5 @@ def _in_a_deployment(config: Config, quiet: bool) -> dict[str, Any]:
     return submit(config, quiet=quiet)
 
 
-ENGINES: dict[str, Callable[[Config, bool], dict[str, Any]]] = {"inprocess": _in_process, "deployment": _in_a_deployment}
+ENGINES: dict[str, Callable[[Config, bool], dict[str, Any]]] = {"inprocess": in_process, "deployment": _in_a_deployment}
 """What carries a run out, by the name of the engine."""

@@ -29,6 +29,7 @@ from fedsim.data import Dataset, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.models import load_model
+from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import derive_seed, numpy_generator, torch_generator
 from fedsim.training.batches import steps_per_round
@@ -116,6 +117,13 @@ class Session:
             return partition(self.pool, self.config.federation, self.config.seed)
         return [list(range(len(self.pool))) if client == owner else [] for client in range(clients)]
 
+    @cached_property
+    def canaries(self) -> list[Canary]:
+        """The canaries of an audit; those that are inside belong to their client's data."""
+        special = set(self.tokenizer.all_special_ids)
+        vocabulary = [token for token in range(len(self.tokenizer)) if token not in special]
+        return canaries(self.config.audit.canaries, len(self.shards), vocabulary, self.config.seed)
+
     def _split_public(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
         """With public initialisation the server holds a sample that no client owns."""
         if self.config.adapter.init is not Init.gradient_public:
@@ -156,7 +164,7 @@ class Session:
                     f"data.max_length: expected room for a response of client {client}, got {self.config.data.max_length} tokens, "
                     "which its prompts fill; raise it or give the clients more examples."
                 )
-            self._encoded[client] = kept
+            self._encoded[client] = kept + [each.example for each in self.canaries if each.client == client and each.inside]
             self.num_too_long += len(encoded) - len(kept)
         return ClientData(client, self._encoded[client])
 

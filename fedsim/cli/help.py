@@ -14,6 +14,7 @@ VERBS = {
     "privacy": "compute noise and epsilon, without training: fedsim privacy privacy=example [option=value ...] [--json]",
     "deploy": "a real federation: fedsim deploy init DIR | up --local N [option=value ...] | status [DIR]",
     "worker": "what works for one client: fedsim worker client.yaml [--stop]",
+    "audit": "run with canaries in the data and prove what leaks: fedsim audit [option=value ...] [--json]",
     "help": "show this help, or that of one part: fedsim help run training",
 }
 
@@ -34,6 +35,7 @@ Examples
   fedsim run --multirun seed=0,1 adapter.rank=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2
   fedsim run experiment=arithmetic_mistral_7b --cfg       look at a preset
   fedsim cost model=mistral_7b method=fed_sb,fedit,flora  what they would send; commas in any option make rows
+  fedsim audit experiment=audit privacy.epsilon=2         a lower bound on epsilon beside the claimed one
   fedsim data federation.partition=dirichlet federation.alpha=0.1
 """
 

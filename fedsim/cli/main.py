@@ -73,6 +73,8 @@ def _dispatch(words: list[str]) -> int:
         from clients.worker import main as worker
 
         return worker(rest)
+    elif verb == "audit":
+        return _audit(rest)
     else:
         raise UserError(f"Unknown verb {verb!r}: expected one of {', '.join(VERBS)}.{nearest(verb, list(VERBS))} All verbs: fedsim --help")
     return 0
@@ -138,6 +140,18 @@ def _privacy(words: list[str]) -> int:
     found = privacy_of(config)
     print(json.dumps(found, indent=2) if flags else privacy_table(found))
     return 0
+
+
+def _audit(words: list[str]) -> int:
+    """An audit that refutes the claim has failed, as a test does."""
+    flags, overrides = _split(words, ("--json",))
+    config = _checked(overrides)
+    from fedsim.cli.audit import audit_table, audited
+    from fedsim.files import finite
+
+    found = audited(config, quiet=bool(flags))
+    print(json.dumps(finite(found), indent=2) if flags else f"\n{audit_table(found)}")
+    return 1 if any(part["refuted"] for part in found["parts"].values()) else 0
 
 
 def _cost(words: list[str]) -> int:

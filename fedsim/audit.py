@@ -1,0 +1,267 @@
+"""The audit of a whole run: canaries in the clients' data, an observer of all that is sent, and what its guesses prove about epsilon.
+
+The run is the ordinary one; the observer only stands at the Grid. It knows the model, the canaries and every message, but no coin, no batch
+and no noise. For each canary it asks how far what a client sent lies along the canary's own gradient at that moment (as arXiv 2302.07956 does
+for DP-SGD), with the other canaries of the client taken into account, which are known as well. Any such score gives a valid bound.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Message
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from torch import Tensor
+
+from fedsim.config import Config, Init, PrivacyUnit
+from fedsim.core.adapters import factors
+from fedsim.effective import effective, method_of
+from fedsim.errors import UserError
+from fedsim.flower.records import from_record, whole_numbers
+from fedsim.flower.worker import client_key
+from fedsim.privacy.accounting import Mechanism, epsilon
+from fedsim.privacy.auditing import Bound, audit
+from fedsim.privacy.plan import INITIALIZATION, TRAINING
+from fedsim.session import Session, open_session
+from fedsim.training.gradients import example_gradients, factor_gradients
+from fedsim.types import EncodedExample
+
+RIDGE = 0.3
+"""How far canaries that resemble each other are told apart: less tells them apart better, but takes more of the noise for signal."""
+
+
+class Part(Enum):
+    """What is released, and whose claim it is held against."""
+
+    initial_gradient = "initial gradients, as the server receives them"
+    bases = "bases made of them, as every client receives them"
+    training = "uploads of all rounds, as the server receives them"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the observer proves of one part, or of all together. `claimed` is infinite where nothing is claimed."""
+
+    claimed: float
+    bound: Bound
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the claim is proven wrong."""
+        return self.bound.epsilon > self.claimed
+
+
+def check(config: Config) -> None:
+    """Raises UserError for what cannot be audited, before anything is computed."""
+    method, settled = method_of(config), effective(config)
+    if config.privacy.unit is PrivacyUnit.client:
+        raise UserError(
+            "privacy.unit: expected example or none for an audit, got client: its canaries would be whole clients, of which one run has "
+            "too few. Audit privacy=example."
+        )
+    if config.resume:
+        raise UserError("resume: expected a whole run for an audit, since its observer keeps nothing; choose another run_dir=.")
+    if method.personal or method.before_upload:
+        raise UserError(f"method={method.name}: expected clients that send what they train; audit another method, such as fed_sb or fedit.")
+    if settled.compression.name != "none":
+        raise UserError("compression: expected none for an audit, which looks at the factors themselves; add compression.name=none.")
+    if config.audit.canaries < 1:
+        raise UserError("audit.canaries: expected at least one canary; add audit.canaries=128.")
+
+
+class Auditor:
+    """Watches one run of the configuration, which `check` has passed, and reports on it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._seen: dict[tuple[Part, int], dict[int, float]] = {}  # by part and round: score by canary
+
+    def watching(self, grid: Grid) -> Grid:
+        """Returns the Grid with the observer at it."""
+        return WatchedGrid(grid, self._look)
+
+    def findings(self, spent: dict[str, Any] | None) -> dict[str, Finding]:
+        """Returns what is proven of each part and of all `together`, `spent` being the run's own account of its privacy, None without.
+
+        Every part's bound holds with the confidence asked for; so does that of `together`, the best of the parts at a higher confidence.
+        """
+        delta, confidence = spent["delta"] if spent else 0.0, self._config.audit.confidence
+        coins = [canary.inside for canary in self._session.canaries]
+        scores = {part: self._scores(part) for part in Part if any(seen is part for seen, _ in self._seen)}
+        found = {part.name: Finding(claimed(spent, part), audit(own, coins, delta, confidence)) for part, own in scores.items()}
+        shared = 1 - (1 - confidence) / len(scores)
+        best = max((audit(own, coins, delta, shared) for own in scores.values()), key=lambda bound: bound.epsilon)
+        return found | {"together": Finding(claimed(spent), best)}
+
+    @property
+    def init(self) -> str:
+        """Name of the initialisation that the run had."""
+        init = effective(self._config).adapter.init
+        return init.name if init else ""
+
+    @property
+    def num_inside(self) -> int:
+        """Number of canaries that were in the data."""
+        return sum(canary.inside for canary in self._session.canaries)
+
+    @property
+    def _session(self) -> Session:
+        return open_session(self._config)  # the server's own
+
+    def _scores(self, part: Part) -> np.ndarray:
+        """Returns [canaries]: the sum over rounds of scores of mean 0 and variance 1; 0 for a canary that was never looked for."""
+        total = np.zeros(len(self._session.canaries))
+        for (seen, _), found in self._seen.items():
+            if seen is part:
+                values = np.array(list(found.values()))
+                total[list(found)] += (values - values.mean()) / (values.std() or 1.0)
+        return total
+
+    # ---- looking at messages
+
+    def _look(self, reply: Message) -> None:
+        number = int(reply.metadata.group_id)
+        if reply.metadata.message_type == "train.initial_gradient":
+            self._look_at_initial_gradients(reply, number)
+        elif reply.metadata.message_type == "train" and "metrics" in reply.content:
+            if (Part.bases, 0) not in self._seen and self._session.config.adapter.init in (Init.gradient, Init.gradient_dp):
+                self._look_at_bases()
+            self._look_at_uploads(reply, number)
+
+    def _look_at_initial_gradients(self, reply: Message, number: int) -> None:
+        session = self._session
+        for client in range(len(session.shards)):
+            mine = self._canaries_of(client)
+            if client_key(client) not in reply.content or not mine:
+                continue
+            layout = session.gradient_layout
+            sent = layout.unpack(from_record(reply.content.array_records[client_key(client)], layout.num_parameters))
+            gradients = example_gradients(session.model, self._examples(mine), pad_id=session.tokenizer.pad_token_id)
+            gram = torch.stack([each.gram() for each in gradients.values()]).sum(0)
+            along = torch.stack([each.along(sent[name].to(gram.device)) for name, each in gradients.items()]).sum(0)
+            clip = self._clip_factors(gram.diagonal().sqrt(), session.config.adapter.init is Init.gradient_dp)
+            self._note(Part.initial_gradient, number, mine, separated(gram * torch.outer(clip, clip), along * clip))
+
+    def _look_at_bases(self) -> None:
+        """The first full step -B R A points against the gradients it was made of; without R, the bases' share of a gradient tells."""
+        session, spec = self._session, self._session.spec
+        mine = list(range(len(session.canaries)))
+        held = {name: tensor.cpu() for name, tensor in factors(session.model, spec.kinds).items()}
+        gradients = example_gradients(session.model, self._examples(mine), pad_id=session.tokenizer.pad_token_id)
+        if session.config.adapter.init is Init.gradient:
+            steps = {name: -spec.update(held, name).to(session.device) for name in spec.layers}
+            along = torch.stack([each.along(steps[name]) for name, each in gradients.items()]).sum(0)
+            scores = separated(torch.stack([each.gram() for each in gradients.values()]).sum(0), along)
+        else:
+            bases = {name: (held[f"{name}.B"].to(session.device), held[f"{name}.A"].to(session.device)) for name in spec.layers}
+            inside = torch.stack([each.within(*bases[name]).squared_norms() for name, each in gradients.items()]).sum(0)
+            scores = inside / torch.stack([each.squared_norms() for each in gradients.values()]).sum(0).clamp(min=1e-24)
+        self._note(Part.bases, 0, mine, scores)
+
+    def _look_at_uploads(self, reply: Message, number: int) -> None:
+        """The model holds the state from which the clients started: the server changes it when all have answered."""
+        metrics, training = reply.content.metric_records["metrics"], self._session.config.training
+        for client, count in zip(whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples"), strict=True):
+            mine = self._canaries_of(client)
+            if mine:
+                gradients, start = self._gradients(mine, client, number)
+                step = start - from_record(reply.content.array_records[client_key(client)], len(start)).to(start.device)
+                averaged_over = min(count, training.batch_size * training.accumulation)
+                self._note(Part.training, number, mine, averaged_over * separated(gradients @ gradients.T, gradients @ step))
+
+    def _gradients(self, mine: Sequence[int], client: int, number: int) -> tuple[Tensor, Tensor]:
+        """Returns the canaries' clipped gradients [canaries, sent], and what the client's upload would be had it not trained [sent]."""
+        session, spec = self._session, self._session.spec
+        trained, uploaded = session.method.trained(number), session.method.uploaded(number)
+        start = spec.pack(factors(session.model, trained), trained)
+        found = factor_gradients(
+            session.model, start, spec.layout(trained), self._examples(mine), pad_id=session.tokenizer.pad_token_id
+        )
+        sent = spec.within(trained, uploaded)
+        positions = session.sent_positions(number, client)
+        sent = sent if positions is None else sent[positions]
+        found = found[:, sent]
+        clip = self._clip_factors(found.norm(dim=1), session.config.privacy.unit is PrivacyUnit.example)
+        return found * clip.unsqueeze(1), start[sent]
+
+    def _clip_factors(self, norms: Tensor, clipped: bool) -> Tensor:
+        return (self._session.config.privacy.clip_norm / norms.clamp(min=1e-12)).clamp(max=1.0) if clipped else torch.ones_like(norms)
+
+    def _canaries_of(self, client: int) -> list[int]:
+        return [place for place, canary in enumerate(self._session.canaries) if canary.client == client]
+
+    def _examples(self, mine: Sequence[int]) -> list[EncodedExample]:
+        canaries = self._session.canaries
+        return [canaries[place].example for place in mine]
+
+    def _note(self, part: Part, number: int, mine: Sequence[int], scores: Tensor) -> None:
+        self._seen.setdefault((part, number), {}).update(zip(mine, scores.double().cpu().tolist(), strict=True))
+
+
+def separated(gram: Tensor, along: Tensor) -> Tensor:
+    """Returns how much of each canary is in a sum of some of them: the ridge regression on their gradients.
+
+    `gram` [canaries, canaries] holds the gradients' inner products with each other, `along` [canaries] those with what was sent.
+    """
+    norms = gram.double().diagonal().sqrt().clamp(min=1e-12)
+    cosines = gram.double() / torch.outer(norms, norms)
+    return torch.linalg.solve(cosines + RIDGE * torch.eye(len(gram), dtype=norms.dtype, device=norms.device), along.double() / norms) / norms
+
+
+def claimed(spent: dict[str, Any] | None, part: Part | None = None) -> float:
+    """Returns the largest epsilon of a client that a run's account claims for a part, or for all; infinite where nothing is claimed."""
+    if spent is None:
+        return float("inf")
+    name = {None: None, Part.training: TRAINING}.get(part, INITIALIZATION)
+    charged = {
+        (tuple(Mechanism(**each) for each in client["mechanisms"] if name in (None, each["name"])), client["delta"])
+        for client in spent["per_client"]
+    }
+    return max(epsilon(history, delta, spent["accountant"]) for history, delta in charged)
+
+
+def plain(findings: dict[str, Finding]) -> dict[str, dict[str, Any]]:
+    """Returns the findings as plain values; an infinite claim is null in a file."""
+    return {
+        name: {"claimed_epsilon": each.claimed, "lower_bound": each.bound.epsilon, "refuted": each.refuted}
+        | {key: value for key, value in asdict(each.bound).items() if key != "epsilon"}
+        for name, each in findings.items()
+    }
+
+
+class WatchedGrid(Grid):
+    """Another Grid whose replies are shown to an observer as they come."""
+
+    def __init__(self, grid: Grid, look: Callable[[Message], None]) -> None:
+        self._grid, self._look = grid, look
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(self, *args: Any, **named: Any) -> Message:
+        return self._grid.create_message(*args, **named)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return list(self._shown(self._grid.pull_messages(message_ids)))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        return self._shown(self._grid.send_and_receive(messages, timeout=timeout))
+
+    def _shown(self, replies: Iterable[Message]) -> Iterator[Message]:
+        for reply in replies:
+            self._look(reply)
+            yield reply

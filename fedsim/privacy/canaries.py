@@ -1,0 +1,34 @@
+"""Canaries: training examples of random tokens that an audit puts into clients' data, each by its own fair coin.
+
+No text says what follows random tokens, so their gradients are large, and all of them unlike each other: each canary moves what its client
+sends in a direction of its own, and can be looked for without the others in the way.
+"""
+
+from dataclasses import dataclass
+
+from fedsim.seeding import numpy_generator
+from fedsim.types import EncodedExample
+
+NUM_TOKENS = 8  # the last one carries the loss: gradients of more targets have more in common
+
+
+@dataclass(frozen=True)
+class Canary:
+    """An example that its client has in its data if `inside`."""
+
+    example: EncodedExample
+    client: int
+    inside: bool
+
+
+def canaries(count: int, clients: int, vocabulary: list[int], seed: int) -> list[Canary]:
+    """Returns the canaries of a run, dealt to the clients in turn.
+
+    Guarantees: the coins are fair, independent of each other and of everything else that is random in a run.
+    """
+    tokens = numpy_generator(seed, "canaries").choice(vocabulary, (count, NUM_TOKENS))
+    coins = numpy_generator(seed, "canary coins").random(count) < 0.5
+    return [
+        Canary(EncodedExample(tuple(row), NUM_TOKENS - 1), place % clients, inside)
+        for place, (row, inside) in enumerate(zip(tokens.tolist(), coins.tolist(), strict=True))
+    ]
