@@ -1,11 +1,11 @@
 """The audit of a whole run: canaries in the clients' data, an observer of all that is sent, and what its guesses prove about epsilon.
 
 The run is the ordinary one; the observer only stands at the Grid. It knows the model, the canaries and every message, but no coin, no batch
-and no noise. For each canary it asks how far what a client sent lies along the canary's own gradient at that moment (as arXiv 2302.07956 does
-for DP-SGD), with the other canaries of the client taken into account, which are known as well. Any such score gives a valid bound.
+and no noise. For each canary it asks how far what a client sent lies along the canary's own gradient at that moment (as arXiv 2302.07956
+does for DP-SGD), with the client's other canaries taken into account, which are known as well. Any such score gives a valid bound.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from flwr.app import Message
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from torch import Tensor
 
 from fedsim.config import Config, Init, PrivacyUnit
 from fedsim.core.adapters import factors
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
+from fedsim.flower.grid import WatchedGrid
 from fedsim.flower.records import from_record, whole_numbers
 from fedsim.flower.worker import client_key
 from fedsim.privacy.accounting import Mechanism, epsilon
@@ -30,8 +30,8 @@ from fedsim.session import Session, open_session
 from fedsim.training.gradients import example_gradients, factor_gradients
 from fedsim.types import EncodedExample
 
-RIDGE = 0.3
-"""How far canaries that resemble each other are told apart: less tells them apart better, but takes more of the noise for signal."""
+LEAST_RIDGE, MOST_RIDGE = 1e-3, 1.0
+"""How far canaries that resemble each other are told apart: little keeps the regression solvable, more keeps it from fitting noise."""
 
 
 class Part(Enum):
@@ -143,8 +143,10 @@ class Auditor:
             gradients = example_gradients(session.model, self._examples(mine), pad_id=session.tokenizer.pad_token_id)
             gram = torch.stack([each.gram() for each in gradients.values()]).sum(0)
             along = torch.stack([each.along(sent[name].to(gram.device)) for name, each in gradients.items()]).sum(0)
+            plan = session.privacy_plan[client].initialization if session.privacy_plan else None
             clip = self._clip_factors(gram.diagonal().sqrt(), session.config.adapter.init is Init.gradient_dp)
-            self._note(Part.initial_gradient, number, mine, separated(gram * torch.outer(clip, clip), along * clip))
+            scores = separated(gram * torch.outer(clip, clip), along * clip, plan.noise_multiplier if plan else 0.0)
+            self._note(Part.initial_gradient, number, mine, scores)
 
     def _look_at_bases(self) -> None:
         """The first full step -B R A points against the gradients it was made of; without R, the bases' share of a gradient tells."""
@@ -165,22 +167,22 @@ class Auditor:
     def _look_at_uploads(self, reply: Message, number: int) -> None:
         """The model holds the state from which the clients started: the server changes it when all have answered."""
         metrics, training = reply.content.metric_records["metrics"], self._session.config.training
+        plan = self._session.privacy_plan
         for client, count in zip(whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples"), strict=True):
             mine = self._canaries_of(client)
             if mine:
                 gradients, start = self._gradients(mine, client, number)
                 step = start - from_record(reply.content.array_records[client_key(client)], len(start)).to(start.device)
                 averaged_over = min(count, training.batch_size * training.accumulation)
-                self._note(Part.training, number, mine, averaged_over * separated(gradients @ gradients.T, gradients @ step))
+                noise = plan[client].noise_multiplier if plan else 0.0
+                self._note(Part.training, number, mine, averaged_over * separated(gradients @ gradients.T, gradients @ step, noise))
 
     def _gradients(self, mine: Sequence[int], client: int, number: int) -> tuple[Tensor, Tensor]:
         """Returns the canaries' clipped gradients [canaries, sent], and what the client's upload would be had it not trained [sent]."""
         session, spec = self._session, self._session.spec
         trained, uploaded = session.method.trained(number), session.method.uploaded(number)
         start = spec.pack(factors(session.model, trained), trained)
-        found = factor_gradients(
-            session.model, start, spec.layout(trained), self._examples(mine), pad_id=session.tokenizer.pad_token_id
-        )
+        found = factor_gradients(session.model, start, spec.layout(trained), self._examples(mine), pad_id=session.tokenizer.pad_token_id)
         sent = spec.within(trained, uploaded)
         positions = session.sent_positions(number, client)
         sent = sent if positions is None else sent[positions]
@@ -202,14 +204,16 @@ class Auditor:
         self._seen.setdefault((part, number), {}).update(zip(mine, scores.double().cpu().tolist(), strict=True))
 
 
-def separated(gram: Tensor, along: Tensor) -> Tensor:
-    """Returns how much of each canary is in a sum of some of them: the ridge regression on their gradients.
+def separated(gram: Tensor, along: Tensor, noise_multiplier: float = 0.0) -> Tensor:
+    """Returns how much of each canary is in a noised sum of some of them: the ridge regression on their gradients.
 
-    `gram` [canaries, canaries] holds the gradients' inner products with each other, `along` [canaries] those with what was sent.
+    `gram` [canaries, canaries] holds the gradients' inner products with each other, `along` [canaries] those with what was sent. The best
+    ridge for fair coins is (2 noise_multiplier)^2; it is kept low, because that noise is only claimed.
     """
     norms = gram.double().diagonal().sqrt().clamp(min=1e-12)
     cosines = gram.double() / torch.outer(norms, norms)
-    return torch.linalg.solve(cosines + RIDGE * torch.eye(len(gram), dtype=norms.dtype, device=norms.device), along.double() / norms) / norms
+    ridge = min(max((2 * noise_multiplier) ** 2, LEAST_RIDGE), MOST_RIDGE) * torch.eye(len(gram), dtype=norms.dtype, device=norms.device)
+    return torch.linalg.solve(cosines + ridge, along.double() / norms) / norms
 
 
 def claimed(spent: dict[str, Any] | None, part: Part | None = None) -> float:
@@ -231,37 +235,3 @@ def plain(findings: dict[str, Finding]) -> dict[str, dict[str, Any]]:
         | {key: value for key, value in asdict(each.bound).items() if key != "epsilon"}
         for name, each in findings.items()
     }
-
-
-class WatchedGrid(Grid):
-    """Another Grid whose replies are shown to an observer as they come."""
-
-    def __init__(self, grid: Grid, look: Callable[[Message], None]) -> None:
-        self._grid, self._look = grid, look
-
-    def set_run(self, run: Run) -> None:
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        return self._grid.run
-
-    def create_message(self, *args: Any, **named: Any) -> Message:
-        return self._grid.create_message(*args, **named)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._grid.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return list(self._shown(self._grid.pull_messages(message_ids)))
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        return self._shown(self._grid.send_and_receive(messages, timeout=timeout))
-
-    def _shown(self, replies: Iterable[Message]) -> Iterator[Message]:
-        for reply in replies:
-            self._look(reply)
-            yield reply

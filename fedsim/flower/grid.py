@@ -4,7 +4,8 @@ Replies come one at a time, so a server that aggregates as they come never holds
 is a fault of the run here, not of a remote machine, and is passed on.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 from uuid import uuid4
 
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -64,6 +65,40 @@ class InProcessGrid(Grid):
         context = self.contexts[message.metadata.dst_node_id]
         own = Message(_copy(message.content), metadata=message.metadata)  # type: ignore[call-overload]  # as Flower itself rebuilds them
         return self._app(own, context)
+
+
+class WatchedGrid(Grid):
+    """Another Grid whose replies are shown to an observer as they come."""
+
+    def __init__(self, grid: Grid, look: Callable[[Message], None]) -> None:
+        self._grid, self._look = grid, look
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(self, *args: Any, **named: Any) -> Message:
+        return self._grid.create_message(*args, **named)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return list(self._shown(self._grid.pull_messages(message_ids)))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        return self._shown(self._grid.send_and_receive(messages, timeout=timeout))
+
+    def _shown(self, replies: Iterable[Message]) -> Iterator[Message]:
+        for reply in replies:
+            self._look(reply)
+            yield reply
 
 
 def _copy(content: RecordDict) -> RecordDict:

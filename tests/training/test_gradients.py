@@ -2,8 +2,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, adapted_model, tiny_model
 
-from fedsim.core.adapters import adapted_layers
-from fedsim.training.gradients import weight_gradients
+from fedsim.core.adapters import adapted_layers, factors
+from fedsim.core.payload import Layout
+from fedsim.training.batches import collate
+from fedsim.training.gradients import example_gradients, factor_gradients, weight_gradients
+from fedsim.training.loss import group_gradients
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -25,3 +28,31 @@ def test_weight_gradients_equal_autograd_one_example_at_a_time(architecture, seq
 
 def test_no_examples_give_zero_gradients():
     assert not any(g.any() for g in weight_gradients(adapted_model(), [], pad_id=0, tokens_per_pass=30).values())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
+def test_products_of_example_gradients_are_those_of_whole_gradients(architecture, sequences):
+    model, examples = adapted_model(architecture), sequences(4)
+    whole = [weight_gradients(model, [example], pad_id=0, tokens_per_pass=100) for example in examples]
+    generator = torch.Generator().manual_seed(0)
+    for name, found in example_gradients(model, examples, pad_id=0).items():
+        expected = torch.stack([gradients[name] for gradients in whole])
+        direction = torch.randn(expected.shape[1:], generator=generator)
+        left, right = torch.randn(expected.shape[1], 3, generator=generator), torch.randn(3, expected.shape[2], generator=generator)
+        gram = expected.flatten(1) @ expected.flatten(1).T
+        torch.testing.assert_close(found.gram(), gram, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.squared_norms(), gram.diagonal(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.along(direction), (expected * direction).sum((1, 2)), rtol=1e-3, atol=1e-4)
+        inside = found.within(left, right)
+        torch.testing.assert_close(inside.squared_norms(), (left.T @ expected @ right.T).square().sum((1, 2)), rtol=1e-3, atol=1e-4)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_factor_gradients_are_those_of_examples_alone(sequences):
+    model, examples = adapted_model(), sequences(3)
+    held = factors(model, ("R",))
+    layout = Layout.of(held)
+    found = factor_gradients(model, layout.pack(held), layout, examples, pad_id=0)
+    for row, example in zip(found, examples, strict=True):
+        _, alone = group_gradients(model, held, collate([example], 0, torch.device("cpu")), torch.ones(1))
+        torch.testing.assert_close(row, layout.pack(alone), rtol=1e-4, atol=1e-6)

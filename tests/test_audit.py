@@ -1,0 +1,128 @@
+"""The audit against the ordinary run, both ways: what is private is not refuted, what leaks or is broken is."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import fedsim.training.private
+from fedsim.audit import check, separated
+from fedsim.cli.audit import audit_table, audited
+from fedsim.cli.compose import compose
+from fedsim.cli.main import main
+from fedsim.errors import UserError
+from fedsim.privacy.plan import ClientPlan
+
+TINY = (
+    *("experiment=audit", "data.test_examples=1", "evaluation.max_new_tokens=1", "evaluation.diagnosis=false", "federation.clients=2"),
+    *("data.train_examples=8", "audit.canaries=96", "privacy.accountant=rdp"),
+)
+
+
+def audit_of(folder, *overrides, base=TINY):
+    """The findings of an audit by part."""
+    return audited(compose([*base, *overrides, f"run_dir={folder}"]), quiet=True)
+
+
+def test_an_initialisation_without_noise_leaks_more_than_training_claims(tmp_path):
+    found = audit_of(tmp_path / "run", "adapter.init=gradient", "privacy.unsafe_init=true", "privacy.epsilon=1.5")
+    parts = found["parts"]
+    assert parts["training"]["claimed_epsilon"] == pytest.approx(1.5, rel=2e-3)
+    assert parts["together"]["claimed_epsilon"] == parts["initial_gradient"]["claimed_epsilon"] == math.inf
+    for part in ("initial_gradient", "bases", "together"):
+        assert parts[part]["lower_bound"] > parts["training"]["claimed_epsilon"]
+    assert not parts["training"]["refuted"]
+    assert found["verdict"].startswith("no epsilon is claimed; epsilon is at least")
+    written = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert written["parts"]["together"]["claimed_epsilon"] is None
+    assert written["parts"]["bases"] == parts["bases"] | {"claimed_epsilon": None}
+
+
+def test_a_run_that_clips_nothing_is_caught(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fedsim.training.private.CohortDPOptimizer, "clip_and_accumulate", add_unclipped)
+    words = [*TINY, "adapter.init=weight_svd", "privacy.epsilon=0.5", "privacy.clip_norm=0.1", f"run_dir={tmp_path / 'run'}"]
+    assert main(["audit", *words, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["parts"]["training"]["lower_bound"] > 0.5
+    assert found["verdict"].startswith("the claim does not hold: 0.50 for training")
+
+
+def add_unclipped(optimizer):
+    """In place of clipping."""
+    optimizer._sum.index_add_(0, optimizer._slots, optimizer._rows)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("privacy.unit=client", "federation.weighting=uniform"), "example or none"),
+        (("privacy=none", "method=fedsa_lora"), "send what they train"),
+        (("compression.name=int8",), "compression"),
+        (("resume=true", "run_dir=somewhere"), "whole run"),
+        (("audit.canaries=0",), "at least one canary"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused(overrides, reason):
+    with pytest.raises(UserError, match=reason):
+        check(compose(["experiment=audit", *overrides]))
+
+
+def test_canaries_are_told_apart_by_all_of_their_gradients():
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(300, generator=generator)
+    gradients = (torch.randn(20, 300, generator=generator) + 2 * common) * torch.rand(20, 1, generator=generator)
+    inside = torch.rand(20, generator=generator) < 0.5
+    scores = separated(gradients @ gradients.T, gradients @ gradients[inside].sum(0))
+    assert scores[inside].min() > scores[~inside].max()
+    assert not (gradients @ gradients[inside].sum(0))[inside].min() > (gradients @ gradients[inside].sum(0))[~inside].max()
+
+
+def test_the_table_names_claims_bounds_and_what_follows():
+    row = {"num_right": 60, "num_guesses": 64, "num_canaries": 128}
+    parts = {
+        "initial_gradient": {"claimed_epsilon": math.inf, "lower_bound": 2.2, "refuted": False, **row},
+        "training": {"claimed_epsilon": 1.0, "lower_bound": 1.5, "refuted": True, **row},
+    }
+    found = {"method": "fed_sb", "init": "gradient", "canaries": 128, "canaries_inside": 70, "delta": 1e-5, "confidence": 0.95}
+    text = audit_table(found | {"parts": parts, "verdict": "so it is"})
+    assert "128 canaries, 70 of them in the data, delta 1e-05" in text
+    assert "at least (95 %)" in text
+    assert [line.split() for line in text.splitlines() if line.startswith(("initial", "training"))] == [
+        ["initial", "gradient", "none", "2.20", "60", "of", "64"],
+        ["training", "1.00", "1.50", "!", "60", "of", "64"],
+    ]
+    assert text.endswith("so it is")
+
+
+# ---- statistics over whole runs
+
+SLOW = ("experiment=audit", "audit.canaries=1024", "data.test_examples=1", "evaluation.max_new_tokens=1", "evaluation.diagnosis=false")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["gradient_dp", "weight_svd"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_what_a_private_run_claims_is_not_refuted(tmp_path, init, seed):
+    found = audit_of(tmp_path / "run", f"adapter.init={init}", f"seed={seed}", base=SLOW)
+    assert found["parts"]["together"]["claimed_epsilon"] <= 2
+    assert not any(part["refuted"] for part in found["parts"].values())
+    assert found["parts"]["training"]["lower_bound"] > 0.05  # the canaries are seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_third_of_the_noise_is_caught(tmp_path, monkeypatch, seed):
+    made = fedsim.training.private._generate_noise
+    monkeypatch.setattr(fedsim.training.private, "_generate_noise", lambda std, **rest: made(std=std / 3, **rest))
+    found = audit_of(tmp_path / "run", "adapter.init=weight_svd", "privacy.epsilon=2", "audit.canaries=4096", f"seed={seed}", base=SLOW)
+    assert found["parts"]["training"]["refuted"]
+
+
+@pytest.mark.slow
+def test_a_noise_multiplier_that_is_reported_wrongly_is_caught(tmp_path, monkeypatch):
+    honest = ClientPlan.round_mechanism.fget
+    exaggerated = property(lambda plan: type(honest(plan))(4 * plan.noise_multiplier, plan.rate, plan.steps))
+    monkeypatch.setattr(ClientPlan, "round_mechanism", exaggerated)
+    found = audit_of(tmp_path / "run", "adapter.init=weight_svd", "privacy.epsilon=8", base=SLOW)
+    assert found["parts"]["training"]["refuted"]
