@@ -63,6 +63,14 @@ def check(config: Config) -> None:
             "privacy.unit: expected example or none for an audit, got client: its canaries would be whole clients, of which one run has "
             "too few. Audit privacy=example."
         )
+    if config.engine.name != "inprocess":
+        raise UserError(
+            f"engine: expected inprocess for an audit, whose observer stands in this process, got {config.engine.name}; leave it out."
+        )
+    if config.privacy.secure_aggregation:
+        raise UserError(
+            "privacy.secure_aggregation: expected uploads that can be seen one by one; audit without it, which bounds this too."
+        )
     if config.resume:
         raise UserError("resume: expected a whole run for an audit, since its observer keeps nothing; choose another run_dir=.")
     if method.personal or method.before_upload:

@@ -59,6 +59,8 @@ def add_unclipped(optimizer):
         (("privacy.unit=client", "federation.weighting=uniform"), "example or none"),
         (("privacy=none", "method=fedsa_lora"), "send what they train"),
         (("compression.name=int8",), "compression"),
+        (("engine=deployment",), "inprocess"),
+        (("privacy.secure_aggregation=true",), "one by one"),
         (("resume=true", "run_dir=somewhere"), "whole run"),
         (("audit.canaries=0",), "at least one canary"),
     ],

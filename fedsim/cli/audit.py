@@ -7,7 +7,7 @@ from typing import Any
 
 from fedsim.audit import Auditor, Finding, check, plain
 from fedsim.config import Config
-from fedsim.experiment import run
+from fedsim.experiment import in_process
 from fedsim.files import atomic_write_json
 from fedsim.report import table
 
@@ -23,7 +23,7 @@ def audited(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     config = replace(config, audit=replace(config.audit, canaries=config.audit.canaries or CANARIES))
     check(config)
     auditor = Auditor(config)
-    summary = run(config, quiet=quiet, watch=auditor.watching)
+    summary = in_process(config, quiet, auditor.watching)
     findings = auditor.findings(summary["privacy"])
     found = {
         "method": summary["method"],
