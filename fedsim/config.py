@@ -42,6 +42,7 @@ class PrivacyUnit(Enum):
 class Accountant(Enum):
     prv = "numerical, tight (privacy random variables)"
     rdp = "Renyi divergences; looser, fast"
+    skellam = "Renyi divergences of whole orders: the one that holds for the clients' discrete noise under secure aggregation"
 
 
 class NoiseSource(Enum):
@@ -270,7 +271,7 @@ class PrivacyConfig:
     delta: Optional[float] = None
     """Delta of every client; null takes 1 / n^1.1 of its examples, or of the clients. One of 1 / n or more is refused."""
     accountant: Accountant = Accountant.prv
-    """How epsilon is computed."""
+    """How epsilon is computed; with noise of the clients under secure aggregation always by skellam."""
     init_share: float = 0.2
     """adapter.init=gradient_dp: part of epsilon that the initialisation may spend."""
     init_noise_multiplier: Optional[float] = None

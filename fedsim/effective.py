@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fedsim.config import Config
+from fedsim.config import Accountant, Config, PrivacyUnit
 from fedsim.core.methods import METHODS, Method, combinations
 from fedsim.errors import UserError, nearest
 from fedsim.privacy import checks as privacy_checks
@@ -22,6 +22,8 @@ def effective(config: Config) -> Config:
     config = replace(config, adapter=adapter)
     if config.privacy.secure_aggregation:
         config = replace(config, evaluation=replace(config.evaluation, diagnosis=False))  # it needs single uploads
+        if config.privacy.unit is PrivacyUnit.client:
+            config = replace(config, privacy=replace(config.privacy, accountant=Accountant.skellam))
     if not method.pooled:
         return config
     federation = replace(config.federation, clients=1, fraction=1.0)

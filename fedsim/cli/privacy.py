@@ -5,6 +5,8 @@ is within data.max_length are still counted here.
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedsim.config import Config, PrivacyUnit
@@ -16,7 +18,7 @@ from fedsim.privacy.accounting import Mechanism, epsilon
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.report import table
 
-ACCOUNTANTS = ("prv", "rdp")
+COMPARED = ("prv", "rdp")
 MOST_ROUNDS = 10
 """Rounds that the table of epsilon over rounds shows."""
 
@@ -29,23 +31,28 @@ def privacy_of(config: Config) -> dict[str, Any]:
     if config.privacy.unit is PrivacyUnit.none:
         raise UserError("privacy.unit: expected a unit to protect, got none; add privacy=example or privacy=client.")
     config = effective(config)
+    accountant = config.privacy.accountant.name
+    names = COMPARED if accountant in COMPARED else (accountant,)
     sizes = [len(shard) for shard in partition(load(config.data, config.seed).train, config.federation, config.seed)]
     kinds = Counter(plan(config, sizes))
-    worst = max(kinds, key=lambda each: epsilon(each.mechanisms, each.delta, config.privacy.accountant.name))
+    by_size = sorted(kinds.items(), key=lambda item: item[0].num_examples)
+    worst = max(kinds, key=lambda each: epsilon(each.mechanisms, each.delta, accountant))
     rounds = sorted({max(1, round(worst.rounds * part / MOST_ROUNDS)) for part in range(1, MOST_ROUNDS + 1)}) if worst.rounds else []
     return {
         "unit": config.privacy.unit.name,
         "clip_norm": config.privacy.clip_norm,
         "init": config.adapter.init.name if config.adapter.init else None,
-        "clients": [{"clients": count, **_kind(each)} for each, count in sorted(kinds.items(), key=lambda item: item[0].num_examples)],
-        "over_rounds": [{"rounds": number, **_epsilons(_up_to(worst, number), worst.delta)} for number in rounds],
+        "accountants": list(names),
+        "clients": [{"clients": count, **_kind(each, names)} for each, count in by_size],
+        "over_rounds": [{"rounds": number, **_epsilons(_up_to(worst, number), worst.delta, names)} for number in rounds],
     }
 
 
 def privacy_table(found: dict[str, Any]) -> str:
     """Returns the tables of `privacy_of` as text."""
     unit = "examples" if found["unit"] == "example" else "clients"
-    head = ["clients", unit, "sampling rate", "steps", "delta", "noise", "epsilon prv", "rdp", "of it initialisation"]
+    names = found["accountants"]
+    head = ["clients", unit, "sampling rate", "steps", "delta", "noise", f"epsilon {names[0]}", *names[1:], "of it initialisation"]
     rows = [
         [
             str(row["clients"]),
@@ -54,18 +61,22 @@ def privacy_table(found: dict[str, Any]) -> str:
             str(row["steps"]),
             f"{row['delta']:.2g}",
             f"{row['noise_multiplier']:.4f}",
-            *(f"{row[name]:.3f}" for name in ("epsilon_prv", "epsilon_rdp", "initialization_prv")),
+            *(f"{row[name]:.3f}" for name in (*(f"epsilon_{name}" for name in names), f"initialization_{names[0]}")),
         ]
         for row in found["clients"]
     ]
-    over = [[str(row["rounds"]), f"{row['epsilon_prv']:.3f}", f"{row['epsilon_rdp']:.3f}"] for row in found["over_rounds"]]
+    over = [[str(row["rounds"]), *(f"{row[f'epsilon_{name}']:.3f}" for name in names)] for row in found["over_rounds"]]
     lines = [f"{found['unit']}-level, clip norm {found['clip_norm']:g}, initialisation {found['init']}", "", table(head, rows)]
     if over:
-        lines += ["", "the client that spends most, after so many of its rounds", table(["rounds", "epsilon prv", "rdp"], over)]
+        lines += [
+            "",
+            "the client that spends most, after so many of its rounds",
+            table(["rounds", f"epsilon {names[0]}", *names[1:]], over),
+        ]
     return "\n".join(lines)
 
 
-def _kind(each: ClientPlan) -> dict[str, Any]:
+def _kind(each: ClientPlan, names: Sequence[str]) -> dict[str, Any]:
     first = [each.initialization] if each.initialization else []
     return {
         "num_examples": each.num_examples,
@@ -74,15 +85,15 @@ def _kind(each: ClientPlan) -> dict[str, Any]:
         "delta": each.delta,
         "noise_multiplier": each.noise_multiplier,
         "initialization_noise_multiplier": each.initialization.noise_multiplier if each.initialization else None,
-        **_epsilons(each.mechanisms, each.delta),
-        "initialization_prv": epsilon(first, each.delta, "prv"),
+        **_epsilons(each.mechanisms, each.delta, names),
+        f"initialization_{names[0]}": epsilon(first, each.delta, names[0]),
     }
 
 
-def _epsilons(history: list[Mechanism], delta: float) -> dict[str, float]:
-    return {f"epsilon_{name}": epsilon(history, delta, name) for name in ACCOUNTANTS}
+def _epsilons(history: list[Mechanism], delta: float, names: Sequence[str]) -> dict[str, float]:
+    return {f"epsilon_{name}": epsilon(history, delta, name) for name in names}
 
 
 def _up_to(each: ClientPlan, rounds: int) -> list[Mechanism]:
     first = [each.initialization] if each.initialization else []
-    return [*first, Mechanism(each.noise_multiplier, each.rate, each.steps * rounds)]
+    return [*first, replace(each.round_mechanism, steps=each.steps * rounds)]

@@ -5,9 +5,17 @@ from fedsim.seeding import numpy_generator
 
 
 def drawn(config: Config, server_round: int) -> list[int]:
-    """Returns the clients of a round, in ascending order; with client-level privacy each is drawn by its own coin."""
-    draw = draw_by_coin if config.privacy.unit is PrivacyUnit.client else draw_participants
+    """Returns the clients of a round, in ascending order."""
+    draw = draw_by_coin if by_coin(config) else draw_participants
     return draw(config.federation.clients, config.federation.fraction, config.seed, server_round)
+
+
+def by_coin(config: Config) -> bool:
+    """Whether each client is drawn by a coin of its own that nobody sees, which amplifies client-level privacy.
+
+    With secure aggregation the server, from which the clients' own noise is to protect, sees who takes part: nothing is amplified.
+    """
+    return config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation
 
 
 def givers(config: Config) -> dict[int, int]:

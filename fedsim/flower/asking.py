@@ -18,7 +18,7 @@ from fedsim.config import Config, PrivacyUnit, to_dict
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods import Method
-from fedsim.core.participation import drawn
+from fedsim.core.participation import by_coin, drawn
 from fedsim.errors import UserError
 from fedsim.flower.charging import Charges
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD, Packer
@@ -73,7 +73,7 @@ class Asking:
         if self._privacy is None:
             return clients
         plan, ledger = self._session.privacy_plan, self._privacy
-        if self._unit is PrivacyUnit.client:
+        if by_coin(self._session.config):
             left = clients if not ledger.would_exceed(0, plan[0].round_mechanism) else None
         else:
             left = [client for client in clients if not ledger.would_exceed(client, plan[client].round_mechanism)] or None
@@ -85,10 +85,10 @@ class Asking:
         return left
 
     def charge_privacy(self, server_round: int) -> None:
-        """Writes the round down before anything of it leaves a client; client-level privacy charges all clients, drawn or not."""
+        """Writes the round down before anything of it leaves a client; who is drawn by a coin is charged, drawn or not."""
         if self._privacy is not None:
             everybody = range(self._session.config.federation.clients)
-            for client in everybody if self._unit is PrivacyUnit.client else self.participants(server_round):
+            for client in everybody if by_coin(self._session.config) else self.participants(server_round):
                 self._privacy.charge(client, self._session.privacy_plan[client].round_mechanism)
 
     # ---- who is asked for whom
@@ -131,7 +131,12 @@ class Asking:
         """Returns what a request says of privacy."""
         if self._unit is PrivacyUnit.example:
             return {"noise": [self._session.privacy_plan[client].noise_multiplier for client in clients]}
-        return {"clip_norm": clip_norm(self._session, self._state)} if self._unit is PrivacyUnit.client else {}
+        if self._unit is not PrivacyUnit.client:
+            return {}
+        told = {"clip_norm": clip_norm(self._session, self._state)}
+        if self._session.config.privacy.secure_aggregation:
+            told["noise_multiplier"] = self._session.privacy_plan[0].noise_multiplier
+        return told
 
     def brought_up(
         self, server_round: int, clients: Sequence[int], packer: Packer, needed: Collection[str] | None = None, **facts: Any

@@ -70,7 +70,7 @@ class Combining:
         state, method, config = self._state, self._session.method, self._config
         start = self._session.spec.pack(state.factors, self._kinds)
         mean = self._collector.mean() if self.facts.clients else start
-        if config.privacy.unit is PrivacyUnit.client:
+        if config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation:  # there the clients add the noise
             mean = self._noised(start, mean)
         new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
         collected = self._collector.collected(new, config.seed, self._round)

@@ -4,6 +4,7 @@ Every client is a party of its own also where one worker holds a cohort: its sec
 node, never in a message or a checkpoint, and are gone after the unmasking.
 """
 
+import secrets
 from collections.abc import Sequence
 from math import isnan
 
@@ -13,12 +14,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.config import Weighting
+from fedsim.config import NoiseSource, PrivacyUnit, Weighting
 from fedsim.core.adapters import factors
+from fedsim.core.distributed_noise import clipped_integers, share_of_variance, skellam_noise
 from fedsim.core.dropout import Stage, heard
 from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, upload_grid
 from fedsim.core.secret_sharing import SHARE_BYTES
-from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party
+from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
 from fedsim.flower.records import arrays_from_record, arrays_to_record, whole_numbers
 from fedsim.seeding import numpy_generator
 from fedsim.session import VALUES, ClientReply, Session
@@ -121,15 +123,32 @@ def rounding_generator(session: Session, request: ConfigRecord, client: int) -> 
 
 
 def masked_update(session: Session, request: ConfigRecord, context: Context, reply: ClientReply) -> ArrayRecord:
-    """Returns the masked change of a client's factors, weighted, with its counters: clipped entries, tokens, and loss times examples."""
+    """Returns the masked change of a client's factors, weighted, with its counters: clipped entries, tokens, and loss times examples.
+
+    With client-level privacy it is the clipped change with the client's part of the noise, and no counters.
+    """
     client, clients = reply.result.client, int(request["contributors"])  # type: ignore[arg-type]
     kinds = session.method.uploaded(int(request["round"]))  # type: ignore[arg-type]
     start = session.spec.pack(factors(session.model, kinds), kinds).cpu()
-    grid = upload_grid(session.config, clients)
+    grid = upload_grid(session.config, clients, float(request.get("clip_norm", 0)) or None)  # type: ignore[arg-type]
     values = (reply.arrays[VALUES].double() - start.double()).numpy()
+    if session.config.privacy.unit is PrivacyUnit.client:
+        return masked(context, client, grid, _noised(session, request, client, grid, values))
     integers, clipped = grid.rounded(values, weight_of(session, request, client), rounding_generator(session, request, client))
     loss = 0.0 if isnan(reply.result.loss) else reply.result.loss * reply.result.num_examples * LOSS_UNITS
     return masked(context, client, grid, with_counters(grid, integers, (clipped, reply.result.num_tokens, loss)))
+
+
+def _noised(session: Session, request: ConfigRecord, client: int, grid: Grid, update: NDArray[np.float64]) -> NDArray[np.int64]:
+    options, server_round = session.config.secure, int(request["round"])  # type: ignore[arg-type]
+    fewest = fewest_survivors(grid.clients, options.threshold)
+    variance = share_of_variance(float(request["noise_multiplier"]), grid, fewest)  # type: ignore[arg-type]
+    if options.noise is NoiseSource.system:
+        generator = np.random.default_rng(secrets.randbits(256))
+    else:
+        generator = numpy_generator(session.config.seed, "client noise", server_round, client)
+    integers = clipped_integers(update, grid, rounding_generator(session, request, client))
+    return integers + skellam_noise(len(integers), variance, generator)
 
 
 def masked_gradient(session: Session, request: ConfigRecord, context: Context, client: int, gradient: Tensor) -> ArrayRecord:

@@ -72,7 +72,9 @@ def _parts(history: Iterable[Mechanism]) -> Parts:
 def exceeds(history: Sequence[Mechanism], budget: float, delta: float, accountant: str = "prv") -> bool:
     """Returns whether `epsilon` is above `budget`; takes milliseconds where the RDP bound is below it."""
     check_accountant(accountant)
-    return epsilon(history, delta, "rdp") > budget and epsilon(history, delta, accountant) > budget
+    if accountant == "prv" and epsilon(history, delta, "rdp") <= budget:
+        return False
+    return epsilon(history, delta, accountant) > budget
 
 
 def check_accountant(name: str) -> None:

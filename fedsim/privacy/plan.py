@@ -2,20 +2,26 @@
 
 Example-level: client i samples with rate batch / n_i in every local step of the rounds that it takes part in; who takes part is drawn
 from the seed and known to all, so no amplification is claimed for it. Client-level: each round every client is drawn by its own coin with
-probability `federation.fraction`, and the round is charged to all.
+probability `federation.fraction`, and the round is charged to all; where the clients add the noise themselves under secure aggregation,
+the server sees who takes part, and the round is charged to these without amplification.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsim.config import Config, Init, PrivacyUnit
-from fedsim.core.participation import draw_participants
+from fedsim.core.participation import draw_participants, round_size
+from fedsim.core.quantization import limit_of
+from fedsim.core.secure_aggregation import fewest_survivors
 from fedsim.errors import UserError
 from fedsim.privacy.accounting import Mechanism, check_delta, default_delta, noise_multiplier_for
+from fedsim.privacy.discrete import gaussian_of_skellam, skellam_of_gaussian
 from fedsim.training.batches import steps_per_round
 from fedsim.training.private import sampling_rate
 
 TRAINING, INITIALIZATION = "training", "initialization"
+ROOM_FOR_NOISE = 10
+"""Standard deviations of the noise for which a sum has room: more wraps around once in 10^23 entries, which costs no privacy."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +35,17 @@ class ClientPlan:
     delta: float
     noise_multiplier: float
     initialization: Mechanism | None
+    charged_noise: float | None = None  # of the Gaussian mechanism that stands for discrete noise in the accounts
 
     @property
     def round_mechanism(self) -> Mechanism:
         """What one round costs."""
-        return Mechanism(self.noise_multiplier, self.rate, self.steps, TRAINING)
+        return Mechanism(self.noise_multiplier if self.charged_noise is None else self.charged_noise, self.rate, self.steps, TRAINING)
 
     @property
     def mechanisms(self) -> list[Mechanism]:
         """Everything that the run will cost."""
-        training = [Mechanism(self.noise_multiplier, self.rate, self.steps * self.rounds, TRAINING)] if self.rounds else []
+        training = [replace(self.round_mechanism, steps=self.steps * self.rounds)] if self.rounds else []
         return [*([self.initialization] if self.initialization else []), *training]
 
 
@@ -47,7 +54,9 @@ def plan(config: Config, sizes: Sequence[int]) -> list[ClientPlan]:
 
     Clients whose plans are alike share one calibration, which takes seconds.
     """
-    return [_client_level(config)] * len(sizes) if config.privacy.unit is PrivacyUnit.client else _example_level(config, sizes)
+    if config.privacy.unit is PrivacyUnit.example:
+        return _example_level(config, sizes)
+    return _distributed(config) if config.privacy.secure_aggregation else [_client_level(config)] * len(sizes)
 
 
 def _client_level(config: Config) -> ClientPlan:
@@ -57,14 +66,37 @@ def _client_level(config: Config) -> ClientPlan:
     return ClientPlan(federation.clients, federation.fraction, 1, federation.rounds, delta, noise, None)
 
 
-def _example_level(config: Config, sizes: Sequence[int]) -> list[ClientPlan]:
-    federation, training = config.federation, config.training
-    taken = [0] * len(sizes)
+def _distributed(config: Config) -> list[ClientPlan]:
+    """Noise of the clients: one deviation for all, calibrated to the client that takes part most often."""
+    federation, options = config.federation, config.secure
+    delta, taken = _delta(config.privacy.delta, federation.clients), _rounds_taken(config)
+    limit, size = limit_of(options.bits), round_size(federation.clients, federation.fraction)
+    given = config.privacy.noise_multiplier
+    noise = skellam_of_gaussian(_noise(config, delta, 1.0, max(taken), []), limit) if given is None else given
+    deviation = noise * limit * (size / fewest_survivors(size, options.threshold)) ** 0.5
+    if size * limit + ROOM_FOR_NOISE * deviation >= 1 << 31:
+        raise UserError(
+            f"secure.bits: a sum of {size} clients with noise {noise:.3g} x clip_norm does not fit into 32 bits; use fewer bits than "
+            f"{options.bits}."
+        )
+    charged = gaussian_of_skellam(noise, limit)
+    return [ClientPlan(federation.clients, 1.0, 1, rounds, delta, noise, None, charged) for rounds in taken]
+
+
+def _rounds_taken(config: Config) -> list[int]:
+    """Returns in how many rounds each client takes part, of those drawn with a fixed number of clients."""
+    federation = config.federation
+    taken = [0] * federation.clients
     for number in range(1, federation.rounds + 1):
-        for client in draw_participants(len(sizes), federation.fraction, config.seed, number):
+        for client in draw_participants(federation.clients, federation.fraction, config.seed, number):
             taken[client] += 1
+    return taken
+
+
+def _example_level(config: Config, sizes: Sequence[int]) -> list[ClientPlan]:
+    training = config.training
     plans = []
-    for size, rounds in zip(sizes, taken, strict=True):
+    for size, rounds in zip(sizes, _rounds_taken(config), strict=True):
         delta = _delta(config.privacy.delta, size)
         rate, steps = sampling_rate(size, training.batch_size * training.accumulation), steps_per_round(size, training)
         initialization = _initialization(config, delta, sum(sizes))

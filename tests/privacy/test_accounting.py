@@ -104,7 +104,7 @@ def test_gdp_is_refused_because_it_underestimates():
         accountant = GaussianAccountant()
     accountant.history = [(0.7, 0.01, 100)]
     assert accountant.get_epsilon(delta=DELTA) < 0.8 * pld_epsilon(((0.7, 0.01, 100),), DELTA)
-    with pytest.raises(UserError, match="Expected an accountant among prv, rdp, got 'moments'"):
+    with pytest.raises(UserError, match="Expected an accountant among prv, rdp, skellam, got 'moments'"):
         epsilon([], DELTA, "moments")
 
 

@@ -1,0 +1,70 @@
+"""Sensitivity and noise of client-level privacy on integers."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from scipy import stats
+
+from fedsim.core.distributed_noise import clipped_integers, share_of_variance, skellam_noise
+from fedsim.core.quantization import Grid, limit_of
+from fedsim.errors import UserError
+
+
+def grid_of(bits=8, clip_norm=0.5, clients=5):
+    return Grid(clip_norm, limit_of(bits), clients, 4)
+
+
+@given(arrays.arrays(np.float64, st.integers(1, 300), elements=st.floats(-9, 9)), st.integers(0, 99), st.sampled_from([7, 8, 12, 16]))
+@settings(max_examples=80, deadline=None)
+def test_no_update_makes_integers_longer_than_the_limit(update, seed, bits):
+    grid = grid_of(bits)
+    found = clipped_integers(update, grid, np.random.default_rng(seed))
+    assert found.dtype == np.int64
+    assert int((found**2).sum()) <= grid.limit**2
+    assert np.abs(found).sum() <= (found**2).sum(), "the L1 norm of integers is at most the square of their L2 norm"
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_the_integers_are_the_clipped_update_on_average(scale):
+    grid, generator = grid_of(10), np.random.default_rng(0)
+    update = np.random.default_rng(1).normal(size=200)
+    update *= scale * 0.5 / np.linalg.norm(update)
+    expected = update * min(1.0, 0.5 / np.linalg.norm(update))
+    found = np.mean([clipped_integers(update, grid, generator) for _ in range(400)], axis=0) * grid.step
+    assert np.abs(found - expected).max() < 0.15 * grid.step + 2e-3 * np.abs(expected).max()
+
+
+def test_what_would_drown_in_rounding_is_refused():
+    with pytest.raises(UserError, match=r"secure.bits: rounding 100,000 parameters"):
+        clipped_integers(np.zeros(100_000), grid_of(8), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0])
+def test_the_fewest_survivors_have_all_the_noise_and_not_two_thirds_or_three_halves(noise_multiplier):
+    grid, fewest = grid_of(), 3
+
+    def sigma(factor):
+        variance = share_of_variance(noise_multiplier * factor, grid, fewest)
+        total = sum(skellam_noise(20_000, variance, np.random.default_rng(client)) for client in range(fewest))
+        return total.std() / grid.limit
+
+    assert sigma(1.0) == pytest.approx(noise_multiplier, rel=0.03)
+    for factor in (2 / 3, 3 / 2):
+        assert sigma(factor) != pytest.approx(noise_multiplier, rel=0.03)
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+def test_the_sum_of_the_clients_noise_is_a_skellam_number(clients):
+    generator, variance = np.random.default_rng(0), 9.0
+    total = sum(skellam_noise(50_000, variance / clients, generator) for _ in range(clients))
+    cells = np.arange(-9, 10)
+    observed = np.array([(total == cell).sum() for cell in cells])
+    expected = stats.skellam(variance / 2, variance / 2).pmf(cells) * len(total)
+    rest = len(total) - observed.sum(), len(total) - expected.sum()
+    assert stats.chisquare([*observed, rest[0]], [*expected, rest[1]]).pvalue > 1e-3
+
+
+def test_without_noise_there_is_none():
+    assert not skellam_noise(100, share_of_variance(0.0, grid_of(), 2), np.random.default_rng(0)).any()

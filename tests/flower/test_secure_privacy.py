@@ -1,0 +1,142 @@
+"""Client-level privacy with noise of the clients: right noise, no sum without it, an honest epsilon."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from flower.rounds import Rounds, changed, of_method
+
+from fedsim.cli.compose import compose
+from fedsim.cli.privacy import privacy_of, privacy_table
+from fedsim.config import Accountant, NoiseSource, PrivacyUnit, Weighting
+from fedsim.core.participation import draw_participants
+from fedsim.core.secure_aggregation import fewest_survivors
+from fedsim.effective import effective
+from fedsim.errors import UserError
+from fedsim.experiment import run
+from fedsim.privacy.accounting import epsilon
+
+CLIP = 0.05
+
+
+def config_of(noise, clients=5, **sections):
+    privacy = {"secure_aggregation": True, "unit": PrivacyUnit.client, "noise_multiplier": noise, "clip_norm": CLIP, "epsilon": None}
+    federation = {"clients": clients, "weighting": Weighting.uniform, **sections.pop("federation", {})}
+    return changed(of_method("fed_sb", privacy=privacy, federation=federation, **sections), adapter={"rank": 8, "target_modules": []})
+
+
+def step_of(config):
+    rounds = Rounds(config)
+    start = rounds.flat("R")
+    rounds.next()
+    return rounds.flat("R") - start, rounds
+
+
+def clipped_updates(clients):
+    plain = Rounds(changed(config_of(0.0, clients), privacy={"unit": PrivacyUnit.none, "secure_aggregation": False}))
+    plain.session.install_state(plain.state)
+    start = plain.flat("R")
+    updates = [plain.session.train([client], 1, {})[0].arrays["values"] - start for client in range(clients)]
+    assert all(float(update.norm()) > CLIP for update in updates), "nothing would be clipped"
+    return [update * CLIP / float(update.norm()) for update in updates]
+
+
+def test_without_noise_the_mean_is_that_of_the_clipped_updates_to_one_step_of_the_grid():
+    found, rounds = step_of(config_of(0.0))
+    step = CLIP / (2**15 - 1)
+    assert rounds.strategy.facts.secure["step"] == pytest.approx(step)
+    torch.testing.assert_close(found, sum(clipped_updates(5)) / 5, rtol=0, atol=step + 1e-7)
+
+
+def test_the_sum_has_the_noise_of_its_survivors_and_not_two_thirds_or_three_halves_of_it():
+    clients, noise = 5, 1.3
+    mean = sum(clipped_updates(clients)) / clients
+    expected = noise * np.sqrt(clients / fewest_survivors(clients, 0.6))
+
+    def sigma(multiplier):
+        return float((step_of(config_of(multiplier))[0] - mean).std()) * clients / CLIP
+
+    assert sigma(noise) == pytest.approx(expected, rel=0.05)
+    for factor in (2 / 3, 3 / 2):
+        assert sigma(noise * factor) != pytest.approx(expected, rel=0.05)
+
+
+def test_with_as_few_survivors_as_allowed_the_noise_is_what_was_claimed(monkeypatch):
+    from fedsim.core.dropout import Stage
+
+    monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, number, client: Stage.upload if client in (1, 3) else None)
+    found, rounds = step_of(config_of(1.3))
+    assert rounds.strategy.facts.clients == [0, 2, 4]
+    updates = clipped_updates(5)
+    mean = sum(updates[client] for client in (0, 2, 4)) / 3
+    assert float((found - mean).std()) * 3 / CLIP == pytest.approx(1.3, rel=0.05)
+
+
+def test_noise_repeats_with_the_seed_unless_it_comes_from_the_system():
+    seeded = [step_of(config_of(1.0))[0] for _ in range(2)]
+    assert torch.equal(*seeded)
+    system = [step_of(config_of(1.0, secure={"noise": NoiseSource.system}))[0] for _ in range(2)]
+    assert not torch.equal(*system)
+    assert not torch.equal(seeded[0], system[0])
+
+
+def test_nothing_but_the_noised_integers_leaves_a_client():
+    _, rounds = step_of(config_of(1.0))
+    facts = rounds.strategy.facts
+    assert np.isnan(facts.mean_loss)
+    assert (facts.num_tokens, facts.secure["clipped"], facts.secure["modulus_bits"]) == (0, 0, 32)
+    assert rounds.moved("payload_bytes", purpose="adapter", direction="uplink") == 5 * 4 * rounds.spec.num_parameters(("R",))
+
+
+SMALL = (
+    *("data.train_examples=60", "data.test_examples=2", "federation.clients=5", "federation.rounds=3", "training.batch_size=3"),
+    *("training.local_steps=1", "adapter.rank=4", "evaluation.max_new_tokens=2", "adapter.target_modules=[layers.1.self_attn.q_proj]"),
+    *("privacy=client", "privacy.secure_aggregation=true", "federation.fraction=0.6", "adapter.init=orthogonal"),
+)
+
+
+def test_a_client_pays_for_the_rounds_it_takes_part_in_without_amplification(tmp_path):
+    summary = run(compose([*SMALL, "privacy.epsilon=5", "federation.dropout=0.2", f"run_dir={tmp_path / 'run'}"]), quiet=True)
+    taken = [client for number in (1, 2, 3) for client in draw_participants(5, 0.6, 0, number)]
+    spent = summary["privacy"]
+    assert (spent["accountant"], spent["unit"]) == ("skellam", "client")
+    for row in spent["per_client"]:
+        rounds = taken.count(row["client"])
+        assert sum(each["steps"] for each in row["mechanisms"]) == rounds
+        assert all(each["sampling_rate"] == 1.0 for each in row["mechanisms"])
+    assert 0.995 * 5 < spent["epsilon"] <= 5
+    planned = json.loads((tmp_path / "run/events.jsonl").read_text().splitlines()[0])
+    assert planned["kind"] in ("privacy_planned", "run_started")
+
+
+def test_the_calculator_tells_the_epsilon_of_the_run():
+    found = privacy_of(compose([*SMALL, "privacy.epsilon=5"]))
+    assert found["accountants"] == ["skellam"]
+    assert max(row["epsilon_skellam"] for row in found["clients"]) == pytest.approx(5, rel=0.005)
+    assert not any("epsilon_prv" in row for row in found["clients"]), "which does not hold for this noise"
+    assert "epsilon skellam" in privacy_table(found)
+    config = effective(compose([*SMALL, "privacy.epsilon=5"]))
+    assert config.privacy.accountant is Accountant.skellam
+    session_plan = Rounds(compose([*SMALL, "privacy.epsilon=5"])).session.privacy_plan
+    costs = [epsilon(each.mechanisms, each.delta, "skellam") for each in session_plan]
+    assert max(costs) == pytest.approx(max(row["epsilon_skellam"] for row in found["clients"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("privacy.adaptive_clip=true",), "its counts have no price in discrete noise"),
+        (("federation.weighting=examples",), "set federation.weighting=uniform"),
+        (("adapter.init=gradient_dp",), "with unit=client it has no price"),
+    ],
+)
+def test_what_would_void_the_guarantee_is_refused(overrides, reason):
+    with pytest.raises(UserError, match=reason):
+        effective(compose([*SMALL, *overrides]))
+
+
+def test_noise_that_does_not_fit_into_the_sum_is_refused():
+    config = compose([*SMALL, "secure.bits=24", "privacy.noise_multiplier=500", "privacy.epsilon=null"])
+    with pytest.raises(UserError, match=r"secure.bits: a sum of 3 clients with noise 500 x clip_norm"):
+        _ = Rounds(config).session.privacy_plan
