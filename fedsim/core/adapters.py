@@ -1,8 +1,8 @@
 """Adapted layers: y = W x + s P x, where P is the product of a form's factors (see `fedsim.core.forms`), such as B R A for LoRA-SB.
 
 W and the frozen factors are common to all clients, so a cohort of clients differs in the trained factors alone. A factor may therefore
-carry a leading axis of groups: the rows of the batch fall into as many equal, contiguous groups, and each group meets its own factor.
-One group is a single client, one group per client is a cohort, one group per row gives per-example gradients.
+carry a leading axis of groups (see `fedsim.core.products`). One group is a single client, one group per client is a cohort; with one factor
+per row, an expanded view, the gradients are per example.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,33 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.core.forms import RAVAN, AdapterSpec, Factors, Form, product
+from fedsim.core.products import add_product, multiply
 from fedsim.errors import UserError, nearest
 from fedsim.types import Adapter
 
 DEFAULT_RANK = 64
-
-
-def multiply(x: Tensor, factor: Tensor) -> Tensor:
-    """Returns `x @ factor.T` for each row of x: [rows, ..., k] -> [rows, ..., j].
-
-    `factor` is [j, k], or [groups, j, k] where rows is a multiple of groups and group g owns the g-th contiguous block of rows.
-    It is cast to the type of x, so that float32 factors serve a bfloat16 base model.
-    """
-    factor = factor.to(x.dtype)
-    if factor.dim() == 2:
-        return functional.linear(x, factor)
-    grouped = x.reshape(factor.shape[0], -1, x.shape[-1])
-    return torch.bmm(grouped, factor.mT).view(*x.shape[:-1], factor.shape[1])
-
-
-def add_product(y: Tensor, x: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
-    """Returns `y + scaling * multiply(x, factor)`, in one pass over memory."""
-    factor = factor.to(x.dtype)
-    if factor.dim() == 2:
-        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), factor.T, alpha=scaling).view_as(y)
-    groups = factor.shape[0]
-    grouped, sums = x.reshape(groups, -1, x.shape[-1]), y.reshape(groups, -1, y.shape[-1])
-    return torch.baddbmm(sums, grouped, factor.mT, alpha=scaling).view_as(y)
 
 
 class AdaptedLinear(nn.Module):

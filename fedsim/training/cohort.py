@@ -19,7 +19,8 @@ from fedsim.training.batches import collate, local_batches, pack, steps_per_roun
 from fedsim.training.loss import group_gradients
 from fedsim.training.optimizers import OptimizerState, learning_rate, update
 from fedsim.training.private import CohortDPOptimizer, PrivateRule, poisson_batches, sampling_rate
-from fedsim.types import EncodedExample
+from fedsim.training.stack import Place, accumulate, on_device, place
+from fedsim.types import Adapter, EncodedExample
 
 
 @dataclass(frozen=True)
@@ -90,35 +91,36 @@ def train_cohort(
     steps = [len(plans[data.client]) for data in cohort]
     stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].clone()
     space = torch.empty_like(stack)  # of the gradients
-    adjust = _Adjustment(rule or LocalRule(), stack, order)
+    adjust = _Adjustment(rule or LocalRule(), stack, layout, order)
     state = OptimizerState()
     step_losses = torch.zeros(len(cohort), device=device)
 
     def take_step(gradients: Tensor) -> None:
         adjust.gradients(stack, gradients)
         rates = [learning_rate((round - 1) * n + step, rounds * n, training) for n in steps[: len(gradients)]]
-        update(stack, gradients, state, torch.tensor(rates, device=device).unsqueeze(1), training)
+        update(stack, gradients, state, rates, training)
         adjust.values(stack)
 
-    noised = private and _private_optimizer(private, cohort, order, stack, take_step, training, seed=seed, round=round)
+    noised = private and _private_optimizer(private, cohort, order, stack, layout, take_step, training, seed=seed, round=round)
 
     for step in range(max(steps)):
         active = sum(n > step for n in steps)
         rows = {slot: [data.examples[i] for i in plans[data.client][step]] for slot, data in enumerate(cohort[:active])}
         gradients = space[:active].zero_()
         if noised:
-            noised.start(active)
+            noised.start(gradients)
         for each in pack(rows, training.batch_size, training.tokens_per_pass):
             batch = collate([row.example for row in each.rows], pad_id, device)
-            weights = torch.tensor([row.weight for row in each.rows], device=device)
-            owners = torch.tensor([row.slot for row in each.rows], device=device)
-            slots = owners if noised else torch.tensor(each.slots, device=device)  # private gradients are taken row by row
-            losses, parts = group_gradients(model, layout.unpack(stack[slots]), batch, torch.ones_like(weights) if noised else weights)
-            found = torch.cat([part.flatten(1) for part in parts.values()], dim=1)
+            weights = on_device(torch.tensor([row.weight for row in each.rows]), device)
+            owners = on_device(torch.tensor([row.slot for row in each.rows]), device)
+            where = place(each.slots, device)
+            parts = layout.unpack(stack[where])
             if noised:
-                noised.add(slots, adjust.masked(slots, found))
+                losses, found = group_gradients(model, parts, batch, torch.ones_like(weights), per_example=True)
+                noised.add(where, adjust.masked(where, found))
             else:
-                gradients.index_add_(0, slots, found)
+                losses, found = group_gradients(model, parts, batch, weights)
+                accumulate(gradients, layout, where, found)
             step_losses.index_add_(0, owners, losses * weights)
             on_pass(PassFacts(batch.num_tokens, losses.mean() * (nan if noised else 1.0), (step + 1) / max(steps)))
         if noised:
@@ -146,6 +148,7 @@ def _private_optimizer(
     cohort: Sequence[ClientData],
     order: list[int],
     stack: Tensor,
+    layout: Layout,
     take_step: Callable[[Tensor], None],
     training: TrainingConfig,
     *,
@@ -155,6 +158,7 @@ def _private_optimizer(
     sizes, batch_size = [len(data.examples) for data in cohort], training.batch_size * training.accumulation
     return CohortDPOptimizer(
         stack,
+        layout,
         take_step,
         noise_multipliers=[private.noise_multipliers[i] for i in order],
         clip_norm=private.clip_norm,
@@ -166,11 +170,11 @@ def _private_optimizer(
 class _Adjustment:
     """A rule in force over a stack whose rows are in `order`."""
 
-    def __init__(self, rule: LocalRule, stack: Tensor, order: list[int]) -> None:
+    def __init__(self, rule: LocalRule, stack: Tensor, layout: Layout, order: list[int]) -> None:
         def sorted_like_stack(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(stack.device)[order]
 
-        self._mu = rule.proximal_mu
+        self._mu, self._layout = rule.proximal_mu, layout
         self._shift, self._trainable = sorted_like_stack(rule.shift), sorted_like_stack(rule.trainable)
         self._start = stack.clone() if self._mu or self._trainable is not None else None
 
@@ -182,9 +186,12 @@ class _Adjustment:
         if self._shift is not None:
             gradients.add_(self._shift[:active])
 
-    def masked(self, slots: Tensor, gradients: Tensor) -> Tensor:
-        """Returns the gradients [rows, parameters] of rows of the clients at `slots`, zero where the client does not train."""
-        return gradients if self._trainable is None else gradients * self._trainable[slots]
+    def masked(self, where: Place, gradients: Adapter) -> Adapter:
+        """Returns the gradients [groups, rows, ...] of rows of the clients at `where`, zero where the client does not train."""
+        if self._trainable is None:
+            return gradients
+        masks = self._layout.unpack(self._trainable[where])
+        return {name: gradient * masks[name].unsqueeze(1) for name, gradient in gradients.items()}
 
     def values(self, stack: Tensor) -> None:
         """Puts back what a client does not train."""

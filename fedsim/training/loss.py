@@ -24,14 +24,25 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
     return losses.view_as(batch.labels).sum(1) / targets
 
 
-def group_gradients(model: nn.Module, factors: Adapter, batch: Batch, weights: Tensor) -> tuple[Tensor, Adapter]:
+def group_gradients(
+    model: nn.Module, factors: Adapter, batch: Batch, weights: Tensor, *, per_example: bool = False
+) -> tuple[Tensor, Adapter]:
     """Returns the loss of each row and the gradients of the weighted sum of losses with respect to `factors`.
 
-    `factors` are stacked: [groups, ...], see `fedsim.core.adapters.multiply`; the gradient of group g comes from its own rows alone.
-    `weights` [rows] multiply the losses. Forward and backward run while the factors are bound, as activation checkpointing needs.
+    `factors` are stacked: [groups, ...], see `fedsim.core.products`; the gradient of group g comes from its own rows alone, and is
+    [groups, rows of a group, ...] where it is taken `per_example`. `weights` [rows] multiply the losses. Forward and backward run while
+    the factors are bound, as activation checkpointing needs.
     """
-    leaves = {name: factor.detach().requires_grad_(True) for name, factor in factors.items()}
+    leaves = {name: (_one_per_row(factor, len(weights)) if per_example else factor.detach()) for name, factor in factors.items()}
+    for leaf in leaves.values():
+        leaf.requires_grad_(True)
     with bound(model, leaves):
         losses = row_losses(model, batch)
         gradients = torch.autograd.grad((losses * weights).sum(), list(leaves.values()))
     return losses.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def _one_per_row(factor: Tensor, rows: int) -> Tensor:
+    """Returns [groups, rows of a group, ...], a view that holds the factor of each group once."""
+    groups, *shape = factor.shape
+    return factor.detach().unsqueeze(1).expand(groups, rows // groups, *shape)

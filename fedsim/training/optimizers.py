@@ -3,11 +3,14 @@
 State is a value. Rows are ordered by their number of local steps, longest first, so the clients that still train are a prefix.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from math import ceil, cos, pi
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fedsim.config import Optimizer, Schedule, TrainingConfig
 
@@ -35,36 +38,46 @@ class OptimizerState:
     moments: list[Tensor] = field(default_factory=list)
 
 
-def update(values: Tensor, gradients: Tensor, state: OptimizerState, rates: Tensor, training: TrainingConfig) -> None:
+def update(values: Tensor, gradients: Tensor, state: OptimizerState, rates: Sequence[float], training: TrainingConfig) -> None:
     """Takes one step in place for the first `len(gradients)` clients of `values` [clients, parameters].
 
-    `rates` [active, 1] are the clients' learning rates. The other rows, their moments included, stay as they are.
-    `gradients` is used up: its memory serves the computation, which otherwise allocates nothing the size of the stack.
+    `rates` are the clients' learning rates; neighbours of the same rate are stepped together. The other rows, their moments included, stay
+    as they are. `gradients` is used up: nothing the size of the stack is allocated.
     """
     rules = {Optimizer.adamw: _adamw, Optimizer.sgd: _sgd}
+    count = {Optimizer.adamw: 2, Optimizer.sgd: int(training.momentum > 0)}[training.optimizer]
+    state.moments = state.moments or [torch.zeros_like(values) for _ in range(count)]
     state.step += 1
-    rules[training.optimizer](values[: len(gradients)], gradients, values, state, rates, training)
+    first = 0
+    for rate, same in groupby(rates):
+        rows = slice(first, first := first + len(list(same)))
+        rules[training.optimizer](values[rows], gradients[rows], [moment[rows] for moment in state.moments], state.step, rate, training)
 
 
-def _moment(state: OptimizerState, index: int, like: Tensor, active: int) -> Tensor:
-    if len(state.moments) <= index:
-        state.moments.append(torch.zeros_like(like))
-    return state.moments[index][:active]
+def _adamw(values: Tensor, gradients: Tensor, moments: list[Tensor], step: int, rate: float, training: TrainingConfig) -> None:
+    """PyTorch's fused kernel: one pass over memory."""
+    mean, square = moments
+    adamw(
+        [values],
+        [gradients],
+        [mean],
+        [square],
+        [],
+        [torch.tensor(step - 1.0, device=values.device)],  # the kernel counts it up
+        fused=True,
+        amsgrad=False,
+        beta1=training.beta1,
+        beta2=training.beta2,
+        lr=rate,
+        weight_decay=training.weight_decay,
+        eps=training.epsilon,
+        maximize=False,
+    )
 
 
-def _adamw(active: Tensor, gradients: Tensor, stack: Tensor, state: OptimizerState, rates: Tensor, training: TrainingConfig) -> None:
-    mean = _moment(state, 0, stack, len(active)).lerp_(gradients, 1 - training.beta1)
-    square = _moment(state, 1, stack, len(active)).mul_(training.beta2).addcmul_(gradients, gradients, value=1 - training.beta2)
-    denominator = torch.div(square, 1 - training.beta2**state.step, out=gradients).sqrt_().add_(training.epsilon)
-    direction = torch.div(mean, denominator, out=gradients)
+def _sgd(values: Tensor, gradients: Tensor, moments: list[Tensor], step: int, rate: float, training: TrainingConfig) -> None:
     if training.weight_decay:
-        active.mul_(1 - rates * training.weight_decay)
-    active.addcmul_(direction, rates, value=-1 / (1 - training.beta1**state.step))
-
-
-def _sgd(active: Tensor, gradients: Tensor, stack: Tensor, state: OptimizerState, rates: Tensor, training: TrainingConfig) -> None:
-    if training.weight_decay:
-        active.mul_(1 - rates * training.weight_decay)
+        values.mul_(1 - rate * training.weight_decay)
     if training.momentum:
-        gradients = _moment(state, 0, stack, len(active)).mul_(training.momentum).add_(gradients)
-    active.addcmul_(gradients, rates, value=-1)
+        gradients = moments[0].mul_(training.momentum).add_(gradients)
+    values.add_(gradients, alpha=-rate)

@@ -16,7 +16,10 @@ from opacus.optimizers.optimizer import _generate_noise
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor, nn
 
+from fedsim.core.payload import Layout
 from fedsim.seeding import torch_generator
+from fedsim.training.stack import Place, accumulate, on_device
+from fedsim.types import Adapter
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class CohortDPOptimizer(DPOptimizer):
 
     def __init__(
         self,
-        stack: Tensor,  # of the clients that still train, a view that is stepped in place
+        stack: Tensor,
+        layout: Layout,  # of a row
         step: Callable[[Tensor], None],  # takes the gradients [active, parameters] and changes the stack
         *,
         noise_multipliers: Sequence[float],
@@ -76,19 +80,21 @@ class CohortDPOptimizer(DPOptimizer):
             max_grad_norm=clip_norm,
             expected_batch_size=1,
         )
-        self._noise_multipliers, self._generators = noise_multipliers, generators
+        self._noise_multipliers, self._generators, self._layout = noise_multipliers, generators, layout
         self._expected = torch.tensor(expected_batch_sizes, device=stack.device).unsqueeze(1)
-        self._slots = torch.zeros(0, dtype=torch.long, device=stack.device)
-        self._rows = self._sum = torch.zeros(0, device=stack.device)
+        self._sum = torch.zeros(0)
+        self._where: Place = slice(0, 0)
+        self._gradients: Adapter = {}
 
-    def start(self, active: int) -> None:
-        """Begins a step of the first `active` clients."""
-        self._sum = torch.zeros_like(self._parameter[:active], requires_grad=False)
+    def start(self, sums: Tensor) -> None:
+        """Begins a step of the first clients, as many as `sums` [active, parameters] has rows: zeros that are used up."""
+        self._sum = sums
 
-    def add(self, slots: Tensor, gradients: Tensor) -> None:
-        """Clips the gradients of some examples [rows, parameters] and adds each to the client at its slot; the gradients are used up."""
-        self._slots, self._rows = slots, gradients
+    def add(self, where: Place, gradients: Adapter) -> None:
+        """Clips the gradients of examples [groups, rows of a group, ...] and adds those of each group to the client at its place."""
+        self._where, self._gradients = where, gradients
         self.clip_and_accumulate()
+        self._gradients = {}
 
     def finish(self) -> None:
         """Adds noise, divides by the expected batch sizes and takes the optimizer's step."""
@@ -97,14 +103,16 @@ class CohortDPOptimizer(DPOptimizer):
         self.original_optimizer.step()
 
     def clip_and_accumulate(self) -> None:
-        factors = (self.max_grad_norm / (self._rows.norm(dim=1) + 1e-6)).clamp(max=1.0)  # Opacus's own constant
-        self._sum.index_add_(0, self._slots, self._rows.mul_(factors.unsqueeze(1)))
+        norms = torch.stack([torch.linalg.vector_norm(part.flatten(2), dim=2) for part in self._gradients.values()]).norm(dim=0)
+        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)  # [groups, 1, rows]; 1e-6 is Opacus's own
+        sums = {name: torch.bmm(factors, part.flatten(2)).view(len(part), *part.shape[2:]) for name, part in self._gradients.items()}
+        accumulate(self._sum, self._layout, self._where, sums)
 
     def add_noise(self) -> None:
+        drawn = torch.empty(self._sum.shape[1:])  # on the CPU, as the generators: noise is the same on every device
         for slot, total in enumerate(self._sum):
             std = self._noise_multipliers[slot] * self.max_grad_norm
-            reference = total.cpu()  # the generators are the CPU's, so that noise is the same on every device
-            total += _generate_noise(std=std, reference=reference, generator=self._generators[slot]).to(total.device)
+            total.add_(on_device(_generate_noise(std=std, reference=drawn, generator=self._generators[slot]), total.device))
 
     def scale_grad(self) -> None:
         self._stack_optimizer.gradients = self._sum.div_(self._expected[: len(self._sum)])

@@ -10,7 +10,6 @@ from fedsim.core.adapters import (
     bound,
     factors,
     merged,
-    multiply,
     unadapted,
     weight_matrix,
 )
@@ -42,17 +41,6 @@ def test_merged_weights_give_the_same_output_and_leave_the_base_weights_bit_for_
         torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert torch.equal(logits(model), expected)
-
-
-def test_multiply_gives_each_contiguous_group_of_rows_its_own_factor():
-    x, stack = torch.randn(6, 5, 4), torch.randn(3, 7, 4)
-    expected = torch.stack([x[row] @ stack[row // 2].T for row in range(6)])
-    torch.testing.assert_close(multiply(x, stack), expected)
-    torch.testing.assert_close(multiply(x, stack[0]), x @ stack[0].T)
-
-
-def test_multiply_computes_in_the_type_of_its_input():
-    assert multiply(torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 5, 4)).dtype == torch.bfloat16
 
 
 def test_all_linear_layers_of_the_blocks_are_adapted_and_the_head_is_not():

@@ -21,7 +21,7 @@ def test_each_row_moves_as_under_torchs_own_optimizer(rule):
     state = OptimizerState()
     for _ in range(5):
         gradients = torch.randn(3, 40)
-        update(stack, gradients.clone(), state, torch.full((3, 1), 1e-2), training)
+        update(stack, gradients.clone(), state, [1e-2] * 3, training)
         for single, gradient, optimizer in zip(singles, gradients, optimizers, strict=True):
             single.grad = gradient
             optimizer.step()
@@ -32,9 +32,9 @@ def test_each_row_moves_as_under_torchs_own_optimizer(rule):
 def test_rows_that_have_finished_do_not_move(rule):
     training, _ = RULES[rule]
     stack, state = torch.randn(3, 10), OptimizerState()
-    update(stack, torch.randn(3, 10), state, torch.full((3, 1), 1e-2), training)
+    update(stack, torch.randn(3, 10), state, [1e-2] * 3, training)
     last, moments = stack[2].clone(), [m[2].clone() for m in state.moments]
-    update(stack, torch.randn(2, 10), state, torch.full((2, 1), 1e-2), training)
+    update(stack, torch.randn(2, 10), state, [1e-2] * 2, training)
     assert torch.equal(stack[2], last)
     assert all(torch.equal(m[2], before) for m, before in zip(state.moments, moments, strict=True))
 
