@@ -28,6 +28,7 @@ from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
+from fedsim.memory import keep_freed_memory
 from fedsim.models import load_model
 from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
@@ -71,6 +72,7 @@ class Session:
     """The adapted model, the data and its partition, for a server and for the workers in its process."""
 
     def __init__(self, config: Config) -> None:
+        keep_freed_memory()
         self.method = method_of(config)
         self.config = config = effective(config)
         self.on_pass: Callable[[PassFacts], None] = lambda facts: None

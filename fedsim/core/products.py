@@ -48,7 +48,7 @@ def _split(product: Tensor, x: Tensor) -> Tensor:
 
 def _of_rows(y: Tensor | None, x: Tensor, factor: Tensor, scaling: float) -> Tensor:
     if factor.stride(1) == 0:
-        return _RowsProduct.apply(y, x, factor, scaling)  # type: ignore[no-any-return, no-untyped-call]
+        return _RowsProduct.apply(y, x, factor, scaling)
     flat = factor.flatten(0, 1)
     return multiply(x, flat) if y is None else add_product(y, x, flat, scaling)
 
@@ -67,7 +67,7 @@ class _RowsProduct(torch.autograd.Function):
         return torch.baddbmm(_grouped(y, len(matrix)), grouped, matrix.mT, alpha=scaling).view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, matrix = ctx.saved_tensors
         of_x = of_factor = None
         if ctx.needs_input_grad[1]:

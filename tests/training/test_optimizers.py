@@ -15,13 +15,14 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_each_row_moves_as_under_torchs_own_optimizer(rule):
     training, make = RULES[rule]
-    stack = torch.randn(3, 40)
+    stack, rates = torch.randn(3, 40), [1e-2, 1e-2, 3e-2]  # the last client has fewer steps, hence another schedule
     singles = [row.clone().requires_grad_(True) for row in stack]
     optimizers = [make([single]) for single in singles]
+    optimizers[2].param_groups[0]["lr"] = 3e-2
     state = OptimizerState()
     for _ in range(5):
         gradients = torch.randn(3, 40)
-        update(stack, gradients.clone(), state, [1e-2] * 3, training)
+        update(stack, gradients.clone(), state, rates, training)
         for single, gradient, optimizer in zip(singles, gradients, optimizers, strict=True):
             single.grad = gradient
             optimizer.step()
