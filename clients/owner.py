@@ -17,7 +17,7 @@ from fedsim.config import Config, PrivacyUnit
 from fedsim.errors import UserError, nearest
 
 STRENGTH = (PrivacyUnit.none, PrivacyUnit.client, PrivacyUnit.example)
-"""Units of privacy by how little the client must trust the server: noise of unit=client is the server's to add."""
+"""Units of privacy by how little the client must trust the server: noise of unit=client is the server's to add, but for masked uploads."""
 
 
 class RefusedError(Exception):
@@ -45,7 +45,9 @@ class Owner:
     max_local_steps: int = 1000
     """Most local steps in a round."""
     min_privacy: str = "none"
-    """Weakest unit of privacy that is accepted: none, client (noise added by the server) or example (noise added here)."""
+    """Weakest unit of privacy accepted: none, client (noise added by the server, or here if masked) or example (noise added here)."""
+    masked_only: bool = False
+    """Send uploads only behind masks, which takes privacy.secure_aggregation=true: the server then sees sums of several clients."""
     max_epsilon: Optional[float] = None
     """Example-level budget over all runs that this client ever takes part in; null sets no limit."""
     delta: Optional[float] = None
@@ -103,6 +105,10 @@ def accept(owner: Owner, config: Config) -> None:
     unit, least = config.privacy.unit, PrivacyUnit[owner.min_privacy]
     if STRENGTH.index(unit) < STRENGTH.index(least):
         raise RefusedError(f"privacy.unit={unit.name} is weaker than {least.name}, the least accepted")
+    if owner.masked_only and not config.privacy.secure_aggregation:
+        raise RefusedError(
+            "privacy.secure_aggregation=false would send the upload as it is: masked_only takes sums of several clients"
+        )
     if owner.max_epsilon is not None and unit is not PrivacyUnit.example:
         raise RefusedError(f"privacy.unit={unit.name} keeps no budget of the client's own: max_epsilon takes privacy.unit=example only")
     if config.federation.clients <= owner.client:

@@ -80,7 +80,12 @@ class Party:
         return _public(self.sealing), _public(self.masking)
 
     def share(self, peers: Mapping[int, Public], threshold: int) -> dict[int, bytes]:
-        """Returns for each neighbour, sealed, its shares of both secrets; keeps this client's own."""
+        """Returns for each neighbour, sealed, its shares of both secrets; keeps this client's own.
+
+        Raises ValueError for a threshold of half of the group or less: two halves could then be asked for one secret each.
+        """
+        if 2 * threshold <= len(peers) + 1:
+            raise ValueError(f"Expected a threshold above half of the {len(peers) + 1} in the group, got {threshold}.")
         self.peers, self.threshold = dict(peers), threshold
         group = [self.client, *peers]
         points = [client + 1 for client in group]

@@ -163,7 +163,7 @@ class Asking:
         versions, metadata = self._state.exchange.versions, ask.message.metadata
         records, told = packer.pack(versions, versions, increment=False)
         asked = {name: value for name, value in ask.message.content.config_records[REQUEST].items() if name not in (ADAPTER, BASES, FOLD)}
-        content = RecordDict({**records, REQUEST: ConfigRecord({**asked, **told})})
+        content = RecordDict({**ask.message.content, **records, REQUEST: ConfigRecord({**asked, **told})})
         return Ask(Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id), ask.clients)
 
 

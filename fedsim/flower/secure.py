@@ -143,17 +143,20 @@ class Protocol:
     def _keys(self) -> tuple[dict[int, Public], dict[int, int]]:
         publics: dict[int, Public] = {}
         counts: dict[int, int] = {}
-        for reply in self._ask("query.secure_keys", self._graph, lambda clients: {}):
+
+        def take(client: int, reply: Message) -> None:
+            keys = self._received(client, reply, {"keys": (torch.uint8, (2 * KEY_BYTES,))})["keys"].numpy()
             metrics = reply.content.metric_records["metrics"]
-            clients = whole_numbers(metrics, "clients")
-            counts |= dict(zip(clients, whole_numbers(metrics, "num_examples"), strict=True))
-            for client in clients:
-                rows = self._received(client, reply, {"keys": (torch.uint8, (2 * KEY_BYTES,))})["keys"].numpy()
-                publics[client] = bytes(rows[:KEY_BYTES]), bytes(rows[KEY_BYTES:])
+            place = whole_numbers(metrics, "clients").index(client)
+            counts[client] = whole_numbers(metrics, "num_examples")[place]
+            publics[client] = bytes(keys[:KEY_BYTES]), bytes(keys[KEY_BYTES:])
+
+        self._gather("query.secure_keys", self._graph, lambda clients: {REQUEST: self._request(clients)}, take)
         return publics, counts
 
     def _shares(self, publics: Mapping[int, Public]) -> dict[int, dict[int, bytes]]:
         peers = {client: [peer for peer in self._graph[client] if peer in publics] for client in publics}
+        sealed: dict[int, dict[int, bytes]] = {}
 
         def content(clients: list[int]) -> dict[str, ArrayRecord | ConfigRecord]:
             rows = {client: [b"".join(publics[peer]) for peer in peers[client]] for client in clients}
@@ -161,30 +164,30 @@ class Protocol:
             thresholds = [self._threshold(client) for client in clients]
             return {REQUEST: self._request(clients, thresholds=thresholds), **self._sent(records)}
 
-        sealed = {}
-        for reply in self._ask("query.secure_shares", publics, content):
-            for client in _answering(reply):
-                types: Types = {"sealed": (torch.uint8, (len(peers[client]), SEALED_BYTES))}
-                rows = self._received(client, reply, types)["sealed"].numpy()
-                sealed[client] = {peer: bytes(row) for peer, row in zip(peers[client], rows, strict=True)}
+        def take(client: int, reply: Message) -> None:
+            rows = self._received(client, reply, {"sealed": (torch.uint8, (len(peers[client]), SEALED_BYTES))})["sealed"].numpy()
+            sealed[client] = {peer: bytes(row) for peer, row in zip(peers[client], rows, strict=True)}
+
+        self._gather("query.secure_shares", publics, content, take)
         return sealed
 
     def _uploads(self, wanted: Wanted, sealed: Mapping[int, Mapping[int, bytes]], largest: int) -> MaskedSum:
+        total = MaskedSum(wanted.entries)
+        types: Types = {"masked": (torch.uint8, (wanted.entries, wanted.grid.width))}
+
         def content(clients: list[int]) -> dict[str, Any]:
             peers = {client: [peer for peer in self._graph[client] if peer in sealed] for client in clients}
             rows = {client: [sealed[peer][client] for peer in peers[client]] for client in clients}
             records = {client: {"peers": _ids(peers[client]), "sealed": _table(rows[client], SEALED_BYTES)} for client in clients}
-            facts = {"largest": largest, "contributors": len(self._graph), **self.told}
-            return {**wanted.work(clients, facts), **self._sent(records)}
+            told = {"largest": largest, "contributors": len(self._graph), **self.told}
+            return {**wanted.work(clients, told), **self._sent(records)}
 
-        total, shape = MaskedSum(wanted.entries), (wanted.entries, wanted.grid.width)
-        for reply in self._ask(wanted.kind, sealed, content):
-            records = reply.content.array_records
-            for client in whole_numbers(reply.content.metric_records["metrics"], "clients"):
-                record = records[client_key(client)]
-                self.charges.up(self.server_round, client, wanted.purpose, wanted.parameters, record)
-                masked = arrays_from_record(record, {"masked": (torch.uint8, shape)})["masked"]
-                total.add(client, wanted.grid.from_wire(masked.numpy()))
+        def take(client: int, reply: Message) -> None:
+            record = reply.content.array_records[client_key(client)]
+            self.charges.up(self.server_round, client, wanted.purpose, wanted.parameters, record)
+            total.add(client, wanted.grid.from_wire(arrays_from_record(record, types)["masked"].numpy()))
+
+        self._gather(wanted.kind, sealed, content, take)
         return total
 
     def _unmasking(self, sealed: Mapping[int, Any], survivors: Sequence[int]) -> tuple[dict[int, dict[int, bytes]], list[int]]:
@@ -192,40 +195,52 @@ class Protocol:
         came = set(survivors)
         survived = {client: [member for member in group if member in came] for client, group in groups.items()}
         vanished = {client: [member for member in group if member not in came] for client, group in groups.items()}
+        shares: dict[int, dict[int, bytes]] = {owner: {} for owner in sealed}
+        answered: list[int] = []
 
         def content(clients: list[int]) -> dict[str, ArrayRecord | ConfigRecord]:
             records = {client: {"survivors": _ids(survived[client]), "vanished": _ids(vanished[client])} for client in clients}
             return {REQUEST: self._request(clients), **self._sent(records)}
 
-        shares: dict[int, dict[int, bytes]] = {owner: {} for owner in sealed}
-        answered = []
-        for reply in self._ask("query.secure_unmask", survivors, content):
-            for client in _answering(reply):
-                owners = [*survived[client], *vanished[client]]
-                rows = self._received(client, reply, {"shares": (torch.uint8, (len(owners), SHARE_BYTES))})["shares"].numpy()
-                answered.append(client)
-                for owner, row in zip(owners, rows, strict=True):
-                    shares[owner][client] = bytes(row)
+        def take(client: int, reply: Message) -> None:
+            owners = [*survived[client], *vanished[client]]
+            rows = self._received(client, reply, {"shares": (torch.uint8, (len(owners), SHARE_BYTES))})["shares"].numpy()
+            answered.append(client)
+            for owner, row in zip(owners, rows, strict=True):
+                shares[owner][client] = bytes(row)
+
+        self._gather("query.secure_unmask", survivors, content, take)
         return shares, answered
 
     # ---- messages
 
-    def _ask(self, kind: str, left: Iterable[int], content: Callable[[list[int]], Mapping[str, Any]]) -> Iterator[Message]:
-        """Asks those of the clients that are left, each at its node, and yields the replies that come."""
+    def _gather(
+        self,
+        kind: str,
+        left: Iterable[int],
+        content: Callable[[list[int]], dict[str, Any]],
+        take: Callable[[int, Message], None],
+    ) -> None:
+        """Asks those of the clients that are left, each at its node, and takes in what comes of whom; what does not fit is not heard."""
         here = set(left)
 
         def asks() -> Iterator[Ask]:
             for node, clients in self.cohorts:
                 asked = [client for client in clients if client in here]
                 if asked:
-                    parts = {REQUEST: self._request(asked), **content(asked)}
-                    yield Ask(Message(RecordDict(parts), node, kind, group_id=str(self.server_round)), tuple(asked))
+                    yield Ask(Message(RecordDict(content(asked)), node, kind, group_id=str(self.server_round)), tuple(asked))
 
         for ask, reply in self.ask(asks()):
             if isinstance(reply, Failure):
                 self._failures |= dict.fromkeys(ask.clients, reply)
-            else:
-                yield reply
+                continue
+            names = set(reply.content.array_records)
+            for client in ask.clients:
+                if names & {secure_key(client), client_key(client)}:
+                    try:
+                        take(client, reply)
+                    except (KeyError, ValueError) as error:
+                        self._failures[client] = Failure(Reason.refused_by_server, f"{kind}: {error}")
 
     def _request(self, clients: Sequence[int], **facts: Any) -> ConfigRecord:
         return self.request(clients, **self.told, **facts)
@@ -261,11 +276,6 @@ class Protocol:
             f"secure.threshold: round {self.server_round} needs {of_all} to the end, got {len(present)} that sent their "
             f"{stage.name}; nothing was unmasked. Lower secure.threshold (above 0.5), or take more clients into a round."
         )
-
-
-def _answering(reply: Message) -> list[int]:
-    prefix = secure_key(0).removesuffix("0")
-    return [int(name.removeprefix(prefix)) for name in reply.content.array_records if name.startswith(prefix)]
 
 
 def _ids(clients: Sequence[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """A client's side of secure aggregation over Flower messages: keys, shares, a masked upload, unmasking.
 
 Every client is a party of its own also where one worker holds a cohort: its secrets lie in a record of its own in the Context of its
-node, never in a message or a checkpoint, and are gone after the unmasking.
+node (which a client's worker keeps in its owner's folder), never in a message or a checkpoint, and are gone after the unmasking.
 """
 
 import secrets
@@ -70,7 +70,7 @@ def shares(session: Session, message: Message, context: Context) -> Message:
 
 
 def take_shares(message: Message, context: Context) -> None:
-    """Keeps the sealed shares that a request for uploads brings; a request that is sent again need not bring them again."""
+    """Keeps the sealed shares that a request for uploads brings."""
     for client in whole_numbers(message.content.config_records["request"], "clients"):
         record = message.content.array_records.get(secure_key(client))
         if record is not None:

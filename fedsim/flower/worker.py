@@ -72,7 +72,6 @@ def initial_gradient(message: Message, context: Context) -> Message:
                 content[client_key(client)] = secure_worker.masked_gradient(session, request, context, client, gradient)
             else:
                 content[client_key(client)] = to_record(gradient)
-        content["metrics"] = MetricRecord({"clients": clients})
         return content
 
     secure_worker.take_shares(message, context)
@@ -142,9 +141,7 @@ def _train(session: Session, request: ConfigRecord, content: RecordDict, context
     )
     write_memory(context, memory, number)
     if session.config.privacy.secure_aggregation:
-        answer = RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request, context, r) for r in replies})
-        answer["metrics"] = MetricRecord({"clients": clients})
-        return answer
+        return RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request, context, r) for r in replies})
     answer = RecordDict({client_key(reply.result.client): arrays_to_record(reply.arrays) for reply in replies})
     for reply in replies:
         if reply.control is not None:

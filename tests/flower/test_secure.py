@@ -21,7 +21,7 @@ from fedsim.errors import UserError
 from fedsim.experiment import run
 from fedsim.flower import secure_worker
 from fedsim.flower.grid import InProcessGrid
-from fedsim.flower.records import serialized_bytes
+from fedsim.flower.records import arrays_to_record, serialized_bytes
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.session import _open
 
@@ -91,8 +91,7 @@ def test_what_crosses_the_grid_is_uniform_and_no_clients_values():
         start = alone.session.spec.pack(alone.state.factors, kinds)
         updates[client] = (alone.session.train([client], 1, {})[0].arrays["values"] - start).numpy()
     (reply,) = [content for kind, content in secure.grid.replies if kind == "train"]
-    assert set(reply) == {"client-0", "client-1", "client-2", "metrics"}
-    assert set(reply.metric_records["metrics"]) == {"clients"}, "no loss, no number of tokens of a single client"
+    assert set(reply) == {"client-0", "client-1", "client-2"}, "no loss, no number of tokens of a single client"
     for client in range(3):
         sent = reply.array_records[f"client-{client}"]["masked"].numpy()
         assert stats.chisquare(np.bincount(sent.ravel(), minlength=256)).pvalue > 1e-4
@@ -126,6 +125,29 @@ def test_a_worker_that_fails_is_a_client_that_vanishes(monkeypatch):
     mean = sum(update * share for update, share in zip(updates.values(), expected.shares([0, 2]), strict=True))
     limit = bound(expected.counts, 8.0 / (2 ** (BITS - 1) - 1), [0, 2])
     torch.testing.assert_close(secure.flat("R") - start, mean.float(), rtol=0, atol=limit + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoilt"),
+    [("query.secure_keys", "keys"), ("query.secure_shares", "sealed"), ("train", "masked"), ("query.secure_unmask", "shares")],
+)
+def test_what_does_not_fit_is_not_heard_and_the_others_are(kind, spoilt):
+    secure = secure_rounds(of_method("fed_sb", **SECURE), workers=3)
+
+    def spoiling(message, context):
+        reply = app(message, context)
+        if message.metadata.dst_node_id == 2 and message.metadata.message_type == kind:
+            (name,) = reply.content.array_records
+            reply.content[name] = arrays_to_record({spoilt: torch.zeros(5, dtype=torch.uint8)})
+        return reply
+
+    secure.grid._app = spoiling
+    secure.next()
+    facts = secure.strategy.facts
+    in_the_sum = kind == "query.secure_unmask"
+    assert facts.clients == ([0, 1, 2] if in_the_sum else [0, 2])
+    told = [(each.client, each.reason) for each in facts.missing]
+    assert told == ([] if in_the_sum else [(1, Reason.refused_by_server)])
 
 
 def test_the_server_keeps_no_secret_and_workers_forget_theirs():
