@@ -112,8 +112,10 @@ class Local:
 
 
 @contextmanager
-def local_federation(clients: int, folder: Path | None = None, *, shard: bool = True) -> Iterator[Local]:
+def local_federation(clients: int, folder: Path | None = None, *, shard: bool = True, connect: bool = True) -> Iterator[Local]:
     """A running federation of so many clients; its folder is a temporary one unless `folder` is given, which stays.
+
+    `shard` has them train on their shards of the experiment's data; without `connect` their SuperNodes are the caller's to start.
 
     Guarantees: when the block is left, however, nothing that was started runs any more.
     """
@@ -125,7 +127,7 @@ def local_federation(clients: int, folder: Path | None = None, *, shard: bool = 
             init(place, federation)
             local.start_superlink()
             local.register()
-            for client in range(clients):
+            for client in range(clients if connect else 0):
                 local.start_client(client)
             yield local
     finally:

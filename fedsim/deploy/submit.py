@@ -42,7 +42,7 @@ RECONNECTS = 5
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     """Submits the run, shows how it goes, and returns its summary.
 
-    Raises UserError for a mistake here or one that the server finds, RuntimeError if the run fails, LeftRunningError on Ctrl-C: the run goes on.
+    Raises UserError for a mistake, also one that the server finds, RuntimeError if the run fails, LeftRunningError on Ctrl-C: it goes on.
     """
     if not config.engine.superlink:
         raise UserError("Expected engine.superlink with engine=deployment, got none. Name a SuperLink of `flwr config list`.")

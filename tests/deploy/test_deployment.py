@@ -1,0 +1,301 @@
+"""Real programs on loopback: SuperLink, SuperNodes and workers with TLS and node authentication, by the scripts of `fedsim deploy init`."""
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from fedsim.deploy.certificates import authority, client_key
+from fedsim.deploy.local import NAME, environment, free_port, local_federation
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+
+CLIENTS = 2
+SMALL = (
+    *("data.train_examples=24", "data.test_examples=4", f"federation.clients={CLIENTS}", "federation.rounds=2", "training.batch_size=2"),
+    *("training.local_steps=2", "adapter.init_samples=4", "evaluation.max_new_tokens=4", "evaluation.diagnosis=false"),
+)
+FEDSIM = (sys.executable, "-c", "import sys; from fedsim.cli.main import main; sys.exit(main())")
+
+
+class CountingProxy:
+    """Stands between SuperNodes and SuperLink and counts the bytes that pass, TLS and all."""
+
+    def __init__(self, target):
+        self.up = self.down = 0
+        self._target, self._lock = target, threading.Lock()
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._listening.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                return
+            for source, sink, name in ((near, far, "up"), (far, near, "down")):
+                threading.Thread(target=self._pass_on, args=(source, sink, name), daemon=True).start()
+
+    def _pass_on(self, source, sink, name):
+        try:
+            while part := source.recv(1 << 16):
+                sink.sendall(part)
+                with self._lock:
+                    setattr(self, name, getattr(self, name) + len(part))
+        except OSError:
+            pass
+        finally:
+            for each in (source, sink):
+                each.close()
+
+    def close(self):
+        self._listening.close()
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """Two clients whose traffic is counted."""
+    folder = tmp_path_factory.mktemp("deployment") / "federation"
+    with local_federation(CLIENTS, folder, connect=False) as local:
+        proxy = CountingProxy(local.federation.port)
+        for client in range(CLIENTS):
+            local.start_client(client, FEDSIM_SUPERLINK=f"localhost:{proxy.port}")
+        local.proxy = proxy
+        yield local
+        proxy.close()
+
+
+def run(words, home, **options):
+    return subprocess.run(
+        [*FEDSIM, *words], env=environment() | {"FLWR_HOME": str(home)}, capture_output=True, text=True, timeout=240, check=False, **options
+    )
+
+
+def deployed(federation, folder, *words):
+    """A finished run of the deployment, as `fedsim run` prints it."""
+    done = run(["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, *words, f"run_dir={folder}"], federation.flwr_home)
+    assert done.returncode == 0, done.stderr + federation.log("superlink").read_text()[-3000:]
+    return done
+
+
+def in_process(federation, folder, *words):
+    done = run(["run", "engine.cohort_size=1", *SMALL, *words, f"run_dir={folder}"], federation.flwr_home)
+    assert done.returncode == 0, done.stderr
+
+
+def events(folder, kind):
+    lines = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event for event in lines if event["kind"] == kind]
+
+
+def transfers(folder):
+    with open(folder / "communication.csv") as file:
+        rows = [{name: int(value) if value.isdigit() else value for name, value in row.items()} for row in csv.DictReader(file)]
+    return sorted(rows, key=str)  # they lie in the order of arrival
+
+
+def worker_log(federation, client):
+    return (federation.client_folder(client) / "worker" / "worker.log").read_text()
+
+
+def same_adapter(one, other, tolerance):
+    ours, theirs = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, other))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= tolerance
+    assert max(float(tensor.abs().max()) for tensor in ours.values()) > 100 * tolerance
+
+
+def passed_in(proxy, work):
+    """{direction: (bytes that passed, seconds)} while something was done."""
+    before, begun = (proxy.up, proxy.down), time.monotonic()
+    work()
+    seconds = time.monotonic() - begun
+    return {"uplink": (proxy.up - before[0], seconds), "downlink": (proxy.down - before[1], seconds)}
+
+
+def wait_until_idle(federation):
+    """Until all SuperNodes have said that they are there."""
+    while run(["deploy", "status", str(federation.folder)], federation.flwr_home).stdout.count(" online ") < CLIENTS:
+        time.sleep(0.5)
+
+
+def test_the_result_the_ledger_and_the_wire_are_those_of_a_run_in_process(federation, tmp_path):
+    wait_until_idle(federation)
+    idle = passed_in(federation.proxy, lambda: time.sleep(10))
+
+    done = []
+    wire = passed_in(federation.proxy, lambda: done.append(deployed(federation, tmp_path / "deployed")))
+    in_process(federation, tmp_path / "in_process")
+    same_adapter(tmp_path / "deployed", tmp_path / "in_process", 1e-6)
+    rows = transfers(tmp_path / "deployed")
+    assert rows == transfers(tmp_path / "in_process")
+    for direction, passed in wire.items():
+        told = sum(row["serialized_bytes"] for row in rows if row["direction"] == direction)
+        assert told > 5 * 10**6, "a payload of nothing would show nothing"
+        nothing = idle[direction][0] / idle[direction][1] * passed[1]  # SuperNodes that ask for work and say that they live
+        print(
+            f"{direction}: {told} told, {passed[0]} passed, of it {nothing:.0f} as when idle, remainder {(passed[0] - nothing) / told - 1:.2%}"
+        )
+        assert told < passed[0] < 1.01 * told + nothing
+    assert "round 2/2" in done[0].stderr
+    assert str(tmp_path / "deployed") in done[0].stdout
+
+
+def test_from_the_second_round_on_no_base_model_is_loaded(federation, tmp_path):
+    deployed(federation, tmp_path / "run", "seed=1", "adapter=orthogonal")
+    for client in range(CLIENTS):
+        log = worker_log(federation, client)
+        (last,) = re.findall(r"base model loaded .*?(?=base model loaded|\Z)", log, re.S)[-1:]
+        assert len(re.findall(r"done: train of run \d+, round [12]", last)) == 2
+        assert log.count(f"worker of client {client} is process") == 1
+
+
+def test_clients_whose_workers_are_killed_remember_what_they_kept(federation, tmp_path):
+    words = ("federation.rounds=3", "training=sgd", "training.scaffold=true", "adapter=orthogonal", "training.learning_rate=0.5")
+    killed = []
+
+    def kill():
+        while not (tmp_path / "run" / "events.jsonl").exists() or not events(tmp_path / "run", "round"):
+            time.sleep(0.05)
+        for client in range(CLIENTS):
+            killed.append(int((federation.client_folder(client) / "worker" / "worker.lock").read_text()))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    deployed(federation, tmp_path / "run", *words)
+    thread.join()
+    in_process(federation, tmp_path / "in_process", *words)
+    same_adapter(tmp_path / "run", tmp_path / "in_process", 1e-5)
+    assert len(killed) == CLIENTS
+    assert all(worker_log(federation, client).count("is process") == 2 for client in range(CLIENTS))
+
+
+def test_what_an_owner_does_not_accept_is_refused_told_and_not_averaged(federation, tmp_path):
+    path = federation.client_folder(1) / "client.yaml"
+    before = path.read_text()
+    path.write_text(yaml.safe_dump(yaml.safe_load(before) | {"max_local_steps": 1}))
+    subprocess.run([*FEDSIM, "worker", str(path), "--stop"], check=True, capture_output=True)
+    try:
+        deployed(federation, tmp_path / "run", "adapter=orthogonal", "federation.rounds=1")
+        path.write_text(yaml.safe_dump(yaml.safe_load(before) | {"methods": ["fedit"]}))
+        subprocess.run([*FEDSIM, "worker", str(path), "--stop"], check=True, capture_output=True)
+        deployed(federation, tmp_path / "other", "adapter=orthogonal", "federation.rounds=1", "engine.wait_seconds=60")
+    finally:
+        path.write_text(before)
+        subprocess.run([*FEDSIM, "worker", str(path), "--stop"], check=True, capture_output=True)
+    (done,) = events(tmp_path / "run", "round")
+    assert done["clients"] == [0]
+    (missing,) = done["missing"]
+    assert (missing["client"], missing["reason"]) == (1, "refused_by_client")
+    assert "2 local steps are more than the 1 accepted" in missing["detail"]
+    (refused,) = events(tmp_path / "other", "refused")
+    assert "method.name=fed_sb is not among those accepted: fedit" in refused["reason"]
+    assert events(tmp_path / "other", "round")[0]["clients"] == [0]
+
+
+def test_status_shows_who_is_there_and_how_far_runs_have_come(federation):
+    done = run(["deploy", "status", str(federation.folder)], federation.flwr_home)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"client-0 +\d+ +online +\d{4}-", done.stdout)
+    assert re.search(r"client-1 +\d+ +online", done.stdout)
+    assert re.search(r"\d+ +finished:completed +[123]/[123]", done.stdout)
+
+
+def supernode(federation, log, *words, ca=None, key=None):
+    """A SuperNode by hand, which should come to nothing; its output goes to `log`."""
+    trusted = () if "--insecure" in words else ("--root-certificates", str(ca or federation.folder / "server" / "ca.crt"))
+    secret = () if key is None else ("--auth-supernode-private-key", str(key))
+    address = ("--superlink", f"localhost:{federation.federation.port}", "--port", str(free_port()), "--max-retries", "2")
+    env = environment() | {"FLWR_HOME": str(log.parent), "FLWR_TELEMETRY_ENABLED": "0"}
+    with open(log, "w") as output:
+        return subprocess.Popen(
+            ["flower-supernode", *trusted, *secret, *words, *address], env=env, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+def ended(process, seconds=90):
+    """The exit code; the process and all that it started is gone."""
+    try:
+        return process.wait(seconds)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_who_does_not_belong_is_turned_away(federation, tmp_path):
+    (tmp_path / "stranger").write_bytes(client_key("stranger")[1])
+    (tmp_path / "other.crt").write_bytes(authority("other")[0])
+    own, logs = federation.client_folder(0) / "key", {name: tmp_path / name for name in ("unregistered", "keyless", "authority", "plain")}
+    strangers = {
+        "unregistered": supernode(federation, logs["unregistered"], key=tmp_path / "stranger"),
+        "keyless": supernode(federation, logs["keyless"]),
+        "authority": supernode(federation, logs["authority"], ca=tmp_path / "other.crt", key=own),
+        "plain": supernode(federation, logs["plain"], "--insecure", key=own),
+    }
+    codes = {name: ended(process) for name, process in strangers.items()}
+    told = {name: log.read_text() for name, log in logs.items()}
+    assert all(code > 0 for code in codes.values()), (codes, told)
+    assert "2004" in told["unregistered"]
+    assert "2001" in told["keyless"]
+    assert "CERTIFICATE_VERIFY_FAILED" in told["authority"]
+    with socket.create_connection(("127.0.0.1", federation.federation.port), 5) as plain:
+        plain.sendall(b"GET /v1/fleet HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert not plain.recv(100).startswith(b"HTTP/1.1 2")
+
+
+def started_by(home):
+    """Processes whose environment names this Flower folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and str(home) in process.environ().get("FLWR_HOME", ""):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_local_federation_that_is_broken_off_leaves_no_process(tmp_path, number):
+    words = [
+        "deploy",
+        "up",
+        "--local",
+        "2",
+        "--dir",
+        str(tmp_path / "federation"),
+        *SMALL,
+        "federation.rounds=50",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([*FEDSIM, *words], env=os.environ | {"FLWR_HOME": str(tmp_path)}, stdout=log, stderr=log)
+        try:
+            ends = time.monotonic() + 150
+            while "waiting for 2 clients" not in (tmp_path / "log").read_text():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < ends, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            assert len(started_by(tmp_path)) >= 4
+            process.send_signal(number)
+            assert process.wait(90) == 130
+        finally:
+            process.kill()
+            process.wait()
+    assert started_by(tmp_path) == []
