@@ -138,8 +138,8 @@ def test_the_result_the_ledger_and_the_wire_are_those_of_a_run_in_process(federa
     idle = passed_in(federation.proxy, lambda: time.sleep(10))
 
     done = []
-    wire = passed_in(federation.proxy, lambda: done.append(deployed(federation, tmp_path / "deployed")))
-    in_process(federation, tmp_path / "in_process")
+    wire = passed_in(federation.proxy, lambda: done.append(deployed(federation, tmp_path / "deployed", "adapter.rank=128")))
+    in_process(federation, tmp_path / "in_process", "adapter.rank=128")
     same_adapter(tmp_path / "deployed", tmp_path / "in_process", 1e-6)
     rows = transfers(tmp_path / "deployed")
     assert rows == transfers(tmp_path / "in_process")
@@ -147,9 +147,8 @@ def test_the_result_the_ledger_and_the_wire_are_those_of_a_run_in_process(federa
         told = sum(row["serialized_bytes"] for row in rows if row["direction"] == direction)
         assert told > 5 * 10**6, "a payload of nothing would show nothing"
         nothing = idle[direction][0] / idle[direction][1] * passed[1]  # SuperNodes that ask for work and say that they live
-        print(
-            f"{direction}: {told} told, {passed[0]} passed, of it {nothing:.0f} as when idle, remainder {(passed[0] - nothing) / told - 1:.2%}"
-        )
+        rest = (passed[0] - nothing) / told - 1
+        print(f"{direction}: {told} bytes told, {passed[0]} passed, {nothing:.0f} of them as when idle, remainder {rest:.2%}")
         assert told < passed[0] < 1.01 * told + nothing
     assert "round 2/2" in done[0].stderr
     assert str(tmp_path / "deployed") in done[0].stdout

@@ -1,0 +1,157 @@
+"""Rounds whose clients are workers of a deployment, each with its owner, its memory and its accountant; only the wires are missing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from rounds import CLIENTS, Rounds, of_method
+
+from clients.desk import Desk
+from clients.owner import Owner
+from fedsim.config import PrivacyUnit, to_dict
+from fedsim.core.missing import Reason
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.roster import JOIN, Member
+from fedsim.flower.strategy import FedsimStrategy
+from fedsim.flower.worker import REFUSED
+
+
+class Deployed(Rounds):
+    """Rounds over desks; `owners` changes what some owners decide. `restart` begins all desks anew from what lies on their disks."""
+
+    def __init__(self, config, folder, owners=None):
+        super().__init__(config)
+        owners = owners or {}
+        self.owners = [replace(Owner(i, shard=True, folder=str(folder / str(i))), **owners.get(i, {})) for i in range(CLIENTS)]
+        self.restart()
+        self.grid = InProcessGrid(lambda message, context: self.desks[context.node_id - 1].answer(message), workers=CLIENTS)
+        homes = lambda clients: {client: client + 1 for client in clients}  # noqa: E731
+        self.strategy = FedsimStrategy(self.session, config, self.ledger, self.state, homes=homes)
+
+    def restart(self):
+        self.desks = [Desk(owner) for owner in self.owners]
+
+    def ask(self, client, kind, **request):
+        message = Message(RecordDict({"request": ConfigRecord(request)}), client + 1, kind)
+        return next(iter(self.grid.send_and_receive([message])))
+
+
+def privately(**privacy):
+    return of_method("fed_sb", privacy={"unit": PrivacyUnit.example, "noise_multiplier": 1.0, **privacy})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        of_method("fed_sb", training={"scaffold": True}, engine={"cohort_size": 1}),
+        of_method("fedsa_lora", engine={"cohort_size": 1}),
+        of_method("fed_sb", compression={"name": "top_k", "error_feedback": True}, engine={"cohort_size": 1}),
+        of_method("flora", engine={"cohort_size": 1}),
+    ],
+    ids=["scaffold", "fedsa_lora", "error_feedback", "flora"],
+)
+def test_desks_that_start_anew_after_every_round_train_as_clients_of_one_process(config, tmp_path):
+    plain = Rounds(config).next(3)
+    factors = {name: tensor.clone() for name, tensor in plain.state.factors.items()}
+    deployed = Deployed(config, tmp_path)
+    for _ in range(3):
+        deployed.next().restart()
+    for name, tensor in deployed.state.factors.items():
+        torch.testing.assert_close(tensor, factors[name], rtol=0, atol=1e-6)
+    assert deployed.ledger.totals() == plain.ledger.totals()
+
+
+def test_a_round_that_is_asked_for_again_gives_the_same_reply(tmp_path):
+    config = of_method("fed_sb", training={"scaffold": True})
+    deployed = Deployed(config, tmp_path).next()
+    before = {name: tensor.clone() for name, tensor in deployed.state.factors.items()}, deployed.state.control.clone()
+    deployed.next()
+    after = deployed.flat("R").clone()
+    deployed.state.factors, deployed.state.control = before
+    deployed.number = 1  # the server has lost the round and goes on from its checkpoint
+    torch.testing.assert_close(deployed.next().flat("R"), after, rtol=0, atol=1e-7)
+
+
+def test_a_client_says_who_it_is_and_how_much_it_has(tmp_path):
+    deployed = Deployed(of_method("fed_sb"), tmp_path)
+    reply = deployed.ask(2, JOIN, config=json.dumps(to_dict(of_method("fed_sb"))))
+    member = Member.from_records(reply.content)
+    assert (member.client, member.num_examples) == (2, len(deployed.session.shards[2]))
+    assert member.base_digest == deployed.session.base_digest
+
+
+def test_a_client_trains_on_its_own_file_and_on_all_of_it(tmp_path):
+    rows = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(10)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"]}
+    deployed = Deployed(of_method("fed_sb"), tmp_path, {1: own})
+    member = Member.from_records(deployed.ask(1, JOIN, config=json.dumps(to_dict(of_method("fed_sb")))).content)
+    assert member.num_examples == 9  # a single file's tenth is held out
+    deployed.next()
+    assert dict(zip(deployed.strategy.facts.clients, deployed.strategy.facts.num_examples, strict=True))[1] == 9
+
+
+@pytest.mark.parametrize(
+    ("owner", "reason"),
+    [
+        ({"max_local_steps": 1}, "2 local steps are more than the 1 accepted"),
+        ({"methods": ["fedit"]}, "method.name=fed_sb is not among those accepted: fedit"),
+        ({"min_privacy": "example"}, "privacy.unit=none is weaker than example"),
+    ],
+)
+def test_what_an_owner_refuses_is_missing_with_its_reason_and_not_averaged(owner, reason, tmp_path):
+    deployed = Deployed(of_method("fed_sb"), tmp_path, {1: owner}).next()
+    (missing,) = deployed.strategy.facts.missing
+    assert (missing.client, missing.reason) == (1, Reason.refused_by_client)
+    assert reason in missing.detail
+    assert sorted(deployed.strategy.facts.clients) == [0, 2]
+
+
+def test_other_clients_and_other_configurations_are_refused(tmp_path):
+    deployed = Deployed(of_method("fed_sb"), tmp_path)
+    text = json.dumps(to_dict(of_method("fed_sb")))
+    for request, reason in (
+        ({"config": text, "clients": [0, 1]}, "names clients [0, 1], this is client 1"),
+        ({"config": text.replace('"seed"', '"sed"'), "clients": [1]}, "is not one of fedsim"),
+        ({"config": "no json", "clients": [1]}, "is not one of fedsim"),
+    ):
+        error = deployed.ask(1, "train", **request).error
+        assert error.code == REFUSED
+        assert reason in error.reason
+
+
+def test_a_clients_own_budget_ends_its_part_whatever_the_server_thinks(tmp_path):
+    config = privately()
+    plain = Deployed(config, tmp_path / "unlimited").next()
+    spent = plain.desks[1]._budget._ledger.epsilon(1)
+    deployed = Deployed(config, tmp_path / "limited", {1: {"max_epsilon": spent * 1.01}}).next()
+    assert deployed.strategy.facts.missing == []
+    deployed.restart()
+    deployed.next()
+    (missing,) = deployed.strategy.facts.missing
+    assert (missing.client, missing.reason) == (1, Reason.refused_by_client)
+    assert "epsilon would exceed the owner's" in missing.detail
+
+
+def test_the_clients_accountant_agrees_with_the_servers_plan(tmp_path):
+    deployed = Deployed(privately(), tmp_path).next(2)
+    for client, desk in enumerate(deployed.desks):
+        mechanism = deployed.session.privacy_plan[client].round_mechanism
+        assert desk._budget._ledger.history(client) == (replace(mechanism, steps=2 * mechanism.steps),)
+
+
+def test_training_without_noise_is_refused_where_the_configuration_promises_it(tmp_path):
+    deployed = Deployed(privately(), tmp_path)
+    error = deployed.ask(0, "train", config=json.dumps(to_dict(privately())), clients=[0], round=1).error
+    assert error.code == REFUSED
+    assert "train would leave without noise" in error.reason
+
+
+def test_a_failure_tells_the_server_nothing_of_the_data(tmp_path):
+    deployed = Deployed(of_method("fed_sb"), tmp_path, {0: {"shard": False, "data_path": str(tmp_path / "secret-name.jsonl")}})
+    error = deployed.ask(0, "train", config=json.dumps(to_dict(of_method("fed_sb"))), clients=[0], round=1).error
+    assert error.code != REFUSED
+    assert "secret-name" not in error.reason
+    assert "UserError" in error.reason
