@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from clients.owner import load_owner
 from clients.worker import stop
 from fedsim.deploy.folder import Federation, init
@@ -93,12 +95,19 @@ class Local:
         raise UserError(f"Expected {name} to start, but it did not: {tail(self.log(name))}")
 
     def end(self, name: str) -> None:
-        """Ends one program and what it started in its group."""
+        """Ends one program and all that it has started: what has a session of its own, as the ServerApp has, is not in its group."""
         process = self.processes.pop(name)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(PATIENCE_SECONDS)
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_SECONDS)
+            deaf = psutil.wait_procs(started, timeout=PATIENCE_SECONDS)[1]
+            for each in deaf:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+            psutil.wait_procs(deaf, timeout=PATIENCE_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

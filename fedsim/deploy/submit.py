@@ -14,6 +14,7 @@ from typing import Any
 import fedsim
 from fedsim.config import Config, to_dict
 from fedsim.deploy.flower import flwr, following, run_facts
+from fedsim.effective import effective
 from fedsim.errors import LeftRunningError, UserError
 from fedsim.flower.telling import Following
 from fedsim.report import summary_table
@@ -47,6 +48,7 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     if not config.engine.superlink:
         raise UserError("Expected engine.superlink with engine=deployment, got none. Name a SuperLink of `flwr config list`.")
     config = named(config)
+    effective(config)  # finds here and now what the server would find
     run_id = submitted(config)
     try:
         summary = _followed(run_id, config, quiet=quiet)

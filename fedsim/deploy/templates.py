@@ -23,7 +23,7 @@ flower-supernode --root-certificates ca.crt --superlink "$${FEDSIM_SUPERLINK:-$h
     --node-config "partition-id=$client num-partitions=$clients client-file=\\"$$PWD/client.yaml\\"" \\
     --port "$${FEDSIM_PORT:-$runtime_port}" &
 node=$$!
-trap 'kill "$$node" 2>/dev/null; wait "$$node" 2>/dev/null; fedsim worker client.yaml --stop' EXIT
+trap 'kill "$$node" 2>/dev/null || true; wait "$$node" 2>/dev/null || true; fedsim worker client.yaml --stop' EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 wait "$$node"

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -133,38 +134,47 @@ def wait_until_idle(federation):
         time.sleep(0.5)
 
 
-def test_the_result_the_ledger_and_the_wire_are_those_of_a_run_in_process(federation, tmp_path):
+@pytest.fixture(scope="module")
+def first(federation, tmp_path_factory):
+    """The same run in the deployment and in process, with what passed over the wires meanwhile, and when nothing went on."""
+    folder = tmp_path_factory.mktemp("first")
     wait_until_idle(federation)
-    idle = passed_in(federation.proxy, lambda: time.sleep(10))
-
-    done = []
-    wire = passed_in(federation.proxy, lambda: done.append(deployed(federation, tmp_path / "deployed", "adapter.rank=128")))
-    in_process(federation, tmp_path / "in_process", "adapter.rank=128")
-    same_adapter(tmp_path / "deployed", tmp_path / "in_process", 1e-6)
-    rows = transfers(tmp_path / "deployed")
-    assert rows == transfers(tmp_path / "in_process")
-    for direction, passed in wire.items():
-        told = sum(row["serialized_bytes"] for row in rows if row["direction"] == direction)
-        assert told > 5 * 10**6, "a payload of nothing would show nothing"
-        nothing = idle[direction][0] / idle[direction][1] * passed[1]  # SuperNodes that ask for work and say that they live
-        rest = (passed[0] - nothing) / told - 1
-        print(f"{direction}: {told} bytes told, {passed[0]} passed, {nothing:.0f} of them as when idle, remainder {rest:.2%}")
-        assert told < passed[0] < 1.01 * told + nothing
-    assert "round 2/2" in done[0].stderr
-    assert str(tmp_path / "deployed") in done[0].stdout
+    idle, done = passed_in(federation.proxy, lambda: time.sleep(10)), []
+    wire = passed_in(federation.proxy, lambda: done.append(deployed(federation, folder / "deployed", "adapter.rank=128")))
+    in_process(federation, folder / "in_process", "adapter.rank=128")
+    return SimpleNamespace(deployed=folder / "deployed", in_process=folder / "in_process", idle=idle, wire=wire, done=done[0])
 
 
-def test_from_the_second_round_on_no_base_model_is_loaded(federation, tmp_path):
-    deployed(federation, tmp_path / "run", "seed=1", "adapter=orthogonal")
+def test_result_ledger_and_display_are_those_of_a_run_in_process(first):
+    same_adapter(first.deployed, first.in_process, 1e-6)
+    assert transfers(first.deployed) == transfers(first.in_process)
+    assert {event["client"] for event in events(first.deployed, "joined")} == set(range(CLIENTS))
+    assert "round 2/2" in first.done.stderr
+    assert str(first.deployed) in first.done.stdout
+
+
+@pytest.mark.parametrize("direction", ["uplink", "downlink"])
+def test_the_bytes_on_the_wire_are_those_of_the_ledger_within_one_percent(first, direction):
+    """The remainder: heads of HTTP and TLS records, the configuration in every request, the bundle, and digests of objects."""
+    told = sum(row["serialized_bytes"] for row in transfers(first.deployed) if row["direction"] == direction)
+    assert told > 10**7, "a payload of nothing would show nothing"
+    (passed, seconds), (idle, idle_seconds) = first.wire[direction], first.idle[direction]
+    waiting = idle / idle_seconds * seconds  # SuperNodes that ask for work and say that they live
+    print(f"{direction}: {told} told, {passed} passed, {waiting:.0f} of them as when idle, remainder {(passed - waiting) / told - 1:.2%}")
+    assert told < passed < 1.01 * told + waiting
+
+
+def test_a_client_trains_every_round_on_the_base_model_that_it_loaded_once(first, federation):
+    assert first.done
     for client in range(CLIENTS):
         log = worker_log(federation, client)
-        (last,) = re.findall(r"base model loaded .*?(?=base model loaded|\Z)", log, re.S)[-1:]
-        assert len(re.findall(r"done: train of run \d+, round [12]", last)) == 2
-        assert log.count(f"worker of client {client} is process") == 1
+        assert log.count("base model loaded (1 since the start)") == log.count("base model loaded") == 1
+        assert len(re.findall(r"done: train of run \d+, round [12]", log)) == 2
+        assert log.count("is process") == 1
 
 
 def test_clients_whose_workers_are_killed_remember_what_they_kept(federation, tmp_path):
-    words = ("federation.rounds=3", "training=sgd", "training.scaffold=true", "adapter=orthogonal", "training.learning_rate=0.5")
+    words = ("federation.rounds=3", "training.optimizer=sgd", "training.scaffold=true", "adapter=orthogonal", "training.learning_rate=0.5")
     killed = []
 
     def kill():
@@ -181,30 +191,25 @@ def test_clients_whose_workers_are_killed_remember_what_they_kept(federation, tm
     in_process(federation, tmp_path / "in_process", *words)
     same_adapter(tmp_path / "run", tmp_path / "in_process", 1e-5)
     assert len(killed) == CLIENTS
-    assert all(worker_log(federation, client).count("is process") == 2 for client in range(CLIENTS))
+    assert all(f"is process {pid}" in worker_log(federation, client) for client, pid in enumerate(killed))
 
 
 def test_what_an_owner_does_not_accept_is_refused_told_and_not_averaged(federation, tmp_path):
     path = federation.client_folder(1) / "client.yaml"
     before = path.read_text()
     path.write_text(yaml.safe_dump(yaml.safe_load(before) | {"max_local_steps": 1}))
-    subprocess.run([*FEDSIM, "worker", str(path), "--stop"], check=True, capture_output=True)
+    restart = [*FEDSIM, "worker", str(path), "--stop"]  # an owner's change holds from the worker's next start
+    subprocess.run(restart, check=True, capture_output=True)
     try:
         deployed(federation, tmp_path / "run", "adapter=orthogonal", "federation.rounds=1")
-        path.write_text(yaml.safe_dump(yaml.safe_load(before) | {"methods": ["fedit"]}))
-        subprocess.run([*FEDSIM, "worker", str(path), "--stop"], check=True, capture_output=True)
-        deployed(federation, tmp_path / "other", "adapter=orthogonal", "federation.rounds=1", "engine.wait_seconds=60")
     finally:
         path.write_text(before)
-        subprocess.run([*FEDSIM, "worker", str(path), "--stop"], check=True, capture_output=True)
+        subprocess.run(restart, check=True, capture_output=True)
     (done,) = events(tmp_path / "run", "round")
     assert done["clients"] == [0]
     (missing,) = done["missing"]
     assert (missing["client"], missing["reason"]) == (1, "refused_by_client")
     assert "2 local steps are more than the 1 accepted" in missing["detail"]
-    (refused,) = events(tmp_path / "other", "refused")
-    assert "method.name=fed_sb is not among those accepted: fedit" in refused["reason"]
-    assert events(tmp_path / "other", "round")[0]["clients"] == [0]
 
 
 def test_status_shows_who_is_there_and_how_far_runs_have_come(federation):
@@ -270,19 +275,8 @@ def started_by(home):
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_local_federation_that_is_broken_off_leaves_no_process(tmp_path, number):
-    words = [
-        "deploy",
-        "up",
-        "--local",
-        "2",
-        "--dir",
-        str(tmp_path / "federation"),
-        *SMALL,
-        "federation.rounds=50",
-        f"run_dir={tmp_path / 'run'}",
-    ]
+def test_a_local_federation_that_is_broken_off_leaves_no_process(tmp_path):
+    words = ("deploy", "up", "--local", "2", "--dir", str(tmp_path / "federation"), *SMALL, f"run_dir={tmp_path / 'run'}")
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*FEDSIM, *words], env=os.environ | {"FLWR_HOME": str(tmp_path)}, stdout=log, stderr=log)
         try:
@@ -292,7 +286,7 @@ def test_a_local_federation_that_is_broken_off_leaves_no_process(tmp_path, numbe
                 assert time.monotonic() < ends, (tmp_path / "log").read_text()
                 time.sleep(0.2)
             assert len(started_by(tmp_path)) >= 4
-            process.send_signal(number)
+            process.terminate()
             assert process.wait(90) == 130
         finally:
             process.kill()

@@ -1,0 +1,62 @@
+"""What a federation on this machine starts, it ends; with programs that only sleep in the place of Flower's."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from fedsim.deploy.folder import Federation
+from fedsim.deploy.local import Local, local_federation
+from fedsim.errors import UserError
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.deploy.local.PATIENCE_SECONDS", 1.0)
+    return Local(tmp_path, Federation("local", 0, ("localhost",), 1))
+
+
+def script(folder, text):
+    path = folder / "program.sh"
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_what_a_program_has_started_is_ended_with_it_whatever_session_it_is_in_and_however_deaf(local, tmp_path):
+    deaf = "trap '' TERM INT; while true; do sleep 1; done"
+    local.start("program", script(tmp_path, f'setsid bash -c "{deaf}" & bash -c "{deaf}" & sleep 100'))
+    process = psutil.Process(local.processes["program"].pid)
+    while len(process.children(recursive=True)) < 3:
+        time.sleep(0.05)
+    started = [process, *process.children(recursive=True)]
+    local.end("program")
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in started)
+    assert local.processes == {}
+
+
+def test_a_program_that_does_not_start_is_told_with_the_end_of_its_log(local, tmp_path):
+    local.start("program", script(tmp_path, "echo no such port >&2; exit 3"))
+    with pytest.raises(UserError, match="Expected program to start, but it did not: no such port"):
+        local.wait_for(lambda: False, "program")
+    local.end("program")
+
+
+def test_sigterm_ends_a_federation_as_ctrl_c_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(Local, "start_superlink", lambda self: self.start("superlink", script(tmp_path, "exec sleep 100")))
+    monkeypatch.setattr(Local, "register", lambda self: None)
+    before = signal.getsignal(signal.SIGTERM)
+    started = []
+
+    def broken_off():
+        with local_federation(0, tmp_path / "federation") as local:
+            started.append(local.processes["superlink"])
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert started[0].returncode is not None
+    assert signal.getsignal(signal.SIGTERM) is before
