@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from fedsim.config import Accountant, Config, PrivacyUnit
-from fedsim.core.methods import METHODS, Method, combinations
+from fedsim.core.methods import METHODS, Method, combinations, with_head
+from fedsim.data import labels
 from fedsim.errors import UserError, nearest
 from fedsim.privacy import checks as privacy_checks
 
@@ -32,9 +33,13 @@ def effective(config: Config) -> Config:
 
 
 def method_of(config: Config) -> Method:
-    """Returns the method that the configuration names. Raises UserError for an unknown one."""
+    """Returns the method that the configuration names, with a classification head where the data has labels.
+
+    Raises UserError for an unknown one.
+    """
     if config.method.name not in METHODS:
         raise UserError(
             f"method.name: expected one of {', '.join(METHODS)}, got {config.method.name!r}.{nearest(config.method.name, list(METHODS))}"
         )
-    return METHODS[config.method.name]
+    method = METHODS[config.method.name]
+    return with_head(method) if labels(config.data) else method

@@ -2,7 +2,7 @@
 
 B' is the product of all factors but the last, A' the last, for LoRA-SB B R and A. Where the base weights have been added to, or the update
 has no factors, it is the SVD of the whole update, cut where the singular values end in rounding. A third matrix beside A and B would be
-opened by PEFT without a warning and give wrong results; it is never written.
+opened by PEFT without a warning and give wrong results; it is never written. A classification head goes whole into `modules_to_save`.
 """
 
 import json
@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import nn
 
 from fedsim.core.adapters import AdaptedLinear, adapted_layers, is_transposed, weight_matrix
+from fedsim.core.heads import head_layers
 
 
 def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
@@ -23,11 +24,15 @@ def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
     for name, (left, right) in pairs.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = right.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = left.detach().cpu().contiguous()
+    head = head_layers(model)
+    for name, layer in head.items():
+        tensors[f"base_model.model.{name}.weight"] = layer.head[:, :-1].detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.bias"] = layer.head[:, -1].detach().cpu().contiguous()
     ranks = {name: left.shape[1] for name, (left, _) in pairs.items()}
     rank = max(ranks.values())
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": rank,
@@ -37,6 +42,7 @@ def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
         "bias": "none",
         "fan_in_fan_out": is_transposed(next(iter(layers.values())).base),
         "target_modules": sorted(layers),
+        **({"modules_to_save": sorted(head)} if head else {}),
         "inference_mode": True,
     }
     return {

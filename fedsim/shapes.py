@@ -6,7 +6,7 @@ a tenth of a second and no memory. What is counted is therefore the model that a
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import matrix_shape, target_layers
 from fedsim.errors import UserError, nearest
-from fedsim.models import EMBEDDED
+from fedsim.models import EMBEDDED, PACKAGE, head_paths, source
 
 LayerShape = tuple[int, int]
 """(out_features, in_features) of a linear layer."""
@@ -27,14 +27,23 @@ _UNDECLARED = {"head_dim"}
 """Entries that some models read although their configuration does not declare them (Qwen 2)."""
 
 
-def layer_shapes(model: ModelConfig, target_modules: list[str]) -> dict[str, LayerShape]:
+def layer_shapes(model: ModelConfig, target_modules: list[str], labels: Sequence[str] = ()) -> dict[str, LayerShape]:
     """Returns (out_features, in_features) of each layer that `adapt` would adapt, by path, in the model's order.
 
-    Paths are those of the causal language model, or of the bare encoder for BERT and its kin. Raises UserError as `skeleton` does, and
-    for a name in `target_modules` that fits no layer.
+    Paths are those of the causal language model, of the classifier where there are labels, else of the bare encoder for BERT and its kin.
+    Raises UserError as `skeleton` does, and for a name in `target_modules` that fits no layer.
     """
-    bare = skeleton(model)
-    return {path: matrix_shape(bare.get_submodule(path)) for path in target_layers(bare, target_modules)}
+    bare = skeleton(model, labels)
+    head = head_paths(bare) if labels else []
+    return {path: matrix_shape(bare.get_submodule(path)) for path in target_layers(bare, target_modules) if path not in head}
+
+
+def head_shapes(model: ModelConfig, labels: Sequence[str]) -> dict[str, LayerShape]:
+    """Returns (out_features, in_features) of each layer of the classification head, by path; empty without labels."""
+    if not labels:
+        return {}
+    bare = skeleton(model, labels)
+    return {path: matrix_shape(bare.get_submodule(path)) for path in head_paths(bare)}
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -42,8 +51,8 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in skeleton(model).parameters())
 
 
-def skeleton(model: ModelConfig) -> nn.Module:
-    """Returns the model on the meta device: every module and every shape, no weight.
+def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
+    """Returns the model on the meta device: every module and every shape, no weight; with labels it has a classification head.
 
     It is built from config.json in the local folder `path`, else from `architecture`, else, where `path` is None, from the embedded
     model's folder. Guarantees: nothing is downloaded or printed, no remote code runs, and no random state is touched.
@@ -52,7 +61,7 @@ def skeleton(model: ModelConfig) -> nn.Module:
     entries, origin = _entries(model)
     with _silence():
         try:
-            return _build(entries, origin)
+            return _build(entries, origin, labels)
         except UserError:
             raise
         except Exception as error:  # a wrong value surfaces as anything, from a division by zero to transformers' own types
@@ -62,8 +71,9 @@ def skeleton(model: ModelConfig) -> nn.Module:
 
 def _entries(model: ModelConfig) -> tuple[dict[str, Any], str]:
     """Returns the entries of config.json, and where they were found."""
-    if model.path is not None and (Path(model.path) / "config.json").is_file():
-        return _read(Path(model.path) / "config.json")
+    folder = _folder(model)
+    if folder is not None and (folder / "config.json").is_file():
+        return _read(folder / "config.json")
     if model.architecture:
         return model.architecture, "model.architecture"
     if model.path is None:
@@ -72,6 +82,18 @@ def _entries(model: ModelConfig) -> tuple[dict[str, Any], str]:
         f"Expected a local folder with config.json in model.path, or model.architecture, got model.path={model.path} alone; nothing is "
         "downloaded to learn shapes. Give the folder, or its entries: model.architecture={model_type:llama,hidden_size:2048,...}."
     )
+
+
+def _folder(model: ModelConfig) -> Path | None:
+    """Returns the folder that `model.path` may be; None for a package that is not installed."""
+    if model.path is None:
+        return None
+    try:
+        return Path(source(model))
+    except UserError:
+        if model.path.startswith(PACKAGE) and not model.architecture:
+            raise
+        return None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
@@ -84,8 +106,9 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     return entries, str(path)
 
 
-def _build(entries: dict[str, Any], origin: str) -> nn.Module:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoModel, AutoModelForCausalLM
+def _build(entries: dict[str, Any], origin: str, labels: Sequence[str]) -> nn.Module:
+    import transformers
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     name = entries.get("model_type")
     known = list(CONFIG_MAPPING)
@@ -98,7 +121,9 @@ def _build(entries: dict[str, Any], origin: str) -> nn.Module:
     both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(settings, "is_decoder", False)
     if getattr(settings, "is_encoder_decoder", False) or not (both_ways or kind in MODEL_FOR_CAUSAL_LM_MAPPING):
         raise UserError(f"{origin}: Expected a decoder-only language model or a text encoder, got {name!r}. Choose another model.")
-    auto = AutoModel if both_ways else AutoModelForCausalLM
+    auto: Any = transformers.AutoModel if both_ways else transformers.AutoModelForCausalLM
+    if labels:
+        settings.id2label, auto = dict(enumerate(labels)), transformers.AutoModelForSequenceClassification
     with torch.device("meta"):
         model: nn.Module = auto.from_config(settings, attn_implementation="eager", trust_remote_code=False)
     return model

@@ -35,6 +35,24 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two texts, and which of `labels` tells how the second relates to the first: for a model that classifies and generates nothing.
+
+    `labels` are all of the set's, in the order of the classification head's outputs; `answer` is the gold one.
+    """
+
+    task: str
+    premise: str
+    hypothesis: str
+    answer: str
+    labels: tuple[str, ...]
+
+
+AnyExample = Example | Pair
+"""What a client owns; a run has one kind only."""
+
+
+@dataclass(frozen=True)
 class EncodedExample:
     """Tokens of prompt and response (end-of-sequence included). The loss is on `input_ids[loss_start:]`."""
 
@@ -45,3 +63,21 @@ class EncodedExample:
     def num_tokens(self) -> int:
         """Length of the whole sequence."""
         return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Tokens of both texts as the encoder reads them, which text each belongs to (empty for a model that is not told), and the label."""
+
+    input_ids: tuple[int, ...]
+    segments: tuple[int, ...]
+    label: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole sequence."""
+        return len(self.input_ids)
+
+
+AnyEncoded = EncodedExample | EncodedPair
+"""What a model is trained on."""

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from torch import nn
 
 from fedsim.core.adapters import adapt, install
 from fedsim.core.forms import LORA_SB
-from fedsim.core.initialization import from_seed
-from fedsim.models import prepare
-from fedsim.types import EncodedExample
+from fedsim.core.initialization import from_seed, new_head
+from fedsim.models import head_paths, prepare
+from fedsim.types import EncodedExample, EncodedPair
 
 torch.set_num_threads(1)  # the models are so small that two threads cost more than they bring
 
@@ -59,3 +60,81 @@ def sequences() -> Callable[..., list[EncodedExample]]:
         return [EncodedExample(tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(6, 14))), 3) for _ in range(count)]
 
     return make
+
+
+# ---- models that classify
+
+LABELS = ("entailment", "neutral", "contradiction")
+CLASSIFIERS = ("bert", "roberta", "distilbert")
+
+
+def tiny_classifier(architecture: str = "bert", *, seed: int = 0, activation_checkpointing: bool = False) -> nn.Module:
+    """A two-layer encoder with random weights and a classification head."""
+    from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig, RobertaConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    ids = {"vocab_size": VOCABULARY, "pad_token_id": 0, "id2label": dict(enumerate(LABELS))}
+    configs = {
+        "bert": lambda: BertConfig(**sizes, **ids),
+        "roberta": lambda: RobertaConfig(**sizes, **ids, type_vocab_size=1),
+        "distilbert": lambda: DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64, **ids),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_config(configs[architecture]())
+    return prepare(model, torch.device("cpu"), activation_checkpointing=activation_checkpointing)
+
+
+def adapted_classifier(architecture: str = "bert", rank: int = 8, **options: bool) -> nn.Module:
+    """A tiny classifier with adapters whose B and A are orthonormal, whose R is random, and with a new head."""
+    model = tiny_classifier(architecture, **options)  # type: ignore[arg-type]
+    spec = adapt(model, LORA_SB, rank, 1, 1.0, [], head_paths(model))
+    generator = torch.Generator().manual_seed(1)
+    factors = new_head(spec, seed=0) | from_seed(spec, {}, seed=0)
+    start = {k: torch.randn(v.shape, generator=generator) * 0.1 if k.endswith(".R") else v for k, v in factors.items()}
+    install(model, {k: 10 * v if k.endswith(".head") else v for k, v in start.items()})  # else hardly any gradient reaches R
+    return model
+
+
+@pytest.fixture
+def pairs() -> Callable[..., list[EncodedPair]]:
+    """Makes `count` random pairs of 6 to 13 tokens, without segments for a model that knows none."""
+
+    def make(count: int, seed: int = 0, segments: bool = True) -> list[EncodedPair]:
+        rng, made = random.Random(seed), []
+        for _ in range(count):
+            length, first = rng.randrange(6, 14), rng.randrange(2, 5)
+            ids = tuple(rng.randrange(3, VOCABULARY) for _ in range(length))
+            made.append(EncodedPair(ids, (0,) * first + (1,) * (length - first) if segments else (), rng.randrange(len(LABELS))))
+        return made
+
+    return make
+
+
+def save_classifier(folder: Path) -> str:
+    """Writes a tiny BERT without a head and a tokenizer of the words w0 to w44, as a user would have them on disk."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3}
+    words = Tokenizer(models.WordLevel(special | {f"w{i}": 4 + i for i in range(VOCABULARY - 5)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tiny_classifier().bert.save_pretrained(folder)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_input_names=names).save_pretrained(folder)
+    return str(folder)
+
+
+def write_sick(path: Path, count: int = 40) -> str:
+    """Writes pairs of made-up words in SICK's form: the label depends on the first word of each."""
+    rng = random.Random(0)
+    lines = ["pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment"]
+    for i in range(count):
+        first, second = (" ".join(f"w{rng.randrange(45)}" for _ in range(rng.randrange(2, 6))) for _ in range(2))
+        label = LABELS[(len(first) + len(second)) % 3].upper()
+        lines.append(f"{i}\t{first}\t{second}\t3.0\t{label}")
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)

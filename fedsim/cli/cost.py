@@ -24,12 +24,13 @@ from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import Forecast, forecast
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.methods import METHODS, Method
+from fedsim.data import labels
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.progress import size
 from fedsim.published import SOURCE, Published, published
 from fedsim.report import table
-from fedsim.shapes import LayerShape, layer_shapes
+from fedsim.shapes import LayerShape, head_shapes, layer_shapes
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,16 @@ def _varied(job: Job) -> dict[str, str]:
 
 def _row(job: Job, given: Config) -> Row:
     config, method = effective(given), method_of(given)
-    layers = _layers(json.dumps(to_dict(given.model)), tuple(config.adapter.target_modules))
-    spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
+    layers, head = _layers(json.dumps(to_dict(given.model)), tuple(config.adapter.target_modules), labels(config.data))
+    spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling, head)
     return Row(_varied(job), given, method, spec, forecast(config, method, spec), _published(given, spec))
 
 
 @lru_cache
-def _layers(model: str, target_modules: tuple[str, ...]) -> dict[str, LayerShape]:
-    return layer_shapes(from_dict(ModelConfig, json.loads(model)), list(target_modules))
+def _layers(model: str, target_modules: tuple[str, ...], classes: tuple[str, ...]) -> tuple[dict[str, LayerShape], dict[str, LayerShape]]:
+    """Returns the shapes of the adapted layers and of a classification head."""
+    config = from_dict(ModelConfig, json.loads(model))
+    return layer_shapes(config, list(target_modules), classes), head_shapes(config, classes)
 
 
 def _published(config: Config, spec: AdapterSpec) -> Published | None:

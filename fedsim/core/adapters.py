@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsim.core.forms import RAVAN, AdapterSpec, Factors, Form, product
+from fedsim.core.forms import HEAD, RAVAN, AdapterSpec, Factors, Form, product
+from fedsim.core.heads import head_layers, put_in
 from fedsim.core.products import add_product, multiply
 from fedsim.errors import UserError, nearest
 from fedsim.types import Adapter
@@ -85,16 +86,26 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_transposed(module)
 
 
-def adapt(model: nn.Module, form: Form, rank: int | None, heads: int, scaling: float, target_modules: list[str]) -> AdapterSpec:
+def adapt(
+    model: nn.Module,
+    form: Form,
+    rank: int | None,
+    heads: int,
+    scaling: float,
+    target_modules: list[str],
+    classification_head: Sequence[str] = (),
+) -> AdapterSpec:
     """Freezes the model, replaces its target layers by `AdaptedLinear` in place, and returns what was put in.
+
+    The layers of a classification head, by path, are no targets: they become `HeadLinear`.
 
     Targets are all linear layers inside the repeated blocks (heads, embeddings and poolers stay out), or those whose path
     ends with a name of `target_modules`. Raises UserError for a name that fits no layer and for a rank above a layer's size.
     """
     model.requires_grad_(False)
-    spec = adapter_spec(
-        {name: matrix_shape(model.get_submodule(name)) for name in target_layers(model, target_modules)}, form, rank, heads, scaling
-    )
+    head = put_in(model, classification_head)
+    layers = {name: matrix_shape(model.get_submodule(name)) for name in target_layers(model, target_modules)}
+    spec = adapter_spec(layers, form, rank, heads, scaling, head)
     for name in spec.layers:
         parent, _, child = name.rpartition(".")
         layer = AdaptedLinear(model.get_submodule(name), form, spec.rank, spec.heads, spec.scaling)
@@ -102,10 +113,20 @@ def adapt(model: nn.Module, form: Form, rank: int | None, heads: int, scaling: f
     return spec
 
 
-def adapter_spec(layers: dict[str, tuple[int, int]], form: Form, rank: int | None, heads: int, scaling: float) -> AdapterSpec:
-    """Returns the adapters of layers of these shapes (out, in); `heads` counts for a form that has several. Raises as `fitting_rank`."""
+def adapter_spec(
+    layers: dict[str, tuple[int, int]],
+    form: Form,
+    rank: int | None,
+    heads: int,
+    scaling: float,
+    head: dict[str, tuple[int, int]] | None = None,
+) -> AdapterSpec:
+    """Returns the adapters of layers of these shapes (out, in), beside a classification head of layers of the shapes in `head`.
+
+    `heads` counts for a form that has several. Raises as `fitting_rank`.
+    """
     heads = heads if form is RAVAN else 1
-    return AdapterSpec(form, layers, fitting_rank(form, rank, heads, layers), heads, scaling if form.low_rank else 1.0)
+    return AdapterSpec(form, layers, fitting_rank(form, rank, heads, layers), heads, scaling if form.low_rank else 1.0, head or {})
 
 
 def matrix_shape(base: nn.Module) -> tuple[int, int]:
@@ -172,8 +193,10 @@ def base_weights(model: nn.Module) -> Adapter:
 
 
 def factors(model: nn.Module, kinds: Sequence[str]) -> Adapter:
-    """Returns the model's present factors of the given kinds by name, in the model's order."""
-    return {f"{name}.{kind}": getattr(layer, kind) for name, layer in adapted_layers(model).items() for kind in kinds}
+    """Returns the model's present factors of the given kinds by name, in the model's order, those of a head last."""
+    own = [kind for kind in kinds if kind != HEAD]
+    found = {f"{name}.{kind}": getattr(layer, kind) for name, layer in adapted_layers(model).items() for kind in own}
+    return found | ({f"{name}.{HEAD}": getattr(layer, HEAD) for name, layer in head_layers(model).items()} if HEAD in kinds else {})
 
 
 def install(model: nn.Module, adapter: Adapter) -> None:

@@ -152,10 +152,11 @@ class Collector:
             self._products[layer].add_(update, alpha=weight)
 
     def _trimmed(self, client: Adapter) -> Adapter:
-        """Drops the ranks that a client of smaller rank does not have: rows of A that are all zero in every layer."""
+        """Returns A and B without the ranks that a client of smaller rank does not have: rows of A that are all zero in every layer."""
         layer = next(iter(self._spec.layers))
         rank = int(client[f"{layer}.A"].any(dim=1).nonzero().max()) + 1
-        return {name: tensor[:rank] if name.endswith(".A") else tensor[:, :rank] for name, tensor in client.items()}
+        own = self._spec.pick(client, self._spec.form_kinds)
+        return {name: tensor[:rank] if name.endswith(".A") else tensor[:, :rank] for name, tensor in own.items()}
 
     def mean(self) -> Tensor:
         """Returns the new flat factors of the uploaded kinds: the weighted mean, or what the robust rule makes of the uploads."""

@@ -14,7 +14,7 @@ from fedsim.core.collecting import keeps_clients
 from fedsim.core.communication import SETUP, Direction, Purpose
 from fedsim.core.compression import CODECS
 from fedsim.core.dropout import Stage, attendance, heard
-from fedsim.core.exchange import CONTROL, WEIGHTS
+from fedsim.core.exchange import CONTROL
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
@@ -23,7 +23,7 @@ from fedsim.core.quantization import gradient_grid, num_counters, upload_grid
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.secure_aggregation import neighbour_graph
 from fedsim.core.secure_traffic import protocol_traffic
-from fedsim.core.traffic import down_sizes, refresh_due, starting_exchange
+from fedsim.core.traffic import down_sizes, needed_for_gradients, refresh_due, starting_exchange
 from fedsim.errors import UserError
 
 
@@ -156,7 +156,7 @@ class _Walk:
             grid = gradient_grid(self._config, len(clients))
             size = grid.width * (self._whole + grid.digits)
         for client in clients:
-            yield from self._down(number, client, (WEIGHTS,))
+            yield from self._down(number, client, needed_for_gradients(self._exchange))
             yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._whole, size)
 
     def _attending(self, number: int, clients: list[int], dropouts: int) -> Generator[Charge, None, tuple[list[int], list[int]]]:
@@ -229,4 +229,4 @@ class _Walk:
         self._increment = self._size(("R",))
         self._exchange.added(number, ("B", "A"))
         yield from self._gradients(number)
-        self._exchange.changed(self._spec.kinds, number)
+        self._exchange.changed(self._spec.form_kinds, number)

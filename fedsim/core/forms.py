@@ -4,7 +4,7 @@ A method trains some kinds of factors of one form. Everything else about a form 
 by them from right to left, the dense update is their product, and a client of smaller rank holds the leading rows and columns of each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import prod
@@ -17,6 +17,9 @@ from fedsim.types import Adapter
 
 Factors = dict[str, Tensor]
 """The factors of one layer by kind; with a leading axis they hold one per group of rows."""
+
+HEAD = "head"
+"""Kind of the factor of a classification head's layer: [W | b] as one dense matrix [out, in + 1]. Every method trains and averages it."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +79,39 @@ class AdapterSpec:
     rank: int
     heads: int = 1
     scaling: float = 1.0
+    head: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the layers of a classification head, as in `layers`
 
     def shapes(self, layer: str) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of a layer's factors by kind."""
+        """Returns the shapes of an adapted layer's factors by kind."""
         return self.form.shapes(*self.layers[layer], self.rank, self.heads)
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """All kinds of factors of the form."""
+    def form_kinds(self) -> tuple[str, ...]:
+        """All kinds of factors of an adapted layer."""
         return tuple(self.form.shapes(1, 1, 1, 1))
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of factors: the form's, and the head's where there is one."""
+        return (*self.form_kinds, *((HEAD,) if self.head else ()))
+
+    def _factors(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+        """Yields layer, kind and shape of each factor of the given kinds, in the model's order, those of the head last."""
+        for layer in self.layers:
+            shapes = self.shapes(layer)
+            yield from ((layer, kind, shapes[kind]) for kind in kinds if kind != HEAD)
+        if HEAD in kinds:
+            yield from ((layer, HEAD, (rows, columns + 1)) for layer, (rows, columns) in self.head.items())
+
     def layout(self, kinds: Sequence[str]) -> Layout:
-        """Returns the layout of the factors of the given kinds, in the model's order."""
-        shapes = {f"{layer}.{kind}": self.shapes(layer)[kind] for layer in self.layers for kind in kinds}
+        """Returns the layout of the factors of the given kinds, in the model's order, those of the head last."""
+        shapes = {f"{layer}.{kind}": shape for layer, kind, shape in self._factors(kinds)}
         return Layout(tuple(shapes), tuple(shapes.values()))
 
     def num_parameters(self, kinds: Sequence[str], rank: int | None = None) -> int:
         """Returns the number of elements of the given kinds in all layers, as a client of this rank holds them (None is the adapter's)."""
         held = replace(self, rank=min(rank or self.rank, self.rank))
-        return sum(prod(held.shapes(layer)[kind]) for layer in self.layers for kind in kinds)
+        return sum(prod(shape) for _, _, shape in held._factors(kinds))
 
     def pick(self, adapter: Adapter, kinds: Sequence[str]) -> Adapter:
         """Returns the factors of the given kinds, in the model's order."""
@@ -105,8 +122,8 @@ class AdapterSpec:
         return self.layout(kinds).pack(self.pick(adapter, kinds))
 
     def factors(self, adapter: Adapter, layer: str) -> Factors:
-        """Returns the factors of one layer by kind."""
-        return {kind: adapter[f"{layer}.{kind}"] for kind in self.kinds}
+        """Returns the factors of one adapted layer by kind."""
+        return {kind: adapter[f"{layer}.{kind}"] for kind in self.form_kinds}
 
     def update(self, adapter: Adapter, layer: str) -> Tensor:
         """Returns the dense weight update [out, in] of one layer, scaling included."""
@@ -119,10 +136,13 @@ class AdapterSpec:
         return self._positions(kinds, lambda kind: tuple(slice(rank if axis in self._axes(kind) else None) for axis in range(3)))
 
     def head_positions(self, kinds: Sequence[str], heads: Sequence[int]) -> Tensor | None:
-        """Returns the positions, in the flat array of `kinds`, of the factors of the given heads; None for all heads."""
+        """Returns the positions, in the flat array of `kinds`, of the factors of RAVAN's given heads; None for all heads.
+
+        A classification head belongs to all of them.
+        """
         if len(heads) >= self.heads:
             return None
-        return self._positions(kinds, lambda kind: (list(heads),))
+        return self._positions(kinds, lambda kind: (slice(None),) if kind == HEAD else (list(heads),))
 
     def within(self, kinds: Sequence[str], some: Sequence[str]) -> Tensor:
         """Returns the positions of the kinds `some` in the flat array of `kinds`."""
@@ -133,11 +153,10 @@ class AdapterSpec:
 
     def _positions(self, kinds: Sequence[str], index: Callable[[str], tuple[slice | list[int], ...]]) -> Tensor:
         masks = []
-        for layer in self.layers:
-            for kind in kinds:
-                mask = torch.zeros(self.shapes(layer)[kind], dtype=torch.bool)
-                mask[index(kind)[: mask.dim()]] = True
-                masks.append(mask.flatten())
+        for _, kind, shape in self._factors(kinds):
+            mask = torch.zeros(shape, dtype=torch.bool)
+            mask[index(kind)[: mask.dim()]] = True
+            masks.append(mask.flatten())
         return torch.cat(masks).nonzero().squeeze(1)
 
 

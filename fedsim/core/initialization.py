@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fedsim.config import Init
-from fedsim.core.forms import AdapterSpec
+from fedsim.core.forms import HEAD, AdapterSpec
 from fedsim.seeding import torch_generator
 from fedsim.types import Adapter
 
 EXACT_SVD_LIMIT = 2048  # above this smaller side a seeded subspace iteration takes the place of the full SVD
 TOLERANCE = 1e-5  # largest entry of |B^T B - I| and |A A^T - I| in float32
 NEAR_ZERO = 1e-5  # standard deviation of R on bases from the weights, as LoRA-XS has it
+HEAD_DEVIATION = 0.02  # standard deviation of a new classification head's weights, as BERT has it
 
 
 def from_gradients(spec: AdapterSpec, gradients: Adapter, eta: float, seed: int) -> Adapter:
@@ -78,8 +79,18 @@ def lora(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
 
 
 def zero(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
-    """Returns zeros for every factor."""
-    return {name: torch.zeros(shape) for name, shape in zip(spec.layout(spec.kinds).names, spec.layout(spec.kinds).shapes, strict=True)}
+    """Returns zeros for every factor of the form."""
+    layout = spec.layout(spec.form_kinds)
+    return {name: torch.zeros(shape) for name, shape in zip(layout.names, layout.shapes, strict=True)}
+
+
+def new_head(spec: AdapterSpec, seed: int) -> Adapter:
+    """Returns the start of a classification head: normal weights, other ones for every layer, and a bias of zero. Empty without a head."""
+    adapter: Adapter = {}
+    for name, (rows, columns) in spec.head.items():
+        weight = HEAD_DEVIATION * torch.randn(rows, columns, generator=torch_generator(seed, HEAD, name))
+        adapter[f"{name}.{HEAD}"] = torch.cat([weight, torch.zeros(rows, 1)], dim=1)
+    return adapter
 
 
 DERIVED: dict[Init, Callable[[AdapterSpec, Adapter, int], Adapter]] = {

@@ -11,10 +11,10 @@ import numpy as np
 from fedsim.config import DirichletOver, FederationConfig, Partition
 from fedsim.errors import UserError
 from fedsim.seeding import numpy_generator
-from fedsim.types import Example
+from fedsim.types import AnyExample
 
 
-def partition(examples: Sequence[Example], federation: FederationConfig, seed: int) -> list[list[int]]:
+def partition(examples: Sequence[AnyExample], federation: FederationConfig, seed: int) -> list[list[int]]:
     """Returns the ascending example indices of each client.
 
     Guarantees: every example belongs to exactly one client; every client has at least one; the same arguments give the same shards.
@@ -34,7 +34,7 @@ def partition(examples: Sequence[Example], federation: FederationConfig, seed: i
     return [sorted(int(i) for i in shard) for shard in shards]
 
 
-def holdings(examples: Sequence[Example], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
+def holdings(examples: Sequence[AnyExample], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
     """Returns each client's number of examples by task; every client names every task, in alphabetical order."""
     tasks = sorted({example.task for example in examples})
     found = [dict.fromkeys(tasks, 0) for _ in shards]
@@ -63,13 +63,13 @@ def apportion(weights: np.ndarray, total: int) -> np.ndarray:
 
 
 def _iid(
-    examples: Sequence[Example], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
+    examples: Sequence[AnyExample], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
 ) -> list[np.ndarray]:
     return _cut(generator.permutation(len(examples)), apportion(weights, len(examples)))
 
 
 def _by_task(
-    examples: Sequence[Example], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
+    examples: Sequence[AnyExample], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
 ) -> list[np.ndarray]:
     """Each task gets clients in proportion to its examples, at least one."""
     groups = _groups(examples, DirichletOver.task)
@@ -87,7 +87,7 @@ def _by_task(
 
 
 def _dirichlet(
-    examples: Sequence[Example], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
+    examples: Sequence[AnyExample], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
 ) -> list[np.ndarray]:
     """Each client draws its mixture around the overall one, then its examples without replacement.
 
@@ -118,7 +118,7 @@ def _draw(mixture: np.ndarray, quota: int, available: np.ndarray, generator: np.
     return taken
 
 
-def _groups(examples: Sequence[Example], over: DirichletOver) -> list[np.ndarray]:
+def _groups(examples: Sequence[AnyExample], over: DirichletOver) -> list[np.ndarray]:
     """Example indices by task, or by task and gold answer, in alphabetical order."""
     keys = [(example.task, example.answer if over is DirichletOver.label else "") for example in examples]
     found: dict[tuple[str, str], list[int]] = {}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from fedsim.config import Config, Init
 from fedsim.core.communication import Purpose
 from fedsim.core.exchange import CONTROL, WEIGHTS, Exchange
+from fedsim.core.forms import HEAD
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
 
@@ -16,14 +17,14 @@ def starting_exchange(method: Method, init: Init | None, *, scaffold: bool) -> E
     """Returns who holds what before the first round: nobody anything that seed and base model do not give.
 
     What is trained first is told even where it could be derived, as the start of training; a method that starts anew in every round has
-    it derived in every round.
+    it derived in every round, but for a classification head, which goes on.
     """
-    kinds = tuple(method.form.shapes(1, 1, 1, 1))
+    kinds = method.kinds
     derived = {WEIGHTS, *method.local, *method.personal}
     rederived: set[str] = set()
     if method.restart is not None:
-        derived |= set(kinds)
-        rederived = set(kinds)
+        derived |= set(kinds) - {HEAD}
+        rederived = set(kinds) - {HEAD}
     elif init in DERIVED:
         derived |= set(kinds) - set(method.trained(1))
         rederived = set(kinds) - set(method.moving) - set(method.personal)
@@ -35,6 +36,11 @@ def refresh_due(config: Config, number: int) -> bool:
     """Whether new bases are computed after round `number`."""
     every = config.adapter.refresh_every
     return every > 0 and number % every == 0 and number < config.federation.rounds
+
+
+def needed_for_gradients(exchange: Exchange) -> tuple[str, ...]:
+    """Returns the parts that a client must hold to take gradients of the base weights: these, and a head that the loss goes through."""
+    return tuple(part for part in (WEIGHTS, HEAD) if part in exchange.versions)
 
 
 def down_sizes(

@@ -3,10 +3,11 @@
 `data.path` is the training set's hub name, its file, or a folder for all sets; a set without it is fetched from where its authors put it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from fedsim.config import DataConfig, OnError
 from fedsim.data.hub import Address, Hub
@@ -15,7 +16,7 @@ from fedsim.data.sets import COMMONSENSE, SETS, DataSet
 from fedsim.errors import UserError, nearest
 from fedsim.models import looks_local
 from fedsim.seeding import numpy_generator
-from fedsim.types import Example, Family
+from fedsim.types import AnyExample, Family
 
 EMBEDDED = "embedded"
 EMBEDDED_SIZES = {"train": 5000, "test": 500}
@@ -33,8 +34,8 @@ MOST_NOTES = 10
 class Dataset:
     """What a run trains and is tested on. `skipped` says, line by line, what was left out and why."""
 
-    train: list[Example]
-    test: dict[str, list[Example]]
+    train: list[AnyExample]
+    test: dict[str, list[AnyExample]]
     skipped: list[str]
 
 
@@ -45,10 +46,23 @@ class _Reading:
     config: DataConfig
     seed: int
     notes: list[str] = field(default_factory=list)
+    divided: dict[str, dict[str, list[AnyExample]]] = field(default_factory=dict)  # files that hold train and test, by place
 
 
 class _MissingError(UserError):
     """A set has no file in the folder, or no usable row: fatal unless it is one of several test sets."""
+
+
+def labels(config: DataConfig) -> tuple[str, ...]:
+    """Returns the labels by which the configuration's sets are classified, in the order of a head's outputs; empty where they are answered.
+
+    Raises UserError where they differ.
+    """
+    found = {name: SETS[name].labels if name in SETS else () for name in (*config.train, *config.test)}
+    if len(set(found.values())) > 1:
+        kinds = ", ".join(f"{name} ({'/'.join(own) or 'answered in words'})" for name, own in found.items())
+        raise UserError(f"data.train, data.test: expected sets that one model serves, got {kinds}. Choose sets of one kind.")
+    return next(iter(found.values()), ())
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
@@ -86,19 +100,52 @@ def _check(config: DataConfig) -> None:
         raise UserError(f"data.path={config.path}: there is no such file or folder. Check the path.")
 
 
-def _from_single_file(reading: _Reading, path: Path) -> tuple[list[Example], dict[str, list[Example]]]:
-    """The file is the training set; a seeded part of it is held out as the test set."""
+def _from_single_file(reading: _Reading, path: Path) -> tuple[list[AnyExample], dict[str, list[AnyExample]]]:
+    """The file is the training set; what it tells to be the test set is that, or a seeded part of it is held out."""
     name = _only_training_set(reading.config, "a single file")
-    examples = _converted(reading, SETS[name], name, str(path), _line_or_row(path), read(path))
+    parts = _divided(reading, SETS[name], name, str(path), _line_or_row(path), read(path))
+    reading.notes += [f"test set left out: {other}: data.path is a single file" for other in reading.config.test if other != name]
+    return parts["train"], {name: parts["test"]}
+
+
+def _divided(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Iterable[Row]) -> dict[str, list[AnyExample]]:
+    """Returns the examples of a file that holds train and test: as a column of its rows tells, or else a seeded part is held out."""
+    if where not in reading.divided:
+        numbered = list(rows)
+        told = {_told_split(row, each.split_column) for _, row in numbered} - {None}
+        divide = _as_told if told else _held_out
+        reading.divided[where] = divide(reading, each, task, where, unit, numbered)
+    return reading.divided[where]
+
+
+def _told_split(row: Any, column: str | None) -> str | None:
+    return str(row[column]).strip().lower() if isinstance(row, Mapping) and column in row else None
+
+
+def _as_told(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
+    """A row that tells nothing belongs to the training set, where its fault is found; one of a third split to neither."""
+    split_of = lambda row: _told_split(row[1], each.split_column) or "train"  # noqa: E731
+    parts = {split: [row for row in rows if split_of(row) == split] for split in ("train", "test")}
+    left_out = len(rows) - sum(map(len, parts.values()))
+    if left_out:
+        reading.notes.append(f"{where}: {left_out} of {len(rows)} rows belong to neither train nor test")
+    found = {split: _converted(reading, each, task, where, unit, part) for split, part in parts.items()}
+    for split, examples in found.items():
+        if not examples:
+            raise UserError(f"{where}: expected rows with {split} in {each.split_column!r}, got none. Give them, or leave the column out.")
+    return found
+
+
+def _held_out(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
+    examples = _converted(reading, each, task, where, unit, rows)
     count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
     if count == 0:
         least = int(1 / HELD_OUT)
-        raise UserError(f"{path}: expected at least {least} rows to hold some out as a test, got {len(examples)}. Give more or a folder.")
+        raise UserError(f"{where}: expected at least {least} rows to hold some out as a test, got {len(examples)}. Give more or a folder.")
     chosen = set(numpy_generator(reading.seed, "held out").permutation(len(examples))[:count].tolist())
-    reading.notes.append(f"{path}: {count} of {len(examples)} rows are held out as the test set")
-    reading.notes += [f"test set left out: {other}: data.path is a single file" for other in reading.config.test if other != name]
+    reading.notes.append(f"{where}: {count} of {len(examples)} rows are held out as the test set")
     train = [example for i, example in enumerate(examples) if i not in chosen]
-    return train, {name: [examples[i] for i in sorted(chosen)]}
+    return {"train": train, "test": [examples[i] for i in sorted(chosen)]}
 
 
 def _only_training_set(config: DataConfig, what: str) -> str:
@@ -111,8 +158,8 @@ def _only_training_set(config: DataConfig, what: str) -> str:
     return names[0]
 
 
-def _tests(reading: _Reading) -> dict[str, list[Example]]:
-    found: dict[str, list[Example]] = {}
+def _tests(reading: _Reading) -> dict[str, list[AnyExample]]:
+    found: dict[str, list[AnyExample]] = {}
     missing: list[str] = []
     for name in reading.config.test:
         try:
@@ -126,7 +173,7 @@ def _tests(reading: _Reading) -> dict[str, list[Example]]:
     return found
 
 
-def _examples(reading: _Reading, name: str, split: str) -> list[Example]:
+def _examples(reading: _Reading, name: str, split: str) -> list[AnyExample]:
     """Returns the examples of one split of one set. Raises UserError where there is none."""
     if name == EMBEDDED:
         return _embedded(reading, split)
@@ -135,7 +182,10 @@ def _examples(reading: _Reading, name: str, split: str) -> list[Example]:
         examples = _from_folder(reading, each, Path(path), split)
     else:
         remote = remote_of(reading.config, name)
-        examples = _converted(reading, each, name, remote.place(split), "row", remote.rows(split))
+        if each.in_one and remote is each.remote:
+            examples = _divided(reading, each, name, remote.place(split), "line", remote.rows(split))[split]
+        else:
+            examples = _converted(reading, each, name, remote.place(split), "row", remote.rows(split))
     if not examples:
         raise _MissingError(f"{name}: expected {split} rows, but each is malformed, first {reading.notes[num_notes]}.")
     return examples
@@ -148,7 +198,7 @@ def remote_of(config: DataConfig, name: str) -> Hub | Address:
     return SETS[name].remote
 
 
-def _embedded(reading: _Reading, split: str) -> list[Example]:
+def _embedded(reading: _Reading, split: str) -> list[AnyExample]:
     from fedsim.embedded import examples
 
     in_all, of_each = reading.config.train_examples, reading.config.test_examples
@@ -157,12 +207,15 @@ def _embedded(reading: _Reading, split: str) -> list[Example]:
     return [example for family in Family for example in examples(family, split, each, reading.seed)]
 
 
-def _from_folder(reading: _Reading, each: DataSet, folder: Path, split: str) -> list[Example]:
+def _from_folder(reading: _Reading, each: DataSet, folder: Path, split: str) -> list[AnyExample]:
     """Reads the files of a set; what stands in the folder of one of the eight commonsense sets is of its task."""
-    examples: list[Example] = []
+    examples: list[AnyExample] = []
     for file in _files(each, folder, split):
         task = file.parent.name if file.parent.name in COMMONSENSE else each.name
-        examples += _converted(reading, each, task, str(file), _line_or_row(file), read(file))
+        if each.in_one:
+            examples += _divided(reading, each, task, str(file), _line_or_row(file), read(file))[split]
+        else:
+            examples += _converted(reading, each, task, str(file), _line_or_row(file), read(file))
     return examples
 
 
@@ -182,15 +235,19 @@ def _line_or_row(path: Path) -> str:
     return "row" if path.suffix.lower() == ".parquet" else "line"
 
 
-def _converted(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Iterator[Row]) -> list[Example]:
-    """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says."""
-    found: list[Example] = []
-    num_left_out = 0
+def _converted(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Iterable[Row]) -> list[AnyExample]:
+    """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says. Rows without a label are counted."""
+    found: list[AnyExample] = []
+    num_left_out = num_unlabelled = 0
     for number, row in rows:
         try:
             if isinstance(row, Malformed):
                 raise row
-            found.append(each.example(row, task))
+            example = each.example(row, task)
+            if example is None:
+                num_unlabelled += 1
+            else:
+                found.append(example)
         except Malformed as error:
             fault = f"{where}, {unit} {number}: {error}"
             if reading.config.on_error is OnError.stop:
@@ -200,10 +257,12 @@ def _converted(reading: _Reading, each: DataSet, task: str, where: str, unit: st
                 reading.notes.append(fault)
     if num_left_out:
         reading.notes.append(f"{where}: {num_left_out} of {num_left_out + len(found)} rows left out")
+    if num_unlabelled:
+        reading.notes.append(f"{where}: {num_unlabelled} rows have no label and are left out, as {each.name} means them to be")
     return found
 
 
-def _at_most(examples: Sequence[Example], count: int | None, seed: int, purpose: str) -> list[Example]:
+def _at_most(examples: Sequence[AnyExample], count: int | None, seed: int, purpose: str) -> list[AnyExample]:
     """Returns a seeded choice of `count` examples, in their order; all of them where there are no more."""
     if count is None or count >= len(examples):
         return list(examples)

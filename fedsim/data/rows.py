@@ -1,7 +1,8 @@
 """Rows of local files, each with the line where it stands, so that whatever is wrong with it can be named.
 
-JSON lines, JSON and CSV are read here and not through `datasets`, whose errors name neither line nor field; Parquet goes through pyarrow.
-All are read piece by piece in little memory, and reading goes on behind a broken row: whether it is an error is decided elsewhere.
+JSON lines, JSON, CSV and tab-separated text are read here and not through `datasets`, whose errors name neither line nor field; Parquet
+goes through pyarrow. All are read piece by piece in little memory, and reading goes on behind a broken row: whether it is an error is
+decided elsewhere.
 """
 
 import csv
@@ -25,7 +26,7 @@ class Malformed(ValueError):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Yields the rows of a .jsonl, .json, .csv or .parquet file in its order; a file without rows yields one `Malformed`.
+    """Yields the rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file in its order; one without rows yields one `Malformed`.
 
     Text must be UTF-8, with or without a byte-order mark. Raises UserError for another ending or a file that cannot be opened.
     """
@@ -164,6 +165,17 @@ def _csv(path: Path) -> Iterator[Row]:
             header = header or cells
 
 
+def _tsv(path: Path) -> Iterator[Row]:
+    """Cells between tabs, as they stand: a quotation mark is a character like others. The first row names the columns."""
+    with _open(path) as file:
+        header = list[str]()
+        for number, line in enumerate(file, 1):
+            cells = line.rstrip("\n").split("\t")
+            if header and line.strip():
+                yield number, _not_utf8(line) or _row_of(header, cells)
+            header = header or (cells if line.strip() else header)
+
+
 def _row_of(header: list[str], cells: list[str]) -> Any:
     if len(cells) != len(header):
         return Malformed(f"expected {len(header)} columns as in the first row, got {len(cells)}")
@@ -198,5 +210,12 @@ def batch_rows(batch: Any) -> Iterator[Any]:
             yield from batch_rows(batch.slice(i, 1))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".txt": _tsv,
+    ".parquet": _parquet,
+}
 """Formats by the ending of a file's name."""

@@ -2,7 +2,7 @@
 
 Prompts have Alpaca's form, as MetaMath (arXiv 2309.12284) and LLM-Adapters (arXiv 2304.01933) use it, at training and at generation
 alike. Left out are the spaces that LLM-Adapters' source puts before every line, and MetaMath's "Let's think step by step." in test
-questions only.
+questions only. SNLI (arXiv 1508.05326) and SICK (Marelli et al., LREC 2014) have pairs that are classified, and no prompt.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 from fedsim.core.answers import boxed, options, value
 from fedsim.data.hub import Address, Hub
 from fedsim.data.rows import Malformed
-from fedsim.types import Example, Family
+from fedsim.types import AnyExample, Example, Family, Pair
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -32,13 +32,19 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class DataSet:
-    """One named set. `train` and `test` are file patterns below a local folder: of several, the first that matches is taken."""
+    """One named set. `train` and `test` are file patterns below a local folder: of several, the first that matches is taken.
+
+    `example` returns None for a row that the set itself means to be left out.
+    """
 
     name: str
-    example: Callable[[Row, str], Example]
+    example: Callable[[Row, str], AnyExample | None]
     train: tuple[str, ...]
     test: tuple[str, ...]
     remote: Hub | Address
+    labels: tuple[str, ...] = ()  # of pairs that are classified, in the order of the head's outputs
+    in_one: bool = False  # train and test are one file, here and at `remote`
+    split_column: str | None = None  # where a file tells the split of a row
 
     def patterns(self, split: str) -> tuple[str, ...]:
         """Returns the file patterns of "train" or "test"; empty where the set has no such split."""
@@ -100,6 +106,40 @@ def _commonsense(row: Row, name: str) -> Example:
     return Example(name, Family.commonsense, prompt, response, answer)
 
 
+INFERENCE = ("entailment", "neutral", "contradiction")
+"""Labels of natural language inference, in the order in which SNLI's hub data set numbers them."""
+
+
+def _label(row: Row, *names: str) -> str | None:
+    """Returns the label in the first of the columns that is there, by name or number; None for what SNLI marks as without a label."""
+    if not isinstance(row, Mapping):
+        raise Malformed(f"expected an object with fields, got {type(row).__name__}")
+    column = next((name for name in names if name in row), None)
+    if column is None:
+        raise Malformed(f"expected the field {' or '.join(map(repr, names))}, got {', '.join(map(repr, row)) or 'none'}")
+    told = str(row[column]).strip().lower()
+    if told in ("-1", "-"):
+        return None
+    known = dict(zip((*INFERENCE, "0", "1", "2"), 2 * INFERENCE, strict=True))
+    if told not in known:
+        raise Malformed(f"expected {column!r} to be one of {', '.join(INFERENCE)} or 0, 1, 2, got {row[column]!r:.40}")
+    return known[told]
+
+
+def _pair(row: Row, name: str, premise: str, hypothesis: str, label: str | None) -> Pair | None:
+    return label and Pair(name, _field(row, premise).strip(), _field(row, hypothesis).strip(), label, INFERENCE)  # type: ignore[return-value]
+
+
+def _snli(row: Row, name: str) -> Pair | None:
+    """A row of the hub, or of the original files. A pair on which its annotators did not agree has no label and is left out."""
+    label = _label(row, "label", "gold_label")
+    return _pair(row, name, *(("premise", "hypothesis") if "premise" in row else ("sentence1", "sentence2")), label)
+
+
+def _sick(row: Row, name: str) -> Pair | None:
+    return _pair(row, name, "sentence_A", "sentence_B", _label(row, "entailment_judgment", "entailment_label", "label"))
+
+
 def _files(split: str, *names: str) -> tuple[str, ...]:
     """Where a split may lie: gsm8k_train.jsonl, gsm8k/train.csv, train.json, or the hub's Parquet files, there or one folder below."""
     told = [f"{name}{link}{split}.*" for name in names for link in ("_", "-", "/")]
@@ -122,6 +162,10 @@ def _one_of_eight(name: str) -> DataSet:
     return DataSet(name, _commonsense, train, test, Address(f"{_LLM_ADAPTERS}/dataset/{name}/{{split}}.json"))
 
 
+_SICK_FILES = ("SICK.*", "sick.*", "*/SICK.*")
+_SICK = "https://raw.githubusercontent.com/praguna/sick_dataset/6dbe1aac3896a37a688d95a61ca46db88793b285/SICK.txt"
+
+
 SETS: dict[str, DataSet] = {
     each.name: each
     for each in [
@@ -142,6 +186,8 @@ SETS: dict[str, DataSet] = {
             Address(f"{_LLM_ADAPTERS}/ft-training_set/commonsense_170k.json"),
         ),
         *map(_one_of_eight, COMMONSENSE),
+        DataSet("snli", _snli, _files("train", "snli"), _files("test", "snli"), Hub("stanfordnlp/snli"), INFERENCE),
+        DataSet("sick", _sick, _SICK_FILES, _SICK_FILES, Address(_SICK), INFERENCE, in_one=True, split_column="SemEval_set"),
     ]
 }
 """All sets that are read from files, the hub or the web; the embedded one is made."""

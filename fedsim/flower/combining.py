@@ -75,7 +75,7 @@ class Combining:
         new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
         collected = self._collector.collected(new, config.seed, self._round)
         outcome = method.finish(collected)
-        state.replace(outcome.factors, method.changed(self._round), self._round)
+        state.replace(collected.factors | outcome.factors, method.changed(self._round), self._round)
         if outcome.fold:
             state.fold(outcome.fold, self._round)
         if state.control is not None:

@@ -20,7 +20,7 @@ from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.missing import counted
-from fedsim.core.traffic import refresh_due
+from fedsim.core.traffic import needed_for_gradients, refresh_due
 from fedsim.export import peft_files
 from fedsim.flower.asking import keeps_memory
 from fedsim.flower.roster import Roster
@@ -151,7 +151,7 @@ class Run:
         self._session.install_folded({}, "")  # an earlier run in this process may have left something there
         shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
         if self._init not in DERIVED:
-            shared.factors = self._factors_from_gradients(shared, ledger, privacy, 0)
+            shared.factors |= self._factors_from_gradients(shared, ledger, privacy, 0)
         seconds = time.perf_counter() - begun
         facts = {"wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"], "digests": shared.digests()}
         self._folder.event("initialized", init=self._init.name, rank=self._session.spec.rank, **facts)
@@ -180,7 +180,7 @@ class Run:
     ) -> Adapter:
         """Returns B, R, A from the gradients at the present base weights, with what that moved in the ledger."""
         session = self._session
-        session.install_folded(shared.folded, shared.tag)
+        session.install_state(shared, needed_for_gradients(shared.exchange))
         if self._init is Init.gradient_public:
             gradients = session.weight_gradients(session.encode(session.public))
         else:
@@ -202,7 +202,7 @@ class Run:
             assert factors is not None
         else:
             factors = self._factors_from_gradients(shared, state.ledger, state.privacy, number)
-        shared.replace(factors, self._session.spec.kinds, number)
+        shared.replace(shared.factors | factors, self._session.spec.form_kinds, number)
         shared.moments = {}
         after = state.ledger.totals()
         moved = {name: after[name] - before[name] for name in ("uplink_bytes", "downlink_bytes", "setup_bytes")}

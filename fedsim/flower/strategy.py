@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fedsim.config import Config, Init
 from fedsim.core.communication import CommunicationLedger, Purpose
-from fedsim.core.exchange import WEIGHTS
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing, Reason
 from fedsim.core.participation import givers
+from fedsim.core.traffic import needed_for_gradients
 from fedsim.flower.asking import REQUEST, Ask, Asking, Homes
 from fedsim.flower.charging import Charges
 from fedsim.flower.combining import Combining
@@ -175,7 +175,8 @@ class FedsimStrategy(Strategy):
             told |= {"noise": [mechanism.noise_multiplier], "rates": [mechanism.sampling_rate]}
         if self._privacy is not None and mechanism is not None:
             self._privacy.charge(client, replace(mechanism, steps=1))
-        return self.asking.brought_up(server_round, [client], packer, (WEIGHTS,), samples=[samples], **told)
+        needed = needed_for_gradients(self._state.exchange)
+        return self.asking.brought_up(server_round, [client], packer, needed, samples=[samples], **told)
 
     def _masked_gradients(self, server_round: int, grid: Grid) -> Tensor:
         packer, samples = self._packer(), givers(self._session.config)

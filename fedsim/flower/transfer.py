@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim.core.adapters import factors
 from fedsim.core.exchange import CONTROL, WEIGHTS
-from fedsim.core.forms import AdapterSpec
+from fedsim.core.forms import HEAD, AdapterSpec
 from fedsim.core.global_state import GlobalState, added, chained, dense_updates, folded_layout
 from fedsim.core.payload import Layout, digest
 from fedsim.flower.records import from_record, to_record
@@ -134,7 +134,7 @@ def _updates(spec: AdapterSpec, session: Session, fold: dict[str, Tensor]) -> di
 def _derive(session: Session, missing: list[str], round: int, digests: dict[str, str]) -> bool:
     """Installs what seed and base model give. Returns False where that is not all that is missing."""
     derived = session.derived_factors(round)
-    if derived is None:
+    if derived is None or HEAD in missing:
         return False
     for kind in missing:
         found = session.spec.pick(derived, (kind,))

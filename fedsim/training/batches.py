@@ -4,7 +4,7 @@ Both are pure functions of lengths and seeds. A client's steps depend on its own
 nothing but the order of float additions; so a result does not depend on the company in which a client is trained.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fedsim.config import TrainingConfig
 from fedsim.seeding import numpy_generator
-from fedsim.types import EncodedExample
+from fedsim.training.pairs import PairBatch, collate_pairs
+from fedsim.types import AnyEncoded, EncodedExample, EncodedPair
 
 MEGABATCH_STEPS = 8  # examples are sorted by length within this many steps, so that batches stay random
 
@@ -24,7 +25,7 @@ class Row:
     """One example in a pass: `slot` is the client's place in the cohort; `weight` is its share of the client's step loss."""
 
     slot: int
-    example: EncodedExample
+    example: AnyEncoded
     weight: float
 
 
@@ -73,7 +74,7 @@ def _epoch(lengths: np.ndarray, training: TrainingConfig, generator: np.random.G
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def pack(rows_of_slot: dict[int, list[EncodedExample]], batch_size: int, tokens_per_pass: int) -> Iterator[Pass]:
+def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, tokens_per_pass: int) -> Iterator[Pass]:
     """Cuts one local step of a cohort into passes of at most `tokens_per_pass` tokens, padding included.
 
     The unit is one client's micro-batch of `batch_size` examples (cut further only where it alone exceeds the budget); units of similar
@@ -122,7 +123,19 @@ class Batch:
     num_tokens: int  # tokens without padding
 
 
-def collate(examples: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Batch:
+AnyBatch = Batch | PairBatch
+"""What `fedsim.training.loss.row_losses` takes."""
+
+
+def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -> AnyBatch:
+    """Pads examples of one kind to the longest one."""
+    pairs = [example for example in examples if isinstance(example, EncodedPair)]
+    if pairs:
+        return collate_pairs(pairs, pad_id, device)
+    return _collate_responses([example for example in examples if isinstance(example, EncodedExample)], pad_id, device)
+
+
+def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Batch:
     """Pads examples to the longest one and shifts the labels."""
     width = max(example.num_tokens for example in examples)
     first = max(0, min(example.loss_start for example in examples) - 1)

@@ -20,7 +20,7 @@ from fedsim.training.loss import group_gradients
 from fedsim.training.optimizers import OptimizerState, learning_rate, update
 from fedsim.training.private import CohortDPOptimizer, PrivateRule, poisson_batches, sampling_rate
 from fedsim.training.stack import Place, accumulate, on_device, place
-from fedsim.types import Adapter, EncodedExample
+from fedsim.types import Adapter, AnyEncoded
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ClientData:
     """What a cohort needs to know of one client: its id and its encoded training examples."""
 
     client: int
-    examples: Sequence[EncodedExample]
+    examples: Sequence[AnyEncoded]
 
 
 @dataclass(frozen=True)

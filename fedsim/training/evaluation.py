@@ -1,6 +1,7 @@
 """Held-out accuracy and loss: greedy generation in batches with a key-value cache, and the mean loss of the reference responses.
 
-Rows of similar prompt length share a batch, padded on the left; rows that have ended leave the batch when they are half of it.
+Rows of similar prompt length share a batch, padded on the left; rows that have ended leave the batch when they are half of it. A model
+that classifies answers with its most likely label.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedsim.config import DataConfig, EvaluationConfig, TrainOn
 from fedsim.core.answers import is_correct
 from fedsim.training.batches import collate, pack
 from fedsim.training.encoding import encode, encode_prompt, has_response
 from fedsim.training.loss import row_losses
-from fedsim.types import EncodedExample, Example
+from fedsim.training.pairs import collate_pairs, encode_pair, label_logits
+from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Pair
 
 LOSS_SHARE = 4
 """A loss pass has this part of a generation batch's tokens, because it keeps the logits of every position."""
@@ -34,7 +37,7 @@ class TaskResult:
 def evaluate(
     model: nn.Module,
     tokenizer: Any,
-    examples: Sequence[Example],
+    examples: Sequence[AnyExample],
     config: EvaluationConfig,
     data: DataConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -47,6 +50,42 @@ def evaluate(
     """
     if not examples:
         return TaskResult(0.0, float("nan"), 0)
+    pairs = [example for example in examples if isinstance(example, Pair)]
+    if pairs:
+        return _classify(model, tokenizer, pairs, config, data, on_progress)
+    return _answer(model, tokenizer, [example for example in examples if isinstance(example, Example)], config, data, on_progress)
+
+
+def _classify(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[Pair],
+    config: EvaluationConfig,
+    data: DataConfig,
+    on_progress: Callable[[int, int], None],
+) -> TaskResult:
+    device, loss, correct, done = next(model.parameters()).device, 0.0, 0, 0
+    encoded = [encode_pair(pair, tokenizer, data.max_length) for pair in pairs]
+    with _inference(model), torch.no_grad():
+        for each in pack({0: encoded}, len(encoded), config.tokens_per_pass):
+            rows = [row.example for row in each.rows if isinstance(row.example, EncodedPair)]
+            batch = collate_pairs(rows, tokenizer.pad_token_id, device)
+            logits = label_logits(model, batch)
+            loss += float(functional.cross_entropy(logits.double(), batch.labels, reduction="sum"))
+            correct += int((logits.argmax(1) == batch.labels).sum())
+            done += len(rows)
+            on_progress(done, len(pairs))
+    return TaskResult(correct / len(pairs), loss / len(pairs), len(pairs))
+
+
+def _answer(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    config: EvaluationConfig,
+    data: DataConfig,
+    on_progress: Callable[[int, int], None],
+) -> TaskResult:
     with _inference(model):
         prompts = [encode_prompt(example, tokenizer) for example in examples]
         answers = generate(

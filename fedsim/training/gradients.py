@@ -11,10 +11,10 @@ from fedsim.core.adapters import adapted_layers, is_transposed, unadapted
 from fedsim.core.payload import Layout
 from fedsim.training.batches import collate, pack
 from fedsim.training.loss import group_gradients, row_losses
-from fedsim.types import Adapter, EncodedExample
+from fedsim.types import Adapter, AnyEncoded
 
 
-def weight_gradients(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: int, tokens_per_pass: int) -> Adapter:
+def weight_gradients(model: nn.Module, examples: Sequence[AnyEncoded], *, pad_id: int, tokens_per_pass: int) -> Adapter:
     """Returns {layer: [out, in]}: the gradient of the sum of the examples' losses with respect to each adapted base weight.
 
     Taken at the base weights alone, without any update. float32 on the model's device; the frozen state of the model is restored. An empty
@@ -35,7 +35,7 @@ def weight_gradients(model: nn.Module, examples: Sequence[EncodedExample], *, pa
     }
 
 
-def clipped_weight_gradients(model: nn.Module, examples: Sequence[EncodedExample], clip_norm: float, *, pad_id: int) -> Adapter:
+def clipped_weight_gradients(model: nn.Module, examples: Sequence[AnyEncoded], clip_norm: float, *, pad_id: int) -> Adapter:
     """Returns {layer: [out, in]}: the sum of the examples' gradients, each scaled to an L2 norm over all layers of at most `clip_norm`.
 
     One example changes the result by at most `clip_norm`, whatever the others are. One backward pass per example.
@@ -50,7 +50,7 @@ def clipped_weight_gradients(model: nn.Module, examples: Sequence[EncodedExample
     return total
 
 
-def factor_gradients(model: nn.Module, start: Tensor, layout: Layout, examples: Sequence[EncodedExample], *, pad_id: int) -> Tensor:
+def factor_gradients(model: nn.Module, start: Tensor, layout: Layout, examples: Sequence[AnyEncoded], *, pad_id: int) -> Tensor:
     """Returns the gradient of every example's loss with respect to the flat factors `start` [parameters]: [examples, parameters]."""
     batch = collate(examples, pad_id, next(model.parameters()).device)
     weights = torch.ones(len(examples), device=start.device)
@@ -87,7 +87,7 @@ class FactoredGradients:
         return FactoredGradients(self.deltas @ left, self.inputs @ right.T)
 
 
-def example_gradients(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: int) -> dict[str, FactoredGradients]:
+def example_gradients(model: nn.Module, examples: Sequence[AnyEncoded], *, pad_id: int) -> dict[str, FactoredGradients]:
     """Returns the weight gradient of every example by layer, at the base weights alone; one backward pass for all of them."""
     layers, seen = adapted_layers(model), {}
 

@@ -1,4 +1,4 @@
-"""The loss of a row: the mean over its own target tokens.
+"""The loss of a row: the mean over its own target tokens, or the cross-entropy of its label.
 
 No row's loss depends on another row (a token mean over the batch would couple them, and void a sensitivity bound).
 """
@@ -8,15 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.core.adapters import bound
-from fedsim.training.batches import Batch
+from fedsim.training.batches import AnyBatch
+from fedsim.training.pairs import PairBatch, label_losses
 from fedsim.types import Adapter
 
 
-def row_losses(model: nn.Module, batch: Batch) -> Tensor:
+def row_losses(model: nn.Module, batch: AnyBatch) -> Tensor:
     """Returns the cross-entropy of each row, averaged over its target tokens: [rows], float32. A row without target has loss 0.
 
     Logits are computed only from the first position that carries a loss.
     """
+    if isinstance(batch, PairBatch):
+        return label_losses(model, batch)
     positions = torch.arange(batch.first, batch.input_ids.shape[1] - 1, device=batch.input_ids.device)
     logits = model(input_ids=batch.input_ids, logits_to_keep=positions, use_cache=False).logits
     losses = functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100)
@@ -25,7 +28,7 @@ def row_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def group_gradients(
-    model: nn.Module, factors: Adapter, batch: Batch, weights: Tensor, *, per_example: bool = False
+    model: nn.Module, factors: Adapter, batch: AnyBatch, weights: Tensor, *, per_example: bool = False
 ) -> tuple[Tensor, Adapter]:
     """Returns the loss of each row and the gradients of the weighted sum of losses with respect to `factors`.
 

@@ -11,7 +11,7 @@ from fedsim.core.methods.flexlora import FLEXLORA
 from fedsim.core.methods.flora import FLORA
 from fedsim.core.methods.full import FULL
 from fedsim.core.methods.lora_xs import LORA_XS
-from fedsim.core.methods.method import Method
+from fedsim.core.methods.method import Method, with_head
 from fedsim.core.methods.ravan import RAVAN
 from fedsim.core.methods.rolora import ROLORA
 
@@ -19,4 +19,4 @@ _ALL = (FED_SB, FEDIT, FFA_LORA, FEDEX_LORA, FLORA, FLEXLORA, ROLORA, FEDSVD, FE
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["METHODS", "Method", "with_head"]

@@ -1,11 +1,11 @@
 """What makes a method: the form of its adapters, what a client trains and sends, and what the server makes of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsim.config import Init
 from fedsim.core.collecting import Collected
-from fedsim.core.forms import AdapterSpec, Form
+from fedsim.core.forms import HEAD, AdapterSpec, Form
 from fedsim.types import Adapter
 
 
@@ -61,10 +61,20 @@ class Method:
         return (*self.uploaded(round), *self.remade)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of factors: the form's, and a classification head's where it is trained."""
+        return (*self.form.shapes(1, 1, 1, 1), *((HEAD,) if HEAD in self.trained(1) else ()))
+
+    @property
     def moving(self) -> tuple[str, ...]:
         """Kinds that differ from round to round; the others are common bases."""
         kinds = {*self.trained(1), *self.trained(2), *self.remade} - set(self.personal)
-        return tuple(kind for kind in self.form.shapes(1, 1, 1, 1) if kind in kinds)
+        return tuple(kind for kind in self.kinds if kind in kinds)
+
+
+def with_head(method: Method) -> Method:
+    """Returns the method for a model that classifies: in every round its head is trained, sent and averaged beside the own kinds."""
+    return replace(method, trained=lambda round: (*method.trained(round), HEAD))
 
 
 def always(*kinds: str) -> Callable[[int], tuple[str, ...]]:

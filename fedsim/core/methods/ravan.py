@@ -19,7 +19,7 @@ def _fold_scales(adapter: Adapter) -> Adapter:
         if kind == "H":
             folded[name] = adapter[f"{layer}.s"][:, None, None] * tensor
         else:
-            folded[name] = torch.ones_like(tensor)
+            folded[name] = torch.ones_like(tensor) if kind == "s" else tensor
     return folded
 
 

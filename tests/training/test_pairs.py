@@ -1,0 +1,208 @@
+"""Pairs that are classified: tokens, padding, losses, and a head that trains beside R, against autograd and genuine Opacus."""
+
+import pytest
+import torch
+from conftest import CLASSIFIERS, LABELS, adapted_classifier, save_classifier, tiny_classifier
+from torch import nn
+
+from fedsim.config import DataConfig, EvaluationConfig, ModelConfig, Optimizer, Schedule, TrainingConfig
+from fedsim.core.adapters import adapted_layers, bound, factors
+from fedsim.core.forms import HEAD
+from fedsim.core.heads import head_layers
+from fedsim.core.payload import Layout
+from fedsim.models import load_model
+from fedsim.seeding import torch_generator
+from fedsim.training.batches import collate
+from fedsim.training.cohort import ClientData, private_batches, train_cohort
+from fedsim.training.evaluation import evaluate
+from fedsim.training.loss import group_gradients, row_losses
+from fedsim.training.pairs import encode_pair
+from fedsim.training.private import PrivateRule, sampling_rate
+from fedsim.types import Pair
+
+SIZES, NOISE, CLIP = (5, 3, 9), (0.7, 1.3, 0.4), 0.05
+KINDS = ("R", HEAD)
+SGD = {"optimizer": Optimizer.sgd, "learning_rate": 0.5, "schedule": Schedule.constant, "warmup_ratio": 0.0}
+CPU = torch.device("cpu")
+
+
+def told(pair):
+    """One pair as Hugging Face takes it, without padding."""
+    segments = {"token_type_ids": torch.tensor([pair.segments])} if pair.segments else {}
+    return {"input_ids": torch.tensor([pair.input_ids]), "labels": torch.tensor([pair.label]), **segments}
+
+
+def cohort(pairs, architecture="bert"):
+    return [ClientData(i, pairs(n, seed=i, segments=architecture == "bert")) for i, n in enumerate(SIZES)]
+
+
+def train(model, clients, private=None, **options):
+    current = factors(model, KINDS)
+    layout = Layout.of(current)
+    training = TrainingConfig(**{"batch_size": 4, "local_steps": 3, "tokens_per_pass": 60, "learning_rate": 1e-2, **options})
+    start = layout.pack(current)
+    return train_cohort(model, start, layout, clients, training, pad_id=0, seed=0, round=1, rounds=1, private=private)
+
+
+def plain(model):
+    """Gives every layer of an adapted model a head and an R that autograd knows, and returns them by name."""
+    leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(model, KINDS).items()}
+    for name, leaf in leaves.items():
+        path, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(path), kind, leaf)
+    return leaves
+
+
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_a_row_has_the_loss_of_hugging_face_whatever_its_company(architecture, pairs):
+    model, rows = adapted_classifier(architecture), pairs(6, segments=architecture == "bert")
+    with torch.no_grad():
+        together = row_losses(model, collate(rows, 0, CPU))
+        alone = torch.stack([model(**told(pair)).loss for pair in rows])
+    assert len({pair.num_tokens for pair in rows}) > 1, "rows of one length would not show the padding"
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_a_cohort_with_a_head_equals_clients_trained_one_by_one(architecture, pairs):
+    model, clients = adapted_classifier(architecture), cohort(pairs, architecture)
+    for together, client in zip(train(model, clients), clients, strict=True):
+        (alone,) = train(model, [client])
+        torch.testing.assert_close(together.factors, alone.factors, rtol=1e-5, atol=2e-6)
+        assert together.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_per_example_gradients_of_head_and_r_equal_one_by_one_autograd(architecture, pairs):
+    model, rows = adapted_classifier(architecture), pairs(5, segments=architecture == "bert")
+    stacked = {name: tensor.expand(len(rows), *tensor.shape) for name, tensor in factors(model, KINDS).items()}
+    _, found = group_gradients(model, stacked, collate(rows, 0, CPU), torch.ones(len(rows)))
+    leaves = plain(model)
+    for row, pair in enumerate(rows):
+        expected = torch.autograd.grad(model(**told(pair)).loss, list(leaves.values()))
+        for name, gradient in zip(leaves, expected, strict=True):
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(found[name][row], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapted_model_with_its_head_equals_the_plain_one_with_the_same_weights(pairs):
+    """The head is weight and bias of an ordinary linear layer."""
+    model, rows, bare = adapted_classifier(), pairs(4), tiny_classifier()
+    for name, layer in adapted_layers(model).items():
+        bare.get_submodule(name).weight.data += layer.B @ layer.R @ layer.A
+    (head,) = head_layers(model).values()
+    bare.classifier.weight.data, bare.classifier.bias.data = head.head[:, :-1].clone(), head.head[:, -1].clone()
+    with torch.no_grad():
+        torch.testing.assert_close(row_losses(model, collate(rows, 0, CPU)), row_losses(bare, collate(rows, 0, CPU)), rtol=1e-5, atol=1e-6)
+
+
+class WithLinearR(nn.Module):
+    """An adapted layer as Opacus wants it: R is the weight of a Linear."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base, self.B, self.A = layer.base, layer.B, layer.A
+        self.R = nn.Linear(layer.R.shape[1], layer.R.shape[0], bias=False)
+        self.R.weight.data = layer.R.clone()
+
+    def forward(self, x):
+        return self.base(x) + self.R(x @ self.A.T) @ self.B.T
+
+
+class LinearHead(nn.Module):
+    """A head as Opacus wants it, with the bias as the weight of an input that is one: noise is then drawn in the same order."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inner = nn.Linear(layer.head.shape[1], layer.head.shape[0], bias=False)
+        self.inner.weight.data = layer.head.clone()
+
+    def forward(self, x):
+        return self.inner(torch.cat([x, torch.ones(*x.shape[:-1], 1)], dim=-1))
+
+
+def opacus_alone(data, noise):
+    """One client in Opacus itself."""
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    model, trained = adapted_classifier().train(), []
+    for layers, wrap in ((adapted_layers(model), WithLinearR), (head_layers(model), LinearHead)):
+        for name, layer in layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, wrap(layer))
+            trained.append(next(p for p in model.get_submodule(name).parameters() if p.requires_grad))
+    private = GradSampleModule(model, loss_reduction="sum", strict=False)
+    optimizer = DPOptimizer(
+        torch.optim.SGD(trained, lr=0.5),
+        noise_multiplier=noise,
+        max_grad_norm=CLIP,
+        expected_batch_size=len(data.examples) * sampling_rate(len(data.examples), 4),
+        generator=torch_generator(0, "noise", 1, data.client),
+    )
+    steps = TrainingConfig(batch_size=4, local_steps=3)
+    for batch in private_batches([e.num_tokens for e in data.examples], steps, seed=0, round=1, client=data.client):
+        optimizer.zero_grad()
+        for i in batch:
+            private(**told(data.examples[i])).loss.backward()
+            optimizer.signal_skip_step(True)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.signal_skip_step(False)
+        for parameter in trained:
+            parameter.grad_sample = torch.zeros(0, *parameter.shape)
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in trained])
+
+
+@pytest.mark.filterwarnings("ignore")  # of Opacus, about its hooks
+def test_a_private_cohort_with_a_head_equals_genuine_opacus_client_by_client(pairs):
+    clients, model = cohort(pairs), adapted_classifier()
+    start = Layout.of(factors(model, KINDS)).pack(factors(model, KINDS))
+    for result, data, noise in zip(train(model, clients, PrivateRule(CLIP, NOISE), **SGD), clients, NOISE, strict=True):
+        assert (result.factors - start)[-99:].abs().min() > 0, "the head is 3 x 33"
+        torch.testing.assert_close(result.factors, opacus_alone(data, noise), rtol=0, atol=1e-6)
+
+
+def test_the_clip_norm_holds_over_r_and_head_together(pairs):
+    model, everything = adapted_classifier(), {**SGD, "batch_size": 100, "local_steps": 1, "learning_rate": 1.0}
+    start = Layout.of(factors(model, KINDS)).pack(factors(model, KINDS))
+    (one,) = train(model, [ClientData(0, pairs(1))], PrivateRule(CLIP, (0.0,)), **everything)
+    assert float((one.factors - start).norm()) == pytest.approx(CLIP, rel=1e-3)
+
+
+def test_checkpointing_changes_nothing_and_a_bfloat16_base_trains_a_float32_head(pairs):
+    usual, saved = (train(adapted_classifier(activation_checkpointing=each), cohort(pairs))[2].factors for each in (False, True))
+    assert torch.equal(usual, saved)
+    half = adapted_classifier()
+    kept = factors(half, ("B", "R", "A", HEAD))
+    half.to(torch.bfloat16)
+    with bound(half, kept):
+        found = train(half, cohort(pairs))[2].factors
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, usual, rtol=0, atol=5e-2)
+
+
+def test_both_texts_are_encoded_as_the_tokenizer_means_them_and_the_longer_one_is_cut(tmp_path):
+    _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
+    pair = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
+    whole, cut = encode_pair(pair, tokenizer, 64), encode_pair(pair, tokenizer, 6)
+    assert whole.input_ids == (1, 4, 5, 6, 7, 8, 2, 9, 2)
+    assert (whole.segments, whole.label) == ((0,) * 7 + (1,) * 2, 2)
+    assert cut.input_ids == (1, 4, 5, 2, 9, 2)
+
+
+def test_accuracy_is_that_of_the_most_likely_label(tmp_path):
+    model, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
+    examples = [Pair("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
+    correct, losses = 0, []
+    with torch.no_grad():
+        for example in examples:
+            output = model(**tokenizer(example.premise, example.hypothesis, return_tensors="pt"))
+            gold = torch.tensor([LABELS.index(example.answer)])
+            correct += int(output.logits.argmax() == gold)
+            losses.append(float(nn.functional.cross_entropy(output.logits, gold)))
+    for tokens in (15, 10_000):
+        found = evaluate(model, tokenizer, examples, EvaluationConfig(tokens_per_pass=tokens), DataConfig())
+        assert (found.accuracy, found.num_examples) == (correct / 12, 12)
+        assert found.loss == pytest.approx(sum(losses) / 12, rel=1e-5)
