@@ -42,7 +42,7 @@ def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
         "bias": "none",
         "fan_in_fan_out": is_transposed(next(iter(layers.values())).base),
         "target_modules": sorted(layers),
-        **({"modules_to_save": sorted(head)} if head else {}),
+        **({"modules_to_save": sorted({name.partition(".")[0] for name in head})} if head else {}),
         "inference_mode": True,
     }
     return {

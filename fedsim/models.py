@@ -59,7 +59,7 @@ def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_ch
 
 
 def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype, on: torch.device) -> nn.Module:
-    """Returns the model with its weights, for the device `on`. Raises UserError where any but those of a classification head are missing."""
+    """Returns the model with its weights, to be used on a device. Raises UserError where any but those of a new head are missing."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if labels:

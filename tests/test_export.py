@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, adapted_model, tiny_model
+from conftest import ARCHITECTURES, CLASSIFIERS, adapted_classifier, adapted_model, tiny_classifier, tiny_model
 
 from fedsim.export import peft_files
 
@@ -32,3 +32,25 @@ def test_no_third_matrix_is_shipped():
 
 def test_the_configuration_names_the_base_model():
     assert json.loads(peft_files(adapted_model(), "owner/model")["adapter_config.json"])["base_model_name_or_path"] == "owner/model"
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_peft_loads_an_adapter_with_its_classification_head_and_gives_the_same_logits(architecture, tmp_path):
+    from peft import PeftModel
+
+    model = adapted_classifier(architecture)
+    for name, content in peft_files(model, "base").items():
+        (tmp_path / name).write_bytes(content)
+    bare = tiny_classifier(architecture)
+    loaded = PeftModel.from_pretrained(bare, str(tmp_path))
+    ids = torch.arange(3, 15).view(2, 6)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(loaded.merge_and_unload()(input_ids=ids).logits, expected, rtol=1e-5, atol=2e-6)
+        assert (tiny_classifier(architecture)(input_ids=ids).logits - expected).abs().max() > 0.1, "the head alone would make a difference"
+
+
+def test_an_adapter_of_a_model_that_generates_names_no_module_to_save():
+    assert "modules_to_save" not in json.loads(peft_files(adapted_model(), "base")["adapter_config.json"])

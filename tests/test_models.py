@@ -2,13 +2,13 @@ import json
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, LABELS, save_classifier, tiny_classifier, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fedsim.config import Dtype, ModelConfig
 from fedsim.errors import UserError
-from fedsim.models import load_model
+from fedsim.models import head_paths, load_model, source
 
 
 def save(folder, architecture="llama", *, eos="</s>", **changes):
@@ -86,3 +86,59 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
     config.device = "cuda"
     with pytest.raises(UserError, match=r"model.device=cpu"):
         load_model(config)
+
+
+def test_an_encoder_without_a_head_serves_for_classification_but_no_other_weight_may_be_missing(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    config = ModelConfig(path=save_classifier(tmp_path), device="cpu")
+    model, tokenizer = load_model(config, LABELS)
+    assert head_paths(model) == ["classifier"]
+    assert model.classifier.out_features == 3
+    assert not any(p.requires_grad for p in model.parameters())
+    assert tokenizer.model_max_length == 64
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if "pooler" not in name}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"2 weights of the 'bert' architecture are missing, first 'bert.pooler.dense.bias'"):
+        load_model(config, LABELS)
+
+
+def test_a_head_of_other_labels_gives_way_to_a_new_one(tmp_path):
+    path = save_classifier(tmp_path)
+    tiny_classifier().save_pretrained(path)
+    assert load_model(ModelConfig(path=path, device="cpu"), ("yes", "no"))[0].classifier.out_features == 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "paths"), [("roberta", ["classifier.dense", "classifier.out_proj"]), ("distilbert", ["pre_classifier", "classifier"])]
+)
+def test_a_head_is_every_linear_layer_outside_the_body(architecture, paths):
+    assert head_paths(tiny_classifier(architecture)) == paths
+
+
+def test_an_encoder_is_refused_where_answers_are_generated_and_a_decoder_where_pairs_are_classified(tmp_path):
+    path = save_classifier(tmp_path / "encoder")
+    with pytest.raises(UserError, match="reads both ways and cannot generate answers; choose data that is classified"):
+        load_model(ModelConfig(path=path, device="cpu"))
+    (tmp_path / "decoder").mkdir()
+    with pytest.raises(UserError, match=r"takes an encoder of the kinds bert, distilbert, roberta, got 'llama'; choose model=bert_base"):
+        load_model(save(tmp_path / "decoder"), LABELS)
+
+
+def test_a_model_in_a_package_is_found_by_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "a_package_with_a_model"
+    save_classifier(folder / "model")
+    (folder / "__init__.py").write_text("raise RuntimeError('the package is not to be run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = ModelConfig(path="package:a_package_with_a_model", device="cpu")
+    assert source(config) == str(folder / "model")
+    load_model(config, LABELS)
+
+
+def test_a_package_that_is_missing_or_holds_no_model_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"the package 'no_such_package' is not installed; install it, .* pip install -e '.\[nli\]'"):
+        load_model(ModelConfig(path="package:no_such_package"), LABELS)
+    with pytest.raises(UserError, match=r"expected a folder with config.json in the package 'yaml', found none"):
+        load_model(ModelConfig(path="package:yaml"), LABELS)
+    with pytest.raises(UserError, match="is not installed"):
+        load_model(ModelConfig(path="package:no/such.name"), LABELS)

@@ -15,7 +15,6 @@ from fedsim.config import (
     EvaluationConfig,
     FederationConfig,
     Init,
-    MethodConfig,
     ModelConfig,
     Optimizer,
     PrivacyConfig,
@@ -224,9 +223,10 @@ def test_a_run_that_is_interrupted_and_resumed_ends_with_the_same_adapter(base, 
             raise KeyboardInterrupt
         original(self, number, grid)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(FedsimStrategy, "exchange", stop_in_the_second_round)
+    monkeypatch.setattr(FedsimStrategy, "exchange", stop_in_the_second_round)
+    with pytest.raises(KeyboardInterrupt):
         run(interrupted, quiet=True)
+    monkeypatch.setattr(FedsimStrategy, "exchange", original)
     resumed = run(replace(interrupted, resume=True), quiet=True)
     assert resumed["adapter_digest"] == whole["adapter_digest"]
     assert resumed["evaluation"] == whole["evaluation"]
