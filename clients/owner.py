@@ -106,9 +106,7 @@ def accept(owner: Owner, config: Config) -> None:
     if STRENGTH.index(unit) < STRENGTH.index(least):
         raise RefusedError(f"privacy.unit={unit.name} is weaker than {least.name}, the least accepted")
     if owner.masked_only and not config.privacy.secure_aggregation:
-        raise RefusedError(
-            "privacy.secure_aggregation=false would send the upload as it is: masked_only takes sums of several clients"
-        )
+        raise RefusedError("privacy.secure_aggregation=false would send the upload as it is: masked_only takes sums of several clients")
     if owner.max_epsilon is not None and unit is not PrivacyUnit.example:
         raise RefusedError(f"privacy.unit={unit.name} keeps no budget of the client's own: max_epsilon takes privacy.unit=example only")
     if config.federation.clients <= owner.client:

@@ -295,7 +295,7 @@ class SecureConfig:
     range: float = 1.0
     """Largest change of an entry in a round that an upload can hold; what is larger is clipped, and counted. unit=client: clip_norm."""
     gradient_range: float = 16.0
-    """The same for the sums of initial gradients, which travel in 32 bits."""
+    """The same for an entry of a client's initial gradient, which travels in 32 bits; with gradient_dp at least 8 times its noise."""
     threshold: float = 0.6
     """Part of the round's clients that must stay to the end; with fewer the round is given up. unit=client: sized to give all the noise."""
     neighbours: int = 0

@@ -153,7 +153,7 @@ class _Walk:
         clients, size = list(givers(self._config)), 4 * self._whole
         yield from self._attending(number, clients, 0)
         if self._secure:
-            grid = gradient_grid(self._config, len(clients))
+            grid = gradient_grid(self._config.secure.gradient_range, len(clients))
             size = grid.width * (self._whole + grid.digits)
         for client in clients:
             yield from self._down(number, client, needed_for_gradients(self._exchange))

@@ -121,9 +121,9 @@ def upload_grid(config: Config, clients: int, clip_norm: float | None = None) ->
     return Grid(config.secure.range, limit, clients, smallest_width(clients, limit))
 
 
-def gradient_grid(config: Config, clients: int) -> Grid:
+def gradient_grid(range: float, clients: int) -> Grid:
     """Returns the grid of initial gradients, as fine as 32 bits allow."""
-    return Grid(config.secure.gradient_range, ((1 << 31) - 1) // clients, clients, 4)
+    return Grid(range, ((1 << 31) - 1) // clients, clients, 4)
 
 
 def num_counters(config: Config) -> int:

@@ -106,13 +106,19 @@ class Party:
             self.held[peer] = plain
 
     def masked(self, values: Integers) -> Integers:
-        """Returns values + own mask + pair masks with all neighbours whose shares were taken. Raises ValueError below the threshold."""
+        """Returns values + own mask + pair masks with all neighbours whose shares were taken, and forgets the masks.
+
+        So nothing is masked twice, whose difference would show. Raises ValueError the second time, and below the threshold.
+        """
+        if not self.seed:
+            raise ValueError(f"Expected one upload of client {self.client} in a round, got a request for another.")
         if len(self.held) < self.threshold:
             raise ValueError(f"Expected shares of {self.threshold} of the group of client {self.client}, got {len(self.held)}.")
         total = values + mask(self.seed, len(values))
         for peer in self.held:
             if peer != self.client:
                 total += pair_mask(self.client, self.masking, peer, self.peers[peer][1], len(values))
+        self.seed, self.masking = b"", b""
         return total
 
     def reveal(self, survivors: Collection[int], vanished: Collection[int]) -> dict[int, bytes]:
@@ -126,7 +132,7 @@ class Party:
             raise ValueError(f"Expected at least {self.threshold} survivors with client {self.client}, got {sorted(survivors)}.")
         shares = {client: self.held[client][:SHARE_BYTES] for client in survivors}
         shares |= {client: self.held[client][SHARE_BYTES:] for client in vanished}
-        self.held, self.seed, self.masking = {}, b"", b""
+        self.held = {}
         return shares
 
     def _seal(self, peer: int, plain: bytes) -> bytes:

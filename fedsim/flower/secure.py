@@ -113,7 +113,11 @@ class Protocol:
         self._check(Stage.unmasking, sealed, answered)
         masked_with = {owner: [peer for peer in self._graph[owner] if peer in sealed] for owner in sealed}
         thresholds = {owner: self._threshold(owner) for owner in sealed}
-        return Summed(wanted.grid.signed(total.unmasked(publics, masked_with, shares, thresholds)), total.survivors, counts)
+        try:
+            found = total.unmasked(publics, masked_with, shares, thresholds)
+        except ValueError as error:
+            raise SumRefused(f"secure aggregation: the shares of round {self.server_round} do not open the sum: {error}") from error
+        return Summed(wanted.grid.signed(found), total.survivors, counts)
 
     def count(self, **counts: int) -> None:
         """Adds what the sum told to the facts."""

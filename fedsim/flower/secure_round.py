@@ -16,6 +16,9 @@ from fedsim.flower.secure import Protocol, Summed, Wanted, Work
 from fedsim.flower.secure_worker import SETUP
 from fedsim.session import Session
 
+ROOM_FOR_NOISE = 8
+"""Standard deviations of the noise of private initial gradients that their grid has room for."""
+
 
 @dataclass(frozen=True)
 class SecureRound:
@@ -50,10 +53,14 @@ def secure_round(session: Session, state: GlobalState, protocol: Protocol, work:
     return SecureRound(mean.float(), summed.survivors, counts, weights, mean_loss, tokens)
 
 
-def secure_gradients(session: Session, protocol: Protocol, work: Work) -> Tensor:
-    """Returns the flat sum of the clients' initial gradients [parameters] float64. Raises SumRefused."""
-    protocol.told = {SETUP: True}
-    grid, size = gradient_grid(session.config, len(protocol.clients)), session.gradient_layout.num_parameters
+def secure_gradients(session: Session, protocol: Protocol, work: Work, noise: float) -> Tensor:
+    """Returns the flat sum of the clients' initial gradients [parameters] float64; `noise` is the largest deviation of their noise.
+
+    Raises SumRefused.
+    """
+    reach = max(session.config.secure.gradient_range, ROOM_FOR_NOISE * noise)
+    protocol.told = {SETUP: True, "gradient_range": reach}
+    grid, size = gradient_grid(reach, len(protocol.clients)), session.gradient_layout.num_parameters
     wanted = Wanted("train.initial_gradient", Purpose.initial_gradient, grid, size, 1, work)
     summed = protocol.carry_out(wanted)
     protocol.count(clipped=_counted(wanted, summed)[0])

@@ -83,7 +83,9 @@ def take_shares(message: Message, context: Context) -> None:
 
 def masked(context: Context, client: int, grid: Grid, integers: NDArray[np.int64]) -> ArrayRecord:
     """Returns the record of a client's masked integers: all that leaves it of its values."""
-    sent = _party(context, client).masked(residues(integers))
+    party = _party(context, client)
+    sent = party.masked(residues(integers))
+    _keep(context, party)
     return arrays_to_record({"masked": torch.from_numpy(grid.to_wire(sent))})
 
 
@@ -153,7 +155,7 @@ def _noised(session: Session, request: ConfigRecord, client: int, grid: Grid, up
 
 def masked_gradient(session: Session, request: ConfigRecord, context: Context, client: int, gradient: Tensor) -> ArrayRecord:
     """Returns a client's masked initial gradient with its counter of clipped entries."""
-    grid = gradient_grid(session.config, int(request["contributors"]))  # type: ignore[arg-type]
+    grid = gradient_grid(float(request["gradient_range"]), int(request["contributors"]))  # type: ignore[arg-type]
     integers, clipped = grid.rounded(gradient.double().numpy(), 1.0, rounding_generator(session, request, client))
     return masked(context, client, grid, with_counters(grid, integers, (clipped,)))
 

@@ -185,7 +185,9 @@ class FedsimStrategy(Strategy):
         def work(clients: list[int], told: dict[str, Any]) -> RecordDict:
             return self._gradient_request(server_round, packer, clients[0], samples[clients[0]], **told)
 
-        total = secure_gradients(self._session, protocol, work)
+        planned = [self._session.privacy_plan[client].initialization for client in samples] if self._session.privacy_plan else []
+        noise = max((each.noise_multiplier for each in planned if each), default=0.0) * self._session.config.privacy.clip_norm
+        total = secure_gradients(self._session, protocol, work, noise)
         self.facts.secure = protocol.facts()
         return total
 

@@ -98,6 +98,13 @@ def test_a_share_is_read_by_its_receiver_alone_and_unchanged_only():
         fresh[2].masked(np.zeros(3, dtype=np.uint32))
 
 
+def test_a_client_masks_once_because_the_difference_of_two_uploads_would_show_that_of_their_values():
+    found = Round(full_graph(3), dict.fromkeys(range(3), 3))
+    assert found.parties[0].seed == found.parties[0].masking == b""
+    with pytest.raises(ValueError, match="one upload of client 0 in a round"):
+        found.parties[0].masked(np.zeros(SIZE, dtype=np.uint32))
+
+
 def test_a_masked_vector_is_uniform_and_differs_from_round_to_round_while_the_values_do_not():
     zeros = np.zeros(20_000, dtype=np.uint32)
     uploads = []

@@ -12,7 +12,7 @@ from scipy import stats
 
 from clients.app import app
 from fedsim.cli.compose import compose
-from fedsim.config import Init
+from fedsim.config import Init, PrivacyUnit
 from fedsim.core.dropout import Stage, vanishes
 from fedsim.core.methods import METHODS
 from fedsim.core.missing import Reason
@@ -344,15 +344,27 @@ def test_a_round_in_which_everybody_vanishes_changes_nothing():
 
 
 def test_example_level_privacy_travels_behind_masks():
-    options = {"unit": "example", "noise_multiplier": 1.0, "epsilon": None}
+    options = {"unit": PrivacyUnit.example, "noise_multiplier": 1.0, "epsilon": None}
     config = of_method("fed_sb", secure=SECURE["secure"])
-    unit = type(config.privacy.unit)["example"]
-    config = changed(config, privacy={**options, "unit": unit})
+    config = changed(config, privacy=options)
     plain = Rounds(config).next()
     secure = secure_rounds(changed(config, privacy={"secure_aggregation": True})).next()
     assert largest_gap(plain, secure) <= bound(plain.counts, 8.0 / (2 ** (BITS - 1) - 1), range(3)) + 1e-6
     assert np.isnan(secure.strategy.facts.mean_loss)
     assert secure.strategy.facts.num_tokens == 0
+
+
+def test_private_initial_gradients_have_room_for_their_noise():
+    privacy = {"unit": PrivacyUnit.example, "noise_multiplier": 1.0, "epsilon": None, "init_noise_multiplier": 30.0}
+    config = changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient_dp, "init_samples": 7})
+    sums = []
+    for secure in (False, True):
+        rounds = secure_rounds(changed(config, privacy={**privacy, "secure_aggregation": secure}))
+        strategy = FedsimStrategy(rounds.session, rounds.session.config, rounds.ledger, rounds.state)
+        sums.append(rounds.session.gradient_layout.pack(strategy.initial_gradients(rounds.grid)))
+    assert float(sums[0].abs().max()) > 100
+    torch.testing.assert_close(*sums, rtol=0, atol=1e-4)
+    assert strategy.facts.secure["clipped"] == 0
 
 
 def test_a_request_for_an_upload_below_the_group_threshold_is_refused_by_the_client(monkeypatch):
