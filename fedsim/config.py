@@ -8,9 +8,12 @@ import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from fedsim.errors import UserError
+
+AUTO = "auto"
+"""Value of an option that is settled where data, model and device are known."""
 
 
 class Dtype(Enum):
@@ -218,8 +221,8 @@ class TrainingConfig:
     """Put examples of similar length into the same batch."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass to save memory."""
-    tokens_per_pass: int = 4096
-    """Most tokens (padding included) in one forward and backward pass; a cohort's step is cut into passes of this size."""
+    tokens_per_pass: Union[int, str] = AUTO
+    """Most tokens (padding included) in one forward and backward pass, to which a cohort's step is cut; auto chooses for the device."""
     proximal_mu: float = 0.0
     """FedProx: weight mu of the pull mu/2 |x - x_start|^2 towards the start of the round."""
     scaffold: bool = False
@@ -420,6 +423,9 @@ class Bounds:
 
 _AT_LEAST_ONE, _NOT_NEGATIVE, _POSITIVE, _DECAY = Bounds(1), Bounds(0), Bounds(0, low_open=True), Bounds(0, 1, high_open=True)
 
+MAY_BE_AUTO = ("training.tokens_per_pass",)
+"""Options that are numbers or `AUTO`."""
+
 BOUNDS = {
     "method.residual_rank": _AT_LEAST_ONE,
     "method.heads": _AT_LEAST_ONE,
@@ -488,6 +494,10 @@ def check(config: Config) -> None:
     """Raises UserError for the first value or contradiction that can be seen without data and model."""
     for key, bounds in BOUNDS.items():
         value = _value(config, key)
+        if value == AUTO and key in MAY_BE_AUTO:
+            continue
+        if isinstance(value, str):
+            raise UserError(f"Expected {key} to be {AUTO} or a number {bounds}, got {value!r}. Give {key}= one of them.")
         if value is not None and value not in bounds:
             raise UserError(f"Expected {key} {bounds}, got {value}. Give {key}= a value in that range.")
     for key in ("data.train", "data.test", "adapter.target_modules"):

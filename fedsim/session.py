@@ -34,6 +34,7 @@ from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import derive_seed, numpy_generator, torch_generator
 from fedsim.training.batches import steps_per_round
+from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, LocalResult, LocalRule, PassFacts, train_cohort
 from fedsim.training.encoding import encode, has_response
 from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
@@ -88,6 +89,7 @@ class Session:
         head = head_paths(self.model) if classes else []
         self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules, head)
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
+        self.budget = TokenBudget.of(config.training, self.model)
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
         self.told_sizes: list[int] | None = None  # numbers of examples that the clients of a deployment have told
@@ -283,6 +285,7 @@ class Session:
             rounds=self.config.federation.rounds,
             rule=LocalRule(self.config.training.proximal_mu, self._shift(clients, memory, control), self._trainable(kinds, clients, round)),
             private=PrivateRule(self.config.privacy.clip_norm, tuple(noise)) if unit is PrivacyUnit.example else None,
+            budget=self.budget,
             on_pass=self.on_pass,
         )
         return [self._upload(result, row, round, memory, control, clip_norm) for result, row in zip(results, start.cpu(), strict=True)]
@@ -363,8 +366,8 @@ class Session:
 
     def weight_gradients(self, examples: Sequence[AnyEncoded]) -> Adapter:
         """Returns the summed loss gradient of every adapted base weight over the examples, without any update."""
-        return weight_gradients(
-            self.model, examples, pad_id=self.tokenizer.pad_token_id, tokens_per_pass=self.config.training.tokens_per_pass
+        return self.budget.within_memory(
+            lambda tokens: weight_gradients(self.model, examples, pad_id=self.tokenizer.pad_token_id, tokens_per_pass=tokens)
         )
 
     def client_gradient(self, client: int, num_samples: int, noise: float | None = None, round: int = 0, rate: float = 0.0) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import fedsim.config
 from fedsim.cli.groups import choice_values, default_choices, groups
-from fedsim.config import BOUNDS, Config, to_dict
+from fedsim.config import AUTO, BOUNDS, MAY_BE_AUTO, Config, to_dict
 
 _KINDS: dict[Any, str] = {
     int: "integer",
@@ -72,6 +72,8 @@ def _defaults() -> dict[str, Any]:
 
 def _describe(key: str, kind: Any, members: dict[str, str]) -> str:
     bounds = f" {BOUNDS[key]}" if key in BOUNDS else ""
+    if key in MAY_BE_AUTO:
+        return f"{_KINDS[int] + bounds} or {AUTO}"
     if get_origin(kind) is Union:
         inner = next(part for part in get_args(kind) if part is not type(None))
         return f"{'|'.join(members) or _KINDS[inner] + bounds} or null"

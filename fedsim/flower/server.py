@@ -32,6 +32,7 @@ from fedsim.progress import Progress
 from fedsim.report import curves_png, diagnosis_png, holdings_table, partition_png, privacy_png, summary_table, transfers_csv
 from fedsim.run_folder import RunFolder
 from fedsim.session import PERSONAL, Memory, Session, open_session
+from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import PassFacts
 from fedsim.training.evaluation import evaluate
 from fedsim.types import Adapter
@@ -101,6 +102,7 @@ class Run:
         self._session, self._config, self._grid, self._contexts, self._roster = session, session.config, grid, contexts, roster
         self._given, self._folder, self._progress = config, folder, progress
         self._told_too_long = 0
+        self._tokens_per_pass = session.budget.tokens  # as told last
 
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
@@ -149,11 +151,13 @@ class Run:
         ledger, privacy = CommunicationLedger(), self._privacy_ledger()
         zeros = zero(self._session.spec, {}, 0)
         self._session.install_folded({}, "")  # an earlier run in this process may have left something there
+        self._session.budget = TokenBudget.of(self._config.training, self._session.model)
         shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
         if self._init not in DERIVED:
             shared.factors |= self._factors_from_gradients(shared, ledger, privacy, 0)
         seconds = time.perf_counter() - begun
         facts = {"wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"], "digests": shared.digests()}
+        facts["tokens_per_pass"] = self._tokens_per_pass = self._session.budget.tokens
         self._folder.event("initialized", init=self._init.name, rank=self._session.spec.rank, **facts)
         state = State(0, shared, ledger, privacy)
         self._save(state)
@@ -226,7 +230,11 @@ class Run:
             write_memory(context, _by_client(tensors[MEMORY], node), checkpoint.round)
         if facts["adapter_digest"] != shared.adapter_digest():
             raise ValueError(f"Expected a state with digest {facts['adapter_digest'][:16]}..., got {shared.adapter_digest()[:16]}....")
-        self._folder.event("resumed", round=checkpoint.round)
+        self._session.budget = TokenBudget(
+            facts.get("tokens_per_pass") or TokenBudget.of(self._config.training, self._session.model).tokens
+        )
+        self._tokens_per_pass = self._session.budget.tokens
+        self._folder.event("resumed", round=checkpoint.round, tokens_per_pass=self._tokens_per_pass)
         self._progress.note(f"going on after round {checkpoint.round}")
         return State(
             checkpoint.round,
@@ -249,6 +257,7 @@ class Run:
             "tag": shared.tag,
             "increment_on": shared.increment_on,
             "clip_norm": shared.clip_norm,
+            "tokens_per_pass": self._session.budget.tokens,
             "ledger": state.ledger.to_json(),
             "privacy": state.privacy.to_json() if state.privacy else None,
             "evaluations": state.evaluations,
@@ -311,6 +320,7 @@ class Run:
             self._progress.note(f"round {number} changes nothing: {facts.secure['refused']}")
         self._progress.round_finished(number, report | {"missing": counted(facts.missing)}, after)
         self._tell_too_long()
+        self._tell_less_memory(number)
         if refresh_due(self._config, number):
             self._refresh(state)
         self._save(state)
@@ -329,6 +339,14 @@ class Run:
             self._progress.note(f"left out: {count} training examples whose response lies beyond data.max_length={limit}")
             self._folder.event("too_long", num_examples=count, max_length=limit)
             self._told_too_long = self._session.num_too_long
+
+    def _tell_less_memory(self, number: int) -> None:
+        """Says to what passes in this process were cut because memory ran out; the next checkpoint keeps it."""
+        tokens = self._session.budget.tokens
+        if tokens < self._tokens_per_pass:
+            self._progress.note(f"out of memory: passes hold at most {tokens} tokens now, {self._tokens_per_pass} before")
+            self._folder.event("passes_halved", round=number, tokens_per_pass=tokens)
+            self._tokens_per_pass = tokens
 
     @contextmanager
     def _passes_shown(self, number: int, strategy: FedsimStrategy) -> Iterator[None]:

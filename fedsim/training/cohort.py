@@ -7,6 +7,7 @@ training path.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 
 import torch
@@ -16,6 +17,7 @@ from fedsim.config import TrainingConfig
 from fedsim.core.payload import Layout
 from fedsim.seeding import torch_generator
 from fedsim.training.batches import collate, local_batches, pack, steps_per_round
+from fedsim.training.budget import TokenBudget
 from fedsim.training.loss import group_gradients
 from fedsim.training.optimizers import OptimizerState, learning_rate, update
 from fedsim.training.private import CohortDPOptimizer, PrivateRule, poisson_batches, sampling_rate
@@ -74,12 +76,14 @@ def train_cohort(
     rounds: int,
     rule: LocalRule | None = None,
     private: PrivateRule | None = None,
+    budget: TokenBudget | None = None,
     on_pass: Callable[[PassFacts], None] = lambda facts: None,
 ) -> list[LocalResult]:
     """Trains every client from `start` on its own examples for one round and returns the results in the order of `clients`.
 
     Guarantees: equal to training the clients one by one, to float tolerance; nothing couples two clients, nor two rows; the model's
-    own factors are unchanged. The optimizer state starts anew; the schedule runs over the local steps of all rounds.
+    own factors are unchanged. The optimizer state starts anew; the schedule runs over the local steps of all rounds. `budget` limits the
+    passes (None takes that of `training`) and is left halved where memory ran out.
     """
     device = next(model.parameters()).device
     draw = local_batches if private is None else private_batches
@@ -93,7 +97,8 @@ def train_cohort(
     space = torch.empty_like(stack)  # of the gradients
     adjust = _Adjustment(rule or LocalRule(), stack, layout, order)
     state = OptimizerState()
-    step_losses = torch.zeros(len(cohort), device=device)
+    total_losses = torch.zeros(len(cohort), device=device)
+    budget = budget or TokenBudget.of(training, model)
 
     def take_step(gradients: Tensor) -> None:
         adjust.gradients(stack, gradients)
@@ -103,13 +108,14 @@ def train_cohort(
 
     noised = private and _private_optimizer(private, cohort, order, stack, layout, take_step, training, seed=seed, round=round)
 
-    for step in range(max(steps)):
+    def gradients_of(step: int, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
+        """Returns the gradients [active, parameters], clipped where private, and the losses [active] of the clients that take this step."""
         active = sum(n > step for n in steps)
         rows = {slot: [data.examples[i] for i in plans[data.client][step]] for slot, data in enumerate(cohort[:active])}
-        gradients = space[:active].zero_()
+        gradients, step_losses = space[:active].zero_(), torch.zeros(active, device=device)
         if noised:
             noised.start(gradients)
-        for each in pack(rows, training.batch_size, training.tokens_per_pass):
+        for each in pack(rows, training.batch_size, tokens_per_pass):
             batch = collate([row.example for row in each.rows], pad_id, device)
             weights = on_device(torch.tensor([row.weight for row in each.rows]), device)
             owners = on_device(torch.tensor([row.slot for row in each.rows]), device)
@@ -123,13 +129,18 @@ def train_cohort(
                 accumulate(gradients, layout, where, found)
             step_losses.index_add_(0, owners, losses * weights)
             on_pass(PassFacts(batch.num_tokens, losses.mean() * (nan if noised else 1.0), (step + 1) / max(steps)))
+        return gradients, step_losses
+
+    for step in range(max(steps)):
+        gradients, step_losses = budget.within_memory(partial(gradients_of, step))
+        total_losses[: len(step_losses)].add_(step_losses)
         if noised:
             noised.finish()
         else:
             take_step(gradients)
 
     results = {}
-    trained, losses_of = stack.cpu(), step_losses.cpu()
+    trained, losses_of = stack.cpu(), total_losses.cpu()
     for slot, data in enumerate(cohort):
         tokens = 0 if noised else sum(data.examples[i].num_tokens for batch_ in plans[data.client] for i in batch_)
         loss = nan if noised else float(losses_of[slot]) / max(1, steps[slot])  # a private client tells nothing that has no noise

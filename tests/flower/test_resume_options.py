@@ -13,6 +13,8 @@ from fedsim.experiment import run
 from fedsim.flower import server
 from fedsim.flower.reading import Reader
 from fedsim.session import _open
+from fedsim.training import loss
+from fedsim.training.loss import row_losses
 
 MOMENTS = {"optimizer": "fedadam", "learning_rate": 0.01}
 OPTIONS = {
@@ -71,3 +73,25 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(config, tmp
     assert tensors.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors.items())
     assert any(not name.startswith("factor/") for name in tensors), "a state of factors alone would show nothing"
+
+
+def test_passes_that_were_halved_stay_so_when_the_run_goes_on_where_there_is_more_memory(tmp_path, monkeypatch):
+    def scarce(model, batch):
+        if batch.input_ids.numel() > 200:
+            raise torch.OutOfMemoryError
+        return row_losses(model, batch)
+
+    config = of_method("fed_sb")
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "row_losses", scarce)
+        run(in_folder(config, tmp_path / "whole"), quiet=True)
+        _open.cache_clear()
+        interrupt(patch, 2 * 3 + 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(in_folder(config, tmp_path / "run"), quiet=True)
+    _open.cache_clear()
+    run(in_folder(config, tmp_path / "run", resume=True), quiet=True)
+    assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
+    told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    budgets = {event["kind"]: event["tokens_per_pass"] for event in told if "tokens_per_pass" in event}
+    assert budgets["initialized"] >= 1024 > 200 >= budgets["passes_halved"] == budgets["resumed"]

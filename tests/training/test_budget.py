@@ -1,0 +1,83 @@
+"""The budget of a pass: what memory it assumes against what autograd keeps, and how it gives way."""
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, adapted_model, tiny_model
+
+from fedsim.config import TrainingConfig
+from fedsim.core.adapters import factors
+from fedsim.core.payload import Layout
+from fedsim.training.batches import collate
+from fedsim.training.budget import SMALLEST, TokenBudget, bytes_per_token, chosen
+from fedsim.training.cohort import ClientData, train_cohort
+from fedsim.training.loss import group_gradients
+from fedsim.training.private import PrivateRule
+
+
+def train(model, cohort, budget=None, noise=(), **options):
+    current = factors(model, ("R",))
+    layout, training = Layout.of(current), TrainingConfig(**{"batch_size": 3, "local_steps": 2, "learning_rate": 1e-2, **options})
+    private = PrivateRule(0.05, noise) if noise else None
+    start = layout.pack(current)
+    return train_cohort(model, start, layout, cohort, training, pad_id=0, seed=0, round=1, rounds=1, private=private, budget=budget)
+
+
+def with_memory_for(model, tokens):
+    """The model on a device that runs out of memory in the middle of a pass of more than `tokens` tokens."""
+
+    def check(module, arguments, options):
+        if options["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError("no memory left")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("noise", [(), (1.0, 1.0, 0.5)])
+def test_where_memory_runs_out_the_budget_is_halved_and_the_result_is_the_same(noise, sequences):
+    cohort = [ClientData(i, sequences(n, seed=i)) for i, n in enumerate((5, 3, 9))]
+    budget = TokenBudget(400)
+    found = train(with_memory_for(adapted_model(), 60), cohort, budget, noise)
+    assert budget.tokens == 50
+    for result, expected in zip(found, train(adapted_model(), cohort, TokenBudget(400), noise), strict=True):
+        torch.testing.assert_close(result.factors, expected.factors, rtol=1e-5, atol=1e-6)
+        assert result.loss == pytest.approx(expected.loss, rel=1e-5, nan_ok=True)
+
+
+def test_a_device_without_memory_for_the_smallest_pass_is_told(sequences):
+    budget = TokenBudget(400)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(with_memory_for(adapted_model(), 2), [ClientData(0, sequences(4))], budget)
+    assert budget.tokens < 2 * SMALLEST
+
+
+def test_a_number_is_taken_and_auto_is_chosen():
+    model = tiny_model("llama")
+    assert TokenBudget.of(TrainingConfig(tokens_per_pass=77), model).tokens == 77
+    assert TokenBudget.of(TrainingConfig(), model).tokens == chosen(model) >= 1024
+    assert chosen(model).bit_count() == 1
+
+
+def assumed_and_kept(model, batch):
+    """Bytes per token as assumed, and those of all tensors that the forward pass leaves to the backward pass."""
+    kept, fixed = {}, {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor is held, so that its address is not given away again
+        return tensor
+
+    stack = {name: tensor.unsqueeze(0) for name, tensor in factors(model, ("R",)).items()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        group_gradients(model, stack, batch, torch.ones(len(batch.input_ids)))
+    return bytes_per_token(model), sum(size for size, _ in kept.values()) / batch.input_ids.numel()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_memory_that_is_assumed_holds_what_autograd_keeps_and_not_much_more(architecture, sequences):
+    batch = collate(sequences(16), 0, torch.device("cpu"))
+    assumed, kept = assumed_and_kept(adapted_model(architecture), batch)
+    assert 0.8 * kept < assumed < 3 * kept
+    with_checkpoints, kept = assumed_and_kept(adapted_model(architecture, activation_checkpointing=True), batch)
+    assert kept < with_checkpoints < assumed  # what is computed again for one block is not seen from outside
