@@ -119,5 +119,5 @@ class Desk:
         return len(session.client_data(self._owner.client).examples)
 
     def _joined(self, session: Session) -> RecordDict:
-        member = Member(self._owner.client, self._num_examples(session), session.base_digest, fedsim.__version__)
+        member = Member(self._owner.client, self._num_examples(session), session.base_digest, fedsim.__version__, self._owner.shard)
         return member.to_records()

@@ -8,6 +8,10 @@ class UserError(Exception):
     """Bad input or a contradiction in it; nothing was lost or half written."""
 
 
+class RunFailedError(Exception):
+    """A run that was going on elsewhere has not come to its end; the message says what was heard of it last."""
+
+
 class LeftRunningError(KeyboardInterrupt):
     """Ctrl-C has ended the watching, not the run, which goes on elsewhere; the argument says how to follow, stop and resume it."""
 

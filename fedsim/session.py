@@ -47,6 +47,7 @@ Memory = dict[int, dict[str, Tensor]]
 """What clients keep for themselves from round to round, as flat arrays by client and name."""
 
 PERSONAL, OWN_CONTROL, RESIDUE = "personal", "control", "residue"  # names in a client's memory
+OWN_DATA = "own data"  # in the holdings, of clients that do not tell the tasks of theirs
 VALUES = "values"  # the one array of an upload that is not compressed
 
 
@@ -92,7 +93,7 @@ class Session:
         self.budget = TokenBudget.of(config.training, self.model)
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
-        self.told_sizes: list[int] | None = None  # numbers of examples that the clients of a deployment have told
+        self.own_data: dict[int, int] = {}  # numbers of examples of clients that have brought data of their own
         self.num_too_long = 0  # examples left out so far because nothing of their response is within data.max_length
         self._encoded: dict[int, list[AnyEncoded]] = {}
         self._positions: dict[tuple[tuple[str, ...], int], Tensor | None] = {}
@@ -102,8 +103,14 @@ class Session:
         """What every client's training costs; empty where nothing is claimed. Calibration takes seconds."""
         if self.config.privacy.unit is PrivacyUnit.none:
             return []
-        own = [len(self.client_data(client).examples) for client in range(len(self.shards))] if self.told_sizes is None else self.told_sizes
-        return plan(self.config, own)
+        clients = range(len(self.shards))
+        return plan(self.config, [self.own_data.get(client) or len(self.client_data(client).examples) for client in clients])
+
+    def hear(self, own_data: dict[int, int]) -> None:
+        """Takes note of how many examples clients have that train on data of their own, in place of the shards dealt here."""
+        self.own_data = own_data
+        self.__dict__.pop("privacy_plan", None)
+        self.__dict__.pop("holdings", None)
 
     @cached_property
     def base_digest(self) -> str:
@@ -147,12 +154,13 @@ class Session:
     @cached_property
     def holdings(self) -> list[dict[str, int]]:
         """Number of examples of each client by task."""
-        return holdings(self.pool, self.shards)
+        dealt = holdings(self.pool, self.shards)
+        return [{OWN_DATA: self.own_data[client]} if client in self.own_data else held for client, held in enumerate(dealt)]
 
     @property
     def total_steps(self) -> int:
         """Local steps over all rounds of a client with the average number of examples."""
-        average = ceil(len(self.pool) / len(self.shards))
+        average = ceil(sum(self.own_data.get(client, len(shard)) for client, shard in enumerate(self.shards)) / len(self.shards))
         return self.config.federation.rounds * steps_per_round(average, self.config.training)
 
     def encode(self, examples: Sequence[AnyExample]) -> list[AnyEncoded]:

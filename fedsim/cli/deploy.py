@@ -13,6 +13,28 @@ USAGE = {
     "up": "fedsim deploy up --local N [--dir DIR] [option=value ...]",
     "status": "fedsim deploy status [DIR] [--superlink NAME] [--json]",
 }
+_INIT = """\
+  writes all that the machines of a federation need: certificates, one key pair and one client.yaml per client, start scripts,
+  systemd units, a compose file, a README with the order of steps. Run again it keeps keys and says so.
+  --host     names or addresses of the server, the first being the one that clients use (localhost)
+  --new-keys replaces every key and certificate
+"""
+_UP = """\
+  starts a SuperLink and N SuperNodes on loopback, with TLS and node authentication, runs the experiment, and ends all of it
+  --dir      keeps the folder with keys and logs; otherwise it is a temporary one
+"""
+_STATUS = """\
+  shows the clients, since when they are there or gone, and the round of the latest runs
+"""
+_AFTER = """\
+Submit to a federation:  fedsim run engine=deployment engine.superlink=NAME federation.clients=N [option=value ...]
+A client's worker:       fedsim worker client.yaml [--stop]
+"""
+
+
+def usage() -> str:
+    """Returns the help of `fedsim deploy`."""
+    return f"{USAGE['init']}\n{_INIT}\n{USAGE['up']}\n{_UP}\n{USAGE['status']}\n{_STATUS}\n{_AFTER}"
 
 
 def deploy(words: list[str]) -> int:

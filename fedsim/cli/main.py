@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import fedsim
-from fedsim.errors import LeftRunningError, UserError, nearest
+from fedsim.errors import LeftRunningError, RunFailedError, UserError, nearest
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return 2
+    except RunFailedError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -83,6 +86,11 @@ def _dispatch(words: list[str]) -> int:
 def _help(verb: str, rest: list[str]) -> None:
     from fedsim.cli.help import VERBS, overview, run_help
 
+    if "deploy" in (verb, *rest):
+        from fedsim.cli.deploy import usage
+
+        print(usage(), end="")
+        return
     topics = [word for word in rest if word not in VERBS and "=" not in word and not word.startswith("-")]
     about_run = verb in ("run", "data") or rest != topics
     print(run_help(topics[0] if topics else None) if about_run or topics else overview(), end="")

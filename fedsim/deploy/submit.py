@@ -5,6 +5,7 @@ carries names the apps only, and the resolved configuration travels in it as one
 """
 
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from datetime import datetime
@@ -15,7 +16,7 @@ import fedsim
 from fedsim.config import Config, to_dict
 from fedsim.deploy.flower import flwr, following, run_facts
 from fedsim.effective import effective
-from fedsim.errors import LeftRunningError, UserError
+from fedsim.errors import LeftRunningError, RunFailedError, UserError
 from fedsim.flower.telling import Following
 from fedsim.report import summary_table
 
@@ -43,13 +44,15 @@ RECONNECTS = 5
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     """Submits the run, shows how it goes, and returns its summary.
 
-    Raises UserError for a mistake, also one that the server finds, RuntimeError if the run fails, LeftRunningError on Ctrl-C: it goes on.
+    Raises UserError for a mistake, also one that the server finds, RunFailedError if the run fails, LeftRunningError on Ctrl-C: it goes on.
     """
     if not config.engine.superlink:
         raise UserError("Expected engine.superlink with engine=deployment, got none. Name a SuperLink of `flwr config list`.")
     config = named(config)
     effective(config)  # finds here and now what the server would find
     run_id = submitted(config)
+    if not quiet:
+        print(f"run {run_id} at the SuperLink {config.engine.superlink}; its run folder there: {config.run_dir}", file=sys.stderr)
     try:
         summary = _followed(run_id, config, quiet=quiet)
     except KeyboardInterrupt:
@@ -87,7 +90,8 @@ def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
     finally:
         shown.close()
     last = "\n".join(shown.others)
-    raise RuntimeError(f"Run {run_id} has not come to its end: {facts['status']}. The last lines of its log:\n{last}")
+    again = f"Go on with the same options and run_dir={config.run_dir} resume=true"
+    raise RunFailedError(f"Run {run_id} has not come to its end: {facts['status']}. {again}\nThe last lines of its log:\n{last}")
 
 
 def _follow(run_id: str, superlink: str, shown: Following, taken: int) -> int:

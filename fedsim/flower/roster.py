@@ -31,6 +31,7 @@ class Member:
     num_examples: int
     base_digest: str
     version: str
+    shard: bool  # it trains on its shard of the experiment's data, as in a simulation; otherwise the data is its own
 
     def to_records(self) -> RecordDict:
         """Returns the content of the answer."""
@@ -56,11 +57,12 @@ class Roster:
         self._members: dict[int, Member] = {}  # by node
         self._known: set[int] = set()  # nodes that were asked in their present stay
         self._reasons: dict[int, str] = {}  # why a node does not take part
+        self._absent: list[int] = []
         self._tell: Tell = lambda kind, **facts: None
         self._base_digest = ""
 
     def muster(self, session: Session, tell: Tell) -> None:
-        """Waits for the clients, `engine.wait_seconds` at most, and gives the session the sizes of their data.
+        """Waits for the clients, `engine.wait_seconds` at most, and tells the session how much data those have that bring their own.
 
         Raises UserError if none is there to take part. Who comes later joins before the next round.
         """
@@ -70,8 +72,7 @@ class Roster:
         if not homes:
             reasons = "; ".join(self._reasons.values()) or "no SuperNode is connected"
             raise UserError(f"Expected clients to join within engine.wait_seconds={self._config.engine.wait_seconds:g}, but: {reasons}.")
-        sizes = {member.client: member.num_examples for member in self._members.values()}
-        session.told_sizes = [sizes.get(client, max(1, len(session.shards[client]))) for client in clients]
+        session.hear({member.client: member.num_examples for member in self._members.values() if not member.shard})
 
     def homes(self, clients: Sequence[int]) -> dict[int, int]:
         """Returns the node of each of the clients that are connected and take part; if there is none, some are waited for."""
@@ -80,8 +81,9 @@ class Roster:
         if not found and clients:
             found = self._waited_for(clients, at_least=1)
         absent = [client for client in clients if client not in found]
-        if absent:
+        if absent and absent != self._absent:
             self._tell("absent", clients=absent)
+        self._absent = absent
         return found
 
     def _waited_for(self, clients: Sequence[int], at_least: int | None = None) -> dict[int, int]:

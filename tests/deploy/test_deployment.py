@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from fedsim.deploy.certificates import authority, client_key
+from fedsim.deploy.flower import FLWR
 from fedsim.deploy.local import NAME, environment, free_port, local_federation
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -173,25 +174,44 @@ def test_a_client_trains_every_round_on_the_base_model_that_it_loaded_once(first
         assert log.count("is process") == 1
 
 
-def test_clients_whose_workers_are_killed_remember_what_they_kept(federation, tmp_path):
-    words = ("federation.rounds=3", "training.optimizer=sgd", "training.scaffold=true", "adapter=orthogonal", "training.learning_rate=0.5")
+def wait_for_round(folder, number):
+    while not (folder / "events.jsonl").exists() or len(events(folder, "round")) < number:
+        time.sleep(0.05)
+
+
+def test_a_run_whose_workers_are_killed_and_which_is_stopped_goes_on_to_the_same_end(federation, tmp_path):
+    words = ("federation.rounds=4", "training.optimizer=sgd", "training.scaffold=true", "adapter=orthogonal", "training.learning_rate=0.5")
     killed = []
 
-    def kill():
-        while not (tmp_path / "run" / "events.jsonl").exists() or not events(tmp_path / "run", "round"):
-            time.sleep(0.05)
+    def strike():
+        wait_for_round(tmp_path / "run", 1)
         for client in range(CLIENTS):
             killed.append(int((federation.client_folder(client) / "worker" / "worker.lock").read_text()))
             os.kill(killed[-1], signal.SIGKILL)
+        run_id = flwr_json(federation, "list")["runs"][0]["run-id"]
+        wait_for_round(tmp_path / "run", 2)
+        assert flwr_json(federation, "stop", run_id)["success"]
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=strike)
     thread.start()
-    deployed(federation, tmp_path / "run", *words)
+    command = ["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, *words, f"run_dir={tmp_path / 'run'}"]
+    stopped = run(command, federation.flwr_home)
     thread.join()
+    assert stopped.returncode == 1
+    assert "finished:stopped" in stopped.stderr
+    assert "resume=true" in stopped.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+    deployed(federation, tmp_path / "run", *words, "resume=true")
     in_process(federation, tmp_path / "in_process", *words)
     same_adapter(tmp_path / "run", tmp_path / "in_process", 1e-5)
-    assert len(killed) == CLIENTS
+    assert [event["round"] for event in events(tmp_path / "run", "round")] == [1, 2, 3, 4]
     assert all(f"is process {pid}" in worker_log(federation, client) for client, pid in enumerate(killed))
+
+
+def flwr_json(federation, verb, *words):
+    command = [*FLWR, verb, *words, NAME, "--format", "json"]
+    done = subprocess.run(command, env=environment() | {"FLWR_HOME": str(federation.flwr_home)}, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout[done.stdout.index("{") :])
 
 
 def test_what_an_owner_does_not_accept_is_refused_told_and_not_averaged(federation, tmp_path):

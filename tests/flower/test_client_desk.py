@@ -78,7 +78,7 @@ def test_a_client_says_who_it_is_and_how_much_it_has(tmp_path):
     deployed = Deployed(of_method("fed_sb"), tmp_path)
     reply = deployed.ask(2, JOIN, config=json.dumps(to_dict(of_method("fed_sb"))))
     member = Member.from_records(reply.content)
-    assert (member.client, member.num_examples) == (2, len(deployed.session.shards[2]))
+    assert (member.client, member.num_examples, member.shard) == (2, len(deployed.session.shards[2]), True)
     assert member.base_digest == deployed.session.base_digest
 
 

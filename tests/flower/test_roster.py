@@ -37,7 +37,7 @@ class Nodes:
         self.grid.contexts = {node: self.contexts[node] for node in nodes}
 
     def member(self, number, **changes):
-        return replace(Member(number, 10 + number, self.session.base_digest, "1"), **changes)
+        return replace(Member(number, 10 + number, self.session.base_digest, "1", True), **changes)
 
     def tell(self, kind, **facts):
         self.events.append((kind, facts.get("client", facts.get("clients", facts.get("reason")))))
@@ -45,15 +45,17 @@ class Nodes:
 
 def test_clients_are_found_at_the_nodes_that_say_who_they_are():
     nodes = Nodes()
-    nodes.answers = {1: nodes.member(2), 3: nodes.member(0), 5: nodes.member(1)}
+    nodes.answers = {1: nodes.member(2, shard=False), 3: nodes.member(0), 5: nodes.member(1, shard=False)}
     nodes.present([1, 3, 5])
     roster = Roster(nodes.grid, CONFIG)
     roster.muster(nodes.session, nodes.tell)
     assert roster.homes([0, 2]) == {0: 3, 2: 1}
-    assert nodes.session.told_sizes == [10, 11, 12]
+    assert nodes.session.own_data == {1: 11, 2: 12}
+    assert [held.get("own data") for held in nodes.session.holdings] == [None, 11, 12]
+    nodes.session.hear({})
+    assert all("own data" not in held for held in nodes.session.holdings)
     assert sorted(nodes.events) == [("joined", 0), ("joined", 1), ("joined", 2)]
     assert sorted(nodes.asked) == [1, 3, 5], "each is asked once"
-    nodes.session.told_sizes = None
 
 
 def test_a_node_that_goes_and_another_that_comes_are_noticed_before_the_next_round():
@@ -67,7 +69,6 @@ def test_a_node_that_goes_and_another_that_comes_are_noticed_before_the_next_rou
     nodes.present([2, 4])
     assert roster.homes([0, 1]) == {0: 4, 1: 2}
     assert nodes.events[2:] == [("left", 0), ("absent", [0]), ("joined", 0)]
-    nodes.session.told_sizes = None
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,6 @@ def test_who_does_not_fit_is_left_out_and_the_reason_is_written_down(answer, rea
     assert roster.homes([0, 1, 2]) == {1: 2}
     ((_, found),) = [event for event in nodes.events if event[0] == "refused"]
     assert reason in found
-    nodes.session.told_sizes = None
 
 
 def test_a_second_node_of_a_client_is_turned_away():
@@ -99,7 +99,6 @@ def test_a_second_node_of_a_client_is_turned_away():
     roster.muster(nodes.session, nodes.tell)
     assert len(roster.homes([0])) == 1
     assert ("refused", "client 0 has another node already") in nodes.events
-    nodes.session.told_sizes = None
 
 
 def test_nobody_at_all_is_an_error_that_says_why():
