@@ -92,6 +92,7 @@ class Protocol:
     ask: Callable[[Iterable[Ask]], Iterator[tuple[Ask, Message | Failure]]]
     request: Callable[..., ConfigRecord]  # of (clients, **told)
     charges: Charges
+    came: Callable[[int], None] = lambda client: None  # is told whose upload has come
     told: dict[str, Any] = field(default_factory=dict)  # in every request
 
     def __post_init__(self) -> None:
@@ -190,6 +191,7 @@ class Protocol:
             record = reply.content.array_records[client_key(client)]
             self.charges.up(self.server_round, client, wanted.purpose, wanted.parameters, record)
             total.add(client, wanted.grid.from_wire(arrays_from_record(record, types)["masked"].numpy()))
+            self.came(client)
 
         self._gather(wanted.kind, sealed, content, take)
         return total

@@ -112,6 +112,7 @@ class FedsimStrategy(Strategy):
             combining.add_sum(secure_round(self._session, self._state, protocol, work))
         except SumRefused as refused:
             facts.secure = {"refused": str(refused)}
+            facts.clients.clear()
         facts.secure |= protocol.facts()
         facts.missing = protocol.missing()
         self._note_absent(server_round)
@@ -128,6 +129,7 @@ class FedsimStrategy(Strategy):
             ask=lambda asks: gathered(grid, asks, self._again(packer)),
             request=lambda asked, **told: self.asking.request(asked, server_round, {}, **told),
             charges=self._charges,
+            came=lambda client: self.facts.clients.append(client),
         )
 
     def _note_absent(self, server_round: int) -> None:

@@ -81,6 +81,13 @@ def test_a_client_gives_out_nothing_below_the_threshold_nor_both_secrets_of_one_
         party.reveal([0, 1, 2], [3, 4])
 
 
+def test_a_client_shares_no_secret_that_half_of_its_group_could_open():
+    party, others = Party(0), {client: Party(client).public for client in (1, 2, 3)}
+    with pytest.raises(ValueError, match="above half of the 4 in the group, got 2"):
+        party.share(others, 2)
+    assert len(party.share(others, 3)) == 3
+
+
 def test_a_share_is_read_by_its_receiver_alone_and_unchanged_only():
     found = Round(full_graph(4))
     sealed = found.sealed[0]

@@ -41,6 +41,16 @@ def test_no_direction_of_a_change_costs_more_than_the_gaussian_that_stands_for_t
         assert claimed <= slack * true, order
 
 
+@pytest.mark.parametrize("limit", [1, 8, 127])
+@pytest.mark.parametrize("noise_multiplier", [0.5, 1.0, 4.0])
+def test_the_published_bound_is_not_undercut_at_any_whole_order(noise_multiplier, limit):
+    mu, l2, l1 = (noise_multiplier * limit) ** 2, limit, limit**2
+    stands = gaussian_of_skellam(noise_multiplier, limit)
+    for order in range(2, 1025):
+        published = order * l2**2 / (2 * mu) + min(((2 * order - 1) * l2**2 + 6 * l1) / (4 * mu**2), 3 * l1 / (2 * mu))
+        assert order / (2 * stands**2) >= published * (1 - 1e-12), order
+
+
 def test_on_a_fine_grid_the_noise_costs_what_gaussian_noise_costs():
     for noise_multiplier in (0.5, 1.0, 5.0):
         assert gaussian_of_skellam(noise_multiplier, 32767) == pytest.approx(noise_multiplier, rel=1e-7)
