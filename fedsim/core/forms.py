@@ -80,6 +80,7 @@ class AdapterSpec:
     heads: int = 1
     scaling: float = 1.0
     head: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the layers of a classification head, as in `layers`
+    _layouts: dict[tuple[str, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)  # one is asked per client
 
     def shapes(self, layer: str) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of an adapted layer's factors by kind."""
@@ -105,8 +106,11 @@ class AdapterSpec:
 
     def layout(self, kinds: Sequence[str]) -> Layout:
         """Returns the layout of the factors of the given kinds, in the model's order, those of the head last."""
-        shapes = {f"{layer}.{kind}": shape for layer, kind, shape in self._factors(kinds)}
-        return Layout(tuple(shapes), tuple(shapes.values()))
+        key = tuple(kinds)
+        if key not in self._layouts:
+            shapes = {f"{layer}.{kind}": shape for layer, kind, shape in self._factors(kinds)}
+            self._layouts[key] = Layout(tuple(shapes), tuple(shapes.values()))
+        return self._layouts[key]
 
     def num_parameters(self, kinds: Sequence[str], rank: int | None = None) -> int:
         """Returns the number of elements of the given kinds in all layers, as a client of this rank holds them (None is the adapter's)."""

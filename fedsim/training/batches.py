@@ -6,7 +6,7 @@ nothing but the order of float additions; so a result does not depend on the com
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, gcd
 
 import numpy as np
 import torch
@@ -78,8 +78,8 @@ def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, toke
     """Cuts one local step of a cohort into passes of at most `tokens_per_pass` tokens, padding included.
 
     The unit is one client's micro-batch of `batch_size` examples (cut further only where it alone exceeds the budget); units of similar
-    length share a pass. A pass has one group per unit where all units are equally large, else one group per row. A single row
-    is never refused, however long it is.
+    length share a pass. The groups of a pass are as large as its units' sizes allow: their greatest common divisor. A single row is never
+    refused, however long it is.
     """
     units: list[list[Row]] = []
     for slot, examples in rows_of_slot.items():
@@ -108,9 +108,8 @@ def _fits(units: list[list[Row]], tokens_per_pass: int) -> bool:
 
 def _as_pass(units: list[list[Row]]) -> Pass:
     rows = tuple(row for unit in units for row in unit)
-    equal = len({len(unit) for unit in units}) == 1
-    groups = [unit[0].slot for unit in units] if equal else [row.slot for row in rows]
-    return Pass(tuple(groups), rows)
+    size = gcd(*map(len, units))
+    return Pass(tuple(row.slot for row in rows[::size]), rows)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from conftest import adapted_model
+from conftest import adapted_model, tiny_model
 from torch import nn
 
 from fedsim.config import Optimizer, Schedule, TrainingConfig
-from fedsim.core.adapters import adapted_layers, factors
+from fedsim.core.adapters import adapt, adapted_layers, bound, factors, install
+from fedsim.core.forms import DENSE, LORA, RAVAN
 from fedsim.core.payload import Layout
 from fedsim.seeding import torch_generator
-from fedsim.training.cohort import ClientData, private_batches, train_cohort
+from fedsim.training.cohort import ClientData, LocalRule, private_batches, train_cohort
 from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
 from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches, sampling_rate
 
@@ -82,6 +83,46 @@ def opacus_alone(architecture, data, noise, options):
             R.grad_sample = torch.zeros(0, *R.shape)
         optimizer.step()
     return torch.cat([R.detach().flatten() for R in Rs])
+
+
+TRAINED = [(LORA, ("B", "A")), (LORA, ("B",)), (RAVAN, ("H", "s")), (DENSE, ("D",))]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize(("form", "kinds"), TRAINED)
+def test_the_sum_of_clipped_gradients_equals_autograd_one_example_at_a_time_for_every_form(form, kinds, trainable, sequences):
+    model, generator = tiny_model("llama"), torch.Generator().manual_seed(0)
+    spec = adapt(model, form, 4, 2, 0.5, [])
+    install(model, {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in factors(model, spec.kinds).items()})
+    start, cohort = factors(model, kinds), clients(sequences)
+    layout = Layout.of(start)
+    mask = torch.rand(3, layout.num_parameters, generator=generator) < 0.5 if trainable else torch.ones(3, layout.num_parameters)
+    results = train_cohort(
+        model,
+        layout.pack(start),
+        layout,
+        cohort,
+        training(learning_rate=1.0, local_steps=1),
+        pad_id=0,
+        seed=0,
+        round=1,
+        rounds=1,
+        rule=LocalRule(trainable=mask if trainable else None),
+        private=PrivateRule(CLIP, (0.0, 0.0, 0.0)),
+    )
+    for result, data, own in zip(results, cohort, mask, strict=True):
+        (batch,) = private_batches([e.num_tokens for e in data.examples], training(local_steps=1), seed=0, round=1, client=data.client)
+        total = torch.zeros(layout.num_parameters)
+        for i in batch:
+            leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in start.items()}
+            with bound(model, leaves):
+                example = data.examples[i]
+                labels = torch.tensor([[-100] * example.loss_start + list(example.input_ids[example.loss_start :])])
+                loss = model(input_ids=torch.tensor([example.input_ids]), labels=labels, use_cache=False).loss
+            flat = own * torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(leaves.values()))])
+            total += flat * min(1.0, CLIP / float(flat.norm()))
+        expected = layout.pack(start) - total / (len(data.examples) * sampling_rate(len(data.examples), 4))
+        torch.testing.assert_close(result.factors, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")  # of Opacus, about its hooks
