@@ -27,6 +27,7 @@ from fedsim.training.private import sampling_rate
 
 log = logging.getLogger("fedsim.worker")
 
+INITIAL_GRADIENT = "train.initial_gradient"
 FAILED = 4
 """Flower's code of an exception in the ClientApp."""
 
@@ -95,6 +96,8 @@ class Desk:
         steps = steps_per_round(size, config.training)
         if kind == "train" and steps > self._owner.max_local_steps:
             raise RefusedError(f"{steps} local steps are more than the {self._owner.max_local_steps} accepted")
+        if config.privacy.unit is PrivacyUnit.client and kind == INITIAL_GRADIENT:
+            raise RefusedError("an initial gradient would leave as it is, which privacy.unit=client does not cover")
         if config.privacy.unit is not PrivacyUnit.example or not kind.startswith("train"):
             return None
         if "noise" not in request:
@@ -102,7 +105,7 @@ class Desk:
         (noise,) = numbers(request, "noise")
         batch = config.training.batch_size * config.training.accumulation
         mechanism = Mechanism(noise, sampling_rate(size, batch), steps)
-        if kind == "train.initial_gradient":
+        if kind == INITIAL_GRADIENT:
             (rate,) = numbers(request, "rates")
             mechanism = Mechanism(noise, rate, 1, "initialization")
         self._budget.check(mechanism, size)

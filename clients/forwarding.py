@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 
-from clients.framing import FrameError, read_message, write_message
+from clients.framing import CutOffError, read_message, write_message
 from clients.owner import Owner, load_owner
 from clients.worker import LOG, START_LOCK, private_folder, running_pid, socket_path, take_lock
 
@@ -28,7 +28,8 @@ class WorkerError(RuntimeError):
 def forward(message: Message, context: Context, file: str) -> Message:
     """Returns the reply of the worker of the owner's file, which is started if there is none.
 
-    Raises WorkerError where it dies over the message, or is another client than the SuperNode says; UserError for a wrong file.
+    Raises WorkerError where it dies over the message, or is another client than the SuperNode says; UserError for a wrong file; FrameError
+    for a reply that is larger than the owner allows.
     """
     path = Path(file)
     owner = load_owner(path)
@@ -39,7 +40,7 @@ def forward(message: Message, context: Context, file: str) -> Message:
             try:
                 write_message(connection.sendall, message)
                 return read_message(connection.recv, owner.max_message_mb * 10**6)
-            except (FrameError, EOFError, ConnectionError, BrokenPipeError):
+            except (CutOffError, EOFError, ConnectionError):
                 continue
     raise WorkerError(f"Expected a reply of the worker, but it ended over the message {TRIES} times. See {Path(owner.folder) / LOG}.")
 

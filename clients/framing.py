@@ -26,6 +26,10 @@ class FrameError(ValueError):
     """What was read is no message, is cut off, or is larger than allowed."""
 
 
+class CutOffError(FrameError):
+    """The stream ended within a message: whoever wrote it is gone."""
+
+
 def write_message(write: Write, message: Message) -> None:
     """Writes a message with its id, which Flower leaves out of what it serialises but needs in a reply."""
     _write(write, message, message.metadata.message_id)
@@ -97,7 +101,7 @@ def _exactly(read: Read, size: int, *, at_start: bool = False) -> bytes:
         if not part:
             if at_start and left == size:
                 raise EOFError("The stream ended where a message should begin.")
-            raise FrameError(f"Expected {size} bytes, got {size - left}: the stream ended.")
+            raise CutOffError(f"Expected {size} bytes, got {size - left}: the stream ended.")
         parts.append(part)
         left -= len(part)
     return b"".join(parts)

@@ -62,7 +62,10 @@ class Owner:
 
 def owner_text(owner: Owner) -> str:
     """Returns the file of an owner, with the meaning of every option above it."""
-    lines = ["# What the owner of this client decides. Paths are relative to this file."]
+    lines = [
+        "# What the owner of this client decides. It holds from the worker's next start: fedsim worker FILE --stop ends the present one.",
+        "# Paths are relative to this file.",
+    ]
     for name, meaning in _meanings().items():
         lines += [f"\n# {meaning}", f"{name}: {json.dumps(getattr(owner, name))}"]
     return "\n".join(lines) + "\n"

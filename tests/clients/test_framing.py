@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.framing import FrameError, read_message, read_records, write_message, write_records
+from clients.framing import CutOffError, FrameError, read_message, read_records, write_message, write_records
 
 LIMIT = 10**7
 
@@ -93,7 +93,7 @@ def test_the_end_of_a_stream_is_told_apart_from_a_message_that_is_cut_off():
     with pytest.raises(EOFError):
         read(b"")
     for length in (1, 10, 20, len(data) // 2, len(data) - 1):
-        with pytest.raises(FrameError):
+        with pytest.raises(CutOffError):
             read(data[:length])
 
 

@@ -10,7 +10,7 @@ from rounds import CLIENTS, Rounds, of_method
 
 from clients.desk import Desk
 from clients.owner import Owner
-from fedsim.config import PrivacyUnit, to_dict
+from fedsim.config import PrivacyUnit, Weighting, to_dict
 from fedsim.core.missing import Reason
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member
@@ -147,6 +147,15 @@ def test_training_without_noise_is_refused_where_the_configuration_promises_it(t
     error = deployed.ask(0, "train", config=json.dumps(to_dict(privately())), clients=[0], round=1).error
     assert error.code == REFUSED
     assert "train would leave without noise" in error.reason
+
+
+def test_an_initial_gradient_is_refused_where_only_updates_are_private(tmp_path):
+    config = of_method("fed_sb", privacy={"unit": PrivacyUnit.client, "noise_multiplier": 1.0}, federation={"weighting": Weighting.uniform})
+    deployed = Deployed(config, tmp_path)
+    request = {"config": json.dumps(to_dict(config)), "clients": [0], "samples": [2], "round": 0, "digests": '{"W": ""}'}
+    error = deployed.ask(0, "train.initial_gradient", **request).error
+    assert error.code == REFUSED
+    assert "an initial gradient would leave as it is" in error.reason
 
 
 def test_a_failure_tells_the_server_nothing_of_the_data(tmp_path):
