@@ -4,11 +4,12 @@ Hydra composes conf/ against these types (`fedsim.cli.compose`), `check` finds c
 nor model, and nothing beyond the entry sees a DictConfig. Enum members are written by name: `training.optimizer=sgd`.
 """
 
+import json
 import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast, get_args, get_origin
 
 from fedsim.errors import UserError
 
@@ -58,6 +59,11 @@ class ServerRule(Enum):
     median = "median of every entry"
     trimmed_mean = "mean of every entry without the largest and smallest"
     krum = "mean of the uploads that are nearest to their neighbours (multi-Krum)"
+
+
+class OverNorm(Enum):
+    refuse = "the client is left out of the round"
+    clip = "the update is scaled down to the norm"
 
 
 class Partition(Enum):
@@ -187,6 +193,16 @@ class FederationConfig:
     """Clients of different rank, as {rank: share of the clients}; empty gives every client adapter.rank."""
     dropout: float = 0.0
     """Simulation: probability that a client vanishes in mid-round, before its upload; with secure aggregation as often after it, too."""
+    round_timeout: Optional[float] = None
+    """Seconds after which a round goes on without the clients that have not replied; null waits for all that are alive."""
+    min_replies: float = 0.5
+    """Clients that a round needs: a part of those it wants if below 1, otherwise their number. Simulated drop-outs do not count."""
+    over_selection: float = 0.0
+    """Draw this part more clients than a round wants; it goes on when as many as it wants have replied."""
+    retries: int = 2
+    """How often clients that have not replied are asked again where fewer than min_replies have; after that the run stops."""
+    max_examples: int = 1_000_000
+    """Most training examples that a client may claim to have; the number is its weight in the average."""
 
 
 @dataclass
@@ -249,6 +265,10 @@ class ServerConfig:
     """Second moment's decay of fedadam and fedyogi."""
     tau: float = 1e-3
     """Adaptivity: term added to the denominator of the adaptive ones."""
+    max_update_norm: Optional[float] = 1e6
+    """Largest L2 norm of a client's update that is believed; null believes all that are finite."""
+    over_norm: OverNorm = OverNorm.refuse
+    """What is done with an update beyond max_update_norm."""
 
 
 @dataclass
@@ -335,6 +355,10 @@ class EngineConfig:
     """deployment: name of the SuperLink in Flower's configuration (flwr config list)."""
     wait_seconds: float = 120.0
     """deployment: how long clients that are not connected are waited for when a run begins; afterwards a round goes on without them."""
+    actors: Optional[int] = None
+    """ray: worker processes, each with a GPU or core and a base model of its own; null takes one per GPU, else one per core."""
+    address: Optional[str] = None
+    """ray: address of a Ray cluster that is running (auto finds one on this machine); null starts Ray here, for this run."""
     cohort_size: int = 0
     """Clients that a worker trains together in one message; 0 takes all of the round's clients."""
 
@@ -387,19 +411,41 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
         raise UserError(
             f"configuration: expected the options {', '.join(names)} of {schema.__name__}, got a difference in {', '.join(odd)}."
         )
-    return schema(**{name: _from_plain(kind, values[name]) for name, kind in names.items()})
+    return schema(**{name: _from_plain(kind, values[name], f"{schema.__name__}.{name}") for name, kind in names.items()})
 
 
-def _from_plain(kind: Any, value: Any) -> Any:
-    if is_dataclass(kind):
+def from_text(text: str) -> Config:
+    """Returns the configuration of the JSON that `to_dict` gives. Raises UserError for anything else, whatever it is."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"configuration: expected JSON, got {text!r:.60}.") from None
+    return cast(Config, _from_plain(Config, values, "Config"))
+
+
+def _from_plain(kind: Any, value: Any, name: str) -> Any:
+    """Returns the value of this type. Raises UserError for one of another type: what comes over a network is not believed."""
+    if get_origin(kind) is Union:
+        return value if type(value) in get_args(kind) else _from_plain(get_args(kind)[0], value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
         return from_dict(kind, value)  # type: ignore[arg-type]
-    if kind == Optional[Init]:
-        return None if value is None else Init[value]
-    if isinstance(kind, type) and issubclass(kind, Enum):
+    if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str) and value in kind.__members__:
         return kind[value]
-    if kind == dict[int, float]:
-        return {int(key): float(share) for key, share in value.items()}
-    return value
+    if get_origin(kind) in (list, dict) and isinstance(value, get_origin(kind)):
+        return _from_items(kind, value, name)
+    if kind is Any or type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise UserError(f"configuration: expected {name} to be {kind!s:.60}, got {value!r:.60}.")
+
+
+def _from_items(kind: Any, value: Any, name: str) -> Any:
+    if get_origin(kind) is list:
+        return [_from_plain(get_args(kind)[0], each, name) for each in value]
+    key_kind, item_kind = get_args(kind)
+    try:
+        return {key_kind(key): _from_plain(item_kind, each, name) for key, each in value.items()}
+    except ValueError:
+        raise UserError(f"configuration: expected the names in {name} to be {key_kind.__name__}, got {value!r:.60}.") from None
 
 
 @dataclass(frozen=True)
@@ -466,6 +512,12 @@ BOUNDS = {
     "federation.fraction": Bounds(0, 1, low_open=True),
     "federation.alpha": _POSITIVE,
     "federation.quantity_sigma": _NOT_NEGATIVE,
+    "federation.round_timeout": _POSITIVE,
+    "federation.min_replies": _POSITIVE,
+    "federation.over_selection": _NOT_NEGATIVE,
+    "federation.retries": _NOT_NEGATIVE,
+    "federation.max_examples": _AT_LEAST_ONE,
+    "server.max_update_norm": _POSITIVE,
     "training.learning_rate": _POSITIVE,
     "training.weight_decay": _NOT_NEGATIVE,
     "training.beta1": _DECAY,
@@ -484,6 +536,7 @@ BOUNDS = {
     "evaluation.max_new_tokens": _AT_LEAST_ONE,
     "evaluation.tokens_per_pass": _AT_LEAST_ONE,
     "engine.cohort_size": _NOT_NEGATIVE,
+    "engine.actors": _AT_LEAST_ONE,
     "engine.wait_seconds": _NOT_NEGATIVE,
     "seed": _NOT_NEGATIVE,
 }

@@ -16,6 +16,13 @@ class LeftRunningError(KeyboardInterrupt):
     """Ctrl-C has ended the watching, not the run, which goes on elsewhere; the argument says how to follow, stop and resume it."""
 
 
+class RunStopped(Exception):
+    """A run that cannot go on for a reason outside of its configuration; what it has is in its folder, from where it can be resumed.
+
+    The command line prints the message, one line, and exits with code 1.
+    """
+
+
 def nearest(word: str, allowed: list[str]) -> str:
     """Returns " Did you mean 'x'?" for the allowed word closest to `word`, or "" when none is close."""
     from difflib import get_close_matches

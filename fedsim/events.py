@@ -10,6 +10,13 @@ from typing import Any
 from fedsim.files import atomic_write, finite
 
 
+def append(descriptor: int, line: bytes) -> None:
+    """Writes a whole line at the end of a file, in one write. Raises OSError if only a part of it found room."""
+    written = os.write(descriptor, line)
+    if written < len(line):  # the disk is full: the rest tells why
+        os.write(descriptor, line[written:])
+
+
 class EventLog:
     """The open log of a run; one process writes it, anyone may read it meanwhile."""
 
@@ -23,7 +30,7 @@ class EventLog:
             text = json.dumps(event, allow_nan=False)
         except ValueError:  # a loss that has become NaN, for which JSON has no word
             text = json.dumps(finite(event))
-        os.write(self._descriptor, text.encode() + b"\n")
+        append(self._descriptor, text.encode() + b"\n")
 
     def sync(self) -> int:
         """Makes all events so far durable and returns the size of the log in bytes."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from clients.app import app
@@ -28,11 +29,27 @@ def in_process(config: Config, quiet: bool, watch: Callable[[Grid], Grid] = lamb
     return serve(watch(grid), config, grid.contexts, quiet=quiet)
 
 
+def _on_ray(config: Config, quiet: bool) -> dict[str, Any]:
+    from fedsim.flower.ray_grid import RayGrid
+    from fedsim.flower.server import serve
+
+    with RayGrid(_app_in_actor, config.engine) as grid:
+        return serve(grid, config, grid.contexts, quiet=quiet)
+
+
+def _app_in_actor() -> ClientApp:
+    return app
+
+
 def _in_a_deployment(config: Config, quiet: bool) -> dict[str, Any]:
     from fedsim.deploy.submit import run as submit
 
     return submit(config, quiet=quiet)
 
 
-ENGINES: dict[str, Callable[[Config, bool], dict[str, Any]]] = {"inprocess": in_process, "deployment": _in_a_deployment}
+ENGINES: dict[str, Callable[[Config, bool], dict[str, Any]]] = {
+    "inprocess": in_process,
+    "ray": _on_ray,
+    "deployment": _in_a_deployment,
+}
 """What carries a run out, by the name of the engine."""

@@ -50,6 +50,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"sent to clients   {size(moved['downlink_bytes']):>9}   {moved['downlink_parameters']:,} parameters",
         f"for set-up        {size(moved['setup_bytes']):>9}   bases and initial gradients (1 MB = 10^6 bytes)",
         f"training          {duration(training['wall_seconds']):>9}   {speed}",
+        *_missing_lines(summary["missing"]),
         *_privacy_lines(summary["privacy"]),
         "",
         f"files     {folder}: summary.json, curves.png, diagnosis.png, partition.png, holdings.txt, communication.csv, events.jsonl",
@@ -57,6 +58,13 @@ def summary_table(summary: dict[str, Any]) -> str:
         f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/adapter")',
     ]
     return "\n".join(lines)
+
+
+def _missing_lines(counts: dict[str, int]) -> list[str]:
+    if not counts:
+        return []
+    reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    return [f"missing           {sum(counts.values()):>9,}   replies that were asked for and are in no round: {reasons}"]
 
 
 def _privacy_lines(spent: dict[str, Any] | None) -> list[str]:

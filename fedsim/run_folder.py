@@ -25,16 +25,18 @@ from fedsim.config import Config, to_dict
 from fedsim.errors import UserError
 from fedsim.events import EventLog, cut_events, read_events
 from fedsim.files import TEMPORARY, atomic_write, atomic_write_json
+from fedsim.journal import Head, Journal
 from fedsim.manifest import manifest
 
 LOCK = "run.lock"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 EVENTS = "events.jsonl"
+JOURNAL = "journal.jsonl"
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 CONTENTS = (
-    *(LOCK, CONFIG, MANIFEST, EVENTS, CHECKPOINTS, SUMMARY),
+    *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY),
     *("adapter", "audit.json", "communication.csv", "holdings.txt", "curves.png", "diagnosis.png", "partition.png", "privacy.png"),
 )
 """All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
@@ -63,6 +65,7 @@ class RunFolder:
         self._keep = keep
         self._lock = lock
         self._log: EventLog | None = None
+        self._journal: Journal | None = None
 
     @classmethod
     def open(cls, config: Config, now: datetime | None = None, keep: int = 2) -> "RunFolder":
@@ -101,9 +104,11 @@ class RunFolder:
         """Frees the folder for others. Harmless when called twice."""
         if self._log:
             self._log.close()
+        if self._journal:
+            self._journal.close()
         if self._lock >= 0:
             os.close(self._lock)
-        self._log, self._lock = None, -1
+        self._log, self._journal, self._lock = None, None, -1
 
     def path(self, name: str) -> Path:
         """Returns the path of `name`, with its parent folder made. Raises ValueError unless its first part is in CONTENTS."""
@@ -131,6 +136,13 @@ class RunFolder:
             raise ValueError(f"Expected an open run folder for the event {kind!r}, but {self.folder} is closed or finished.")
         self._log.append(kind, facts)
 
+    def record(self, kind: str, **facts: Any) -> Head:
+        """Appends one line to journal.jsonl, the audit log, and returns its head."""
+        if not self._journal:
+            raise ValueError(f"Expected an open run folder to record {kind!r}, but {self.folder} is closed or finished.")
+        self._journal.append(kind, **facts)
+        return self._journal.head
+
     def events(self) -> Iterator[dict[str, Any]]:
         """Yields all whole events so far, in order."""
         return read_events(self.folder / EVENTS)
@@ -142,7 +154,8 @@ class RunFolder:
         """
         self.event("checkpoint", round=round_)
         events_size = self._log.sync() if self._log else 0
-        state = {"state": state, "events_size": events_size}
+        head = self._journal.sync() if self._journal else Head()
+        state = {"state": state, "events_size": events_size, "journal": head.to_json()}
         checkpoints.save(self.folder / CHECKPOINTS, Checkpoint(round_, tensors, state), self._keep)
 
     def last_checkpoint(self) -> Checkpoint | None:
@@ -174,7 +187,7 @@ class RunFolder:
         _clear(self.folder)
         atomic_write_json(self.folder / MANIFEST, manifest(config.seed, now))
         atomic_write(self.folder / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
-        self._log = EventLog(self.folder / EVENTS)
+        self._log, self._journal = EventLog(self.folder / EVENTS), Journal(self.folder / JOURNAL)
 
     def _resume(self, config: Config, now: datetime) -> None:
         """Cuts the events after the last checkpoint off and adds this session to the manifest: versions may have changed since."""
@@ -185,7 +198,9 @@ class RunFolder:
         self._log.close()
         size = checkpoint.state["events_size"] if checkpoint else 0
         cut_events(self.folder / EVENTS, size, lambda event: event["kind"] in KEPT_ON_RESUME)
-        self._log = EventLog(self.folder / EVENTS)
+        self._log, self._journal = EventLog(self.folder / EVENTS), Journal(self.folder / JOURNAL)
+        lines = checkpoint.state.get("journal", self._journal.head.to_json())["lines"] if checkpoint else 0
+        self.record("resumed", round=checkpoint.round if checkpoint else None, goes_on_from=lines)
         facts = json.loads((self.folder / MANIFEST).read_bytes())
         facts.setdefault("resumed", []).append(manifest(config.seed, now))
         atomic_write_json(self.folder / MANIFEST, facts)

@@ -15,6 +15,7 @@ VERBS = {
     "deploy": "a real federation: fedsim deploy init DIR | up --local N [option=value ...] | status [DIR]",
     "worker": "what works for one client: fedsim worker client.yaml [--stop]",
     "audit": "run with canaries in the data and prove what leaks: fedsim audit [option=value ...] [--json]",
+    "verify": "check the audit log of a run: fedsim verify RUN_FOLDER",
     "help": "show this help, or that of one part: fedsim help run training",
 }
 

@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import fedsim
-from fedsim.errors import LeftRunningError, RunFailedError, UserError, nearest
+from fedsim.errors import LeftRunningError, RunFailedError, RunStopped, UserError, nearest
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return 2
-    except RunFailedError as error:
+    except (RunFailedError, RunStopped) as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -68,6 +68,8 @@ def _dispatch(words: list[str]) -> int:
         return _cost(rest)
     elif verb == "privacy":
         return _privacy(rest)
+    elif verb == "verify":
+        return _verify(rest)
     elif verb == "deploy":
         from fedsim.cli.deploy import deploy
 
@@ -160,6 +162,19 @@ def _audit(words: list[str]) -> int:
     found = audited(config, quiet=bool(flags))
     print(json.dumps(finite(found), indent=2) if flags else f"\n{audit_table(found)}")
     return 1 if any(part["refuted"] for part in found["parts"].values()) else 0
+
+
+def _verify(words: list[str]) -> int:
+    _, folders = _split(words, ())
+    if len(folders) != 1:
+        raise UserError(f"Expected one run folder, got {len(folders)}. Write fedsim verify RUN_FOLDER.")
+    from pathlib import Path
+
+    from fedsim.cli.verify import verdict_text, verify
+
+    verdict = verify(Path(folders[0]))
+    print(verdict_text(verdict))
+    return 1 if verdict.problems else 0
 
 
 def _cost(words: list[str]) -> int:

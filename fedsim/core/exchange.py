@@ -40,7 +40,10 @@ class Exchange:
         )
 
     def sent(self, client: int, parts: Iterable[str]) -> None:
-        """Notes that the client now holds these parts in their present version."""
+        """Notes that the client now holds these parts in their present version.
+
+        To be called when its reply is there: a message that was lost has brought the client nothing.
+        """
         held = {part: self.holds(client, part) for part in self.versions}
         self.held[client] = held | {part: self.versions[part] for part in parts}
 

@@ -27,6 +27,7 @@ class GlobalState:
     moments: dict[str, Tensor] = field(default_factory=dict)  # of the server optimizer
     clip_norm: float | None = None  # of client-level privacy, where it adapts
     tag: str = ""  # digest of everything folded so far, in order
+    accepted: dict[int, int] = field(default_factory=dict)  # by client: the last round that its upload became part of
     _digests: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def digest(self, part: str) -> str:

@@ -1,6 +1,8 @@
 """Who takes part: functions of seed and round, never of node ids or of the order in which anything arrives."""
 
-from fedsim.config import Config, Init, PrivacyUnit
+from math import ceil
+
+from fedsim.config import Config, Init, PrivacyUnit, ServerRule
 from fedsim.seeding import numpy_generator
 
 
@@ -16,6 +18,21 @@ def by_coin(config: Config) -> bool:
     With secure aggregation the server, from which the clients' own noise is to protect, sees who takes part: nothing is amplified.
     """
     return config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation
+
+
+def spares(config: Config, server_round: int) -> list[int]:
+    """Returns the clients that a round draws beyond need, in ascending order: `federation.over_selection` of its size, of the others."""
+    others = sorted({*range(config.federation.clients)} - {*drawn(config, server_round)})
+    count = ceil(config.federation.over_selection * round_size(config.federation.clients, config.federation.fraction))
+    order = numpy_generator(config.seed, "spares", server_round).permutation(len(others))
+    return sorted(others[place] for place in order[:count])
+
+
+def least_replies(config: Config, wanted: int) -> int:
+    """Returns how many of the `wanted` clients of a round must be in its result, by `federation.min_replies` and the server's rule."""
+    given, server = config.federation.min_replies, config.server
+    least = ceil(given * wanted) if given < 1 else int(given)
+    return max(least, 2 * server.malicious + 3, server.kept + server.malicious) if server.rule is ServerRule.krum else least
 
 
 def givers(config: Config) -> dict[int, int]:

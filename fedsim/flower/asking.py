@@ -6,7 +6,7 @@ the run's seed and the round, never from node ids.
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from math import ceil
 from typing import Any
@@ -18,14 +18,13 @@ from fedsim.config import Config, PrivacyUnit, to_dict
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods import Method
-from fedsim.core.participation import by_coin, drawn
+from fedsim.core.participation import by_coin, drawn, spares
 from fedsim.errors import UserError
 from fedsim.flower.charging import Charges
+from fedsim.flower.requests import REQUEST
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD, Packer
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
-
-REQUEST = "request"
 
 Homes = Callable[[Sequence[int]], dict[int, int]]
 """Gives the node of each of these clients in a deployment, where a client has its own; those that are not connected are left out."""
@@ -56,40 +55,57 @@ class Asking:
         self._cohort_size = config.engine.cohort_size
         self._unit = session.config.privacy.unit
         self._participants: dict[int, list[int]] = {}
+        self._spares: dict[int, list[int]] = {}
 
     # ---- who takes part
 
     def participants(self, server_round: int) -> list[int]:
-        """Returns the clients of a round, in ascending order; a function of seed and round.
+        """Returns the clients that a round wants, in ascending order; a function of seed and round.
 
         With client-level privacy each is drawn by its own coin; with example-level privacy a client stops before its budget is exceeded.
         Raises UserError where every client's budget is spent.
         """
         if server_round not in self._participants:
-            self._participants[server_round] = self._within_budget(server_round, drawn(self._session.config, server_round))
+            clients = drawn(self._session.config, server_round)
+            left = self._within_budget(clients)
+            if clients and not left and self._privacy is not None:
+                raise UserError(
+                    f"privacy.epsilon: round {server_round} would exceed the budget of {self._privacy.budget:g} of every client that was "
+                    "drawn; allow more epsilon, more noise or fewer rounds. The rounds before it are in the last checkpoint."
+                )
+            self._participants[server_round] = left
         return self._participants[server_round]
 
-    def _within_budget(self, server_round: int, clients: list[int]) -> list[int]:
+    def spares(self, server_round: int) -> list[int]:
+        """Returns the clients that are asked beyond need, `federation.over_selection`; a function of seed and round."""
+        if server_round not in self._spares:
+            self._spares[server_round] = self._within_budget(spares(self._session.config, server_round))
+        return self._spares[server_round]
+
+    def _within_budget(self, clients: list[int]) -> list[int]:
         if self._privacy is None:
             return clients
         plan, ledger = self._session.privacy_plan, self._privacy
         if by_coin(self._session.config):
-            left = clients if not ledger.would_exceed(0, plan[0].round_mechanism) else None
-        else:
-            left = [client for client in clients if not ledger.would_exceed(client, plan[client].round_mechanism)] or None
-        if left is None:
-            raise UserError(
-                f"privacy.epsilon: round {server_round} would exceed the budget of {ledger.budget:g} of every client that was drawn; "
-                "allow more epsilon, more noise or fewer rounds. The rounds before it are in the last checkpoint."
-            )
-        return left
+            return [] if ledger.would_exceed(0, plan[0].round_mechanism) else clients
+        return [client for client in clients if not ledger.would_exceed(client, plan[client].round_mechanism)]
 
     def charge_privacy(self, server_round: int) -> None:
-        """Writes the round down before anything of it leaves a client; who is drawn by a coin is charged, drawn or not."""
+        """Writes the round down before anything of it leaves a client; who is drawn by a coin is charged, drawn or not.
+
+        A client that is asked again in the same round gives the same noised values again, from the same seed, which costs nothing more.
+        """
         if self._privacy is not None:
-            everybody = range(self._session.config.federation.clients)
-            for client in everybody if by_coin(self._session.config) else self.participants(server_round):
+            for client in self.charged(server_round):
                 self._privacy.charge(client, self._session.privacy_plan[client].round_mechanism)
+
+    def charged(self, server_round: int) -> list[int]:
+        """Returns the clients whose privacy a round costs something; none where nothing is claimed."""
+        if self._privacy is None:
+            return []
+        if by_coin(self._session.config):
+            return list(range(self._session.config.federation.clients))
+        return [*self.participants(server_round), *self.spares(server_round)]
 
     # ---- who is asked for whom
 
@@ -102,6 +118,8 @@ class Asking:
             yield from ((node, [client]) for client, node in self.homes(clients).items())
             return
         nodes = sorted(grid.get_node_ids())
+        if not nodes:
+            return
         if keeps_memory(self._session.config, self._session.method):
             for place, node in enumerate(nodes):
                 mine = [client for client in clients if client % len(nodes) == place]
@@ -117,15 +135,17 @@ class Asking:
         if self.homes is not None:
             return self.homes(clients)
         nodes = sorted(grid.get_node_ids())
+        if not nodes:
+            return {}
         return {client: nodes[client % len(nodes)] for client in clients}
 
     # ---- what a message says
 
-    def to_train(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Ask]:
-        """Yields one request per cohort of the round, made when it is asked for."""
-        for node, clients in self.cohorts(self.participants(server_round), grid):
-            content = self.brought_up(server_round, clients, packer, **self.private_facts(clients))
-            yield Ask(Message(content, node, "train", group_id=str(server_round)), tuple(clients))
+    def to_train(self, server_round: int, packer: Packer, grid: Grid, clients: Sequence[int]) -> Iterator[Ask]:
+        """Yields one request per cohort of these clients, made when it is asked for."""
+        for node, cohort in self.cohorts(clients, grid):
+            content = self.brought_up(server_round, cohort, packer, **self.private_facts(cohort))
+            yield Ask(Message(content, node, "train", group_id=str(server_round)), tuple(cohort))
 
     def private_facts(self, clients: Sequence[int]) -> dict[str, Any]:
         """Returns what a request says of privacy."""
@@ -149,14 +169,21 @@ class Asking:
         increment = bool(behind) and all(exchange.takes_increment(client) for client in behind)
         for client in clients:
             self._charges.down(server_round, client, lacking[client])
-            exchange.sent(client, needed)
         parts = {part for each in lacking.values() for part in each}
         records, told = packer.pack(parts, needed, increment=increment)
         return RecordDict({**records, REQUEST: self.request(clients, server_round, told, **facts)})
 
     def request(self, clients: Sequence[int], server_round: int, told: dict[str, str | list[str]], **facts: Any) -> ConfigRecord:
         """Returns what a message says beside its arrays."""
+        if keeps_memory(self._session.config, self._session.method):
+            facts["accepted"] = [self._state.accepted.get(client, 0) for client in clients]
         return ConfigRecord({"config": self._config_text, "clients": list(clients), "round": server_round, **told, **facts})
+
+    def confirmed(self, ask: Ask) -> None:
+        """Notes, of a request that was answered, that its clients hold the parts of the global state whose digests it named."""
+        parts = json.loads(str(ask.message.content.config_records[REQUEST].get("digests", "{}")))
+        for client in ask.clients:
+            self._state.exchange.sent(client, parts)
 
     def again(self, ask: Ask, packer: Packer) -> Ask:
         """Returns the request with all of the global state, for a worker process that lacks something of it. Not charged."""
@@ -164,7 +191,7 @@ class Asking:
         records, told = packer.pack(versions, versions, increment=False)
         asked = {name: value for name, value in ask.message.content.config_records[REQUEST].items() if name not in (ADAPTER, BASES, FOLD)}
         content = RecordDict({**ask.message.content, **records, REQUEST: ConfigRecord({**asked, **told})})
-        return Ask(Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id), ask.clients)
+        return replace(ask, message=Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id))
 
 
 def clip_norm(session: Session, state: GlobalState) -> float:

@@ -41,6 +41,11 @@ class Charges:
         """Charges the client for keys, shares or unmasking of secure aggregation; they are no parameters."""
         self._add(server_round, client, direction, Purpose.secure_aggregation, 0, payload_bytes(record), serialized_bytes(record))
 
+    def unread(self, server_round: int, client: int, purpose: Purpose, record: ArrayRecord) -> None:
+        """Charges the client for a record that is refused: its bytes travelled, but they hold no parameters."""
+        size = sum(len(array.data) for array in record.values())
+        self._add(server_round, client, Direction.uplink, purpose, 0, size, size)
+
     def _add(
         self, server_round: int, client: int, direction: Direction, purpose: Purpose, parameters: int, payload: int, size: int
     ) -> None:

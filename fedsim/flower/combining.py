@@ -1,6 +1,5 @@
 """How the uploads of a round become the next global state: mean or robust rule, noise, server optimizer, and the method's own finish."""
 
-from collections.abc import Iterable
 from math import exp
 
 import torch
@@ -39,15 +38,14 @@ class Combining:
         self._collector = self._new_collector()
         self._control_change = torch.zeros_like(state.control) if state.control is not None else torch.zeros(0)
 
-    def add(self, uploads: Iterable[Upload]) -> None:
-        """Takes uploads in, each with its client's weight."""
-        for upload in uploads:
-            weight = float(upload.num_examples) if self._config.federation.weighting is Weighting.examples else 1.0
-            self._tell(upload, weight)
-            self._collector.add(weight, upload.flat, upload.positions)
-            if upload.control is not None:
-                # SCAFFOLD: c changes by the participants' mean change times the part of all clients that they are, which is sum / clients.
-                self._control_change += upload.control / self._config.federation.clients
+    def add(self, upload: Upload) -> None:
+        """Takes one upload in, with its client's weight."""
+        weight = float(upload.num_examples) if self._config.federation.weighting is Weighting.examples else 1.0
+        self._tell(upload, weight)
+        self._collector.add(weight, upload.flat, upload.positions)
+        if upload.control is not None:
+            # SCAFFOLD: c changes by the participants' mean change times the part of all clients that they are, which is sum / clients.
+            self._control_change += upload.control / self._config.federation.clients
 
     def add_sum(self, found: SecureRound) -> None:
         """Takes in the mean of a secure sum as one upload of all its clients' weight."""
@@ -64,6 +62,7 @@ class Combining:
         facts.weights.append(weight)
         facts.num_tokens += upload.num_tokens
         facts.num_within += upload.within
+        facts.num_clipped += upload.clipped
 
     def finish(self) -> None:
         """Makes the next global state of what was taken in; of nothing, the mean is the start."""
@@ -75,6 +74,7 @@ class Combining:
         new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
         collected = self._collector.collected(new, config.seed, self._round)
         outcome = method.finish(collected)
+        state.accepted |= dict.fromkeys(self.facts.clients, self._round)
         state.replace(collected.factors | outcome.factors, method.changed(self._round), self._round)
         if outcome.fold:
             state.fold(outcome.fold, self._round)

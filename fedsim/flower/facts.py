@@ -1,10 +1,11 @@
 """What a round came to: who is in its result with which weight, who is missing and why, and what the clients told."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import nan
 from typing import Any
 
-from fedsim.core.missing import Missing
+from fedsim.core.missing import Missing, Reason
 
 
 @dataclass
@@ -19,7 +20,15 @@ class RoundFacts:
     num_tokens: int = 0
     num_within: int = 0  # clients whose update was within the clip norm
     secure: dict[str, Any] = field(default_factory=dict)  # what secure aggregation tells of the round
+    num_clipped: int = 0  # clients whose update was scaled down to server.max_update_norm
+    num_attempts: int = 1  # how often clients were asked until enough had replied
     diagnosis: dict[str, Any] = field(default_factory=dict)
+
+    def miss_untold(self, asked: Iterable[int], server_round: int) -> None:
+        """Writes down, of those asked, whom nothing was heard or told of."""
+        told = {*self.clients, *(each.client for each in self.missing)}
+        detail = "not connected, or its turn did not come in time"
+        self.missing += [Missing(client, server_round, Reason.died, detail) for client in asked if client not in told]
 
     @property
     def shares(self) -> list[float]:

@@ -1,7 +1,13 @@
-"""How replies come in: one after the other, from any Flower Grid; where there will be none, that is told with its reason."""
+"""How replies come in, from any Flower Grid: one after the other, until all are there, enough are there, or the time is up.
 
+A Grid's own `send_and_receive` returns nothing before the last reply or the timeout, so one dead node holds up everybody. Here messages are
+pushed and replies pulled in a loop; where there will be no reply, that is told with its reason as soon as it is known.
+"""
+
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -9,6 +15,9 @@ from flwr.serverapp import Grid
 from fedsim.core.missing import Reason
 from fedsim.flower.asking import Ask
 from fedsim.flower.worker import NEEDS_STATE, REFUSED
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds between two looks for replies; a look that finds some begins anew
+PER_NODE = 2  # messages that lie ready for a node, so that it has the next when it has done one
 
 
 @dataclass(frozen=True)
@@ -19,19 +28,21 @@ class Failure:
     detail: str = ""
 
 
-def gathered(grid: Grid, asks: Iterable[Ask], again: Callable[[Ask], Ask]) -> Iterator[tuple[Ask, Message | Failure]]:
+def gathered(
+    grid: Grid,
+    asks: Iterable[Ask],
+    again: Callable[[Ask], Ask],
+    *,
+    timeout: float | None = None,
+    enough: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[Ask, Message | Failure]]:
     """Yields each request with its reply, as they come; a request is made only when its turn comes.
 
-    A worker process that lacks something of the global state is sent its request again, as `again` makes it.
+    A worker process that lacks something of the global state is sent its request again, as `again` makes it, once. After `timeout` seconds,
+    or as soon as `enough` says so, what is still waited for is told as a failure, and what was not sent yet is not sent.
+    Replies to anything else, such as an earlier round, are never looked at.
     """
-    lacking = []
-    for ask, reply in _exchanged(grid, asks):
-        if isinstance(reply, Message) and NEEDS_STATE in reply.content:
-            lacking.append(again(ask))
-        else:
-            yield ask, reply
-    if lacking:
-        yield from _exchanged(grid, lacking)
+    return _Gathering(grid, iter(asks), again, timeout, enough).replies()
 
 
 def read(reply: Message) -> Message | Failure:
@@ -39,18 +50,64 @@ def read(reply: Message) -> Message | Failure:
     if not reply.has_error():
         return reply
     reason = Reason.refused_by_client if reply.error.code == REFUSED else Reason.died
-    return Failure(reason, str(reply.error.reason))
+    return Failure(reason, str(reply.error.reason)[:300])
 
 
-def _exchanged(grid: Grid, asks: Iterable[Ask]) -> Iterator[tuple[Ask, Message | Failure]]:
-    waiting: list[Ask] = []
+class _Gathering:
+    def __init__(
+        self, grid: Grid, coming: Iterator[Ask], again: Callable[[Ask], Ask], timeout: float | None, enough: Callable[[], bool]
+    ) -> None:
+        self._grid, self._coming, self._again, self._enough = grid, coming, again, enough
+        self._ends = None if timeout is None else time.monotonic() + timeout
+        self._window = PER_NODE * max(1, len(list(grid.get_node_ids())))
+        self._waiting: dict[str, Ask] = {}
+        self._resent: set[str] = set()
+        self._unsent: list[Ask] = []
 
-    def messages() -> Iterator[Message]:
-        for ask in asks:
-            waiting.append(ask)
-            yield ask.message
+    def replies(self) -> Iterator[tuple[Ask, Message | Failure]]:
+        pause = FIRST_PAUSE
+        while self._filled() and not self._over:
+            found = list(self._grid.pull_messages(list(self._waiting)))
+            for reply in found:
+                yield from self._taken(reply)
+            pause = FIRST_PAUSE if found else self._slept(pause)
+        yield from ((ask, Failure(Reason.died, "the message could not be sent")) for ask in self._unsent)
+        late = "not waited for: enough others have replied" if self._enough() else "no reply within federation.round_timeout"
+        yield from ((ask, Failure(Reason.timeout, late)) for ask in self._waiting.values())
 
-    for reply in grid.send_and_receive(messages()):
-        place = [ask.message.metadata.message_id for ask in waiting].index(reply.metadata.reply_to_message_id)
-        yield waiting.pop(place), read(reply)
-    yield from ((ask, Failure(Reason.timeout)) for ask in waiting)
+    @property
+    def _over(self) -> bool:
+        return self._enough() or (self._ends is not None and time.monotonic() >= self._ends)
+
+    def _filled(self) -> bool:
+        """Sends what there is room for. Returns whether anything is waited for."""
+        if not self._over:
+            for ask in islice(self._coming, self._window - len(self._waiting)):
+                self._push(ask)
+        return bool(self._waiting)
+
+    def _push(self, ask: Ask) -> str | None:
+        if self._ends is not None:  # a late reply is refused by the SuperLink as well
+            ask.message.metadata.ttl = max(1.0, self._ends - time.monotonic())
+        for message_id in self._grid.push_messages([ask.message]):
+            if message_id:
+                self._waiting[message_id] = ask
+                return message_id
+        self._unsent.append(ask)
+        return None
+
+    def _taken(self, reply: Message) -> Iterator[tuple[Ask, Message | Failure]]:
+        ask = self._waiting.pop(reply.metadata.reply_to_message_id, None)
+        if ask is None:
+            return
+        if reply.has_error() or NEEDS_STATE not in reply.content:
+            yield ask, read(reply)
+        elif reply.metadata.reply_to_message_id in self._resent:
+            yield ask, Failure(Reason.died, "it lacks something of the global state that it was sent")
+        elif sent := self._push(self._again(ask)):
+            self._resent.add(sent)
+
+    def _slept(self, pause: float) -> float:
+        left = pause if self._ends is None else min(pause, max(0.0, self._ends - time.monotonic()))
+        time.sleep(left)
+        return min(1.5 * pause, LONGEST_PAUSE)

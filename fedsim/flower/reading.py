@@ -1,18 +1,25 @@
 """What the server makes of a reply: nothing in it is believed before it is checked; what fails is refused, never averaged."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
 
-from flwr.app import ArrayRecord, Message
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
+from fedsim.config import OverNorm, PrivacyUnit
 from fedsim.core.communication import Purpose
 from fedsim.core.compression import CODECS
 from fedsim.core.global_state import GlobalState
+from fedsim.core.missing import Missing, Reason
+from fedsim.flower.asking import Ask
 from fedsim.flower.charging import Charges
-from fedsim.flower.records import arrays_from_record, from_record, numbers, whole_numbers
-from fedsim.flower.worker import client_key, control_key
+from fedsim.flower.records import arrays_from_record, from_record, numbers, record_of, whole_number, whole_numbers
+from fedsim.flower.worker import METRICS, client_key, control_key
 from fedsim.session import Session
+
+MOST = 2**53  # no count is larger: beyond it float64 has no whole numbers
 
 
 @dataclass(frozen=True)
@@ -23,40 +30,113 @@ class Upload:
     num_examples: int
     num_tokens: int
     loss: float
-    within: bool  # whether the update was within the clip norm
-    flat: Tensor  # the uploaded factors at `positions` of their flat array
-    positions: Tensor | None  # None for all
-    control: Tensor | None  # change of SCAFFOLD's control variate
+    within: bool  # whether the update was within the clip norm of client-level privacy
+    flat: Tensor = torch.empty(0)  # the uploaded factors at `positions` of their flat array  # noqa: RUF009
+    positions: Tensor | None = None  # None for all
+    control: Tensor | None = None  # change of SCAFFOLD's control variate
+    clipped: bool = False  # to server.max_update_norm
 
 
 class Reader:
     """Reads the replies of one round and charges each client for what it has sent."""
 
     def __init__(self, session: Session, state: GlobalState, charges: Charges, server_round: int) -> None:
-        self._session, self._state, self._charges, self._round = session, state, charges, server_round
+        self._session, self._config, self._state, self._charges = session, session.config, state, charges
+        self._round = server_round
         self._start = session.spec.pack(state.factors, session.method.uploaded(server_round))
 
-    def uploads(self, reply: Message) -> Iterator[Upload]:
-        """Yields the uploads of the clients of a cohort, one at a time. Raises ValueError for what is not as it should be."""
-        metrics, records = reply.content.metric_records["metrics"], reply.content.array_records  # made anew by Flower at each look
+    def uploads(self, ask: Ask, reply: Message) -> Iterator[Upload | Missing]:
+        """Yields one upload, or the reason why there is none, for each client of the request; holds one upload at a time.
+
+        What a client sends is refused if it answers another round or for other clients, and for names, types, shapes or sizes that are not
+        the expected ones, values that are not finite, counts out of bounds, and an update beyond `server.max_update_norm`.
+        """
+        try:
+            claims = self._claims(ask, reply)
+        except ValueError as error:
+            yield from (self._refused(client, str(error)) for client in ask.clients)
+            return
+        records = reply.content.array_records  # made anew by Flower at each look
+        for client in ask.clients:
+            if client not in claims:
+                yield Missing(client, self._round, Reason.dropped_out)
+                continue
+            try:
+                yield self._upload(claims[client], records)
+            except ValueError as error:
+                yield self._refused(client, str(error))
+
+    def _refused(self, client: int, reason: str) -> Missing:
+        return Missing(client, self._round, Reason.refused_by_server, reason[:300])
+
+    def _claims(self, ask: Ask, reply: Message) -> dict[int, Upload]:
+        """Returns what the reply says of its clients. Raises ValueError for a reply that cannot be the one to this request."""
+        if reply.metadata.src_node_id != ask.message.metadata.dst_node_id:
+            raise ValueError("Expected the reply of the node that was asked, got that of another.")
+        _check_names(reply.content, ask.clients, control=self._state.control is not None)
+        metrics = reply.content.metric_records[METRICS]
+        if (told := whole_number(metrics, "round")) != self._round:
+            raise ValueError(f"Expected a reply to round {self._round}, got one to round {told}: late or replayed.")
         names = ("clients", "num_examples", "num_tokens", "within")
-        columns = [whole_numbers(metrics, name) for name in names]
-        for client, num_examples, num_tokens, within, loss in zip(*columns, numbers(metrics, "loss"), strict=True):
-            positions = self._session.sent_positions(self._round, client)
-            flat = self._flat(client, records[client_key(client)], self._start if positions is None else self._start[positions])
-            control = None if self._state.control is None else self._control(client, records[control_key(client)])
-            yield Upload(client, num_examples, num_tokens, loss, bool(within), flat, positions, control)
+        clients, examples, tokens, within = (whole_numbers(metrics, name) for name in names)
+        losses = numbers(metrics, "loss")
+        if len({len(column) for column in (clients, examples, tokens, within, losses)}) != 1:
+            raise ValueError("Expected as many numbers as clients in every list of the reply.")
+        if len(set(clients)) != len(clients) or not set(clients) <= set(ask.clients):
+            raise ValueError(f"Expected a reply for clients {list(ask.clients)[:5]}, got one for {clients[:5]}.")
+        return {row[0]: Upload(*row) for row in zip(clients, examples, tokens, losses, map(bool, within), strict=True)}
+
+    def _upload(self, claim: Upload, records: Mapping[str, ArrayRecord]) -> Upload:
+        """Returns the claim with its arrays. Raises ValueError for what is not to be believed."""
+        self._check_counts(claim)
+        positions = self._session.sent_positions(self._round, claim.client)
+        start = self._start if positions is None else self._start[positions]
+        flat = self._flat(claim.client, record_of(records, client_key(claim.client)), start)
+        bounded = self._bounded(flat, start)
+        control = None if self._state.control is None else self._control(claim.client, record_of(records, control_key(claim.client)))
+        return replace(claim, flat=bounded, positions=positions, control=control, clipped=bounded is not flat)
+
+    def _check_counts(self, claim: Upload) -> None:
+        most = self._config.federation.max_examples
+        if not 1 <= claim.num_examples <= most:
+            raise ValueError(f"Expected 1 to {most} examples (federation.max_examples), got {claim.num_examples}.")
+        if not 0 <= claim.num_tokens <= MOST:
+            raise ValueError(f"Expected a number of tokens, got {claim.num_tokens}.")
+        if not isfinite(claim.loss) and self._config.privacy.unit is PrivacyUnit.none:
+            raise ValueError(f"Expected a finite training loss, got {claim.loss}.")
 
     def _flat(self, client: int, record: ArrayRecord, start: Tensor) -> Tensor:
-        """Returns a client's flat upload, decompressed."""
+        """Returns a client's flat upload, decompressed, and charges it; what cannot be read is charged as bytes without parameters."""
+        options = self._config.compression
+        try:
+            if options.name == "none":
+                flat = from_record(record, len(start))
+            else:
+                codec = CODECS[options.name]
+                arrays = arrays_from_record(record, codec.shapes(len(start), options.density))
+                flat = start + codec.decode(arrays, len(start), options.density)
+        except ValueError:
+            self._charges.unread(self._round, client, Purpose.adapter, record)
+            raise
         self._charges.up(self._round, client, Purpose.adapter, len(start), record)
-        options = self._session.config.compression
-        if options.name == "none":
-            return from_record(record, len(start))
-        codec = CODECS[options.name]
-        arrays = arrays_from_record(record, codec.shapes(len(start), options.density))
-        return start + codec.decode(arrays, len(start), options.density)
+        return flat
+
+    def _bounded(self, flat: Tensor, start: Tensor) -> Tensor:
+        most, norm = self._config.server.max_update_norm, float((flat.double() - start.double()).norm())
+        if most is None or norm <= most:
+            return flat
+        if self._config.server.over_norm is OverNorm.refuse:
+            raise ValueError(f"Expected an update of norm {most:g} at most (server.max_update_norm), got {norm:.3g}.")
+        return (start.double() + (flat.double() - start.double()) * (most / norm)).float()
 
     def _control(self, client: int, record: ArrayRecord) -> Tensor:
+        change = from_record(record, len(self._start))
         self._charges.up(self._round, client, Purpose.control, len(self._start), record)
-        return from_record(record, len(self._start))
+        return change
+
+
+def _check_names(content: RecordDict, clients: tuple[int, ...], *, control: bool) -> None:
+    """Raises ValueError unless the content has metrics and, beside them, nothing but arrays of these clients."""
+    allowed = {client_key(client) for client in clients} | ({control_key(client) for client in clients} if control else set())
+    if METRICS not in content.metric_records or content.config_records or not set(content.array_records) <= allowed:
+        raise ValueError(f"Expected {METRICS!r} and arrays of the clients that were asked, got {sorted(content)[:5]!s:.100}.")

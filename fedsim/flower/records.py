@@ -3,15 +3,22 @@
 Tensors only: NumPy's own format without pickle. What arrives is checked before it is believed.
 """
 
+import re
+from collections.abc import Mapping
 from math import prod
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.common.constant import SType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from torch import Tensor
 
 KEY = "values"  # the one array in a record
+NUMPY_HEAD = re.compile(
+    r"\x93NUMPY\x01\x00..\{'descr': '([<|][fiu]\d)', 'fortran_order': False, 'shape': (\(\d+,\)|\(\d+, \d+\)), \} *\n", re.DOTALL
+)
+LONGEST_HEAD = 256  # bytes; NumPy writes 128 for these arrays
 _sizes: dict[tuple[tuple[str, str, tuple[int, ...], int], ...], int] = {}
 _float_sizes: dict[int, int] = {}
 
@@ -25,29 +32,58 @@ def from_record(record: ArrayRecord, num_parameters: int) -> Tensor:
     """Returns the flat tensor [num_parameters]. Raises ValueError for other names, types or shapes and for values that are not finite."""
     if list(record) != [KEY]:
         raise ValueError(f"Expected one array named {KEY!r}, got {list(record)[:3]}.")
-    array = record[KEY]
-    if array.dtype != "float32" or tuple(array.shape) != (num_parameters,):
-        raise ValueError(f"Expected a float32 array of shape ({num_parameters},), got {array.dtype} {tuple(array.shape)}.")
-    values = array.numpy()
-    if values.dtype != np.float32 or values.shape != (num_parameters,):
-        raise ValueError(f"Expected the data to be float32 of shape ({num_parameters},), got {values.dtype} {values.shape}.")
-    if not np.isfinite(values).all():
+    values = _decoded(KEY, record[KEY], torch.float32, (num_parameters,))
+    if not values.isfinite().all():
         raise ValueError("Expected finite values, got NaN or infinity.")
-    return torch.from_numpy(values)
+    return values
+
+
+def _decoded(name: str, array: Array, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Returns the numbers of an array of one or two dimensions. Raises ValueError unless head and data say exactly what is expected.
+
+    NumPy's reader is not asked: it allocates what a head claims before it looks at the data.
+    """
+    expected = torch.empty(0, dtype=dtype).numpy().dtype
+    data, told = array.data, (array.dtype, tuple(array.shape))
+    if array.stype != SType.NUMPY or told != (expected.name, shape) or not isinstance(data, bytes):
+        raise ValueError(f"Expected {name!r} to be {expected.name} of shape {shape}, got {told[0]!s:.20} {told[1]!s:.40}.")
+    size = prod(shape) * expected.itemsize
+    head = data[: len(data) - size].decode("latin-1") if size <= len(data) <= size + LONGEST_HEAD else ""
+    found = NUMPY_HEAD.fullmatch(head)
+    if found is None or found.groups() != (expected.str, str(shape)):
+        raise ValueError(
+            f"Expected {size} bytes of {expected.name} under {name!r} in NumPy's format, got {len(data)} bytes of something else."
+        )
+    return torch.from_numpy(np.frombuffer(data, expected, prod(shape), len(data) - size).reshape(shape).copy())
+
+
+def record_of(records: Mapping[str, ArrayRecord], name: str) -> ArrayRecord:
+    """Returns the record of this name. Raises ValueError where there is none."""
+    if name not in records:
+        raise ValueError(f"Expected a record {name!r}, got none.")
+    return records[name]
+
+
+def whole_number(record: ConfigRecord | MetricRecord, key: str) -> int:
+    """Returns the whole number under `key`. Raises ValueError where there is something else."""
+    value = record.get(key)
+    if type(value) is not int:
+        raise ValueError(f"Expected {key!r} to be a whole number, got {value!r:.60}.")
+    return value
 
 
 def whole_numbers(record: ConfigRecord | MetricRecord, key: str) -> list[int]:
     """Returns the list of whole numbers under `key`. Raises ValueError where there is something else."""
-    values = record[key]
-    if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+    values = record.get(key)
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
         raise ValueError(f"Expected {key!r} to be a list of whole numbers, got {values!r:.60}.")
-    return [int(value) for value in values]
+    return list(values)  # type: ignore[arg-type]
 
 
 def numbers(record: ConfigRecord | MetricRecord, key: str) -> list[float]:
     """Returns the list of numbers under `key`. Raises ValueError where there is something else."""
-    values = record[key]
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+    values = record.get(key)
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         raise ValueError(f"Expected {key!r} to be a list of numbers, got {values!r:.60}.")
     return [float(value) for value in values]
 
@@ -61,14 +97,15 @@ def arrays_from_record(record: ArrayRecord, types: dict[str, tuple[torch.dtype, 
     """Returns the named arrays. Raises ValueError where names, types or shapes are not the expected ones."""
     if set(record) != set(types):
         raise ValueError(f"Expected the arrays {sorted(types)}, got {sorted(record)[:5]}.")
-    arrays = {}
-    for name, (dtype, shape) in types.items():
-        values = record[name].numpy()
-        tensor = torch.from_numpy(values) if values.dtype.kind in "iuf" else torch.empty(0)
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise ValueError(f"Expected {name!r} to be {dtype} of shape {shape}, got {values.dtype} {values.shape}.")
-        arrays[name] = tensor
-    return arrays
+    return {name: _decoded(name, record[name], dtype, shape) for name, (dtype, shape) in types.items()}
+
+
+def identifiers(record: ArrayRecord, name: str) -> list[int]:
+    """Returns the whole numbers of a flat int64 array of any length. Raises ValueError where there is something else."""
+    if name not in record or len(record[name].shape) != 1:
+        raise ValueError(f"Expected a flat array {name!r}, got {sorted(record)[:5]}.")
+    values: list[int] = _decoded(name, record[name], torch.int64, tuple(record[name].shape)).tolist()
+    return values
 
 
 def payload_bytes(record: ArrayRecord) -> int:

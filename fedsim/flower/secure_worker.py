@@ -21,7 +21,7 @@ from fedsim.core.dropout import Stage, heard
 from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, upload_grid
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
-from fedsim.flower.records import arrays_from_record, arrays_to_record, whole_numbers
+from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_numbers
 from fedsim.seeding import numpy_generator
 from fedsim.session import VALUES, ClientReply, Session
 
@@ -59,8 +59,8 @@ def shares(session: Session, message: Message, context: Context) -> Message:
     thresholds = dict(zip(whole_numbers(request, "clients"), whole_numbers(request, "thresholds"), strict=True))
     content = RecordDict()
     for client in present(session, request, Stage.shares):
-        party, record = _party(context, client), message.content.array_records[secure_key(client)]
-        peers = [int(peer) for peer in record["peers"].numpy()]
+        party, record = _party(context, client), record_of(message.content.array_records, secure_key(client))
+        peers = identifiers(record, "peers")
         arrays = arrays_from_record(record, {"peers": (torch.int64, (len(peers),)), "keys": (torch.uint8, (len(peers), 2 * KEY_BYTES))})
         publics = [(bytes(row[:KEY_BYTES]), bytes(row[KEY_BYTES:])) for row in arrays["keys"].numpy()]
         sealed = party.share(dict(zip(peers, publics, strict=True)), thresholds[client])
@@ -74,7 +74,7 @@ def take_shares(message: Message, context: Context) -> None:
     for client in whole_numbers(message.content.config_records["request"], "clients"):
         record = message.content.array_records.get(secure_key(client))
         if record is not None:
-            peers = [int(peer) for peer in record["peers"].numpy()]
+            peers = identifiers(record, "peers")
             types = {"peers": (torch.int64, (len(peers),)), "sealed": (torch.uint8, (len(peers), SEALED_BYTES))}
             party, rows = _party(context, client), arrays_from_record(record, types)["sealed"].numpy()
             party.take({peer: bytes(row) for peer, row in zip(peers, rows, strict=True)})
@@ -94,8 +94,8 @@ def unmask(session: Session, message: Message, context: Context) -> Message:
     request = message.content.config_records["request"]
     content = RecordDict()
     for client in present(session, request, Stage.unmasking):
-        record, party = message.content.array_records[secure_key(client)], _party(context, client)
-        survivors, vanished = ([int(peer) for peer in record[name].numpy()] for name in ("survivors", "vanished"))
+        record, party = record_of(message.content.array_records, secure_key(client)), _party(context, client)
+        survivors, vanished = (identifiers(record, name) for name in ("survivors", "vanished"))
         revealed = party.reveal(survivors, vanished)
         del context.state[party_key(client)]
         content[secure_key(client)] = arrays_to_record({"shares": _rows([revealed[c] for c in [*survivors, *vanished]], SHARE_BYTES)})

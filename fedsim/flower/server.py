@@ -4,7 +4,11 @@ Everything that can be wrong with the input is found before the run folder is ma
 so a run that was killed at any moment goes on from the last checkpoint and ends with the same adapter, bit for bit.
 """
 
+import errno
+import hashlib
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +24,12 @@ from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.missing import counted
+from fedsim.core.participation import givers
 from fedsim.core.traffic import needed_for_gradients, refresh_due
+from fedsim.errors import RunStopped
 from fedsim.export import peft_files
 from fedsim.flower.asking import keeps_memory
+from fedsim.flower.facts import RoundFacts
 from fedsim.flower.roster import Roster
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.flower.worker import read_memory, write_memory
@@ -40,6 +47,9 @@ from fedsim.types import Adapter
 FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY = "factor", "folded", "increment", "moment", "control", "memory"
 """First parts of the names of tensors in a checkpoint."""
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of the system that say that nothing more can be written."""
+
 
 @dataclass
 class State:
@@ -51,6 +61,7 @@ class State:
     privacy: PrivacyLedger | None = None
     evaluations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     num_tokens: int = 0
+    missing: dict[str, int] = field(default_factory=dict)  # replies that were asked for and did not count, by reason
     wall_seconds: float = 0.0  # of training: messages, local training and aggregation
 
 
@@ -68,8 +79,8 @@ def serve(
     `contexts` are those of the nodes in this process, by node: what clients keep there goes into the checkpoints.
     `roster` knows the clients' own nodes in a deployment; `display` shows how the run goes, and `quiet` shows nothing.
 
-    Raises UserError for what the user can mend. A KeyboardInterrupt is raised again with the run folder as its argument: the last
-    checkpoint there stays for `resume=true`.
+    Raises UserError for what the user can mend, and RunStopped for a run that cannot go on now. A KeyboardInterrupt is raised again with
+    the run folder as its argument. The last checkpoint there stays for `resume=true`.
     """
     evaluations = [number for number in range(config.federation.rounds + 1) if _evaluated_after(number, config)]
     with display(config.federation.rounds, evaluations, quiet=quiet) as progress:
@@ -118,6 +129,13 @@ class Run:
         except KeyboardInterrupt:
             self._folder.event("interrupted")
             raise KeyboardInterrupt(str(self._folder.folder)) from None
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise RunStopped(
+                f"Expected room for the files of the run in {self._folder.folder}, but: {error.strerror}. "
+                "The last good checkpoint is kept: free some space and go on with resume=true."
+            ) from None
 
     def _strategy(self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None) -> FedsimStrategy:
         homes = None if self._roster is None else self._roster.homes
@@ -134,6 +152,7 @@ class Run:
 
     def _member_event(self, kind: str, **facts: Any) -> None:
         self._folder.event(kind, **facts)
+        self._folder.record(kind, **facts)
         if kind == "refused":
             self._progress.note(f"left out: {facts['reason']}")
         elif kind != "joined":
@@ -141,6 +160,7 @@ class Run:
 
     def _initial(self) -> State:
         self._folder.event("run_started", config=to_dict(self._given))
+        self._folder.record("started", method=self._given.method.name, seed=self._given.seed, config_sha256=_sha256(self._given))
         self._folder.event("partition", holdings=self._session.holdings, skipped=self._session.data.skipped)
         for line in self._session.data.skipped:
             self._progress.note(f"left out: {line}")
@@ -189,11 +209,20 @@ class Run:
             gradients = session.weight_gradients(session.encode(session.public))
         else:
             strategy = self._strategy(shared, ledger, privacy)
-            gradients = strategy.initial_gradients(self._grid, number)
+            gradients = self._gathered_gradients(strategy, privacy, number)
             if strategy.facts.secure:
                 self._folder.event("secure_gradients", round=number, **strategy.facts.secure)
         steps = number * session.total_steps // self._config.federation.rounds
         return session.factors_from_gradients(gradients, steps)
+
+    def _gathered_gradients(self, strategy: FedsimStrategy, privacy: PrivacyLedger | None, number: int) -> Adapter:
+        clients = list(givers(self._config))
+        self._folder.record("asked", round=number, what="initial gradient", clients=clients)
+        if privacy is not None:
+            self._folder.record("charged", round=number, what="initial gradient", clients=clients)
+        gradients = strategy.initial_gradients(self._grid, number)
+        self._record_taken(number, strategy.facts)
+        return gradients
 
     def _refresh(self, state: State) -> None:
         """Adds B R A to the base weights and computes new bases; clients that hold B and A need no more than R for it."""
@@ -225,9 +254,11 @@ class Run:
         exchange.held = {int(client): dict(zip(exchange.versions, held, strict=True)) for client, held in facts["held"].items()}
         shared.folded, shared.increment, shared.moments = tensors[FOLDED], tensors[INCREMENT], tensors[MOMENT]
         shared.tag, shared.increment_on = facts["tag"], facts["increment_on"]
+        shared.accepted = {int(client): number for client, number in facts["accepted"].items()}
         shared.control, shared.clip_norm = tensors[CONTROL_VARIATE].get("c"), facts["clip_norm"]
         for node, context in self._contexts.items():
-            write_memory(context, _by_client(tensors[MEMORY], node), checkpoint.round)
+            for client, own in _by_client(tensors[MEMORY], node).items():
+                write_memory(context, {client: own}, shared.accepted[client], shared.accepted)
         if facts["adapter_digest"] != shared.adapter_digest():
             raise ValueError(f"Expected a state with digest {facts['adapter_digest'][:16]}..., got {shared.adapter_digest()[:16]}....")
         self._session.budget = TokenBudget(
@@ -243,6 +274,7 @@ class Run:
             PrivacyLedger.from_json(facts["privacy"]) if facts["privacy"] else None,
             {int(round_): tasks for round_, tasks in facts["evaluations"].items()},
             facts["num_tokens"],
+            facts["missing"],
             facts["wall_seconds"],
         )
 
@@ -258,10 +290,12 @@ class Run:
             "increment_on": shared.increment_on,
             "clip_norm": shared.clip_norm,
             "tokens_per_pass": self._session.budget.tokens,
+            "accepted": shared.accepted,
             "ledger": state.ledger.to_json(),
             "privacy": state.privacy.to_json() if state.privacy else None,
             "evaluations": state.evaluations,
             "num_tokens": state.num_tokens,
+            "missing": state.missing,
             "wall_seconds": state.wall_seconds,
         }
         tensors = {
@@ -270,15 +304,15 @@ class Run:
             INCREMENT: shared.increment,
             MOMENT: shared.moments,
             CONTROL_VARIATE: {} if shared.control is None else {"c": shared.control},
-            MEMORY: self._memory(state.round),
+            MEMORY: self._memory(shared),
         }
         flat = {f"{first}/{name}": tensor for first, group in tensors.items() for name, tensor in group.items()}
         self._folder.save_checkpoint(state.round, flat, facts)
 
-    def _memory(self, round: int) -> dict[str, Tensor]:
-        """Returns what clients in this process keep after a round, by node/client/name."""
+    def _memory(self, shared: GlobalState) -> dict[str, Tensor]:
+        """Returns what clients in this process keep for themselves, by node/client/name."""
         clients = list(range(self._config.federation.clients)) if keeps_memory(self._config, self._session.method) else []
-        memories = {node: read_memory(context, clients, round) for node, context in self._contexts.items()}
+        memories = {node: read_memory(context, clients, shared.accepted) for node, context in self._contexts.items()}
         return {
             f"{node}/{client}/{name}": tensor
             for node, memory in memories.items()
@@ -294,6 +328,7 @@ class Run:
         self._progress.round_started(number, len(strategy.participants(number)), before)
         begun = time.perf_counter()
         self._session.install_state(state.shared)
+        self._record_asked(number, state.shared, strategy)
         with self._passes_shown(number, strategy):
             strategy.exchange(number, self._grid)
         seconds = time.perf_counter() - begun
@@ -315,7 +350,19 @@ class Run:
             report["epsilon"] = self._largest_epsilon(state.privacy)
         absent = [each.to_json() for each in facts.missing]
         report |= {"secure": facts.secure} if facts.secure else {}
-        self._folder.event("round", round=number, clients=facts.clients, weights=facts.shares, missing=absent, **report, **facts.diagnosis)
+        self._folder.event(
+            "round",
+            round=number,
+            clients=facts.clients,
+            weights=facts.shares,
+            missing=absent,
+            **_if_any(facts),
+            **report,
+            **facts.diagnosis,
+        )
+        self._record_taken(number, facts)
+        self._folder.record("released", round=number, adapter_digest=report["adapter_digest"])
+        state.missing = dict(Counter(state.missing) + Counter(counted(facts.missing)))
         if "refused" in facts.secure:
             self._progress.note(f"round {number} changes nothing: {facts.secure['refused']}")
         self._progress.round_finished(number, report | {"missing": counted(facts.missing)}, after)
@@ -324,6 +371,21 @@ class Run:
         if refresh_due(self._config, number):
             self._refresh(state)
         self._save(state)
+
+    def _record_asked(self, number: int, shared: GlobalState, strategy: FedsimStrategy) -> None:
+        """Writes down, before anything leaves a client, who is asked for what, and whose privacy it costs something."""
+        asked = [*strategy.participants(number), *strategy.asking.spares(number)]
+        self._folder.record("asked", round=number, what="training", clients=asked, adapter_digest=shared.adapter_digest())
+        charged = strategy.asking.charged(number)
+        if charged:
+            noise = [self._session.privacy_plan[client].noise_multiplier for client in charged]
+            self._folder.record("charged", round=number, what="training", clients=charged, noise_multipliers=noise)
+
+    def _record_taken(self, number: int, facts: RoundFacts) -> None:
+        """Writes down who is in the result, and who is not and why."""
+        self._folder.record("accepted", round=number, clients=facts.clients, num_examples=facts.num_examples)
+        if facts.missing:
+            self._folder.record("missing", round=number, clients=[each.to_json() for each in facts.missing])
 
     def _largest_epsilon(self, privacy: PrivacyLedger) -> float:
         """Returns the epsilon of the client that has spent most so far; clients with equal histories are computed once."""
@@ -404,6 +466,7 @@ class Run:
             self._folder.write_bytes(f"adapter/{name}", content)
         summary = self._summary(state)
         self._folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
+        summary["journal"] = self._folder.record("finished", round=state.round, adapter_digest=summary["adapter_digest"]).to_json()
         self._folder.write_bytes("communication.csv", transfers_csv(state.ledger.rows()))
         self._folder.write_bytes("holdings.txt", f"{holdings_table(self._session.holdings, max_clients=None)}\n".encode())
         self._folder.write_bytes("partition.png", partition_png(self._session.holdings))
@@ -422,7 +485,7 @@ class Run:
         if not session.method.personal:
             yield from peft_files(session.model, self._base_model()).items()
         layout = session.spec.layout(session.method.personal)
-        for name, tensor in self._memory(state.round).items():
+        for name, tensor in self._memory(state.shared).items():
             _, client, what = name.split("/")
             if what == PERSONAL:
                 with bound(session.model, layout.unpack(tensor.to(session.device))):
@@ -458,6 +521,7 @@ class Run:
                 "wall_seconds": state.wall_seconds,
                 "tokens_per_second": state.num_tokens / state.wall_seconds if state.wall_seconds else 0.0,
             },
+            "missing": state.missing,
             "run_dir": str(self._folder.folder),
         }
 
@@ -465,6 +529,16 @@ class Run:
 def _evaluated_after(number: int, config: Config) -> bool:
     every = config.evaluation.every
     return number in (0, config.federation.rounds) or (every > 0 and number % every == 0)
+
+
+def _sha256(config: Config) -> str:
+    return hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()
+
+
+def _if_any(facts: RoundFacts) -> dict[str, int]:
+    """Returns what few rounds have to tell."""
+    told = {"num_attempts": facts.num_attempts if facts.num_attempts > 1 else 0, "num_clipped": facts.num_clipped}
+    return {name: count for name, count in told.items() if count}
 
 
 def _by_first_part(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

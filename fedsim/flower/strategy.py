@@ -1,35 +1,42 @@
 """The strategy: one round after the other over any Flower Grid; what is asked, gathered, read and combined meets here."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsim.config import Config, Init
-from fedsim.core.communication import CommunicationLedger, Purpose
+from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
-from fedsim.core.missing import Missing, Reason
-from fedsim.core.participation import givers
+from fedsim.core.missing import Missing, Reason, counted, told
+from fedsim.core.participation import givers, least_replies
 from fedsim.core.traffic import needed_for_gradients
-from fedsim.flower.asking import REQUEST, Ask, Asking, Homes
+from fedsim.errors import RunStopped
+from fedsim.flower.asking import Ask, Asking, Homes
 from fedsim.flower.charging import Charges
 from fedsim.flower.combining import Combining
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.gathering import Failure, gathered, read
-from fedsim.flower.reading import Reader
-from fedsim.flower.records import from_record, numbers
+from fedsim.flower.records import numbers
+from fedsim.flower.requests import REQUEST
+from fedsim.flower.rounds import GradientSum, Taking, TrainingRound
 from fedsim.flower.secure import Protocol, SumRefused
 from fedsim.flower.secure_round import secure_gradients, secure_round
 from fedsim.flower.transfer import Packer
-from fedsim.flower.worker import client_key
+from fedsim.flower.worker import METRICS
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
 from fedsim.types import Adapter
+
+RETRY_SECONDS = 5.0
+"""How long clients are given to come back before they are asked again."""
+
+Replies = Iterator[tuple[Ask, Message | Failure]]
 
 
 class FedsimStrategy(Strategy):
@@ -64,40 +71,60 @@ class FedsimStrategy(Strategy):
     # ---- a round
 
     def exchange(self, server_round: int, grid: Grid) -> None:
-        """Carries one round out and brings the global state forward."""
-        packer = self._packer()
+        """Carries one round out and brings the global state forward.
+
+        Goes on without clients that have not replied by `federation.round_timeout`. Raises RunStopped, the state as it was, where fewer
+        than `federation.min_replies` have, after asking the others again.
+        """
+        packer, wanted = self._packer(), self.participants(server_round)
         self.asking.charge_privacy(server_round)
         if self._session.config.privacy.secure_aggregation:
             return self._combine_secretly(server_round, packer, grid)
-        asks = self.asking.to_train(server_round, packer, grid)
-        self._combine(server_round, gathered(grid, asks, self._again(packer)))
+        round_ = self._opened(server_round)
+        self._until_enough(
+            round_,
+            [*wanted, *self.asking.spares(server_round)],
+            least_replies(self._session.config, len(wanted)),
+            lambda clients: self._gathered(grid, self.asking.to_train(server_round, packer, grid, clients), packer, round_),
+        )
+        round_.finish()
+
+    def _opened(self, server_round: int) -> TrainingRound:
+        wanted = len(self.participants(server_round))
+        return TrainingRound(self._session, self._state, self.asking, self._charges, server_round, wanted)
+
+    def _until_enough(self, taking: Taking, asked: list[int], least: int, replies: Callable[[list[int]], Replies]) -> None:
+        """Asks until at least so many are in the result: all, then those that may yet reply, `federation.retries` times at most."""
+        self.facts = facts = taking.facts
+        while True:
+            taking.take(replies(asked))
+            taking.note_absent(asked)
+            dropped = sum(each.reason is Reason.dropped_out for each in facts.missing)  # as a simulation has it: no failure of this run
+            if len(facts.clients) >= min(least, len(facts.clients) + len(facts.missing) - dropped):
+                return
+            missing, asked = list(facts.missing), taking.asked_again()
+            if not asked or facts.num_attempts > self._session.config.federation.retries:
+                raise RunStopped(too_few(len(facts.clients), least, missing))
+            time.sleep(RETRY_SECONDS)
+            facts.num_attempts += 1
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterator[Message]:
         """Yields one message per cohort, made when it is asked for. The state is the strategy's own, so `arrays` is not looked at."""
         self._asked = []
-        for ask in self.asking.to_train(server_round, self._packer(), grid):
+        for ask in self.asking.to_train(server_round, self._packer(), grid, self.participants(server_round)):
             self._asked.append(ask)
             yield ask.message
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Combines the clients' uploads as they come into the global state; holds one reply at a time."""
+        """Combines the clients' uploads as they come into the global state; holds one reply at a time. What answers nothing is not used."""
         by_id = {ask.message.metadata.message_id: ask for ask in self._asked}
-        self._combine(server_round, ((by_id.pop(reply.metadata.reply_to_message_id), read(reply)) for reply in replies))
+        known = ((by_id.pop(reply.metadata.reply_to_message_id, None), reply) for reply in replies)
+        round_ = self._opened(server_round)
+        self.facts = round_.facts
+        round_.take((ask, read(reply)) for ask, reply in known if ask is not None)
+        round_.note_absent(self.participants(server_round))
+        round_.finish()
         return None, MetricRecord({"loss": self.facts.mean_loss, "num_tokens": self.facts.num_tokens})
-
-    def _combine(self, server_round: int, replies: Iterable[tuple[Ask, Message | Failure]]) -> None:
-        self.facts = facts = RoundFacts()
-        combining = Combining(self._session, self._state, server_round, facts)
-        reader = Reader(self._session, self._state, self._charges, server_round)
-        for ask, reply in replies:
-            if isinstance(reply, Failure):
-                facts.missing += [Missing(client, server_round, reply.reason, reply.detail) for client in ask.clients]
-            else:
-                combining.add(reader.uploads(reply))
-                gone = [client for client in ask.clients if client not in facts.clients]
-                facts.missing += [Missing(client, server_round, Reason.dropped_out) for client in gone]
-        self._note_absent(server_round)
-        combining.finish()
 
     def _combine_secretly(self, server_round: int, packer: Packer, grid: Grid) -> None:
         """Combines the sum over the clients that stay; with too few of them the round changes nothing."""
@@ -115,7 +142,7 @@ class FedsimStrategy(Strategy):
             facts.clients.clear()
         facts.secure |= protocol.facts()
         facts.missing = protocol.missing()
-        self._note_absent(server_round)
+        facts.miss_untold(self.participants(server_round), server_round)
         combining.finish()
 
     def _protocol(self, server_round: int, packer: Packer, grid: Grid, clients: Sequence[int], *, alone: bool = False) -> Protocol:
@@ -126,47 +153,59 @@ class FedsimStrategy(Strategy):
             server_round,
             list(clients),
             list(nodes),
-            ask=lambda asks: gathered(grid, asks, self._again(packer)),
+            ask=lambda asks: self._confirmed(self._gathered(grid, asks, packer)),
             request=lambda asked, **told: self.asking.request(asked, server_round, {}, **told),
             charges=self._charges,
             came=lambda client: self.facts.clients.append(client),
         )
 
-    def _note_absent(self, server_round: int) -> None:
-        """Writes down the participants whose node is not connected, so that nobody could be asked for them."""
-        told = {*self.facts.clients, *(each.client for each in self.facts.missing)}
-        absent = [client for client in self.participants(server_round) if client not in told]
-        self.facts.missing += [Missing(client, server_round, Reason.died, "not connected") for client in absent]
+    def _confirmed(self, replies: Replies) -> Replies:
+        for ask, reply in replies:
+            if not isinstance(reply, Failure):
+                self.asking.confirmed(ask)
+            yield ask, reply
 
     def _packer(self) -> Packer:
         return Packer(self._state, self._session.method.moving)
 
-    def _again(self, packer: Packer) -> Callable[[Ask], Ask]:
-        return lambda ask: self.asking.again(ask, packer)
+    def _gathered(self, grid: Grid, asks: Iterable[Ask], packer: Packer, taking: Taking | None = None) -> Replies:
+        return gathered(
+            grid,
+            asks,
+            lambda ask: self.asking.again(ask, packer),
+            timeout=self._session.config.federation.round_timeout,
+            enough=lambda: taking is not None and taking.full,
+        )
 
     # ---- setting up
 
     def initial_gradients(self, grid: Grid, server_round: int = 0) -> Adapter:
-        """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in all; streaming, one client at a time."""
-        layout = self._session.gradient_layout
+        """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in all; streaming, one client at a time.
+
+        Goes on and stops as a round does, see `exchange`.
+        """
+        packer, samples = self._packer(), givers(self._session.config)
         if self._session.config.privacy.secure_aggregation:
-            return layout.unpack(self._masked_gradients(server_round, grid).float())
-        total = torch.zeros(layout.num_parameters, dtype=torch.float64)
-        packer = self._packer()
-        for (client,), reply in self._each_gradient(server_round, packer, grid):
-            record = reply.content.array_records[client_key(client)]
-            total += from_record(record, layout.num_parameters)
-            self._charges.up(server_round, client, Purpose.initial_gradient, layout.num_parameters, record)
-        return layout.unpack(total.float())
+            return self._session.gradient_layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
+        taking = GradientSum(self._session, self.asking, self._charges, server_round, len(samples))
+        self._charge_initialization(samples)
+        self._until_enough(
+            taking,
+            list(samples),
+            min(len(samples), least_replies(self._session.config, len(samples))),
+            lambda clients: self._gathered(
+                grid, self._gradient_asks(server_round, packer, grid, {client: samples[client] for client in clients}), packer, taking
+            ),
+        )
+        return taking.result()
 
-    def _each_gradient(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[tuple[tuple[int, ...], Message]]:
-        for ask, reply in gathered(grid, self._gradient_asks(server_round, packer, grid), self._again(packer)):
-            if isinstance(reply, Failure):
-                raise RuntimeError(f"client {ask.clients[0]}: {reply.reason.name}: {reply.detail}")
-            yield ask.clients, reply
+    def _charge_initialization(self, clients: Iterable[int]) -> None:
+        for client in clients if self._privacy is not None else ():
+            mechanism = self._session.privacy_plan[client].initialization
+            if mechanism is not None:
+                self._privacy.charge(client, replace(mechanism, steps=1))  # type: ignore[union-attr]
 
-    def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Ask]:
-        samples = givers(self._session.config)
+    def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid, samples: dict[int, int]) -> Iterator[Ask]:
         for client, node in self.asking.nodes(list(samples), grid).items():
             content = self._gradient_request(server_round, packer, client, samples[client])
             yield Ask(Message(content, node, "train.initial_gradient", group_id=str(server_round)), (client,))
@@ -175,13 +214,11 @@ class FedsimStrategy(Strategy):
         mechanism = self._session.privacy_plan[client].initialization if self._session.privacy_plan else None
         if mechanism is not None and self._session.config.adapter.init is Init.gradient_dp:
             told |= {"noise": [mechanism.noise_multiplier], "rates": [mechanism.sampling_rate]}
-        if self._privacy is not None and mechanism is not None:
-            self._privacy.charge(client, replace(mechanism, steps=1))
         needed = needed_for_gradients(self._state.exchange)
         return self.asking.brought_up(server_round, [client], packer, needed, samples=[samples], **told)
 
-    def _masked_gradients(self, server_round: int, grid: Grid) -> Tensor:
-        packer, samples = self._packer(), givers(self._session.config)
+    def _masked_gradients(self, server_round: int, packer: Packer, samples: dict[int, int], grid: Grid) -> Tensor:
+        self._charge_initialization(samples)
         protocol = self._protocol(server_round, packer, grid, list(samples), alone=True)
 
         def work(clients: list[int], told: dict[str, Any]) -> RecordDict:
@@ -202,13 +239,17 @@ class FedsimStrategy(Strategy):
         """
         packer = self._packer()
         sums: dict[str, list[float]] = {task: [0.0, 0.0, 0.0] for task in self._session.data.test}
-        for ask, reply in gathered(grid, self._evaluation_asks(server_round, packer, grid), self._again(packer)):
+        for _, reply in self._gathered(grid, self._evaluation_asks(server_round, packer, grid), packer):
             if isinstance(reply, Failure):
-                raise RuntimeError(f"clients {ask.clients}: {reply.reason.name}: {reply.detail}")
-            metrics = reply.content.metric_records["metrics"]
+                continue  # the questions of those that do not reply are left out
+            metrics = reply.content.metric_records[METRICS]
             for task, total in sums.items():
                 for place, name in enumerate(("correct", "loss", "num_examples")):
                     total[place] += sum(numbers(metrics, f"{task}/{name}"))
+        if not all(n for _, _, n in sums.values()):
+            raise RunStopped(
+                f"Expected clients to evaluate their own models after round {server_round}, got no reply; go on with resume=true."
+            )
         return {task: {"accuracy": right / n, "loss": loss / n, "num_examples": int(n)} for task, (right, loss, n) in sums.items()}
 
     def _evaluation_asks(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Ask]:
@@ -228,3 +269,12 @@ class FedsimStrategy(Strategy):
 
     def summary(self) -> None:
         """The run's own display and log tell what Flower would print here."""
+
+
+def too_few(replied: int, least: int, missing: Sequence[Missing]) -> str:
+    """Returns the line with which a run stops that too few clients reply to."""
+    reasons = "; ".join(f"client {each.client} {each.reason.name}: {each.detail}" for each in missing[:3])
+    return (
+        f"Expected replies of at least {least} clients (federation.min_replies), got {replied}, {told(counted(missing))}: {reasons}. "
+        "The rounds before are in the last checkpoint: mend it and go on with resume=true."
+    )

@@ -18,6 +18,8 @@ from fedsim.core.forms import HEAD, AdapterSpec
 from fedsim.core.global_state import GlobalState, added, chained, dense_updates, folded_layout
 from fedsim.core.payload import Layout, digest
 from fedsim.flower.records import from_record, to_record
+from fedsim.flower.requests import Request, shapes, text, texts, words
+from fedsim.flower.secure_worker import secure_key
 from fedsim.session import Session
 
 ADAPTER, BASES, FOLD, CONTROL_RECORD = "adapter", "bases", "fold", "control"
@@ -69,23 +71,26 @@ class Packer:
         return self._records[key]
 
 
-def take_in(session: Session, content: RecordDict, request: ConfigRecord) -> bool:
+def take_in(session: Session, content: RecordDict, request: Request) -> bool:
     """Brings the session to the global state of the message. Returns False if it lacks something that was not sent and cannot be derived.
 
     Raises ValueError if what was sent does not have its digest, names, sizes or finite values.
     """
-    digests: dict[str, str] = json.loads(str(request["digests"]))
+    digests = request.digests
+    known = {ADAPTER, BASES, FOLD, CONTROL_RECORD, *map(secure_key, request.clients)}
+    if set(content.array_records) - known or not {WEIGHTS} <= set(digests) <= _parts(session):
+        raise ValueError(f"Expected parts of the global state and their digests, got {sorted(content)[:5]} and {sorted(digests)[:5]}.")
     if not digests[WEIGHTS]:
         session.install_folded({}, "")  # an earlier run in this process may have left something there
-    if FOLD in content and not _take_fold(session, content.array_records[FOLD], request, digests[WEIGHTS]):
+    if FOLD in content and not _take_fold(session, content.array_records[FOLD], request.record, digests[WEIGHTS]):
         return False
     for name in (BASES, ADAPTER):
         if name in content:
-            _take_factors(session, content.array_records[name], [str(kind) for kind in request[name]], digests)  # type: ignore[union-attr]
+            _take_factors(session, content.array_records[name], words(request.record, name), digests)
     if session.digests.get(WEIGHTS, "") != digests[WEIGHTS]:
         return False
     missing = [kind for kind in session.spec.kinds if kind in digests and session.digests.get(kind) != digests[kind]]
-    return not missing or _derive(session, missing, int(request["round"]), digests)  # type: ignore[arg-type]
+    return not missing or _derive(session, missing, request.round, digests)
 
 
 def control_of(session: Session, content: RecordDict) -> Tensor | None:
@@ -97,6 +102,8 @@ def control_of(session: Session, content: RecordDict) -> Tensor | None:
 
 
 def _take_factors(session: Session, record: ArrayRecord, kinds: list[str], digests: dict[str, str]) -> None:
+    if len(set(kinds)) != len(kinds) or not set(kinds) <= {*session.spec.kinds} & {*digests}:
+        raise ValueError(f"Expected kinds of factors among {session.spec.kinds}, each once and with a digest, got {kinds[:5]}.")
     layout = session.spec.layout(kinds)
     adapter = layout.unpack(from_record(record, layout.num_parameters))
     for kind in kinds:
@@ -111,20 +118,38 @@ def _take_factors(session: Session, record: ArrayRecord, kinds: list[str], diges
 def _take_fold(session: Session, record: ArrayRecord, request: ConfigRecord, tag: str) -> bool:
     if session.digests.get(WEIGHTS, "") == tag:
         return True  # a worker that shares its process with the server has it already
-    if request[FOLD] == WHOLE:
+    if text(request, FOLD) == WHOLE:
         layout = folded_layout(session.spec)
         session.install_folded(layout.unpack(from_record(record, layout.num_parameters)), tag)
         return True
-    shapes: dict[str, list[int]] = json.loads(str(request["fold_shapes"]))
-    layout = Layout(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()))
+    told = shapes(request, "fold_shapes")
+    _check_increment(session.spec, told)
+    layout = Layout(tuple(told), tuple(told.values()))
     fold = layout.unpack(from_record(record, layout.num_parameters))
-    builds_on: dict[str, str] = json.loads(str(request["fold_on"]))
+    builds_on = texts(request, "fold_on")
     if chained(session.digests.get(WEIGHTS, ""), fold) != tag or any(
         session.digests.get(kind) != value for kind, value in builds_on.items()
     ):
         return False
     session.install_folded(added(session.folded, _updates(session.spec, session, fold)), tag)
     return True
+
+
+def _parts(session: Session) -> set[str]:
+    return {*session.spec.kinds, WEIGHTS, CONTROL}
+
+
+def _check_increment(spec: AdapterSpec, told: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless every layer has U and V whose product has the layer's shape, or trained factors of the form."""
+    for layer, (rows, columns) in spec.layers.items():
+        left, right = told.get(f"{layer}.U", ()), told.get(f"{layer}.V", ())
+        as_factors = {name: shape for name, shape in told.items() if name.rpartition(".")[0] == layer}
+        own = {f"{layer}.{kind}": spec.shapes(layer)[kind] for kind in spec.form_kinds}
+        stacked = len(left) == len(right) == 2 and (left[0], right[1], left[1]) == (rows, columns, right[0]) and len(as_factors) == 2
+        if not stacked and not (as_factors and as_factors.items() <= own.items()):
+            raise ValueError(f"Expected an increment that fits {layer!r}, got {as_factors!s:.100}.")
+    if not {name.rpartition(".")[0] for name in told} <= set(spec.layers):
+        raise ValueError(f"Expected an increment of the layers, got {sorted(told)[:3]}.")
 
 
 def _updates(spec: AdapterSpec, session: Session, fold: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,21 +5,22 @@ First it brings its model to the global state of the message; where it lacks som
 What clients keep for themselves from round to round lies in the node's Context.
 """
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from fedsim.config import Config, from_dict
 from fedsim.core.adapters import bound, merged
 from fedsim.core.dropout import Stage
 from fedsim.flower import secure_worker
-from fedsim.flower.records import arrays_to_record, numbers, to_record, whole_numbers
+from fedsim.flower.records import arrays_to_record, to_record
+from fedsim.flower.requests import Request
 from fedsim.flower.transfer import control_of, take_in
 from fedsim.session import PERSONAL, ClientReply, Memory, Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
 
+METRICS = "metrics"
+"""Name of the record in a reply with what was counted and measured."""
 NEEDS_STATE = "needs_state"
 """Name of a record in the reply of a worker that lacks something of the global state."""
 REFUSED = 1000
@@ -54,106 +55,95 @@ def handle(message: Message, context: Context) -> Message:
 
 def train(message: Message, context: Context) -> Message:
     """Trains the named clients for one round; the reply has one record of factors per client, and their metrics."""
-    secure_worker.take_shares(message, context)
-    return _with_state(message, lambda session, request: _train(session, request, message.content, context))
+    return _with_state(message, context, lambda session, request: _train(session, request, message.content, context))
 
 
 def initial_gradient(message: Message, context: Context) -> Message:
     """Returns the weight gradients of each named client over its share of the initialisation samples."""
 
-    def gradients(session: Session, request: ConfigRecord) -> RecordDict:
+    def gradients(session: Session, request: Request) -> RecordDict:
         content = RecordDict()
-        clients = whole_numbers(request, "clients")
-        noise: list[float | None] = [*numbers(request, "noise")] if "noise" in request else [None] * len(clients)
-        rates = numbers(request, "rates") if "noise" in request else [0.0] * len(clients)
-        for client, samples, own, rate in zip(clients, whole_numbers(request, "samples"), noise, rates, strict=True):
-            gradient = session.client_gradient(client, samples, own, int(request["round"]), rate)  # type: ignore[arg-type]
+        noise: list[float | None] = [*request.noise] if request.noise else [None] * len(request.clients)
+        for client, samples, own, rate in zip(request.clients, request.samples, noise, request.rates, strict=True):
+            gradient = session.client_gradient(client, samples, own, request.round, rate)
             if session.config.privacy.secure_aggregation:
-                content[client_key(client)] = secure_worker.masked_gradient(session, request, context, client, gradient)
+                content[client_key(client)] = secure_worker.masked_gradient(session, request.record, context, client, gradient)
             else:
                 content[client_key(client)] = to_record(gradient)
         return content
 
-    secure_worker.take_shares(message, context)
-    return _with_state(message, gradients)
+    return _with_state(message, context, gradients)
 
 
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluates each named client's personal model on its share of the test questions: client k of n takes every n-th from the k-th on."""
-    return _with_state(message, lambda session, request: _evaluate(session, request, context))
+    return _with_state(message, context, lambda session, request: _evaluate(session, request, context))
 
 
-def read_memory(context: Context, clients: Iterable[int], round: int) -> Memory:
-    """Returns what the clients keep for themselves after a round: what they have put down in it, or last before it."""
+Accepted = Mapping[int, int]
+"""The last round in which a client's upload became part of the global state, by client; one that is not named has none yet."""
+
+
+def read_memory(context: Context, clients: Iterable[int], accepted: Accepted) -> Memory:
+    """Returns what the clients kept for themselves after the last round that was accepted of them.
+
+    What a later round has left is not looked at: its upload was lost or refused, so for the server it never was.
+    """
     memory: Memory = {}
     for client in clients:
-        kept = [number for number in _kept_rounds(context, client) if number <= round]
-        record = context.state.array_records[memory_key(client, kept[-1])] if kept else ArrayRecord()
+        record = context.state.array_records.get(memory_key(client, accepted.get(client, 0)), ArrayRecord())
         memory[client] = {name: torch.from_numpy(array.numpy()) for name, array in record.items()}
     return memory
 
 
-def write_memory(context: Context, memory: Memory, round: int) -> None:
-    """Keeps what the clients keep for themselves after a round, and what they kept before it; clients without anything leave no record.
-
-    So a round that is asked for again, because the server has lost it or begins anew, starts from what was there when it was asked first.
-    """
+def write_memory(context: Context, memory: Memory, round: int, accepted: Accepted) -> None:
+    """Keeps what the clients keep for themselves after a round, and what the round began with; clients without anything leave no record."""
     for client, own in memory.items():
         if own:
-            kept = _kept_rounds(context, client)
-            before = [number for number in kept if number < round][-1:]
-            for number in set(kept) - set(before):
-                del context.state[memory_key(client, number)]
+            head = memory_key(client, 0)[:-1]
+            base = memory_key(client, accepted.get(client, 0))
+            for name in [name for name in context.state.array_records if name.startswith(head) and name != base]:
+                del context.state[name]
             context.state[memory_key(client, round)] = arrays_to_record(own)
 
 
-def _kept_rounds(context: Context, client: int) -> list[int]:
-    """Returns the rounds after which the client has put something down, in ascending order."""
-    head = memory_key(client, 0)[:-1]
-    return sorted(int(name.removeprefix(head)) for name in context.state.array_records if name.startswith(head))
-
-
-def _with_state(message: Message, work: Callable[[Session, ConfigRecord], RecordDict]) -> Message:
-    request, session = message.content.config_records["request"], _session_of(message)
+def _with_state(message: Message, context: Context, work: Callable[[Session, Request], RecordDict]) -> Message:
+    request = Request.of(message.content)
+    session = open_session(request.config)
+    secure_worker.take_shares(message, context)
     if not take_in(session, message.content, request):
-        return Message(RecordDict({NEEDS_STATE: ConfigRecord(), "request": request}), reply_to=message)
+        return Message(RecordDict({NEEDS_STATE: ConfigRecord()}), reply_to=message)
     return Message(work(session, request), reply_to=message)
 
 
 def _session_of(message: Message) -> Session:
-    return open_session(from_dict(Config, json.loads(str(message.content.config_records["request"]["config"]))))
+    return open_session(Request.of(message.content).config)
 
 
-def _train(session: Session, request: ConfigRecord, content: RecordDict, context: Context) -> RecordDict:
-    clients = secure_worker.present(session, request, Stage.upload)
+def _train(session: Session, request: Request, content: RecordDict, context: Context) -> RecordDict:
+    clients = secure_worker.present(session, request.record, Stage.upload)
     if not clients:
-        return RecordDict({"metrics": _metrics([])})
-    noise = dict(zip(whole_numbers(request, "clients"), numbers(request, "noise"), strict=True)) if "noise" in request else {}
-    number = int(request["round"])  # type: ignore[arg-type]
-    memory = read_memory(context, clients, number - 1)
-    replies = session.train(
-        clients,
-        number,
-        memory,
-        control_of(session, content),
-        noise=[noise[client] for client in clients] if noise else (),
-        clip_norm=float(request["clip_norm"]) if "clip_norm" in request else None,  # type: ignore[arg-type]
-    )
-    write_memory(context, memory, number)
+        return RecordDict({METRICS: _metrics(request.round, [])})
+    noise = dict(zip(request.clients, request.noise, strict=True)) if request.noise else {}
+    memory, control = read_memory(context, clients, request.accepted), control_of(session, content)
+    own_noise = [noise[client] for client in clients] if noise else ()
+    replies = session.train(clients, request.round, memory, control, noise=own_noise, clip_norm=request.clip_norm)
+    write_memory(context, memory, request.round, request.accepted)
     if session.config.privacy.secure_aggregation:
-        return RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request, context, r) for r in replies})
+        return RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request.record, context, r) for r in replies})
     answer = RecordDict({client_key(reply.result.client): arrays_to_record(reply.arrays) for reply in replies})
     for reply in replies:
         if reply.control is not None:
             answer[control_key(reply.result.client)] = to_record(reply.control)
-    answer["metrics"] = _metrics(replies)
+    answer[METRICS] = _metrics(request.round, replies)
     return answer
 
 
-def _metrics(replies: Sequence[ClientReply]) -> MetricRecord:
+def _metrics(round: int, replies: Sequence[ClientReply]) -> MetricRecord:
     results = [reply.result for reply in replies]
     return MetricRecord(
         {
+            "round": round,
             "clients": [result.client for result in results],
             "num_examples": [result.num_examples for result in results],
             "num_tokens": [result.num_tokens for result in results],
@@ -164,12 +154,12 @@ def _metrics(replies: Sequence[ClientReply]) -> MetricRecord:
     )
 
 
-def _evaluate(session: Session, request: ConfigRecord, context: Context) -> RecordDict:
+def _evaluate(session: Session, request: Request, context: Context) -> RecordDict:
     tasks = list(session.data.test)
     metrics: dict[str, int | float | list[int] | list[float]] = {}
-    clients, all_clients = whole_numbers(request, "clients"), session.config.federation.clients
+    clients, all_clients = request.clients, session.config.federation.clients
     kinds = session.method.personal
-    memory = read_memory(context, clients, int(request["round"]))  # type: ignore[arg-type]
+    memory = read_memory(context, clients, request.accepted)
     for task in tasks:
         correct, loss, counts = [], [], []
         for client in clients:
@@ -182,7 +172,7 @@ def _evaluate(session: Session, request: ConfigRecord, context: Context) -> Reco
             loss.append(found.loss * len(examples) if examples else 0.0)
             counts.append(len(examples))
         metrics |= {f"{task}/correct": correct, f"{task}/loss": loss, f"{task}/num_examples": counts}
-    return RecordDict({"metrics": MetricRecord(metrics)})
+    return RecordDict({METRICS: MetricRecord(metrics)})
 
 
 def _secure(stage: Callable[[Session, Message, Context], Message]) -> Callable[[Message, Context], Message]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fedsim.config import Config, Init, PrivacyUnit
-from fedsim.core.participation import draw_participants, round_size
+from fedsim.core.participation import draw_participants, round_size, spares
 from fedsim.core.quantization import limit_of
 from fedsim.core.secure_aggregation import fewest_survivors
 from fedsim.errors import UserError
@@ -88,7 +88,8 @@ def _rounds_taken(config: Config) -> list[int]:
     federation = config.federation
     taken = [0] * federation.clients
     for number in range(1, federation.rounds + 1):
-        for client in draw_participants(federation.clients, federation.fraction, config.seed, number):
+        drawn = draw_participants(federation.clients, federation.fraction, config.seed, number)
+        for client in (*drawn, *spares(config, number)):
             taken[client] += 1
     return taken
 

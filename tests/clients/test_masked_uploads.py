@@ -9,6 +9,7 @@ from clients.desk import Desk
 from clients.owner import Owner, RefusedError, accept
 from fedsim.config import Init
 from fedsim.core.missing import Reason
+from fedsim.errors import RunStopped
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.session import _open
@@ -56,5 +57,6 @@ def test_an_owner_may_refuse_uploads_that_are_not_masked(tmp_path):
         accept(Owner(0, masked_only=True), plain)
     accept(Owner(0, masked_only=True), replace(plain, privacy=replace(plain.privacy, secure_aggregation=True)))
     desks = Desks(tmp_path, plain, masked_only=True)
-    desks.strategy.exchange(1, desks.grid)
+    with pytest.raises(RunStopped, match="3 refused by client"):
+        desks.strategy.exchange(1, desks.grid)
     assert {each.reason for each in desks.strategy.facts.missing} == {Reason.refused_by_client}

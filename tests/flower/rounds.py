@@ -98,7 +98,7 @@ class Rounds:
 
     def kept(self, client):
         """What a client of the first worker keeps for itself after the last round, as flat arrays by name."""
-        return read_memory(self.grid.contexts[1], [client], self.number)[client]
+        return read_memory(self.grid.contexts[1], [client], self.state.accepted)[client]
 
     def moved(self, column="parameters", **wanted):
         """The sum of a column of the ledger over the rows with the given values, such as client=0, direction="uplink"."""

@@ -20,8 +20,8 @@ def own(value):
     return {3: {"control": torch.full((2,), float(value))}}
 
 
-def kept(context, round):
-    found = read_memory(context, [3], round)[3]
+def kept(context, accepted):
+    found = read_memory(context, [3], {3: accepted})[3]
     return float(found["control"][0]) if found else None
 
 
@@ -31,20 +31,29 @@ def test_an_unknown_kind_of_message_is_refused_by_name():
         handle(Message(RecordDict(), 1, "query.nothing"), context())
 
 
-def test_a_round_that_is_asked_for_again_starts_from_what_was_kept_before_it():
+def test_a_round_that_is_asked_for_again_starts_from_what_was_accepted_before_it():
     node = context()
-    for number in (1, 2, 4):  # the client was not drawn in round 3
-        write_memory(node, own(number), number)
-    assert [kept(node, number) for number in (4, 3, 2)] == [4.0, 2.0, 2.0]
-    write_memory(node, own(40), 4)
-    assert (kept(node, 4), kept(node, 3)) == (40.0, 2.0)
+    write_memory(node, own(1), 1, {})
+    write_memory(node, own(2), 2, {3: 1})
+    write_memory(node, own(4), 4, {3: 2})  # the client was not drawn in round 3
+    assert [kept(node, number) for number in (4, 2)] == [4.0, 2.0]
+    write_memory(node, own(40), 4, {3: 2})
+    assert (kept(node, 4), kept(node, 2)) == (40.0, 2.0)
+
+
+def test_what_a_lost_round_left_is_forgotten():
+    node = context()
+    write_memory(node, own(1), 1, {})
+    write_memory(node, own(2), 2, {3: 1})  # its upload is lost
+    write_memory(node, own(3), 3, {3: 1})  # and this one
+    assert set(node.state) == {memory_key(3, 1), memory_key(3, 3)}
 
 
 def test_a_run_that_begins_anew_finds_nothing_of_the_one_before():
     node = context()
-    write_memory(node, own(5), 5)
+    write_memory(node, own(5), 5, {})
     assert kept(node, 0) is None
-    write_memory(node, own(1), 1)
+    write_memory(node, own(1), 1, {})
     assert set(node.state) == {memory_key(3, 1)}
 
 
@@ -53,7 +62,7 @@ def test_only_two_rounds_are_kept_and_other_clients_are_left_alone():
     node.state[memory_key(30, 7)] = arrays_to_record({"control": torch.zeros(1)})
     node.state["other"] = ArrayRecord()
     for number in range(1, 6):
-        write_memory(node, own(number), number)
+        write_memory(node, own(number), number, {3: number - 1})
     assert set(node.state) == {memory_key(3, 4), memory_key(3, 5), memory_key(30, 7), "other"}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fedsim.config import Config, Init, Optimizer, ServerRule
+from fedsim.config import Config, Init, Optimizer, OverNorm, PrivacyUnit, ServerRule
 from fedsim.core.compression import CODECS
 from fedsim.core.methods.method import Method
 from fedsim.core.participation import round_size
@@ -13,7 +13,7 @@ from fedsim.errors import UserError, nearest
 
 def check(config: Config, method: Method) -> None:
     """Raises UserError for the first combination that makes no sense."""
-    for unfit in (_unknown, _initialisation, _ranks, _server, _robust, _local, _compression, _method_options, _secure):
+    for unfit in (_unknown, _initialisation, _ranks, _server, _robust, _failures, _local, _compression, _method_options, _secure):
         for reason in unfit(config, method):
             raise UserError(reason)
 
@@ -73,6 +73,22 @@ def _robust(config: Config, method: Method) -> Iterator[str]:
         yield f"server.malicious: krum needs 2 x malicious + 3 clients in a round, got {server.malicious} of {clients}; lower it."
     if rule is ServerRule.krum and server.kept > clients - server.malicious:
         yield f"server.kept: expected at most the {clients - server.malicious} clients that are not malicious, got {server.kept}."
+
+
+def _failures(config: Config, method: Method) -> Iterator[str]:
+    federation, server = config.federation, config.server
+    wanted = round_size(federation.clients, federation.fraction)
+    if federation.min_replies >= 1 and (federation.min_replies > wanted or federation.min_replies % 1):
+        given = f"{federation.min_replies:g}"
+        yield f"federation.min_replies: expected a part below 1, or a whole number up to the {wanted} clients of a round, got {given}."
+    if federation.over_selection and federation.fraction == 1:
+        yield "federation.over_selection: with federation.fraction=1 every client is drawn already; lower one of them."
+    if federation.over_selection and config.privacy.secure_aggregation:
+        yield "federation.over_selection: a secure sum is over all that stay, so nobody is left over; leave it out."
+    if federation.over_selection and config.privacy.unit is PrivacyUnit.client:
+        yield "federation.over_selection: with privacy.unit=client each client is drawn by its own coin; leave it out."
+    if server.over_norm is OverNorm.clip and server.max_update_norm is None:
+        yield "server.over_norm: there is no norm to clip to; set server.max_update_norm as well."
 
 
 def _local(config: Config, method: Method) -> Iterator[str]:

@@ -1,0 +1,45 @@
+"""`fedsim verify`: whether the audit log of a run is as it was written."""
+
+import json
+from pathlib import Path
+
+from fedsim.checkpoints import DamagedError, load, saved
+from fedsim.errors import UserError
+from fedsim.journal import Head, Verdict, verified
+from fedsim.run_folder import CHECKPOINTS, JOURNAL, SUMMARY
+
+
+def verify(folder: Path) -> Verdict:
+    """Returns what is found in a run folder: the journal against itself, its checkpoints and its summary. Raises UserError for none."""
+    if not (folder / JOURNAL).exists():
+        raise UserError(f"Expected a run folder with {JOURNAL}, got {folder}. Name the folder of a run.")
+    heads, damaged = {}, []
+    for path in saved(folder / CHECKPOINTS):
+        try:
+            heads[path.name] = Head.from_json(load(path).state.get("journal"))
+        except DamagedError as error:
+            damaged.append(str(error))
+        except ValueError:
+            damaged.append(f"{path.name} fixes no line of the journal")
+    end, wrong = _end(folder / SUMMARY)
+    verdict = verified(folder / JOURNAL, heads, end)
+    verdict.problems += damaged + wrong
+    return verdict
+
+
+def _end(path: Path) -> tuple[Head | None, list[str]]:
+    if not path.exists():
+        return None, []
+    try:
+        return Head.from_json(json.loads(path.read_bytes())["journal"]), []
+    except (ValueError, KeyError, TypeError):
+        return None, [f"{path.name} fixes no line of the journal"]
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Returns what a person reads: what holds, or where it does not."""
+    if verdict.problems:
+        return "\n".join(["The journal is not as it was written:", *(f"  {problem}" for problem in verdict.problems)])
+    again = f", {verdict.superseded} of them superseded by a resumed run" if verdict.superseded else ""
+    text = f"The journal holds: {verdict.head.lines} lines{again}; head {verdict.head.sha256}"
+    return text if verdict.finished else f"{text}\nThe run has not finished: lines after its last checkpoint could be missing unseen."

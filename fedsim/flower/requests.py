@@ -1,0 +1,119 @@
+"""What a message to a worker says, read without trust: a request is whole and makes sense, or it is refused before anything is done.
+
+Raised is ValueError, or UserError where the configuration is at fault; nothing else, whatever the message holds.
+"""
+
+import json
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedsim.config import Config, check, from_text
+from fedsim.flower.records import numbers, whole_number, whole_numbers
+
+REQUEST = "request"
+LIMIT = 2**31
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to train, to give initial gradients, or to evaluate, for some clients in a round."""
+
+    record: ConfigRecord
+    config: Config
+    clients: list[int]
+    round: int
+    digests: dict[str, str]  # of the parts of the global state that it needs
+    accepted: dict[int, int]  # by client: the last round that its upload became part of
+    samples: list[int]
+    noise: list[float]
+    rates: list[float]  # at which the samples are drawn, where their sum is noised
+    clip_norm: float | None
+
+    @classmethod
+    def of(cls, content: RecordDict) -> "Request":
+        """Returns the request that a message holds. Raises ValueError or UserError for anything else."""
+        record = content.config_records.get(REQUEST)
+        if record is None:
+            raise ValueError(f"Expected a record {REQUEST!r}, got {sorted(content)[:5]!s:.100}.")
+        config = from_text(text(record, "config"))
+        check(config)
+        clients = _clients(record, config)
+        accepted = _for_each(clients, whole_numbers(record, "accepted") if "accepted" in record else [0] * len(clients))
+        samples = _for_each(clients, whole_numbers(record, "samples") if "samples" in record else [0] * len(clients))
+        noise = _for_each(clients, numbers(record, "noise")) if "noise" in record else {}
+        rates = _for_each(clients, numbers(record, "rates") if "rates" in record else [0.0] * len(clients))
+        number = whole_number(record, "round")
+        if not all(0 <= count < LIMIT for count in (number, *accepted.values(), *samples.values())):
+            raise ValueError(f"Expected rounds and numbers of samples from 0 to {LIMIT - 1}, got {number} and others.")
+        clip_norm = number_above_zero(record, "clip_norm") if "clip_norm" in record else None
+        if not all(isfinite(each) and each >= 0 for each in noise.values()) or not all(0 <= each <= 1 for each in rates.values()):
+            raise ValueError("Expected noise multipliers of at least 0 and sampling rates from 0 to 1.")
+        digests = texts(record, "digests") if "digests" in record else {}
+        return cls(record, config, clients, number, digests, accepted, [*samples.values()], [*noise.values()], [*rates.values()], clip_norm)
+
+
+def _clients(record: ConfigRecord, config: Config) -> list[int]:
+    clients, number = whole_numbers(record, "clients"), config.federation.clients
+    if not clients or len(set(clients)) != len(clients) or not all(0 <= client < number for client in clients):
+        raise ValueError(f"Expected different clients from 0 to {number - 1}, got {clients[:5]}.")
+    return clients
+
+
+def _for_each(clients: list[int], values: list[Any]) -> dict[int, Any]:
+    if len(values) != len(clients):
+        raise ValueError(f"Expected a value for each of {len(clients)} clients, got {len(values)}.")
+    return dict(zip(clients, values, strict=True))
+
+
+def text(record: ConfigRecord, key: str) -> str:
+    """Returns the text under `key`. Raises ValueError where there is something else."""
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"Expected {key!r} to be a text, got {value!r:.60}.")
+    return value
+
+
+def words(record: ConfigRecord, key: str) -> list[str]:
+    """Returns the list of texts under `key`. Raises ValueError where there is something else."""
+    value = record.get(key)
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise ValueError(f"Expected {key!r} to be a list of texts, got {value!r:.60}.")
+    return list(value)  # type: ignore[arg-type]
+
+
+def number_above_zero(record: ConfigRecord, key: str) -> float:
+    """Returns the finite number above 0 under `key`. Raises ValueError where there is something else."""
+    value = record.get(key)
+    if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
+        raise ValueError(f"Expected {key!r} to be a number above 0, got {value!r:.60}.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def texts(record: ConfigRecord, key: str) -> dict[str, str]:
+    """Returns the JSON object of texts under `key`. Raises ValueError where there is something else."""
+    value = json_object(record, key)
+    if not all(isinstance(each, str) for each in value.values()):
+        raise ValueError(f"Expected {key!r} to be texts by name, got {value!r:.60}.")
+    return value
+
+
+def shapes(record: ConfigRecord, key: str) -> dict[str, tuple[int, ...]]:
+    """Returns the JSON object of shapes under `key`. Raises ValueError where there is something else."""
+    value = json_object(record, key)
+    if not all(isinstance(each, list) and all(type(side) is int and side > 0 for side in each) for each in value.values()):
+        raise ValueError(f"Expected {key!r} to be shapes by name, got {value!r:.60}.")
+    return {name: tuple(each) for name, each in value.items()}
+
+
+def json_object(record: ConfigRecord, key: str) -> dict[str, Any]:
+    """Returns the JSON object under `key`. Raises ValueError where there is something else."""
+    try:
+        value = json.loads(text(record, key))
+    except RecursionError:
+        raise ValueError(f"Expected {key!r} to be a flat JSON object, got a deep one.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"Expected {key!r} to be a JSON object, got {value!r:.60}.")
+    return value

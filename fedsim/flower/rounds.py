@@ -1,0 +1,110 @@
+"""What is under way: replies are taken in as they come, and whoever is not in the result is written down with the reason."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from flwr.app import Message
+
+from fedsim.core.communication import Purpose
+from fedsim.core.global_state import GlobalState
+from fedsim.core.missing import Missing, Reason
+from fedsim.flower.asking import Ask, Asking
+from fedsim.flower.charging import Charges
+from fedsim.flower.combining import Combining
+from fedsim.flower.facts import RoundFacts
+from fedsim.flower.gathering import Failure
+from fedsim.flower.reading import Reader
+from fedsim.flower.records import from_record, record_of
+from fedsim.flower.worker import client_key
+from fedsim.session import Session
+from fedsim.types import Adapter
+
+COMES_BACK = (Reason.timeout, Reason.died)
+"""Reasons for which asking a client again makes sense; who has refused or was refused would only do the same again."""
+
+
+class Taking:
+    """Takes in replies until `wanted` clients are in the result."""
+
+    def __init__(self, asking: Asking, server_round: int, wanted: int) -> None:
+        self._asking, self._round, self._wanted = asking, server_round, wanted
+        self.facts = RoundFacts()
+
+    @property
+    def full(self) -> bool:
+        """Whether as many clients as wanted are in the result."""
+        return len(self.facts.clients) >= self._wanted
+
+    def take(self, replies: Iterable[tuple[Ask, Message | Failure]]) -> None:
+        """Takes replies in, one client at a time."""
+        for ask, reply in replies:
+            if isinstance(reply, Failure):
+                self._miss(ask.clients, reply.reason, reply.detail)
+            else:
+                self._asking.confirmed(ask)
+                self._use(ask, reply)
+
+    def note_absent(self, asked: Sequence[int]) -> None:
+        """Writes down those to whom no message could go, unless nobody waits for them any more."""
+        if not self.full:
+            self.facts.miss_untold(asked, self._round)
+
+    def asked_again(self) -> list[int]:
+        """Returns the clients that may yet reply, and takes them off the missing ones."""
+        back = [each for each in self.facts.missing if each.reason in COMES_BACK]
+        self.facts.missing = [each for each in self.facts.missing if each not in back]
+        return sorted(each.client for each in back)
+
+    def _use(self, ask: Ask, reply: Message) -> None:
+        raise NotImplementedError
+
+    def _miss(self, clients: Iterable[int], reason: Reason, detail: str) -> None:
+        self.facts.missing += [Missing(client, self._round, reason, detail) for client in clients]
+
+
+class TrainingRound(Taking):
+    """One round of training; weights are renormalised over the clients that are in its result."""
+
+    def __init__(self, session: Session, state: GlobalState, asking: Asking, charges: Charges, server_round: int, wanted: int) -> None:
+        super().__init__(asking, server_round, wanted)
+        self._reader = Reader(session, state, charges, server_round)
+        self._combining = Combining(session, state, server_round, self.facts)
+
+    def _use(self, ask: Ask, reply: Message) -> None:
+        for upload in self._reader.uploads(ask, reply):
+            if isinstance(upload, Missing):
+                self.facts.missing.append(upload)
+            elif self.full:
+                self._miss([upload.client], Reason.timeout, "not needed: enough others have replied")
+            else:
+                self._combining.add(upload)
+
+    def finish(self) -> None:
+        """Makes the next global state."""
+        self._combining.finish()
+
+
+class GradientSum(Taking):
+    """The sum of the clients' weight gradients, in float64, one client at a time."""
+
+    def __init__(self, session: Session, asking: Asking, charges: Charges, server_round: int, wanted: int) -> None:
+        super().__init__(asking, server_round, wanted)
+        self._layout, self._charges = session.gradient_layout, charges
+        self._total = torch.zeros(self._layout.num_parameters, dtype=torch.float64)
+
+    def _use(self, ask: Ask, reply: Message) -> None:
+        (client,) = ask.clients
+        size = self._layout.num_parameters
+        try:
+            record = record_of(reply.content.array_records, client_key(client))
+            gradient = from_record(record, size)
+        except ValueError as error:
+            self._miss([client], Reason.refused_by_server, str(error)[:300])
+            return
+        self._total += gradient
+        self.facts.clients.append(client)
+        self._charges.up(self._round, client, Purpose.initial_gradient, size, record)
+
+    def result(self) -> Adapter:
+        """Returns {layer: [out, in]} float32."""
+        return self._layout.unpack(self._total.float())

@@ -1,0 +1,144 @@
+"""journal.jsonl: the audit log of a run. Who joined, what was asked, refused, accepted, released, and what it cost in privacy.
+
+Append-only: each line holds the SHA-256 of the line before it, so that a line cannot be changed, removed, added or moved without breaking
+the chain (Haber and Stornetta 1991). The head, which fixes all lines up to it, is also in every checkpoint and in summary.json: it tells
+when lines are missing at the end, and when somebody has made the whole chain anew. A run that goes on from a checkpoint removes nothing:
+its line `resumed` names the line that it goes on from, and those in between are superseded, but stay to be seen.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedsim.events import append
+from fedsim.files import finite
+
+FIRST = "0" * 64
+"""What the first line has in place of the hash of a line before it."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The number of lines so far, and the SHA-256 of the last one."""
+
+    lines: int = 0
+    sha256: str = FIRST
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns {lines, sha256}."""
+        return {"lines": self.lines, "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Head":
+        """Returns the head that `to_json` was called on. Raises ValueError for anything else."""
+        if not isinstance(value, dict) or set(value) != {"lines", "sha256"} or type(value["lines"]) is not int:
+            raise ValueError(f"Expected lines and sha256, got {value!r:.60}.")
+        return cls(value["lines"], str(value["sha256"]))
+
+    def after(self, line: bytes) -> "Head":
+        """Returns the head after one more line, given without its end."""
+        return Head(self.lines + 1, hashlib.sha256(line).hexdigest())
+
+
+class Journal:
+    """The open journal of a run; one process writes it. It goes on where the file ends, also where a kill has torn the last line."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.head = Head()
+        for line, whole in [*_lines(path)]:  # read before anything is written
+            self.head = self.head.after(line)
+            if not whole:
+                os.write(self._descriptor, b"\n")
+
+    def append(self, kind: str, **facts: Any) -> None:
+        """Appends {line, previous, time, kind, facts...} in one write."""
+        head = {"line": self.head.lines + 1, "previous": self.head.sha256}
+        entry = {**head, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts}
+        line = json.dumps(finite(entry)).encode()
+        append(self._descriptor, line + b"\n")
+        self.head = self.head.after(line)
+
+    def sync(self) -> Head:
+        """Makes all lines so far durable and returns the head."""
+        os.fsync(self._descriptor)
+        return self.head
+
+    def close(self) -> None:
+        """Closes the file; nothing is buffered."""
+        os.close(self._descriptor)
+
+
+@dataclass
+class Verdict:
+    """What `verified` has found: whether the chain holds, and where it does not."""
+
+    head: Head = field(default_factory=Head)
+    superseded: int = 0  # lines after the checkpoint from which a resumed run went on
+    finished: bool = False  # whether a summary fixes the end; otherwise lines after the last checkpoint may be missing unseen
+    problems: list[str] = field(default_factory=list)
+
+
+def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verdict:
+    """Checks every line of the journal against the one before, the `checkpoints`' heads (by name) against it, and the `end` of its summary.
+
+    A change, a deletion, an insertion, a different order and a missing end are all found; a missing end of a run without a summary is
+    found as far as its last checkpoint.
+    """
+    verdict, hashes, torn = Verdict(finished=end is not None), {0: FIRST}, 0
+    for line, whole in _lines(path):
+        number = verdict.head.lines + 1
+        entry = _entry(line) if whole else None
+        if entry is None:
+            torn = torn or number
+        else:
+            verdict.problems += _links(entry, number, verdict.head, torn)
+            torn = 0
+            if entry.get("kind") == "resumed":
+                verdict.superseded += max(0, number - 1 - int(entry.get("goes_on_from", number - 1)))
+        verdict.head = verdict.head.after(line)
+        hashes[number] = verdict.head.sha256
+    if torn and (torn < verdict.head.lines or end is not None):
+        verdict.problems.append(f"line {torn} cannot be read")
+    verdict.problems += _heads(checkpoints, end, hashes, verdict.head)
+    return verdict
+
+
+def _links(entry: dict[str, Any], number: int, before: Head, torn: int) -> Iterator[str]:
+    if entry.get("line") != number:
+        yield f"line {number} says that it is line {entry.get('line')!r:.20}: lines were removed, added or moved before it"
+    if entry.get("previous") != before.sha256:
+        yield f"line {number} does not follow line {number - 1}: one of them was changed, or something was removed, added or moved there"
+    if torn and entry.get("kind") != "resumed":
+        yield f"line {torn} cannot be read, and no run was resumed after it"
+
+
+def _heads(checkpoints: dict[str, Head], end: Head | None, hashes: dict[int, str], head: Head) -> Iterator[str]:
+    for name, fixed in checkpoints.items():
+        if fixed.lines > head.lines:
+            yield f"{name} fixes {fixed.lines} lines, but the journal has {head.lines}: its end is missing"
+        elif hashes[fixed.lines] != fixed.sha256:
+            yield f"{name} fixes another line {fixed.lines}: that line, or one before it, was changed"
+    if end is not None and end != head:
+        yield f"summary.json fixes {end.lines} lines, {end.sha256[:16]}..., but the journal has {head.lines}, {head.sha256[:16]}..."
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Yields each line without its end, and whether it has one."""
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in file:
+                yield line.removesuffix(b"\n"), line.endswith(b"\n")
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None

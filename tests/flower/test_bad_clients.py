@@ -1,0 +1,150 @@
+"""What a broken or malicious client sends is refused with its reason, and the round is that of the others."""
+
+import numpy as np
+import pytest
+import torch
+from faults import faulty, rebuilt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from rounds import changed, of_method
+
+from fedsim.config import OverNorm
+from fedsim.core.missing import Reason
+
+CONFIG = of_method("fed_sb", federation={"clients": 4}, data={"train_examples": 32})
+
+
+def values_of(reply):
+    return reply.content.array_records["client-2"]["values"].numpy()
+
+
+def with_values(change):
+    return lambda reply: rebuilt(reply, client_2=ArrayRecord({"values": Array(change(values_of(reply).copy()))}))
+
+
+def with_array(**fields):
+    """The head of the array in the record says something else than its bytes."""
+
+    def change(reply):
+        array = Array(values_of(reply))
+        told = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | fields
+        return rebuilt(reply, client_2=ArrayRecord({"values": Array(**told)}))
+
+    return change
+
+
+def claim(**metrics):
+    return lambda reply: rebuilt(reply, metrics=metrics)
+
+
+def spoiled(value):
+    def change(values):
+        values[1] = value
+        return values
+
+    return with_values(change)
+
+
+def from_node(node):
+    def change(reply):
+        reply.metadata.__dict__["_src_node_id"] = node
+        return reply
+
+    return change
+
+
+def huge_head(reply):
+    """NumPy's head claims 10^12 numbers; its reader would ask for the memory first."""
+    data = Array(values_of(reply)).data.replace(b"(18,)", b"(1000000000000,)")
+    return with_array(data=data)(reply)
+
+
+BAD = {
+    "a NaN": (spoiled(np.nan), "finite"),
+    "an infinity": (spoiled(np.inf), "finite"),
+    "another shape": (with_values(lambda values: values[:-1]), "float32 of shape"),
+    "two dimensions": (with_values(lambda values: values.reshape(2, -1)), "float32 of shape"),
+    "another type": (with_values(lambda values: values.astype(np.float64)), "float32 of shape"),
+    "objects": (with_array(dtype="object"), "float32 of shape"),
+    "another name": (lambda reply: rebuilt(reply, client_2=ArrayRecord({"weights": Array(values_of(reply))})), "one array named"),
+    "two arrays": (lambda reply: rebuilt(reply, client_2=ArrayRecord({n: Array(values_of(reply)) for n in ("values", "x")})), "one array"),
+    "another serialisation": (with_array(stype="pickle"), "float32 of shape"),
+    "a pickle": (with_array(data=b"\x80\x04N."), "NumPy's format"),
+    "too many bytes": (lambda reply: with_array(data=Array(values_of(reply)).data + bytes(10**6))(reply), "bytes of something else"),
+    "too few bytes": (lambda reply: with_array(data=Array(values_of(reply)).data[:-4])(reply), "bytes of something else"),
+    "a head that promises more": (huge_head, "bytes of something else"),
+    "a record too many": (lambda reply: rebuilt(reply, client_3=reply.content.array_records["client-2"]), "arrays of the clients"),
+    "a configuration": (lambda reply: rebuilt(reply, extra=ConfigRecord({"x": 1})), "arrays of the clients"),
+    "no examples": (claim(num_examples=[0]), "1 to 1000000 examples"),
+    "a negative number of examples": (claim(num_examples=[-5]), "1 to 1000000 examples"),
+    "an absurd number of examples": (claim(num_examples=[10**12]), "1 to 1000000 examples"),
+    "a fraction of an example": (claim(num_examples=[1.5]), "whole numbers"),
+    "a negative number of tokens": (claim(num_tokens=[-1]), "number of tokens"),
+    "a loss that is none": (claim(loss=[float("nan")]), "finite training loss"),
+    "lists of different lengths": (claim(num_tokens=[1, 2]), "as many numbers as clients"),
+    "no counts": (claim(num_examples=None), "whole numbers"),
+    "another client": (claim(clients=[3]), "a reply for clients"),
+    "a client twice": (claim(clients=[2, 2], num_examples=[1, 1], num_tokens=[1, 1], loss=[1.0, 1.0], within=[1, 1]), "for clients"),
+    "an earlier round": (claim(round=0), "late or replayed"),
+    "no round": (claim(round=None), "whole number"),
+    "the name of another node": (from_node(4), "the node that was asked"),
+    "an absurd norm": (spoiled(3e38), "server.max_update_norm"),
+}
+
+
+@pytest.fixture(scope="module")
+def others():
+    """The factors of a round without client 2."""
+    run = faulty(CONFIG, {(1, 2): "died"}).next()
+    return run.flat("R")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_a_bad_client_sends_is_refused_and_never_averaged(name, others):
+    change, reason = BAD[name]
+    run = faulty(CONFIG, {(1, 2): change}).next()
+    (missing,) = run.strategy.facts.missing
+    assert (missing.client, missing.reason) == (2, Reason.refused_by_server)
+    assert reason in missing.detail
+    assert torch.equal(run.flat("R"), others)
+
+
+def test_a_cohort_loses_only_its_bad_client(others):
+    run = faulty(CONFIG, {})
+    run.grid.faults = {(1, 0): spoiled(np.nan)}
+    run.strategy.asking.homes = None
+    run.strategy.asking.cohorts = lambda clients, grid: [(1, list(clients))]
+    run.next()
+    assert [each.client for each in run.strategy.facts.missing] == [2]
+    torch.testing.assert_close(run.flat("R"), others, rtol=0, atol=1e-5)
+
+
+def test_bytes_that_are_refused_are_charged_without_parameters():
+    run = faulty(CONFIG, {(1, 2): with_array(data=bytes(5000))}).next()
+    assert run.moved("serialized_bytes", client=2, direction="uplink") == 5000
+    assert run.moved("parameters", client=2, direction="uplink") == 0
+
+
+@pytest.mark.parametrize("over", OverNorm)
+def test_an_update_beyond_the_bound_is_refused_or_scaled_down_to_it(over):
+    free = faulty(CONFIG, {}).next()
+    bounded = changed(CONFIG, server={"max_update_norm": 1e-3, "over_norm": over}, federation={"min_replies": 1})
+    if over is OverNorm.refuse:
+        run = faulty(changed(bounded, server={"max_update_norm": 1e6}), {(1, 2): with_values(lambda values: values * 1e9)}).next()
+        assert [each.client for each in run.strategy.facts.missing] == [2]
+        return
+    run = faulty(bounded, {}).next()
+    assert run.strategy.facts.num_clipped == 4
+    start = run.spec.pack(run.spec.pick(run.start, ("R",)), ("R",))
+    step = run.flat("R") - start
+    assert float(step.norm()) <= 1e-3 * (1 + 1e-4) < float((free.flat("R") - start).norm())
+
+
+def test_a_reply_to_nothing_is_not_used_by_flowers_own_loop():
+    run = faulty(CONFIG, {})
+    messages = list(run.strategy.configure_train(1, None, None, run.grid))
+    replies = list(run.grid.send_and_receive(messages))
+    stray = Message(replies[0].content, metadata=replies[0].metadata)
+    stray.metadata.__dict__["_reply_to_message_id"] = "nothing"
+    run.strategy.aggregate_train(1, [stray, *replies[1:]])
+    assert run.strategy.facts.clients == [1, 2, 3]
+    assert [each.client for each in run.strategy.facts.missing] == [0]

@@ -1,0 +1,197 @@
+"""Clients that die, come back, are slow or reply too late: a round goes on without them, and nothing that was lost is believed."""
+
+import pytest
+import torch
+from faults import SILENT, faulty
+from rounds import of_method
+
+from fedsim.config import Init, Optimizer
+from fedsim.core.missing import Reason
+from fedsim.effective import effective
+from fedsim.errors import RunStopped, UserError
+from fedsim.flower import gathering
+from fedsim.flower import strategy as strategy_module
+
+SOON = {"round_timeout": 60.0, "clients": 4}
+
+
+class Clock:
+    """A clock on which time goes by in waiting only, so that a busy machine does not matter."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    clock = Clock()
+    for module in (gathering, strategy_module):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def config_of(method="fed_sb", **federation):
+    return of_method(method, federation={**SOON, **federation}, data={"train_examples": 32})
+
+
+def without(clients, config, rounds=1):
+    """The flat R of a run in which these clients never take part."""
+    run = faulty(config, {})
+    run.strategy.asking.participants = lambda number: [c for c in range(config.federation.clients) if c not in clients]
+    return run.next(rounds).flat("R")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "detail"),
+    [(SILENT, Reason.timeout, "no reply within"), ("CUDA out of memory", Reason.died, "CUDA out of memory")],
+)
+def test_a_round_goes_on_without_a_client_and_the_weights_of_the_others_sum_to_one(fault, reason, detail, clock):
+    run = faulty(config_of(), {(1, 2): fault}).next()
+    assert clock.now == pytest.approx(60 if fault == SILENT else 0)
+    (missing,) = run.strategy.facts.missing
+    assert (missing.client, missing.round, missing.reason) == (2, 1, reason)
+    assert detail in missing.detail
+    assert sum(run.strategy.facts.shares) == pytest.approx(1)
+    torch.testing.assert_close(run.flat("R"), without({2}, config_of()), rtol=0, atol=0)
+
+
+def test_an_error_is_told_at_once_without_any_deadline(clock):
+    run = faulty(config_of(round_timeout=None), {(1, 2): "node unavailable"}).next()
+    assert clock.now == 0
+    assert [each.reason for each in run.strategy.facts.missing] == [Reason.died]
+
+
+def test_a_client_that_is_not_connected_is_missing_and_not_charged():
+    run = faulty(config_of(), {})
+    run.grid.down = {1}
+    run.next()
+    assert [(each.client, each.reason) for each in run.strategy.facts.missing] == [(1, Reason.died)]
+    assert run.moved(client=1) == 0
+
+
+def test_a_round_below_the_quorum_asks_the_missing_again_and_keeps_what_it_has():
+    run = faulty(config_of(min_replies=4), {(1, 2): "died", (1, 3): "died"})
+    push = run.grid.push_messages
+
+    def mended(messages):
+        if len(run.grid.asked) == 4:  # all were asked once
+            run.grid.faults = {}
+        return push(messages)
+
+    run.grid.push_messages = mended
+    run.next()
+    assert run.grid.asked == [(1, client) for client in (0, 1, 2, 3, 2, 3)]
+    assert run.strategy.facts.num_attempts == 2
+    assert run.strategy.facts.missing == []
+    torch.testing.assert_close(run.flat("R"), without(set(), config_of()), rtol=0, atol=1e-7)
+
+
+def test_a_round_that_stays_below_the_quorum_stops_the_run_and_leaves_the_state_as_it_was():
+    run = faulty(config_of(min_replies=0.75, retries=1), {(2, 0): SILENT, (2, 3): "died"}).next()
+    before = run.flat("R")
+    with pytest.raises(RunStopped, match=r"at least 3 clients \(federation\.min_replies\), got 2, 2 missing \(1 timeout, 1 died\).*resume"):
+        run.next()
+    assert torch.equal(run.flat("R"), before)
+    assert [each for each in run.grid.asked if each[0] == 2] == [(2, 0), (2, 1), (2, 2), (2, 3), (2, 0), (2, 3)]
+
+
+def test_who_was_refused_is_not_asked_again():
+    run = faulty(config_of(min_replies=4), {(1, 0): lambda reply: reply})
+    run.grid.faults[1, 0] = lambda reply: _of_round(reply, 0)
+    with pytest.raises(RunStopped, match="1 refused by server"):
+        run.next()
+    assert len(run.grid.asked) == 4
+
+
+def _of_round(reply, number):
+    reply.content.metric_records["metrics"]["round"] = number
+    return reply
+
+
+def test_what_was_sent_to_a_client_that_died_is_sent_again_when_it_is_back():
+    run = faulty(config_of(), {(1, 2): SILENT}).next()
+    state = run.state
+    assert all(state.exchange.holds(2, part) <= 0 for part in state.exchange.versions)
+    assert state.exchange.holds(1, "R") == 0
+    run.next()
+    assert run.strategy.facts.missing == []
+    assert run.moved(client=2, round=2, direction="downlink") == run.moved(client=1, round=2, direction="downlink")
+
+
+@pytest.mark.parametrize("options", [{"method": "flora"}, {"method": "fedex_lora"}])
+def test_a_client_that_missed_additions_to_the_weights_is_brought_up_to_date(options):
+    run = faulty(config_of(**options), {(1, 2): SILENT, (2, 2): "died"}).next(3)
+    assert run.strategy.facts.missing == []
+    charged = [run.moved(client=client, round=3, direction="downlink", purpose="fold") for client in (1, 2)]
+    assert charged[1] != charged[0] > 0, "the whole sum in place of the last increment"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"method": "fedsa_lora"},
+        {"method": "fed_sb", "training": {"scaffold": True, "optimizer": Optimizer.sgd}},
+        {"method": "fedit", "compression": {"name": "top_k", "density": 0.3, "error_feedback": True}},
+    ],
+    ids=["personal factors", "control variates", "residues"],
+)
+def test_a_client_whose_upload_was_lost_goes_on_as_if_it_had_never_been_asked(sections):
+    options = {name: value for name, value in sections.items() if name != "method"}
+    config = of_method(sections["method"], federation={**SOON, "rounds": 3}, data={"train_examples": 32}, **options)
+
+    run, never = faulty(config, {}), faulty(config, {})
+    run.grid.faults[2, 1] = lambda reply: _of_round(reply, 1)  # it trains, and what it sends is refused
+    never.grid.faults[2, 1] = SILENT
+    for each in (run, never):
+        each.next(3)
+    assert [missing.client for missing in run.strategy.facts.missing] == []
+    kinds = run.session.method.uploaded(1)
+    assert torch.equal(run.flat(*kinds), never.flat(*kinds))
+
+
+def test_a_late_reply_to_an_earlier_round_is_never_looked_at():
+    run = faulty(config_of(), {(1, 2): SILENT}).next()
+    run.grid.faults = {}  # its reply to round 1 is there now
+    run.next()
+    assert sorted(run.strategy.facts.clients) == [0, 1, 2, 3]
+    assert len(run.grid._pending) == 1, "nobody has pulled it"
+
+
+def test_more_clients_are_drawn_than_a_round_wants_and_the_spare_ones_fill_gaps():
+    config = config_of(clients=6, fraction=0.5, over_selection=0.5)
+    plain = faulty(config_of(clients=6, fraction=0.5), {}).next()
+    run = faulty(config, {}).next()
+    assert torch.equal(run.flat("R"), plain.flat("R")), "those that a round wants come first"
+    wanted, spare = run.strategy.participants(1), run.strategy.asking.spares(1)
+    assert (len(wanted), len(spare)) == (3, 2)
+    assert not set(wanted) & set(spare)
+    gap = faulty(config, {(1, wanted[0]): "died"}).next()
+    assert set(gap.strategy.facts.clients) == {*wanted[1:], spare[0]}
+
+
+def test_initial_gradients_go_on_without_the_dead():
+    config = of_method("fed_sb", federation=SOON, data={"train_examples": 32}, adapter={"init": Init.gradient, "init_samples": 8})
+    run = faulty(config, {(0, 3): "died"})
+    gradients = run.strategy.initial_gradients(run.grid)
+    expected = sum(run.session.client_gradient(client, 2).double() for client in range(3))
+    torch.testing.assert_close(run.session.gradient_layout.pack(gradients), expected.float())
+    assert [each.client for each in run.strategy.facts.missing] == [3]
+
+
+@pytest.mark.parametrize(
+    ("federation", "message"),
+    [
+        ({"min_replies": 9}, "a whole number up to the 4 clients"),
+        ({"min_replies": 1.5}, "a part below 1"),
+        ({"over_selection": 0.5}, "every client is drawn already"),
+    ],
+)
+def test_what_no_round_could_keep_to_is_refused(federation, message):
+    with pytest.raises(UserError, match=message):
+        effective(config_of(**federation))

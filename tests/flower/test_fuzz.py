@@ -1,0 +1,260 @@
+"""Malformed messages to every decoder: seeded mutations of valid ones are read as what they say, or refused; nothing else happens.
+
+10,000 a decoder in the slow tier, fewer in the default one. A mutation that happens to leave a message valid may be accepted: then what is
+read must be within all bounds.
+"""
+
+import copy
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from faults import faulty, rebuilt
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from rounds import TARGETS, of_method
+
+from fedsim import checkpoints
+from fedsim.checkpoints import Checkpoint, DamagedError
+from fedsim.config import Config, check, from_text, to_dict
+from fedsim.core.compression import CODECS
+from fedsim.errors import UserError
+from fedsim.flower import worker
+from fedsim.flower.asking import Ask
+from fedsim.flower.reading import Reader, Upload
+from fedsim.flower.records import arrays_from_record, arrays_to_record
+from fedsim.flower.worker import handle
+
+ODD = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 1.5, float("nan"), float("inf"), -0.0, "", "x", "0", "../../etc/passwd", "\x00", "{}", "[]"]
+ODD += [
+    b"",
+    b"\x80\x04N.",
+    [],
+    [0],
+    [-1],
+    [1.5],
+    ["R"],
+    ["R", "R"],
+    ["B", "A"],
+    [0, 1, 2, 3],
+    [2**62],
+    True,
+    "null",
+    '{"W": ""}',
+    "[" * 3000,
+]
+
+
+def counts(fast):
+    return [pytest.param(fast, id="some"), pytest.param(10_000, id="10000", marks=pytest.mark.slow)]
+
+
+def mutated_bytes(rng, data):
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        place = rng.randrange(len(data) + 1)
+        how = rng.randrange(5)
+        if how == 0 and data:
+            data[place % len(data)] ^= 1 << rng.randrange(8)
+        elif how == 1:
+            data[place:place] = rng.randbytes(rng.choice((1, 4, 100)))
+        elif how == 2:
+            del data[place : place + rng.choice((1, 4, 1000))]
+        elif how == 3:
+            data[place : place + 8] = rng.choice((b"\xff" * 8, bytes(8), b"(9,)(9,)", b"99999999", b"True    "))
+        else:
+            data = data[:place]
+    return bytes(data)
+
+
+def mutated_text(rng, text):
+    if rng.random() < 0.1:
+        return str(rng.choice(ODD))
+    return mutated_bytes(rng, text.encode()).decode("latin-1")
+
+
+def mutated_json(rng, value, depth=0):
+    """The value with one thing in it replaced, left out or added."""
+    value = copy.deepcopy(value)
+    if isinstance(value, dict) and value and (depth == 0 or rng.random() < 0.8):
+        key = rng.choice(list(value))
+        how = rng.randrange(6)
+        if how == 0:
+            del value[key]
+        elif how == 1:
+            value[str(rng.choice(ODD))] = value[key]
+        else:
+            value[key] = mutated_json(rng, value[key], depth + 1)
+        return value
+    plain = [odd for odd in ODD if not isinstance(odd, bytes)]
+    return rng.choice(plain)
+
+
+def mutated_record(rng, record):
+    """A record of metrics or configuration with one entry changed, left out or added."""
+    content = dict(record)
+    key = rng.choice(list(content))
+    how = rng.randrange(5)
+    try:
+        if how == 0:
+            del content[key]
+        elif how == 1:
+            content[str(rng.choice(ODD))[:30]] = content[key]
+        elif isinstance(content[key], str) and how < 4:
+            content[key] = mutated_text(rng, content[key])
+        elif isinstance(content[key], list) and content[key] and how == 2:
+            content[key] = [*content[key][1:], rng.choice([odd for odd in ODD if type(odd) is type(content[key][0])] or content[key])]
+        else:
+            content[key] = rng.choice(ODD)
+        return type(record)(content)
+    except (TypeError, ValueError, OverflowError):  # Flower itself refuses to hold it
+        return record
+
+
+def mutated_array(rng, array):
+    told = {"dtype": array.dtype, "shape": tuple(array.shape), "stype": array.stype, "data": array.data}
+    key = rng.choice(list(told))
+    if key == "data":
+        told[key] = mutated_bytes(rng, told[key])
+    elif key == "shape":
+        told[key] = rng.choice(((), (0,), (-1,), (2**40,), (1, *told[key]), (3, 3), tuple(side + 1 for side in told[key])))
+    else:
+        told[key] = rng.choice(("", "float64", "object", "int8", "pickle", "numpy.ndarray", "<f4"))
+    return Array(**told)
+
+
+def mutated_content(rng, content):
+    """A message's content with one of its records changed, left out, renamed or added."""
+    records = dict(content)
+    name = rng.choice(list(records))
+    record, how = records[name], rng.randrange(8)
+    if how == 0:
+        del records[name]
+    elif how == 1:
+        records[rng.choice(("client-0", "client-7", "client--1", "control-0", "adapter", "fold", "W", "request", "metrics", ""))] = record
+    elif isinstance(record, ArrayRecord):
+        arrays = dict(record)
+        key = rng.choice(list(arrays))
+        arrays[key if how < 7 else "other"] = mutated_array(rng, arrays[key])
+        records[name] = ArrayRecord(arrays)
+    else:
+        records[name] = mutated_record(rng, record)
+    return RecordDict(records)
+
+
+@pytest.mark.parametrize("count", counts(300))
+def test_replies(count):
+    run = faulty(of_method("fed_sb", federation={"clients": 3}, training={"scaffold": True}), {})
+    ask, reply = _asked(run)
+    reader = Reader(run.session, run.state, run.strategy._charges, 1)
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(count):
+        bad = Message(mutated_content(rng, reply.content), metadata=reply.metadata)
+        for found in reader.uploads(ask, bad):
+            refused += not isinstance(found, Upload)
+            if isinstance(found, Upload):
+                assert found.flat.isfinite().all()
+                assert 1 <= found.num_examples <= 1_000_000
+                assert found.client == 0
+    assert refused > count / 3
+
+
+def _asked(run):
+    """A request to client 0 and its valid reply."""
+    message = next(iter(run.strategy.configure_train(1, None, None, run.grid)))
+    (reply,) = run.grid.send_and_receive([message])
+    return Ask(message, (0,)), rebuilt(reply)
+
+
+@pytest.mark.parametrize("method", ["fed_sb", "fedex_lora"])
+@pytest.mark.parametrize("count", counts(150))
+def test_requests(count, method, monkeypatch):
+    run = faulty(of_method(method, federation={"clients": 3}), {})
+    run.next()
+    message = next(iter(run.strategy.configure_train(2, None, None, run.grid)))
+    session = run.session
+    valid = from_text(str(message.content.config_records["request"]["config"]))
+    trained = []
+
+    def opened(config):
+        if config != valid:
+            raise UserError("another experiment")
+        return session
+
+    monkeypatch.setattr(worker, "open_session", opened)
+    monkeypatch.setattr(session, "train", lambda *given, **options: trained.append(given) or [])
+    rng = random.Random(1)
+    digests, context = dict(session.digests), Context(1, 1, {}, RecordDict(), {})
+    for _ in range(count):
+        bad = Message(mutated_content(rng, message.content), metadata=message.metadata)
+        try:
+            handle(bad, context)
+        except (ValueError, UserError):
+            continue
+        finally:
+            session.digests = dict(digests)  # each request finds the worker as it was
+    assert all(0 <= client < 3 for clients, *_ in trained for client in clients)
+    assert len(trained) < count
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("count", counts(200))
+def test_compressed_uploads(count, name):
+    codec, rng = CODECS[name], random.Random(2)
+    arrays = codec.encode(torch.randn(600, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1), 0.1)
+    record, types = arrays_to_record(arrays), codec.shapes(600, 0.1)
+    for _ in range(count):
+        key = rng.choice(list(record))
+        bad = ArrayRecord({**record, key: mutated_array(rng, record[key])})
+        try:
+            flat = codec.decode(arrays_from_record(bad, types), 600, 0.1)
+        except ValueError:
+            continue
+        assert flat.shape == (600,)
+        assert flat.isfinite().all()
+
+
+@pytest.mark.parametrize("count", counts(300))
+def test_checkpoints(count, tmp_path):
+    whole = Checkpoint(3, {"factor/R": torch.arange(12.0), "x": torch.zeros(2, 2, dtype=torch.bfloat16)}, {"ledger": {"columns": [[1, 2]]}})
+    checkpoints.save(tmp_path, whole, 1)
+    (path,) = checkpoints.saved(tmp_path)
+    content, rng = path.read_bytes(), random.Random(3)
+    for _ in range(count):
+        bad = mutated_bytes(rng, content)
+        path.write_bytes(bad)
+        try:
+            found = checkpoints.load(path)
+        except DamagedError:
+            continue
+        assert (found.round, found.state) == (whole.round, whole.state), "a changed byte that changes nothing, or a broken checksum"
+        assert all(torch.equal(found.tensors[key], tensor) for key, tensor in whole.tensors.items())
+
+
+@pytest.mark.parametrize("count", counts(500))
+def test_configurations(count):
+    rng, plain = random.Random(4), to_dict(Config())
+    text = json.dumps(plain)
+    for place in range(count):
+        bad = json.dumps(mutated_json(rng, plain)) if place % 2 else mutated_text(rng, text)
+        try:
+            found = from_text(bad)
+            check(found)
+        except UserError:
+            continue
+        assert isinstance(found, Config)
+        assert from_text(json.dumps(to_dict(found))) == found, "what is accepted is a configuration in every part"
+
+
+def test_what_is_mutated_is_valid_when_it_is_not(tmp_path):
+    run = faulty(of_method("fed_sb", federation={"clients": 3}, training={"scaffold": True}), {})
+    ask, reply = _asked(run)
+    (found,) = Reader(run.session, run.state, run.strategy._charges, 1).uploads(ask, reply)
+    assert isinstance(found, Upload)
+    assert isinstance(reply.content["metrics"], MetricRecord)
+    assert isinstance(ask.message.content["request"], ConfigRecord)
+    assert from_text(json.dumps(to_dict(Config()))) == Config()
+    assert np.isfinite(found.flat.numpy()).all()
+    assert TARGETS

@@ -1,0 +1,113 @@
+"""What a run writes into its audit log, and that fedsim verify holds it against checkpoints and summary."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from faults import FaultyGrid
+from rounds import changed, of_method
+
+from clients.app import app
+from fedsim.cli.main import main
+from fedsim.cli.verify import verify
+from fedsim.config import Accountant, EvaluationConfig, PrivacyUnit
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.server import Run, serve
+from fedsim.progress import Progress
+from fedsim.run_folder import RunFolder
+from fedsim.session import open_session
+
+CONFIG = changed(
+    of_method("fed_sb", federation={"clients": 4, "rounds": 3}, data={"train_examples": 32, "test_examples": 2}),
+    privacy={"unit": PrivacyUnit.example, "noise_multiplier": 1.0, "accountant": Accountant.rdp},
+)
+CONFIG = replace(CONFIG, evaluation=EvaluationConfig(max_new_tokens=1))
+
+
+def stop(reply):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """The folder of a run that was stopped in its second round, in which a client died, and went on to the end; and its journal."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    config = replace(CONFIG, run_dir=str(folder))
+    grid = FaultyGrid(4, {(1, 2): "died", (2, 1): stop})
+    with pytest.raises(KeyboardInterrupt):
+        serve(grid, config, grid.contexts, quiet=True)
+    grid = FaultyGrid(4, {})
+    serve(grid, replace(config, resume=True), grid.contexts, quiet=True)
+    return folder, [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def of_kind(journal, kind):
+    return [entry for entry in journal if entry["kind"] == kind]
+
+
+def test_a_run_that_went_on_verifies_and_tells_what_was_superseded(resumed):
+    verdict = verify(resumed[0])
+    assert verdict.problems == []
+    assert verdict.superseded == 2, "the second round had been asked and charged before it was stopped"
+    assert verdict.finished
+
+
+def test_who_is_asked_is_written_before_anything_is_sent(resumed):
+    assert [entry["round"] for entry in of_kind(resumed[1], "asked")] == [1, 2, 2, 3]
+    assert all(entry["clients"] == [0, 1, 2, 3] for entry in of_kind(resumed[1], "asked"))
+
+
+def test_what_privacy_costs_is_written_before_anything_is_sent(resumed):
+    kinds = [entry["kind"] for entry in resumed[1]]
+    assert all(kinds[place + 1] == "charged" for place, kind in enumerate(kinds) if kind == "asked")
+    assert of_kind(resumed[1], "charged")[0]["noise_multipliers"] == [1.0] * 4
+
+
+def test_who_is_accepted_and_who_is_missing_is_written_with_the_reason(resumed):
+    assert [entry["clients"] for entry in of_kind(resumed[1], "accepted")] == [[0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+    (missing,) = of_kind(resumed[1], "missing")
+    assert missing["clients"] == [{"client": 2, "reason": "died", "detail": "died"}]
+
+
+def test_what_is_released_is_written_by_its_digest(resumed):
+    folder, journal = resumed
+    released = of_kind(journal, "released")
+    assert [entry["round"] for entry in released] == [1, 2, 3]
+    assert released[-1]["adapter_digest"] == json.loads((folder / "summary.json").read_text())["adapter_digest"]
+
+
+def test_beginning_going_on_and_end_are_written(resumed):
+    kinds = [entry["kind"] for entry in resumed[1]]
+    assert (kinds[0], kinds[-1], kinds.count("resumed")) == ("started", "finished", 1)
+
+
+def test_the_end_is_fixed_by_the_summary_and_the_missing_are_in_it(resumed):
+    summary = json.loads((resumed[0] / "summary.json").read_text())
+    assert summary["journal"]["lines"] == len(resumed[1])
+    assert summary["missing"] == {"died": 1}
+
+
+@pytest.mark.parametrize("kind", ["joined", "refused", "left", "absent"])
+def test_who_comes_goes_and_is_refused_is_written(kind, tmp_path):
+    config = replace(CONFIG, run_dir=str(tmp_path / "run"))
+    with Progress(3, [], quiet=True) as progress, RunFolder.open(config) as folder:
+        Run(open_session(config), config, InProcessGrid(app), {}, None, folder, progress)._member_event(kind, client=1, reason="why")
+    assert of_kind([json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()], kind)
+
+
+def test_the_command_says_where_a_journal_was_changed(resumed, tmp_path, capsys):
+    folder, _ = resumed
+    assert main(["verify", str(folder)]) == 0
+    assert "The journal holds" in capsys.readouterr().out
+    path = folder / "journal.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"clients": [0, 1, 3]', b'"clients": [0, 1, 2]'))
+    try:
+        assert main(["verify", str(folder)]) == 1
+        assert "does not follow line" in capsys.readouterr().out
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+        assert main(["verify", str(folder)]) == 1
+        assert "summary.json fixes" in capsys.readouterr().out
+    finally:
+        path.write_bytes(whole)
+    assert main(["verify", str(tmp_path)]) == 2

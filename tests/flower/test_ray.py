@@ -1,0 +1,118 @@
+"""The engine ray: the same run with actors of Flower's simulation runtime; slow, because Ray takes seconds to start."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from fedsim.cli.main import main
+
+SMALL = (
+    *("data.train_examples=30", "data.test_examples=4", "federation.clients=5", "federation.rounds=3", "training.batch_size=2"),
+    *("training.local_steps=2", "adapter.rank=4", "adapter.init=orthogonal", "evaluation.max_new_tokens=2"),
+)
+SGD = ("training.optimizer=sgd", "training.learning_rate=0.5")  # Adam divides by the size of a gradient, rounding included
+KINDS = {
+    "factors of all": (),
+    "bases from gradients": ("adapter.init=gradient", "adapter.init_samples=5", "adapter.refresh_every=2"),
+    "additions to the weights": ("adapter.init=null", "method=flora"),
+    "control variates": ("training.scaffold=true",),
+    "residues": (
+        "adapter.init=null",
+        "method=fedit",
+        "compression.name=top_k",
+        "compression.density=0.3",
+        "compression.error_feedback=true",
+    ),
+    "personal factors": ("adapter.init=null", "method=fedsa_lora"),
+}
+
+
+def test_without_ray_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["run", "engine=ray"]) == 2
+    assert "pip install 'fedsim[simulation]'" in capsys.readouterr().err
+
+
+def run_in_process(*overrides):
+    """A run of the command in a process of its own: Ray keeps a process's signals and warnings for itself."""
+    subprocess.run([sys.executable, "-c", CALL, "run", *overrides], check=True, timeout=280)
+
+
+CALL = "import sys; from fedsim.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_actors_give_the_result_of_one_process(kind, tmp_path):
+    pytest.importorskip("ray")
+    for name, engine in (("one", ()), ("two", ("engine=ray", "engine.actors=2"))):
+        run_in_process(*SMALL, *SGD, *KINDS[kind], f"run_dir={tmp_path / name}", *engine)
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    assert one["communication"] == two["communication"]
+    assert one["training"]["tokens"] == two["training"]["tokens"]
+    files = sorted((tmp_path / "one/adapter").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        expected, found = load_file(file), load_file(tmp_path / "two/adapter" / file.relative_to(tmp_path / "one/adapter"))
+        for key, tensor in expected.items():
+            assert (found[key] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-6, key
+
+
+def started(folder, *overrides):
+    """The command in a session of its own, as a terminal starts it."""
+    command = [sys.executable, "-c", CALL, "run", *SMALL, "engine=ray", "engine.actors=2", f"run_dir={folder}", *overrides]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(folder, kind, number, timeout=200):
+    """Waits until the run has written this event of the round."""
+    ends = time.monotonic() + timeout
+    while time.monotonic() < ends:
+        path = folder / "events.jsonl"
+        events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        if any(event["kind"] == kind and event.get("round") == number for event in events):
+            return events
+        time.sleep(0.05)
+    raise AssertionError(f"{kind} of round {number} did not come")
+
+
+def actors_of(process):
+    import psutil
+
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if "ClientAppActor" in " ".join(child.cmdline())]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_run_to_resume_and_no_process_of_ray(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("ray")
+    run = started(tmp_path / "run", "federation.rounds=500")
+    wait_for(tmp_path / "run", "round", 2)
+    children = psutil.Process(run.pid).children(recursive=True)
+    os.killpg(run.pid, signal.SIGINT)  # as the terminal does: everybody in the foreground gets it
+    assert run.wait(timeout=60) == 130
+    assert "resume=true" in run.stderr.read()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert main(["verify", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.slow
+def test_an_actor_that_is_killed_is_replaced_and_its_clients_are_missing_or_asked_again(tmp_path):
+    pytest.importorskip("ray")
+    run = started(tmp_path / "run", "federation.rounds=40", "federation.min_replies=5", "training.local_steps=20")
+    wait_for(tmp_path / "run", "round", 2)
+    victim = actors_of(run)[0]
+    victim.kill()
+    assert run.wait(timeout=280) == 0, run.stderr.read()
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    rounds = [event for event in events if event["kind"] == "round"]
+    assert [event["round"] for event in rounds] == list(range(1, 41))
+    assert all(sorted(event["clients"]) == [0, 1, 2, 3, 4] for event in rounds), "all were needed, so the missing were asked again"
+    assert sum("num_attempts" in event for event in rounds) >= 1
