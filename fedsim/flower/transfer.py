@@ -78,15 +78,16 @@ def take_in(session: Session, content: RecordDict, request: Request) -> bool:
     """
     digests = request.digests
     known = {ADAPTER, BASES, FOLD, CONTROL_RECORD, *map(secure_key, request.clients)}
-    if set(content.array_records) - known or not {WEIGHTS} <= set(digests) <= _parts(session):
+    arrays = content.array_records  # made anew by Flower at each look
+    if set(arrays) - known or not {WEIGHTS} <= set(digests) <= _parts(session):
         raise ValueError(f"Expected parts of the global state and their digests, got {sorted(content)[:5]} and {sorted(digests)[:5]}.")
     if not digests[WEIGHTS]:
         session.install_folded({}, "")  # an earlier run in this process may have left something there
-    if FOLD in content and not _take_fold(session, content.array_records[FOLD], request.record, digests[WEIGHTS]):
+    if FOLD in arrays and not _take_fold(session, arrays[FOLD], request.record, digests[WEIGHTS]):
         return False
     for name in (BASES, ADAPTER):
-        if name in content:
-            _take_factors(session, content.array_records[name], words(request.record, name), digests)
+        if name in arrays:
+            _take_factors(session, arrays[name], words(request.record, name), digests)
     if session.digests.get(WEIGHTS, "") != digests[WEIGHTS]:
         return False
     missing = [kind for kind in session.spec.kinds if kind in digests and session.digests.get(kind) != digests[kind]]
@@ -95,7 +96,7 @@ def take_in(session: Session, content: RecordDict, request: Request) -> bool:
 
 def control_of(session: Session, content: RecordDict) -> Tensor | None:
     """Returns SCAFFOLD's control variate of the server, None where the message has none."""
-    if CONTROL_RECORD not in content:
+    if CONTROL_RECORD not in content.array_records:
         return None
     size = session.spec.layout(session.method.uploaded(1)).num_parameters
     return from_record(content.array_records[CONTROL_RECORD], size)

@@ -1,0 +1,95 @@
+"""Twenty kill -9 of workers and server at seeded moments over a run of twenty rounds, on Ray: the run ends, its books are right."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from fedsim.cli.main import main
+
+ROUNDS, CLIENTS, STEPS = 20, 4, 4
+OPTIONS = (
+    *("data.train_examples=40", "data.test_examples=2", f"federation.clients={CLIENTS}", f"federation.rounds={ROUNDS}"),
+    *("adapter.rank=4", "adapter.init=orthogonal", "evaluation.max_new_tokens=1", "training.batch_size=2", f"training.local_steps={STEPS}"),
+    *("privacy=example", "privacy.noise_multiplier=1", "privacy.accountant=rdp", "engine=ray", "engine.actors=2"),
+    *(f"federation.min_replies={CLIENTS}", "federation.retries=20"),
+)
+CALL = "import sys; from fedsim.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def started(folder):
+    resume = ["resume=true"] if (folder / "config.yaml").exists() else []
+    command = [sys.executable, "-c", CALL, "run", *OPTIONS, f"run_dir={folder}", *resume]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def events_of(folder):
+    path = folder / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def wait_until_round(run, folder, number):
+    """Waits until this round has ended. A server that has died of a kill of something else would be a failure of the test."""
+    ends = time.monotonic() + 200
+    while max([event["round"] for event in events_of(folder) if event["kind"] in ("round", "checkpoint")], default=-1) < number:
+        assert run.poll() is None, f"the server ended by itself with {run.returncode}"
+        assert time.monotonic() < ends, f"round {number} did not end"
+        time.sleep(0.02)
+
+
+def workers_of(run):
+    import psutil
+
+    return [child for child in psutil.Process(run.pid).children(recursive=True) if "ClientAppActor" in " ".join(child.cmdline())]
+
+
+def killed(run, folder, rng):
+    """Kills a worker, or the server with everything that it has started, and returns the server that is running then."""
+    workers = workers_of(run)
+    if workers and rng.random() < 0.7:
+        rng.choice(workers).kill()
+        return run, "worker"
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    return started(folder), "server"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_over_twenty_rounds_end_with_a_finished_run_and_right_books(tmp_path):
+    pytest.importorskip("ray")
+    pytest.importorskip("psutil")
+    folder, rng, struck = tmp_path / "run", random.Random(6), Counter()
+    run = started(folder)
+    for number in range(ROUNDS):
+        wait_until_round(run, folder, number)
+        time.sleep(rng.uniform(0, 0.4))
+        run, victim = killed(run, folder, rng)
+        struck[victim] += 1
+    assert run.wait(timeout=300) == 0
+    assert min(struck["worker"], struck["server"]) >= 3, struck
+    check_books(folder)
+
+
+def check_books(folder):
+    """No round is lost or counted twice, and both ledgers and the audit log say what happened."""
+    rounds = [event for event in events_of(folder) if event["kind"] == "round"]
+    assert [event["round"] for event in rounds] == list(range(1, ROUNDS + 1))
+    assert all(sorted(event["clients"]) == list(range(CLIENTS)) for event in rounds)
+    uploads = Counter(
+        (int(row["round"]), int(row["client"]))
+        for row in csv.DictReader((folder / "communication.csv").read_text().splitlines())
+        if row["direction"] == "uplink"
+    )
+    assert uploads == Counter({(number, client): 1 for number in range(1, ROUNDS + 1) for client in range(CLIENTS)})
+    privacy = json.loads((folder / "summary.json").read_text())["privacy"]
+    steps = [sum(mechanism["steps"] for mechanism in client["mechanisms"]) for client in privacy["per_client"]]
+    assert steps == [ROUNDS * STEPS] * CLIENTS
+    assert main(["verify", str(folder)]) == 0
