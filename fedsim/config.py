@@ -77,6 +77,11 @@ class DirichletOver(Enum):
     label = "mixture over gold answers"
 
 
+class Mode(Enum):
+    sync = "a round waits for its clients"
+    fedbuff = "clients work on, each from the version it was sent; every so many updates make a new one (FedBuff)"
+
+
 class Weighting(Enum):
     examples = "by number of training examples"
     uniform = "equal"
@@ -193,6 +198,16 @@ class FederationConfig:
     """Clients of different rank, as {rank: share of the clients}; empty gives every client adapter.rank."""
     dropout: float = 0.0
     """Simulation: probability that a client vanishes in mid-round, before its upload; with secure aggregation as often after it, too."""
+    network: str = "none"
+    """Simulation: links that turn bytes and tokens into seconds: none, uniform, broadband, mobile, or a YAML or CSV file of links."""
+    deadline: Optional[float] = None
+    """Simulated network: seconds after which a round goes on without those that are late, if min_replies are there; null waits for all."""
+    mode: Mode = Mode.sync
+    """How updates are brought together; fedbuff needs a simulated network, and a round is one new version."""
+    concurrency: Optional[int] = None
+    """fedbuff: clients that work at the same time; null takes fraction of them."""
+    buffer: Optional[int] = None
+    """fedbuff: updates that make a new version; null takes half of concurrency."""
     round_timeout: Optional[float] = None
     """Seconds after which a round goes on without the clients that have not replied; null waits for all that are alive."""
     min_replies: float = 0.5
@@ -499,6 +514,9 @@ BOUNDS = {
     "secure.gradient_range": _POSITIVE,
     "secure.threshold": Bounds(0.5, 1, low_open=True),
     "secure.neighbours": _NOT_NEGATIVE,
+    "federation.deadline": _POSITIVE,
+    "federation.concurrency": _AT_LEAST_ONE,
+    "federation.buffer": _AT_LEAST_ONE,
     "federation.dropout": Bounds(0, 1, high_open=True),
     "adapter.rank": _AT_LEAST_ONE,
     "adapter.init_samples": _AT_LEAST_ONE,

@@ -6,6 +6,7 @@ from fedsim.config import Accountant, Config, PrivacyUnit
 from fedsim.core.methods import METHODS, Method, combinations, with_head
 from fedsim.data import labels
 from fedsim.errors import UserError, nearest
+from fedsim.links import check as check_links
 from fedsim.privacy import checks as privacy_checks
 
 
@@ -16,6 +17,7 @@ def effective(config: Config) -> Config:
     """
     method = method_of(config)
     combinations.check(config, method)
+    check_links(config)
     adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
     privacy_checks.check(replace(config, adapter=adapter), method)
     if config.federation.ranks:

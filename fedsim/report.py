@@ -51,6 +51,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"for set-up        {size(moved['setup_bytes']):>9}   bases and initial gradients (1 MB = 10^6 bytes)",
         f"training          {duration(training['wall_seconds']):>9}   {speed}",
         *_missing_lines(summary["missing"]),
+        *_network_lines(summary.get("network")),
         *_privacy_lines(summary["privacy"]),
         "",
         f"files     {folder}: summary.json, curves.png, diagnosis.png, partition.png, holdings.txt, communication.csv, events.jsonl",
@@ -65,6 +66,14 @@ def _missing_lines(counts: dict[str, int]) -> list[str]:
         return []
     reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
     return [f"missing           {sum(counts.values()):>9,}   replies that were asked for and are in no round: {reasons}"]
+
+
+def _network_lines(network: dict[str, Any] | None) -> list[str]:
+    if network is None:
+        return []
+    seconds = network["simulated_seconds"]
+    shown = duration(seconds) if seconds >= 10 else f"{seconds:.2f} s"
+    return [f"simulated         {shown:>9}   set-up and rounds on the network {network['name']}, {network['mode']}"]
 
 
 def _privacy_lines(spent: dict[str, Any] | None) -> list[str]:
@@ -185,6 +194,34 @@ def diagnosis(events: Iterable[Event]) -> "Figure":
     return figure
 
 
+def network_png(events: Iterable[Event]) -> bytes:
+    """Returns the picture of `network_curves` as a file."""
+    return _png(network_curves(events))
+
+
+def network_curves(events: Iterable[Event]) -> "Figure":
+    """Draws training loss and held-out accuracy over simulated time."""
+    from matplotlib.ticker import AutoLocator
+
+    found = list(events)
+    times = {event["round"]: event["simulated_time"] for event in found if event["kind"] == "round" and "simulated_time" in event}
+    rounds = [event for event in found if event["kind"] == "round" and event["round"] in times]
+    evaluated = [event | {"round": times.get(event["round"], 0.0)} for event in found if event["kind"] == "evaluated"]
+    figure = _figure(11.0, 3.6)
+    loss, accuracy = figure.subplots(1, 2)
+    _draw(loss, [times[event["round"]] for event in rounds], [_number(event["train_loss"]) for event in rounds], color="black")
+    _draw_by_task(accuracy, evaluated, "accuracy", 100.0)
+    last = max(times.values(), default=1.0)
+    for axes, title in ((loss, "training loss (nats per token)"), (accuracy, "held-out accuracy (%)")):
+        _dress(axes, title, last)
+        axes.set_xlabel("simulated seconds", fontsize=9)
+        axes.set_xlim(0, last)
+        axes.xaxis.set_major_locator(AutoLocator())
+    accuracy.set_ylim(0, 100)
+    _legend_outside(accuracy)
+    return figure
+
+
 def privacy_png(events: Iterable[Event]) -> bytes:
     """Returns the picture of `privacy_curve` as a file."""
     return _png(privacy_curve(events))
@@ -272,13 +309,13 @@ def _draw_bytes(axes: "Axes", moving: list[Event]) -> str:
     return unit
 
 
-def _draw(axes: "Axes", rounds: list[int], values: list[float], linewidth: float = 1.5, **style: Any) -> None:
+def _draw(axes: "Axes", rounds: Sequence[float], values: list[float], linewidth: float = 1.5, **style: Any) -> None:
     marker = linewidth + (2.5 if len(rounds) <= MOST_NAMED else 0.5)
     if rounds:  # a line without points that is not clipped has no bounds, and the layout fails
         axes.plot(rounds, values, marker="o", markersize=marker, linewidth=linewidth, clip_on=False, **style)
 
 
-def _dress(axes: "Axes", title: str, last_round: int) -> None:
+def _dress(axes: "Axes", title: str, last_round: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, fontsize=10)

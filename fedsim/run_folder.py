@@ -37,7 +37,8 @@ CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 CONTENTS = (
     *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY),
-    *("adapter", "audit.json", "communication.csv", "holdings.txt", "curves.png", "diagnosis.png", "partition.png", "privacy.png"),
+    *("adapter", "audit.json", "communication.csv", "holdings.txt"),
+    *("curves.png", "diagnosis.png", "network.png", "partition.png", "privacy.png"),
 )
 """All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
 

@@ -21,6 +21,7 @@ from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.initialization import DERIVED, from_gradients, from_noised_gradients, new_head
+from fedsim.core.network import Link, rates
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout
 from fedsim.core.ranks import deal_ranks
@@ -28,6 +29,7 @@ from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
+from fedsim.links import links_of
 from fedsim.memory import keep_freed_memory
 from fedsim.models import head_paths, load_model
 from fedsim.privacy.canaries import Canary, canaries
@@ -132,6 +134,16 @@ class Session:
         if owner is None:
             return partition(self.pool, self.config.federation, self.config.seed)
         return [list(range(len(self.pool))) if client == owner else [] for client in range(clients)]
+
+    @cached_property
+    def links(self) -> list[Link] | None:
+        """The clients' links of a simulated network, None without one."""
+        return links_of(self.config, sum(parameter.numel() for parameter in self.model.parameters()))
+
+    @cached_property
+    def dropouts(self) -> list[float] | None:
+        """Each client's probability of vanishing in a round, None where it is `federation.dropout` for all."""
+        return rates(self.links, self.config.federation.dropout) if self.links else None
 
     @cached_property
     def canaries(self) -> list[Canary]:

@@ -18,6 +18,8 @@ from fedsim.report import (
     diagnosis_png,
     holdings_bars,
     holdings_table,
+    network_curves,
+    network_png,
     partition_png,
     privacy_curve,
     privacy_png,
@@ -27,6 +29,7 @@ from fedsim.report import (
 
 SUMMARY = {
     "privacy": None,
+    "missing": {},
     "method": "fed_sb",
     "rounds": 3,
     "clients": 25,
@@ -182,6 +185,21 @@ def test_the_summary_tells_epsilon_or_that_none_is_claimed():
     for unbounded in (None, float("inf")):
         assert "no epsilon is claimed" in summary_table(SUMMARY | {"privacy": spent | {"epsilon": unbounded}})
     assert "\nprivacy " not in summary_table(SUMMARY)
+
+
+def test_the_summary_tells_simulated_time():
+    network = {"name": "mobile", "mode": "sync", "simulated_seconds": 4000.0}
+    assert "1:06:40   set-up and rounds on the network mobile, sync" in summary_table(SUMMARY | {"network": network})
+    assert "0.25 s   set-up" in summary_table(SUMMARY | {"network": network | {"simulated_seconds": 0.25}})
+    assert "simulated" not in summary_table(SUMMARY)
+
+
+def test_loss_and_accuracy_are_drawn_over_simulated_time():
+    events = [event | ({"simulated_time": 10.0 * event["round"]} if event["kind"] == "round" else {}) for event in EVENTS]
+    loss, accuracy = network_curves(events).axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [[[10.0, 1.0], [20.0, 0.5]]]
+    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[0.0, 0.0], [20.0, 50.0]]] * 2
+    assert png_size(network_png([])) == (1320, 432)
 
 
 def test_the_diagnosis_draws_a_line_per_layer_and_says_where_the_average_is_exact():

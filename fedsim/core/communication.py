@@ -106,10 +106,14 @@ class CommunicationLedger:
     def from_rows(cls, rows: Iterable[dict[str, Any]]) -> "CommunicationLedger":
         """Returns the ledger of exported rows; numbers may be text, as `csv.DictReader` gives them."""
         ledger = cls()
+        ledger.add_rows(rows)
+        return ledger
+
+    def add_rows(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds the transfers of exported rows."""
         for row in rows:
             numbers = {name: int(row[name]) for name in COLUMNS if name not in ("direction", "purpose")}
-            ledger.add(Transfer(direction=Direction[row["direction"]], purpose=Purpose[row["purpose"]], **numbers))
-        return ledger
+            self.add(Transfer(direction=Direction[row["direction"]], purpose=Purpose[row["purpose"]], **numbers))
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values for a checkpoint; lossless, and short, because neighbouring transfers are alike (see `_encode`)."""

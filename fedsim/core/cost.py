@@ -1,7 +1,8 @@
 """What a run will send, foretold from shapes alone: no weight, no data and no training.
 
 All rounds are gone through with the `Exchange`, the draws and the sizes that a run itself uses, so that parameters and payload bytes are
-those that the ledger of the run will hold, transfer by transfer.
+those that the ledger of the run will hold, transfer by transfer. Drop-outs of a simulated network are left out; those of
+`federation.dropout` are not.
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
-from fedsim.config import Config, Init
+from fedsim.config import Config, Init, Mode
 from fedsim.core.collecting import keeps_clients
 from fedsim.core.communication import SETUP, Direction, Purpose
 from fedsim.core.compression import CODECS
@@ -116,6 +117,10 @@ class _Walk:
     no gradients, and nothing that they send is used."""
 
     def __init__(self, config: Config, method: Method, spec: AdapterSpec, observers: Sequence[int] = ()) -> None:
+        if config.federation.mode is Mode.fedbuff:
+            raise UserError(
+                "federation.mode=fedbuff: who is asked depends on simulated times, which only a run has; use sync for its cost."
+            )
         self._config, self._method, self._spec = config, method, spec
         self._exchange = starting_exchange(method, config.adapter.init, scaffold=config.training.scaffold)
         self._clients = config.federation.clients

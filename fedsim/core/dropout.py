@@ -21,9 +21,13 @@ class Stage(IntEnum):
     unmasking = 3
 
 
-def vanishes(config: Config, server_round: int, client: int) -> Stage | None:
+Rates = Sequence[float] | None
+"""Each client's own probability of vanishing in a round; None is `federation.dropout` for all."""
+
+
+def vanishes(config: Config, server_round: int, client: int, rates: Rates = None) -> Stage | None:
     """Returns what the client does not send any more in this round, None where it stays. Round 0 is the set-up, in which all stay."""
-    rate = config.federation.dropout
+    rate = config.federation.dropout if rates is None else rates[client]
     if not rate or not server_round:
         return None
     generator = numpy_generator(config.seed, "dropout", server_round, client)
@@ -34,9 +38,9 @@ def vanishes(config: Config, server_round: int, client: int) -> Stage | None:
     return moment if before else Stage.unmasking if after else None
 
 
-def heard(config: Config, server_round: int, clients: Sequence[int], stage: Stage = Stage.upload) -> list[int]:
+def heard(config: Config, server_round: int, clients: Sequence[int], stage: Stage = Stage.upload, rates: Rates = None) -> list[int]:
     """Returns those of the clients that send this in the round."""
-    moments = {client: vanishes(config, server_round, client) for client in clients}
+    moments = {client: vanishes(config, server_round, client, rates) for client in clients}
     return [client for client, moment in moments.items() if moment is None or moment > stage]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedsim.core.exchange import CONTROL, WEIGHTS, Exchange
+from fedsim.core.fedbuff import Buffer
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.payload import Layout, digest
 from fedsim.types import Adapter
@@ -28,6 +29,7 @@ class GlobalState:
     clip_norm: float | None = None  # of client-level privacy, where it adapts
     tag: str = ""  # digest of everything folded so far, in order
     accepted: dict[int, int] = field(default_factory=dict)  # by client: the last round that its upload became part of
+    buffer: Buffer = field(default_factory=Buffer)  # of federation.mode=fedbuff
     _digests: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def digest(self, part: str) -> str:

@@ -3,16 +3,18 @@
 A cohort shares one message; each of its clients is charged what it lacked itself and what it sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
+import torch
 from flwr.app import ArrayRecord
 
 from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
+from fedsim.core.compression import CODECS
 from fedsim.core.exchange import CONTROL
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.traffic import down_sizes
-from fedsim.flower.records import payload_bytes, serialized_bytes, size_of_floats
+from fedsim.flower.records import arrays_to_record, payload_bytes, serialized_bytes, size_of_floats
 from fedsim.session import Session
 
 
@@ -25,13 +27,34 @@ class Charges:
 
     def down(self, server_round: int, client: int, parts: Sequence[str]) -> None:
         """Charges the client for the parts of the global state that it is sent."""
+        for purpose, size in self._brought(client, parts):
+            self._add(server_round, client, Direction.downlink, purpose, size, 4 * size, size_of_floats(size))
+
+    def bytes_down(self, client: int) -> int:
+        """Returns what `down` would charge the client for all that it lacks now."""
+        lacking = self._state.exchange.lacking(client)
+        return 0 if self._session.method.pooled else sum(size_of_floats(size) for _, size in self._brought(client, lacking))
+
+    def bytes_up(self, server_round: int, client: int) -> int:
+        """Returns what the client's reply to a request to train will be charged."""
+        session, options = self._session, self._session.config.compression
+        positions, uploaded = session.sent_positions(server_round, client), session.method.uploaded(server_round)
+        size = self._size(uploaded) if positions is None else len(positions)
+        control = 0 if self._state.control is None else size_of_floats(len(self._state.control))
+        if options.name == "none" or session.method.pooled:
+            return 0 if session.method.pooled else size_of_floats(size) + control
+        shapes = CODECS[options.name].shapes(size, options.density)
+        record = arrays_to_record({name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()})
+        return serialized_bytes(record) + control
+
+    def _brought(self, client: int, parts: Sequence[str]) -> Iterator[tuple[Purpose, int]]:
+        """Returns purpose and number of parameters of each record that brings the client the parts."""
         state, spec = self._state, self._session.spec
         rank, whole = self._session.client_rank(client), folded_layout(spec).num_parameters
         increment = sum(tensor.numel() for tensor in state.increment.values())
         control = len(state.control) if state.control is not None else 0
         sizes = lambda kinds: control if kinds == (CONTROL,) else self._size(kinds, rank)  # noqa: E731
-        for purpose, size in down_sizes(state.exchange, self._session.method.moving, client, parts, sizes, whole, increment):
-            self._add(server_round, client, Direction.downlink, purpose, size, 4 * size, size_of_floats(size))
+        return down_sizes(state.exchange, self._session.method.moving, client, parts, sizes, whole, increment)
 
     def up(self, server_round: int, client: int, purpose: Purpose, parameters: int, record: ArrayRecord) -> None:
         """Charges the client for a record that it has sent."""

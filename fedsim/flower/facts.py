@@ -19,6 +19,8 @@ class RoundFacts:
     missing: list[Missing] = field(default_factory=list)
     num_tokens: int = 0
     num_within: int = 0  # clients whose update was within the clip norm
+    staleness: list[int] = field(default_factory=list)  # fedbuff: versions that each update was behind
+    simulated_seconds: float | None = None  # what the round took on the simulated network
     secure: dict[str, Any] = field(default_factory=dict)  # what secure aggregation tells of the round
     num_clipped: int = 0  # clients whose update was scaled down to server.max_update_norm
     num_attempts: int = 1  # how often clients were asked until enough had replied

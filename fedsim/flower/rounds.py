@@ -1,6 +1,6 @@
 """What is under way: replies are taken in as they come, and whoever is not in the result is written down with the reason."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from flwr.app import Message
@@ -63,10 +63,23 @@ class Taking:
 
 
 class TrainingRound(Taking):
-    """One round of training; weights are renormalised over the clients that are in its result."""
+    """One round of training; weights are renormalised over the clients that are in its result.
 
-    def __init__(self, session: Session, state: GlobalState, asking: Asking, charges: Charges, server_round: int, wanted: int) -> None:
+    `in_time` are those whose replies come in time on a simulated network; None without one.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        state: GlobalState,
+        asking: Asking,
+        charges: Charges,
+        server_round: int,
+        wanted: int,
+        in_time: Collection[int] | None = None,
+    ) -> None:
         super().__init__(asking, server_round, wanted)
+        self._in_time = in_time
         self._reader = Reader(session, state, charges, server_round)
         self._combining = Combining(session, state, server_round, self.facts)
 
@@ -74,6 +87,8 @@ class TrainingRound(Taking):
         for upload in self._reader.uploads(ask, reply):
             if isinstance(upload, Missing):
                 self.facts.missing.append(upload)
+            elif self._in_time is not None and upload.client not in self._in_time:
+                self._miss([upload.client], Reason.timeout, "too late on the simulated network")
             elif self.full:
                 self._miss([upload.client], Reason.timeout, "not needed: enough others have replied")
             else:

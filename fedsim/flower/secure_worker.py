@@ -105,7 +105,11 @@ def unmask(session: Session, message: Message, context: Context) -> Message:
 def present(session: Session, request: ConfigRecord, stage: Stage) -> list[int]:
     """Returns those of the named clients that are still there, by the simulation's coins."""
     clients = whole_numbers(request, "clients")
-    return clients if SETUP in request else heard(session.config, int(request["round"]), clients, stage)  # type: ignore[arg-type]
+    return clients if SETUP in request else _heard(session, clients, int(request["round"]), stage)  # type: ignore[arg-type]
+
+
+def _heard(session: Session, clients: list[int], server_round: int, stage: Stage) -> list[int]:
+    return heard(session.config, server_round, clients, stage, session.dropouts)
 
 
 def weight_of(session: Session, request: ConfigRecord, client: int) -> float:

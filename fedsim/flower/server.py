@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from flwr.app import Context
@@ -21,6 +22,7 @@ from torch import Tensor
 from fedsim.config import Config, Init, to_dict
 from fedsim.core.adapters import bound, merged, unadapted
 from fedsim.core.communication import CommunicationLedger
+from fedsim.core.fedbuff import Buffer
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.missing import counted
@@ -31,12 +33,13 @@ from fedsim.export import peft_files
 from fedsim.flower.asking import keeps_memory
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.roster import Roster
+from fedsim.flower.simulated import set_up_seconds
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import Progress
-from fedsim.report import curves_png, diagnosis_png, holdings_table, partition_png, privacy_png, summary_table, transfers_csv
+from fedsim.report import curves_png, diagnosis_png, holdings_table, network_png, partition_png, privacy_png, summary_table, transfers_csv
 from fedsim.run_folder import RunFolder
 from fedsim.session import PERSONAL, Memory, Session, open_session
 from fedsim.training.budget import TokenBudget
@@ -45,6 +48,7 @@ from fedsim.training.evaluation import evaluate
 from fedsim.types import Adapter
 
 FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY = "factor", "folded", "increment", "moment", "control", "memory"
+BUFFER = "buffer"
 """First parts of the names of tensors in a checkpoint."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -63,6 +67,7 @@ class State:
     num_tokens: int = 0
     missing: dict[str, int] = field(default_factory=dict)  # replies that were asked for and did not count, by reason
     wall_seconds: float = 0.0  # of training: messages, local training and aggregation
+    simulated_seconds: float = 0.0  # of everything, on a simulated network
 
 
 def serve(
@@ -180,6 +185,7 @@ class Run:
         facts["tokens_per_pass"] = self._tokens_per_pass = self._session.budget.tokens
         self._folder.event("initialized", init=self._init.name, rank=self._session.spec.rank, **facts)
         state = State(0, shared, ledger, privacy)
+        state.simulated_seconds = set_up_seconds(self._session.links, ledger.rows())
         self._save(state)
         return state
 
@@ -227,7 +233,7 @@ class Run:
     def _refresh(self, state: State) -> None:
         """Adds B R A to the base weights and computes new bases; clients that hold B and A need no more than R for it."""
         self._progress.phase(f"new bases after round {state.round}")
-        shared, number, before = state.shared, state.round, state.ledger.totals()
+        shared, number, before, num_transfers = state.shared, state.round, state.ledger.totals(), len(state.ledger)
         shared.fold(self._session.spec.pick(shared.factors, ("R",)), number, builds_on=("B", "A"))
         if self._init in DERIVED:
             self._session.install_folded(shared.folded, shared.tag)
@@ -235,6 +241,7 @@ class Run:
             assert factors is not None
         else:
             factors = self._factors_from_gradients(shared, state.ledger, state.privacy, number)
+        state.simulated_seconds += set_up_seconds(self._session.links, islice(state.ledger.rows(), num_transfers, None))
         shared.replace(shared.factors | factors, self._session.spec.form_kinds, number)
         shared.moments = {}
         after = state.ledger.totals()
@@ -255,6 +262,7 @@ class Run:
         shared.folded, shared.increment, shared.moments = tensors[FOLDED], tensors[INCREMENT], tensors[MOMENT]
         shared.tag, shared.increment_on = facts["tag"], facts["increment_on"]
         shared.accepted = {int(client): number for client, number in facts["accepted"].items()}
+        shared.buffer = Buffer.from_json(facts["buffer"], tensors[BUFFER])
         shared.control, shared.clip_norm = tensors[CONTROL_VARIATE].get("c"), facts["clip_norm"]
         for node, context in self._contexts.items():
             for client, own in _by_client(tensors[MEMORY], node).items():
@@ -276,6 +284,7 @@ class Run:
             facts["num_tokens"],
             facts["missing"],
             facts["wall_seconds"],
+            facts["simulated_seconds"],
         )
 
     def _save(self, state: State) -> None:
@@ -297,6 +306,8 @@ class Run:
             "num_tokens": state.num_tokens,
             "missing": state.missing,
             "wall_seconds": state.wall_seconds,
+            "simulated_seconds": state.simulated_seconds,
+            "buffer": shared.buffer.to_json(),
         }
         tensors = {
             FACTOR: shared.factors,
@@ -305,6 +316,7 @@ class Run:
             MOMENT: shared.moments,
             CONTROL_VARIATE: {} if shared.control is None else {"c": shared.control},
             MEMORY: self._memory(shared),
+            BUFFER: shared.buffer.changes(),
         }
         flat = {f"{first}/{name}": tensor for first, group in tensors.items() for name, tensor in group.items()}
         self._folder.save_checkpoint(state.round, flat, facts)
@@ -349,6 +361,9 @@ class Run:
         if state.privacy is not None:
             report["epsilon"] = self._largest_epsilon(state.privacy)
         absent = [each.to_json() for each in facts.missing]
+        if facts.simulated_seconds is not None:
+            state.simulated_seconds += facts.simulated_seconds
+            report |= {"simulated_seconds": facts.simulated_seconds, "simulated_time": state.simulated_seconds}
         report |= {"secure": facts.secure} if facts.secure else {}
         self._folder.event(
             "round",
@@ -473,6 +488,8 @@ class Run:
         self._folder.write_bytes("curves.png", curves_png(self._folder.events()))
         if self._config.evaluation.diagnosis:
             self._folder.write_bytes("diagnosis.png", diagnosis_png(self._folder.events()))
+        if self._session.links:
+            self._folder.write_bytes("network.png", network_png(self._folder.events()))
         if state.privacy is not None:
             self._folder.write_bytes("privacy.png", privacy_png(self._folder.events()))
         self._folder.finish(summary)
@@ -516,6 +533,7 @@ class Run:
             "evaluation": evaluation,
             "communication": state.ledger.totals(),
             "privacy": state.privacy.summary() if state.privacy else None,
+            "network": self._network(state),
             "training": {
                 "tokens": state.num_tokens,
                 "wall_seconds": state.wall_seconds,
@@ -524,6 +542,11 @@ class Run:
             "missing": state.missing,
             "run_dir": str(self._folder.folder),
         }
+
+    def _network(self, state: State) -> dict[str, Any] | None:
+        federation = self._config.federation
+        told = {"name": federation.network, "mode": federation.mode.name, "simulated_seconds": state.simulated_seconds}
+        return told if self._session.links else None
 
 
 def _evaluated_after(number: int, config: Config) -> bool:
@@ -535,15 +558,16 @@ def _sha256(config: Config) -> str:
     return hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()
 
 
-def _if_any(facts: RoundFacts) -> dict[str, int]:
+def _if_any(facts: RoundFacts) -> dict[str, Any]:
     """Returns what few rounds have to tell."""
-    told = {"num_attempts": facts.num_attempts if facts.num_attempts > 1 else 0, "num_clipped": facts.num_clipped}
-    return {name: count for name, count in told.items() if count}
+    attempts = facts.num_attempts if facts.num_attempts > 1 else 0
+    told = {"num_attempts": attempts, "num_clipped": facts.num_clipped, "staleness": facts.staleness}
+    return {name: value for name, value in told.items() if value}
 
 
 def _by_first_part(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Returns the tensors of a checkpoint by the first part of their name; a group may be empty."""
-    groups: dict[str, dict[str, Tensor]] = {first: {} for first in (FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY)}
+    groups: dict[str, dict[str, Tensor]] = {first: {} for first in (FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY, BUFFER)}
     for name, tensor in tensors.items():
         first, _, rest = name.partition("/")
         groups[first][rest] = tensor

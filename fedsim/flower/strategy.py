@@ -10,14 +10,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsim.config import Config, Init
+from fedsim.config import Config, Init, Mode
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing, Reason, counted, told
+from fedsim.core.network import Ending
 from fedsim.core.participation import givers, least_replies
 from fedsim.core.traffic import needed_for_gradients
 from fedsim.errors import RunStopped
 from fedsim.flower.asking import Ask, Asking, Homes
+from fedsim.flower.buffered import BufferedRound
 from fedsim.flower.charging import Charges
 from fedsim.flower.combining import Combining
 from fedsim.flower.facts import RoundFacts
@@ -27,6 +29,7 @@ from fedsim.flower.requests import REQUEST
 from fedsim.flower.rounds import GradientSum, Taking, TrainingRound
 from fedsim.flower.secure import Protocol, SumRefused
 from fedsim.flower.secure_round import secure_gradients, secure_round
+from fedsim.flower.simulated import Simulation
 from fedsim.flower.transfer import Packer
 from fedsim.flower.worker import METRICS
 from fedsim.privacy.ledger import PrivacyLedger
@@ -54,14 +57,18 @@ class FedsimStrategy(Strategy):
         privacy: PrivacyLedger | None = None,
         homes: Homes | None = None,
     ) -> None:
-        self._session, self._state, self._privacy = session, state, privacy
+        self._session, self._state, self._ledger, self._privacy = session, state, ledger, privacy
         self._charges = Charges(session, state, ledger)
         self.asking = Asking(session, config, state, self._charges, privacy, homes)
+        self._simulation = Simulation(session, state, self._charges, session.links) if session.links else None
         self._asked: list[Ask] = []  # by Flower's own loop, in this round
         self.facts = RoundFacts()
 
     def participants(self, server_round: int) -> list[int]:
-        """Returns the clients of a round, see `Asking.participants`."""
+        """Returns the clients of a round, see `Asking.participants`; with a buffer those that begin to work."""
+        if self._buffered:
+            flush, _ = self._simulation.flush(server_round)  # type: ignore[union-attr]
+            return sorted(job.client for job in flush.begun)
         return self.asking.participants(server_round)
 
     def cohorts(self, clients: Sequence[int], grid: Grid) -> Iterator[tuple[int, list[int]]]:
@@ -77,21 +84,43 @@ class FedsimStrategy(Strategy):
         than `federation.min_replies` have, after asking the others again.
         """
         packer, wanted = self._packer(), self.participants(server_round)
+        if self._buffered:
+            return self._fill_buffer(server_round, packer, grid)
         self.asking.charge_privacy(server_round)
         if self._session.config.privacy.secure_aggregation:
             return self._combine_secretly(server_round, packer, grid)
-        round_ = self._opened(server_round)
+        asked, least = [*wanted, *self.asking.spares(server_round)], least_replies(self._session.config, len(wanted))
+        ending = self._simulation.ending(server_round, asked, len(wanted), least) if self._simulation else None
+        round_ = self._opened(server_round, ending)
+        enough = None if ending else round_  # on a simulated network those who come too late have worked as well
         self._until_enough(
             round_,
-            [*wanted, *self.asking.spares(server_round)],
-            least_replies(self._session.config, len(wanted)),
-            lambda clients: self._gathered(grid, self.asking.to_train(server_round, packer, grid, clients), packer, round_),
+            asked,
+            least,
+            lambda clients: self._gathered(grid, self.asking.to_train(server_round, packer, grid, clients), packer, enough),
         )
         round_.finish()
 
-    def _opened(self, server_round: int) -> TrainingRound:
-        wanted = len(self.participants(server_round))
-        return TrainingRound(self._session, self._state, self.asking, self._charges, server_round, wanted)
+    def _opened(self, server_round: int, ending: Ending | None = None) -> TrainingRound:
+        wanted, in_time = len(self.participants(server_round)), None if ending is None else set(ending.arrived)
+        round_ = TrainingRound(self._session, self._state, self.asking, self._charges, server_round, wanted, in_time)
+        round_.facts.simulated_seconds = None if ending is None else ending.seconds
+        return round_
+
+    @property
+    def _buffered(self) -> bool:
+        return self._session.config.federation.mode is Mode.fedbuff
+
+    def _fill_buffer(self, server_round: int, packer: Packer, grid: Grid) -> None:
+        """Trains those that begin to work, and makes the next version of what arrives until the buffer is full."""
+        assert self._simulation is not None  # the configuration was checked
+        begun, before = self.participants(server_round), self._state.buffer.queue.time
+        flush, queue = self._simulation.flush(server_round)
+        round_ = BufferedRound(self._session, self._state, self.asking, self._ledger, server_round, flush, queue)
+        self.facts = round_.facts
+        round_.take(self._gathered(grid, self.asking.to_train(server_round, packer, grid, begun), packer))
+        round_.finish()
+        round_.facts.simulated_seconds = queue.time - before
 
     def _until_enough(self, taking: Taking, asked: list[int], least: int, replies: Callable[[list[int]], Replies]) -> None:
         """Asks until at least so many are in the result: all, then those that may yet reply, `federation.retries` times at most."""

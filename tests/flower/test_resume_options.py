@@ -8,7 +8,7 @@ import torch
 from rounds import changed, of_method
 
 from fedsim.checkpoints import load, saved
-from fedsim.config import Init
+from fedsim.config import Init, Mode
 from fedsim.experiment import run
 from fedsim.flower import server
 from fedsim.flower.reading import Reader
@@ -21,6 +21,7 @@ OPTIONS = {
     "refresh from data": of_method("fed_sb", adapter={"refresh_every": 1, "init": Init.gradient, "init_samples": 3}),
     "refresh from a seed": of_method("fed_sb", adapter={"refresh_every": 2}),
     "flora with ranks": of_method("flora", adapter={"rank": None}, federation={"ranks": {2: 1.0, 4: 1.0}}),
+    "fedbuff": of_method("fed_sb", federation={"network": "broadband", "mode": Mode.fedbuff, "concurrency": 4, "buffer": 2}),
     "fedex_lora": of_method("fedex_lora"),
     "fedsa_lora": of_method("fedsa_lora"),
     "scaffold": of_method("fed_sb", training={"scaffold": True}),
@@ -30,7 +31,7 @@ OPTIONS = {
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    for name in ("curves_png", "partition_png", "diagnosis_png"):
+    for name in ("curves_png", "partition_png", "diagnosis_png", "network_png"):
         monkeypatch.setattr(server, name, lambda *facts: b"")
 
 
@@ -55,7 +56,11 @@ def interrupt(monkeypatch, call):
 def outcome(folder):
     summary = json.loads((folder / "summary.json").read_text())
     last = load(saved(folder / "checkpoints")[-1])
-    return {key: summary[key] for key in ("adapter_digest", "evaluation", "communication")}, last.tensors, last.state["state"]["held"]
+    return (
+        {key: summary[key] for key in ("adapter_digest", "evaluation", "communication", "network")},
+        last.tensors,
+        last.state["state"]["held"],
+    )
 
 
 @pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)

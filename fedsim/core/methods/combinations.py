@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fedsim.config import Config, Init, Optimizer, OverNorm, PrivacyUnit, ServerRule
+from fedsim.config import Config, Init, Mode, Optimizer, OverNorm, PrivacyUnit, ServerRule
 from fedsim.core.compression import CODECS
 from fedsim.core.methods.method import Method
 from fedsim.core.participation import round_size
@@ -13,7 +13,20 @@ from fedsim.errors import UserError, nearest
 
 def check(config: Config, method: Method) -> None:
     """Raises UserError for the first combination that makes no sense."""
-    for unfit in (_unknown, _initialisation, _ranks, _server, _robust, _failures, _local, _compression, _method_options, _secure):
+    for unfit in (
+        _unknown,
+        _initialisation,
+        _ranks,
+        _server,
+        _robust,
+        _failures,
+        _network,
+        _buffered,
+        _local,
+        _compression,
+        _method_options,
+        _secure,
+    ):
         for reason in unfit(config, method):
             raise UserError(reason)
 
@@ -89,6 +102,41 @@ def _failures(config: Config, method: Method) -> Iterator[str]:
         yield "federation.over_selection: with privacy.unit=client each client is drawn by its own coin; leave it out."
     if server.over_norm is OverNorm.clip and server.max_update_norm is None:
         yield "server.over_norm: there is no norm to clip to; set server.max_update_norm as well."
+
+
+def _network(config: Config, method: Method) -> Iterator[str]:
+    federation, simulated = config.federation, config.federation.network != "none"
+    if simulated and (method.pooled or config.engine.name == "deployment"):
+        yield f"federation.network: expected a simulation in which something is sent, got {federation.network}; leave it out."
+    if simulated and config.privacy.secure_aggregation:
+        yield "federation.network: the stages of secure aggregation have no simulated times; leave one of them out."
+    if federation.deadline is not None and not simulated:
+        yield "federation.deadline: expected a simulated network, got none; choose federation.network, or round_timeout for a real one."
+    if federation.mode is Mode.fedbuff and not simulated:
+        yield "federation.mode=fedbuff: who arrives first is a matter of the network; choose federation.network=uniform, or another."
+
+
+def _buffered(config: Config, method: Method) -> Iterator[str]:
+    federation = config.federation
+    if federation.mode is not Mode.fedbuff:
+        if federation.concurrency is not None or federation.buffer is not None:
+            yield "federation.concurrency, federation.buffer: only fedbuff has them; add federation.mode=fedbuff or leave them out."
+        return
+    same = method.lasting and method.trained(1) == method.trained(2) and not (method.folds or method.products or method.remade)
+    if not same or method.personal or method.local or method.restart or method.pooled:
+        yield f"federation.mode=fedbuff: {method.name} gives updates a meaning in their round only; use fed_sb, ffa_lora, fedit or full."
+    if config.privacy.unit is not PrivacyUnit.none:
+        yield "federation.mode=fedbuff: how often a client takes part is not known beforehand, so no epsilon is planned; use privacy=none."
+    if config.adapter.refresh_every or config.training.scaffold or config.compression.error_feedback:
+        yield "federation.mode=fedbuff: updates come late, to other bases and variates; leave out refresh_every, scaffold, error_feedback."
+    if federation.deadline is not None or federation.over_selection:
+        yield "federation.mode=fedbuff: nobody is too late; leave out federation.deadline and over_selection."
+    concurrency = federation.concurrency or round_size(federation.clients, federation.fraction)
+    if not (federation.buffer or 1) <= concurrency <= federation.clients:
+        yield (
+            f"federation.concurrency: expected at least federation.buffer={federation.buffer or 1} and at most the {federation.clients} "
+            f"clients, got {concurrency}."
+        )
 
 
 def _local(config: Config, method: Method) -> Iterator[str]:

@@ -1,0 +1,150 @@
+"""Buffered asynchronous aggregation (FedBuff, Nguyen et al., arXiv 2106.06639) over simulated time.
+
+Some clients work at any time, each from the version of the global factors that it was sent. The server takes in what arrives; with every
+K-th arrival it makes a new version of the buffered updates, each scaled by 1 / sqrt(1 + versions since its client was sent one). A place
+that falls free goes to another client at once, drawn from the seed. A client works from each version once: where no other is free, a place
+stays empty until the next version.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fedsim.seeding import numpy_generator
+
+
+def staleness_weight(versions: int) -> float:
+    """Returns 1 / sqrt(1 + tau) for an update that is `versions` behind."""
+    return float((1 + versions) ** -0.5)
+
+
+@dataclass(frozen=True, order=True)
+class Job:
+    """One client at work: it is done at `finish`, from the start of `version`; `number` counts all jobs of a run."""
+
+    finish: float
+    number: int
+    client: int
+    version: int
+    vanishes: bool = False  # nothing arrives; its place is free when it would have
+
+
+@dataclass
+class Queue:
+    """Who is at work. A value that a checkpoint holds whole; what follows is a function of it, the seed and the clients' times."""
+
+    time: float = 0.0
+    num_jobs: int = 0
+    working: list[Job] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values; lossless."""
+        jobs = [[job.finish, job.number, job.client, job.version, job.vanishes] for job in sorted(self.working)]
+        return {"time": self.time, "num_jobs": self.num_jobs, "working": jobs}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Queue":
+        """Returns the queue that `to_json` was called on."""
+        return cls(value["time"], value["num_jobs"], [Job(*job) for job in value["working"]])
+
+
+@dataclass
+class Update:
+    """What a client at work will send, as it is known to the simulation from the moment at which it begins."""
+
+    num_examples: int
+    num_tokens: int
+    loss: float
+    change: Tensor  # of the uploaded factors, from the version that the client was sent
+    sent: list[dict[str, int | str]] = field(default_factory=list)  # rows of the ledger, charged when it arrives
+
+
+@dataclass
+class Buffer:
+    """All that is under way between two versions."""
+
+    queue: Queue = field(default_factory=Queue)
+    updates: dict[int, Update] = field(default_factory=dict)  # by the job's number: a client may begin anew when it has just arrived
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain values; the tensors are in `changes`."""
+        told = {number: [each.num_examples, each.num_tokens, each.loss, each.sent] for number, each in self.updates.items()}
+        return {"queue": self.queue.to_json(), "updates": told}
+
+    def changes(self) -> dict[str, Tensor]:
+        """Returns the changes of all updates, by the job's number."""
+        return {str(number): each.change for number, each in self.updates.items()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], changes: dict[str, Tensor]) -> "Buffer":
+        """Returns the buffer that `to_json` and `changes` were called on."""
+        updates = {
+            int(number): Update(examples, tokens, loss, changes[number], sent)
+            for number, (examples, tokens, loss, sent) in value["updates"].items()
+        }
+        return cls(Queue.from_json(value["queue"]), updates)
+
+
+@dataclass(frozen=True)
+class Flush:
+    """What happens from one version to the next: who begins to work from it, whose updates fill the buffer, and whose come to nothing."""
+
+    begun: tuple[Job, ...]
+    arrived: tuple[Job, ...]
+    lost: tuple[Job, ...]
+
+
+def advance(
+    queue: Queue,
+    version: int,
+    clients: Sequence[int],
+    concurrency: int,
+    buffer: int,
+    seconds: Callable[[int], float],  # what the client takes from this version
+    vanishes: Callable[[int], bool],
+    seed: int,
+) -> Flush:
+    """Brings the queue to the moment at which the version's buffer is full, and returns what happened.
+
+    What arrives at the same moment is taken in, in the order of the jobs, before anybody is sent out. The buffer stays short only if nobody
+    is left who could fill it.
+    """
+    begun: list[Job] = []
+    arrived: list[Job] = []
+    lost: list[Job] = []
+    heapq.heapify(queue.working)
+    _send_out(queue, version, clients, concurrency, seconds, vanishes, seed, begun)
+    while queue.working and len(arrived) < buffer:
+        queue.time = queue.working[0].finish
+        while queue.working and queue.working[0].finish == queue.time and len(arrived) < buffer:
+            job = heapq.heappop(queue.working)
+            (lost if job.vanishes else arrived).append(job)
+        if len(arrived) < buffer:
+            _send_out(queue, version, clients, concurrency, seconds, vanishes, seed, begun)
+    return Flush(tuple(begun), tuple(arrived), tuple(lost))
+
+
+def _send_out(
+    queue: Queue,
+    version: int,
+    clients: Sequence[int],
+    concurrency: int,
+    seconds: Callable[[int], float],
+    vanishes: Callable[[int], bool],
+    seed: int,
+    begun: list[Job],
+) -> None:
+    """Fills free places with clients that neither work nor have worked from this version."""
+    while len(queue.working) < concurrency:
+        busy = {job.client for job in (*queue.working, *begun)}
+        free = [client for client in clients if client not in busy]
+        if not free:
+            return
+        client = free[int(numpy_generator(seed, "job", queue.num_jobs).integers(len(free)))]
+        job = Job(queue.time + seconds(client), queue.num_jobs, client, version, vanishes(client))
+        queue.num_jobs += 1
+        heapq.heappush(queue.working, job)
+        begun.append(job)

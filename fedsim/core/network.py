@@ -1,0 +1,95 @@
+"""Simulated networks: how long a client takes for a round, from its bandwidth, latency and speed, and which replies a round waits for.
+
+    seconds = latency + 8 bytes down / downlink + tokens / speed + latency + 8 bytes up / uplink
+
+Nothing here looks at a clock: times are numbers, drawn from the seed, so that a simulated run gives the same on every machine.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+
+from fedsim.seeding import numpy_generator
+
+MBIT = 1e6
+FLOPS_PER_PARAMETER = 6  # of one token, forward and backward
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one client has."""
+
+    uplink: float  # bit/s
+    downlink: float  # bit/s
+    latency: float  # seconds, one way: half of what ping says
+    dropout: float  # probability that it vanishes in a round
+    speed: float  # tokens/s of training
+
+    def seconds(self, bytes_down: float, tokens: float, bytes_up: float) -> float:
+        """Returns the time from the server's message to the arrival of the whole reply."""
+        return 2 * self.latency + 8 * bytes_down / self.downlink + tokens / self.speed + 8 * bytes_up / self.uplink
+
+
+@dataclass(frozen=True)
+class Population:
+    """Medians of a kind of clients, and log-normal sigmas of bandwidths (both directions together) and of speed."""
+
+    uplink: float
+    downlink: float
+    latency: float
+    dropout: float
+    flops: float  # floating-point operations per second of training
+    bandwidth_sigma: float = 0.0
+    speed_sigma: float = 0.0
+
+
+POPULATIONS = {
+    "uniform": Population(100 * MBIT, 100 * MBIT, 0.005, 0.0, 1e13),
+    "broadband": Population(30 * MBIT, 75 * MBIT, 0.005, 0.0, 1e13, bandwidth_sigma=0.7, speed_sigma=0.5),
+    "mobile": Population(9 * MBIT, 34 * MBIT, 0.014, 0.05, 1e11, bandwidth_sigma=1.0, speed_sigma=0.7),
+}
+"""Latencies are half the global median pings that Ookla reported for November 2022 (fixed 10 ms, mobile 28 ms), bandwidths are of the order
+of its medians of that time. Spreads, drop-outs and speeds are assumptions: a desktop GPU and a phone that reach 10 and 0.1 TFLOP/s."""
+
+
+def links(population: Population, clients: int, num_parameters: int, seed: int) -> list[Link]:
+    """Returns the links of the clients, drawn from the seed; `num_parameters` of the model give the tokens that its operations make."""
+    drawn = numpy_generator(seed, "network").standard_normal((clients, 2))
+    bandwidth, speed = np.exp(drawn * (population.bandwidth_sigma, population.speed_sigma)).T.tolist()
+    tokens = population.flops / (FLOPS_PER_PARAMETER * num_parameters)
+    return [
+        Link(population.uplink * wide, population.downlink * wide, population.latency, population.dropout, tokens * fast)
+        for wide, fast in zip(bandwidth, speed, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """When a round ends, in simulated seconds from its start, and whose replies have come by then, in the order of their arrival."""
+
+    seconds: float
+    arrived: tuple[int, ...]
+
+
+def ending(seconds: Mapping[int, float], wanted: int, least: int, deadline: float | None) -> Ending:
+    """Returns the end of a round in which the clients in `seconds` reply after so long; those who vanish are not in it.
+
+    It ends as soon as `wanted` replies are there; at the deadline, if `least` are there; else as soon as `least` are, or all that come.
+    Without a deadline those who vanish are not waited for.
+    """
+    order = sorted(seconds, key=lambda client: (seconds[client], client))
+    if not order:
+        return Ending(deadline or 0.0, ())
+    last = seconds[order[min(wanted, len(order)) - 1]]
+    if deadline is not None:
+        enough = seconds[order[min(max(least, 1), len(order)) - 1]]
+        waited = last if len(order) >= wanted else inf  # nobody tells the server that no more will come
+        last = min(waited, max(deadline, enough))
+    return Ending(last, tuple(client for client in order if seconds[client] <= last)[:wanted])
+
+
+def rates(links: Sequence[Link], everywhere: float) -> list[float]:
+    """Returns the probability with which each client vanishes in a round, where `everywhere` is that of all clients besides."""
+    return [1 - (1 - link.dropout) * (1 - everywhere) for link in links]

@@ -1,0 +1,79 @@
+"""The simulated side of a run: what a client takes for a round, from the bytes that it will be charged and the tokens that it trains on.
+
+All of it is known before anybody is asked, so who is late does not depend on the order in which the simulation trains the clients.
+"""
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any
+
+from fedsim.config import PrivacyUnit
+from fedsim.core.communication import Direction
+from fedsim.core.dropout import vanishes
+from fedsim.core.fedbuff import Flush, Queue, advance
+from fedsim.core.global_state import GlobalState
+from fedsim.core.network import Ending, Link, ending
+from fedsim.core.participation import round_size
+from fedsim.flower.charging import Charges
+from fedsim.session import Session
+from fedsim.training.batches import local_batches, steps_per_round
+
+
+def set_up_seconds(links: Sequence[Link] | None, rows: Iterable[dict[str, Any]]) -> float:
+    """Returns what the slowest client takes for the transfers in these rows of the ledger, by which a run is set up; 0 without links."""
+    moved: dict[int, dict[str, int]] = {}
+    for row in rows if links else ():
+        sums = moved.setdefault(row["client"], {each.name: 0 for each in Direction})
+        sums[row["direction"]] += row["serialized_bytes"]
+    times = [links[client].seconds(sums["downlink"], 0, sums["uplink"]) for client, sums in moved.items()] if links else []
+    return max(times, default=0.0)
+
+
+class Simulation:
+    """Clients with links."""
+
+    def __init__(self, session: Session, state: GlobalState, charges: Charges, links: Sequence[Link]) -> None:
+        self._session, self._config, self._state, self._charges, self._links = session, session.config, state, charges, links
+        self._peeked: tuple[int, Flush, Queue] | None = None
+
+    def seconds(self, server_round: int, client: int) -> float:
+        """Returns the time from the server's message to the client's reply in a round that begins now."""
+        down, up = self._charges.bytes_down(client), self._charges.bytes_up(server_round, client)
+        return self._links[client].seconds(down, self._tokens(server_round, client), up)
+
+    def stays(self, server_round: int, client: int) -> bool:
+        """Whether the client is still there at the end of the round."""
+        return vanishes(self._config, server_round, client, self._session.dropouts) is None
+
+    def ending(self, server_round: int, asked: Sequence[int], wanted: int, least: int) -> Ending:
+        """Returns the end of a synchronous round of the clients that are asked."""
+        seconds = {client: self.seconds(server_round, client) for client in asked if self.stays(server_round, client)}
+        return ending(seconds, wanted, least, self._config.federation.deadline)
+
+    def flush(self, server_round: int) -> tuple[Flush, Queue]:
+        """Returns what happens until the next flush of the buffer, and the queue after it. Changes nothing."""
+        if self._peeked is None or self._peeked[0] != server_round:
+            federation, queue = self._config.federation, deepcopy(self._state.buffer.queue)
+            concurrency = federation.concurrency or round_size(federation.clients, federation.fraction)
+            flush = advance(
+                queue,
+                server_round - 1,
+                range(federation.clients),
+                concurrency,
+                federation.buffer or max(1, concurrency // 2),
+                lambda client: self.seconds(server_round, client),
+                lambda client: not self.stays(server_round, client),
+                self._config.seed,
+            )
+            self._peeked = (server_round, flush, queue)
+        return self._peeked[1:]
+
+    def _tokens(self, server_round: int, client: int) -> float:
+        """Returns the tokens of a client's local steps; with privacy, where that is withheld, those of full batches of the longest."""
+        training, examples = self._config.training, self._session.client_data(client).examples
+        if self._config.privacy.unit is not PrivacyUnit.none:
+            batch = min(len(examples), training.batch_size * training.accumulation)
+            return steps_per_round(len(examples), training) * batch * self._config.data.max_length
+        lengths = [example.num_tokens for example in examples]
+        batches = local_batches(lengths, training, seed=self._config.seed, round=server_round, client=client)
+        return sum(lengths[place] for batch in batches for place in batch)

@@ -1,0 +1,72 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsim.core.network import POPULATIONS, Ending, Link, ending, links, rates
+
+LINK = Link(uplink=8e6, downlink=80e6, latency=0.25, dropout=0.1, speed=50.0)
+
+
+def test_a_clients_time_is_that_of_a_hand_computation():
+    assert LINK.seconds(bytes_down=20e6, tokens=100, bytes_up=3e6) == pytest.approx(0.25 + 2.0 + 2.0 + 0.25 + 3.0)
+    assert LINK.seconds(0, 0, 0) == 0.5
+
+
+def test_links_are_drawn_from_the_seed_around_the_medians():
+    drawn = links(POPULATIONS["mobile"], 4001, num_parameters=1_000_000, seed=3)
+    assert drawn == links(POPULATIONS["mobile"], 4001, 1_000_000, 3) != links(POPULATIONS["mobile"], 4001, 1_000_000, 4)
+    logs = np.log([[link.uplink, link.downlink, link.speed] for link in drawn])
+    np.testing.assert_allclose(np.exp(np.median(logs, axis=0)), [9e6, 34e6, 1e11 / 6e6], rtol=0.06)
+    np.testing.assert_allclose(logs.std(axis=0), [1.0, 1.0, 0.7], rtol=0.05)
+    assert {(link.latency, link.dropout) for link in drawn} == {(0.014, 0.05)}
+
+
+def test_more_clients_do_not_change_the_first_and_uniform_ones_are_alike():
+    assert links(POPULATIONS["broadband"], 9, 100, 0)[:5] == links(POPULATIONS["broadband"], 5, 100, 0)
+    assert len(set(links(POPULATIONS["uniform"], 9, 100, 0))) == 1
+
+
+def test_dropouts_of_network_and_of_everywhere_are_independent():
+    assert rates([LINK, Link(1, 1, 0, 0.0, 1)], 0.5) == pytest.approx([0.55, 0.5])
+
+
+TIMES = {0: 5.0, 1: 1.0, 2: 3.0, 3: 9.0}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "least", "deadline", "seconds", "arrived"),
+    [
+        (4, 2, None, 9.0, (1, 2, 0, 3)),  # all are waited for
+        (3, 2, None, 5.0, (1, 2, 0)),  # a spare one is not
+        (4, 2, 6.0, 6.0, (1, 2, 0)),  # the deadline
+        (4, 2, 2.0, 3.0, (1, 2)),  # the deadline, but not without the quorum
+        (2, 1, 6.0, 3.0, (1, 2)),  # as many as wanted before the deadline
+        (6, 2, None, 9.0, (1, 2, 0, 3)),  # two have vanished, which is known
+        (6, 2, 20.0, 20.0, (1, 2, 0, 3)),  # two have vanished, for which the deadline is waited out
+        (6, 5, 2.0, 9.0, (1, 2, 0, 3)),  # the quorum cannot be had: all that come
+    ],
+)
+def test_a_round_ends_with_enough_replies_or_at_the_deadline(wanted, least, deadline, seconds, arrived):
+    assert ending(TIMES, wanted, least, deadline) == Ending(seconds, arrived)
+
+
+def test_replies_at_the_same_moment_come_in_the_order_of_clients():
+    assert ending({5: 1.0, 2: 1.0, 9: 1.0}, 2, 1, None) == Ending(1.0, (2, 5))
+    assert ending({}, 3, 1, 7.0) == Ending(7.0, ())
+
+
+@given(
+    st.dictionaries(st.integers(0, 30), st.floats(0.1, 100), min_size=1),
+    st.integers(1, 40),
+    st.integers(0, 40),
+    st.none() | st.floats(0.5, 120),
+)
+def test_an_ending_never_leaves_out_who_came_before_one_that_is_in(times, wanted, least, deadline):
+    found = ending(times, wanted, least, deadline)
+    assert len(found.arrived) >= min(wanted, least, len(times))
+    left = [times[client] for client in times if client not in found.arrived]
+    assert max((times[client] for client in found.arrived), default=0.0) <= min([*left, math.inf])
+    assert len(found.arrived) == wanted or all(each > found.seconds for each in left)
