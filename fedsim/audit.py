@@ -96,11 +96,16 @@ class Auditor:
         """Returns what is proven of each part and of all `together`, `spent` being the run's own account of its privacy, None without.
 
         Every part's bound holds with the confidence asked for; so does that of `together`, the best of the parts at a higher confidence.
+        Raises UserError if nothing was seen of any canary's client.
         """
         delta, confidence = spent["delta"] if spent else 0.0, self._config.audit.confidence
         coins = [canary.inside for canary in self._session.canaries]
         scores = {part: self._scores(part) for part in Part if any(seen is part for seen, _ in self._seen)}
         found = {part.name: Finding(claimed(spent, part), audit(own, coins, delta, confidence)) for part, own in scores.items()}
+        if not scores:
+            raise UserError(
+                "audit.canaries: no client with a canary took part in the run; use more canaries, rounds, or a larger fraction."
+            )
         shared = 1 - (1 - confidence) / len(scores)
         best = max((audit(own, coins, delta, shared) for own in scores.values()), key=lambda bound: bound.epsilon)
         return found | {"together": Finding(claimed(spent), best)}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fedsim.training.private
-from fedsim.audit import check, separated
+from fedsim.audit import Auditor, check, separated
 from fedsim.cli.audit import audit_table, audited
 from fedsim.cli.compose import compose
 from fedsim.cli.main import main
@@ -68,6 +68,11 @@ def add_unclipped(optimizer):
 def test_what_cannot_be_audited_is_refused(overrides, reason):
     with pytest.raises(UserError, match=reason):
         check(compose(["experiment=audit", *overrides]))
+
+
+def test_a_run_without_any_client_that_has_canaries_proves_nothing():
+    with pytest.raises(UserError, match="no client with a canary took part"):
+        Auditor(compose(["experiment=audit"])).findings(None)
 
 
 def test_canaries_are_told_apart_by_all_of_their_gradients():
