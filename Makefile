@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check clean
+.PHONY: help setup demo test test-slow bench check clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -18,6 +18,9 @@ test: .venv/.ready  ## the tests that take seconds
 
 test-slow: .venv/.ready-slow  ## real processes, many kills, Ray: minutes
 	@$(BIN)/pytest -q -m slow $(ARGS)
+
+bench: .venv/.ready-bench  ## measure fedsim beside its peers and write the tables of docs/performance.md (ARGS=--quick: 3 minutes)
+	@$(BIN)/python -m experiments.benchmarks $(ARGS)
 
 check: .venv/.ready  ## format, lint and types
 	@$(BIN)/ruff format --check .
@@ -34,4 +37,8 @@ clean:  ## remove caches and build products; runs and .venv stay
 
 .venv/.ready-slow: .venv/.ready
 	@.ci/setup dev,simulation
+	@touch $@
+
+.venv/.ready-bench: .venv/.ready
+	@.ci/setup dev,simulation,bench
 	@touch $@

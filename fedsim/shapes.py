@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from torch import nn
 
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import matrix_shape, target_layers
+from fedsim.core.estimate import ModelShape
 from fedsim.errors import UserError, nearest
-from fedsim.models import EMBEDDED, PACKAGE, head_paths, source
+from fedsim.models import DTYPES, EMBEDDED, PACKAGE, head_paths, prepare, source
 
 LayerShape = tuple[int, int]
 """(out_features, in_features) of a linear layer."""
+
+META = torch.device("meta")
 
 _UNDECLARED = {"head_dim"}
 """Entries that some models read although their configuration does not declare them (Qwen 2)."""
@@ -49,6 +53,36 @@ def head_shapes(model: ModelConfig, labels: Sequence[str]) -> dict[str, LayerSha
 def num_parameters(model: ModelConfig) -> int:
     """Returns the number of parameters of the base model, tied ones counted once. Raises UserError as `skeleton` does."""
     return sum(parameter.numel() for parameter in skeleton(model).parameters())
+
+
+def model_shape(model: ModelConfig) -> ModelShape:
+    """Returns what the cost of the base model depends on. Raises UserError as `skeleton` does."""
+    bare = skeleton(model)
+    settings: Any = bare.config
+    heads, hidden = settings.num_attention_heads, settings.hidden_size
+    width = getattr(settings, "head_dim", None) or hidden // heads
+    head = bare.get_output_embeddings()  # type: ignore[operator]
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in bare.parameters()),
+        block_parameters=sum(prod(matrix_shape(bare.get_submodule(path))) for path in target_layers(bare, [])),
+        head_parameters=hidden * settings.vocab_size if head is None else head.weight.numel(),
+        layers=settings.num_hidden_layers,
+        attention_width=heads * width,
+        key_value_width=(getattr(settings, "num_key_value_heads", None) or heads) * width,
+        hidden=hidden,
+        vocabulary=settings.vocab_size,
+        weight_bytes=DTYPES[model.dtype].itemsize,
+    )
+
+
+def random_model(model: ModelConfig, on: torch.device) -> nn.Module:
+    """Returns the model with random weights on a device, frozen, in the type that the configuration names.
+
+    Raises UserError as `skeleton` does. The weights depend on torch's random state, which is left as it was.
+    """
+    entries, origin = _entries(model)
+    with _silence(), torch.random.fork_rng():
+        return prepare(_build(entries, origin, (), on, "sdpa").to(DTYPES[model.dtype]), on)
 
 
 def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
@@ -106,7 +140,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     return entries, str(path)
 
 
-def _build(entries: dict[str, Any], origin: str, labels: Sequence[str]) -> nn.Module:
+def _build(entries: dict[str, Any], origin: str, labels: Sequence[str], on: torch.device = META, attention: str = "eager") -> nn.Module:
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -124,8 +158,8 @@ def _build(entries: dict[str, Any], origin: str, labels: Sequence[str]) -> nn.Mo
     auto: Any = transformers.AutoModel if both_ways else transformers.AutoModelForCausalLM
     if labels:
         settings.id2label, auto = dict(enumerate(labels)), transformers.AutoModelForSequenceClassification
-    with torch.device("meta"):
-        model: nn.Module = auto.from_config(settings, attn_implementation="eager", trust_remote_code=False)
+    with on:
+        model: nn.Module = auto.from_config(settings, attn_implementation=attention, trust_remote_code=False)
     return model
 
 

@@ -1,52 +1,54 @@
-"""DP-SGD against the same training without it: `python experiments/benchmarks/private.py [--clients 25] [--repeats 3]`.
+"""Section b: DP-SGD against the same training without it, and against Opacus client by client."""
 
-One process, in turns, so that a noisy machine disturbs both alike; tokens per second of local training, medians, and their ratio. Poisson
-batches differ in size, so tokens are counted as they pass.
-"""
+from experiments.benchmarks import workloads
+from experiments.benchmarks.peers import opacus_client, peft_trainer
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+from experiments.benchmarks.timing import Task, interleaved, medians, ratio
+from experiments.benchmarks.training import PEER_CLIENTS, TOKENS, workload_of
 
-import argparse
-import statistics
-import time
-
-from fedsim.cli.compose import compose
-from fedsim.session import Session, effective
+NOISE = 1.0
 
 
-def speed(session: Session, clients: int, round_: int) -> float:
-    """Returns tokens per second of one round of local training."""
-    tokens = 0
-
-    def count(facts: object) -> None:
-        nonlocal tokens
-        tokens += facts.num_tokens  # type: ignore[attr-defined]
-
-    session.on_pass = count
-    begun = time.perf_counter()
-    session.train(range(clients), round_, {}, noise=[1.0] * clients)
-    return tokens / (time.perf_counter() - begun)
+def cases(settings: Settings) -> list[Case]:
+    """Returns model, clients and expected batch of every row."""
+    grid = [("llama_4m", 25, 1), ("llama_4m", 25, 4)]
+    if not settings.quick:
+        grid = [("embedded", 25, 1), ("embedded", 25, 4), ("embedded", 100, 4), *grid, ("llama_20m", 25, 4)]
+    return [{"model": model, "clients": clients, "batch": batch, "tokens": TOKENS[batch]} for model, clients, batch in grid]
 
 
-def main() -> None:
-    """Prints both speeds and their ratio for each method named."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=25)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--methods", default="fed_sb,ffa_lora")
-    options = parser.parse_args()
-    for method in options.methods.split(","):
-        common = [f"method={method}", f"federation.clients={options.clients}", f"training.local_steps={options.steps}"]
-        common += ["adapter.init=orthogonal"] if method == "fed_sb" else []
-        sessions = [
-            Session(effective(compose([*common, *private]))) for private in ([], ["privacy=example", "privacy.noise_multiplier=1.0"])
-        ]
-        for session in sessions:
-            session.install_state(session.initial_state(session.derived_factors(1) or {}))
-            speed(session, options.clients, 1)  # warm-up: tokens are made, memory is there
-        pairs = [[speed(session, options.clients, 2 + i) for session in sessions] for i in range(options.repeats)]
-        plain, private = (statistics.median(column) for column in zip(*pairs, strict=True))
-        print(f"{method:<12} {plain:,.0f} tokens/s plain, {private:,.0f} private: DP-SGD costs {plain / private:.2f} x the time per token")
+def measure(case: Case, settings: Settings) -> Found:
+    """Measures one row in turns. Poisson batches differ in size, so tokens are counted as they pass."""
+    workload = workload_of(case, settings)
+    on = workloads.subject(workload.model, workload.rank)
+    clients = workload.all_clients(on.vocabulary)
+    model = peft_trainer.peft_model(workload.model, workload.rank)
+    tasks: dict[str, Task] = {
+        "plain": lambda: workloads.train(on, clients, workload.training),
+        "private": lambda: workloads.train(on, clients, workload.training, NOISE),
+        "opacus": lambda: opacus_client.train(model, clients[:PEER_CLIENTS], workload.training, NOISE),
+    }
+    rates = interleaved(tasks, turns=settings.turns, seconds=settings.seconds)
+    return medians(rates) | {"cost": ratio(rates, "plain", "private"), "ratio_opacus": ratio(rates, "private", "opacus")}
 
 
-if __name__ == "__main__":
-    main()
+SECTION = Section(
+    "b",
+    "DP-SGD",
+    "Tokens per second with and without example-level DP-SGD, as in section a; *cost* is the time per token with it over "
+    "that without it. "
+    "*Opacus*: a PrivacyEngine with Poisson sampling and hooks over the peft model, client after client.",
+    (
+        Column("model", "model"),
+        Column("clients", "clients"),
+        Column("batch", "batch"),
+        Column("tokens", "tokens"),
+        Column("without", "plain", "{:,.0f}"),
+        Column("DP-SGD", "private", "{:,.0f}"),
+        Column("cost", "cost", "{:.2f}"),
+        Column("Opacus", "opacus", "{:,.0f}"),
+        Column("x Opacus", "ratio_opacus", "{:.1f}"),
+    ),
+    cases,
+    measure,
+)

@@ -1,100 +1,96 @@
-"""What a round costs besides training, and whether memory grows: `python experiments/benchmarks/rounds.py [--clients 1000] [--rounds 20]`.
+"""Section c: what a round costs when clients do nothing, with everything else of a run: messages, ledger, diagnosis, log, checkpoints."""
 
-A real run's messages, ledger, aggregation and diagnosis over the in-process Grid, a tenth of the clients in each round, the embedded model
-at its default rank. Training itself is measured inside and taken off. Prints one line per method and writes JSON where --out says.
-"""
-
-import argparse
-import json
-import platform
-import resource
 import statistics
-import time
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from clients.app import app
-from fedsim import session as session_module
+from experiments.benchmarks.processes import call
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from fedsim.cli.compose import compose
-from fedsim.core.communication import CommunicationLedger
-from fedsim.flower.grid import InProcessGrid
-from fedsim.flower.strategy import FedsimStrategy
-from fedsim.session import open_session
+from fedsim.core.adapters import factors
+from fedsim.events import read_events
+from fedsim.experiment import run
+from fedsim.session import VALUES, ClientReply, Session, open_session
+from fedsim.training.cohort import LocalResult
+
+COHORT = 100
+"""Clients in a message, so that the memory of ten thousand uploads is not needed at once."""
+
+RAY_MOST = 100
+"""Clients of the largest round through Ray: at tens of milliseconds a client more would only take longer."""
 
 
-def measure(method: str, clients: int, rounds: int, fraction: float) -> dict[str, Any]:
-    """Returns overhead in ms per client and round, and resident memory after the third and the last round, in MB."""
+def cases(settings: Settings) -> list[Case]:
+    """Returns engine, method and clients of every row."""
+    counts = (10, 100) if settings.quick else (10, 100, 1000, 10_000)
+    ours = [{"engine": "fedsim, in process", "method": "fed_sb", "clients": clients} for clients in counts]
+    if not settings.quick:
+        ours.append({"engine": "fedsim, in process", "method": "fedit", "clients": 1000})
+    return [*ours, *({"engine": "Flower, Ray", "method": "FedAvg", "clients": clients} for clients in counts if clients <= RAY_MOST)]
+
+
+def measure(case: Case, settings: Settings) -> Found:
+    """Measures rounds after the first, in which there is set-up."""
+    clients = case["clients"]
+    if case["engine"] == "Flower, Ray":
+        seconds = call("experiments.benchmarks.peers.flower_ray", {"clients": clients, "rounds": 3, "workload": None})["seconds"][1:]
+    else:
+        seconds = _rounds(case["method"], clients, 3 if clients > 1000 else 5)
+    return {"round_ms": 1e3 * statistics.median(seconds), "client_ms": 1e3 * statistics.median(seconds) / clients}
+
+
+def _rounds(method: str, clients: int, rounds: int) -> list[float]:
+    """Returns the seconds from each round's event to the next one's: a whole round and the checkpoint before it."""
     config = compose(
         [
-            *(f"method={method}", f"federation.clients={clients}", f"federation.rounds={rounds}", f"federation.fraction={fraction}"),
-            *("training.local_steps=1", "training.batch_size=1", f"data.train_examples={max(4 * clients, 1000)}"),
+            *(f"method={method}", f"federation.clients={clients}", f"federation.rounds={rounds}", f"engine.cohort_size={COHORT}"),
+            *("training.local_steps=1", "data.test_examples=1", "evaluation.max_new_tokens=1"),
         ]
         + (["adapter.init=orthogonal"] if method == "fed_sb" else [])
     )
-    session, ledger = open_session(config), CommunicationLedger()
-    trained = _timed(session_module)
-    state = session.initial_state(session.derived_factors(1))
-    strategy, grid, process = FedsimStrategy(session, config, ledger, state), InProcessGrid(app), psutil.Process()
-    for client in range(clients):
-        session.client_data(client)  # tokens are made once, before the first round
-    overheads, memory = [], []
-    for number in range(1, rounds + 1):
-        before, begun = trained["seconds"], time.perf_counter()
-        session.install_state(state)
-        strategy.exchange(number, grid)
-        whole = time.perf_counter() - begun
-        overheads.append((whole - (trained["seconds"] - before)) / len(strategy.participants(number)))
-        memory.append(process.memory_info().rss / 1e6)
-    return {
-        "method": method,
-        "clients": clients,
-        "per_round": len(strategy.participants(1)),
-        "overhead_ms_per_client": 1e3 * statistics.median(overheads),
-        "memory_mb_third_round": memory[min(2, rounds - 1)],
-        "memory_mb_last_round": memory[-1],
-        "memory_mb_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
-    }
+    session = open_session(config)
+    session.train = _Idle(session)  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.run_dir = str(Path(folder) / "run")
+            run(config, quiet=True)
+            events = list(read_events(Path(config.run_dir) / "events.jsonl"))
+    finally:
+        del session.train  # type: ignore[method-assign]
+    ends = [datetime.fromisoformat(event["time"]).timestamp() for event in events if event["kind"] == "round"]
+    return [after - before for before, after in pairwise(ends)]
 
 
-def _timed(module: Any) -> dict[str, float]:
-    """Adds the time spent in local training to the returned total."""
-    total, original = {"seconds": 0.0}, getattr(module.train_cohort, "original", module.train_cohort)
+class _Idle:
+    """Local training that returns the factors as they came."""
 
-    def timed(*arguments: Any, **options: Any) -> Any:
-        begun = time.perf_counter()
-        try:
-            return original(*arguments, **options)
-        finally:
-            total["seconds"] += time.perf_counter() - begun
+    def __init__(self, session: Session) -> None:
+        self._session = session
 
-    timed.original = original  # type: ignore[attr-defined]
-    module.train_cohort = timed
-    return total
+    def __call__(self, clients: Sequence[int], round: int, *_: Any, **__: Any) -> list[ClientReply]:
+        kinds = self._session.method.uploaded(round)
+        flat = self._session.spec.pack(factors(self._session.model, kinds), kinds)
+        return [ClientReply(LocalResult(client, flat, 1, 0.0, 1, 1), {VALUES: flat.clone()}, None) for client in clients]
 
 
-def main() -> None:
-    """Measures the methods named, one after another."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--fraction", type=float, default=0.1)
-    parser.add_argument("--methods", default="fed_sb,fedit")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    results = [measure(method, options.clients, options.rounds, options.fraction) for method in options.methods.split(",")]
-    for result in results:
-        print(
-            f"{result['method']:<12} {result['clients']} clients, {result['per_round']} a round: "
-            f"{result['overhead_ms_per_client']:.2f} ms a client and round besides training; "
-            f"resident {result['memory_mb_third_round']:.0f} MB after round 3, {result['memory_mb_last_round']:.0f} MB after the last"
-        )
-    if options.out:
-        facts = {"machine": platform.machine(), "cores": torch.get_num_threads(), "torch": torch.__version__, "results": results}
-        options.out.write_text(json.dumps(facts, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+SECTION = Section(
+    "c",
+    "Rounds in which clients do nothing",
+    "Milliseconds of a whole round, and for each client, median of the rounds after the first. fedsim: the embedded model at rank 64 "
+    "(458 kB up from each client), every client in every round, with messages, ledger, aggregation, diagnosis, log and "
+    "checkpoint. Flower's "
+    "simulation: one array of 28 kB, FedAvg, nothing else; an actor a core, started before.",
+    (
+        Column("engine", "engine"),
+        Column("method", "method"),
+        Column("clients", "clients", "{:,}"),
+        Column("ms a round", "round_ms", "{:,.0f}"),
+        Column("ms a client", "client_ms", "{:.2f}"),
+    ),
+    cases,
+    measure,
+)

@@ -11,6 +11,7 @@ VERBS = {
     "run": "fine-tune and evaluate: fedsim run [option=value ...]",
     "data": "show who holds what, without training: fedsim data [option=value ...]",
     "cost": "compare what methods send, without weights or data: fedsim cost [option=value,... ...] [--json | --csv]",
+    "estimate": "foretell time, memory and bytes: fedsim estimate [option=value ...] [--tokens=N] [--megabits=N] [--json] [--again]",
     "privacy": "compute noise and epsilon, without training: fedsim privacy privacy=example [option=value ...] [--json]",
     "deploy": "a real federation: fedsim deploy init DIR | up --local N [option=value ...] | status [DIR]",
     "worker": "what works for one client: fedsim worker client.yaml [--stop]",
@@ -37,13 +38,14 @@ Examples
   fedsim run experiment=arithmetic_mistral_7b --cfg       look at a preset
   fedsim cost model=mistral_7b method=fed_sb,fedit,flora  what they would send; commas in any option make rows
   fedsim audit experiment=audit privacy.epsilon=2         a lower bound on epsilon beside the claimed one
+  fedsim estimate model=mistral_7b federation.clients=100 how long a run takes on this machine, and what memory
   fedsim data federation.partition=dirichlet federation.alpha=0.1
 """
 
 
 def overview() -> str:
     """Returns the help of the whole program."""
-    verbs = "\n".join(f"  {verb:<7} {meaning}" for verb, meaning in VERBS.items())
+    verbs = "\n".join(f"  {verb:<8} {meaning}" for verb, meaning in VERBS.items())
     return f"fedsim: federated fine-tuning of language models\n\nVerbs\n{verbs}\n\n{run_help()}"
 
 

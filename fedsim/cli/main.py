@@ -80,6 +80,8 @@ def _dispatch(words: list[str]) -> int:
         return worker(rest)
     elif verb == "audit":
         return _audit(rest)
+    elif verb == "estimate":
+        return _estimate(rest)
     else:
         raise UserError(f"Unknown verb {verb!r}: expected one of {', '.join(VERBS)}.{nearest(verb, list(VERBS))} All verbs: fedsim --help")
     return 0
@@ -191,6 +193,35 @@ def _cost(words: list[str]) -> int:
             print(note, file=sys.stderr)
         print(json.dumps(plain_rows(found), indent=2) if "--json" in flags else csv_text(plain_rows(found)))
     return 0
+
+
+def _estimate(words: list[str]) -> int:
+    values = [word for word in words if word.startswith("--") and "=" in word]
+    flags, overrides = _split([word for word in words if word not in values], ("--json", "--again"))
+    numbers = _numbers(values, ("--tokens", "--megabits"))
+    config = _checked(overrides)
+    from fedsim.cli.estimate import MEGABITS, estimate_of, estimate_table, plain
+
+    tokens = round(numbers["--tokens"]) if "--tokens" in numbers else None
+    found = estimate_of(config, tokens=tokens, megabits=numbers.get("--megabits", MEGABITS), again="--again" in flags)
+    print(json.dumps(plain(found), indent=2) if "--json" in flags else estimate_table(found))
+    return 0
+
+
+def _numbers(words: list[str], known: tuple[str, ...]) -> dict[str, float]:
+    """Returns the numbers of flags such as --tokens=200. Raises UserError for an unknown flag and for what is no positive number."""
+    found = {}
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag not in known:
+            raise UserError(f"Unknown flag {flag!r}: expected one of {', '.join(known)}.{nearest(flag, list(known))}")
+        try:
+            found[flag] = float(value)
+        except ValueError:
+            found[flag] = 0.0
+        if not 0 < found[flag] < float("inf"):
+            raise UserError(f"Expected a positive number after {flag}=, got {value!r}. Give it one, such as {flag}=200.")
+    return found
 
 
 def _checked(overrides: list[str]) -> "Config":

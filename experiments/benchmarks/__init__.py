@@ -1,0 +1,1 @@
+"""One suite that measures fedsim beside what people use today: `make bench`, or `python -m experiments.benchmarks --help`."""

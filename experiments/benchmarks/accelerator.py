@@ -1,0 +1,217 @@
+"""Section g: models of published size on a GPU, with random weights built on the device from their configuration.
+
+Model FLOPs are 4 x parameters x tokens: a frozen base costs a forward pass and the gradient of the activations, no gradient of weights.
+They are set against the throughput of the largest matrix product measured on the same device in the same run. Several GPUs: a worker
+each, with a share of the clients. On a CPU the section runs with a tiny model, to be tried; its figures mean nothing there.
+"""
+
+import os
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.benchmarks import workloads
+from experiments.benchmarks.processes import answer, asked, call
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+from experiments.benchmarks.timing import Task, interleaved, medians, ratio
+from experiments.benchmarks.workloads import ARCHITECTURES, TOKENS_PER_PASS, Subject, Workload
+from fedsim.cli.groups import choice_values
+from fedsim.models import prepare
+
+PUBLISHED = {"llama32_1b": (256, 8), "llama32_3b": (256, 8), "mistral_7b": (512, 1)}
+"""Tokens of a sequence and batch of a client by model, as published (arXiv 2502.15436)."""
+
+RANK = {"tiny": 16}
+BYTES_NEEDED = {"llama32_1b": 12e9, "llama32_3b": 24e9, "mistral_7b": 44e9}
+"""Device memory below which a model is left out."""
+
+
+def device_of(settings: Settings) -> torch.device:
+    """Returns the device that is measured."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Returns model, clients and way of training of every row; on a CPU the tiny model alone, unless models are named."""
+    device = device_of(settings)
+    fitting = [name for name, needed in BYTES_NEEDED.items() if device.type == "cuda" and _memory(device) >= needed]
+    models = settings.models or tuple(fitting) or ("tiny",)
+    counts = (1, 5) if settings.quick else (1, 5, 25)
+    rows = [{"model": model, "clients": clients, "way": "plain"} for model in models for clients in counts]
+    rows += [{"model": model, "clients": counts[-1], "way": way} for model in models for way in ("checkpointing", "DP-SGD")]
+    workers = torch.cuda.device_count() if device.type == "cuda" else (2 if settings.models else 1)
+    if workers > 1:
+        rows += [{"model": model, "clients": counts[-1], "way": f"{workers} workers"} for model in models]
+    return rows
+
+
+def _memory(device: torch.device) -> float:
+    return float(torch.cuda.get_device_properties(device).total_memory)
+
+
+def measure(case: Case, settings: Settings) -> Found:
+    """Measures one row: the cohort, and where it is plain the same clients one by one and centralised."""
+    if case["way"].endswith("workers"):
+        return _workers(case, settings)
+    device, workload = device_of(settings), workload_of(case["model"], case["clients"], 1 if settings.quick else 2)
+    on = _subject(case["model"], str(device), case["way"] == "checkpointing")
+    clients = workload.all_clients(on.vocabulary)
+    noise = 1.0 if case["way"] == "DP-SGD" else None
+    _reset(device)
+    workloads.train(on, clients, workload.training, noise)
+    found: Found = {"peak_gb": _peak(device) / 1e9}
+    rates = interleaved(_tasks(case, on, workload, clients, noise, device), turns=settings.turns, seconds=3 * settings.seconds)
+    middle = medians(rates)
+    ceiling = matrix_product_ceiling(str(device), _dtype(device))
+    flops = 4.0 * _parameters(on.model) * middle["cohort"]
+    found |= {"tokens": workload.tokens, "batch": workload.batch, "cohort": middle["cohort"], "tflops": flops / 1e12}
+    found |= {"ceiling_tflops": ceiling / 1e12, "utilisation": 100 * flops / ceiling}
+    found |= {f"ratio_{name}": ratio(rates, "cohort", name) for name in ("one by one", "centralised") if name in rates}
+    return found
+
+
+def _tasks(
+    case: Case, on: Subject, workload: Workload, clients: Sequence[Any], noise: float | None, device: torch.device
+) -> dict[str, Task]:
+    from experiments.benchmarks.peers import centralised
+
+    tasks: dict[str, Task] = {"cohort": lambda: workloads.train(on, clients, workload.training, noise)}
+    if case["way"] == "plain":
+        tasks["one by one"] = lambda: workloads.train_one_by_one(on, clients[:5], workload.training)
+        tasks["centralised"] = lambda: centralised.train(on, clients, workload.training)
+    return {name: lambda task=task: _synchronised(task, device) for name, task in tasks.items()}  # type: ignore[misc]
+
+
+def workload_of(model: str, clients: int, steps: int) -> Workload:
+    """Returns the workload of a model at its published length and batch, at rank 200."""
+    tokens, batch = PUBLISHED.get(model, (64, 1))
+    return Workload(model, clients, batch, tokens, steps, RANK.get(model, 200))
+
+
+def _synchronised(task: Task, device: torch.device) -> float:
+    amount = task()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return amount
+
+
+@lru_cache(maxsize=1)
+def _subject(model: str, device: str, checkpointing: bool) -> Subject:
+    return workloads.adapted(build(model, torch.device(device), checkpointing), workload_of(model, 1, 1).rank)
+
+
+def build(model: str, device: torch.device, checkpointing: bool = False) -> nn.Module:
+    """Returns a model with random weights, built on the device in bfloat16 (float32 on a CPU); nothing is loaded."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    entries = ARCHITECTURES.get(model) or choice_values("model", model)["architecture"]
+    with torch.device(device):
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**entries), dtype=_dtype(device), attn_implementation="sdpa")
+    return prepare(built, device, activation_checkpointing=checkpointing)
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _parameters(model: nn.Module) -> int:
+    """Parameters that every token is multiplied by: all but an embedding that is not also the head."""
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    tied = model.get_output_embeddings().weight is embedding  # type: ignore[operator]
+    return sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else embedding.numel())
+
+
+@lru_cache
+def matrix_product_ceiling(device: str, dtype: torch.dtype) -> float:
+    """Returns the FLOP/s of square matrix products, the largest of a few sizes."""
+    sizes = (4096, 8192, 16384) if device.startswith("cuda") else (512, 1024)
+    return max(_product_rate(size, torch.device(device), dtype) for size in sizes)
+
+
+def _product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def multiply() -> float:
+        for _ in range(5):
+            left @ right
+        return 5 * 2.0 * size**3
+
+    return max(interleaved({"product": lambda: _synchronised(multiply, device)}, turns=5)["product"])
+
+
+def _reset(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> float:
+    """Returns the peak memory in bytes: allocated on a GPU, resident on a CPU (over the whole process)."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _workers(case: Case, settings: Settings) -> Found:
+    """One process a device, each with its share of the clients, at the same time; the slowest counts."""
+    count, device = int(case["way"].split()[0]), device_of(settings)
+    shares = [case["clients"] // count + (place < case["clients"] % count) for place in range(count)]
+    told = [{"model": case["model"], "clients": share, "device": str(device), "quick": settings.quick} for share in shares if share]
+
+    def work(place: int) -> dict[str, Any]:
+        visible = {"CUDA_VISIBLE_DEVICES": str(place)} if device.type == "cuda" else {}
+        return call("experiments.benchmarks.accelerator", told[place], **visible)
+
+    with ThreadPoolExecutor(len(told)) as pool:
+        found = list(pool.map(work, range(len(told))))
+    workload = workload_of(case["model"], case["clients"], 1)
+    tokens = sum(each["tokens"] for each in found)
+    return {"tokens": workload.tokens, "batch": workload.batch, "cohort": tokens / max(each["seconds"] for each in found)}
+
+
+def work_of_a_worker(model: str, clients: int, device: str, quick: bool) -> dict[str, Any]:
+    """Trains a worker's share and returns its tokens and seconds, the median of a few turns."""
+    workload = workload_of(model, clients, 1 if quick else 2)
+    on = _subject(model, device, False)
+    data = workload.all_clients(on.vocabulary)
+    task = lambda: _synchronised(lambda: workloads.train(on, data, workload.training), torch.device(device))  # noqa: E731
+    speed = medians(interleaved({"cohort": task}, turns=3))["cohort"]
+    return {"tokens": workload.num_tokens, "seconds": workload.num_tokens / speed}
+
+
+SECTION = Section(
+    "g",
+    "Models of published size on an accelerator",
+    "Random weights, bfloat16 base and float32 R of rank 200 on a GPU; published lengths and batches; at most "
+    f"{TOKENS_PER_PASS} tokens a pass. *MFU*: 4 x parameters x "
+    "tokens per second over the measured ceiling of matrix products. x is the cohort's rate over the other's. A row of the tiny model on "
+    "a CPU only shows that the section runs.",
+    (
+        Column("model", "model"),
+        Column("clients", "clients"),
+        Column("way", "way"),
+        Column("batch", "batch"),
+        Column("tokens", "tokens"),
+        Column("tokens/s", "cohort", "{:,.0f}"),
+        Column("TFLOP/s", "tflops", "{:.2f}"),
+        Column("ceiling", "ceiling_tflops", "{:.2f}"),
+        Column("MFU, %", "utilisation", "{:.0f}"),
+        Column("x one by one", "ratio_one by one", "{:.2f}"),
+        Column("x centralised", "ratio_centralised", "{:.2f}"),
+        Column("peak, GB", "peak_gb", "{:.1f}"),
+    ),
+    cases,
+    measure,
+)
+
+if __name__ == "__main__":
+    if asked()["device"] == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+    answer(work_of_a_worker(**asked()))

@@ -1,0 +1,119 @@
+"""Section h: what `fedsim estimate` foretells against what the run then takes, each in a process of its own."""
+
+import resource
+import statistics
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.benchmarks.processes import answer, asked, call
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+
+SMALL = "data.test_examples=40 evaluation.max_new_tokens=48"
+CONFIGURATIONS = (
+    "federation.rounds=3",
+    "method=fedit federation.clients=5 training.batch_size=8 federation.rounds=3",
+    "method=ffa_lora adapter.rank=8 federation.clients=100 federation.fraction=0.5 training.batch_size=1 federation.rounds=3",
+    "privacy=example privacy.noise_multiplier=1 federation.rounds=2",
+    "adapter.init=orthogonal training.tokens_per_pass=1024 training.activation_checkpointing=true federation.rounds=2",
+    "method=lora_xs adapter.rank=16 training=sgd training.local_steps=30 federation.clients=10 federation.rounds=2",
+)
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Returns the overrides of every run."""
+    return [{"configuration": each} for each in CONFIGURATIONS[: 2 if settings.quick else None]]
+
+
+def measure(case: Case, settings: Settings) -> Found:
+    """Asks for the estimate, measured anew, then carries the run out; returns predicted over measured."""
+    overrides = f"{case['configuration']} {SMALL}".split()
+    told = {"overrides": overrides, "threads": torch.get_num_threads()}
+    foretold, took = (call("experiments.benchmarks.estimates", {**told, "run": way}) for way in (False, True))
+    return {
+        **{f"{name}_s": took[name] for name in ("initialisation", "training", "evaluation")},
+        **{f"{name}_x": foretold[name] / took[name] for name in ("training", "evaluation", "total", "memory")},
+        "memory_mb": took["memory"] / 1e6,
+        "initialisation_x": foretold["initialisation"] / took["initialisation"] if foretold["initialisation"] else None,
+    }
+
+
+def foretell(overrides: list[str]) -> dict[str, float]:
+    """Returns seconds by phase and the peak of memory in bytes, as the command foretells them."""
+    from fedsim.cli.compose import compose
+    from fedsim.cli.estimate import estimate_of
+
+    found = estimate_of(compose(overrides), again=True).found
+    seconds = {phase.name: phase.seconds for phase in found.phases}
+    seconds["training"] += seconds.pop("transfers")
+    return {**seconds, "total": found.seconds, "memory": found.peak_bytes}
+
+
+def carry_out(overrides: list[str]) -> dict[str, float]:
+    """Returns the same of a real run, by its log."""
+    from fedsim.cli.compose import compose
+    from fedsim.events import read_events
+    from fedsim.experiment import run
+
+    config = compose(overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        config.run_dir = str(Path(folder) / "run")
+        summary = run(config, quiet=True)
+        events = list(read_events(Path(config.run_dir) / "events.jsonl"))
+    started = _times(events, "initialized")[0]
+    rounds, evaluated = _times(events, "round"), _times(events, "evaluated")
+    before = max(time for time in evaluated if time <= rounds[0])
+    initialisation = next(float(event["wall_seconds"]) for event in events if event["kind"] == "initialized")
+    seconds = {
+        "initialisation": initialisation,
+        "training": float(summary["training"]["wall_seconds"]),
+        "evaluation": before - started + evaluated[-1] - rounds[-1],
+    }
+    return {**seconds, "total": sum(seconds.values()), "memory": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def _times(events: list[dict[str, Any]], kind: str) -> list[float]:
+    return [datetime.fromisoformat(event["time"]).timestamp() for event in events if event["kind"] == kind]
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """States the error: by what factor predicted and measured differ."""
+
+    def told(key: str) -> str:
+        off = [max(row[key], 1 / row[key]) for row in rows if row.get(key)]
+        return f"{statistics.median(off):.2f} in the middle and {max(off):.2f} at most" if off else "not measured"
+
+    parts = {"total time": "total_x", "training": "training_x", "memory": "memory_x"}
+    return f"Predicted and measured differ by a factor of: {'; '.join(f'{name} {told(key)}' for name, key in parts.items())}."
+
+
+SECTION = Section(
+    "h",
+    "Estimates",
+    f"`fedsim estimate` before the run, with a fresh calibration, against the run (all with `{SMALL}`). s: measured "
+    "seconds, MB: measured peak of the process, x: predicted over "
+    "measured. Training holds the messages.",
+    (
+        Column("configuration", "configuration", "`{}`"),
+        Column("initialisation, s", "initialisation_s", "{:.1f}"),
+        Column("x", "initialisation_x", "{:.2f}"),
+        Column("training, s", "training_s", "{:.1f}"),
+        Column("x", "training_x", "{:.2f}"),
+        Column("evaluation, s", "evaluation_s", "{:.1f}"),
+        Column("x", "evaluation_x", "{:.2f}"),
+        Column("total x", "total_x", "{:.2f}"),
+        Column("memory, MB", "memory_mb", "{:,.0f}"),
+        Column("x", "memory_x", "{:.2f}"),
+    ),
+    cases,
+    measure,
+    summary,
+)
+
+if __name__ == "__main__":
+    given = asked()
+    torch.set_num_threads(given["threads"])
+    answer((carry_out if given["run"] else foretell)(given["overrides"]))

@@ -1,0 +1,101 @@
+"""Section d: memory against the number of clients, each in a process of its own, and how fast uploads are averaged."""
+
+import resource
+from typing import Any
+
+import psutil
+import torch
+
+from experiments.benchmarks import workloads
+from experiments.benchmarks.processes import answer, asked, call
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+from experiments.benchmarks.timing import interleaved, medians, ratio
+from experiments.benchmarks.workloads import Workload
+from fedsim.config import MethodConfig
+from fedsim.core.adapters import factors
+from fedsim.core.collecting import Collector
+
+PER_CLIENT_COPIES = 6
+"""float32 numbers that a client adds for each of its parameters: R, gradient, two moments of AdamW, its start and its result."""
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Returns what is measured in every row."""
+    counts = (1, 25, 100) if settings.quick else (1, 25, 100, 1000)
+    sizes = (25,) if settings.quick else (25, 250)
+    return [
+        *({"what": "a cohort in one process", "clients": clients} for clients in counts),
+        *({"what": "averaging of uploads", "clients": clients} for clients in sizes),
+    ]
+
+
+def measure(case: Case, settings: Settings) -> Found:
+    """Measures one row."""
+    if case["what"] == "averaging of uploads":
+        return _averaging(case["clients"], settings)
+    return call("experiments.benchmarks.memory", {"clients": case["clients"], "threads": torch.get_num_threads()})
+
+
+def train_in_this_process(clients: int) -> dict[str, Any]:
+    """Trains the embedded model at rank 64 for two steps of one sequence, and returns the memory that it took, in MB."""
+    on = workloads.subject("embedded", 64)
+    workload = Workload("embedded", clients, batch=1, tokens=64, steps=2, rank=64)
+    data = workload.all_clients(on.vocabulary)
+    loaded = psutil.Process().memory_info().rss / 1e6
+    workloads.train(on, data, workload.training)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    own = PER_CLIENT_COPIES * 4 * on.layout.num_parameters * clients / 1e6
+    return {"loaded_mb": loaded, "peak_mb": peak, "own_mb": own, "besides_mb": peak - own}
+
+
+def _averaging(clients: int, settings: Settings) -> Found:
+    """Compares the server's streaming mean with copying the same uploads."""
+    on = workloads.subject("embedded", 64)
+    start = {name: tensor for kind in on.spec.kinds for name, tensor in factors(on.model, (kind,)).items()}
+    uploads = list(torch.randn(clients, on.layout.num_parameters))
+    space = torch.empty_like(uploads[0])
+    num_bytes = 4.0 * on.layout.num_parameters * clients
+
+    def average() -> float:
+        collector = Collector(on.spec, ("R",), start, MethodConfig(), keep_products=False, keep_clients=False, rule=None)
+        for upload in uploads:
+            collector.add(1.0, upload)
+        collector.mean()
+        return num_bytes
+
+    def copy() -> float:
+        for upload in uploads:
+            space.copy_(upload)
+        return num_bytes
+
+    rates = interleaved({"average": average, "copy": copy}, turns=max(5, settings.turns))
+    return {name: value / 1e9 for name, value in medians(rates).items()} | {"ratio": ratio(rates, "average", "copy")}
+
+
+SECTION = Section(
+    "d",
+    "Memory and averaging",
+    "Resident memory of one process in MB after loading and at its peak, the embedded model at rank 64, two steps of one "
+    "sequence of 64 tokens "
+    "for each client. *own*: six float32 copies of each client's R (R, gradient, two moments, start, result); *besides*: "
+    "the peak without them. GB/s: the server's streaming mean in "
+    "float64 over uploads of 458 kB, beside a plain copy of the same bytes.",
+    (
+        Column("", "what"),
+        Column("clients", "clients", "{:,}"),
+        Column("loaded", "loaded_mb", "{:,.0f}"),
+        Column("peak", "peak_mb", "{:,.0f}"),
+        Column("own", "own_mb", "{:,.0f}"),
+        Column("besides", "besides_mb", "{:,.0f}"),
+        Column("GB/s averaged", "average", "{:.1f}"),
+        Column("GB/s copied", "copy", "{:.1f}"),
+        Column("x", "ratio", "{:.2f}"),
+    ),
+    cases,
+    measure,
+)
+
+if __name__ == "__main__":
+    given = asked()
+    torch.set_num_threads(given["threads"])
+    answer(train_in_this_process(given["clients"]))

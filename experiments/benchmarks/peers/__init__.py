@@ -1,0 +1,1 @@
+"""What fedsim is compared with, each as its users run it."""

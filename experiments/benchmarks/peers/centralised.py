@@ -1,0 +1,52 @@
+"""Centralised training of the same tokens with the same adapter in a plain torch loop: the floor, which no simulation can go under."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from experiments.benchmarks.workloads import PAD, TOKENS_PER_PASS, Subject
+from fedsim.config import TrainingConfig
+from fedsim.core.adapters import bound, factors
+from fedsim.training.batches import collate, local_batches
+from fedsim.training.cohort import ClientData
+from fedsim.types import EncodedExample
+
+
+def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig) -> int:
+    """Trains one adapter on the union of all clients' batches, step by step, and returns the number of tokens.
+
+    One AdamW of torch, one loss a pass, rows in order of length in passes of as many tokens as a cohort's.
+    """
+    leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(on.model, ("R",)).items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=training.learning_rate, weight_decay=0.0)
+    plans = [local_batches([e.num_tokens for e in data.examples], training, seed=0, round=1, client=data.client) for data in clients]
+    num_tokens = 0
+    with bound(on.model, leaves):
+        for step in range(training.local_steps):
+            rows = [data.examples[i] for data, plan in zip(clients, plans, strict=True) for i in plan[step]]
+            rows.sort(key=lambda example: -example.num_tokens)
+            for start, stop in _passes(rows):
+                loss, seen = _loss(on, rows[start:stop])
+                (loss * (stop - start) / len(rows)).backward()  # type: ignore[no-untyped-call]
+                num_tokens += seen
+            optimizer.step()
+            optimizer.zero_grad()
+    return num_tokens
+
+
+def _passes(rows: Sequence[EncodedExample]) -> list[tuple[int, int]]:
+    cuts, start = [], 0
+    while start < len(rows):
+        stop = min(len(rows), start + max(1, TOKENS_PER_PASS // rows[start].num_tokens))
+        cuts.append((start, stop))
+        start = stop
+    return cuts
+
+
+def _loss(on: Subject, rows: Sequence[EncodedExample]) -> tuple[Tensor, int]:
+    batch = collate(rows, PAD, next(on.model.parameters()).device)
+    positions = torch.arange(batch.first, batch.input_ids.shape[1] - 1, device=batch.input_ids.device)
+    logits = on.model(input_ids=batch.input_ids, logits_to_keep=positions, use_cache=False).logits
+    return functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=-100), batch.num_tokens

@@ -1,0 +1,50 @@
+"""Measurements that need a process of their own: a peer with its own runtime, or a memory that nobody else has touched."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+MARK = "RESULT "
+
+
+def call(module: str, arguments: dict[str, Any], *, timeout: float = 600.0, **environment: str) -> dict[str, Any]:
+    """Runs `python -m module JSON` and returns the JSON after `MARK` in its output.
+
+    Raises RuntimeError with the end of what it said where it fails, and subprocess.TimeoutExpired.
+    """
+    path = os.pathsep.join(filter(None, [environment.pop("FIRST_PATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, **QUIET, **environment, "PYTHONPATH": path},
+    )
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith(MARK):
+            return json.loads(line.removeprefix(MARK))  # type: ignore[no-any-return]
+    last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["nothing was said"]
+    raise RuntimeError(f"{module} ended with code {done.returncode}: {last[0][:200]}")
+
+
+def answer(value: dict[str, Any]) -> None:
+    """Prints what `call` returns."""
+    print(f"{MARK}{json.dumps(value)}", flush=True)
+
+
+def asked() -> dict[str, Any]:
+    """Returns the arguments that `call` gave."""
+    return json.loads(sys.argv[1])  # type: ignore[no-any-return]

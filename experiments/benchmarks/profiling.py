@@ -1,0 +1,89 @@
+"""Section p: where the time of local training goes, by kind of operator."""
+
+from collections import defaultdict
+
+import torch
+
+from experiments.benchmarks import workloads
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+from experiments.benchmarks.training import TOKENS
+from experiments.benchmarks.workloads import Workload
+
+KINDS = {
+    "matrix products": ("mm", "bmm", "addmm", "baddbmm", "linear", "matmul"),
+    "attention": ("scaled_dot_product", "flash_attention", "_efficient_attention"),
+    "log-softmax of the logits": ("log_softmax", "nll_loss", "cross_entropy"),
+    "copies": ("copy_", "cat", "clone", "contiguous", "_to_copy", "stack", "index", "gather"),
+    "optimizer and sums": ("lerp", "addcmul", "addcdiv", "sqrt", "index_add", "zero_", "fill_"),
+    "other elementwise": ("",),
+}
+"""The first kind of which a part is in the operator's name."""
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Returns model, clients and batch of every row."""
+    grid = (
+        [("embedded", 25, 1)] if settings.quick else [("embedded", 25, 1), ("embedded", 25, 4), ("embedded", 1000, 1), ("llama_20m", 25, 4)]
+    )
+    return [{"model": model, "clients": clients, "batch": batch} for model, clients, batch in grid]
+
+
+def measure(case: Case, settings: Settings) -> Found:
+    """Returns the share of each kind in the time of two steps of a cohort, in percent, and what Python takes between operators."""
+    workload = Workload(**case, tokens=TOKENS[case["batch"]], steps=2, rank=64)
+    on = workloads.subject(workload.model, workload.rank)
+    clients = workload.all_clients(on.vocabulary)
+    workloads.train(on, clients, workload.training)
+    with torch.profiler.profile(activities=_activities()) as profile, torch.profiler.record_function("everything"):
+        workloads.train(on, clients, workload.training)
+    return shares({event.key: _microseconds(event) for event in profile.key_averages()})
+
+
+def shares(times: dict[str, float]) -> Found:
+    """Returns percent by kind of operators' own times; "everything" is what passes outside of them."""
+    sums: dict[str, float] = defaultdict(float)
+    for name, own in times.items():
+        sums["Python"] += own if name == "everything" else 0.0
+        if name != "everything":
+            sums[_kind(name)] += own
+    total = sum(sums.values())
+    ops = sorted(((own, name) for name, own in times.items() if name != "everything"), reverse=True)[:4]
+    return {kind: 100 * value / total for kind, value in sums.items()} | {
+        "largest": ", ".join(f"{name.removeprefix('aten::')} {100 * own / total:.0f} %" for own, name in ops)
+    }
+
+
+def _kind(name: str) -> str:
+    parts = name.lower().removeprefix("aten::")
+    for kind, words in KINDS.items():
+        if any(word in parts for word in words) and not (kind == "matrix products" and "comm" in parts):
+            return kind
+    return "other elementwise"
+
+
+def _activities() -> list[torch.profiler.ProfilerActivity]:
+    kinds = torch.profiler.ProfilerActivity
+    return [kinds.CPU, kinds.CUDA] if torch.cuda.is_available() else [kinds.CPU]
+
+
+def _microseconds(event: torch.autograd.profiler_util.FunctionEventAvg) -> float:
+    return float(event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total)
+
+
+SECTION = Section(
+    "p",
+    "Where the time goes",
+    "Percent of the time of a cohort's local training at rank 64, by torch's profiler (own time of operators; the "
+    "profiler itself makes many small operators "
+    "look slower). *Python*: everything between operators.",
+    (
+        Column("model", "model"),
+        Column("clients", "clients", "{:,}"),
+        Column("batch", "batch"),
+        *(Column(kind, kind, "{:.0f}") for kind in KINDS),
+        Column("Python", "Python", "{:.0f}"),
+        Column("largest operators", "largest"),
+    ),
+    cases,
+    measure,
+)

@@ -1,0 +1,283 @@
+"""What a run will take in time and memory, foretold from shapes and a few measured rates: arithmetic alone, no weight and no clock.
+
+FLOPs are those of the matrix products, two for each multiply-add. The base is frozen, so a token costs a forward pass and the gradient
+of the activations, 4 x parameters, and no gradient of the weights. Bytes of transfers are `fedsim.core.cost`'s.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+
+from torch import empty
+
+from fedsim.config import Config, Init, Optimizer, PrivacyUnit
+from fedsim.core.cost import Forecast
+from fedsim.core.forms import AdapterSpec
+from fedsim.core.initialization import DERIVED
+from fedsim.core.methods import Method
+from fedsim.core.participation import round_size
+from fedsim.core.traffic import refresh_due
+
+LOGIT_COPIES = 3
+"""float32 numbers held for each logit at the peak of a pass: the logit, the log-softmax and its gradient."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the cost of a base model depends on."""
+
+    parameters: int  # all of them, tied ones once
+    block_parameters: int  # of the linear layers that every token goes through
+    head_parameters: int  # of the output layer, which tokens with a loss go through
+    layers: int
+    attention_width: int  # heads x size of a head
+    key_value_width: int  # key-value heads x size of a head
+    hidden: int
+    vocabulary: int
+    weight_bytes: int  # of one base weight
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do, in examples and tokens; means over examples."""
+
+    tokens: float  # of a training example, cut to data.max_length
+    responses: float  # of these, tokens that carry a loss
+    train_examples: int
+    questions: int  # of all test sets
+    prompt: float  # tokens of a test question
+    answer: float  # tokens of a generated answer after training
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rates of one machine for one model, and where they come from."""
+
+    flops: float  # per second in training, matrix products
+    pass_seconds: float  # of a training pass besides its FLOPs
+    client_step_seconds: float  # of a client's step besides its passes
+    decode_flops: float  # per second in generation
+    decode_seconds: float  # of a generation step besides its FLOPs
+    copy_bytes: float  # per second that a message's arrays go through packing, checks and averaging
+    client_seconds: float  # of a client's messages in a round besides their bytes
+    svd_flops: float  # per second, float64
+    process_bytes: int  # resident memory of a process before a model is loaded
+    source: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the run."""
+
+    name: str
+    seconds: float
+    detail: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The whole run: its phases, the peak of memory by what holds it, and the bytes that travel."""
+
+    phases: tuple[Phase, ...]
+    memory: dict[str, float]
+    num_bytes: dict[str, int]
+    flops: float  # of training
+
+    @property
+    def seconds(self) -> float:
+        """Time of all phases."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Memory at the peak."""
+        return sum(self.memory.values())
+
+
+def chain_parameters(spec: AdapterSpec) -> int:
+    """Returns the number of multiply-adds of a token in all adapters: the elements of the matrices of the form's chains."""
+    total = 0
+    for layer in spec.layers:
+        factors = {kind: empty(shape, device="meta") for kind, shape in spec.shapes(layer).items()}
+        total += sum(matrix.numel() for matrix in spec.form.chain(factors))
+    return total
+
+
+def forward_flops(shape: ModelShape, tokens: float, length: float, targets: float, adapters: int = 0) -> float:
+    """Returns the FLOPs of a forward pass of `tokens` tokens in sequences of `length`, of which `targets` need logits."""
+    attention = 2.0 * shape.attention_width * length * shape.layers  # scores and their product with the values, the mask not exploited
+    return 2.0 * (tokens * (shape.block_parameters + adapters + attention) + targets * shape.head_parameters)
+
+
+def training_flops(
+    shape: ModelShape, tokens: float, length: float, targets: float, adapters: int, trained: int, *, checkpointing: bool = False
+) -> float:
+    """Returns the FLOPs of forward and backward: the gradient of every activation, and of what trains.
+
+    The first layers' gradients of their input, which nobody needs, are counted as if they were computed.
+    """
+    forward = forward_flops(shape, tokens, length, targets, adapters)
+    attention = 2.0 * (2.0 * shape.attention_width * length * shape.layers) * tokens  # the backward of attention is twice its forward
+    again = forward_flops(shape, tokens, length, 0, adapters) if checkpointing else 0.0
+    return 2.0 * forward + attention + again + 2.0 * tokens * trained
+
+
+def activation_bytes(shape: ModelShape, spec: AdapterSpec, tokens: float, trained: Sequence[str] = ("R",)) -> float:
+    """Returns what a pass over a gated block with fused attention keeps for its backward, logits left out.
+
+    Both norms keep their input in float32; attention its queries, keys, values and result; the gate three of its inner size; an adapter
+    A x, and its input where A itself trains.
+    """
+    inner = max((max(sides) for sides in spec.layers.values()), default=shape.hidden)
+    block = 2 * shape.attention_width + 2 * shape.key_value_width + 3 * inner
+    if {"A", "D"} & set(trained):
+        block += 2 * shape.hidden + inner
+    ranks = spec.rank * spec.heads * len(spec.layers) if spec.form.low_rank else 0
+    return tokens * (shape.layers * (2 * 4 * shape.hidden + shape.weight_bytes * block) + shape.weight_bytes * ranks)
+
+
+def estimate(
+    config: Config, method: Method, spec: AdapterSpec, shape: ModelShape, work: Work, rates: Calibration, cost: Forecast
+) -> Estimate:
+    """Returns the estimate of the run that `config` describes, in which the method has settled what it decides."""
+    plan = _Plan(config, method, spec, shape, work, rates, cost)
+    phases = (plan.initialization(), plan.training(), plan.transfers(), plan.evaluation())
+    return Estimate(phases, plan.memory(), dict(cost.totals), plan.flops_of_training)
+
+
+class _Plan:
+    """The counts that the phases share."""
+
+    def __init__(
+        self, config: Config, method: Method, spec: AdapterSpec, shape: ModelShape, work: Work, rates: Calibration, cost: Forecast
+    ) -> None:
+        self._config, self._method, self._spec, self._shape = config, method, spec, shape
+        self._work, self._rates, self._cost = work, rates, cost
+        training, federation = config.training, config.federation
+        self._participants = round_size(federation.clients, federation.fraction)
+        self._cohort = min(config.engine.cohort_size or self._participants, self._participants)
+        batch = training.batch_size * training.accumulation
+        average = max(1, ceil(work.train_examples / federation.clients))
+        self._batch = min(batch, average)
+        epochs = training.local_epochs
+        self._steps = training.local_steps if epochs is None else epochs * ceil(average / batch)
+        self._client_steps = federation.rounds * self._participants * self._steps
+        self._trained = spec.num_parameters(method.trained(1))
+        self._adapters = chain_parameters(spec)
+
+    # ---- time
+
+    @property
+    def _step_tokens(self) -> float:
+        return self._cohort * self._batch * self._work.tokens
+
+    @property
+    def _pass_tokens(self) -> float:
+        """Tokens of one pass: the budget, or a whole step where it is smaller, one sequence at least."""
+        return max(min(float(self._config.training.tokens_per_pass), self._step_tokens), self._work.tokens)
+
+    @property
+    def flops_of_training(self) -> float:
+        """FLOPs of local training over all rounds."""
+        tokens = self._client_steps * self._batch * self._work.tokens
+        targets = self._client_steps * self._batch * self._work.responses
+        checkpointing = self._config.training.activation_checkpointing
+        return training_flops(self._shape, tokens, self._work.tokens, targets, self._adapters, self._trained, checkpointing=checkpointing)
+
+    def training(self) -> Phase:
+        """Passes, and each client's optimizer steps."""
+        passes = self._client_steps / self._cohort * ceil(self._step_tokens / self._pass_tokens)
+        rates = self._rates
+        seconds = self.flops_of_training / rates.flops + passes * rates.pass_seconds + self._client_steps * rates.client_step_seconds
+        tokens = self._client_steps * self._batch * self._work.tokens
+        return Phase("training", seconds, f"{tokens:,.0f} tokens, {passes:,.0f} passes, {self.flops_of_training:.3g} FLOPs")
+
+    def initialization(self) -> Phase:
+        """The initial gradients, one at the base weights for every sample, and their decomposition; bases from the seed are for free."""
+        init, again = self._config.adapter.init, sum(refresh_due(self._config, n) for n in range(1, self._config.federation.rounds + 1))
+        if init in DERIVED and init is not Init.weight_svd:
+            return Phase("initialisation", 0.0, "bases from the seed")
+        svd = self._svd_flops() / self._rates.svd_flops
+        if init is Init.weight_svd:
+            return Phase("initialisation", (1 + again) * svd, "decomposition of the base weights")
+        samples = self._config.adapter.init_samples
+        if init is Init.gradient_dp:
+            samples = self._cost.givers * self._batch
+        tokens = samples * self._work.tokens
+        flops = training_flops(self._shape, tokens, self._work.tokens, samples * self._work.responses, 0, self._shape.block_parameters)
+        givers = max(1, self._cost.givers)
+        moved = 2.0 * 4 * self._whole * givers / self._rates.copy_bytes
+        seconds = flops / self._rates.flops + givers * self._rates.pass_seconds + svd + moved
+        return Phase(
+            "initialisation",
+            (1 + again) * seconds,
+            f"gradients of {samples:,} examples of {givers:,} clients, {len(self._spec.layers)} SVDs",
+        )
+
+    @property
+    def _whole(self) -> int:
+        return sum(prod(sides) for sides in self._spec.layers.values())
+
+    def _svd_flops(self) -> float:
+        """Of a full decomposition, about 14 m n min(m, n), or of a subspace iteration where that is less."""
+        width = self._spec.rank + 32
+        return sum(min(14.0 * m * n * min(m, n), 60.0 * m * n * width) for m, n in self._spec.layers.values())
+
+    def transfers(self) -> Phase:
+        """What packing, checking, counting and averaging take in one process; a network is not in it."""
+        moved = sum(number for name, number in self._cost.totals.items() if name.endswith("payload_bytes") and not name.startswith("setup"))
+        count = self._config.federation.rounds * self._participants
+        seconds = moved / self._rates.copy_bytes + count * self._rates.client_seconds
+        return Phase(
+            "transfers", 0.0 if self._method.pooled else seconds, f"{count:,} client rounds, {moved / 1e6:,.1f} MB of arrays besides set-up"
+        )
+
+    def evaluation(self) -> Phase:
+        """The base model's answers, taken to run to the limit, and after training; and the loss of the references."""
+        options, work = self._config.evaluation, self._work
+        rounds = self._config.federation.rounds
+        later = 1 + (len([n for n in range(1, rounds) if n % options.every == 0]) if options.every else 0)
+        answers = (float(options.max_new_tokens), *(min(work.answer, options.max_new_tokens) for _ in range(later)))
+        seconds = sum(self._generation(answer) for answer in answers)
+        tokens = work.questions * sum(answers)
+        return Phase("evaluation", seconds, f"{work.questions:,} questions {1 + later} times, {tokens:,.0f} generated tokens")
+
+    def _generation(self, answer: float) -> float:
+        options, work, shape, rates = self._config.evaluation, self._work, self._shape, self._rates
+        rows = max(1, min(work.questions, int(options.tokens_per_pass // (work.prompt + options.max_new_tokens))))
+        batches = ceil(work.questions / rows)
+        length = work.prompt + answer / 2
+        flops = forward_flops(shape, work.questions * work.prompt, work.prompt, work.questions) / rates.flops
+        flops += forward_flops(shape, work.questions * answer, length, work.questions * answer) / rates.decode_flops
+        loss = forward_flops(shape, work.questions * (work.prompt + work.answer), work.prompt + work.answer, work.questions * work.answer)
+        return flops + batches * min(2 * answer, options.max_new_tokens) * rates.decode_seconds + loss / rates.flops
+
+    # ---- memory
+
+    def memory(self) -> dict[str, float]:
+        """Returns bytes by what holds them at the peak, for one process that is server and worker."""
+        shape, config = self._shape, self._config
+        number = shape.weight_bytes
+        moments = {Optimizer.adamw: 2, Optimizer.sgd: 1 if config.training.momentum else 0}[config.training.optimizer]
+        private = 1 if config.privacy.unit is PrivacyUnit.example else 0
+        targets = min(1.0, self._work.responses / self._work.tokens + 0.2) * self._pass_tokens  # rows differ in where their response begins
+        kept = activation_bytes(shape, self._spec, self._pass_tokens, self._method.trained(1))
+        if config.training.activation_checkpointing:
+            kept = kept / shape.layers + self._pass_tokens * number * shape.layers * shape.hidden
+        whole = self._spec.num_parameters(self._spec.kinds)
+        gradients = 0 if config.adapter.init in DERIVED else 3 * 4 * self._whole
+        pass_bytes = kept + LOGIT_COPIES * 4 * targets * shape.vocabulary
+        rows = max(
+            1, min(self._work.questions, int(config.evaluation.tokens_per_pass // (self._work.prompt + config.evaluation.max_new_tokens)))
+        )
+        length = self._work.prompt + config.evaluation.max_new_tokens
+        cache = (
+            2.0 * rows * length * shape.layers * shape.key_value_width * number + number * self._whole
+        )  # answers come from merged weights
+        return {
+            "process": float(self._rates.process_bytes),
+            "base model": float(number * shape.parameters),
+            "common factors": 2.0 * 4 * whole,
+            "clients' factors, gradients, moments and uploads": 4.0 * self._trained * self._cohort * (4 + moments + private),
+            "largest of a training pass, initial gradients and generation": max(pass_bytes, float(gradients), cache),
+        }

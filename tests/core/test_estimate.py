@@ -1,0 +1,143 @@
+"""FLOPs against torch's own counter, parameters against the model's, bytes against the forecast of the cost."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedsim.cli.compose import compose
+from fedsim.config import ModelConfig
+from fedsim.core.adapters import adapt, adapter_spec, factors
+from fedsim.core.cost import forecast
+from fedsim.core.estimate import Calibration, Work, activation_bytes, chain_parameters, estimate, forward_flops, training_flops
+from fedsim.core.forms import LORA, LORA_SB
+from fedsim.effective import effective, method_of
+from fedsim.shapes import layer_shapes, model_shape, num_parameters
+from fedsim.training.batches import collate
+from fedsim.training.loss import group_gradients, row_losses
+from fedsim.types import EncodedExample
+
+TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
+SHAPE = model_shape(ModelConfig(architecture=TINY))
+RANK, ROWS, LENGTH, START = 8, 4, 12, 5
+TOKENS = ROWS * LENGTH
+WORK = Work(tokens=60, responses=25, train_examples=10_000, questions=100, prompt=35, answer=25)
+RATES = Calibration(1e10, 1e-2, 1e-3, 1e9, 5e-3, 1e9, 1e-3, 1e9, 400_000_000, "made up")
+
+
+def counted(form, kinds):
+    """FLOPs of forward and backward by torch's counter, the specification, and what the first layers would add."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")  # the fused kernel of the CPU is not counted
+    spec = adapt(model, form, RANK, 1, 1.0, [])
+    batch = collate([EncodedExample(tuple(range(3, 3 + LENGTH)), START) for _ in range(ROWS)], 0, torch.device("cpu"))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        row_losses(model, batch)
+    stacked = {name: factor.unsqueeze(0) for name, factor in factors(model, kinds).items()}
+    with FlopCounterMode(display=False) as both:
+        group_gradients(model, stacked, batch, torch.ones(ROWS))
+    first = [spec.layers[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv"]
+    inner = RANK * RANK if form is LORA_SB else 0  # the gradient of A x, which no trained factor of the first layers asks for
+    unneeded = 2 * TOKENS * sum(out * into + RANK * into + inner for out, into in first)
+    return forward.get_total_flops(), both.get_total_flops(), spec, unneeded, ROWS * batch.labels.shape[1]
+
+
+@pytest.mark.parametrize(("form", "kinds"), [(LORA_SB, ("R",)), (LORA, ("B", "A"))])
+def test_flops_equal_those_that_torch_counts(form, kinds):
+    forward, both, spec, unneeded, targets = counted(form, kinds)
+    adapters, trained = chain_parameters(spec), spec.num_parameters(kinds)
+    assert forward_flops(SHAPE, TOKENS, LENGTH, targets, adapters) == forward
+    assert training_flops(SHAPE, TOKENS, LENGTH, targets, adapters, trained) - unneeded == both
+
+
+def test_checkpointing_costs_one_more_forward_without_logits():
+    more = training_flops(SHAPE, TOKENS, LENGTH, 20, 0, 0, checkpointing=True) - training_flops(SHAPE, TOKENS, LENGTH, 20, 0, 0)
+    assert more == forward_flops(SHAPE, TOKENS, LENGTH, 0)
+
+
+@pytest.mark.parametrize("name", ["mistral_7b", "llama32_1b", "llama31_70b", "gpt2"])
+def test_the_parts_of_a_model_are_those_of_its_skeleton(name):
+    model = compose([f"model={name}"]).model
+    shape = model_shape(model)
+    assert shape.parameters == num_parameters(model)
+    assert shape.block_parameters == sum(rows * columns for rows, columns in layer_shapes(model, []).values())
+    assert 0.9 < (shape.block_parameters + shape.head_parameters) / shape.parameters < 1.01, "the rest is norms and an untied embedding"
+
+
+def kept_by_autograd(model, batch, stacked):
+    """Bytes that autograd keeps between forward and backward, each storage once, parameters and logits left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and VOCABULARY not in tensor.shape:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        group_gradients(model, stacked, batch, torch.ones(len(batch.input_ids)))
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("form", "kinds"), [(LORA_SB, ("R",)), (LORA, ("B", "A"))])
+def test_activations_are_those_that_autograd_keeps(form, kinds):
+    sizes = []
+    for length in (20, 40):
+        model = tiny_model("llama")
+        spec = adapt(model, form, RANK, 1, 1.0, [])
+        batch = collate([EncodedExample(tuple(range(3, 3 + length)), 1) for _ in range(8)], 0, torch.device("cpu"))
+        stacked = {name: factor.unsqueeze(0) for name, factor in factors(model, kinds).items()}
+        sizes.append(kept_by_autograd(model, batch, stacked))
+    per_token = (sizes[1] - sizes[0]) / (8 * 20)
+    assert activation_bytes(SHAPE, spec, 1, kinds) == pytest.approx(per_token, rel=0.1)
+
+
+def foretold(overrides=(), work=WORK, rates=RATES):
+    given = compose(list(overrides))
+    config, method = effective(given), method_of(given)
+    layers = layer_shapes(given.model, config.adapter.target_modules)
+    spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
+    cost = forecast(config, method, spec)
+    return estimate(config, method, spec, model_shape(given.model), work, rates, cost), cost
+
+
+@pytest.mark.parametrize("method", ["fed_sb", "fedit", "centralized", "full"])
+def test_bytes_are_those_of_the_cost(method):
+    found, cost = foretold([f"method={method}", "federation.rounds=3"])
+    assert found.num_bytes == cost.totals
+    assert found.seconds == sum(phase.seconds for phase in found.phases) > 0
+    assert found.peak_bytes > RATES.process_bytes + found.memory["base model"]
+
+
+def test_twice_the_rounds_take_twice_the_training():
+    one, two = (foretold([f"federation.rounds={rounds}"])[0] for rounds in (3, 6))
+    assert two.flops == 2 * one.flops
+    times = [{phase.name: phase.seconds for phase in found.phases} for found in (one, two)]
+    assert times[1]["training"] == pytest.approx(2 * times[0]["training"])
+    assert times[1]["evaluation"] == times[0]["evaluation"]
+    assert times[1]["initialisation"] == times[0]["initialisation"]
+
+
+def test_a_cohort_of_all_clients_takes_fewer_passes_than_clients_alone():
+    together, alone = (
+        {phase.name: phase.seconds for phase in foretold([f"engine.cohort_size={size}"])[0].phases}["training"] for size in (0, 1)
+    )
+    assert together < alone
+
+
+def test_memory_does_not_grow_with_clients_but_for_their_own_factors():
+    few, many = (foretold([f"federation.clients={clients}", "training.tokens_per_pass=512"])[0].memory for clients in (25, 100))
+    own = "clients' factors, gradients, moments and uploads"
+    assert many.pop(own) == 4 * few.pop(own)
+    assert many == few
+
+
+def test_epochs_count_the_examples_of_a_client():
+    one = foretold(["training.local_epochs=1"])[0]
+    assert one.flops == pytest.approx(foretold(["training.local_epochs=2"])[0].flops / 2)
+    fewer = foretold(["training.local_epochs=1"], replace(WORK, train_examples=5000))[0]
+    assert fewer.flops == pytest.approx(one.flops / 2)
