@@ -54,6 +54,10 @@ class _Timed(FedAvg):
         self.marks = [time.perf_counter()]
 
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        replies = list(replies)
+        good = sum(reply.has_content() for reply in replies)
+        if good != self.min_train_nodes:  # FedAvg would go on with the others
+            raise RuntimeError(f"{good} of {self.min_train_nodes} clients answered")
         found = super().aggregate_train(server_round, replies)
         self.marks.append(time.perf_counter())
         return found
