@@ -25,6 +25,7 @@ from experiments.benchmarks import (
 from experiments.benchmarks.processes import QUIET
 from experiments.benchmarks.suite import Section, Settings, measured
 from fedsim.manifest import manifest
+from fedsim.memory import keep_freed_memory
 
 SECTIONS: list[Section] = [
     training.SECTION,
@@ -44,6 +45,7 @@ def main(words: list[str] | None = None) -> int:
     """Measures the sections asked for and returns the exit code: 1 where a case failed."""
     options = _parser().parse_args(words)
     os.environ.update({**QUIET, **os.environ})
+    keep_freed_memory()  # as a session of fedsim does; plain torch, peft and Opacus in this process have it too
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     settings = Settings.of(options.quick, options.device, tuple(options.model.split(",")) if options.model else ())
     chosen = options.only.split(",") if options.only else [section.letter for section in SECTIONS]

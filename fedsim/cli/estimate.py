@@ -16,7 +16,7 @@ from fedsim.core.cost import forecast
 from fedsim.core.estimate import Calibration, Estimate, ModelShape, Work, estimate
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.participation import round_size
-from fedsim.data import Dataset, load
+from fedsim.data import Dataset, labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.models import EMBEDDED, looks_local
@@ -25,7 +25,7 @@ from fedsim.report import table
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import layer_shapes, model_shape
 from fedsim.training.encoding import encode
-from fedsim.types import Example
+from fedsim.types import AnyExample, Example
 
 TRAIN_SIZES = {"gsm8k": 7473, "math": 7500, "metamathqa": 395_000, "commonsense_170k": 170_420}
 TEST_SIZES = {"gsm8k": 1319, "math": 5000, "boolq": 3270, "piqa": 1838, "social_i_qa": 1954, "hellaswag": 10_042, "winogrande": 1267}
@@ -66,6 +66,8 @@ def estimate_of(given: Config, *, tokens: int | None = None, megabits: float = M
 
     Raises UserError for a model without known shapes and for data that cannot be read.
     """
+    if labels(given.data):
+        raise UserError("data: expected texts that are answered, got labels; an estimate of classification is not known. Use fedsim cost.")
     config, method = effective(given), method_of(given)
     layers = layer_shapes(given.model, config.adapter.target_modules)
     spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
@@ -83,6 +85,8 @@ def _assumptions(config: Config, rates: Calibration) -> list[str]:
         "The base model's answers run to evaluation.max_new_tokens; after training they are as long as the references.",
         "Clients have equal shares; a step is as long as its mean; padding is not counted.",
     ]
+    if config.privacy.secure_aggregation:
+        told.append("The masks and shares of secure aggregation are in the bytes, not in the time.")
     if config.engine.cohort_size == 0 and round_size(config.federation.clients, config.federation.fraction) > 1000:
         told.append("All clients of a round train in one cohort: engine.cohort_size bounds the memory of their factors.")
     return told
@@ -134,10 +138,11 @@ def _counted(config: Config, data: Dataset) -> tuple[Work, list[str]]:
     return work, told
 
 
-def _lengths(config: Config, examples: Sequence[Example]) -> list[tuple[float, float]]:
+def _lengths(config: Config, examples: Sequence[AnyExample]) -> list[tuple[float, float]]:
     """Returns length and length of the prompt of a seeded sample of the examples, cut as for training."""
     count, limit, tokenizer = min(SAMPLED, len(examples)), config.data.max_length, _tokenizer(config)
-    chosen = [examples[i] for i in numpy_generator(config.seed, "estimate").choice(len(examples), count, replace=False)]
+    drawn = [examples[i] for i in numpy_generator(config.seed, "estimate").choice(len(examples), count, replace=False)]
+    chosen = [example for example in drawn if isinstance(example, Example)]
     if tokenizer is None:
         pairs = [(len(example.prompt.split()), len(example.response.split())) for example in chosen]
         return [(min(limit, TOKENS_A_WORD * (prompt + response)), min(limit, TOKENS_A_WORD * prompt)) for prompt, response in pairs]

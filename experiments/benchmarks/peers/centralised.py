@@ -20,7 +20,7 @@ def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig) 
     One AdamW of torch, one loss a pass, rows in order of length in passes of as many tokens as a cohort's.
     """
     leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(on.model, ("R",)).items()}
-    optimizer = torch.optim.AdamW(leaves.values(), lr=training.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(leaves.values(), lr=training.learning_rate, weight_decay=0.0, fused=True)
     plans = [local_batches([e.num_tokens for e in data.examples], training, seed=0, round=1, client=data.client) for data in clients]
     num_tokens = 0
     with bound(on.model, leaves):
