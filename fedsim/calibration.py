@@ -136,7 +136,7 @@ def _training_rates(
     """Returns FLOP/s, seconds of a pass and seconds of a client's step: the three unknowns of a few cohorts' times."""
     training = replace(config.training, local_steps=1, local_epochs=None)
     batch = training.batch_size * training.accumulation
-    most = max(1, min(round_size(config.federation.clients, config.federation.fraction), training.tokens_per_pass // (batch * tokens)))
+    most = max(1, min(round_size(config.federation.clients, config.federation.fraction), int(training.tokens_per_pass) // (batch * tokens)))
     short = max(4, tokens // 2)
     points = dict.fromkeys([(1, tokens), (most, tokens), (max(1, most // 2), tokens), (most, short), (1, short)])
     layout, kinds = spec.layout(method.trained(1)), method.trained(1)
@@ -151,7 +151,7 @@ def _training_rates(
     rows, seconds = [], []
     for clients, length in points:
         flops = training_flops(shape, clients * batch * length, length, clients * batch * length / 2, adapters, trained)
-        rows.append([flops, max(1, -(-clients * batch * length // training.tokens_per_pass)), clients])
+        rows.append([flops, max(1, -(-clients * batch * length // int(training.tokens_per_pass))), clients])
         seconds.append(_fastest(lambda clients=clients, length=length: train(clients, length)))  # type: ignore[misc]
     per_flop, per_pass, per_client = _solved(rows, seconds)
     return 1.0 / max(per_flop, 1e-18), per_pass, per_client

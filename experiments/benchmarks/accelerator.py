@@ -19,7 +19,7 @@ from experiments.benchmarks import workloads
 from experiments.benchmarks.processes import answer, asked, call
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from experiments.benchmarks.timing import Task, interleaved, medians, ratio
-from experiments.benchmarks.workloads import ARCHITECTURES, TOKENS_PER_PASS, Subject, Workload
+from experiments.benchmarks.workloads import ARCHITECTURES, Subject, Workload
 from fedsim.cli.groups import choice_values
 from fedsim.models import prepare
 
@@ -189,10 +189,9 @@ def work_of_a_worker(model: str, clients: int, device: str, quick: bool) -> dict
 SECTION = Section(
     "g",
     "Models of published size on an accelerator",
-    "Random weights, bfloat16 base and float32 R of rank 200 on a GPU; published lengths and batches; at most "
-    f"{TOKENS_PER_PASS} tokens a pass. *MFU*: 4 x parameters x "
-    "tokens per second over the measured ceiling of matrix products. x is the cohort's rate over the other's. A row of the tiny model on "
-    "a CPU only shows that the section runs.",
+    "Random weights, bfloat16 base and float32 R of rank 200 on a GPU; published lengths and batches. *MFU*: 4 x parameters x tokens per "
+    "second over the measured ceiling of matrix products. x is the cohort's rate over the other's. A row of the tiny model on a CPU only "
+    "shows that the section runs.",
     (
         Column("model", "model"),
         Column("clients", "clients"),

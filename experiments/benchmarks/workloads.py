@@ -22,7 +22,6 @@ from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.private import PrivateRule
 from fedsim.types import EncodedExample
 
-TOKENS_PER_PASS = 4096
 PAD = 0
 
 
@@ -60,7 +59,6 @@ class Workload:
             learning_rate=1e-3,
             schedule=Schedule.constant,
             warmup_ratio=0.0,
-            tokens_per_pass=TOKENS_PER_PASS,
         )
 
     def client(self, number: int, vocabulary: int) -> ClientData:

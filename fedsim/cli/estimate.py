@@ -4,13 +4,15 @@ Nothing is trained, and no weight is loaded: bytes are those of `fedsim cost`, t
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from fedsim.calibration import calibrated
-from fedsim.config import Config, DataConfig
+from fedsim.config import AUTO, Config, DataConfig
 from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import forecast
 from fedsim.core.estimate import Calibration, Estimate, ModelShape, Work, estimate
@@ -19,11 +21,12 @@ from fedsim.core.participation import round_size
 from fedsim.data import Dataset, labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
-from fedsim.models import EMBEDDED, looks_local
+from fedsim.models import DTYPES, EMBEDDED, device, looks_local
 from fedsim.progress import size
 from fedsim.report import table
 from fedsim.seeding import numpy_generator
-from fedsim.shapes import layer_shapes, model_shape
+from fedsim.shapes import layer_shapes, model_shape, skeleton
+from fedsim.training.budget import chosen, chosen_for
 from fedsim.training.encoding import encode
 from fedsim.types import AnyExample, Example
 
@@ -68,6 +71,7 @@ def estimate_of(given: Config, *, tokens: int | None = None, megabits: float = M
     """
     if labels(given.data):
         raise UserError("data: expected texts that are answered, got labels; an estimate of classification is not known. Use fedsim cost.")
+    given = replace(given, training=replace(given.training, tokens_per_pass=_pass_tokens(given)))
     config, method = effective(given), method_of(given)
     layers = layer_shapes(given.model, config.adapter.target_modules)
     spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
@@ -76,6 +80,17 @@ def estimate_of(given: Config, *, tokens: int | None = None, megabits: float = M
     shape = model_shape(given.model)
     found = estimate(config, method, spec, shape, work, rates, forecast(config, method, spec))
     return Answer(given, spec, shape, work, rates, found, megabits, (*told, *_assumptions(config, rates)))
+
+
+def _pass_tokens(config: Config) -> int:
+    """Returns the most tokens of a pass, chosen for this machine where the configuration says auto."""
+    if config.training.tokens_per_pass != AUTO:
+        return int(config.training.tokens_per_pass)
+    bare, on = skeleton(config.model), device(config.model)
+    if on.type != "cuda":
+        return chosen(bare)
+    free = torch.cuda.mem_get_info(on)[0] - model_shape(config.model).parameters * DTYPES[config.model.dtype].itemsize
+    return chosen_for(bare, max(0, free))
 
 
 def _assumptions(config: Config, rates: Calibration) -> list[str]:

@@ -139,7 +139,7 @@ def activation_bytes(shape: ModelShape, spec: AdapterSpec, tokens: float, traine
 def estimate(
     config: Config, method: Method, spec: AdapterSpec, shape: ModelShape, work: Work, rates: Calibration, cost: Forecast
 ) -> Estimate:
-    """Returns the estimate of the run that `config` describes, in which the method has settled what it decides."""
+    """Returns the estimate of the run that `config` describes, in which nothing is left open: not what the method decides, nor a pass."""
     plan = _Plan(config, method, spec, shape, work, rates, cost)
     phases = (plan.initialization(), plan.training(), plan.transfers(), plan.evaluation())
     return Estimate(phases, plan.memory(), dict(cost.totals), plan.flops_of_training)
@@ -174,7 +174,7 @@ class _Plan:
     @property
     def _pass_tokens(self) -> float:
         """Tokens of one pass: the budget, or a whole step where it is smaller, one sequence at least."""
-        return max(min(float(self._config.training.tokens_per_pass), self._step_tokens), self._work.tokens)
+        return max(min(int(self._config.training.tokens_per_pass), self._step_tokens), self._work.tokens)
 
     @property
     def flops_of_training(self) -> float:

@@ -56,7 +56,12 @@ def chosen(model: nn.Module) -> int:
         return _within(TOKENS_PER_THREAD * torch.get_num_threads(), CPU_RANGE)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _within(int(GPU_SHARE * free / bytes_per_token(model)), GPU_RANGE)
+    return chosen_for(model, free)
+
+
+def chosen_for(model: nn.Module, free_bytes: int) -> int:
+    """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there."""
+    return _within(int(GPU_SHARE * free_bytes / bytes_per_token(model)), GPU_RANGE)
 
 
 def _within(tokens: int, limits: tuple[int, int]) -> int:

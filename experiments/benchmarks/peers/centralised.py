@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from experiments.benchmarks.workloads import PAD, TOKENS_PER_PASS, Subject
+from experiments.benchmarks.workloads import PAD, Subject
 from fedsim.config import TrainingConfig
 from fedsim.core.adapters import bound, factors
 from fedsim.training.batches import collate, local_batches
+from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData
 from fedsim.types import EncodedExample
 
@@ -22,12 +23,12 @@ def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig) 
     leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(on.model, ("R",)).items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=training.learning_rate, weight_decay=0.0, fused=True)
     plans = [local_batches([e.num_tokens for e in data.examples], training, seed=0, round=1, client=data.client) for data in clients]
-    num_tokens = 0
+    num_tokens, tokens_per_pass = 0, TokenBudget.of(training, on.model).tokens
     with bound(on.model, leaves):
         for step in range(training.local_steps):
             rows = [data.examples[i] for data, plan in zip(clients, plans, strict=True) for i in plan[step]]
             rows.sort(key=lambda example: -example.num_tokens)
-            for start, stop in _passes(rows):
+            for start, stop in _passes(rows, tokens_per_pass):
                 loss, seen = _loss(on, rows[start:stop])
                 (loss * (stop - start) / len(rows)).backward()  # type: ignore[no-untyped-call]
                 num_tokens += seen
@@ -36,10 +37,10 @@ def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig) 
     return num_tokens
 
 
-def _passes(rows: Sequence[EncodedExample]) -> list[tuple[int, int]]:
+def _passes(rows: Sequence[EncodedExample], tokens_per_pass: int) -> list[tuple[int, int]]:
     cuts, start = [], 0
     while start < len(rows):
-        stop = min(len(rows), start + max(1, TOKENS_PER_PASS // rows[start].num_tokens))
+        stop = min(len(rows), start + max(1, tokens_per_pass // rows[start].num_tokens))
         cuts.append((start, stop))
         start = stop
     return cuts
