@@ -134,14 +134,14 @@ class Protocol:
         return {"participants": len(self.clients), "needed": self._needed, "vanished": vanished, **self._counted}
 
     def missing(self) -> list[Missing]:
-        """Returns who was asked and is not in the sum; after a refusal, who was not heard."""
+        """Returns who is not in the sum, with the reason; after a refusal, who was not heard."""
         stages = {int(client): name for client, name in self.facts()["vanished"].items() if name != Stage.unmasking.name}
         asked = {client for _, clients in self.cohorts for client in clients}
-        return [self._missing(client, name) for client, name in stages.items() if client in asked]
-
-    def _missing(self, client: int, stage: str) -> Missing:
-        failure = self._failures.get(client, Failure(Reason.dropped_out, f"before its {stage}"))
-        return Missing(client, self.server_round, failure.reason, failure.detail)
+        failures = {
+            client: Failure(Reason.dropped_out, f"before its {stage}") if client in asked else Failure(Reason.died, "not connected")
+            for client, stage in stages.items()
+        } | {client: failure for client, failure in self._failures.items() if client in stages}
+        return [Missing(client, self.server_round, failure.reason, failure.detail) for client, failure in failures.items()]
 
     # ---- the stages
 

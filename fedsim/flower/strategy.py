@@ -171,7 +171,6 @@ class FedsimStrategy(Strategy):
             facts.clients.clear()
         facts.secure |= protocol.facts()
         facts.missing = protocol.missing()
-        facts.miss_untold(self.participants(server_round), server_round)
         combining.finish()
 
     def _protocol(self, server_round: int, packer: Packer, grid: Grid, clients: Sequence[int], *, alone: bool = False) -> Protocol:

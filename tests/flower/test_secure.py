@@ -196,6 +196,8 @@ def test_below_the_threshold_a_round_changes_nothing_and_says_why(monkeypatch, s
     assert facts.clients == []
     assert f"round 1 needs 2 of 3 clients to the end, got 1 that sent their {stage.name}" in facts.secure["refused"]
     assert facts.secure["vanished"] == {"1": stage.name, "2": stage.name}
+    lost = [(each.client, each.reason) for each in facts.missing]
+    assert lost == ([] if stage is Stage.unmasking else [(1, Reason.dropped_out), (2, Reason.dropped_out)]), "client 0 was there"
     assert largest_gap(secure, Rounds(of_method("fed_sb"))) == 0
 
 
