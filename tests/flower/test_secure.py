@@ -174,7 +174,7 @@ def test_a_worker_never_answers_with_an_unmasked_upload():
 @pytest.mark.parametrize("dropped", [{}, {1: Stage.keys}, {1: Stage.shares}, {1: Stage.upload}, {1: Stage.unmasking}])
 def test_a_client_that_vanishes_at_any_stage_leaves_the_mean_of_the_others(monkeypatch, dropped):
     config = of_method("fedit", **SECURE)
-    moments = lambda config, server_round, client: dropped.get(client) if server_round else None  # noqa: E731
+    moments = lambda config, server_round, client, *rates: dropped.get(client) if server_round else None  # noqa: E731
     monkeypatch.setattr("fedsim.core.dropout.vanishes", moments)
     secure = secure_rounds(config).next()
     plain = Rounds(of_method("fedit")).next()  # the same drop-outs, in which the last stage does not exist
@@ -190,7 +190,7 @@ def test_a_client_that_vanishes_at_any_stage_leaves_the_mean_of_the_others(monke
 
 @pytest.mark.parametrize("stage", list(Stage))
 def test_below_the_threshold_a_round_changes_nothing_and_says_why(monkeypatch, stage):
-    monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, server_round, client: stage if client else None)
+    monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, server_round, client, *rates: stage if client else None)
     secure = secure_rounds(of_method("fed_sb", **SECURE)).next()
     facts = secure.strategy.facts
     assert facts.clients == []

@@ -65,7 +65,7 @@ def test_the_sum_has_the_noise_of_its_survivors_and_not_two_thirds_or_three_halv
 def test_with_as_few_survivors_as_allowed_the_noise_is_what_was_claimed(monkeypatch):
     from fedsim.core.dropout import Stage
 
-    monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, number, client: Stage.upload if client in (1, 3) else None)
+    monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, number, client, *rates: Stage.upload if client in (1, 3) else None)
     found, rounds = step_of(config_of(1.3))
     assert rounds.strategy.facts.clients == [0, 2, 4]
     updates = clipped_updates(5)
