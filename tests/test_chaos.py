@@ -37,7 +37,7 @@ def events_of(folder):
 
 def wait_until_round(run, folder, number):
     """Waits until this round has ended. A server that has died of a kill of something else would be a failure of the test."""
-    ends = time.monotonic() + 200
+    ends = time.monotonic() + 600
     while max([event["round"] for event in events_of(folder) if event["kind"] in ("round", "checkpoint")], default=-1) < number:
         assert run.poll() is None, f"the server ended by itself with {run.returncode}"
         assert time.monotonic() < ends, f"round {number} did not end"
@@ -62,7 +62,7 @@ def killed(run, folder, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 def test_twenty_kills_over_twenty_rounds_end_with_a_finished_run_and_right_books(tmp_path):
     pytest.importorskip("ray")
     pytest.importorskip("psutil")
@@ -73,7 +73,7 @@ def test_twenty_kills_over_twenty_rounds_end_with_a_finished_run_and_right_books
         time.sleep(rng.uniform(0, 0.4))
         run, victim = killed(run, folder, rng)
         struck[victim] += 1
-    assert run.wait(timeout=300) == 0
+    assert run.wait(timeout=600) == 0
     assert min(struck["worker"], struck["server"]) >= 3, struck
     check_books(folder)
 

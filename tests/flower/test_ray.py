@@ -41,13 +41,14 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch, capsys):
 
 def run_in_process(*overrides):
     """A run of the command in a process of its own: Ray keeps a process's signals and warnings for itself."""
-    subprocess.run([sys.executable, "-c", CALL, "run", *overrides], check=True, timeout=280)
+    subprocess.run([sys.executable, "-c", CALL, "run", *overrides], check=True, timeout=600)
 
 
 CALL = "import sys; from fedsim.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_actors_give_the_result_of_one_process(kind, tmp_path):
     pytest.importorskip("ray")
@@ -59,9 +60,17 @@ def test_two_actors_give_the_result_of_one_process(kind, tmp_path):
     files = sorted((tmp_path / "one/adapter").rglob("*.safetensors"))
     assert files
     for file in files:
-        expected, found = load_file(file), load_file(tmp_path / "two/adapter" / file.relative_to(tmp_path / "one/adapter"))
-        for key, tensor in expected.items():
-            assert (found[key] - tensor).norm() <= 1e-4 * tensor.norm() + 1e-6, key
+        expected, found = updates(file), updates(tmp_path / "two/adapter" / file.relative_to(tmp_path / "one/adapter"))
+        assert expected.keys() == found.keys()
+        for layer, update in expected.items():
+            assert (found[layer] - update).norm() <= 5e-3 * update.norm() + 1e-7, layer
+
+
+def updates(file):
+    """{layer: [out, in]}: products of factors are compared, since an SVD may give the same product in other factors."""
+    factors = load_file(file)
+    layers = {key.removesuffix(".lora_A.weight") for key in factors if key.endswith(".lora_A.weight")}
+    return {layer: factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"] for layer in layers}
 
 
 def started(folder, *overrides):
@@ -70,7 +79,7 @@ def started(folder, *overrides):
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(folder, kind, number, timeout=200):
+def wait_for(folder, kind, number, timeout=600):
     """Waits until the run has written this event of the round."""
     ends = time.monotonic() + timeout
     while time.monotonic() < ends:
@@ -89,6 +98,7 @@ def actors_of(process):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_ctrl_c_leaves_a_run_to_resume_and_no_process_of_ray(tmp_path):
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("ray")
@@ -104,13 +114,14 @@ def test_ctrl_c_leaves_a_run_to_resume_and_no_process_of_ray(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_an_actor_that_is_killed_is_replaced_and_its_clients_are_missing_or_asked_again(tmp_path):
     pytest.importorskip("ray")
     run = started(tmp_path / "run", "federation.rounds=40", "federation.min_replies=5", "training.local_steps=20")
     wait_for(tmp_path / "run", "round", 2)
     victim = actors_of(run)[0]
     victim.kill()
-    assert run.wait(timeout=280) == 0, run.stderr.read()
+    assert run.wait(timeout=600) == 0, run.stderr.read()
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     rounds = [event for event in events if event["kind"] == "round"]
     assert [event["round"] for event in rounds] == list(range(1, 41))
