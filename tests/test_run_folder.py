@@ -98,8 +98,9 @@ def test_an_interrupted_or_finished_run_is_refused_and_left_as_it_was(interrupte
         folder.finish({"method": "fed_sb"})
     with pytest.raises(UserError, match=r"finished run.*overwrite=true"):
         RunFolder.open(config_of(interrupted))
-    changed = tree(interrupted)
-    assert {name: changed[name] for name in before if name != "manifest.json"} == {k: v for k, v in before.items() if k != "manifest.json"}
+    changed, told = tree(interrupted), {"manifest.json", "journal.jsonl"}  # which tell that it was resumed
+    assert {name: changed[name] for name in before.keys() - told} == {name: before[name] for name in before.keys() - told}
+    assert len(changed["journal.jsonl"].splitlines()) == len(before["journal.jsonl"].splitlines()) + 1
 
 
 def test_overwrite_replaces_a_run_and_leaves_nothing_of_it(interrupted: Path) -> None:
@@ -107,7 +108,7 @@ def test_overwrite_replaces_a_run_and_leaves_nothing_of_it(interrupted: Path) ->
     with RunFolder.open(config_of(interrupted, overwrite=True, seed=1)) as folder:
         assert folder.last_checkpoint() is None
         assert list(folder.events()) == []
-    assert set(tree(interrupted)) == {"config.yaml", "manifest.json", "events.jsonl"}
+    assert set(tree(interrupted)) == {"config.yaml", "manifest.json", "events.jsonl", "journal.jsonl"}
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "config.yaml", "adapter"])

@@ -98,13 +98,13 @@ def read_memory(context: Context, clients: Iterable[int], accepted: Accepted) ->
 
 def write_memory(context: Context, memory: Memory, round: int, accepted: Accepted) -> None:
     """Keeps what the clients keep for themselves after a round, and what the round began with; clients without anything leave no record."""
-    for client, own in memory.items():
-        if own:
-            head = memory_key(client, 0)[:-1]
-            base = memory_key(client, accepted.get(client, 0))
-            for name in [name for name in context.state.array_records if name.startswith(head) and name != base]:
-                del context.state[name]
-            context.state[memory_key(client, round)] = arrays_to_record(own)
+    kept = {client: own for client, own in memory.items() if own}
+    heads = {memory_key(client, 0)[:-1] for client in kept}
+    bases = {memory_key(client, accepted.get(client, 0)) for client in kept}
+    for name in [name for name in context.state.array_records if name.rstrip("0123456789") in heads and name not in bases]:
+        del context.state[name]
+    for client, own in kept.items():
+        context.state[memory_key(client, round)] = arrays_to_record(own)
 
 
 def _with_state(message: Message, context: Context, work: Callable[[Session, Request], RecordDict]) -> Message:

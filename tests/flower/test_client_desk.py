@@ -66,10 +66,11 @@ def test_desks_that_start_anew_after_every_round_train_as_clients_of_one_process
 def test_a_round_that_is_asked_for_again_gives_the_same_reply(tmp_path):
     config = of_method("fed_sb", training={"scaffold": True})
     deployed = Deployed(config, tmp_path).next()
-    before = {name: tensor.clone() for name, tensor in deployed.state.factors.items()}, deployed.state.control.clone()
+    state = deployed.state
+    before = {name: tensor.clone() for name, tensor in state.factors.items()}, state.control.clone(), dict(state.accepted)
     deployed.next()
     after = deployed.flat("R").clone()
-    deployed.state.factors, deployed.state.control = before
+    state.factors, state.control, state.accepted = before
     deployed.number = 1  # the server has lost the round and goes on from its checkpoint
     torch.testing.assert_close(deployed.next().flat("R"), after, rtol=0, atol=1e-7)
 
