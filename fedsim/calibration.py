@@ -19,6 +19,7 @@ from scipy.optimize import nnls
 
 from fedsim.config import Config, ModelConfig, to_dict
 from fedsim.core.adapters import adapt, install
+from fedsim.core.adapters import factors as installed
 from fedsim.core.collecting import WeightedMean
 from fedsim.core.estimate import Calibration, ModelShape, chain_parameters, forward_flops, training_flops
 from fedsim.core.forms import RAVAN, AdapterSpec
@@ -27,6 +28,7 @@ from fedsim.core.methods import Method
 from fedsim.core.participation import round_size
 from fedsim.files import atomic_write_json
 from fedsim.flower.records import from_record, serialized_bytes, to_record
+from fedsim.memory import resident_bytes
 from fedsim.models import DTYPES, device
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import model_shape, random_model
@@ -139,9 +141,8 @@ def _training_rates(
     most = max(1, min(round_size(config.federation.clients, config.federation.fraction), int(training.tokens_per_pass) // (batch * tokens)))
     short = max(4, tokens // 2)
     points = dict.fromkeys([(1, tokens), (most, tokens), (max(1, most // 2), tokens), (most, short), (1, short)])
-    layout, kinds = spec.layout(method.trained(1)), method.trained(1)
-    start = torch.cat([getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]).flatten() for name in layout.names])
-    assert kinds
+    kinds = method.trained(1)
+    layout, start = spec.layout(kinds), spec.pack(installed(model, kinds), kinds)
 
     def train(clients: int, length: int) -> None:
         data = [_client(number, batch, length, shape.vocabulary) for number in range(clients)]
@@ -265,11 +266,3 @@ def _svd_rate(spec: AdapterSpec) -> float:
     matrix = torch.randn(rows, columns)
     seconds = _fastest(lambda: truncated_svd(matrix, min(spec.rank, rows, columns), 0, "calibration"), 1)
     return 14.0 * rows * columns * min(rows, columns) / seconds
-
-
-def resident_bytes() -> int:
-    """Returns the resident memory of this process, 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0

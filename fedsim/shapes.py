@@ -75,14 +75,15 @@ def model_shape(model: ModelConfig) -> ModelShape:
     )
 
 
-def random_model(model: ModelConfig, on: torch.device) -> nn.Module:
-    """Returns the model with random weights on a device, frozen, in the type that the configuration names.
+def random_model(model: ModelConfig, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
+    """Returns the model with random weights made on a device, frozen, in the type that the configuration names.
 
     Raises UserError as `skeleton` does. The weights depend on torch's random state, which is left as it was.
     """
     entries, origin = _entries(model)
     with _silence(), torch.random.fork_rng():
-        return prepare(_build(entries, origin, (), on, "sdpa").to(DTYPES[model.dtype]), on)
+        bare = _build(entries, origin, (), on, "sdpa", DTYPES[model.dtype])
+    return prepare(bare, on, activation_checkpointing=activation_checkpointing)
 
 
 def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
@@ -140,7 +141,14 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     return entries, str(path)
 
 
-def _build(entries: dict[str, Any], origin: str, labels: Sequence[str], on: torch.device = META, attention: str = "eager") -> nn.Module:
+def _build(
+    entries: dict[str, Any],
+    origin: str,
+    labels: Sequence[str],
+    on: torch.device = META,
+    attention: str = "eager",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     import transformers
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -159,7 +167,7 @@ def _build(entries: dict[str, Any], origin: str, labels: Sequence[str], on: torc
     if labels:
         settings.id2label, auto = dict(enumerate(labels)), transformers.AutoModelForSequenceClassification
     with on:
-        model: nn.Module = auto.from_config(settings, attn_implementation=attention, trust_remote_code=False)
+        model: nn.Module = auto.from_config(settings, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
     return model
 
 

@@ -22,3 +22,21 @@ def test_memory_that_was_freed_is_not_asked_of_the_kernel_again():
         for how in ("keep", "not")
     )
     assert 20 * kept < given_back
+
+
+PEAK = """
+import numpy as np
+from fedsim.memory import resident_bytes
+
+before = resident_bytes()
+large = np.ones(25_000_000)
+del large
+print(before, resident_bytes(), resident_bytes(peak=True))
+"""
+
+
+def test_the_peak_is_that_of_this_program_and_not_of_the_one_that_started_it():
+    ballast = b"x" * 400_000_000  # what getrusage would tell
+    before, after, peak = map(int, subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True).stdout.split())
+    assert after < before + 100_000_000
+    assert 190_000_000 < peak - before < 300_000_000 < len(ballast)

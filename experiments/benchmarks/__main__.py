@@ -6,6 +6,7 @@ import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from experiments.benchmarks import (
     profiling,
     results,
     rounds,
+    scale,
     startup,
     training,
     whole_run,
@@ -36,6 +38,7 @@ SECTIONS: list[Section] = [
     startup.SECTION,
     evaluation.SECTION,
     estimates.SECTION,
+    scale.SECTION,
     accelerator.SECTION,
     profiling.SECTION,
 ]
@@ -66,13 +69,14 @@ def _measure(section: Section, settings: Settings, found: results.Results, out: 
     same = resume and before.get("made", {}).get("quick") == settings.quick
     made = manifest(0, datetime.now()) | {"quick": settings.quick, "how": _command(sys.argv[1:])}
     del made["command"], made["seed"]  # `how` says it, and seeds are fixed
-    found[section.letter] = now = {"title": section.title, "made": before["made"] if same else made, "rows": []}
+    rows: list[dict[str, Any]] = []
+    found[section.letter] = {"title": section.title, "made": before["made"] if same else made, "rows": rows}
     print(f"{section.letter}: {section.title}", flush=True)
     for row in measured(section, settings, before["rows"] if same else []):
-        now["rows"].append(row)
+        rows.append(row)
         results.save(found, out, [])
         print(f"   {_line(section, row)}  ({row['seconds']:.0f} s)", flush=True)
-    return sum("failed" in row["found"] for row in now["rows"])
+    return sum("failed" in row["found"] for row in rows)
 
 
 def _command(words: list[str]) -> str:
@@ -81,7 +85,7 @@ def _command(words: list[str]) -> str:
     return f'make bench ARGS="{shlex.join(kept)}"' if kept else "make bench"
 
 
-def _line(section: Section, row: dict) -> str:  # type: ignore[type-arg]
+def _line(section: Section, row: dict[str, Any]) -> str:
     values = row["case"] | row["found"]
     told = [f"{column.head} {cell}" for column in section.columns if (cell := column.cell(values))]
     return "  ".join(told) if "failed" not in values else f"{row['case']} FAILED {values['failed']}"
@@ -94,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"{__doc__}\n\nsections:\n{letters}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases and turns: under three minutes")
+    parser.add_argument("--quick", action="store_true", help="a few cases and turns: about four minutes")
     parser.add_argument("--only", help="sections to measure, such as a,c; the others keep their last results")
     parser.add_argument("--resume", action="store_true", help="keep the rows that an interrupted suite has measured")
     parser.add_argument("--tables", action="store_true", help="measure nothing: write the tables again")

@@ -6,7 +6,6 @@ each, with a share of the clients. On a CPU the section runs with a tiny model, 
 """
 
 import os
-import resource
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -20,8 +19,11 @@ from experiments.benchmarks.processes import answer, asked, call
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from experiments.benchmarks.timing import Task, interleaved, medians, ratio
 from experiments.benchmarks.workloads import ARCHITECTURES, Subject, Workload
+from fedsim.calibration import product_flops
 from fedsim.cli.groups import choice_values
-from fedsim.models import prepare
+from fedsim.config import Dtype, ModelConfig
+from fedsim.memory import resident_bytes
+from fedsim.shapes import random_model
 
 PUBLISHED = {"llama32_1b": (256, 8), "llama32_3b": (256, 8), "mistral_7b": (512, 1)}
 """Tokens of a sequence and batch of a client by model, as published (arXiv 2502.15436)."""
@@ -69,7 +71,7 @@ def measure(case: Case, settings: Settings) -> Found:
     found: Found = {"peak_gb": _peak(device) / 1e9}
     rates = interleaved(_tasks(case, on, workload, clients, noise, device), turns=settings.turns, seconds=3 * settings.seconds)
     middle = medians(rates)
-    ceiling = matrix_product_ceiling(str(device), _dtype(device))
+    ceiling = matrix_product_ceiling(str(device), next(on.model.parameters()).dtype)
     flops = 4.0 * _parameters(on.model) * middle["cohort"]
     found |= {"tokens": workload.tokens, "batch": workload.batch, "cohort": middle["cohort"], "tflops": flops / 1e12}
     found |= {"ceiling_tflops": ceiling / 1e12, "utilisation": 100 * flops / ceiling}
@@ -104,21 +106,11 @@ def _synchronised(task: Task, device: torch.device) -> float:
 
 @lru_cache(maxsize=1)
 def _subject(model: str, device: str, checkpointing: bool) -> Subject:
-    return workloads.adapted(build(model, torch.device(device), checkpointing), workload_of(model, 1, 1).rank)
-
-
-def build(model: str, device: torch.device, checkpointing: bool = False) -> nn.Module:
-    """Returns a model with random weights, built on the device in bfloat16 (float32 on a CPU); nothing is loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    on = torch.device(device)
     entries = ARCHITECTURES.get(model) or choice_values("model", model)["architecture"]
-    with torch.device(device):
-        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**entries), dtype=_dtype(device), attn_implementation="sdpa")
-    return prepare(built, device, activation_checkpointing=checkpointing)
-
-
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = ModelConfig(architecture=dict(entries), dtype=Dtype.bfloat16 if on.type == "cuda" else Dtype.float32)
+    built = random_model(config, on, activation_checkpointing=checkpointing)
+    return workloads.adapted(built, workload_of(model, 1, 1).rank)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -132,18 +124,7 @@ def _parameters(model: nn.Module) -> int:
 def matrix_product_ceiling(device: str, dtype: torch.dtype) -> float:
     """Returns the FLOP/s of square matrix products, the largest of a few sizes."""
     sizes = (4096, 8192, 16384) if device.startswith("cuda") else (512, 1024)
-    return max(_product_rate(size, torch.device(device), dtype) for size in sizes)
-
-
-def _product_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-
-    def multiply() -> float:
-        for _ in range(5):
-            left @ right
-        return 5 * 2.0 * size**3
-
-    return max(interleaved({"product": lambda: _synchronised(multiply, device)}, turns=5)["product"])
+    return max(product_flops(size, size, torch.device(device), dtype, tokens=size) for size in sizes)
 
 
 def _reset(device: torch.device) -> None:
@@ -156,7 +137,7 @@ def _peak(device: torch.device) -> float:
     """Returns the peak memory in bytes: allocated on a GPU, resident on a CPU (over the whole process)."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(resident_bytes(peak=True))
 
 
 def _workers(case: Case, settings: Settings) -> Found:
@@ -167,7 +148,7 @@ def _workers(case: Case, settings: Settings) -> Found:
 
     def work(place: int) -> dict[str, Any]:
         visible = {"CUDA_VISIBLE_DEVICES": str(place)} if device.type == "cuda" else {}
-        return call("experiments.benchmarks.accelerator", told[place], **visible)
+        return call("experiments.benchmarks.accelerator", told[place], environment=visible)
 
     with ThreadPoolExecutor(len(told)) as pool:
         found = list(pool.map(work, range(len(told))))

@@ -1,16 +1,14 @@
 """Section h: what `fedsim estimate` foretells against what the run then takes, each in a process of its own."""
 
-import resource
 import statistics
-import tempfile
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from experiments.benchmarks.processes import answer, asked, call
+from experiments.benchmarks.runs import carried_out, times
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+from fedsim.memory import resident_bytes
 
 SMALL = "data.test_examples=40 evaluation.max_new_tokens=48"
 CONFIGURATIONS = (
@@ -55,28 +53,16 @@ def foretell(overrides: list[str]) -> dict[str, float]:
 def carry_out(overrides: list[str]) -> dict[str, float]:
     """Returns the same of a real run, by its log."""
     from fedsim.cli.compose import compose
-    from fedsim.events import read_events
-    from fedsim.experiment import run
 
-    config = compose(overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        config.run_dir = str(Path(folder) / "run")
-        summary = run(config, quiet=True)
-        events = list(read_events(Path(config.run_dir) / "events.jsonl"))
-    started = _times(events, "initialized")[0]
-    rounds, evaluated = _times(events, "round"), _times(events, "evaluated")
+    summary, log = carried_out(compose(overrides))
+    rounds, evaluated = times(log, "round"), times(log, "evaluated")
     before = max(time for time in evaluated if time <= rounds[0])
-    initialisation = next(float(event["wall_seconds"]) for event in events if event["kind"] == "initialized")
     seconds = {
-        "initialisation": initialisation,
+        "initialisation": next(float(event["wall_seconds"]) for event in log if event["kind"] == "initialized"),
         "training": float(summary["training"]["wall_seconds"]),
-        "evaluation": before - started + evaluated[-1] - rounds[-1],
+        "evaluation": before - times(log, "initialized")[0] + evaluated[-1] - rounds[-1],
     }
-    return {**seconds, "total": sum(seconds.values()), "memory": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-
-
-def _times(events: list[dict[str, Any]], kind: str) -> list[float]:
-    return [datetime.fromisoformat(event["time"]).timestamp() for event in events if event["kind"] == kind]
+    return {**seconds, "total": sum(seconds.values()), "memory": resident_bytes(peak=True)}
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from fedsim.data import load
 from fedsim.models import load_model
 from fedsim.training.encoding import encode_prompt
 from fedsim.training.evaluation import generate
+from fedsim.types import Example
 
 NEW_TOKENS = 96
 
@@ -28,6 +29,7 @@ def measure(case: Case, settings: Settings) -> Found:
         list(encode_prompt(example, tokenizer))
         for examples in load(DataConfig(train_examples=100), 0).test.values()
         for example in examples[:each]
+        if isinstance(example, Example)
     ]
     if case["batch"] == 1:
         prompts = prompts[:: max(1, len(prompts) // 32)]  # one by one takes its time

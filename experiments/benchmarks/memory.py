@@ -1,9 +1,7 @@
 """Section d: memory against the number of clients, each in a process of its own, and how fast uploads are averaged."""
 
-import resource
 from typing import Any
 
-import psutil
 import torch
 
 from experiments.benchmarks import workloads
@@ -14,7 +12,7 @@ from experiments.benchmarks.workloads import Workload
 from fedsim.config import MethodConfig
 from fedsim.core.adapters import factors
 from fedsim.core.collecting import Collector
-from fedsim.memory import keep_freed_memory
+from fedsim.memory import keep_freed_memory, resident_bytes
 
 PER_CLIENT_COPIES = 6
 """float32 numbers that a client adds for each of its parameters: R, gradient, two moments of AdamW, its start and its result."""
@@ -43,9 +41,9 @@ def train_in_this_process(clients: int) -> dict[str, Any]:
     on = workloads.subject("embedded", 64)
     workload = Workload("embedded", clients, batch=1, tokens=64, steps=2, rank=64)
     data = workload.all_clients(on.vocabulary)
-    loaded = psutil.Process().memory_info().rss / 1e6
+    loaded = resident_bytes() / 1e6
     workloads.train(on, data, workload.training)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    peak = resident_bytes(peak=True) / 1e6
     own = PER_CLIENT_COPIES * 4 * on.layout.num_parameters * clients / 1e6
     return {"loaded_mb": loaded, "peak_mb": peak, "own_mb": own, "besides_mb": peak - own}
 

@@ -1,11 +1,14 @@
 """Measurements that need a process of their own: a peer with its own runtime, or a memory that nobody else has touched."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from experiments.benchmarks.suite import SkippedError
 
 ROOT = Path(__file__).parents[2]
 QUIET = {
@@ -19,23 +22,31 @@ QUIET = {
 MARK = "RESULT "
 
 
-def call(module: str, arguments: dict[str, Any], *, timeout: float = 600.0, **environment: str) -> dict[str, Any]:
+def require(*modules: str) -> None:
+    """Raises SkippedError where one of the modules of a peer is not installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise SkippedError(f"{module} is not installed: pip install -e '.[dev,simulation,bench]'")
+
+
+def call(module: str, arguments: dict[str, Any], *, timeout: float = 600.0, environment: dict[str, str] | None = None) -> dict[str, Any]:
     """Runs `python -m module JSON` and returns the JSON after `MARK` in its output.
 
     Raises RuntimeError with the end of what it said where it fails, and subprocess.TimeoutExpired.
     """
-    path = os.pathsep.join(filter(None, [environment.pop("FIRST_PATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    given = environment or {}
+    path = os.pathsep.join(filter(None, [given.get("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, json.dumps(arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env={**os.environ, **QUIET, **environment, "PYTHONPATH": path},
+        env={**os.environ, **QUIET, **given, "PYTHONPATH": path},
     )
     for line in reversed(done.stdout.splitlines()):
         if line.startswith(MARK):
-            return json.loads(line.removeprefix(MARK))  # type: ignore[no-any-return]
+            return json.loads(line.removeprefix(MARK))
     last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["nothing was said"]
     raise RuntimeError(f"{module} ended with code {done.returncode}: {last[0][:200]}")
 
@@ -47,4 +58,4 @@ def answer(value: dict[str, Any]) -> None:
 
 def asked() -> dict[str, Any]:
     """Returns the arguments that `call` gave."""
-    return json.loads(sys.argv[1])  # type: ignore[no-any-return]
+    return json.loads(sys.argv[1])

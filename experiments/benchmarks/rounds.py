@@ -1,80 +1,86 @@
 """Section c: what a round costs when clients do nothing, with everything else of a run: messages, ledger, diagnosis, log, checkpoints."""
 
 import statistics
-import tempfile
 from collections.abc import Sequence
-from datetime import datetime
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.processes import call
+from flwr.clientapp import ClientApp
+
+from clients.app import app
+from experiments.benchmarks.processes import answer, asked, call, require
+from experiments.benchmarks.runs import BRIEF, carried_out, round_seconds
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from fedsim.cli.compose import compose
+from fedsim.config import Config
 from fedsim.core.adapters import factors
-from fedsim.events import read_events
-from fedsim.experiment import run
-from fedsim.session import VALUES, ClientReply, Session, open_session
+from fedsim.experiment import in_process
+from fedsim.session import VALUES, ClientReply, Session
 from fedsim.training.cohort import LocalResult
+
+IN_PROCESS, RAY, PEER = "fedsim, in process", "fedsim, Ray", "Flower, Ray"
 
 COHORT = 100
 """Clients in a message, so that the memory of ten thousand uploads is not needed at once."""
 
-RAY_MOST = 100
-"""Clients of the largest round through Ray: at tens of milliseconds a client more would only take longer."""
+PEER_MOST = 1000
+"""Clients of the largest round of Flower's simulation: at tens of milliseconds a client one of 10,000 would take ten minutes."""
 
 
 def cases(settings: Settings) -> list[Case]:
     """Returns engine, method and clients of every row."""
     counts = (10, 100) if settings.quick else (10, 100, 1000, 10_000)
-    ours = [{"engine": "fedsim, in process", "method": "fed_sb", "clients": clients} for clients in counts]
-    if not settings.quick:
-        ours.append({"engine": "fedsim, in process", "method": "fedit", "clients": 1000})
-    return [*ours, *({"engine": "Flower, Ray", "method": "FedAvg", "clients": clients} for clients in counts if clients <= RAY_MOST)]
+    rows = [(engine, "fed_sb", clients) for engine in (IN_PROCESS, RAY) for clients in counts]
+    rows += [] if settings.quick else [(IN_PROCESS, "fedit", 1000)]
+    rows += [(PEER, "FedAvg", clients) for clients in counts if clients <= PEER_MOST]
+    return [{"engine": engine, "method": method, "clients": clients} for engine, method, clients in rows]
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Measures rounds after the first, in which there is set-up."""
+    """Measures rounds after the first, in which there is set-up, each row in a process of its own."""
     clients = case["clients"]
-    if case["engine"] == "Flower, Ray":
-        seconds = call("experiments.benchmarks.peers.flower_ray", {"clients": clients, "rounds": 3, "workload": None})["seconds"][1:]
+    rounds = 2 if clients > 1000 or (case["engine"] == PEER and clients > 100) else 3 if settings.quick else 5
+    if case["engine"] != IN_PROCESS:
+        require("ray")
+    if case["engine"] == PEER:
+        seconds = call("experiments.benchmarks.peers.flower_ray", {"clients": clients, "rounds": rounds, "workload": None})["seconds"][1:]
     else:
-        seconds = _rounds(case["method"], clients, 3 if clients > 1000 else 5)
+        seconds = call("experiments.benchmarks.rounds", {**case, "rounds": rounds})["seconds"]
     return {"round_ms": 1e3 * statistics.median(seconds), "client_ms": 1e3 * statistics.median(seconds) / clients}
 
 
-def _rounds(method: str, clients: int, rounds: int) -> list[float]:
-    """Returns the seconds from each round's event to the next one's: a whole round and the checkpoint before it."""
-    config = compose(
-        [
-            *(f"method={method}", f"federation.clients={clients}", f"federation.rounds={rounds}", f"engine.cohort_size={COHORT}"),
-            *("training.local_steps=1", "data.test_examples=1", "evaluation.max_new_tokens=1"),
-        ]
-        + (["adapter.init=orthogonal"] if method == "fed_sb" else [])
-    )
-    session = open_session(config)
-    session.train = _Idle(session)  # type: ignore[method-assign]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            config.run_dir = str(Path(folder) / "run")
-            run(config, quiet=True)
-            events = list(read_events(Path(config.run_dir) / "events.jsonl"))
-    finally:
-        del session.train  # type: ignore[method-assign]
-    ends = [datetime.fromisoformat(event["time"]).timestamp() for event in events if event["kind"] == "round"]
-    return [after - before for before, after in pairwise(ends)]
+def idle_rounds(engine: str, method: str, clients: int, rounds: int) -> list[float]:
+    """Returns the seconds of the rounds after the first of a run whose clients do nothing."""
+    sizes = [f"federation.clients={clients}", f"federation.rounds={rounds}", f"engine.cohort_size={COHORT}"]
+    bases = ["adapter.init=orthogonal"] if method == "fed_sb" else []
+    config = compose([f"method={method}", *sizes, *bases, "training.local_steps=1", *BRIEF])
+    _, log = carried_out(config, _on_ray if engine == RAY else _in_this_process)
+    return round_seconds(log)
 
 
-class _Idle:
-    """Local training that returns the factors as they came."""
+def _in_this_process(config: Config) -> dict[str, Any]:
+    idle_app()
+    return in_process(config, quiet=True)
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
 
-    def __call__(self, clients: Sequence[int], round: int, *_: Any, **__: Any) -> list[ClientReply]:
-        kinds = self._session.method.uploaded(round)
-        flat = self._session.spec.pack(factors(self._session.model, kinds), kinds)
-        return [ClientReply(LocalResult(client, flat, 1, 0.0, 1, 1), {VALUES: flat.clone()}, None) for client in clients]
+def _on_ray(config: Config) -> dict[str, Any]:
+    from fedsim.flower.ray_grid import RayGrid
+    from fedsim.flower.server import serve
+
+    with RayGrid(idle_app, config.engine) as grid:
+        return serve(grid, config, grid.contexts, quiet=True)
+
+
+def idle_app() -> ClientApp:
+    """Returns the ClientApp of fedsim, in a process that trains nothing from now on."""
+    Session.train = _nothing  # type: ignore[method-assign, assignment]
+    return app
+
+
+def _nothing(session: Session, clients: Sequence[int], round: int, *_: Any, **__: Any) -> list[ClientReply]:
+    """Returns the factors as they came."""
+    kinds = session.method.uploaded(round)
+    flat = session.spec.pack(factors(session.model, kinds), kinds)
+    return [ClientReply(LocalResult(client, flat, 1, 0.0, 1, 1), {VALUES: flat.clone()}, None) for client in clients]
 
 
 SECTION = Section(
@@ -82,8 +88,8 @@ SECTION = Section(
     "Rounds in which clients do nothing",
     "Milliseconds of a whole round, and for each client, median of the rounds after the first. fedsim: the embedded model at rank 64 "
     "(458 kB up from each client), every client in every round, with messages, ledger, aggregation, diagnosis, log and "
-    "checkpoint. Flower's "
-    "simulation: one array of 28 kB, FedAvg, nothing else; an actor a core, started before.",
+    "checkpoint, 100 clients in a message; with Ray an actor a core. Flower's "
+    "simulation: one array of the same size, FedAvg, nothing else; an actor a core, started before, not measured beyond 1,000 clients.",
     (
         Column("engine", "engine"),
         Column("method", "method"),
@@ -94,3 +100,8 @@ SECTION = Section(
     cases,
     measure,
 )
+
+if __name__ == "__main__":
+    from experiments.benchmarks import rounds  # the module that Ray's actors import, not this copy of it named __main__
+
+    answer({"seconds": rounds.idle_rounds(**asked())})

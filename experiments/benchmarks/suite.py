@@ -20,13 +20,17 @@ class Settings:
     quick: bool = False
     device: str = "auto"
     models: tuple[str, ...] = ()  # of the section on the accelerator; empty takes what fits the device
-    turns: int = 5
-    seconds: float = 8.0  # after which a comparison takes no further turn beyond its third
+    turns: int = 9
+    seconds: float = 5.0  # after which a comparison takes no further turn beyond its second
 
     @classmethod
     def of(cls, quick: bool, device: str = "auto", models: tuple[str, ...] = ()) -> "Settings":
         """Returns the usual settings, or those of a short try."""
-        return cls(True, device, models, 2, 2.0) if quick else cls(False, device, models)
+        return cls(True, device, models, 2, 1.0) if quick else cls(False, device, models)
+
+
+class SkippedError(Exception):
+    """What a case needs is not there; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ class Section:
 def measured(section: Section, settings: Settings, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yields a row {case, found, seconds, load} for each case, that of `rows` where it is there already.
 
-    A case that fails is a row whose `found` holds `failed`: the others go on.
+    A case that fails is a row whose `found` holds `failed`, one that cannot be measured here holds `skipped`: the others go on.
     """
-    present = {_key(row["case"]): row for row in rows if "failed" not in row["found"]}
+    present = {_key(row["case"]): row for row in rows if not {"failed", "skipped"} & set(row["found"])}
     for case in section.cases(settings):
         if _key(case) in present:
             yield present[_key(case)]
@@ -69,6 +73,8 @@ def measured(section: Section, settings: Settings, rows: Iterable[dict[str, Any]
         begun = time.perf_counter()
         try:
             found = section.measure(case, settings)
+        except SkippedError as reason:
+            found = {"skipped": str(reason)}
         except Exception as error:
             found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
         yield {"case": case, "found": found, "seconds": time.perf_counter() - begun, "load": os.getloadavg()[0]}

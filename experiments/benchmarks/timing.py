@@ -12,7 +12,7 @@ Rates = dict[str, list[float]]
 
 
 def interleaved(tasks: Mapping[str, Task], *, turns: int, seconds: float = float("inf")) -> Rates:
-    """Returns the rates of all tasks over up to `turns` turns, at least three where turns allow it, stopping after `seconds`.
+    """Returns the rates of all tasks over up to `turns` turns, at least two where turns allow it, stopping after `seconds`.
 
     Every task is called once before, to warm up. Turns run alternately forwards and backwards, so that a drift of the machine's speed
     meets all alike.
@@ -22,7 +22,7 @@ def interleaved(tasks: Mapping[str, Task], *, turns: int, seconds: float = float
     found: Rates = {name: [] for name in tasks}
     begun = time.perf_counter()
     for turn in range(turns):
-        if turn >= 3 and time.perf_counter() - begun > seconds:
+        if turn >= 2 and time.perf_counter() - begun > seconds:
             break
         for name in list(tasks)[:: 1 if turn % 2 == 0 else -1]:
             found[name].append(rate(tasks[name]))

@@ -4,49 +4,54 @@ Peers that work client by client cost the same for every client, so they are mea
 """
 
 import statistics
+import subprocess
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from experiments.benchmarks import workloads
+from experiments.benchmarks import whole_run, workloads
 from experiments.benchmarks.peers import centralised, peft_trainer, pfl_research
-from experiments.benchmarks.processes import call
-from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
-from experiments.benchmarks.timing import Rates, Task, interleaved, medians, ratio
+from experiments.benchmarks.processes import call, require
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings, SkippedError
+from experiments.benchmarks.timing import Task, interleaved, medians, ratio
 from experiments.benchmarks.workloads import Workload
+
+CLIENTS = {"embedded": (1, 5, 25, 100, 1000), "llama_4m": (25,), "llama_20m": (5, 25, 100)}
+"""Clients of the rows by model."""
 
 TOKENS = {1: 32, 4: 64, 16: 64}
 """Length of a sequence by the client's batch."""
 
-MOST_TOKENS = {"embedded": 140_000, "llama_4m": 140_000, "llama_20m": 30_000}
-"""Of one step of all clients: a larger combination is no case, it would take minutes."""
+STEP_TOKENS = {"embedded": 140_000, "llama_4m": 140_000, "llama_20m": 13_000}
+"""Most tokens of one step of all clients: in a larger combination the sequences are shorter, or it would take minutes."""
 
-PEER_CLIENTS, ALONE_CLIENTS = 5, 25
-PEERS = {("llama_4m", 25, 1), ("llama_4m", 25, 4), ("embedded", 25, 4)}
+ROW_TOKENS = {"embedded": 8_000, "llama_4m": 8_000, "llama_20m": 2_500}
+"""Tokens of all clients in about a second: a row takes as many steps, between one and eight."""
+
+PEER_CLIENTS = 5
+PEER_CASES = {("llama_4m", 25, 1), ("llama_4m", 25, 4), ("embedded", 25, 4)}
 """Cases that are measured beside other people's software as well."""
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Returns model, clients and batch of every row."""
+    """Returns model, clients, batch and length of every row."""
     if settings.quick:
-        grid = [("embedded", 5, 1), ("llama_4m", 25, 1), ("llama_4m", 25, 4)]
-    else:
-        grid = [("embedded", clients, batch) for batch in TOKENS for clients in (1, 5, 25, 100, 1000)]
-        grid += [("llama_4m", 25, batch) for batch in TOKENS]
-        grid += [("llama_20m", clients, batch) for batch in TOKENS for clients in (5, 25, 100)]
-    return [
-        {"model": model, "clients": clients, "batch": batch, "tokens": TOKENS[batch]}
-        for model, clients, batch in grid
-        if clients * batch * TOKENS[batch] <= MOST_TOKENS[model]
-    ]
+        return [case(*each) for each in (("embedded", 5, 1), ("llama_4m", 25, 1), ("llama_20m", 25, 1))]
+    return [case(model, clients, batch) for model, counts in CLIENTS.items() for batch in TOKENS for clients in counts]
+
+
+def case(model: str, clients: int, batch: int) -> Case:
+    """Returns a row with the length of its sequences, a power of two."""
+    fitting = 1 << (STEP_TOKENS[model] // (clients * batch)).bit_length() - 1
+    return {"model": model, "clients": clients, "batch": batch, "tokens": min(TOKENS[batch], fitting)}
 
 
 def workload_of(case: Case, settings: Settings) -> Workload:
-    """Returns the workload of a case: as many steps as take about a second, one at least."""
-    tokens = {"llama_20m": 3000}.get(case["model"], 16_000) // (4 if settings.quick else 1)
-    steps = max(1, min(8, tokens // (case["clients"] * case["batch"] * case["tokens"])))
-    return Workload(steps=steps, **case)
+    """Returns the workload of a case."""
+    step = case["clients"] * case["batch"] * case["tokens"]
+    return Workload(steps=max(1, min(8, ROW_TOKENS[case["model"]] // step)), **case)
 
 
 def measure(case: Case, settings: Settings) -> Found:
@@ -57,46 +62,58 @@ def measure(case: Case, settings: Settings) -> Found:
     tasks: dict[str, Task] = {
         "cohort": lambda: workloads.train(on, clients, workload.training),
         "centralised": lambda: centralised.train(on, clients, workload.training),
-        "one by one": lambda: workloads.train_one_by_one(on, clients[:ALONE_CLIENTS], workload.training),
+        "one by one": lambda: workloads.train_one_by_one(on, clients[:PEER_CLIENTS], workload.training),
     }
     rates = interleaved(tasks, turns=settings.turns, seconds=settings.seconds)
     found: Found = {"steps": workload.steps, "ratio_centralised": ratio(rates, "cohort", "centralised")}
     found["ratio_alone"] = ratio(rates, "cohort", "one by one")
-    if (workload.model, workload.clients, workload.batch) in PEERS:
-        rates |= _peers(workload, settings, found)
-    middle = medians(rates)
-    found |= {name.replace(" ", "_"): value for name, value in middle.items()}
-    for name in ("trainer", "flower_ray", "pfl"):
-        if name in middle:
-            found[f"ratio_{name}"] = middle["cohort"] / middle[name]
+    found |= {name.replace(" ", "_"): value for name, value in medians(rates).items()}
+    if (workload.model, workload.clients, workload.batch) in PEER_CASES:
+        found |= _beside_peers(workload, settings)
     return found
 
 
-def _peers(workload: Workload, settings: Settings, found: Found) -> Rates:
-    """Returns the peers' rates; `found` is told what could not be measured and what the first round of Ray took."""
+def _beside_peers(workload: Workload, settings: Settings) -> Found:
+    """Returns the rate of whole runs and those of the peers, and what could not be measured."""
+    found: Found = {"run": statistics.median(whole_run.rates_of(workload, rounds=2 if settings.quick else 4))}
+    missing = []
+    for name, peer in PEERS.items():
+        try:
+            found[name] = statistics.median(peer(workload, settings))
+            found[f"ratio_{name}"] = found["run"] / found[name]
+        except (SkippedError, RuntimeError, subprocess.TimeoutExpired) as reason:
+            missing.append(f"{name}: {reason}")
+    return {**found, "missing": "; ".join(missing) or None}
+
+
+def _trainer(workload: Workload, settings: Settings) -> list[float]:
+    require("peft", "accelerate")
     model = peft_trainer.peft_model(workload.model, workload.rank)
     clients = workload.all_clients(int(model.config.vocab_size), PEER_CLIENTS)  # type: ignore[union-attr, arg-type]
     turns = 1 if settings.quick else 3
-    rates = interleaved({"trainer": lambda: peft_trainer.train(model, clients, workload.training)}, turns=turns)
-    given: dict[str, Any] = {"workload": asdict(workload)}
-    rounds = 2 if settings.quick else 3
-    try:
-        seconds = call("experiments.benchmarks.peers.flower_ray", {**given, "clients": workload.clients, "rounds": rounds})["seconds"]
-        rates["flower_ray"] = [workload.num_tokens / each for each in seconds[1:]]
-        found["ray_first_round"] = seconds[0]
-    except RuntimeError as error:
-        found["missing"] = f"Flower with Ray: {error}"
-    reason = pfl_research.install()
-    if reason is None:
-        told = {**given, "rounds": rounds, "threads": torch.get_num_threads()}
-        try:
-            seconds = call("experiments.benchmarks.peers.pfl_research", told, FIRST_PATH=str(pfl_research.FOLDER))["seconds"]
-            rates["pfl"] = [workload.num_tokens / each for each in seconds[1:]]
-        except RuntimeError as error:
-            reason = str(error)
-    if reason:
-        found["missing"] = f"{found.get('missing', '')} pfl-research: {reason}".strip()
-    return rates
+    return interleaved({"trainer": lambda: peft_trainer.train(model, clients, workload.training)}, turns=turns)["trainer"]
+
+
+def _flower_ray(workload: Workload, settings: Settings) -> list[float]:
+    require("peft", "accelerate", "ray")
+    return _rounds("flower_ray", workload, settings, {"clients": workload.clients}, {})
+
+
+def _pfl(workload: Workload, settings: Settings) -> list[float]:
+    require("peft")
+    pfl_research.install()
+    return _rounds("pfl_research", workload, settings, {"threads": torch.get_num_threads()}, {"PYTHONPATH": str(pfl_research.FOLDER)})
+
+
+def _rounds(peer: str, workload: Workload, settings: Settings, told: dict[str, Any], environment: dict[str, str]) -> list[float]:
+    """Returns the rates of the rounds after the first, in which a peer loads its models."""
+    told = {"workload": asdict(workload), "rounds": 2 if settings.quick else 4, **told}
+    seconds = call(f"experiments.benchmarks.peers.{peer}", told, environment=environment)["seconds"]
+    return [workload.num_tokens / each for each in seconds[1:]]
+
+
+PEERS: dict[str, Callable[[Workload, Settings], list[float]]] = {"trainer": _trainer, "flower_ray": _flower_ray, "pfl": _pfl}
+"""Tokens per second of other people's software, by the name of the column."""
 
 
 def summary(rows: list[Found]) -> str:
@@ -136,6 +153,7 @@ SECTION = Section(
         Column("x", "ratio_centralised", "{:.2f}"),
         Column("one by one", "one_by_one", "{:,.0f}"),
         Column("x", "ratio_alone", "{:.2f}"),
+        Column("fedsim run", "run", "{:,.0f}"),
         Column("Trainer", "trainer", "{:,.0f}"),
         Column("x", "ratio_trainer", "{:.1f}"),
         Column("Flower, Ray", "flower_ray", "{:,.0f}"),

@@ -3,19 +3,18 @@
 The default experiment on the embedded data. Centralised training sees the same clients' batches in the same process.
 """
 
+import statistics
 import tempfile
-from datetime import datetime
 from pathlib import Path
 
 from experiments.benchmarks.peers import centralised
+from experiments.benchmarks.runs import BRIEF, round_rates
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from experiments.benchmarks.timing import Rates, medians, rate, ratio
-from experiments.benchmarks.workloads import Subject
+from experiments.benchmarks.workloads import Subject, Workload, base_model
 from fedsim.cli.compose import compose
-from fedsim.config import Config
 from fedsim.core.initialization import from_seed
-from fedsim.events import read_events
-from fedsim.experiment import run
+from fedsim.models import EMBEDDED
 from fedsim.session import open_session
 
 
@@ -26,73 +25,55 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Measures in turns whole runs of two rounds and the centralised loop."""
+    """Measures in turns the rounds of a whole run and the centralised loop."""
     steps = 2 if settings.quick or case["clients"] > 100 else 4
-    config = compose(
-        [
-            *(f"federation.clients={case['clients']}", f"training.batch_size={case['batch']}", f"training.local_steps={steps}"),
-            *("federation.rounds=2", "data.test_examples=1", "evaluation.max_new_tokens=1", "adapter.init=orthogonal"),
-            *(["privacy=example", "privacy.noise_multiplier=1.0"] if case["privacy"] == "example" else []),
-        ]
-    )
+    overrides = [f"federation.clients={case['clients']}", f"training.batch_size={case['batch']}", f"training.local_steps={steps}"]
+    overrides += ["privacy=example", "privacy.noise_multiplier=1.0"] if case["privacy"] == "example" else []
+    config = compose([*overrides, "federation.rounds=3", "adapter.init=orthogonal", *BRIEF])
     session = open_session(config)
     session.install(from_seed(session.spec, {}, 0), {})
     on = Subject(session.model, session.spec)
     clients = [session.client_data(client) for client in range(case["clients"])]  # tokens are made once, before the clock runs
-    _run(config)
-    centralised.train(on, clients, session.config.training)
     rates: Rates = {"run": [], "centralised": []}
+    centralised.train(on, clients, session.config.training)
     for _ in range(2 if settings.quick else 3):
-        rates["run"].append(_run(config))
-        session.digests.clear()  # a run leaves its own factors in the model
+        rates["run"].append(statistics.median(round_rates(config, session)))
         rates["centralised"].append(rate(lambda: centralised.train(on, clients, session.config.training)))
     return medians(rates) | {"ratio": ratio(rates, "run", "centralised")}
 
 
-def _run(config: Config) -> float:
-    """Returns trained tokens over the seconds from the end of the first evaluation to the end of the last round."""
+def rates_of(workload: Workload, rounds: int) -> list[float]:
+    """Returns the tokens per second of every round after the first of a whole run over the clients of a workload."""
+    training = workload.training
+    overrides = [f"federation.clients={workload.clients}", f"federation.rounds={rounds}", f"adapter.rank={workload.rank}"]
+    overrides += [f"training.batch_size={workload.batch}", f"training.local_steps={workload.steps}"]
+    overrides += [f"training.{name}={getattr(training, name)}" for name in ("learning_rate", "warmup_ratio")]
     with tempfile.TemporaryDirectory() as folder:
-        config.run_dir = str(Path(folder) / "run")
-        passed = 0
+        if workload.model != "embedded":
+            save_base_model(workload.model, Path(folder))
+            overrides.append(f"model.path={folder}")
+        config = compose([*overrides, f"training.schedule={training.schedule.name}", "adapter.init=orthogonal", *BRIEF])
         session = open_session(config)
-        trained = session.train
-
-        def counted(*arguments, **options):  # type: ignore[no-untyped-def]
-            nonlocal passed
-            shown = session.on_pass
-
-            def count(facts):  # type: ignore[no-untyped-def]
-                nonlocal passed
-                passed += facts.num_tokens
-                shown(facts)
-
-            session.on_pass = count
-            try:
-                return trained(*arguments, **options)
-            finally:
-                session.on_pass = shown
-
-        session.train = counted  # type: ignore[method-assign]
-        try:
-            run(config, quiet=True)
-        finally:
-            del session.train  # type: ignore[method-assign]
-        events = list(read_events(Path(config.run_dir) / "events.jsonl"))
-    first = max(_time(event) for event in events if event["kind"] == "evaluated" and event["round"] == 0)
-    last = max(_time(event) for event in events if event["kind"] == "round")
-    return passed / (last - first)
+        for client in range(workload.clients):
+            examples = workload.client(client, int(session.model.config.vocab_size)).examples  # type: ignore[union-attr, arg-type]
+            session.client_data(client).examples[:] = examples  # type: ignore[index]  # a list, which the session keeps
+        return round_rates(config, session)
 
 
-def _time(event: dict[str, str]) -> float:
-    return datetime.fromisoformat(event["time"]).timestamp()
+def save_base_model(name: str, folder: Path) -> None:
+    """Writes a model of the workloads with the embedded tokenizer, as `model.path` wants it."""
+    from transformers import AutoTokenizer
+
+    base_model(name).save_pretrained(folder)  # type: ignore[operator]
+    AutoTokenizer.from_pretrained(str(EMBEDDED)).save_pretrained(folder)
 
 
 SECTION = Section(
     "w",
     "Whole runs",
-    "Tokens per second of `fedsim run` with everything on (Flower's messages, ledger, log, diagnosis, checkpoints), rank "
-    "64, embedded model and data, "
-    "against a plain centralised loop over the same clients' batches; without evaluation and set-up.",
+    "Tokens per second of `fedsim run` with everything on (Flower's messages, ledger, log, diagnosis, checkpoints), rounds "
+    "after the first, without evaluation; rank 64, embedded model and data; against a plain centralised loop over the same "
+    "clients' batches.",
     (
         Column("clients", "clients", "{:,}"),
         Column("batch", "batch"),

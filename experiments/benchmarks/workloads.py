@@ -16,8 +16,9 @@ from fedsim.core.adapters import adapt, factors, install
 from fedsim.core.forms import LORA_SB, AdapterSpec
 from fedsim.core.initialization import from_seed
 from fedsim.core.payload import Layout
-from fedsim.models import load_model, prepare
+from fedsim.models import load_model
 from fedsim.seeding import numpy_generator
+from fedsim.shapes import random_model
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.private import PrivateRule
 from fedsim.types import EncodedExample
@@ -99,12 +100,9 @@ def base_model(name: str) -> nn.Module:
     """Returns a frozen base model in float32 on the CPU: the embedded one, or one of `ARCHITECTURES` with seeded random weights."""
     if name == "embedded":
         return load_model(ModelConfig(device="cpu"))[0]
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURES[name]))
-    return prepare(model, torch.device("cpu"))
+        return random_model(ModelConfig(architecture=dict(ARCHITECTURES[name])), torch.device("cpu"))
 
 
 @lru_cache(maxsize=1)

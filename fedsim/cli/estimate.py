@@ -64,8 +64,12 @@ class Answer:
         return moved / self.config.federation.clients * 8 / (self.megabits * 1e6)
 
 
-def estimate_of(given: Config, *, tokens: int | None = None, megabits: float = MEGABITS, again: bool = False) -> Answer:
+def estimate_of(
+    given: Config, *, tokens: int | None = None, megabits: float = MEGABITS, again: bool = False, rates: Calibration | None = None
+) -> Answer:
     """Returns the estimate of a run of `given`. `tokens` is the mean length of an example where the data are not at hand.
+
+    `rates` are those of this machine, measured if need be, unless others are given.
 
     Raises UserError for a model without known shapes and for data that cannot be read.
     """
@@ -76,7 +80,7 @@ def estimate_of(given: Config, *, tokens: int | None = None, megabits: float = M
     layers = layer_shapes(given.model, config.adapter.target_modules)
     spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
     work, told = _work(given, tokens)
-    rates = calibrated(config, method, spec, max(4, round(work.tokens)), again=again)
+    rates = rates or calibrated(config, method, spec, max(4, round(work.tokens)), again=again)
     shape = model_shape(given.model)
     found = estimate(config, method, spec, shape, work, rates, forecast(config, method, spec))
     return Answer(given, spec, shape, work, rates, found, megabits, (*told, *_assumptions(config, rates)))

@@ -14,6 +14,7 @@ import torch
 from experiments.benchmarks import accelerator, profiling, results, training, workloads
 from experiments.benchmarks.__main__ import SECTIONS, _command
 from experiments.benchmarks.peers import centralised
+from experiments.benchmarks.processes import require
 from experiments.benchmarks.suite import Column, Section, Settings, measured
 from experiments.benchmarks.timing import interleaved, medians, ratio
 from experiments.benchmarks.workloads import Workload
@@ -71,6 +72,14 @@ def test_a_measured_row_is_not_measured_again_and_a_failed_one_is():
     rows = list(measured(each, Settings(), before))
     assert asked == [2, 3]
     assert [row["found"] for row in rows] == [{"rate": 9.0}, {"failed": "ValueError: no luck"}, {"rate": 1.0}]
+
+
+def test_a_peer_that_is_not_installed_is_skipped_with_what_to_do_and_asked_for_again():
+    each = section([{"n": 1}], lambda case, settings: require("json", "no_such_peer"))
+    (row,) = measured(each, Settings(), [])
+    assert row["found"] == {"skipped": "no_such_peer is not installed: pip install -e '.[dev,simulation,bench]'"}
+    (again,) = measured(section([{"n": 1}], lambda case, settings: {"rate": 1.0}), Settings(), [row])
+    assert again["found"] == {"rate": 1.0}
 
 
 def test_the_files_and_the_page_hold_the_table_and_what_failed(tmp_path):
@@ -138,11 +147,13 @@ def test_centralised_training_of_one_client_is_the_cohort_of_one():
     assert not factors(on.model, ("R",))["model.layers.0.self_attn.q_proj.R"].requires_grad, "the model has its own factors back"
 
 
-def test_a_large_combination_is_no_case():
+def test_a_large_combination_has_shorter_sequences():
     cases = training.cases(Settings())
-    assert all(case["clients"] * case["batch"] * case["tokens"] <= training.MOST_TOKENS[case["model"]] for case in cases)
-    assert {case["clients"] for case in cases} == {1, 5, 25, 100, 1000}
-    assert {(case["model"], case["clients"], case["batch"]) for case in cases} >= training.PEERS
+    assert all(case["clients"] * case["batch"] * case["tokens"] <= training.STEP_TOKENS[case["model"]] for case in cases)
+    embedded = {(case["clients"], case["batch"]) for case in cases if case["model"] == "embedded"}
+    assert embedded == {(clients, batch) for clients in (1, 5, 25, 100, 1000) for batch in (1, 4, 16)}
+    assert {(case["model"], case["clients"], case["batch"]) for case in cases} >= training.PEER_CASES
+    assert min(case["tokens"] for case in cases) == 8
 
 
 def test_the_command_under_a_table_does_not_say_where_the_file_went():
@@ -175,7 +186,7 @@ def test_models_of_published_size_are_cases_when_they_are_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("letters", ["b", "c", "d", "e,f", "g,p"])
+@pytest.mark.parametrize("letters", ["b", "c", "d", "e,f", "g,p,s"])
 def test_the_suite_runs_at_its_smallest(letters, tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, "-m", "experiments.benchmarks", "--quick", "--threads", "1", "--only", letters, "--out", str(out)]

@@ -1,6 +1,7 @@
 """Centralised training of the same tokens with the same adapter in a plain torch loop: the floor, which no simulation can go under."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn import functional
 from experiments.benchmarks.workloads import PAD, Subject
 from fedsim.config import TrainingConfig
 from fedsim.core.adapters import bound, factors
-from fedsim.training.batches import collate, local_batches
+from fedsim.training.batches import Batch, collate, local_batches
 from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData
 from fedsim.types import EncodedExample
@@ -26,11 +27,11 @@ def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig) 
     num_tokens, tokens_per_pass = 0, TokenBudget.of(training, on.model).tokens
     with bound(on.model, leaves):
         for step in range(training.local_steps):
-            rows = [data.examples[i] for data, plan in zip(clients, plans, strict=True) for i in plan[step]]
+            rows = [cast(EncodedExample, data.examples[i]) for data, plan in zip(clients, plans, strict=True) for i in plan[step]]
             rows.sort(key=lambda example: -example.num_tokens)
             for start, stop in _passes(rows, tokens_per_pass):
                 loss, seen = _loss(on, rows[start:stop])
-                (loss * (stop - start) / len(rows)).backward()  # type: ignore[no-untyped-call]
+                (loss * (stop - start) / len(rows)).backward()
                 num_tokens += seen
             optimizer.step()
             optimizer.zero_grad()
@@ -48,6 +49,7 @@ def _passes(rows: Sequence[EncodedExample], tokens_per_pass: int) -> list[tuple[
 
 def _loss(on: Subject, rows: Sequence[EncodedExample]) -> tuple[Tensor, int]:
     batch = collate(rows, PAD, next(on.model.parameters()).device)
+    assert isinstance(batch, Batch)
     positions = torch.arange(batch.first, batch.input_ids.shape[1] - 1, device=batch.input_ids.device)
     logits = on.model(input_ids=batch.input_ids, logits_to_keep=positions, use_cache=False).logits
     return functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=-100), batch.num_tokens

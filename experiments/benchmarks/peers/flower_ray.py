@@ -33,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
         workload = Workload(**json.loads(str(config["workload"])))
         model = _model(workload.model, workload.rank)
         start = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
-        client = workload.client(int(context.node_config["partition-id"]), model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        client = workload.client(int(context.node_config["partition-id"]), model.config.vocab_size)
         peft_trainer.train_client(model, start, client, workload.training)
         arrays = ArrayRecord({name: parameter.detach() for name, parameter in peft_trainer.trained(model).items()})
         num_examples = len(client.examples)
@@ -71,7 +71,7 @@ def simulate(clients: int, rounds: int, workload: dict[str, Any] | None) -> list
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        arrays = {"R": torch.zeros(28 * 16 * 16)}
+        arrays = {"R": torch.zeros(28 * 64 * 64)}  # as many numbers as the embedded model has at rank 64
         if workload:
             arrays = peft_trainer.trained(_model(workload["model"], workload["rank"]))
         strategy.marks = [time.perf_counter()]

@@ -30,7 +30,7 @@ def peft_model(name: str, rank: int) -> nn.Module:
             nn.init.zeros_(R.weight)
             nn.init.orthogonal_(module.lora_B["default"].weight)
             module.lora_B["default"] = nn.Sequential(R, module.lora_B["default"])
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

@@ -18,21 +18,21 @@ from torch import Tensor, nn
 
 from experiments.benchmarks.peers import peft_trainer
 from experiments.benchmarks.processes import answer, asked
+from experiments.benchmarks.suite import SkippedError
 from experiments.benchmarks.workloads import Workload
 
 FOLDER = Path(sys.prefix) / "peers" / "pfl"
 PACKAGES = ("pfl==0.6.0", "multiprocess==0.70.19", "prv-accountant==0.2.0")
 
 
-def install() -> str | None:
-    """Puts pfl into its folder unless it is there, and returns the reason where that fails."""
+def install() -> None:
+    """Puts pfl into its folder unless it is there. Raises SkippedError where that fails."""
     if (FOLDER / "pfl").is_dir():
-        return None
+        return
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(FOLDER), *PACKAGES]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    return f"pfl could not be installed: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1][:200]}"
+    if done.returncode:
+        raise SkippedError(f"pfl could not be installed: {(done.stderr.strip().splitlines() or ['pip said nothing'])[-1][:200]}")
 
 
 class _Trainable(nn.Module):
@@ -44,7 +44,7 @@ class _Trainable(nn.Module):
 
     def loss(self, ids: Tensor) -> Tensor:
         ids = ids.long()
-        return self.model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
 
     def metrics(self, ids: Tensor) -> dict[str, Any]:
         return {}
@@ -64,12 +64,12 @@ def simulate(workload: Workload, rounds: int) -> list[float]:
 
     module = _Trainable(peft_trainer.peft_model(workload.model, workload.rank))
     module.train()
-    clients = workload.all_clients(module.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    clients = workload.all_clients(int(module.model.config.vocab_size))  # type: ignore[union-attr, arg-type]
     users = [Dataset((np.array([example.input_ids for example in client.examples]),)) for client in clients]
     data = FederatedDataset(lambda user: users[user], get_user_sampler("minimize_reuse", list(range(len(users)))))
     marks = [time.perf_counter()]
 
-    class Clock(TrainingProcessCallback):  # type: ignore[misc, valid-type]
+    class Clock(TrainingProcessCallback):
         def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> tuple[bool, Any]:
             marks.append(time.perf_counter())
             return False, Metrics()
