@@ -9,6 +9,7 @@ have no signing keys, so a server that invents clients is not held off. Keys are
 mode. (Flower's SecAgg+ of 1.41 folds a mask's seed to 32 bits for a generator that is not cryptographic, and so is not used.)
 """
 
+import hashlib
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from fedsim.core.secret_sharing import SHARE_BYTES, combine, split
 from fedsim.seeding import numpy_generator
 
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
+CHECK_BYTES = 8
+"""End of a seed that follows from its beginning: a wrong share gives another seed, which would unmask a sum into noise unseen."""
 SEALED_BYTES = NONCE_BYTES + 2 * SHARE_BYTES + TAG_BYTES
 Public = tuple[bytes, bytes]
 """A client's public keys of a round: for sealing, and for pair masks."""
@@ -69,7 +72,7 @@ class Party:
     client: int
     sealing: bytes = field(default_factory=lambda: X25519PrivateKey.generate().private_bytes_raw())
     masking: bytes = field(default_factory=lambda: X25519PrivateKey.generate().private_bytes_raw())
-    seed: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
+    seed: bytes = field(default_factory=lambda: _checkable(secrets.token_bytes(KEY_BYTES - CHECK_BYTES)))
     threshold: int = 0
     peers: dict[int, Public] = field(default_factory=dict)
     held: dict[int, bytes] = field(default_factory=dict)  # a share of the seed, then one of the masking key
@@ -167,6 +170,8 @@ class MaskedSum:
         for owner, neighbours in masked_with.items():
             secret = combine({holder + 1: share for holder, share in shares[owner].items()}, thresholds[owner])
             if owner in survivors:
+                if _checkable(secret[:-CHECK_BYTES]) != secret:
+                    raise ValueError(f"Expected shares of the seed of client {owner}, got others.")
                 total -= mask(secret, len(total))
                 continue
             if _public(secret) != publics[owner][1]:
@@ -186,6 +191,10 @@ def pair_mask(client: int, private: bytes, peer: int, public: bytes, size: int) 
     """Returns the mask that `client` adds towards `peer`; the peer's own towards the client is its negative."""
     both = mask(_agreed(private, public, b"fedsim mask"), size)
     return both if client < peer else np.zeros_like(both) - both
+
+
+def _checkable(random: bytes) -> bytes:
+    return random + hashlib.sha256(random).digest()[:CHECK_BYTES]
 
 
 def _agreed(private: bytes, public: bytes, purpose: bytes) -> bytes:

@@ -7,6 +7,7 @@ carries names the apps only, and the resolved configuration travels in it as one
 import json
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -39,6 +40,8 @@ overrides = ""
 """
 RECONNECTS = 5
 """How often a log that breaks off while the run goes on is taken up again."""
+ABSENCE_SECONDS, LOOK_SECONDS = 60.0, 2.0
+"""How long a SuperLink that does not answer, as while it is started again, is waited for, and how often it is looked for."""
 
 
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
@@ -79,18 +82,18 @@ def submitted(config: Config) -> str:
 def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
     shown, taken = Following(quiet=quiet), 0
     superlink = str(config.engine.superlink)
+    again = f"Go on with the same options and run_dir={config.run_dir} resume=true"
     try:
         for _ in range(RECONNECTS + 1):
             taken = _follow(run_id, superlink, shown, taken)
-            facts = run_facts(run_id, superlink)
             if shown.summary is not None:
                 return shown.summary
+            facts = _patient_facts(run_id, superlink, again, quiet=quiet)
             if str(facts["status"]).startswith("finished"):
                 break
     finally:
         shown.close()
     last = "\n".join(shown.others)
-    again = f"Go on with the same options and run_dir={config.run_dir} resume=true"
     raise RunFailedError(f"Run {run_id} has not come to its end: {facts['status']}. {again}\nThe last lines of its log:\n{last}")
 
 
@@ -107,6 +110,21 @@ def _follow(run_id: str, superlink: str, shown: Following, taken: int) -> int:
             return max(seen, taken)
         finally:
             process.kill()
+
+
+def _patient_facts(run_id: str, superlink: str, again: str, *, quiet: bool) -> dict[str, Any]:
+    """Returns what Flower says of the run, if need be when the SuperLink is back. Raises RunFailedError if it stays away."""
+    ends, told = time.monotonic() + ABSENCE_SECONDS, False
+    while True:
+        try:
+            return run_facts(run_id, superlink)
+        except UserError as error:
+            if time.monotonic() > ends:
+                raise RunFailedError(f"The SuperLink {superlink} has not answered for {ABSENCE_SECONDS:g} s. {again}\n{error}") from error
+        if not told and not quiet:
+            print(f"the SuperLink {superlink} does not answer: waiting for it", file=sys.stderr)
+        told = True
+        time.sleep(LOOK_SECONDS)
 
 
 def _how_to_go_on(run_id: str, config: Config) -> str:

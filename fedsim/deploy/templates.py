@@ -14,19 +14,32 @@ exec flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-k
 
 SUPERNODE = """\
 #!/usr/bin/env bash
-# Starts the SuperNode of client $client; its worker starts with the first message and ends with this script.
+# Starts the SuperNode of client $client; its worker starts with the first message and ends with this script. A SuperNode that ends by
+# itself is started again: the SuperLink turns one that was killed away for a minute, for as long as it takes its forerunner for connected.
 set -euo pipefail
 cd "$$(dirname "$${BASH_SOURCE[0]}")"
 export FLWR_HOME="$$PWD/flwr" $quiet
 umask 077
-flower-supernode --root-certificates ca.crt --superlink "$${FEDSIM_SUPERLINK:-$host:$port}" --auth-supernode-private-key key \\
-    --node-config "partition-id=$client num-partitions=$clients client-file=\\"$$PWD/client.yaml\\"" \\
-    --port "$${FEDSIM_PORT:-$runtime_port}" &
-node=$$!
-trap 'kill "$$node" 2>/dev/null || true; wait "$$node" 2>/dev/null || true; fedsim worker client.yaml --stop' EXIT
+child=
+trap 'kill "$$child" 2>/dev/null || true; wait "$$child" 2>/dev/null || true; fedsim worker client.yaml --stop' EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
-wait "$$node"
+failures=0
+while true; do
+    begun=$$SECONDS code=0
+    flower-supernode --root-certificates ca.crt --superlink "$${FEDSIM_SUPERLINK:-$host:$port}" --auth-supernode-private-key key \\
+        --node-config "partition-id=$client num-partitions=$clients client-file=\\"$$PWD/client.yaml\\"" \\
+        --port "$${FEDSIM_PORT:-$runtime_port}" &
+    child=$$!
+    wait "$$child" || code=$$?
+    if ((SECONDS - begun > 60)); then failures=0; fi
+    failures=$$((failures + 1))
+    if ((code == 0 || failures > 8)); then exit "$$code"; fi
+    echo "The SuperNode ended with code $$code. It is started again in 10 s, $$((9 - failures)) times more if it keeps failing." >&2
+    sleep 10 &
+    child=$$!
+    wait "$$child"
+done
 """
 
 REGISTER = """\

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -151,9 +151,7 @@ class Protocol:
 
         def take(client: int, reply: Message) -> None:
             keys = self._received(client, reply, {"keys": (torch.uint8, (2 * KEY_BYTES,))})["keys"].numpy()
-            metrics = reply.content.metric_records["metrics"]
-            place = whole_numbers(metrics, "clients").index(client)
-            counts[client] = whole_numbers(metrics, "num_examples")[place]
+            counts[client] = self._num_examples(client, reply.content.metric_records["metrics"])
             publics[client] = bytes(keys[:KEY_BYTES]), bytes(keys[KEY_BYTES:])
 
         self._gather("query.secure_keys", self._graph, lambda clients: {REQUEST: self._request(clients)}, take)
@@ -189,8 +187,9 @@ class Protocol:
 
         def take(client: int, reply: Message) -> None:
             record = reply.content.array_records[client_key(client)]
+            masked = self._read(client, wanted.purpose, record, types)["masked"].numpy()
             self.charges.up(self.server_round, client, wanted.purpose, wanted.parameters, record)
-            total.add(client, wanted.grid.from_wire(arrays_from_record(record, types)["masked"].numpy()))
+            total.add(client, wanted.grid.from_wire(masked))
             self.came(client)
 
         self._gather(wanted.kind, sealed, content, take)
@@ -259,8 +258,25 @@ class Protocol:
 
     def _received(self, client: int, reply: Message, types: Types) -> dict[str, Tensor]:
         record = reply.content.array_records[secure_key(client)]
+        arrays = self._read(client, Purpose.secure_aggregation, record, types)
         self.charges.protocol(self.server_round, client, Direction.uplink, record)
-        return arrays_from_record(record, types)
+        return arrays
+
+    def _read(self, client: int, purpose: Purpose, record: ArrayRecord, types: Types) -> dict[str, Tensor]:
+        """Returns the arrays of a record; what cannot be read is charged as bytes. Raises ValueError."""
+        try:
+            return arrays_from_record(record, types)
+        except ValueError:
+            self.charges.unread(self.server_round, client, purpose, record)
+            raise
+
+    def _num_examples(self, client: int, metrics: MetricRecord) -> int:
+        """Raises KeyError or ValueError for a number that is not there, or not to be believed: the largest scales everybody's weight."""
+        columns = whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples")
+        count, most = dict(zip(*columns, strict=True))[client], self.config.federation.max_examples
+        if not 1 <= count <= most:
+            raise ValueError(f"Expected 1 to {most} examples (federation.max_examples), got {count}.")
+        return count
 
     # ---- thresholds
 

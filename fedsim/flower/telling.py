@@ -60,15 +60,24 @@ class Following:
         _, mark, told = line.partition(MARK)
         try:
             name, *arguments = json.loads(told) if mark else ("",)
-        except (ValueError, TypeError):  # a line of somebody else's that has the mark in it
-            name, arguments = "", []
+            known = self._shown(name, arguments)
+        except UserError:
+            raise
+        except Exception:  # a line of somebody else's that has the mark in it, or of another version
+            known = False
+        if not known and line.strip():
+            self.others = [*self.others[-30:], line]
+
+    def _shown(self, name: str, arguments: list[Any]) -> bool:
+        """Shows what a line tells. Returns False where it is nothing to show."""
         if name == STARTED:
             self._progress = Progress(*arguments, quiet=self._quiet).__enter__()
         elif name == SUMMARY:
-            self.summary = arguments[0]
+            self.summary = dict(arguments[0])
         elif name == MISTAKE:
             raise UserError(str(arguments[0]))
         elif name in CALLS and self._progress is not None:
             getattr(self._progress, name)(*arguments)
-        elif line.strip():
-            self.others = [*self.others[-30:], line]
+        else:
+            return False
+        return True

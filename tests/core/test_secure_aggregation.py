@@ -66,6 +66,16 @@ def test_with_fewer_answers_than_the_threshold_nothing_is_unmasked():
         Round(full_graph(10), dict.fromkeys(range(5), 3)).total()
 
 
+@pytest.mark.parametrize("vanished", [None, 0])
+def test_a_wrong_share_opens_nothing(vanished):
+    """Of a seed no public part tells whether it is the right one; without its check the sum would be noise that looks like a sum."""
+    found = Round(full_graph(4), {} if vanished is None else {vanished: 2})
+    share = found.shares[0][1]
+    found.shares[0][1] = bytes([share[0], share[1] ^ 1, *share[2:]])
+    with pytest.raises(ValueError, match=r"shares of the (seed|masking key) of client 0"):
+        found.total()
+
+
 def test_a_client_gives_out_nothing_below_the_threshold_nor_both_secrets_of_one_client_nor_twice():
     party = Round(full_graph(5), dict.fromkeys(range(5), 3)).parties[0]  # asked by nobody so far
     for survivors, vanished, reason in (

@@ -5,6 +5,8 @@ read must be within all bounds.
 """
 
 import copy
+import dataclasses
+import io
 import json
 import random
 
@@ -15,6 +17,8 @@ from faults import faulty, rebuilt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from rounds import TARGETS, of_method
 
+from clients.app import app
+from clients.framing import FrameError, read_message, read_records, write_message, write_records
 from fedsim import checkpoints
 from fedsim.checkpoints import Checkpoint, DamagedError
 from fedsim.config import Config, check, from_text, to_dict
@@ -22,9 +26,14 @@ from fedsim.core.compression import CODECS
 from fedsim.errors import UserError
 from fedsim.flower import worker
 from fedsim.flower.asking import Ask
+from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Reader, Upload
 from fedsim.flower.records import arrays_from_record, arrays_to_record
+from fedsim.flower.roster import Member
+from fedsim.flower.secure import Protocol, SumRefused
+from fedsim.flower.telling import MARK, Following
 from fedsim.flower.worker import handle
+from fedsim.journal import Journal, verified
 
 ODD = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 1.5, float("nan"), float("inf"), -0.0, "", "x", "0", "../../etc/passwd", "\x00", "{}", "[]"]
 ODD += [
@@ -214,6 +223,119 @@ def test_compressed_uploads(count, name):
             continue
         assert flat.shape == (600,)
         assert flat.isfinite().all()
+
+
+class Recorded(InProcessGrid):
+    """Keeps what is answered, by kind of message and node."""
+
+    def __init__(self, workers):
+        super().__init__(app, workers)
+        self.replies = {}
+
+    def _handle(self, message):
+        reply = super()._handle(message)
+        self.replies[message.metadata.message_type, message.metadata.dst_node_id] = reply
+        return reply
+
+
+@pytest.mark.parametrize("count", counts(300))
+def test_stages_of_secure_aggregation(count, monkeypatch):
+    """The answers of a round are given again and again, each time with one of them changed."""
+    run = faulty(of_method("fed_sb", privacy={"secure_aggregation": True}, federation={"max_examples": 1000}), {})
+    run.grid, run.strategy.asking.homes, seen = Recorded(3), None, []
+    carry_out = Protocol.carry_out
+
+    def noted(protocol, wanted):
+        seen.append((protocol, wanted, carry_out(protocol, wanted)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(Protocol, "carry_out", noted)
+    run.next()
+    ((protocol, wanted, expected),) = seen
+    rng, heard = random.Random(5), []
+    for _ in range(count):
+        target = rng.choice(list(run.grid.replies))
+        reply = run.grid.replies[target]
+        bad = Message(mutated_content(rng, reply.content), metadata=reply.metadata)
+
+        def answers(asks, target=target, bad=bad):
+            for ask in asks:
+                place = ask.message.metadata.message_type, ask.message.metadata.dst_node_id
+                yield ask, bad if place == target else run.grid.replies[place]
+
+        try:
+            found = carry_out(dataclasses.replace(protocol, ask=answers), wanted)
+        except SumRefused:
+            continue
+        heard.append(found)
+        assert set(found.survivors) <= set(expected.survivors)
+        assert all(1 <= found.num_examples[client] <= 1000 for client in found.survivors)
+        if target[0] == "query.secure_unmask":
+            np.testing.assert_array_equal(found.values, expected.values, "a changed share opens the same sum, or none")
+    assert 0 < len(heard) < count
+
+
+@pytest.mark.parametrize("count", counts(300))
+def test_frames(count):
+    """Between client app and worker, and what a client remembers: only what nothing names by a digest may change, and stays a message."""
+    run = faulty(of_method("fed_sb", federation={"clients": 3}), {})
+    ask, reply = _asked(run)
+    for write, read, valid in ((write_message, read_message, reply), (write_records, read_records, ask.message.content)):
+        buffer, rng = io.BytesIO(), random.Random(6)
+        write(buffer.write, valid)
+        arrays = {name: bytes(array.data) for record in _records(valid) for name, array in record.items()}
+        for _ in range(count):
+            try:
+                found = read(io.BytesIO(mutated_bytes(rng, buffer.getvalue())).read, 10**7)
+            except (FrameError, EOFError):
+                continue
+            assert {name: bytes(array.data) for record in _records(found) for name, array in record.items()} == arrays
+
+
+def _records(value):
+    return (value.content if isinstance(value, Message) else value).array_records.values()
+
+
+@pytest.mark.parametrize("count", counts(500))
+def test_answers_of_who_joins(count):
+    valid, rng, kinds = Member(1, 20, "digest", "1", True), random.Random(7), {"client": int, "num_examples": int, "shard": bool}
+    for _ in range(count):
+        try:
+            found = Member.from_records(mutated_content(rng, valid.to_records()))
+        except ValueError:
+            continue
+        assert all(type(getattr(found, name)) is kind for name, kind in kinds.items())
+        assert found.num_examples >= 1
+
+
+@pytest.mark.parametrize("count", counts(300))
+def test_journals(count, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    for number in range(5):
+        journal.append("asked", round=number, clients=[0, 1])
+    journal.close()
+    content, rng = path.read_bytes(), random.Random(8)
+    for _ in range(count):
+        bad = mutated_bytes(rng, content)
+        path.write_bytes(bad)
+        verdict = verified(path, {}, journal.head)
+        assert bool(verdict.problems) == (bad != content)
+
+
+@pytest.mark.parametrize("count", counts(500))
+def test_logs_that_are_followed(count, capsys):
+    lines = [["started", 3, [0, 3]], ["phase", "x"], ["round_started", 1, 2, {}], ["note", "y"], ["summary", {"a": 1}]]
+    text, rng = "".join(f"{MARK}{json.dumps(line)}\n" for line in lines), random.Random(9)
+    for _ in range(count):
+        shown = Following(quiet=True)
+        try:
+            shown.take(mutated_text(rng, text))
+        except UserError:
+            continue
+        finally:
+            shown.close()
+        assert shown.summary is None or isinstance(shown.summary, dict)
 
 
 @pytest.mark.parametrize("count", counts(300))
