@@ -15,11 +15,13 @@ from flwr.supercore.task_identity import TaskIdentity
 import fedsim
 from clients.memory import Budget, ContextStore, experiment_key
 from clients.owner import Owner, RefusedError, accept, own_view
-from fedsim.config import Config, PrivacyUnit, from_dict, to_dict
+from fedsim.choices import PrivacyUnit
+from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.flower.records import numbers, whole_numbers
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.worker import NEEDS_STATE, REFUSED, handle
+from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.accounting import Mechanism
 from fedsim.session import Session, open_session
 from fedsim.training.batches import steps_per_round

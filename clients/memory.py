@@ -13,8 +13,9 @@ from flwr.app import RecordDict
 
 from clients.framing import FrameError, read_records, write_records
 from clients.owner import Owner, RefusedError
-from fedsim.config import Config, to_dict
+from fedsim.config import Config
 from fedsim.files import atomic_write, atomic_write_json
+from fedsim.plain import to_dict
 from fedsim.privacy.accounting import Mechanism, default_delta
 from fedsim.privacy.ledger import PrivacyLedger
 

@@ -13,7 +13,8 @@ from typing import Any, Optional, get_type_hints
 
 import yaml
 
-from fedsim.config import Config, PrivacyUnit
+from fedsim.choices import PrivacyUnit
+from fedsim.config import Config
 from fedsim.errors import UserError, nearest
 
 STRENGTH = (PrivacyUnit.none, PrivacyUnit.client, PrivacyUnit.example)

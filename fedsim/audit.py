@@ -16,7 +16,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim.config import Config, Init, PrivacyUnit
+from fedsim.choices import Init, PrivacyUnit
+from fedsim.config import Config
 from fedsim.core.adapters import factors
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from fedsim.config import Config, ModelConfig, to_dict
+from fedsim.config import Config, ModelConfig
 from fedsim.core.adapters import adapt, install
 from fedsim.core.adapters import factors as installed
 from fedsim.core.collecting import WeightedMean
@@ -30,6 +30,7 @@ from fedsim.files import atomic_write_json
 from fedsim.flower.records import from_record, serialized_bytes, to_record
 from fedsim.memory import resident_bytes
 from fedsim.models import DTYPES, device
+from fedsim.plain import to_dict
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import model_shape, random_model
 from fedsim.training.cohort import ClientData, train_cohort

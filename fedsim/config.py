@@ -1,111 +1,30 @@
 """The configuration: plain typed dataclasses; the line under a field is its help.
 
-Hydra composes conf/ against these types (`fedsim.cli.compose`), `check` finds contradictions that need neither data
-nor model, and nothing beyond the entry sees a DictConfig. Enum members are written by name: `training.optimizer=sgd`.
+Hydra composes conf/ against these types (`fedsim.cli.compose`), and nothing beyond the entry sees a DictConfig.
 """
 
-import json
-import math
-import re
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
-from typing import Any, Optional, Union, cast, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import Any, Optional, Union
 
-from fedsim.errors import UserError
-
-AUTO = "auto"
-"""Value of an option that is settled where data, model and device are known."""
-
-
-class Dtype(Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Init(Enum):
-    gradient = "SVD of the first full fine-tuning step, estimated on a sample of the clients' data (LoRA-SB)"
-    gradient_public = "the same, estimated on a public shard at the server"
-    gradient_dp = "singular vectors of the clients' clipped and noised gradients; costs epsilon"
-    weight_svd = "top singular vectors of the base weights (LoRA-XS); nothing is sent"
-    orthogonal = "seeded random orthonormal bases; only the seed is sent"
-    lora = "LoRA's own start: A uniform from the seed, B zero; only the seed is sent"
-    zero = "no update"
-
-
-class Residual(Enum):
-    stacked = "the clients' factors side by side, as published"
-    dense = "one matrix of the size of the weight"
-
-
-class PrivacyUnit(Enum):
-    none = "nothing is claimed"
-    example = "one training example of a client"
-    client = "one client with all its examples"
-
-
-class Accountant(Enum):
-    prv = "numerical, tight (privacy random variables)"
-    rdp = "Renyi divergences; looser, fast"
-    skellam = "Renyi divergences of whole orders: the one that holds for the clients' discrete noise under secure aggregation"
-
-
-class NoiseSource(Enum):
-    seed = "the run's seed: a run can be repeated, and whoever knows the seed can take the noise off"
-    system = "the operating system of each client: holds against the server, and no run repeats another"
-
-
-class ServerRule(Enum):
-    mean = "weighted mean"
-    median = "median of every entry"
-    trimmed_mean = "mean of every entry without the largest and smallest"
-    krum = "mean of the uploads that are nearest to their neighbours (multi-Krum)"
-
-
-class OverNorm(Enum):
-    refuse = "the client is left out of the round"
-    clip = "the update is scaled down to the norm"
-
-
-class Partition(Enum):
-    iid = "every client draws from the same distribution"
-    task = "each client holds examples of one task only"
-    dirichlet = "each client's mixture is drawn from a Dirichlet distribution"
-
-
-class DirichletOver(Enum):
-    task = "mixture over tasks"
-    label = "mixture over gold answers"
-
-
-class Mode(Enum):
-    sync = "a round waits for its clients"
-    fedbuff = "clients work on, each from the version it was sent; every so many updates make a new one (FedBuff)"
-
-
-class Weighting(Enum):
-    examples = "by number of training examples"
-    uniform = "equal"
-
-
-class Optimizer(Enum):
-    adamw = "AdamW"
-    sgd = "SGD with momentum"
-
-
-class Schedule(Enum):
-    constant = "constant after warm-up"
-    linear = "linear to zero after warm-up"
-    cosine = "cosine to zero after warm-up"
-
-
-class TrainOn(Enum):
-    response = "loss on the response only"
-    all = "loss on prompt and response"
-
-
-class OnError(Enum):
-    stop = "a malformed row ends the run with file, line and reason"
-    skip = "malformed rows are left out, counted and reported"
+from fedsim.choices import (
+    AUTO,
+    Accountant,
+    DirichletOver,
+    Dtype,
+    Init,
+    Mode,
+    NoiseSource,
+    OnError,
+    Optimizer,
+    OverNorm,
+    Partition,
+    PrivacyUnit,
+    Residual,
+    Schedule,
+    ServerRule,
+    TrainOn,
+    Weighting,
+)
 
 
 @dataclass
@@ -403,207 +322,3 @@ class Config:
     """Go on from the last checkpoint of run_dir."""
     overwrite: bool = False
     """Replace a finished or interrupted run in run_dir."""
-
-
-def to_dict(config: Any) -> Any:
-    """Returns nested plain values (enums by name) that YAML and JSON can hold."""
-    if isinstance(config, Enum):
-        return config.name
-    if is_dataclass(config):
-        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(config, (list, tuple)):
-        return [to_dict(value) for value in config]
-    if isinstance(config, dict):
-        return {str(key): to_dict(value) for key, value in config.items()}
-    return config
-
-
-def from_dict(schema: type, values: dict[str, Any]) -> Any:
-    """Returns the dataclass `schema` of the nested plain values that `to_dict` gives. Raises UserError for unknown or missing names."""
-    names = {f.name: f.type for f in fields(schema)}
-    if set(values) != set(names):
-        odd = sorted(set(values) ^ set(names))
-        raise UserError(
-            f"configuration: expected the options {', '.join(names)} of {schema.__name__}, got a difference in {', '.join(odd)}."
-        )
-    return schema(**{name: _from_plain(kind, values[name], f"{schema.__name__}.{name}") for name, kind in names.items()})
-
-
-def from_text(text: str) -> Config:
-    """Returns the configuration of the JSON that `to_dict` gives. Raises UserError for anything else, whatever it is."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UserError(f"configuration: expected JSON, got {text!r:.60}.") from None
-    return cast(Config, _from_plain(Config, values, "Config"))
-
-
-def _from_plain(kind: Any, value: Any, name: str) -> Any:
-    """Returns the value of this type. Raises UserError for one of another type: what comes over a network is not believed."""
-    if get_origin(kind) is Union:
-        return value if type(value) in get_args(kind) else _from_plain(get_args(kind)[0], value, name)
-    if is_dataclass(kind) and isinstance(value, dict):
-        return from_dict(kind, value)  # type: ignore[arg-type]
-    if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str) and value in kind.__members__:
-        return kind[value]
-    if get_origin(kind) in (list, dict) and isinstance(value, get_origin(kind)):
-        return _from_items(kind, value, name)
-    if kind is Any or type(value) is kind or (kind is float and type(value) is int):
-        return value
-    raise UserError(f"configuration: expected {name} to be {kind!s:.60}, got {value!r:.60}.")
-
-
-def _from_items(kind: Any, value: Any, name: str) -> Any:
-    if get_origin(kind) is list:
-        return [_from_plain(get_args(kind)[0], each, name) for each in value]
-    key_kind, item_kind = get_args(kind)
-    try:
-        return {key_kind(key): _from_plain(item_kind, each, name) for key, each in value.items()}
-    except ValueError:
-        raise UserError(f"configuration: expected the names in {name} to be {key_kind.__name__}, got {value!r:.60}.") from None
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Finite numbers between `low` and `high`; an open end is not itself allowed."""
-
-    low: float
-    high: float = math.inf
-    low_open: bool = False
-    high_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        return math.isfinite(value) and above and below
-
-    def __str__(self) -> str:
-        lower = f"{'>' if self.low_open else '>='} {self.low:g}"
-        return lower if self.high == math.inf else f"{lower} and {'<' if self.high_open else '<='} {self.high:g}"
-
-
-_AT_LEAST_ONE, _NOT_NEGATIVE, _POSITIVE, _DECAY = Bounds(1), Bounds(0), Bounds(0, low_open=True), Bounds(0, 1, high_open=True)
-
-MAY_BE_AUTO = ("training.tokens_per_pass",)
-"""Options that are numbers or `AUTO`."""
-
-BOUNDS = {
-    "method.residual_rank": _AT_LEAST_ONE,
-    "method.heads": _AT_LEAST_ONE,
-    "method.client_heads": _AT_LEAST_ONE,
-    "adapter.refresh_every": _NOT_NEGATIVE,
-    "training.proximal_mu": _NOT_NEGATIVE,
-    "server.trimmed": Bounds(0, 0.5, high_open=True),
-    "server.malicious": _NOT_NEGATIVE,
-    "server.kept": _NOT_NEGATIVE,
-    "server.learning_rate": _POSITIVE,
-    "server.momentum": _DECAY,
-    "server.beta2": _DECAY,
-    "server.tau": _POSITIVE,
-    "compression.density": Bounds(0, 1, low_open=True),
-    "privacy.epsilon": _POSITIVE,
-    "privacy.noise_multiplier": _NOT_NEGATIVE,
-    "privacy.clip_norm": _POSITIVE,
-    "privacy.delta": Bounds(0, 1, low_open=True, high_open=True),
-    "privacy.init_share": Bounds(0, 1, low_open=True, high_open=True),
-    "privacy.init_noise_multiplier": _NOT_NEGATIVE,
-    "privacy.clip_quantile": Bounds(0, 1, low_open=True, high_open=True),
-    "privacy.clip_rate": _POSITIVE,
-    "secure.bits": Bounds(2, 24),
-    "secure.range": _POSITIVE,
-    "secure.gradient_range": _POSITIVE,
-    "secure.threshold": Bounds(0.5, 1, low_open=True),
-    "secure.neighbours": _NOT_NEGATIVE,
-    "federation.deadline": _POSITIVE,
-    "federation.concurrency": _AT_LEAST_ONE,
-    "federation.buffer": _AT_LEAST_ONE,
-    "federation.dropout": Bounds(0, 1, high_open=True),
-    "adapter.rank": _AT_LEAST_ONE,
-    "adapter.init_samples": _AT_LEAST_ONE,
-    "adapter.scaling": _POSITIVE,
-    "data.train_examples": _AT_LEAST_ONE,
-    "data.test_examples": _AT_LEAST_ONE,
-    "data.max_length": Bounds(8),
-    "data.owner": _NOT_NEGATIVE,
-    "federation.clients": _AT_LEAST_ONE,
-    "federation.rounds": _AT_LEAST_ONE,
-    "federation.fraction": Bounds(0, 1, low_open=True),
-    "federation.alpha": _POSITIVE,
-    "federation.quantity_sigma": _NOT_NEGATIVE,
-    "federation.round_timeout": _POSITIVE,
-    "federation.min_replies": _POSITIVE,
-    "federation.over_selection": _NOT_NEGATIVE,
-    "federation.retries": _NOT_NEGATIVE,
-    "federation.max_examples": _AT_LEAST_ONE,
-    "server.max_update_norm": _POSITIVE,
-    "training.learning_rate": _POSITIVE,
-    "training.weight_decay": _NOT_NEGATIVE,
-    "training.beta1": _DECAY,
-    "training.beta2": _DECAY,
-    "training.epsilon": _POSITIVE,
-    "training.momentum": _DECAY,
-    "training.warmup_ratio": _DECAY,
-    "training.batch_size": _AT_LEAST_ONE,
-    "training.accumulation": _AT_LEAST_ONE,
-    "training.local_epochs": _AT_LEAST_ONE,
-    "training.local_steps": _AT_LEAST_ONE,
-    "training.tokens_per_pass": _AT_LEAST_ONE,
-    "audit.canaries": _NOT_NEGATIVE,
-    "audit.confidence": Bounds(0, 1, low_open=True, high_open=True),
-    "evaluation.every": _NOT_NEGATIVE,
-    "evaluation.max_new_tokens": _AT_LEAST_ONE,
-    "evaluation.tokens_per_pass": _AT_LEAST_ONE,
-    "engine.cohort_size": _NOT_NEGATIVE,
-    "engine.actors": _AT_LEAST_ONE,
-    "engine.wait_seconds": _NOT_NEGATIVE,
-    "seed": _NOT_NEGATIVE,
-}
-"""Allowed values of the options that are numbers; null is allowed where the type allows it."""
-
-
-def check(config: Config) -> None:
-    """Raises UserError for the first value or contradiction that can be seen without data and model."""
-    for key, bounds in BOUNDS.items():
-        value = _value(config, key)
-        if value == AUTO and key in MAY_BE_AUTO:
-            continue
-        if isinstance(value, str):
-            raise UserError(f"Expected {key} to be {AUTO} or a number {bounds}, got {value!r}. Give {key}= one of them.")
-        if value is not None and value not in bounds:
-            raise UserError(f"Expected {key} {bounds}, got {value}. Give {key}= a value in that range.")
-    for key in ("data.train", "data.test", "adapter.target_modules"):
-        _check_names(key, _value(config, key))
-    for key in ("model.path", "data.path", "run_dir"):
-        if _value(config, key) == "":
-            raise UserError(f"Expected {key} to name something, got an empty text. Write {key}=null for none.")
-    _check_contradictions(config)
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _check_names(key: str, names: list[str]) -> None:
-    if not names and key != "adapter.target_modules":
-        raise UserError(f"Expected at least one name in {key}, got an empty list. Write {key}=[name].")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"Expected each name in {key} once, got {repeated[0]!r} more than once. Leave out the repetition.")
-
-
-def _check_contradictions(config: Config) -> None:
-    if config.resume and config.overwrite:
-        raise UserError("Expected resume=true or overwrite=true, got both. Resume goes on with a run, overwrite starts it anew: drop one.")
-    if config.resume and config.run_dir is None:
-        raise UserError("Expected run_dir with resume=true, got none. Name the folder of the run to go on with: run_dir=...")
-    examples = config.data.train_examples
-    if examples is not None and examples < config.federation.clients:
-        raise UserError(
-            f"Expected at least one training example for each client, got data.train_examples={examples} and "
-            f"federation.clients={config.federation.clients}. Raise the first or lower the second."
-        )
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.model.device):
-        raise UserError(f"Expected model.device auto, cpu, cuda, cuda:<number> or mps, got {config.model.device!r}. Choose one of them.")

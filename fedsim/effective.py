@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from fedsim.config import Accountant, Config, PrivacyUnit
+from fedsim.choices import Accountant, PrivacyUnit
+from fedsim.config import Config
 from fedsim.core.methods import METHODS, Method, combinations, with_head
 from fedsim.data import labels
 from fedsim.errors import UserError, nearest

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.config import Dtype, ModelConfig
+from fedsim.choices import Dtype
+from fedsim.config import ModelConfig
 from fedsim.core.adapters import is_linear
 from fedsim.errors import UserError
 

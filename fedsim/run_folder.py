@@ -21,12 +21,13 @@ from torch import Tensor
 
 from fedsim import checkpoints
 from fedsim.checkpoints import Checkpoint, DamagedError
-from fedsim.config import Config, to_dict
+from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import EventLog, cut_events, read_events
 from fedsim.files import TEMPORARY, atomic_write, atomic_write_json
 from fedsim.journal import Head, Journal
 from fedsim.manifest import manifest
+from fedsim.plain import to_dict
 
 LOCK = "run.lock"
 CONFIG = "config.yaml"

@@ -14,7 +14,8 @@ from math import ceil, nan
 import torch
 from torch import Tensor
 
-from fedsim.config import Config, Init, PrivacyUnit, from_dict, to_dict
+from fedsim.choices import Init, PrivacyUnit
+from fedsim.config import Config
 from fedsim.core.adapters import adapt, adapted_layers, base_weights, factors, install
 from fedsim.core.compression import CODECS, compress
 from fedsim.core.exchange import WEIGHTS
@@ -32,6 +33,7 @@ from fedsim.errors import UserError
 from fedsim.links import links_of
 from fedsim.memory import keep_freed_memory
 from fedsim.models import head_paths, load_model
+from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import derive_seed, numpy_generator, torch_generator

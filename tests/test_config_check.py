@@ -1,7 +1,8 @@
 import pytest
 
 from fedsim.cli.options import options
-from fedsim.config import BOUNDS, Config, check
+from fedsim.config import Config
+from fedsim.config_check import BOUNDS, check
 from fedsim.errors import UserError
 
 

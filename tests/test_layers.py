@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ["base", "core", "training", "world", "entry"]
-BASE = {"fedsim", "fedsim.config", "fedsim.types", "fedsim.seeding", "fedsim.errors", "fedsim.files"}
+BASE = {"fedsim", *(f"fedsim.{name}" for name in ("config", "choices", "config_check", "plain", "types", "seeding", "errors", "files"))}
 ENTRY = (
     "fedsim.cli",
     "fedsim.experiment",

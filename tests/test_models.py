@@ -6,7 +6,8 @@ from conftest import ARCHITECTURES, LABELS, save_classifier, tiny_classifier, ti
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedsim.config import Dtype, ModelConfig
+from fedsim.choices import Dtype
+from fedsim.config import ModelConfig
 from fedsim.errors import UserError
 from fedsim.models import head_paths, load_model, source
 

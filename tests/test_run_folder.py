@@ -16,10 +16,11 @@ import pytest
 import torch
 import yaml
 
-from fedsim.config import Config, to_dict
+from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import read_events
 from fedsim.files import atomic_write
+from fedsim.plain import to_dict
 from fedsim.run_folder import RunFolder
 
 fork = multiprocessing.get_context("fork")

@@ -13,11 +13,13 @@ from conftest import ARCHITECTURES, tiny_model
 from fedsim.cli.compose import compose
 from fedsim.cli.groups import groups
 from fedsim.cli.overrides import parse
-from fedsim.config import Config, ModelConfig, check, from_dict, to_dict
+from fedsim.config import Config, ModelConfig
+from fedsim.config_check import check
 from fedsim.core.adapters import adapt
 from fedsim.core.forms import LORA_SB
 from fedsim.errors import UserError
 from fedsim.models import load_model
+from fedsim.plain import from_dict, to_dict
 from fedsim.shapes import layer_shapes, num_parameters, skeleton
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsim.config import ModelConfig, Schedule, TrainingConfig
+from fedsim.choices import Schedule
+from fedsim.config import ModelConfig, TrainingConfig
 from fedsim.core.adapters import adapt, factors, install
 from fedsim.core.forms import LORA_SB, AdapterSpec
 from fedsim.core.initialization import from_seed

@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from fedsim.choices import PrivacyUnit, Residual
 from fedsim.cli.compose import compose_with_hydra, initialized, to_config
 from fedsim.cli.groups import default_choices
 from fedsim.cli.overrides import parse
 from fedsim.cli.sweep import Job, plan
-from fedsim.config import Config, ModelConfig, PrivacyUnit, Residual, check, from_dict, to_dict
+from fedsim.config import Config, ModelConfig
+from fedsim.config_check import check
 from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import Forecast, forecast
 from fedsim.core.forms import AdapterSpec
@@ -27,6 +29,7 @@ from fedsim.core.methods import METHODS, Method
 from fedsim.data import labels
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
+from fedsim.plain import from_dict, to_dict
 from fedsim.progress import size
 from fedsim.published import SOURCE, Published, published
 from fedsim.report import table

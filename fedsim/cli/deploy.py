@@ -70,7 +70,7 @@ def _up(words: list[str]) -> int:
     from dataclasses import replace
 
     from fedsim.cli.compose import compose
-    from fedsim.config import check
+    from fedsim.config_check import check
     from fedsim.deploy.local import NAME, local_federation
     from fedsim.deploy.submit import named, run
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from fedsim.calibration import calibrated
-from fedsim.config import AUTO, Config, DataConfig
+from fedsim.choices import AUTO
+from fedsim.config import Config, DataConfig
 from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import forecast
 from fedsim.core.estimate import Calibration, Estimate, ModelShape, Work, estimate

@@ -10,8 +10,10 @@ import shlex
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsim.config import Config, check, from_dict
+from fedsim.config import Config
+from fedsim.config_check import check
 from fedsim.errors import UserError
+from fedsim.plain import from_dict
 
 DEPLOYMENT = "deployment"
 

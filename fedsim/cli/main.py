@@ -226,7 +226,7 @@ def _numbers(words: list[str], known: tuple[str, ...]) -> dict[str, float]:
 
 def _checked(overrides: list[str]) -> "Config":
     from fedsim.cli.compose import compose
-    from fedsim.config import check
+    from fedsim.config_check import check
 
     config = compose(overrides)
     check(config)
@@ -236,7 +236,7 @@ def _checked(overrides: list[str]) -> "Config":
 def _print_configuration(config: "Config") -> None:
     import yaml
 
-    from fedsim.config import to_dict
+    from fedsim.plain import to_dict
 
     print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
 

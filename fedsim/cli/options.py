@@ -11,8 +11,11 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import fedsim.config
+from fedsim.choices import AUTO
 from fedsim.cli.groups import choice_values, default_choices, groups
-from fedsim.config import AUTO, BOUNDS, MAY_BE_AUTO, Config, to_dict
+from fedsim.config import Config
+from fedsim.config_check import BOUNDS, MAY_BE_AUTO
+from fedsim.plain import to_dict
 
 _KINDS: dict[Any, str] = {
     int: "integer",

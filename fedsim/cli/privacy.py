@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedsim.config import Config, PrivacyUnit
+from fedsim.choices import PrivacyUnit
+from fedsim.config import Config
 from fedsim.core.partition import partition
 from fedsim.data import load
 from fedsim.effective import effective

@@ -30,9 +30,11 @@ from omegaconf import DictConfig
 from fedsim.cli.compose import compose_with_hydra, initialized, to_config
 from fedsim.cli.overrides import parse, quote, swept
 from fedsim.cli.sweep_table import sweep_table
-from fedsim.config import Config, check, to_dict
+from fedsim.config import Config
+from fedsim.config_check import check
 from fedsim.errors import UserError
 from fedsim.files import atomic_write_json
+from fedsim.plain import to_dict
 
 SWEEP, SUMMARY, LOCK = "sweep.json", "summary.json", "run.lock"
 _FREE_ON_RESUME = ("run_dir", "resume", "overwrite", "engine")

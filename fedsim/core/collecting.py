@@ -11,7 +11,8 @@ from math import nan, sqrt
 import torch
 from torch import Tensor
 
-from fedsim.config import MethodConfig, Residual
+from fedsim.choices import Residual
+from fedsim.config import MethodConfig
 from fedsim.core.forms import AdapterSpec
 from fedsim.types import Adapter
 

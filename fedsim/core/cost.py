@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
-from fedsim.config import Config, Init, Mode
+from fedsim.choices import Init, Mode
+from fedsim.config import Config
 from fedsim.core.collecting import keeps_clients
 from fedsim.core.communication import SETUP, Direction, Purpose
 from fedsim.core.compression import CODECS

@@ -10,7 +10,8 @@ from math import ceil, prod
 
 from torch import empty
 
-from fedsim.config import Config, Init, Optimizer, PrivacyUnit
+from fedsim.choices import Init, Optimizer, PrivacyUnit
+from fedsim.config import Config
 from fedsim.core.cost import Forecast
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import DERIVED

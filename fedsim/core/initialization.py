@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.forms import HEAD, AdapterSpec
 from fedsim.seeding import torch_generator
 from fedsim.types import Adapter

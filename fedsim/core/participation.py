@@ -2,7 +2,8 @@
 
 from math import ceil
 
-from fedsim.config import Config, Init, PrivacyUnit, ServerRule
+from fedsim.choices import Init, PrivacyUnit, ServerRule
+from fedsim.config import Config
 from fedsim.seeding import numpy_generator
 
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsim.config import DirichletOver, FederationConfig, Partition
+from fedsim.choices import DirichletOver, Partition
+from fedsim.config import FederationConfig
 from fedsim.errors import UserError
 from fedsim.seeding import numpy_generator
 from fedsim.types import AnyExample

@@ -12,7 +12,8 @@ from math import ceil, log
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.config import Config, PrivacyUnit
+from fedsim.choices import PrivacyUnit
+from fedsim.config import Config
 from fedsim.errors import UserError
 
 Integers = NDArray[np.uint32]

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from fedsim.config import Config, Init
+from fedsim.choices import Init
+from fedsim.config import Config
 from fedsim.core.communication import Purpose
 from fedsim.core.exchange import CONTROL, WEIGHTS, Exchange
 from fedsim.core.forms import HEAD

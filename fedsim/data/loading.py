@@ -9,7 +9,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from fedsim.config import DataConfig, OnError
+from fedsim.choices import OnError
+from fedsim.config import DataConfig
 from fedsim.data.hub import Address, Hub
 from fedsim.data.rows import READERS, Malformed, Row, read
 from fedsim.data.sets import COMMONSENSE, SETS, DataSet

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import fedsim
-from fedsim.config import Config, to_dict
+from fedsim.config import Config
 from fedsim.deploy.flower import flwr, following, run_facts
 from fedsim.effective import effective
 from fedsim.errors import LeftRunningError, RunFailedError, UserError
 from fedsim.flower.telling import Following
+from fedsim.plain import to_dict
 from fedsim.report import summary_table
 
 _APP = """\

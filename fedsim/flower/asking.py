@@ -14,7 +14,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsim.config import Config, PrivacyUnit, to_dict
+from fedsim.choices import PrivacyUnit
+from fedsim.config import Config
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods import Method
@@ -23,6 +24,7 @@ from fedsim.errors import UserError
 from fedsim.flower.charging import Charges
 from fedsim.flower.requests import REQUEST
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD, Packer
+from fedsim.plain import to_dict
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
 

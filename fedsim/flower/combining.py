@@ -5,7 +5,8 @@ from math import exp
 import torch
 from torch import Tensor
 
-from fedsim.config import PrivacyUnit, ServerConfig, ServerRule, Weighting
+from fedsim.choices import PrivacyUnit, ServerRule, Weighting
+from fedsim.config import ServerConfig
 from fedsim.core import robust
 from fedsim.core.collecting import Collector, Rule, keeps_clients
 from fedsim.core.diagnosis import diagnose

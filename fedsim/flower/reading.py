@@ -8,7 +8,7 @@ import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
-from fedsim.config import OverNorm, PrivacyUnit
+from fedsim.choices import OverNorm, PrivacyUnit
 from fedsim.core.communication import Purpose
 from fedsim.core.compression import CODECS
 from fedsim.core.global_state import GlobalState

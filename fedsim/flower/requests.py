@@ -10,8 +10,10 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedsim.config import Config, check, from_text
+from fedsim.config import Config
+from fedsim.config_check import check
 from fedsim.flower.records import numbers, whole_number, whole_numbers
+from fedsim.plain import from_text
 
 REQUEST = "request"
 LIMIT = 2**31

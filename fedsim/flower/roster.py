@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsim.config import Config, to_dict
+from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.plain import to_dict
 from fedsim.session import Session
 
 JOIN, MEMBER = "query.join", "member"

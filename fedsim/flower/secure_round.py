@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.config import PrivacyUnit, Weighting
+from fedsim.choices import PrivacyUnit, Weighting
 from fedsim.core.communication import Purpose
 from fedsim.core.global_state import GlobalState
 from fedsim.core.quantization import LOSS_UNITS, gradient_grid, num_counters, upload_grid

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.config import NoiseSource, PrivacyUnit, Weighting
+from fedsim.choices import NoiseSource, PrivacyUnit, Weighting
 from fedsim.core.adapters import factors
 from fedsim.core.distributed_noise import clipped_integers, share_of_variance, skellam_noise
 from fedsim.core.dropout import Stage, heard

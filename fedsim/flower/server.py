@@ -19,7 +19,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim.config import Config, Init, to_dict
+from fedsim.choices import Init
+from fedsim.config import Config
 from fedsim.core.adapters import bound, merged, unadapted
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.fedbuff import Buffer
@@ -37,6 +38,7 @@ from fedsim.flower.simulated import set_up_seconds
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.flower.worker import read_memory, write_memory
 from fedsim.models import source
+from fedsim.plain import to_dict
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import Progress
 from fedsim.report import curves_png, diagnosis_png, holdings_table, network_png, partition_png, privacy_png, summary_table, transfers_csv

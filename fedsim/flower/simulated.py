@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
-from fedsim.config import PrivacyUnit
+from fedsim.choices import PrivacyUnit
 from fedsim.core.communication import Direction
 from fedsim.core.dropout import vanishes
 from fedsim.core.fedbuff import Flush, Queue, advance

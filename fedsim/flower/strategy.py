@@ -10,7 +10,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsim.config import Config, Init, Mode
+from fedsim.choices import Init, Mode
+from fedsim.config import Config
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing, Reason, counted, told

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from fedsim.config import Config, Init, PrivacyUnit, ServerRule, Weighting
+from fedsim.choices import Init, PrivacyUnit, ServerRule, Weighting
+from fedsim.config import Config
 from fedsim.core.methods import Method
 from fedsim.errors import UserError
 

@@ -9,7 +9,8 @@ the server sees who takes part, and the round is charged to these without amplif
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedsim.config import Config, Init, PrivacyUnit
+from fedsim.choices import Init, PrivacyUnit
+from fedsim.config import Config
 from fedsim.core.participation import draw_participants, round_size, spares
 from fedsim.core.quantization import limit_of
 from fedsim.core.secure_aggregation import fewest_survivors

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fedsim.config import AUTO, TrainingConfig
+from fedsim.choices import AUTO
+from fedsim.config import TrainingConfig
 from fedsim.core.adapters import is_linear
 
 Result = TypeVar("Result")

@@ -5,7 +5,7 @@ Prompt and response are tokenised apart, so no merge across their border can dif
 
 from typing import Any
 
-from fedsim.config import TrainOn
+from fedsim.choices import TrainOn
 from fedsim.types import EncodedExample, Example
 
 

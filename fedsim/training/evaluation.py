@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsim.config import DataConfig, EvaluationConfig, TrainOn
+from fedsim.choices import TrainOn
+from fedsim.config import DataConfig, EvaluationConfig
 from fedsim.core.answers import is_correct
 from fedsim.training.batches import collate, pack
 from fedsim.training.encoding import encode, encode_prompt, has_response

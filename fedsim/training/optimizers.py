@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fedsim.config import Optimizer, Schedule, TrainingConfig
+from fedsim.choices import Optimizer, Schedule
+from fedsim.config import TrainingConfig
 
 
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:

@@ -1,9 +1,12 @@
 import pytest
 
+from fedsim.choices import Init, Optimizer, Partition
 from fedsim.cli.compose import compose
 from fedsim.cli.groups import choice_values, conf_folder, groups, presets_folder
-from fedsim.config import Config, Init, Optimizer, Partition, check, to_dict
+from fedsim.config import Config
+from fedsim.config_check import check
 from fedsim.errors import UserError
+from fedsim.plain import to_dict
 
 CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices if not group.startswith("hydra/")]
 

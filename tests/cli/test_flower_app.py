@@ -8,10 +8,10 @@ import pytest
 from fedsim.cli import flower_app
 from fedsim.cli.compose import compose
 from fedsim.cli.flower_app import main
-from fedsim.config import to_dict
 from fedsim.errors import UserError
 from fedsim.flower.roster import Roster
 from fedsim.flower.telling import MARK, TellingProgress
+from fedsim.plain import to_dict
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 

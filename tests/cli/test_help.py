@@ -8,8 +8,8 @@ from fedsim.cli.compose import compose
 from fedsim.cli.groups import groups
 from fedsim.cli.help import overview, run_help
 from fedsim.cli.options import options
-from fedsim.config import to_dict
 from fedsim.errors import UserError
+from fedsim.plain import to_dict
 
 HEAVY = {"torch", "numpy", "hydra", "omegaconf", "flwr", "transformers", "datasets", "rich", "matplotlib"}
 

@@ -66,7 +66,7 @@ def test_cfg_prints_yaml_that_holds_the_whole_configuration(capsys):
     import yaml
 
     from fedsim.cli.compose import compose
-    from fedsim.config import to_dict
+    from fedsim.plain import to_dict
 
     assert main(["run", "seed=3", "--cfg", "training=sgd"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == to_dict(compose(["seed=3", "training=sgd"]))

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from fedsim.cli.main import main
-from fedsim.config import to_dict
 from fedsim.errors import UserError
+from fedsim.plain import to_dict
 
 
 def summary(config):

@@ -7,7 +7,7 @@ from flower.rounds import Rounds, changed, of_method
 
 from clients.desk import Desk
 from clients.owner import Owner, RefusedError, accept
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.missing import Reason
 from fedsim.errors import RunStopped
 from fedsim.flower.grid import InProcessGrid

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from clients.owner import Owner, RefusedError, accept, load_owner, own_view, owner_text
-from fedsim.config import Config, DataConfig, FederationConfig, MethodConfig, ModelConfig, PrivacyConfig, PrivacyUnit
+from fedsim.choices import PrivacyUnit
+from fedsim.config import Config, DataConfig, FederationConfig, MethodConfig, ModelConfig, PrivacyConfig
 from fedsim.errors import UserError
 
 CONFIG = Config(federation=FederationConfig(clients=3))

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.config import MethodConfig, Residual
+from fedsim.choices import Residual
+from fedsim.config import MethodConfig
 from fedsim.core import diagnosis
 from fedsim.core.collecting import Collector
 from fedsim.core.diagnosis import diagnose, effective_rank

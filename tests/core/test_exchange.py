@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.communication import Purpose
 from fedsim.core.exchange import Exchange
 from fedsim.core.methods import METHODS

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.config import DirichletOver, FederationConfig, Partition
+from fedsim.choices import DirichletOver, Partition
+from fedsim.config import FederationConfig
 from fedsim.core.partition import apportion, holdings, partition
 from fedsim.errors import UserError
 from fedsim.types import Example, Family

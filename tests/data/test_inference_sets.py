@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedsim.config import DataConfig, OnError
+from fedsim.choices import OnError
+from fedsim.config import DataConfig
 from fedsim.data import labels, load
 from fedsim.data.rows import Malformed, read
 from fedsim.data.sets import INFERENCE, SETS

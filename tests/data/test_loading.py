@@ -8,8 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from fedsim.choices import OnError
 from fedsim.cli.compose import compose
-from fedsim.config import DataConfig, OnError
+from fedsim.config import DataConfig
 from fedsim.data import load
 from fedsim.errors import UserError
 

@@ -5,18 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from clients.app import app
-from fedsim.config import (
-    AdapterConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    FederationConfig,
-    Init,
-    MethodConfig,
-    Optimizer,
-    Schedule,
-    TrainingConfig,
-)
+from fedsim.choices import Init, Optimizer, Schedule
+from fedsim.config import AdapterConfig, Config, DataConfig, EvaluationConfig, FederationConfig, MethodConfig, TrainingConfig
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.initialization import from_seed
 from fedsim.core.methods import METHODS

@@ -7,7 +7,7 @@ from faults import faulty, rebuilt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from rounds import changed, of_method
 
-from fedsim.config import OverNorm
+from fedsim.choices import OverNorm
 from fedsim.core.missing import Reason
 
 CONFIG = of_method("fed_sb", federation={"clients": 4}, data={"train_examples": 32})

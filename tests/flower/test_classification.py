@@ -8,20 +8,8 @@ import torch
 from conftest import LABELS, save_classifier, write_sick
 
 from clients.app import app
-from fedsim.config import (
-    AdapterConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    FederationConfig,
-    Init,
-    ModelConfig,
-    Optimizer,
-    PrivacyConfig,
-    PrivacyUnit,
-    Schedule,
-    TrainingConfig,
-)
+from fedsim.choices import Init, Optimizer, PrivacyUnit, Schedule
+from fedsim.config import AdapterConfig, Config, DataConfig, EvaluationConfig, FederationConfig, ModelConfig, PrivacyConfig, TrainingConfig
 from fedsim.core.adapters import adapted_layers
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.cost import charges

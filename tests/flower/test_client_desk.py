@@ -10,12 +10,13 @@ from rounds import CLIENTS, Rounds, of_method
 
 from clients.desk import Desk
 from clients.owner import Owner
-from fedsim.config import PrivacyUnit, Weighting, to_dict
+from fedsim.choices import PrivacyUnit, Weighting
 from fedsim.core.missing import Reason
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.flower.worker import REFUSED
+from fedsim.plain import to_dict
 
 
 class Deployed(Rounds):

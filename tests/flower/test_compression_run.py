@@ -8,7 +8,8 @@ import pytest
 import torch
 from rounds import SCALING, Rounds, of_method
 
-from fedsim.config import CompressionConfig, Optimizer
+from fedsim.choices import Optimizer
+from fedsim.config import CompressionConfig
 from fedsim.core.compression import CODECS
 from fedsim.seeding import torch_generator
 

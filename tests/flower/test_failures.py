@@ -5,7 +5,7 @@ import torch
 from faults import SILENT, faulty
 from rounds import of_method
 
-from fedsim.config import Init, Optimizer
+from fedsim.choices import Init, Optimizer
 from fedsim.core.missing import Reason
 from fedsim.effective import effective
 from fedsim.errors import RunStopped, UserError

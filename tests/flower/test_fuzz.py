@@ -21,7 +21,8 @@ from clients.app import app
 from clients.framing import FrameError, read_message, read_records, write_message, write_records
 from fedsim import checkpoints
 from fedsim.checkpoints import Checkpoint, DamagedError
-from fedsim.config import Config, check, from_text, to_dict
+from fedsim.config import Config
+from fedsim.config_check import check
 from fedsim.core.compression import CODECS
 from fedsim.errors import UserError
 from fedsim.flower import worker
@@ -34,6 +35,7 @@ from fedsim.flower.secure import Protocol, SumRefused
 from fedsim.flower.telling import MARK, Following
 from fedsim.flower.worker import handle
 from fedsim.journal import Journal, verified
+from fedsim.plain import from_text, to_dict
 
 ODD = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 1.5, float("nan"), float("inf"), -0.0, "", "x", "0", "../../etc/passwd", "\x00", "{}", "[]"]
 ODD += [

@@ -8,9 +8,10 @@ from faults import FaultyGrid
 from rounds import changed, of_method
 
 from clients.app import app
+from fedsim.choices import Accountant, PrivacyUnit
 from fedsim.cli.main import main
 from fedsim.cli.verify import verify
-from fedsim.config import Accountant, EvaluationConfig, PrivacyUnit
+from fedsim.config import EvaluationConfig
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.server import Run, serve
 from fedsim.progress import Progress

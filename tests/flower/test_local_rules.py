@@ -7,7 +7,8 @@ import torch
 from rounds import CLIENTS, RANK, RATE, Rounds, changed, of_method
 from test_methods import Oracle, by_layer, lora_dense, lora_rule, ravan_dense, ravan_rule, sb_dense, sb_rule
 
-from fedsim.config import EngineConfig, Schedule
+from fedsim.choices import Schedule
+from fedsim.config import EngineConfig
 from fedsim.core.methods import METHODS
 
 FORMS = {"fed_sb": ("BRA", "R", sb_dense, sb_rule), "fedit": ("BA", "BA", lora_dense, lora_rule)}

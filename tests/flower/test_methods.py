@@ -11,18 +11,8 @@ import pytest
 import torch
 
 from clients.app import app
-from fedsim.config import (
-    AdapterConfig,
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    FederationConfig,
-    MethodConfig,
-    Optimizer,
-    Residual,
-    Schedule,
-    TrainingConfig,
-)
+from fedsim.choices import Optimizer, Residual, Schedule
+from fedsim.config import AdapterConfig, Config, DataConfig, EvaluationConfig, FederationConfig, MethodConfig, TrainingConfig
 from fedsim.core.adapters import adapted_layers
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.initialization import lora

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rounds import Rounds, changed, of_method
 
-from fedsim.config import Mode, PrivacyConfig, PrivacyUnit
+from fedsim.choices import Mode, PrivacyUnit
+from fedsim.config import PrivacyConfig
 from fedsim.core.adapters import install
 from fedsim.core.fedbuff import staleness_weight
 from fedsim.core.missing import Reason

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_methods import Oracle, by_layer, exact_mean, lora_dense, lora_rule, sb_dense, sb_rule
 
 from fedsim.checkpoints import load, saved
+from fedsim.choices import Init, Residual
 from fedsim.cli.compose import compose
-from fedsim.config import Init, Residual
 from fedsim.core.initialization import lora
 from fedsim.core.methods import METHODS
 from fedsim.effective import effective

@@ -10,7 +10,7 @@ from rounds import RANK, RATE, SCALING, Rounds, of_method
 from test_methods import Oracle
 
 from clients.app import app
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.adapters import base_weights
 from fedsim.core.initialization import from_seed
 from fedsim.core.participation import givers

@@ -8,7 +8,7 @@ import torch
 from rounds import changed, of_method
 
 from fedsim.checkpoints import load, saved
-from fedsim.config import Init, Mode
+from fedsim.choices import Init, Mode
 from fedsim.experiment import run
 from fedsim.flower import server
 from fedsim.flower.reading import Reader

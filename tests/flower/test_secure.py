@@ -11,8 +11,8 @@ from flwr.app import Error, Message, RecordDict
 from scipy import stats
 
 from clients.app import app
+from fedsim.choices import Init, PrivacyUnit
 from fedsim.cli.compose import compose
-from fedsim.config import Init, PrivacyUnit
 from fedsim.core.dropout import Stage, vanishes
 from fedsim.core.methods import METHODS
 from fedsim.core.missing import Reason

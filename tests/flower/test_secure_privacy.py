@@ -7,9 +7,9 @@ import pytest
 import torch
 from flower.rounds import Rounds, changed, of_method
 
+from fedsim.choices import Accountant, NoiseSource, PrivacyUnit, Weighting
 from fedsim.cli.compose import compose
 from fedsim.cli.privacy import privacy_of, privacy_table
-from fedsim.config import Accountant, NoiseSource, PrivacyUnit, Weighting
 from fedsim.core.participation import draw_participants
 from fedsim.core.secure_aggregation import fewest_survivors
 from fedsim.effective import effective

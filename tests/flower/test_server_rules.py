@@ -6,8 +6,8 @@ import torch
 from rounds import Rounds, of_method
 
 from clients.app import app
+from fedsim.choices import ServerRule
 from fedsim.cli.compose import compose_with_hydra, initialized, to_config
-from fedsim.config import ServerRule
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.errors import UserError
 from fedsim.flower.records import from_record, to_record

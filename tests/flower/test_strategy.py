@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clients.app import app
-from fedsim.config import AdapterConfig, Config, DataConfig, EngineConfig, FederationConfig, Init, TrainingConfig, Weighting
+from fedsim.choices import Init, Weighting
+from fedsim.config import AdapterConfig, Config, DataConfig, EngineConfig, FederationConfig, TrainingConfig
 from fedsim.core.adapters import adapted_layers
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.initialization import from_seed

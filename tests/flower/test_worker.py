@@ -5,7 +5,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from rounds import Rounds, of_method
 
-from fedsim.config import Optimizer
+from fedsim.choices import Optimizer
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import arrays_to_record
 from fedsim.flower.worker import handle, memory_key, read_memory, write_memory

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, adapted_model
 
-from fedsim.config import Optimizer, Schedule, TrainingConfig
+from fedsim.choices import Optimizer, Schedule
+from fedsim.config import TrainingConfig
 from fedsim.core.adapters import adapted_layers, factors
 from fedsim.core.payload import Layout
 from fedsim.training.cohort import ClientData, train_cohort

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.config import TrainOn
+from fedsim.choices import TrainOn
 from fedsim.embedded import BASE_MODEL, examples
 from fedsim.training.encoding import encode, encode_prompt, has_response
 from fedsim.types import Example, Family

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from fedsim.config import Optimizer, Schedule, TrainingConfig
+from fedsim.choices import Optimizer, Schedule
+from fedsim.config import TrainingConfig
 from fedsim.training.optimizers import OptimizerState, learning_rate, update
 
 RULES = {

@@ -5,7 +5,8 @@ import torch
 from conftest import CLASSIFIERS, LABELS, adapted_classifier, save_classifier, tiny_classifier
 from torch import nn
 
-from fedsim.config import DataConfig, EvaluationConfig, ModelConfig, Optimizer, Schedule, TrainingConfig
+from fedsim.choices import Optimizer, Schedule
+from fedsim.config import DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
 from fedsim.core.adapters import adapted_layers, bound, factors
 from fedsim.core.forms import HEAD
 from fedsim.core.heads import head_layers

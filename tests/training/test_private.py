@@ -6,7 +6,8 @@ import torch
 from conftest import adapted_model, tiny_model
 from torch import nn
 
-from fedsim.config import Optimizer, Schedule, TrainingConfig
+from fedsim.choices import Optimizer, Schedule
+from fedsim.config import TrainingConfig
 from fedsim.core.adapters import adapt, adapted_layers, bound, factors, install
 from fedsim.core.forms import DENSE, LORA, RAVAN
 from fedsim.core.payload import Layout

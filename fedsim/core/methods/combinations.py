@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from fedsim.config import Config, Init, Mode, Optimizer, OverNorm, PrivacyUnit, ServerRule
+from fedsim.choices import Init, Mode, Optimizer, OverNorm, PrivacyUnit, ServerRule
+from fedsim.config import Config
 from fedsim.core.compression import CODECS
 from fedsim.core.methods.method import Method
 from fedsim.core.participation import round_size

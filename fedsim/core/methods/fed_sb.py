@@ -4,7 +4,7 @@ Exact, because sum_i p_i B R_i A = B (sum_i p_i R_i) A. The bases are ordered by
 leading r_i columns and rows and trains the leading r_i x r_i block; every entry is averaged over the clients that trained it.
 """
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.forms import LORA_SB
 from fedsim.core.methods.method import Method, always
 

@@ -4,7 +4,7 @@ The residual sum_i p_i s B_i A_i - s B A makes it exact. It is sent dense, or as
 sum, U = [B_1 .. B_c] and V = [p_i s (A_i - A)] have the product.
 """
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import LORA
 from fedsim.core.methods.method import Method, Outcome, always

@@ -3,7 +3,7 @@
 Not exact: the product of the means is not the mean of the products.
 """
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.forms import LORA
 from fedsim.core.methods.method import Method, always
 

@@ -1,6 +1,6 @@
 """FedSA-LoRA (arXiv 2410.01463): clients train A and B; A is averaged, B stays at its client and makes the model personal."""
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.forms import LORA
 from fedsim.core.methods.method import Method, always
 

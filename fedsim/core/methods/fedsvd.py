@@ -5,7 +5,7 @@ A becomes the right singular vectors, B the left ones times the singular values:
 
 import torch
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import LORA
 from fedsim.core.methods.method import Method, Outcome, always

@@ -3,7 +3,7 @@
 Exact, because sum_i p_i B_i A = (sum_i p_i B_i) A. Published counts halve LoRA's; B alone is what travels, r x out per layer.
 """
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.forms import LORA
 from fedsim.core.methods.method import Method, always
 

@@ -3,7 +3,7 @@
 The best approximation of rank r of the exact mean; exact only where the mean has no higher rank.
 """
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import LORA
 from fedsim.core.initialization import truncated_svd

@@ -3,7 +3,7 @@
 B = [B_1 .. B_c], A = [p_1 A_1; ..; p_c A_c]. Ranks may differ. The fresh A is drawn from seed and round, so it costs no byte.
 """
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import LORA, AdapterSpec
 from fedsim.core.initialization import lora

@@ -1,6 +1,6 @@
 """Federated averaging of all adapted weights themselves (FedAvg, arXiv 1602.05629): no adapter, for small models."""
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.forms import DENSE
 from fedsim.core.methods.method import Method, always
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.methods.fed_sb import FED_SB
 
 LORA_XS = replace(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import HEAD, AdapterSpec, Form
 from fedsim.types import Adapter

@@ -6,7 +6,7 @@ in every round. A client may train some of the heads only (`method.client_heads`
 
 import torch
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.forms import RAVAN as FORM
 from fedsim.core.methods.method import Method, always
 from fedsim.types import Adapter

@@ -1,6 +1,6 @@
 """RoLoRA (arXiv 2409.02346): B and A take turns; in each round the clients train and send one of them and hold the other in common."""
 
-from fedsim.config import Init
+from fedsim.choices import Init
 from fedsim.core.forms import LORA
 from fedsim.core.methods.method import Method
 

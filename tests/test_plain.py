@@ -2,8 +2,10 @@ import json
 
 import pytest
 
-from fedsim.config import Config, Init, from_dict, to_dict
+from fedsim.choices import Init
+from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.plain import from_dict, to_dict
 
 
 def test_a_configuration_survives_json():

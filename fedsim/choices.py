@@ -1,0 +1,100 @@
+"""The words that options can be: enums whose values tell what each word means.
+
+Members are written by name: `training.optimizer=sgd`.
+"""
+
+from enum import Enum
+
+AUTO = "auto"
+"""Value of an option that is settled where data, model and device are known."""
+
+
+class Dtype(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Init(Enum):
+    gradient = "SVD of the first full fine-tuning step, estimated on a sample of the clients' data (LoRA-SB)"
+    gradient_public = "the same, estimated on a public shard at the server"
+    gradient_dp = "singular vectors of the clients' clipped and noised gradients; costs epsilon"
+    weight_svd = "top singular vectors of the base weights (LoRA-XS); nothing is sent"
+    orthogonal = "seeded random orthonormal bases; only the seed is sent"
+    lora = "LoRA's own start: A uniform from the seed, B zero; only the seed is sent"
+    zero = "no update"
+
+
+class Residual(Enum):
+    stacked = "the clients' factors side by side, as published"
+    dense = "one matrix of the size of the weight"
+
+
+class PrivacyUnit(Enum):
+    none = "nothing is claimed"
+    example = "one training example of a client"
+    client = "one client with all its examples"
+
+
+class Accountant(Enum):
+    prv = "numerical, tight (privacy random variables)"
+    rdp = "Renyi divergences; looser, fast"
+    skellam = "Renyi divergences of whole orders: the one that holds for the clients' discrete noise under secure aggregation"
+
+
+class NoiseSource(Enum):
+    seed = "the run's seed: a run can be repeated, and whoever knows the seed can take the noise off"
+    system = "the operating system of each client: holds against the server, and no run repeats another"
+
+
+class ServerRule(Enum):
+    mean = "weighted mean"
+    median = "median of every entry"
+    trimmed_mean = "mean of every entry without the largest and smallest"
+    krum = "mean of the uploads that are nearest to their neighbours (multi-Krum)"
+
+
+class OverNorm(Enum):
+    refuse = "the client is left out of the round"
+    clip = "the update is scaled down to the norm"
+
+
+class Partition(Enum):
+    iid = "every client draws from the same distribution"
+    task = "each client holds examples of one task only"
+    dirichlet = "each client's mixture is drawn from a Dirichlet distribution"
+
+
+class DirichletOver(Enum):
+    task = "mixture over tasks"
+    label = "mixture over gold answers"
+
+
+class Mode(Enum):
+    sync = "a round waits for its clients"
+    fedbuff = "clients work on, each from the version it was sent; every so many updates make a new one (FedBuff)"
+
+
+class Weighting(Enum):
+    examples = "by number of training examples"
+    uniform = "equal"
+
+
+class Optimizer(Enum):
+    adamw = "AdamW"
+    sgd = "SGD with momentum"
+
+
+class Schedule(Enum):
+    constant = "constant after warm-up"
+    linear = "linear to zero after warm-up"
+    cosine = "cosine to zero after warm-up"
+
+
+class TrainOn(Enum):
+    response = "loss on the response only"
+    all = "loss on prompt and response"
+
+
+class OnError(Enum):
+    stop = "a malformed row ends the run with file, line and reason"
+    skip = "malformed rows are left out, counted and reported"

@@ -1,0 +1,67 @@
+"""A configuration as plain values, which JSON and YAML can hold, and back; what comes over a network is not believed."""
+
+import json
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any, Union, cast, get_args, get_origin
+
+from fedsim.config import Config
+from fedsim.errors import UserError
+
+
+def to_dict(config: Any) -> Any:
+    """Returns nested plain values (enums by name) that YAML and JSON can hold."""
+    if isinstance(config, Enum):
+        return config.name
+    if is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    if isinstance(config, dict):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    return config
+
+
+def from_dict(schema: type, values: dict[str, Any]) -> Any:
+    """Returns the dataclass `schema` of the nested plain values that `to_dict` gives. Raises UserError for unknown or missing names."""
+    names = {f.name: f.type for f in fields(schema)}
+    if set(values) != set(names):
+        odd = sorted(set(values) ^ set(names))
+        raise UserError(
+            f"configuration: expected the options {', '.join(names)} of {schema.__name__}, got a difference in {', '.join(odd)}."
+        )
+    return schema(**{name: _from_plain(kind, values[name], f"{schema.__name__}.{name}") for name, kind in names.items()})
+
+
+def from_text(text: str) -> Config:
+    """Returns the configuration of the JSON that `to_dict` gives. Raises UserError for anything else, whatever it is."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"configuration: expected JSON, got {text!r:.60}.") from None
+    return cast(Config, _from_plain(Config, values, "Config"))
+
+
+def _from_plain(kind: Any, value: Any, name: str) -> Any:
+    """Returns the value of this type. Raises UserError for one of another type: what comes over a network is not believed."""
+    if get_origin(kind) is Union:
+        return value if type(value) in get_args(kind) else _from_plain(get_args(kind)[0], value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
+        return from_dict(kind, value)  # type: ignore[arg-type]
+    if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str) and value in kind.__members__:
+        return kind[value]
+    if get_origin(kind) in (list, dict) and isinstance(value, get_origin(kind)):
+        return _from_items(kind, value, name)
+    if kind is Any or type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise UserError(f"configuration: expected {name} to be {kind!s:.60}, got {value!r:.60}.")
+
+
+def _from_items(kind: Any, value: Any, name: str) -> Any:
+    if get_origin(kind) is list:
+        return [_from_plain(get_args(kind)[0], each, name) for each in value]
+    key_kind, item_kind = get_args(kind)
+    try:
+        return {key_kind(key): _from_plain(item_kind, each, name) for key, each in value.items()}
+    except ValueError:
+        raise UserError(f"configuration: expected the names in {name} to be {key_kind.__name__}, got {value!r:.60}.") from None
