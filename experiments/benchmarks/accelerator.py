@@ -20,8 +20,9 @@ from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from experiments.benchmarks.timing import Task, interleaved, medians, ratio
 from experiments.benchmarks.workloads import ARCHITECTURES, Subject, Workload
 from fedsim.calibration import product_flops
+from fedsim.choices import Dtype
 from fedsim.cli.groups import choice_values
-from fedsim.config import Dtype, ModelConfig
+from fedsim.config import ModelConfig
 from fedsim.memory import resident_bytes
 from fedsim.shapes import random_model
 

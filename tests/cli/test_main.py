@@ -16,7 +16,10 @@ def _empty_folder(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["rn"], "Unknown verb 'rn': expected one of run, data, cost, estimate, privacy, deploy, worker, audit, verify, help. Did you mean 'run'?"),
+        (
+            ["rn"],
+            "Unknown verb 'rn': expected one of run, data, cost, estimate, privacy, deploy, worker, audit, verify, help. Did you mean 'run'?",
+        ),
         (["run", "--multirn"], "Unknown flag '--multirn'"),
         (["run", "--multirun", "--cfg"], "got both"),
         (["run", "federaton.clients=3"], "Did you mean 'federation.clients'?"),
