@@ -18,7 +18,7 @@ def _empty_folder(monkeypatch, tmp_path):
     [
         (
             ["rn"],
-            "Unknown verb 'rn': expected one of run, data, cost, estimate, privacy, deploy, worker, audit, verify, help. Did you mean 'run'?",
+            "Unknown verb 'rn': expected one of run, data, cost, estimate, privacy, deploy, worker, audit, verify, help.",
         ),
         (["run", "--multirn"], "Unknown flag '--multirn'"),
         (["run", "--multirun", "--cfg"], "got both"),
