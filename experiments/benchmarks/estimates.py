@@ -1,6 +1,8 @@
 """Section h: what `fedsim estimate` foretells against what the run then takes, each in a process of its own."""
 
 import statistics
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,9 +10,13 @@ import torch
 from experiments.benchmarks.processes import answer, asked, call
 from experiments.benchmarks.runs import carried_out, times
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+from experiments.benchmarks.workloads import save_base_model
 from fedsim.memory import resident_bytes
 
 SMALL = "data.test_examples=40 evaluation.max_new_tokens=48"
+EMBEDDED, LARGE = "embedded", "llama_87m"
+"""The second has random weights, and more of them than a calibration builds: it is foretold from products of matrices."""
+
 CONFIGURATIONS = (
     "federation.rounds=3",
     "method=fedit federation.clients=5 training.batch_size=8 federation.rounds=3",
@@ -21,16 +27,28 @@ CONFIGURATIONS = (
 )
 
 
+LARGE_CONFIGURATION = (
+    "federation.clients=5 federation.rounds=2 training.batch_size=2 training.local_steps=2 adapter.init=orthogonal "
+    "data.test_examples=10 evaluation.max_new_tokens=16"
+)
+
+
 def cases(settings: Settings) -> list[Case]:
-    """Returns the overrides of every run."""
-    return [{"configuration": each} for each in CONFIGURATIONS[: 2 if settings.quick else None]]
+    """Returns model and overrides of every run."""
+    rows = [(EMBEDDED, each) for each in CONFIGURATIONS[: 2 if settings.quick else None]]
+    rows += [] if settings.quick else [(LARGE, LARGE_CONFIGURATION)]
+    return [{"model": model, "configuration": each} for model, each in rows]
 
 
 def measure(case: Case, settings: Settings) -> Found:
     """Asks for the estimate, measured anew, then carries the run out; returns predicted over measured."""
-    overrides = f"{case['configuration']} {SMALL}".split()
-    told = {"overrides": overrides, "threads": torch.get_num_threads()}
-    foretold, took = (call("experiments.benchmarks.estimates", {**told, "run": way}) for way in (False, True))
+    overrides = f"{SMALL} {case['configuration']}".split()  # the last of two counts
+    with tempfile.TemporaryDirectory() as folder:
+        if case["model"] != EMBEDDED:
+            save_base_model(case["model"], Path(folder))
+            overrides.append(f"model.path={folder}")
+        told = {"overrides": overrides, "threads": torch.get_num_threads()}
+        foretold, took = (call("experiments.benchmarks.estimates", {**told, "run": way}) for way in (False, True))
     return {
         **{f"{name}_s": took[name] for name in ("initialisation", "training", "evaluation")},
         **{f"{name}_x": foretold[name] / took[name] for name in ("training", "evaluation", "total", "memory")},
@@ -79,10 +97,11 @@ def summary(rows: list[dict[str, Any]]) -> str:
 SECTION = Section(
     "h",
     "Estimates",
-    f"`fedsim estimate` before the run, with a fresh calibration, against the run (all with `{SMALL}`). s: measured "
+    f"`fedsim estimate` before the run, with a fresh calibration, against the run (`{SMALL}` unless said otherwise). s: measured "
     "seconds, MB: measured peak of the process, x: predicted over "
     "measured. Training holds the messages.",
     (
+        Column("model", "model"),
         Column("configuration", "configuration", "`{}`"),
         Column("initialisation, s", "initialisation_s", "{:.1f}"),
         Column("x", "initialisation_x", "{:.2f}"),

@@ -27,12 +27,11 @@ PEER_MOST = 1000
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Returns engine, method and clients of every row."""
+    """Returns engine and clients of every row."""
     counts = (10, 100) if settings.quick else (10, 100, 1000, 10_000)
-    rows = [(engine, "fed_sb", clients) for engine in (IN_PROCESS, RAY) for clients in counts]
-    rows += [] if settings.quick else [(IN_PROCESS, "fedit", 1000)]
-    rows += [(PEER, "FedAvg", clients) for clients in counts if clients <= PEER_MOST]
-    return [{"engine": engine, "method": method, "clients": clients} for engine, method, clients in rows]
+    rows = [(engine, clients) for engine in (IN_PROCESS, RAY) for clients in counts]
+    rows += [(PEER, clients) for clients in counts if clients <= PEER_MOST]
+    return [{"engine": engine, "clients": clients} for engine, clients in rows]
 
 
 def measure(case: Case, settings: Settings) -> Found:
@@ -48,11 +47,10 @@ def measure(case: Case, settings: Settings) -> Found:
     return {"round_ms": 1e3 * statistics.median(seconds), "client_ms": 1e3 * statistics.median(seconds) / clients}
 
 
-def idle_rounds(engine: str, method: str, clients: int, rounds: int) -> list[float]:
+def idle_rounds(engine: str, clients: int, rounds: int) -> list[float]:
     """Returns the seconds of the rounds after the first of a run whose clients do nothing."""
     sizes = [f"federation.clients={clients}", f"federation.rounds={rounds}", f"engine.cohort_size={COHORT}"]
-    bases = ["adapter.init=orthogonal"] if method == "fed_sb" else []
-    config = compose([f"method={method}", *sizes, *bases, "training.local_steps=1", *BRIEF])
+    config = compose([*sizes, "adapter.init=orthogonal", "training.local_steps=1", *BRIEF])
     _, log = carried_out(config, _on_ray if engine == RAY else _in_this_process)
     return round_seconds(log)
 
@@ -86,13 +84,12 @@ def _nothing(session: Session, clients: Sequence[int], round: int, *_: Any, **__
 SECTION = Section(
     "c",
     "Rounds in which clients do nothing",
-    "Milliseconds of a whole round, and for each client, median of the rounds after the first. fedsim: the embedded model at rank 64 "
-    "(458 kB up from each client), every client in every round, with messages, ledger, aggregation, diagnosis, log and "
-    "checkpoint, 100 clients in a message; with Ray an actor a core. Flower's "
-    "simulation: one array of the same size, FedAvg, nothing else; an actor a core, started before, not measured beyond 1,000 clients.",
+    "Milliseconds of a whole round, and for each client, median of the rounds after the first. fedsim: Fed-SB on the embedded model "
+    "at rank 64 (458 kB up from each client), every client in every round, with messages, ledger, aggregation, diagnosis, log and "
+    "checkpoint, 100 clients in a message; with Ray an actor a core. Flower's simulation: one array of the same size, FedAvg, nothing "
+    "else; an actor a core, started before, not measured beyond 1,000 clients.",
     (
         Column("engine", "engine"),
-        Column("method", "method"),
         Column("clients", "clients", "{:,}"),
         Column("ms a round", "round_ms", "{:,.0f}"),
         Column("ms a client", "client_ms", "{:.2f}"),

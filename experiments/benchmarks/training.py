@@ -31,7 +31,7 @@ ROW_TOKENS = {"embedded": 8_000, "llama_4m": 8_000, "llama_20m": 2_500}
 """Tokens of all clients in about a second: a row takes as many steps, between one and eight."""
 
 PEER_CLIENTS = 5
-PEER_CASES = {("llama_4m", 25, 1), ("llama_4m", 25, 4), ("embedded", 25, 4)}
+PEER_CASES = {("llama_4m", 25, 1), ("llama_4m", 25, 4)}
 """Cases that are measured beside other people's software as well."""
 
 
@@ -107,7 +107,7 @@ def _pfl(workload: Workload, settings: Settings) -> list[float]:
 
 def _rounds(peer: str, workload: Workload, settings: Settings, told: dict[str, Any], environment: dict[str, str]) -> list[float]:
     """Returns the rates of the rounds after the first, in which a peer loads its models."""
-    told = {"workload": asdict(workload), "rounds": 2 if settings.quick else 4, **told}
+    told = {"workload": asdict(workload), "rounds": 2 if settings.quick else 3, **told}
     seconds = call(f"experiments.benchmarks.peers.{peer}", told, environment=environment)["seconds"]
     return [workload.num_tokens / each for each in seconds[1:]]
 

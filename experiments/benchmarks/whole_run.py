@@ -11,10 +11,9 @@ from experiments.benchmarks.peers import centralised
 from experiments.benchmarks.runs import BRIEF, round_rates
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from experiments.benchmarks.timing import Rates, medians, rate, ratio
-from experiments.benchmarks.workloads import Subject, Workload, base_model
+from experiments.benchmarks.workloads import Subject, Workload, save_base_model
 from fedsim.cli.compose import compose
 from fedsim.core.initialization import from_seed
-from fedsim.models import EMBEDDED
 from fedsim.session import open_session
 
 
@@ -26,7 +25,7 @@ def cases(settings: Settings) -> list[Case]:
 
 def measure(case: Case, settings: Settings) -> Found:
     """Measures in turns the rounds of a whole run and the centralised loop."""
-    steps = 2 if settings.quick or case["clients"] > 100 else 4
+    steps = 1 if case["clients"] > 100 else 2 if settings.quick else 4
     overrides = [f"federation.clients={case['clients']}", f"training.batch_size={case['batch']}", f"training.local_steps={steps}"]
     overrides += ["privacy=example", "privacy.noise_multiplier=1.0"] if case["privacy"] == "example" else []
     config = compose([*overrides, "federation.rounds=3", "adapter.init=orthogonal", *BRIEF])
@@ -58,14 +57,6 @@ def rates_of(workload: Workload, rounds: int) -> list[float]:
             examples = workload.client(client, int(session.model.config.vocab_size)).examples  # type: ignore[union-attr, arg-type]
             session.client_data(client).examples[:] = examples  # type: ignore[index]  # a list, which the session keeps
         return round_rates(config, session)
-
-
-def save_base_model(name: str, folder: Path) -> None:
-    """Writes a model of the workloads with the embedded tokenizer, as `model.path` wants it."""
-    from transformers import AutoTokenizer
-
-    base_model(name).save_pretrained(folder)  # type: ignore[operator]
-    AutoTokenizer.from_pretrained(str(EMBEDDED)).save_pretrained(folder)
 
 
 SECTION = Section(

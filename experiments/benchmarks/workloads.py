@@ -6,18 +6,20 @@ Sequences are random tokens of one length with the loss on every position, so th
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedsim.calibration import PROXY
 from fedsim.choices import Schedule
 from fedsim.config import ModelConfig, TrainingConfig
 from fedsim.core.adapters import adapt, factors, install
 from fedsim.core.forms import LORA_SB, AdapterSpec
 from fedsim.core.initialization import from_seed
 from fedsim.core.payload import Layout
-from fedsim.models import load_model
+from fedsim.models import EMBEDDED, load_model
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import random_model
 from fedsim.training.cohort import ClientData, train_cohort
@@ -32,7 +34,7 @@ def _llama(hidden: int, layers: int, intermediate: int) -> dict[str, Any]:
     return {"model_type": "llama", "vocab_size": 2272, "max_position_embeddings": 512, "tie_word_embeddings": True, **sizes}
 
 
-ARCHITECTURES = {"tiny": _llama(64, 2, 128), "llama_4m": _llama(256, 4, 688), "llama_20m": _llama(512, 6, 1376)}
+ARCHITECTURES = {"tiny": _llama(64, 2, 128), "llama_4m": _llama(256, 4, 688), "llama_20m": PROXY, "llama_87m": _llama(768, 12, 2048)}
 """Models with random weights, by name; `embedded` is the one inside the package."""
 
 
@@ -104,6 +106,14 @@ def base_model(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return random_model(ModelConfig(architecture=dict(ARCHITECTURES[name])), torch.device("cpu"))
+
+
+def save_base_model(name: str, folder: Path) -> None:
+    """Writes a model of the workloads with the embedded tokenizer, as `model.path` wants it."""
+    from transformers import AutoTokenizer
+
+    base_model(name).save_pretrained(folder)  # type: ignore[operator]
+    AutoTokenizer.from_pretrained(str(EMBEDDED)).save_pretrained(folder)
 
 
 @lru_cache(maxsize=1)

@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from fedsim.calibration import calibrated
 from fedsim.cli.compose import compose
-from fedsim.cli.estimate import duration, estimate_of
+from fedsim.cli.estimate import MEMORY_FACTOR, TIME_FACTOR, duration, estimate_of
 from fedsim.cli.main import main
 from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import forecast
@@ -68,6 +69,16 @@ def calibration():
     from fedsim.core.estimate import Calibration
 
     return Calibration(1e10, 1e-2, 1e-3, 1e9, 5e-3, 1e9, 1e-3, 1e9, 400_000_000, "made up")
+
+
+def test_estimates_were_off_by_no_more_than_they_say():
+    path = Path(__file__).parents[2] / "experiments" / "results" / "benchmarks.json"
+    rows = [row["found"] for row in json.loads(path.read_bytes()).get("h", {}).get("rows", []) if "failed" not in row["found"]]
+    if not rows:
+        pytest.skip("no estimate has been measured (make bench)")
+    for key, factor in (("total_x", TIME_FACTOR), ("memory_x", MEMORY_FACTOR)):
+        assert max(max(row[key], 1 / row[key]) for row in rows) <= factor
+    assert f"up to {TIME_FACTOR:g} times" in " ".join(estimate_of(compose(SMALL)).assumptions)
 
 
 @pytest.mark.parametrize("flags", ["--tokens=x", "--tokens=-1", "--megabits=0", "--mega=3", "--yaml"])
