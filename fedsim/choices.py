@@ -24,6 +24,11 @@ class Init(Enum):
     zero = "no update"
 
 
+class Reading(Enum):
+    together = "both in one sequence"
+    apart = "each on its own, compared by the means of its token states, as encoders of sentences are trained"
+
+
 class Residual(Enum):
     stacked = "the clients' factors side by side, as published"
     dense = "one matrix of the size of the weight"

@@ -19,6 +19,7 @@ from fedsim.choices import (
     OverNorm,
     Partition,
     PrivacyUnit,
+    Reading,
     Residual,
     Schedule,
     ServerRule,
@@ -53,6 +54,8 @@ class ModelConfig:
     """Type of the frozen base weights; the trained factors are always float32."""
     device: str = "auto"
     """Device of the base model: auto takes the first GPU if there is one."""
+    pairs: Reading = Reading.together
+    """How an encoder reads the two texts of a pair that is classified."""
 
 
 @dataclass

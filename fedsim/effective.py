@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fedsim.choices import Accountant, PrivacyUnit
+from fedsim.choices import Accountant, PrivacyUnit, Reading
 from fedsim.config import Config
 from fedsim.core.methods import METHODS, Method, combinations, with_head
 from fedsim.data import labels
@@ -19,6 +19,7 @@ def effective(config: Config) -> Config:
     method = method_of(config)
     combinations.check(config, method)
     check_links(config)
+    _check_pairs(config)
     adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
     privacy_checks.check(replace(config, adapter=adapter), method)
     if config.federation.ranks:
@@ -33,6 +34,14 @@ def effective(config: Config) -> Config:
     federation = replace(config.federation, clients=1, fraction=1.0)
     training = replace(config.training, batch_size=config.training.batch_size * config.federation.clients)
     return replace(config, federation=federation, training=training)
+
+
+def _check_pairs(config: Config) -> None:
+    if config.model.pairs is Reading.apart and not labels(config.data):
+        raise UserError(
+            f"model.pairs=apart: texts of a pair are read apart where they are classified, and data={config.data.name} is answered; "
+            "choose data=snli or data=sick, or a model that generates."
+        )
 
 
 def method_of(config: Config) -> Method:

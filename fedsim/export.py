@@ -2,7 +2,8 @@
 
 B' is the product of all factors but the last, A' the last, for LoRA-SB B R and A. Where the base weights have been added to, or the update
 has no factors, it is the SVD of the whole update, cut where the singular values end in rounding. A third matrix beside A and B would be
-opened by PEFT without a warning and give wrong results; it is never written. A classification head goes whole into `modules_to_save`.
+opened by PEFT without a warning and give wrong results; it is never written. A classification head goes whole into `modules_to_save`; one
+over two texts has no place in an encoder of one, and goes into a file of its own.
 """
 
 import json
@@ -13,26 +14,31 @@ from safetensors.torch import save
 from torch import nn
 
 from fedsim.core.adapters import AdaptedLinear, adapted_layers, is_transposed, weight_matrix
-from fedsim.core.heads import head_layers
+from fedsim.core.bi_encoder import BiEncoder
+from fedsim.core.heads import HeadLinear, head_layers
 
 
 def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
-    """Returns {file name: content} of PEFT's adapter_config.json and adapter_model.safetensors for the factors installed in `model`."""
-    layers = adapted_layers(model)
+    """Returns {file name: content} of PEFT's adapter_config.json and adapter_model.safetensors for the factors installed in `model`.
+
+    Of a `BiEncoder` they are an adapter of its encoder (`AutoModel`), and head.safetensors is `weight` [labels, 3 * width] and `bias`.
+    """
+    body = f"{model.base_model_prefix}." if isinstance(model, BiEncoder) else ""
+    layers = {name.removeprefix(body): layer for name, layer in adapted_layers(model).items()}
     pairs = {name: _pair(layer) for name, layer in layers.items()}
     tensors: dict[str, torch.Tensor] = {}
     for name, (left, right) in pairs.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = right.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = left.detach().cpu().contiguous()
-    head = head_layers(model)
-    for name, layer in head.items():
-        tensors[f"base_model.model.{name}.weight"] = layer.head[:, :-1].detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.bias"] = layer.head[:, -1].detach().cpu().contiguous()
+    head = {name: _affine(layer) for name, layer in head_layers(model).items()}
+    files = {"head.safetensors": save(*head.values(), {"format": "pt"})} if body else {}
+    kept = {} if body else head
+    tensors |= {f"base_model.model.{name}.{kind}": tensor for name, parts in kept.items() for kind, tensor in parts.items()}
     ranks = {name: left.shape[1] for name, (left, _) in pairs.items()}
     rank = max(ranks.values())
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        "task_type": "FEATURE_EXTRACTION" if body else "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": rank,
@@ -42,13 +48,18 @@ def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
         "bias": "none",
         "fan_in_fan_out": is_transposed(next(iter(layers.values())).base),
         "target_modules": sorted(layers),
-        **({"modules_to_save": sorted({name.partition(".")[0] for name in head})} if head else {}),
+        **({"modules_to_save": sorted({name.partition(".")[0] for name in kept})} if kept else {}),
         "inference_mode": True,
     }
-    return {
+    return files | {
         "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "adapter_model.safetensors": save(tensors, {"format": "pt"}),
     }
+
+
+def _affine(layer: HeadLinear) -> dict[str, torch.Tensor]:
+    weight, bias = layer.head[:, :-1], layer.head[:, -1]
+    return {"weight": weight.detach().cpu().contiguous(), "bias": bias.detach().cpu().contiguous()}
 
 
 def _pair(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:

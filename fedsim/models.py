@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.choices import Dtype
+from fedsim.choices import Dtype, Reading
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import is_linear
+from fedsim.core.bi_encoder import BiEncoder
 from fedsim.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "embedded" / "base_model"
@@ -56,7 +57,8 @@ def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_ch
         context -= settings.pad_token_id + 1  # its positions begin behind that of padding
     if context:
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)  # many tokenizers do not know the limit of their model
-    return prepare(model, on, activation_checkpointing=activation_checkpointing), tokenizer
+    model = prepare(model, on, activation_checkpointing=activation_checkpointing)
+    return (BiEncoder(model) if labels and config.pairs is Reading.apart else model), tokenizer
 
 
 def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype, on: torch.device) -> nn.Module:

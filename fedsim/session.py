@@ -17,6 +17,7 @@ from torch import Tensor
 from fedsim.choices import Init, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.adapters import adapt, adapted_layers, base_weights, factors, install
+from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.compression import CODECS, compress
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
@@ -184,7 +185,7 @@ class Session:
     def _encode(self, example: AnyExample) -> AnyEncoded:
         data = self.config.data
         if isinstance(example, Pair):
-            return encode_pair(example, self.tokenizer, data.max_length)
+            return encode_pair(example, self.tokenizer, data.max_length, apart=isinstance(self.model, BiEncoder))
         return encode(example, self.tokenizer, data.max_length, data.train_on)
 
     def client_data(self, client: int) -> ClientData:

@@ -67,11 +67,15 @@ class EncodedExample:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Tokens of both texts as the encoder reads them, which text each belongs to (empty for a model that is not told), and the label."""
+    """Tokens of both texts as the encoder reads them, which text each belongs to (empty for a model that is not told), and the label.
+
+    `split` is where the second text begins that is read on its own; 0 where both are one sequence.
+    """
 
     input_ids: tuple[int, ...]
     segments: tuple[int, ...]
     label: int
+    split: int = 0
 
     @property
     def num_tokens(self) -> int:

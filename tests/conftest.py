@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedsim.core.adapters import adapt, install
+from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.forms import LORA_SB
 from fedsim.core.initialization import from_seed, new_head
 from fedsim.models import head_paths, prepare
@@ -69,7 +70,7 @@ CLASSIFIERS = ("bert", "roberta", "distilbert")
 
 
 def tiny_classifier(architecture: str = "bert", *, seed: int = 0, activation_checkpointing: bool = False) -> nn.Module:
-    """A two-layer encoder with random weights and a classification head."""
+    """A two-layer encoder with random weights and a classification head; "apart" is a BERT that reads the two texts each on its own."""
     from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig, RobertaConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -77,12 +78,14 @@ def tiny_classifier(architecture: str = "bert", *, seed: int = 0, activation_che
     configs = {
         "bert": lambda: BertConfig(**sizes, **ids),
         "roberta": lambda: RobertaConfig(**sizes, **ids, type_vocab_size=1),
+        "apart": lambda: BertConfig(**sizes, **ids),
         "distilbert": lambda: DistilBertConfig(dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64, **ids),
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(configs[architecture]())
-    return prepare(model, torch.device("cpu"), activation_checkpointing=activation_checkpointing)
+    model = prepare(model, torch.device("cpu"), activation_checkpointing=activation_checkpointing)
+    return BiEncoder(model) if architecture == "apart" else model
 
 
 def adapted_classifier(architecture: str = "bert", rank: int = 8, **options: bool) -> nn.Module:
@@ -98,14 +101,15 @@ def adapted_classifier(architecture: str = "bert", rank: int = 8, **options: boo
 
 @pytest.fixture
 def pairs() -> Callable[..., list[EncodedPair]]:
-    """Makes `count` random pairs of 6 to 13 tokens, without segments for a model that knows none."""
+    """Makes `count` random pairs of 6 to 13 tokens, without segments for a model that knows none, or split where texts are read apart."""
 
-    def make(count: int, seed: int = 0, segments: bool = True) -> list[EncodedPair]:
+    def make(count: int, seed: int = 0, segments: bool = True, apart: bool = False) -> list[EncodedPair]:
         rng, made = random.Random(seed), []
         for _ in range(count):
             length, first = rng.randrange(6, 14), rng.randrange(2, 5)
             ids = tuple(rng.randrange(3, VOCABULARY) for _ in range(length))
-            made.append(EncodedPair(ids, (0,) * first + (1,) * (length - first) if segments else (), rng.randrange(len(LABELS))))
+            told = (0,) * first + (1,) * (length - first) if segments and not apart else ()
+            made.append(EncodedPair(ids, told, rng.randrange(len(LABELS)), first if apart else 0))
         return made
 
     return make

@@ -16,6 +16,7 @@ from torch.nn import functional
 from fedsim.choices import TrainOn
 from fedsim.config import DataConfig, EvaluationConfig
 from fedsim.core.answers import is_correct
+from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
 from fedsim.training.encoding import encode, encode_prompt, has_response
 from fedsim.training.loss import row_losses
@@ -66,7 +67,7 @@ def _classify(
     on_progress: Callable[[int, int], None],
 ) -> TaskResult:
     device, loss, correct, done = next(model.parameters()).device, 0.0, 0, 0
-    encoded = [encode_pair(pair, tokenizer, data.max_length) for pair in pairs]
+    encoded = [encode_pair(pair, tokenizer, data.max_length, apart=isinstance(model, BiEncoder)) for pair in pairs]
     with _inference(model), torch.no_grad():
         for each in pack({0: encoded}, len(encoded), config.tokens_per_pass):
             rows = [row.example for row in each.rows if isinstance(row.example, EncodedPair)]

@@ -15,9 +15,16 @@ from torch.nn import functional
 from fedsim.types import EncodedPair, Pair
 
 
-def encode_pair(pair: Pair, tokenizer: Any, max_length: int) -> EncodedPair:
-    """Returns both texts in the form of the tokenizer, cut from the longer one to `max_length` or to the tokenizer's own limit."""
+def encode_pair(pair: Pair, tokenizer: Any, max_length: int, *, apart: bool = False) -> EncodedPair:
+    """Returns both texts in the form of the tokenizer, cut from the longer one to `max_length` or to the tokenizer's own limit.
+
+    Where they are read `apart`, each is a sequence of its own, of at most half of `max_length`.
+    """
     limit = min(max_length, tokenizer.model_max_length)
+    if apart:
+        options = {"truncation": True, "max_length": min(max_length // 2, tokenizer.model_max_length), "verbose": False}
+        premise, hypothesis = (tokenizer(text, **options)["input_ids"] for text in (pair.premise, pair.hypothesis))
+        return EncodedPair((*premise, *hypothesis), (), pair.labels.index(pair.answer), split=len(premise))
     found = tokenizer(pair.premise, pair.hypothesis, truncation="longest_first", max_length=limit, verbose=False)
     return EncodedPair(tuple(found["input_ids"]), tuple(found.get("token_type_ids", ())), pair.labels.index(pair.answer))
 
@@ -26,27 +33,38 @@ def encode_pair(pair: Pair, tokenizer: Any, max_length: int) -> EncodedPair:
 class PairBatch:
     """Padded tensors of a pass. Padding is on the right and masked: an encoder looks both ways."""
 
-    input_ids: Tensor  # [rows, tokens]
-    mask: Tensor  # [rows, tokens]; 1 where there is a token
+    input_ids: Tensor  # [rows, tokens], or [rows, 2, tokens] where the texts are read apart
+    mask: Tensor  # of the same shape; 1 where there is a token
     segments: Tensor | None  # [rows, tokens]
     labels: Tensor  # [rows]
     num_tokens: int  # tokens without padding
 
 
 def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.device) -> PairBatch:
-    """Pads pairs to the longest one."""
-    shape = (len(pairs), max(pair.num_tokens for pair in pairs))
-    ids, mask, segments = np.full(shape, pad_id), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for row, pair in enumerate(pairs):
-        ids[row, : pair.num_tokens], mask[row, : pair.num_tokens] = pair.input_ids, 1
-        segments[row, : len(pair.segments)] = pair.segments
+    """Pads sequences to the longest one."""
+    ids, mask = _padded([text for pair in pairs for text in _sequences(pair)], pad_id)
+    if pairs[0].split:
+        ids, mask = (array.reshape(len(pairs), -1, array.shape[1]) for array in (ids, mask))
     return PairBatch(
         torch.from_numpy(ids).to(device),
         torch.from_numpy(mask).to(device),
-        torch.from_numpy(segments).to(device) if pairs[0].segments else None,
+        torch.from_numpy(_padded([pair.segments for pair in pairs], 0)[0]).to(device) if pairs[0].segments else None,
         torch.tensor([pair.label for pair in pairs], device=device),
         sum(pair.num_tokens for pair in pairs),
     )
+
+
+def _sequences(pair: EncodedPair) -> list[tuple[int, ...]]:
+    return [pair.input_ids[: pair.split], pair.input_ids[pair.split :]] if pair.split else [pair.input_ids]
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> tuple[Any, Any]:
+    """Returns the rows as one array, and another that is 1 where they have an entry: [rows, entries] each."""
+    filled = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    there = np.zeros_like(filled)
+    for place, row in enumerate(rows):
+        filled[place, : len(row)], there[place, : len(row)] = row, 1
+    return filled, there
 
 
 def label_logits(model: nn.Module, batch: PairBatch) -> Tensor:

@@ -1,0 +1,142 @@
+"""Pairs whose texts are read apart, against the bare encoder used by hand, one text at a time."""
+
+import json
+
+import pytest
+import torch
+from conftest import LABELS, adapted_classifier, save_classifier, tiny_classifier
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from fedsim.choices import Optimizer, Reading, Schedule
+from fedsim.cli.compose import compose
+from fedsim.config import DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from fedsim.core.adapters import factors
+from fedsim.core.bi_encoder import BiEncoder
+from fedsim.core.forms import HEAD
+from fedsim.core.heads import head_layers
+from fedsim.core.payload import Layout
+from fedsim.effective import effective
+from fedsim.errors import UserError
+from fedsim.export import peft_files
+from fedsim.models import load_model
+from fedsim.training.batches import collate
+from fedsim.training.cohort import ClientData, train_cohort
+from fedsim.training.evaluation import evaluate
+from fedsim.training.loss import group_gradients, row_losses
+from fedsim.training.pairs import encode_pair
+from fedsim.training.private import PrivateRule
+from fedsim.types import Pair
+
+CPU = torch.device("cpu")
+KINDS = ("R", HEAD)
+WORDS = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
+
+
+def logits_by_hand(encoder, head, texts):
+    """Sentence-BERT's classification, one text at a time and without padding; `head` takes [3 * width]."""
+    u, v = (functional.normalize(encoder(input_ids=torch.tensor([text])).last_hidden_state[0].mean(0), dim=0) for text in texts)
+    return head(torch.cat([u, v, (u - v).abs()]))
+
+
+def loss_by_hand(model, pair):
+    texts = pair.input_ids[: pair.split], pair.input_ids[pair.split :]
+    return functional.cross_entropy(logits_by_hand(model.bert, model.classifier, texts), torch.tensor(pair.label))
+
+
+def train(model, clients, private=None, **options):
+    current = factors(model, KINDS)
+    layout = Layout.of(current)
+    training = TrainingConfig(**{"batch_size": 4, "local_steps": 3, "tokens_per_pass": 60, "learning_rate": 1e-2, **options})
+    start = layout.pack(current)
+    return train_cohort(model, start, layout, clients, training, pad_id=0, seed=0, round=1, rounds=1, private=private)
+
+
+def test_a_row_has_the_loss_of_its_texts_read_one_by_one_whatever_its_company(pairs):
+    model, rows = adapted_classifier("apart"), pairs(6, apart=True)
+    assert len({pair.num_tokens for pair in rows}) > 1, "rows of one length would not show the padding"
+    with torch.no_grad():
+        expected = torch.stack([loss_by_hand(model, pair) for pair in rows])
+        torch.testing.assert_close(row_losses(model, collate(rows, 0, CPU)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cohort_equals_clients_trained_one_by_one(pairs):
+    model, clients = adapted_classifier("apart"), [ClientData(i, pairs(n, seed=i, apart=True)) for i, n in enumerate((5, 3, 9))]
+    for together, client in zip(train(model, clients), clients, strict=True):
+        (alone,) = train(model, [client])
+        torch.testing.assert_close(together.factors, alone.factors, rtol=1e-5, atol=2e-6)
+
+
+def gradients_by_hand(model, rows):
+    """[{name: gradient} of each row], by autograd through the encoder used by hand."""
+    leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(model, KINDS).items()}
+    for name, leaf in leaves.items():
+        path, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(path), kind, leaf)
+    return [dict(zip(leaves, torch.autograd.grad(loss_by_hand(model, pair), list(leaves.values())), strict=True)) for pair in rows]
+
+
+def test_the_gradient_of_an_example_is_that_of_both_its_texts(pairs):
+    model, rows = adapted_classifier("apart"), pairs(5, apart=True)
+    stacked = {name: tensor.expand(len(rows), *tensor.shape) for name, tensor in factors(model, KINDS).items()}
+    _, found = group_gradients(model, stacked, collate(rows, 0, CPU), torch.ones(len(rows)))
+    for row, expected in enumerate(gradients_by_hand(model, rows)):
+        for name, gradient in expected.items():
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(found[name][row], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_private_step_adds_examples_that_are_clipped_over_both_their_texts(pairs):
+    model, rows, clip = adapted_classifier("apart"), pairs(4, apart=True), 0.05
+    layout = Layout.of(factors(model, KINDS))
+    start = layout.pack(factors(model, KINDS))
+    everything = {"batch_size": 100, "local_steps": 1, "learning_rate": 1.0, "warmup_ratio": 0.0}
+    rule = {"optimizer": Optimizer.sgd, "schedule": Schedule.constant}
+    (found,) = train(model, [ClientData(0, rows)], PrivateRule(clip, (0.0,)), **everything, **rule)
+    each = torch.stack([layout.pack(gradient) for gradient in gradients_by_hand(model, rows)])
+    norms = each.norm(dim=1, keepdim=True)
+    assert norms.min() > clip
+    torch.testing.assert_close(found.factors, start - (each * clip / norms).sum(0) / len(rows), rtol=1e-4, atol=1e-6)
+
+
+def test_each_text_is_a_sequence_of_the_tokenizer_of_half_the_length_at_most(tmp_path):
+    _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
+    whole, cut = encode_pair(WORDS, tokenizer, 64, apart=True), encode_pair(WORDS, tokenizer, 8, apart=True)
+    assert (whole.input_ids, whole.split, whole.segments, whole.label) == ((1, 4, 5, 6, 7, 8, 2, 1, 9, 2), 7, (), 2)
+    assert (cut.input_ids, cut.split) == ((1, 4, 5, 2, 1, 9, 2), 4)
+
+
+def test_evaluation_is_that_of_the_encoder_used_by_hand(tmp_path):
+    model, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu", pairs=Reading.apart), LABELS)
+    assert isinstance(model, BiEncoder)
+    examples = [Pair("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
+    with torch.no_grad():
+        expected = torch.stack([loss_by_hand(model, encode_pair(example, tokenizer, 64, apart=True)) for example in examples])
+    for tokens in (15, 10_000):
+        found = evaluate(model, tokenizer, examples, EvaluationConfig(tokens_per_pass=tokens), DataConfig())
+        assert found.loss == pytest.approx(float(expected.mean()), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_peft_loads_the_adapter_onto_the_encoder_and_the_head_is_a_file_beside_it(pairs, tmp_path):
+    from peft import PeftModel
+
+    model, rows = adapted_classifier("apart"), pairs(3, apart=True)
+    for name, content in peft_files(model, "base").items():
+        (tmp_path / name).write_bytes(content)
+    assert json.loads((tmp_path / "adapter_config.json").read_bytes())["task_type"] == "FEATURE_EXTRACTION"
+    loaded, head = PeftModel.from_pretrained(tiny_classifier().bert, str(tmp_path)), load_file(tmp_path / "head.safetensors")
+    (own,) = head_layers(model).values()
+    for pair in rows:
+        texts = pair.input_ids[: pair.split], pair.input_ids[pair.split :]
+        with torch.no_grad():
+            expected = logits_by_hand(model.bert, own, texts)
+            found = logits_by_hand(loaded, lambda x: functional.linear(x, head["weight"], head["bias"]), texts)
+            bare = logits_by_hand(tiny_classifier().bert, own, texts)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+        assert (bare - expected).abs().max() > 1e-2, "the head alone would make a difference"
+
+
+def test_texts_are_read_apart_only_where_they_are_classified():
+    with pytest.raises(UserError, match=r"model.pairs=apart: .* data=embedded is answered; choose data=snli"):
+        effective(compose(["model.pairs=apart"]))
