@@ -31,7 +31,7 @@ def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
         tensors[f"base_model.model.{name}.lora_A.weight"] = right.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = left.detach().cpu().contiguous()
     head = {name: _affine(layer) for name, layer in head_layers(model).items()}
-    files = {"head.safetensors": save(*head.values(), {"format": "pt"})} if body else {}
+    files = {"head.safetensors": save(next(iter(head.values())), {"format": "pt"})} if body else {}
     kept = {} if body else head
     tensors |= {f"base_model.model.{name}.{kind}": tensor for name, parts in kept.items() for kind, tensor in parts.items()}
     ranks = {name: left.shape[1] for name, (left, _) in pairs.items()}
