@@ -7,6 +7,7 @@ the messages, so an actor that dies takes nothing with it: its message is answer
 """
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -26,6 +27,8 @@ from fedsim.flower.grid import RUN_ID, SERVER_NODE
 
 LOOK_SECONDS = 0.5
 """How long one look for replies waits for the first of them."""
+CONNECT_SECONDS = 5.0
+"""How long a cluster's address may take to answer."""
 
 _FAILED = 1  # code of the error in place of a reply
 
@@ -162,6 +165,8 @@ def _started(engine: EngineConfig) -> Any:
         raise UserError(
             "engine=ray: expected Ray, which is not installed; pip install 'fedsim[simulation]', or use engine=inprocess."
         ) from None
+    if engine.address:
+        _check_reachable(engine.address)
     options: dict[str, Any] = {"address": engine.address} if engine.address else {"include_dashboard": False}
     if engine.actors and not engine.address:
         options["num_cpus"] = engine.actors
@@ -171,6 +176,17 @@ def _started(engine: EngineConfig) -> Any:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"engine.address: no Ray cluster at {engine.address!r}: {str(error).splitlines()[0]:.200}") from None
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Raises UserError if nobody listens at HOST:PORT; Ray itself would try for minutes. Names such as auto are Ray's to look up."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"engine.address: no Ray cluster at {address!r}: {error}. Start one with `ray start --head`.") from error
 
 
 def _room(ray: Any, engine: EngineConfig) -> tuple[int, dict[str, float]]:

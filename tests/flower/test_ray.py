@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from safetensors.torch import load_file
@@ -55,13 +57,18 @@ def test_two_actors_give_the_result_of_one_process(kind, tmp_path):
     pytest.importorskip("ray")
     for name, engine in (("one", ()), ("two", ("engine=ray", "engine.actors=2"))):
         run_in_process(*SMALL, *SGD, *KINDS[kind], f"run_dir={tmp_path / name}", *engine)
-    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+    check_same(tmp_path / "one", tmp_path / "two")
+
+
+def check_same(first, second):
+    """The same bytes and tokens, and the same updates to float tolerance."""
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (first, second))
     assert one["communication"] == two["communication"]
     assert one["training"]["tokens"] == two["training"]["tokens"]
-    files = sorted((tmp_path / "one/adapter").rglob("*.safetensors"))
+    files = sorted((first / "adapter").rglob("*.safetensors"))
     assert files
     for file in files:
-        expected, found = updates(file), updates(tmp_path / "two/adapter" / file.relative_to(tmp_path / "one/adapter"))
+        expected, found = updates(file), updates(second / "adapter" / file.relative_to(first / "adapter"))
         assert expected.keys() == found.keys()
         for layer, update in expected.items():
             assert (found[layer] - update).norm() <= 5e-3 * update.norm() + 1e-7, layer
@@ -130,3 +137,72 @@ def test_an_actor_that_is_killed_is_replaced_and_its_clients_are_missing_or_aske
     assert [event["round"] for event in rounds] == list(range(1, 41))
     assert all(sorted(event["clients"]) == [0, 1, 2, 3, 4] for event in rounds), "all were needed, so the missing were asked again"
     assert sum("num_attempts" in event for event in rounds) >= 1
+
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster.add_node(num_cpus=1)
+cluster.wait_for_nodes()
+print("address", cluster.address, flush=True)
+sys.stdin.readline()
+cluster.shutdown()
+"""
+
+
+@contextmanager
+def cluster_of_two_nodes():
+    """The process of a Ray cluster with two nodes of one core, which are two machines to Ray, and its address."""
+    env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            yield process, next(line.split()[1] for line in process.stdout if line.startswith("address"))
+        finally:
+            process.communicate("end\n", timeout=60)
+
+
+def raylets_with_actors(cluster, stop):
+    """Raylets of the cluster that were seen to have an actor of ours, until `stop` is set."""
+    import psutil
+
+    seen = set()
+    while not stop.wait(0.2):
+        for child in psutil.Process(cluster.pid).children(recursive=True):
+            try:
+                if "ClientAppActor" in " ".join(child.cmdline()):
+                    seen.add(child.ppid())
+            except psutil.Error:
+                continue
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_a_cluster_that_is_there_trains_on_all_its_nodes_and_stays(tmp_path):
+    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("ray")
+    run_in_process(*SMALL, *SGD, f"run_dir={tmp_path / 'one'}")
+    with cluster_of_two_nodes() as (cluster, address):
+        before, seen, stop = len(psutil.Process(cluster.pid).children(recursive=True)), [], threading.Event()
+        watching = threading.Thread(target=lambda: seen.append(raylets_with_actors(cluster, stop)))
+        watching.start()
+        try:
+            run_in_process(*SMALL, *SGD, f"run_dir={tmp_path / 'two'}", "engine=ray", "engine.actors=2", f"engine.address={address}")
+        finally:
+            stop.set()
+            watching.join()
+        assert before >= 3, "the cluster runs apart from us"
+        assert len(seen[0]) == 2, "an actor on each node"
+        assert cluster.poll() is None
+        assert not actors_of(cluster), "our actors are gone"
+        raylets = [each for each in psutil.Process(cluster.pid).children(recursive=True) if each.pid in seen[0]]
+        assert len(raylets) == 2, "the cluster has stayed"
+    check_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_an_address_without_a_cluster_is_one_line(capsys):
+    pytest.importorskip("ray")
+    assert main(["run", *SMALL, "engine=ray", "engine.address=127.0.0.1:1"]) == 2
+    assert "engine.address: no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err
