@@ -33,10 +33,12 @@ FEDSIM = (sys.executable, "-c", "import sys; from fedsim.cli.main import main; s
 
 
 class CountingProxy:
-    """Stands between SuperNodes and SuperLink and counts the bytes that pass, TLS and all."""
+    """Stands between a SuperNode and the SuperLink and counts the bytes that pass, TLS and all; while `open` is not set, none passes."""
 
     def __init__(self, target):
         self.up = self.down = 0
+        self.open = threading.Event()
+        self.open.set()
         self._target, self._lock = target, threading.Lock()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
@@ -55,6 +57,7 @@ class CountingProxy:
     def _pass_on(self, source, sink, name):
         try:
             while part := source.recv(1 << 16):
+                self.open.wait()
                 sink.sendall(part)
                 with self._lock:
                     setattr(self, name, getattr(self, name) + len(part))
@@ -73,12 +76,12 @@ def federation(tmp_path_factory):
     """Two clients whose traffic is counted."""
     folder = tmp_path_factory.mktemp("deployment") / "federation"
     with local_federation(CLIENTS, folder, connect=False) as local:
-        proxy = CountingProxy(local.federation.port)
-        for client in range(CLIENTS):
+        local.proxies = [CountingProxy(local.federation.port) for _ in range(CLIENTS)]
+        for client, proxy in enumerate(local.proxies):
             local.start_client(client, FEDSIM_SUPERLINK=f"localhost:{proxy.port}")
-        local.proxy = proxy
         yield local
-        proxy.close()
+        for proxy in local.proxies:
+            proxy.close()
 
 
 def run(words, home, **options):
@@ -121,12 +124,13 @@ def same_adapter(one, other, tolerance):
     assert max(float(tensor.abs().max()) for tensor in ours.values()) > 100 * tolerance
 
 
-def passed_in(proxy, work):
+def passed_in(proxies, work):
     """{direction: (bytes that passed, seconds)} while something was done."""
-    before, begun = (proxy.up, proxy.down), time.monotonic()
+    counts = lambda: (sum(proxy.up for proxy in proxies), sum(proxy.down for proxy in proxies))  # noqa: E731
+    before, begun = counts(), time.monotonic()
     work()
-    seconds = time.monotonic() - begun
-    return {"uplink": (proxy.up - before[0], seconds), "downlink": (proxy.down - before[1], seconds)}
+    seconds, after = time.monotonic() - begun, counts()
+    return {"uplink": (after[0] - before[0], seconds), "downlink": (after[1] - before[1], seconds)}
 
 
 def wait_until_idle(federation):
@@ -140,8 +144,8 @@ def first(federation, tmp_path_factory):
     """The same run in the deployment and in process, with what passed over the wires meanwhile, and when nothing went on."""
     folder = tmp_path_factory.mktemp("first")
     wait_until_idle(federation)
-    idle, done = passed_in(federation.proxy, lambda: time.sleep(10)), []
-    wire = passed_in(federation.proxy, lambda: done.append(deployed(federation, folder / "deployed", "adapter.rank=128")))
+    idle, done = passed_in(federation.proxies, lambda: time.sleep(10)), []
+    wire = passed_in(federation.proxies, lambda: done.append(deployed(federation, folder / "deployed", "adapter.rank=128")))
     in_process(federation, folder / "in_process", "adapter.rank=128")
     return SimpleNamespace(deployed=folder / "deployed", in_process=folder / "in_process", idle=idle, wire=wire, done=done[0])
 
@@ -232,7 +236,44 @@ def test_what_an_owner_does_not_accept_is_refused_told_and_not_averaged(federati
     assert "2 local steps are more than the 1 accepted" in missing["detail"]
 
 
-def test_status_shows_who_is_there_and_how_far_runs_have_come(federation):
+def test_a_client_that_is_cut_off_is_missed_and_is_back_when_the_network_is(federation, tmp_path):
+    words = ("adapter=orthogonal", "federation.rounds=60", "federation.round_timeout=8", "federation.min_replies=1")
+    told, cut = [], federation.proxies[1].open
+
+    def strike():
+        wait_for_round(tmp_path / "run", 1)
+        cut.clear()
+        told.append(run(["deploy", "status", str(federation.folder)], federation.flwr_home).stdout)
+        try:
+            wait_for(lambda: any(event["clients"] == [0] for event in events(tmp_path / "run", "round")))
+        finally:
+            cut.set()
+        alone = len(events(tmp_path / "run", "round"))
+        wait_for(lambda: any(sorted(event["clients"]) == [0, 1] for event in events(tmp_path / "run", "round")[alone:]))
+        (run_id,) = (each["run-id"] for each in flwr_json(federation, "list")["runs"] if each["status"] == "running")
+        assert flwr_json(federation, "stop", run_id)["success"]
+        told.append("back")
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    command = ["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, *words, f"run_dir={tmp_path / 'run'}"]
+    run(command, federation.flwr_home)
+    thread.join()
+    assert told[1:] == ["back"]
+    assert re.search(r"\d+ +running +\d+/60", told[0]), "the status of a run under way"
+    missed = [each for event in events(tmp_path / "run", "round") for each in event["missing"]]
+    assert {each["client"] for each in missed} == {1}
+    assert "timeout" in {each["reason"] for each in missed}
+
+
+def wait_for(reached, seconds=150):
+    ends = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+
+
+def test_status_shows_who_is_there_and_how_far_runs_have_come(first, federation):
     done = run(["deploy", "status", str(federation.folder)], federation.flwr_home)
     assert done.returncode == 0, done.stderr
     assert re.search(r"client-0 +\d+ +online +\d{4}-", done.stdout)
