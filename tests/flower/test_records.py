@@ -27,6 +27,8 @@ def test_serialized_bytes_are_those_that_flower_puts_on_the_wire(size):
         (ArrayRecord({KEY: Array(np.zeros(4, np.float64))}), "float32"),
         (ArrayRecord({KEY: Array(np.array([1, np.nan, 0, 0], np.float32))}), "finite"),
         (ArrayRecord({KEY: Array(np.array([1, np.inf, 0, 0], np.float32))}), "finite"),
+        (ArrayRecord({KEY: Array(np.array([1, np.inf, -np.inf, 0], np.float32))}), "finite"),
+        (ArrayRecord({KEY: Array(np.array([1, np.nan, 0, 0], np.float32))}), "finite"),
         (ArrayRecord({KEY: Array("float32", (4,), "numpy.ndarray", Array(np.zeros(9, np.float32)).data)}), "bytes of something else"),
         (ArrayRecord({KEY: Array("float32", (4,), "numpy.ndarray", Array(np.zeros(4, np.int32)).data)}), "bytes of something else"),
     ],
@@ -43,3 +45,8 @@ def test_pickled_data_is_never_opened():
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match="bytes of something else"):
         from_record(ArrayRecord({KEY: Array("float32", (4,), "numpy.ndarray", buffer.getvalue())}), 4)
+
+
+def test_the_largest_finite_values_are_no_infinity():
+    largest = torch.full((1000,), torch.finfo(torch.float32).max)
+    assert from_record(to_record(largest), 1000).equal(largest)
