@@ -52,6 +52,11 @@ class PrivacyLedger:
         chosen = [mechanism for mechanism in self._histories[client] if name in (None, mechanism.name)]
         return epsilon(chosen, self._deltas[client], self.accountant)
 
+    def largest_epsilon(self) -> float:
+        """Returns the epsilon of the client that has spent most; clients with equal histories and deltas are computed once."""
+        kinds = {(self._histories[client], delta): client for client, delta in self._deltas.items()}
+        return max(self.epsilon(client) for client in kinds.values())
+
     def remaining(self, client: int) -> float:
         """Returns the budget less what was spent, at least 0; infinite without a budget. No price of a next step: costs do not add."""
         return math.inf if self.budget is None else max(0.0, self.budget - self.epsilon(client))

@@ -7,13 +7,12 @@ import pytest
 from faults import FaultyGrid
 from rounds import changed, of_method
 
-from clients.app import app
 from fedsim.choices import Accountant, PrivacyUnit
 from fedsim.cli.main import main
 from fedsim.cli.verify import verify
 from fedsim.config import EvaluationConfig
-from fedsim.flower.grid import InProcessGrid
-from fedsim.flower.server import Run, serve
+from fedsim.flower.chronicle import Chronicle
+from fedsim.flower.server import serve
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
 from fedsim.session import open_session
@@ -92,7 +91,7 @@ def test_the_end_is_fixed_by_the_summary_and_the_missing_are_in_it(resumed):
 def test_who_comes_goes_and_is_refused_is_written(kind, tmp_path):
     config = replace(CONFIG, run_dir=str(tmp_path / "run"))
     with Progress(3, [], quiet=True) as progress, RunFolder.open(config) as folder:
-        Run(open_session(config), config, InProcessGrid(app), {}, None, folder, progress)._member_event(kind, client=1, reason="why")
+        Chronicle(open_session(config), folder, progress).member(kind, client=1, reason="why")
     assert of_kind([json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()], kind)
 
 

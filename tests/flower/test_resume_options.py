@@ -10,7 +10,7 @@ from rounds import changed, of_method
 from fedsim.checkpoints import load, saved
 from fedsim.choices import Init, Mode
 from fedsim.experiment import run
-from fedsim.flower import server
+from fedsim.flower import ending
 from fedsim.flower.reading import Reader
 from fedsim.session import _open
 from fedsim.training import loss
@@ -32,7 +32,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     for name in ("curves_png", "partition_png", "diagnosis_png", "network_png"):
-        monkeypatch.setattr(server, name, lambda *facts: b"")
+        monkeypatch.setattr(ending, name, lambda *facts: b"")
 
 
 def in_folder(config, folder, **options):

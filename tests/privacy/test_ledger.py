@@ -107,6 +107,11 @@ def test_clients_with_equal_histories_are_computed_once():
     assert bounds.upper_bound.cache_info().misses == before + 1
 
 
+def test_the_largest_epsilon_is_that_of_the_client_that_has_spent_most():
+    ledger = run(started())
+    assert ledger.largest_epsilon() == max(ledger.epsilon(client) for client in SIZES) == ledger.epsilon(3)
+
+
 def test_a_client_that_took_no_part_has_spent_nothing():
     summary = new_ledger().summary()
     assert (summary["epsilon"], summary["distribution"]) == (0, {"min": 0, "median": 0, "max": 0})

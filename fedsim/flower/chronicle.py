@@ -1,0 +1,145 @@
+"""What a run tells of itself: events for whoever looks at its folder, the journal for whoever checks it, the display for whoever waits."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedsim.config import Config
+from fedsim.core.communication import Totals
+from fedsim.core.missing import counted
+from fedsim.flower.facts import RoundFacts
+from fedsim.flower.state import State
+from fedsim.flower.strategy import FedsimStrategy
+from fedsim.plain import to_dict
+from fedsim.progress import Progress
+from fedsim.run_folder import RunFolder
+from fedsim.session import Session
+from fedsim.training.cohort import PassFacts
+
+
+class Chronicle:
+    """Tells what happens to the clients and in the rounds of one run. `tokens_per_pass` is the bound of passes that was told last."""
+
+    def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
+        self._session, self._config, self._folder, self._progress = session, session.config, folder, progress
+        self._told_too_long = 0
+        self.tokens_per_pass = session.budget.tokens
+
+    def started(self, given: Config) -> None:
+        """Tells how a new run begins: the configuration as it was given, who holds what, and what is left out."""
+        self._folder.event("run_started", config=to_dict(given))
+        self._folder.record("started", method=given.method.name, seed=given.seed, config_sha256=_sha256(given))
+        self._folder.event("partition", holdings=self._session.holdings, skipped=self._session.data.skipped)
+        for line in self._session.data.skipped:
+            self._progress.note(f"left out: {line}")
+        if given.evaluation.diagnosis and not self._config.evaluation.diagnosis:
+            self._progress.note("no diagnosis of the rounds: it needs single uploads, which secure aggregation hides")
+
+    def member(self, kind: str, **facts: Any) -> None:
+        """Tells that a client of a deployment has joined or left, is absent, or was refused for a reason."""
+        self._folder.event(kind, **facts)
+        self._folder.record(kind, **facts)
+        if kind == "refused":
+            self._progress.note(f"left out: {facts['reason']}")
+        elif kind != "joined":
+            self._progress.note(f"{kind}: client {facts.get('client', facts.get('clients'))}")
+
+    def asked_for_gradients(self, number: int, clients: Sequence[int], *, private: bool) -> None:
+        """Writes down, before anything leaves a client, who is asked for an initial gradient, and whether that costs privacy."""
+        self._folder.record("asked", round=number, what="initial gradient", clients=clients)
+        if private:
+            self._folder.record("charged", round=number, what="initial gradient", clients=clients)
+
+    def asked(self, number: int, strategy: FedsimStrategy, adapter_digest: str) -> None:
+        """Writes down, before anything leaves a client, who is asked to train, and whose privacy it costs something."""
+        clients = [*strategy.participants(number), *strategy.asking.spares(number)]
+        self._folder.record("asked", round=number, what="training", clients=clients, adapter_digest=adapter_digest)
+        charged = strategy.asking.charged(number)
+        if charged:
+            noise = [self._session.privacy_plan[client].noise_multiplier for client in charged]
+            self._folder.record("charged", round=number, what="training", clients=charged, noise_multipliers=noise)
+
+    def taken(self, number: int, facts: RoundFacts) -> None:
+        """Writes down who is in the result, and who is not and why."""
+        self._folder.record("accepted", round=number, clients=facts.clients, num_examples=facts.num_examples)
+        if facts.missing:
+            self._folder.record("missing", round=number, clients=[each.to_json() for each in facts.missing])
+
+    def round_finished(self, state: State, facts: RoundFacts, before: Totals, wall_seconds: float) -> None:
+        """Tells what the round that led to this state came to; `before` is what the ledger held until then."""
+        number, after = state.round, state.ledger.totals()
+        report = _report(state, facts, {name: total - before[name] for name, total in after.items()}, wall_seconds)
+        absent = [each.to_json() for each in facts.missing]
+        told = {"clients": facts.clients, "weights": facts.shares, "missing": absent, **_if_any(facts), **report, **facts.diagnosis}
+        self._folder.event("round", round=number, **told)
+        self.taken(number, facts)
+        self._folder.record("released", round=number, adapter_digest=report["adapter_digest"])
+        if "refused" in facts.secure:
+            self._progress.note(f"round {number} changes nothing: {facts.secure['refused']}")
+        self._progress.round_finished(number, report | {"missing": counted(facts.missing)}, after)
+        self._tell_too_long()
+        self._tell_less_memory(number)
+
+    @contextmanager
+    def passes_shown(self, number: int, strategy: FedsimStrategy, grid: Grid) -> Iterator[None]:
+        """Shows the passes of workers in this process; workers elsewhere show theirs where they run."""
+        cohorts = [len(clients) for _, clients in strategy.cohorts(strategy.participants(number), grid)]
+
+        def show(facts: PassFacts) -> None:
+            done = len(strategy.facts.clients)  # of the cohorts before this one
+            now = min(cohorts[0], sum(cohorts) - done)
+            self._progress.step(facts.num_tokens, facts.loss, (done + now * facts.fraction) / sum(cohorts))
+
+        self._session.on_pass = show
+        try:
+            yield
+        finally:
+            self._session.on_pass = lambda facts: None
+
+    def _tell_too_long(self) -> None:
+        """Says how many examples this process has left out since it said so last."""
+        count = self._session.num_too_long - self._told_too_long
+        if count:
+            limit = self._config.data.max_length
+            self._progress.note(f"left out: {count} training examples whose response lies beyond data.max_length={limit}")
+            self._folder.event("too_long", num_examples=count, max_length=limit)
+            self._told_too_long = self._session.num_too_long
+
+    def _tell_less_memory(self, number: int) -> None:
+        """Says to what passes in this process were cut because memory ran out; the next checkpoint keeps it."""
+        tokens = self._session.budget.tokens
+        if tokens < self.tokens_per_pass:
+            self._progress.note(f"out of memory: passes hold at most {tokens} tokens now, {self.tokens_per_pass} before")
+            self._folder.event("passes_halved", round=number, tokens_per_pass=tokens)
+            self.tokens_per_pass = tokens
+
+
+def _report(state: State, facts: RoundFacts, moved: Totals, wall_seconds: float) -> dict[str, Any]:
+    """Returns what a round came to as a whole, for its event and for the display."""
+    report = {
+        "train_loss": facts.mean_loss,
+        "tokens": facts.num_tokens,
+        "wall_seconds": wall_seconds,
+        **{name: moved[name] for name in ("uplink_bytes", "downlink_bytes", "setup_bytes")},
+        "adapter_digest": state.shared.adapter_digest(),
+    }
+    if state.privacy is not None:
+        report["epsilon"] = state.privacy.largest_epsilon()
+    if facts.simulated_seconds is not None:
+        report |= {"simulated_seconds": facts.simulated_seconds, "simulated_time": state.simulated_seconds}
+    return report | ({"secure": facts.secure} if facts.secure else {})
+
+
+def _if_any(facts: RoundFacts) -> dict[str, Any]:
+    """Returns what few rounds have to tell."""
+    attempts = facts.num_attempts if facts.num_attempts > 1 else 0
+    told = {"num_attempts": attempts, "num_clipped": facts.num_clipped, "staleness": facts.staleness}
+    return {name: value for name, value in told.items() if value}
+
+
+def _sha256(config: Config) -> str:
+    return hashlib.sha256(json.dumps(to_dict(config)).encode()).hexdigest()

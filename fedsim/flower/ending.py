@@ -1,0 +1,94 @@
+"""The end of a run: the adapter in PEFT's files, tables and pictures, and the summary with which the run counts as finished."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.core.adapters import bound
+from fedsim.export import peft_files
+from fedsim.flower.state import State
+from fedsim.models import source
+from fedsim.report import curves_png, diagnosis_png, holdings_table, network_png, partition_png, privacy_png, transfers_csv
+from fedsim.run_folder import RunFolder
+from fedsim.session import PERSONAL, Session
+
+
+def finish(session: Session, given: Config, state: State, memories: dict[str, Tensor], folder: RunFolder) -> dict[str, Any]:
+    """Writes all that a finished run leaves, summary.json last, and returns the summary.
+
+    `given` is the configuration before the method settled anything; `memories` are those of `fedsim.flower.state.memories_in`.
+    """
+    for name, content in _adapter_files(session, state, memories):
+        folder.write_bytes(f"adapter/{name}", content)
+    summary = _summary(session, given, state, folder)
+    folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
+    summary["journal"] = folder.record("finished", round=state.round, adapter_digest=summary["adapter_digest"]).to_json()
+    folder.write_bytes("communication.csv", transfers_csv(state.ledger.rows()))
+    folder.write_bytes("holdings.txt", f"{holdings_table(session.holdings, max_clients=None)}\n".encode())
+    folder.write_bytes("partition.png", partition_png(session.holdings))
+    folder.write_bytes("curves.png", curves_png(folder.events()))
+    if session.config.evaluation.diagnosis:
+        folder.write_bytes("diagnosis.png", diagnosis_png(folder.events()))
+    if session.links:
+        folder.write_bytes("network.png", network_png(folder.events()))
+    if state.privacy is not None:
+        folder.write_bytes("privacy.png", privacy_png(folder.events()))
+    folder.finish(summary)
+    return summary
+
+
+def _adapter_files(session: Session, state: State, memories: dict[str, Tensor]) -> Iterator[tuple[str, bytes]]:
+    """Yields name and content of PEFT's files: one adapter, or one folder for each client that has a personal one in this process."""
+    session.install_state(state.shared)
+    model = session.config.model
+    base_model = "fedsim/embedded" if model.path is None else source(model)
+    if not session.method.personal:
+        yield from peft_files(session.model, base_model).items()
+    layout = session.spec.layout(session.method.personal)
+    for name, tensor in memories.items():
+        _, client, what = name.split("/")
+        if what == PERSONAL:
+            with bound(session.model, layout.unpack(tensor.to(session.device))):
+                yield from ((f"client_{client}/{file}", content) for file, content in peft_files(session.model, base_model).items())
+
+
+def _summary(session: Session, given: Config, state: State, folder: RunFolder) -> dict[str, Any]:
+    return {
+        "method": session.config.method.name,
+        "rounds": state.round,
+        "clients": given.federation.clients,
+        "seed": session.config.seed,
+        "rank": session.spec.rank,
+        "adapter_digest": state.shared.adapter_digest(),
+        "evaluation": _evaluation(state),
+        "communication": state.ledger.totals(),
+        "privacy": state.privacy.summary() if state.privacy else None,
+        "network": _network(session, state),
+        "training": {
+            "tokens": state.num_tokens,
+            "wall_seconds": state.wall_seconds,
+            "tokens_per_second": state.num_tokens / state.wall_seconds if state.wall_seconds else 0.0,
+        },
+        "missing": state.missing,
+        "run_dir": str(folder.folder),
+    }
+
+
+def _evaluation(state: State) -> dict[str, Any]:
+    base, final = state.evaluations[0], state.evaluations[state.round]
+    return {
+        task: {
+            "base": {key: base[task][key] for key in ("accuracy", "loss")},
+            "final": {key: final[task][key] for key in ("accuracy", "loss")},
+            "num_examples": final[task]["num_examples"],
+        }
+        for task in final
+    }
+
+
+def _network(session: Session, state: State) -> dict[str, Any] | None:
+    federation = session.config.federation
+    told = {"name": federation.network, "mode": federation.mode.name, "simulated_seconds": state.simulated_seconds}
+    return told if session.links else None

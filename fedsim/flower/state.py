@@ -1,0 +1,151 @@
+"""The whole state of a run, and how a checkpoint holds it: tensors by the part that they belong to, all else as plain values.
+
+What clients in this process keep for themselves lies in the Contexts of their nodes, and in the checkpoint beside the server's state.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Context
+from torch import Tensor
+
+from fedsim.checkpoints import Checkpoint
+from fedsim.core.communication import CommunicationLedger
+from fedsim.core.fedbuff import Buffer
+from fedsim.core.global_state import GlobalState
+from fedsim.core.missing import counted
+from fedsim.flower.facts import RoundFacts
+from fedsim.flower.worker import Accepted, read_memory, write_memory
+from fedsim.privacy.ledger import PrivacyLedger
+from fedsim.session import Memory, Session
+
+FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY = "factor", "folded", "increment", "moment", "control", "memory"
+BUFFER = "buffer"
+"""First parts of the names of tensors in a checkpoint."""
+
+
+@dataclass
+class State:
+    """The whole state of a run after `round`. `evaluations` is {round: {task: {accuracy, loss, num_examples}}}."""
+
+    round: int
+    shared: GlobalState
+    ledger: CommunicationLedger = field(default_factory=CommunicationLedger)
+    privacy: PrivacyLedger | None = None
+    evaluations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    num_tokens: int = 0
+    missing: dict[str, int] = field(default_factory=dict)  # replies that were asked for and did not count, by reason
+    wall_seconds: float = 0.0  # of training: messages, local training and aggregation
+    simulated_seconds: float = 0.0  # of everything, on a simulated network
+
+    def count(self, facts: RoundFacts, wall_seconds: float) -> None:
+        """Adds up what the next round came to, of which `shared` and the ledgers hold the rest already."""
+        self.round += 1
+        self.num_tokens += facts.num_tokens
+        self.wall_seconds += wall_seconds
+        self.simulated_seconds += facts.simulated_seconds or 0.0
+        self.missing = dict(Counter(self.missing) + Counter(counted(facts.missing)))
+
+
+def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: int) -> Checkpoint:
+    """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`."""
+    shared, exchange = state.shared, state.shared.exchange
+    facts = {
+        "adapter_digest": shared.adapter_digest(),
+        "versions": exchange.versions,
+        "needed": exchange.needed,
+        "held": {client: [held.get(part, -1) for part in exchange.versions] for client, held in exchange.held.items()},
+        "tag": shared.tag,
+        "increment_on": shared.increment_on,
+        "clip_norm": shared.clip_norm,
+        "tokens_per_pass": tokens_per_pass,
+        "accepted": shared.accepted,
+        "ledger": state.ledger.to_json(),
+        "privacy": state.privacy.to_json() if state.privacy else None,
+        "evaluations": state.evaluations,
+        "num_tokens": state.num_tokens,
+        "missing": state.missing,
+        "wall_seconds": state.wall_seconds,
+        "simulated_seconds": state.simulated_seconds,
+        "buffer": shared.buffer.to_json(),
+    }
+    tensors = {
+        FACTOR: shared.factors,
+        FOLDED: shared.folded,
+        INCREMENT: shared.increment,
+        MOMENT: shared.moments,
+        CONTROL_VARIATE: {} if shared.control is None else {"c": shared.control},
+        MEMORY: memories,
+        BUFFER: shared.buffer.changes(),
+    }
+    flat = {f"{first}/{name}": tensor for first, group in tensors.items() for name, tensor in group.items()}
+    return Checkpoint(state.round, flat, facts)
+
+
+def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Context]) -> State:
+    """Returns the state of a checkpoint, and puts what clients in this process keep for themselves back into their nodes' Contexts.
+
+    Raises ValueError if the factors are not those of which the checkpoint holds the digest.
+    """
+    facts, tensors = checkpoint.state, _by_first_part(checkpoint.tensors)
+    shared = _shared(session.initial_state(tensors[FACTOR]), facts, tensors)
+    for node, context in contexts.items():
+        for client, own in _by_client(tensors[MEMORY], node).items():
+            write_memory(context, {client: own}, shared.accepted[client], shared.accepted)
+    if facts["adapter_digest"] != shared.adapter_digest():
+        raise ValueError(f"Expected a state with digest {facts['adapter_digest'][:16]}..., got {shared.adapter_digest()[:16]}....")
+    return State(
+        checkpoint.round,
+        shared,
+        CommunicationLedger.from_json(facts["ledger"]),
+        PrivacyLedger.from_json(facts["privacy"]) if facts["privacy"] else None,
+        {int(round_): tasks for round_, tasks in facts["evaluations"].items()},
+        facts["num_tokens"],
+        facts["missing"],
+        facts["wall_seconds"],
+        facts["simulated_seconds"],
+    )
+
+
+def memories_in(contexts: Mapping[int, Context], clients: Sequence[int], accepted: Accepted) -> dict[str, Tensor]:
+    """Returns what the clients keep for themselves in the nodes of this process, by node/client/name."""
+    memories = {node: read_memory(context, clients, accepted) for node, context in contexts.items()}
+    return {
+        f"{node}/{client}/{name}": tensor
+        for node, memory in memories.items()
+        for client, own in memory.items()
+        for name, tensor in own.items()
+    }
+
+
+def _shared(shared: GlobalState, facts: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> GlobalState:
+    exchange = shared.exchange
+    exchange.versions, exchange.needed = facts["versions"], facts["needed"]
+    exchange.held = {int(client): dict(zip(exchange.versions, held, strict=True)) for client, held in facts["held"].items()}
+    shared.folded, shared.increment, shared.moments = tensors[FOLDED], tensors[INCREMENT], tensors[MOMENT]
+    shared.tag, shared.increment_on = facts["tag"], facts["increment_on"]
+    shared.accepted = {int(client): number for client, number in facts["accepted"].items()}
+    shared.buffer = Buffer.from_json(facts["buffer"], tensors[BUFFER])
+    shared.control, shared.clip_norm = tensors[CONTROL_VARIATE].get("c"), facts["clip_norm"]
+    return shared
+
+
+def _by_first_part(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of a checkpoint by the first part of their name; a group may be empty."""
+    groups: dict[str, dict[str, Tensor]] = {first: {} for first in (FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY, BUFFER)}
+    for name, tensor in tensors.items():
+        first, _, rest = name.partition("/")
+        groups[first][rest] = tensor
+    return groups
+
+
+def _by_client(tensors: dict[str, Tensor], node: int) -> Memory:
+    """Returns the memories of a node's clients, of tensors named node/client/name."""
+    memory: Memory = {}
+    for name, tensor in tensors.items():
+        owner, client, what = name.split("/")
+        if int(owner) == node:
+            memory.setdefault(int(client), {})[what] = tensor
+    return memory
