@@ -7,22 +7,21 @@ worker processes each open their own from the same configuration.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, lru_cache
-from math import ceil, nan
+from math import ceil
 
 import torch
 from torch import Tensor
 
 from fedsim.choices import Init, PrivacyUnit
 from fedsim.config import Config
-from fedsim.core.adapters import adapt, adapted_layers, base_weights, factors, install
+from fedsim.core.adapters import adapt, adapted_layers, base_weights, install
 from fedsim.core.bi_encoder import BiEncoder
-from fedsim.core.compression import CODECS, compress
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState, folded_layout
-from fedsim.core.initialization import DERIVED, from_gradients, from_noised_gradients, new_head
+from fedsim.core.initialization import DERIVED, new_head
 from fedsim.core.network import Link, rates
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout
@@ -37,23 +36,15 @@ from fedsim.models import head_paths, load_model
 from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
-from fedsim.seeding import derive_seed, numpy_generator, torch_generator
+from fedsim.seeding import derive_seed, numpy_generator
 from fedsim.training.batches import steps_per_round
 from fedsim.training.budget import TokenBudget
-from fedsim.training.cohort import ClientData, LocalResult, LocalRule, PassFacts, train_cohort
+from fedsim.training.cohort import ClientData, PassFacts
 from fedsim.training.encoding import encode, has_response
-from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
-from fedsim.training.optimizers import learning_rate
 from fedsim.training.pairs import encode_pair
-from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches
 from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Pair
 
-Memory = dict[int, dict[str, Tensor]]
-"""What clients keep for themselves from round to round, as flat arrays by client and name."""
-
-PERSONAL, OWN_CONTROL, RESIDUE = "personal", "control", "residue"  # names in a client's memory
 OWN_DATA = "own data"  # in the holdings, of clients that do not tell the tasks of theirs
-VALUES = "values"  # the one array of an upload that is not compressed
 
 
 def open_session(config: Config) -> "Session":
@@ -64,16 +55,6 @@ def open_session(config: Config) -> "Session":
 @lru_cache(maxsize=1)
 def _open(text: str) -> "Session":
     return Session(from_dict(Config, json.loads(text)))
-
-
-@dataclass(frozen=True)
-class ClientReply:
-    """What a client sends after local training, and what it told about it."""
-
-    result: LocalResult
-    arrays: dict[str, Tensor]  # the flat factors, or their compressed change
-    control: Tensor | None  # change of SCAFFOLD's control variate
-    within: bool = True  # whether the update was within the clip norm of client-level privacy
 
 
 class Session:
@@ -269,157 +250,17 @@ class Session:
 
     def sent_positions(self, round: int, client: int) -> Tensor | None:
         """Returns the positions in the flat array of the uploaded kinds of what the client trains and sends in a round; None for all."""
-        return self._trained_positions(self.method.uploaded(round), round, client)
+        return self.trained_positions(self.method.uploaded(round), round, client)
 
-    def _trained_positions(self, kinds: Sequence[str], round: int, client: int) -> Tensor | None:
+    def trained_positions(self, kinds: Sequence[str], round: int, client: int) -> Tensor | None:
+        """Returns the positions in the flat array of `kinds` of what the client trains in a round; None for all."""
         chosen = self.config.method.client_heads
         if self.method.form is not RAVAN or chosen is None:
             return self.block(kinds, client)
         drawn = numpy_generator(self.config.seed, "heads", round, client).permutation(self.spec.heads)[:chosen]
         return self.spec.head_positions(kinds, sorted(drawn.tolist()))
 
-    def train(
-        self,
-        clients: Sequence[int],
-        round: int,
-        memory: Memory,
-        control: Tensor | None = None,
-        *,
-        noise: Sequence[float] = (),
-        clip_norm: float | None = None,
-    ) -> list[ClientReply]:
-        """Trains the clients from the installed state for one round, as one cohort, and returns what they send.
-
-        `memory` is what the clients keep for themselves from round to round; it is brought up to date. `control` is SCAFFOLD's c.
-        With `privacy.unit=example`, `noise` are the clients' noise multipliers; with unit=client, `clip_norm` bounds a client's update.
-        """
-        unit = self.config.privacy.unit
-        kinds = self.method.trained(round)
-        start = self._starts(kinds, clients, memory)
-        results = train_cohort(
-            self.model,
-            start,
-            self.spec.layout(kinds),
-            [self.client_data(client) for client in clients],
-            self.config.training,
-            pad_id=self.tokenizer.pad_token_id,
-            seed=self.config.seed,
-            round=round,
-            rounds=self.config.federation.rounds,
-            rule=LocalRule(self.config.training.proximal_mu, self._shift(clients, memory, control), self._trainable(kinds, clients, round)),
-            private=PrivateRule(self.config.privacy.clip_norm, tuple(noise)) if unit is PrivacyUnit.example else None,
-            budget=self.budget,
-            on_pass=self.on_pass,
-        )
-        return [self._upload(result, row, round, memory, control, clip_norm) for result, row in zip(results, start.cpu(), strict=True)]
-
-    def _starts(self, kinds: Sequence[str], clients: Sequence[int], memory: Memory) -> Tensor:
-        """Returns [clients, parameters]: the installed factors, a client's own where they are personal, its block of a smaller rank."""
-        common = self.spec.pack(factors(self.model, kinds), kinds)
-        starts = common.expand(len(clients), len(common)).clone()
-        for row, client in zip(starts, clients, strict=True):
-            own = memory.get(client, {}).get(PERSONAL)
-            if own is not None:
-                row[self.spec.within(kinds, self.method.personal)] = own.to(row.device)
-            positions = self.block(kinds, client)
-            if positions is not None:
-                held = row[positions]
-                row.zero_()[positions] = held
-        return starts
-
-    def _trainable(self, kinds: Sequence[str], clients: Sequence[int], round: int) -> Tensor | None:
-        positions = [self._trained_positions(kinds, round, client) for client in clients]
-        if all(each is None for each in positions):
-            return None
-        masks = torch.ones(len(clients), self.spec.layout(kinds).num_parameters, dtype=torch.bool)
-        for mask, each in zip(masks, positions, strict=True):
-            if each is not None:
-                mask.fill_(False)[each] = True
-        return masks
-
-    def _shift(self, clients: Sequence[int], memory: Memory, control: Tensor | None) -> Tensor | None:
-        if control is None:
-            return None
-        return torch.stack([control - memory.get(client, {}).get(OWN_CONTROL, torch.zeros_like(control)) for client in clients])
-
-    def _upload(
-        self, result: LocalResult, start: Tensor, round: int, memory: Memory, control: Tensor | None, clip_norm: float | None
-    ) -> ClientReply:
-        kinds, uploaded = self.method.trained(round), self.method.uploaded(round)
-        layout, own = self.spec.layout(kinds), memory.setdefault(result.client, {})
-        if self.method.personal:
-            own[PERSONAL] = result.factors[self.spec.within(kinds, self.method.personal)]
-        change = None if control is None else self._control_change(result, start, round, control, own)
-        flat = result.factors
-        if uploaded != kinds or self.method.before_upload:
-            factors_ = layout.unpack(flat)
-            flat = self.spec.pack(self.method.before_upload(factors_) if self.method.before_upload else factors_, uploaded)
-        positions = self.sent_positions(round, result.client)
-        flat = flat if positions is None else flat[positions]
-        if self.config.privacy.unit is not PrivacyUnit.client and self.config.compression.name == "none":
-            return ClientReply(result, {VALUES: flat}, change)
-        origin = self.spec.pack(layout.unpack(start), uploaded)
-        update = flat - (origin if positions is None else origin[positions])
-        if self.config.privacy.unit is PrivacyUnit.client:
-            assert clip_norm is not None
-            norm = float(update.norm())
-            told = replace(result, loss=nan, num_tokens=0)  # nothing leaves the client without noise
-            return ClientReply(told, {VALUES: origin + update * min(1.0, clip_norm / max(norm, 1e-12))}, None, norm <= clip_norm)
-        return ClientReply(result, self._compressed(update, round, result.client, own), change)
-
-    def _control_change(self, result: LocalResult, start: Tensor, round: int, control: Tensor, own: dict[str, Tensor]) -> Tensor:
-        """SCAFFOLD's option II: c_i becomes c_i - c + (x - y) / sum of the learning rates; returns what it changes by."""
-        rounds = self.config.federation.rounds
-        first, total = (round - 1) * result.num_steps, rounds * result.num_steps
-        rates = sum(learning_rate(first + step, total, self.config.training) for step in range(result.num_steps))
-        change = (start - result.factors) / rates - control
-        own[OWN_CONTROL] = own.get(OWN_CONTROL, torch.zeros_like(control)) + change
-        return change
-
-    def _compressed(self, update: Tensor, round: int, client: int, own: dict[str, Tensor]) -> dict[str, Tensor]:
-        options = self.config.compression
-        residual = own.get(RESIDUE, torch.zeros_like(update)) if options.error_feedback else None
-        generator = torch_generator(self.config.seed, "compression", round, client)
-        arrays, _, residual = compress(update, residual, CODECS[options.name], generator, options.density)
-        if residual is not None:
-            own[RESIDUE] = residual
-        return arrays
-
-    # ---- gradients of the base weights
-
-    def weight_gradients(self, examples: Sequence[AnyEncoded]) -> Adapter:
-        """Returns the summed loss gradient of every adapted base weight over the examples, without any update."""
-        return self.budget.within_memory(
-            lambda tokens: weight_gradients(self.model, examples, pad_id=self.tokenizer.pad_token_id, tokens_per_pass=tokens)
-        )
-
-    def client_gradient(self, client: int, num_samples: int, noise: float | None = None, round: int = 0, rate: float = 0.0) -> Tensor:
-        """Returns the flat weight gradients of a seeded sample of the client's own examples.
-
-        With `noise` it is private: every example is drawn by its own coin with probability `rate` (`num_samples` is not looked at),
-        clipped, and the sum is noised.
-        """
-        examples = self.client_data(client).examples
-        if noise is not None:
-            return self._private_gradient(client, noise, round, rate)
-        chosen = numpy_generator(self.config.seed, "init", client).choice(len(examples), min(num_samples, len(examples)), replace=False)
-        return self.gradient_layout.pack(self.weight_gradients([examples[i] for i in chosen])).cpu()
-
-    def _private_gradient(self, client: int, noise: float, round: int, rate: float) -> Tensor:
-        examples, clip_norm = self.client_data(client).examples, self.config.privacy.clip_norm
-        (chosen,) = poisson_batches(len(examples), rate, 1, seed=self.config.seed, round=-1 - round, client=client)
-        gradients = clipped_weight_gradients(self.model, [examples[i] for i in chosen], clip_norm, pad_id=self.tokenizer.pad_token_id)
-        generator = torch_generator(self.config.seed, "init noise", round, client)
-        return noise_of_initial_gradient(self.gradient_layout.pack(gradients).cpu(), noise, clip_norm, generator)
-
     @property
     def gradient_layout(self) -> Layout:
         """Layout of the flat weight gradients, and of what is folded into the weights."""
         return folded_layout(self.spec)
-
-    def factors_from_gradients(self, gradients: Adapter, steps_taken: int = 0) -> Adapter:
-        """Returns B, R, A of the next full fine-tuning step along the summed gradients."""
-        if self.config.adapter.init is Init.gradient_dp:
-            return from_noised_gradients(self.spec, gradients, self.config.seed)
-        eta = learning_rate(steps_taken, self.total_steps, self.config.training)
-        return from_gradients(self.spec, gradients, eta, self.config.seed)

@@ -14,7 +14,9 @@ from fedsim.cli.compose import compose
 from fedsim.config import Config
 from fedsim.core.adapters import factors
 from fedsim.experiment import in_process
-from fedsim.session import VALUES, ClientReply, Session
+from fedsim.flower import worker
+from fedsim.local_round import VALUES, ClientReply
+from fedsim.session import Session
 from fedsim.training.cohort import LocalResult
 
 IN_PROCESS, RAY, PEER = "fedsim, in process", "fedsim, Ray", "Flower, Ray"
@@ -70,7 +72,7 @@ def _on_ray(config: Config) -> dict[str, Any]:
 
 def idle_app() -> ClientApp:
     """Returns the ClientApp of fedsim, in a process that trains nothing from now on."""
-    Session.train = _nothing  # type: ignore[method-assign, assignment]
+    worker.train_clients = _nothing
     return app
 
 

@@ -12,7 +12,9 @@ from typing import Any
 from fedsim.config import Config
 from fedsim.events import read_events
 from fedsim.experiment import run
-from fedsim.session import ClientReply, Session
+from fedsim.flower import worker
+from fedsim.local_round import ClientReply
+from fedsim.session import Session
 
 BRIEF = ("data.test_examples=1", "evaluation.max_new_tokens=1")
 """Overrides of a run that hardly evaluates."""
@@ -41,17 +43,17 @@ def round_seconds(log: Log) -> list[float]:
 
 def round_rates(config: Config, session: Session) -> list[float]:
     """Returns the trained tokens per second of every round after the first, of a run in this process whose session is given."""
-    with _counted_tokens(session) as tokens:
+    with _counted_tokens() as tokens:
         _, log = carried_out(config)
     return [tokens[round] / seconds for round, seconds in enumerate(round_seconds(log), start=2)]
 
 
 @contextmanager
-def _counted_tokens(session: Session) -> Iterator[Counter[int]]:
+def _counted_tokens() -> Iterator[Counter[int]]:
     """Gives the tokens of all passes by round: those of private training, which tells nothing of its batches, too."""
-    train, tokens = session.train, Counter[int]()
+    train, tokens = worker.train_clients, Counter[int]()
 
-    def counted(clients: Sequence[int], round: int, *arguments: Any, **options: Any) -> list[ClientReply]:
+    def counted(session: Session, clients: Sequence[int], round: int, *arguments: Any, **options: Any) -> list[ClientReply]:
         shown = session.on_pass
 
         def count(facts: Any) -> None:
@@ -60,12 +62,12 @@ def _counted_tokens(session: Session) -> Iterator[Counter[int]]:
 
         session.on_pass = count
         try:
-            return train(clients, round, *arguments, **options)
+            return train(session, clients, round, *arguments, **options)
         finally:
             session.on_pass = shown
 
-    session.train = counted  # type: ignore[method-assign]
+    worker.train_clients = counted
     try:
         yield tokens
     finally:
-        del session.train
+        worker.train_clients = train

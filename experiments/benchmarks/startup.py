@@ -39,19 +39,19 @@ def _first_step(seeded: bool) -> float:
 
 def run_to_first_step(seeded: bool) -> float:
     """Begins the default experiment, with one test question, and returns the clock's time when the first pass has been trained."""
-    from fedsim import session
     from fedsim.cli.main import main
+    from fedsim.flower import worker
 
-    train = session.Session.train
+    train = worker.train_clients
 
-    def stopping(self, *arguments, **options):  # type: ignore[no-untyped-def]
+    def stopping(session, *arguments, **options):  # type: ignore[no-untyped-def]
         def stop(facts):  # type: ignore[no-untyped-def]
             raise _FirstPassError(time.time())
 
-        self.on_pass = stop
-        return train(self, *arguments, **options)
+        session.on_pass = stop
+        return train(session, *arguments, **options)
 
-    session.Session.train = stopping  # type: ignore[method-assign]
+    worker.train_clients = stopping
     with tempfile.TemporaryDirectory() as folder:
         words = ["run", f"run_dir={Path(folder) / 'run'}", "data.test_examples=1", "evaluation.max_new_tokens=1"]
         try:

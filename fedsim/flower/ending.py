@@ -9,10 +9,11 @@ from fedsim.config import Config
 from fedsim.core.adapters import bound
 from fedsim.export import peft_files
 from fedsim.flower.state import State
+from fedsim.local_round import PERSONAL
 from fedsim.models import source
 from fedsim.report import curves_png, diagnosis_png, holdings_table, network_png, partition_png, privacy_png, transfers_csv
 from fedsim.run_folder import RunFolder
-from fedsim.session import PERSONAL, Session
+from fedsim.session import Session
 
 
 def finish(session: Session, given: Config, state: State, memories: dict[str, Tensor], folder: RunFolder) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, 
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
 from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_numbers
+from fedsim.local_round import VALUES, ClientReply
 from fedsim.seeding import numpy_generator
-from fedsim.session import VALUES, ClientReply, Session
+from fedsim.session import Session
 
 SETUP = "setup"
 """In a request: the sum is no part of a round's training, so no simulated drop-out is due."""

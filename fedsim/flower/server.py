@@ -30,6 +30,7 @@ from fedsim.flower.roster import Roster
 from fedsim.flower.simulated import set_up_seconds
 from fedsim.flower.state import State, checkpoint_of, memories_in, restored
 from fedsim.flower.strategy import FedsimStrategy
+from fedsim.initial_gradient import factors_from_gradients, summed_gradients
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import Progress
 from fedsim.report import summary_table
@@ -170,14 +171,14 @@ class Run:
         session = self._session
         session.install_state(shared, needed_for_gradients(shared.exchange))
         if self._init is Init.gradient_public:
-            gradients = session.weight_gradients(session.encode(session.public))
+            gradients = summed_gradients(session, session.encode(session.public))
         else:
             strategy = self._strategy(shared, ledger, privacy)
             gradients = self._gathered_gradients(strategy, privacy, number)
             if strategy.facts.secure:
                 self._folder.event("secure_gradients", round=number, **strategy.facts.secure)
         steps = number * session.total_steps // self._config.federation.rounds
-        return session.factors_from_gradients(gradients, steps)
+        return factors_from_gradients(session, gradients, steps)
 
     def _gathered_gradients(self, strategy: FedsimStrategy, privacy: PrivacyLedger | None, number: int) -> Adapter:
         clients = list(givers(self._config))

@@ -18,8 +18,9 @@ from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import counted
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.worker import Accepted, read_memory, write_memory
+from fedsim.local_round import Memory
 from fedsim.privacy.ledger import PrivacyLedger
-from fedsim.session import Memory, Session
+from fedsim.session import Session
 
 FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY = "factor", "folded", "increment", "moment", "control", "memory"
 BUFFER = "buffer"

@@ -16,7 +16,9 @@ from fedsim.flower import secure_worker
 from fedsim.flower.records import arrays_to_record, to_record
 from fedsim.flower.requests import Request
 from fedsim.flower.transfer import control_of, take_in
-from fedsim.session import PERSONAL, ClientReply, Memory, Session, open_session
+from fedsim.initial_gradient import client_gradient
+from fedsim.local_round import PERSONAL, ClientReply, Memory, train_clients
+from fedsim.session import Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
 
 METRICS = "metrics"
@@ -65,7 +67,7 @@ def initial_gradient(message: Message, context: Context) -> Message:
         content = RecordDict()
         noise: list[float | None] = [*request.noise] if request.noise else [None] * len(request.clients)
         for client, samples, own, rate in zip(request.clients, request.samples, noise, request.rates, strict=True):
-            gradient = session.client_gradient(client, samples, own, request.round, rate)
+            gradient = client_gradient(session, client, samples, own, request.round, rate)
             if session.config.privacy.secure_aggregation:
                 content[client_key(client)] = secure_worker.masked_gradient(session, request.record, context, client, gradient)
             else:
@@ -127,7 +129,7 @@ def _train(session: Session, request: Request, content: RecordDict, context: Con
     noise = dict(zip(request.clients, request.noise, strict=True)) if request.noise else {}
     memory, control = read_memory(context, clients, request.accepted), control_of(session, content)
     own_noise = [noise[client] for client in clients] if noise else ()
-    replies = session.train(clients, request.round, memory, control, noise=own_noise, clip_norm=request.clip_norm)
+    replies = train_clients(session, clients, request.round, memory, control, noise=own_noise, clip_norm=request.clip_norm)
     write_memory(context, memory, request.round, request.accepted)
     if session.config.privacy.secure_aggregation:
         return RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request.record, context, r) for r in replies})

@@ -11,6 +11,7 @@ from rounds import SCALING, Rounds, of_method
 from fedsim.choices import Optimizer
 from fedsim.config import CompressionConfig
 from fedsim.core.compression import CODECS
+from fedsim.local_round import train_clients
 from fedsim.seeding import torch_generator
 
 DENSITY = 0.2
@@ -39,7 +40,7 @@ def updates_of(run, round_, clients):
     kinds = run.session.method.uploaded(round_)
     start = run.spec.pack(run.state.factors, kinds)
     with uncompressed(run.session):
-        replies = run.session.train(clients, round_, {})
+        replies = train_clients(run.session, clients, round_, {})
     updates = {}
     for client, reply in zip(clients, replies, strict=True):
         positions = run.session.sent_positions(round_, client)

@@ -18,6 +18,7 @@ from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
 from fedsim.flower.simulated import set_up_seconds
+from fedsim.local_round import train_clients
 from fedsim.privacy.ledger import PrivacyLedger
 
 FAST, SLOW = "{uplink: 8e6, downlink: 8e6, latency: 0.5}", "{uplink: 8e6, downlink: 8e6, latency: 4}"
@@ -62,7 +63,7 @@ def test_the_bytes_that_drive_the_times_are_those_of_the_ledger(config):
 def test_a_round_takes_the_time_of_its_slowest_client(tmp_path):
     rows = ["{uplink: 1e5, downlink: 8e5, latency: 0.25, speed: 500}", "{uplink: 8e6, downlink: 8e6}", "{uplink: 8e6, downlink: 8e6}"]
     rounds = Rounds(of_method("fed_sb", federation={"network": network(tmp_path, *rows)}))
-    alone = rounds.session.train([0], 1, {})[0].result
+    alone = train_clients(rounds.session, [0], 1, {})[0].result
     rounds.session.install_state(rounds.state)
     rounds.next()
     down, up = bytes_of(rounds, 1)[0]
@@ -75,7 +76,7 @@ def test_who_is_late_has_sent_and_is_not_averaged(tmp_path):
     config = of_method("fed_sb", federation={"network": links, "deadline": 3.0})
     rounds = Rounds(config)
     rounds.session.install_state(rounds.state)
-    uploads = {reply.result.client: reply.arrays["values"] for reply in rounds.session.train([0, 1, 2], 1, {})}
+    uploads = {reply.result.client: reply.arrays["values"] for reply in train_clients(rounds.session, [0, 1, 2], 1, {})}
     rounds.next()
     facts = rounds.strategy.facts
     assert facts.simulated_seconds == 3.0
@@ -163,7 +164,7 @@ def test_stale_updates_count_as_in_a_replay_of_all_versions(tmp_path):
         expected = versions[-1].double()
         for share, job in zip(shares / shares.sum(), flush.arrived, strict=True):
             install(rounds.session.model, layout.unpack(versions[job.version]))
-            trained = rounds.session.train([job.client], job.version + 1, {})[0].arrays["values"]
+            trained = train_clients(rounds.session, [job.client], job.version + 1, {})[0].arrays["values"]
             ages.append(number - 1 - job.version)
             expected += share * staleness_weight(ages[-1]) * (trained - versions[job.version]).double()
         versions.append(rounds.flat("R"))

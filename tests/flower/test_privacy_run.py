@@ -14,6 +14,7 @@ from fedsim.errors import UserError
 from fedsim.experiment import run
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
+from fedsim.local_round import train_clients
 from fedsim.session import open_session
 
 SMALL = (
@@ -100,7 +101,7 @@ def server_step(noise, *overrides, clip=0.05):
     start = session.spec.pack(state.factors, ("R",))
     plain = open_session(effective(compose([*SMALL, "adapter.init=orthogonal"])))
     plain.install_state(plain.initial_state(plain.derived_factors(1)))
-    updates = [plain.train([client], 1, {})[0].arrays["values"] - start for client in range(3)]
+    updates = [train_clients(plain, [client], 1, {})[0].arrays["values"] - start for client in range(3)]
     clipped = [update * min(1.0, clip / float(update.norm())) for update in updates]
     session = open_session(config)
     state = session.initial_state(session.derived_factors(1))

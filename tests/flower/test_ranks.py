@@ -17,6 +17,7 @@ from fedsim.core.methods import METHODS
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
+from fedsim.local_round import train_clients
 from fedsim.seeding import derive_seed
 
 RANKS = {3: 1.0, 2: 1.0, 1: 1.0}
@@ -82,7 +83,7 @@ def test_a_client_of_smaller_rank_sends_what_a_lora_sb_of_that_rank_on_the_leadi
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BRA")
     for client, rank in enumerate(run.session.ranks):
-        (reply,) = run.session.train([client], 1, {})
+        (reply,) = train_clients(run.session, [client], 1, {})
         alone = oracle.train(leading(factors, rank), ("R",), sb_dense, sb_rule, client, 1)
         expected = torch.cat([alone[layer]["R"].flatten() for layer in factors])
         torch.testing.assert_close(reply.arrays["values"].double(), expected, rtol=0, atol=1e-5)

@@ -23,6 +23,7 @@ from fedsim.flower import secure_worker
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import arrays_to_record, serialized_bytes
 from fedsim.flower.strategy import FedsimStrategy
+from fedsim.local_round import train_clients
 from fedsim.session import _open
 
 LINEAR = [name for name, method in METHODS.items() if method.linear and not method.pooled]
@@ -89,7 +90,7 @@ def test_what_crosses_the_grid_is_uniform_and_no_clients_values():
         alone.session.install_state(alone.state)
         kinds = alone.session.method.uploaded(1)
         start = alone.session.spec.pack(alone.state.factors, kinds)
-        updates[client] = (alone.session.train([client], 1, {})[0].arrays["values"] - start).numpy()
+        updates[client] = (train_clients(alone.session, [client], 1, {})[0].arrays["values"] - start).numpy()
     (reply,) = [content for kind, content in secure.grid.replies if kind == "train"]
     assert set(reply) == {"client-0", "client-1", "client-2"}, "no loss, no number of tokens of a single client"
     for client in range(3):
@@ -121,7 +122,7 @@ def test_a_worker_that_fails_is_a_client_that_vanishes(monkeypatch):
     expected = Rounds(of_method("fed_sb"))
     expected.session.install_state(expected.state)
     start = expected.flat("R")
-    updates = {client: expected.session.train([client], 1, {})[0].arrays["values"] - start for client in (0, 2)}
+    updates = {client: train_clients(expected.session, [client], 1, {})[0].arrays["values"] - start for client in (0, 2)}
     mean = sum(update * share for update, share in zip(updates.values(), expected.shares([0, 2]), strict=True))
     limit = bound(expected.counts, 8.0 / (2 ** (BITS - 1) - 1), [0, 2])
     torch.testing.assert_close(secure.flat("R") - start, mean.float(), rtol=0, atol=limit + 1e-6)
@@ -238,7 +239,7 @@ def test_clipped_entries_are_clipped_and_counted_without_telling_whose():
     plain, secure = Rounds(changed(config, privacy={"secure_aggregation": False})), secure_rounds(config).next()
     plain.session.install_state(plain.state)
     start = plain.flat("R")
-    updates = [plain.session.train([client], 1, {})[0].arrays["values"] - start for client in range(3)]
+    updates = [train_clients(plain.session, [client], 1, {})[0].arrays["values"] - start for client in range(3)]
     assert secure.strategy.facts.secure["clipped"] == sum(int((update.abs() > 1e-3).sum()) for update in updates) > 0
     mean = sum(update.clamp(-1e-3, 1e-3) * share for update, share in zip(updates, plain.shares(range(3)), strict=True))
     torch.testing.assert_close(secure.flat("R") - start, mean.float(), rtol=0, atol=bound(plain.counts, 1e-3 / 2047, range(3)) + 1e-7)

@@ -15,6 +15,7 @@ from fedsim.core.secure_aggregation import fewest_survivors
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
+from fedsim.local_round import train_clients
 from fedsim.privacy.accounting import epsilon
 
 CLIP = 0.05
@@ -37,7 +38,7 @@ def clipped_updates(clients):
     plain = Rounds(changed(config_of(0.0, clients), privacy={"unit": PrivacyUnit.none, "secure_aggregation": False}))
     plain.session.install_state(plain.state)
     start = plain.flat("R")
-    updates = [plain.session.train([client], 1, {})[0].arrays["values"] - start for client in range(clients)]
+    updates = [train_clients(plain.session, [client], 1, {})[0].arrays["values"] - start for client in range(clients)]
     assert all(float(update.norm()) > CLIP for update in updates), "nothing would be clipped"
     return [update * CLIP / float(update.norm()) for update in updates]
 

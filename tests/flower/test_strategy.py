@@ -15,6 +15,8 @@ from fedsim.core.initialization import from_seed
 from fedsim.core.participation import givers
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
+from fedsim.initial_gradient import factors_from_gradients
+from fedsim.local_round import train_clients
 from fedsim.session import _open, open_session
 
 SMALL = Config(
@@ -50,7 +52,7 @@ def test_the_aggregate_is_the_mean_of_the_clients_weight_updates(weighting):
     config = replace(SMALL, federation=replace(SMALL.federation, weighting=weighting))
     session, state, strategy, _ = opened(config)
     session.install_state(state)
-    alone = [session.train([client], 1, {})[0].result for client in range(5)]
+    alone = [train_clients(session, [client], 1, {})[0].result for client in range(5)]
     counts = [len(shard) for shard in session.shards]
     assert len(set(counts)) > 1, "equal shards would not tell the weightings apart"
     weights = torch.tensor(counts if weighting is Weighting.examples else [1] * 5, dtype=torch.float64)
@@ -97,7 +99,7 @@ def test_bases_that_clients_derive_cost_nothing_and_the_adapter_is_charged_both_
 def test_bases_from_data_are_charged_once_to_each_client():
     config = replace(SMALL, adapter=replace(SMALL.adapter, init=Init.gradient))
     session, state, strategy, ledger = opened(config)
-    state.factors = session.factors_from_gradients(strategy.initial_gradients(InProcessGrid(app)))
+    state.factors = factors_from_gradients(session, strategy.initial_gradients(InProcessGrid(app)))
     layers = adapted_layers(session.model).values()
     dense = sum(layer.B.shape[0] * layer.A.shape[1] for layer in layers)
     bases = sum(layer.B.numel() + layer.A.numel() for layer in layers)

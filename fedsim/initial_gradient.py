@@ -1,0 +1,52 @@
+"""Gradients of the base weights, of which the bases B and A are made: of a sample of a client's data, or of a public shard."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fedsim.choices import Init
+from fedsim.core.initialization import from_gradients, from_noised_gradients
+from fedsim.seeding import numpy_generator, torch_generator
+from fedsim.session import Session
+from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
+from fedsim.training.optimizers import learning_rate
+from fedsim.training.private import noise_of_initial_gradient, poisson_batches
+from fedsim.types import Adapter, AnyEncoded
+
+
+def summed_gradients(session: Session, examples: Sequence[AnyEncoded]) -> Adapter:
+    """Returns the summed loss gradient of every adapted base weight over the examples, without any update."""
+    return session.budget.within_memory(
+        lambda tokens: weight_gradients(session.model, examples, pad_id=session.tokenizer.pad_token_id, tokens_per_pass=tokens)
+    )
+
+
+def client_gradient(
+    session: Session, client: int, num_samples: int, noise: float | None = None, round: int = 0, rate: float = 0.0
+) -> Tensor:
+    """Returns the flat weight gradients of a seeded sample of the client's own examples.
+
+    With `noise` it is private: every example is drawn by its own coin with probability `rate` (`num_samples` is not looked at),
+    clipped, and the sum is noised.
+    """
+    examples = session.client_data(client).examples
+    if noise is not None:
+        return _private_gradient(session, client, noise, round, rate)
+    chosen = numpy_generator(session.config.seed, "init", client).choice(len(examples), min(num_samples, len(examples)), replace=False)
+    return session.gradient_layout.pack(summed_gradients(session, [examples[i] for i in chosen])).cpu()
+
+
+def _private_gradient(session: Session, client: int, noise: float, round: int, rate: float) -> Tensor:
+    examples, clip_norm = session.client_data(client).examples, session.config.privacy.clip_norm
+    (chosen,) = poisson_batches(len(examples), rate, 1, seed=session.config.seed, round=-1 - round, client=client)
+    gradients = clipped_weight_gradients(session.model, [examples[i] for i in chosen], clip_norm, pad_id=session.tokenizer.pad_token_id)
+    generator = torch_generator(session.config.seed, "init noise", round, client)
+    return noise_of_initial_gradient(session.gradient_layout.pack(gradients).cpu(), noise, clip_norm, generator)
+
+
+def factors_from_gradients(session: Session, gradients: Adapter, steps_taken: int = 0) -> Adapter:
+    """Returns B, R, A of the next full fine-tuning step along the summed gradients."""
+    if session.config.adapter.init is Init.gradient_dp:
+        return from_noised_gradients(session.spec, gradients, session.config.seed)
+    eta = learning_rate(steps_taken, session.total_steps, session.config.training)
+    return from_gradients(session.spec, gradients, eta, session.config.seed)

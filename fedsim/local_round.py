@@ -1,0 +1,149 @@
+"""One round of some clients: where each starts, what it trains, and what leaves it.
+
+What an upload is depends on the configuration: the factors as they are, their change compressed, or with client-level privacy clipped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import nan
+
+import torch
+from torch import Tensor
+
+from fedsim.choices import PrivacyUnit
+from fedsim.core.adapters import factors
+from fedsim.core.compression import CODECS, compress
+from fedsim.seeding import torch_generator
+from fedsim.session import Session
+from fedsim.training.cohort import LocalResult, LocalRule, train_cohort
+from fedsim.training.optimizers import learning_rate
+from fedsim.training.private import PrivateRule
+
+Memory = dict[int, dict[str, Tensor]]
+"""What clients keep for themselves from round to round, as flat arrays by client and name."""
+
+PERSONAL, OWN_CONTROL, RESIDUE = "personal", "control", "residue"  # names in a client's memory
+VALUES = "values"  # the one array of an upload that is not compressed
+
+
+@dataclass(frozen=True)
+class ClientReply:
+    """What a client sends after local training, and what it told about it."""
+
+    result: LocalResult
+    arrays: dict[str, Tensor]  # the flat factors, or their compressed change
+    control: Tensor | None  # change of SCAFFOLD's control variate
+    within: bool = True  # whether the update was within the clip norm of client-level privacy
+
+
+def train_clients(
+    session: Session,
+    clients: Sequence[int],
+    round: int,
+    memory: Memory,
+    control: Tensor | None = None,
+    *,
+    noise: Sequence[float] = (),
+    clip_norm: float | None = None,
+) -> list[ClientReply]:
+    """Trains the clients from the installed state for one round, as one cohort, and returns what they send.
+
+    `memory` is what the clients keep for themselves from round to round; it is brought up to date. `control` is SCAFFOLD's c.
+    With `privacy.unit=example`, `noise` are the clients' noise multipliers; with unit=client, `clip_norm` bounds a client's update.
+    """
+    options, kinds = session.config, session.method.trained(round)
+    start = _starts(session, kinds, clients, memory)
+    results = train_cohort(
+        session.model,
+        start,
+        session.spec.layout(kinds),
+        [session.client_data(client) for client in clients],
+        options.training,
+        pad_id=session.tokenizer.pad_token_id,
+        seed=options.seed,
+        round=round,
+        rounds=options.federation.rounds,
+        rule=LocalRule(options.training.proximal_mu, _shift(clients, memory, control), _trainable(session, kinds, clients, round)),
+        private=PrivateRule(options.privacy.clip_norm, tuple(noise)) if options.privacy.unit is PrivacyUnit.example else None,
+        budget=session.budget,
+        on_pass=session.on_pass,
+    )
+    return [_upload(session, result, row, round, memory, control, clip_norm) for result, row in zip(results, start.cpu(), strict=True)]
+
+
+def _starts(session: Session, kinds: Sequence[str], clients: Sequence[int], memory: Memory) -> Tensor:
+    """Returns [clients, parameters]: the installed factors, a client's own where they are personal, its block of a smaller rank."""
+    common = session.spec.pack(factors(session.model, kinds), kinds)
+    starts = common.expand(len(clients), len(common)).clone()
+    for row, client in zip(starts, clients, strict=True):
+        own = memory.get(client, {}).get(PERSONAL)
+        if own is not None:
+            row[session.spec.within(kinds, session.method.personal)] = own.to(row.device)
+        positions = session.block(kinds, client)
+        if positions is not None:
+            held = row[positions]
+            row.zero_()[positions] = held
+    return starts
+
+
+def _trainable(session: Session, kinds: Sequence[str], clients: Sequence[int], round: int) -> Tensor | None:
+    positions = [session.trained_positions(kinds, round, client) for client in clients]
+    if all(each is None for each in positions):
+        return None
+    masks = torch.ones(len(clients), session.spec.layout(kinds).num_parameters, dtype=torch.bool)
+    for mask, each in zip(masks, positions, strict=True):
+        if each is not None:
+            mask.fill_(False)[each] = True
+    return masks
+
+
+def _shift(clients: Sequence[int], memory: Memory, control: Tensor | None) -> Tensor | None:
+    if control is None:
+        return None
+    return torch.stack([control - memory.get(client, {}).get(OWN_CONTROL, torch.zeros_like(control)) for client in clients])
+
+
+def _upload(
+    session: Session, result: LocalResult, start: Tensor, round: int, memory: Memory, control: Tensor | None, clip_norm: float | None
+) -> ClientReply:
+    kinds, uploaded = session.method.trained(round), session.method.uploaded(round)
+    layout, own = session.spec.layout(kinds), memory.setdefault(result.client, {})
+    if session.method.personal:
+        own[PERSONAL] = result.factors[session.spec.within(kinds, session.method.personal)]
+    change = None if control is None else _control_change(session, result, start, round, control, own)
+    flat = result.factors
+    if uploaded != kinds or session.method.before_upload:
+        factors_ = layout.unpack(flat)
+        flat = session.spec.pack(session.method.before_upload(factors_) if session.method.before_upload else factors_, uploaded)
+    positions = session.sent_positions(round, result.client)
+    flat = flat if positions is None else flat[positions]
+    if session.config.privacy.unit is not PrivacyUnit.client and session.config.compression.name == "none":
+        return ClientReply(result, {VALUES: flat}, change)
+    origin = session.spec.pack(layout.unpack(start), uploaded)
+    update = flat - (origin if positions is None else origin[positions])
+    if session.config.privacy.unit is PrivacyUnit.client:
+        assert clip_norm is not None
+        norm = float(update.norm())
+        told = replace(result, loss=nan, num_tokens=0)  # nothing leaves the client without noise
+        return ClientReply(told, {VALUES: origin + update * min(1.0, clip_norm / max(norm, 1e-12))}, None, norm <= clip_norm)
+    return ClientReply(result, _compressed(session, update, round, result.client, own), change)
+
+
+def _control_change(session: Session, result: LocalResult, start: Tensor, round: int, control: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """SCAFFOLD's option II: c_i becomes c_i - c + (x - y) / sum of the learning rates; returns what it changes by."""
+    rounds = session.config.federation.rounds
+    first, total = (round - 1) * result.num_steps, rounds * result.num_steps
+    rates = sum(learning_rate(first + step, total, session.config.training) for step in range(result.num_steps))
+    change = (start - result.factors) / rates - control
+    own[OWN_CONTROL] = own.get(OWN_CONTROL, torch.zeros_like(control)) + change
+    return change
+
+
+def _compressed(session: Session, update: Tensor, round: int, client: int, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    options = session.config.compression
+    residual = own.get(RESIDUE, torch.zeros_like(update)) if options.error_feedback else None
+    generator = torch_generator(session.config.seed, "compression", round, client)
+    arrays, _, residual = compress(update, residual, CODECS[options.name], generator, options.density)
+    if residual is not None:
+        own[RESIDUE] = residual
+    return arrays
