@@ -41,8 +41,8 @@ def round_seconds(log: Log) -> list[float]:
     return [after - before for before, after in pairwise(times(log, "round"))]
 
 
-def round_rates(config: Config, session: Session) -> list[float]:
-    """Returns the trained tokens per second of every round after the first, of a run in this process whose session is given."""
+def round_rates(config: Config) -> list[float]:
+    """Returns the trained tokens per second of every round after the first, of a run in this process."""
     with _counted_tokens() as tokens:
         _, log = carried_out(config)
     return [tokens[round] / seconds for round, seconds in enumerate(round_seconds(log), start=2)]

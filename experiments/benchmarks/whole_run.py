@@ -36,7 +36,7 @@ def measure(case: Case, settings: Settings) -> Found:
     rates: Rates = {"run": [], "centralised": []}
     centralised.train(on, clients, session.config.training)
     for _ in range(2 if settings.quick else 3):
-        rates["run"].append(statistics.median(round_rates(config, session)))
+        rates["run"].append(statistics.median(round_rates(config)))
         rates["centralised"].append(rate(lambda: centralised.train(on, clients, session.config.training)))
     return medians(rates) | {"ratio": ratio(rates, "run", "centralised")}
 
@@ -56,7 +56,7 @@ def rates_of(workload: Workload, rounds: int) -> list[float]:
         for client in range(workload.clients):
             examples = workload.client(client, int(session.model.config.vocab_size)).examples  # type: ignore[union-attr, arg-type]
             session.client_data(client).examples[:] = examples  # type: ignore[index]  # a list, which the session keeps
-        return round_rates(config, session)
+        return round_rates(config)
 
 
 SECTION = Section(
