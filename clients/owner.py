@@ -3,10 +3,9 @@
 Nothing that a server sends changes any of it. What is not acceptable is refused with a reason, which the server writes down.
 """
 
-import ast
 import dataclasses
-import inspect
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
@@ -15,6 +14,7 @@ import yaml
 
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
+from fedsim.docstrings import field_docstrings
 from fedsim.errors import UserError, nearest
 
 STRENGTH = (PrivacyUnit.none, PrivacyUnit.client, PrivacyUnit.example)
@@ -67,16 +67,9 @@ def owner_text(owner: Owner) -> str:
         "# What the owner of this client decides. It holds from the worker's next start: fedsim worker FILE --stop ends the present one.",
         "# Paths are relative to this file.",
     ]
-    for name, meaning in _meanings().items():
+    for name, meaning in field_docstrings(sys.modules[__name__])["Owner"].items():
         lines += [f"\n# {meaning}", f"{name}: {json.dumps(getattr(owner, name))}"]
     return "\n".join(lines) + "\n"
-
-
-def _meanings() -> dict[str, str]:
-    """Returns the docstring under each field."""
-    (node,) = (each for each in ast.parse(inspect.getsource(Owner)).body if isinstance(each, ast.ClassDef))
-    pairs = [(a, b) for a, b in zip(node.body, node.body[1:], strict=False) if isinstance(a, ast.AnnAssign)]
-    return {a.target.id: b.value.value for a, b in pairs if isinstance(a.target, ast.Name) and isinstance(b, ast.Expr)}  # type: ignore[attr-defined]
 
 
 _BOUNDS: dict[str, tuple[float, float]] = {

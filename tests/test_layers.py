@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ["base", "core", "training", "world", "entry"]
-BASE = {"fedsim", *(f"fedsim.{name}" for name in ("config", "choices", "config_check", "plain", "types", "seeding", "errors", "files"))}
+BASE = {"fedsim"} | {
+    f"fedsim.{name}" for name in ["config", "choices", "config_check", "plain", "docstrings", "types", "seeding", "errors", "files"]
+}
 ENTRY = (
     "fedsim.cli",
     "fedsim.experiment",

@@ -3,8 +3,6 @@
 The meaning is the docstring under the field, which only the source holds.
 """
 
-import ast
-import inspect
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -15,6 +13,7 @@ from fedsim.choices import AUTO
 from fedsim.cli.groups import choice_values, default_choices, groups
 from fedsim.config import Config
 from fedsim.config_check import BOUNDS, MAY_BE_AUTO
+from fedsim.docstrings import field_docstrings
 from fedsim.plain import to_dict
 
 _KINDS: dict[Any, str] = {
@@ -92,14 +91,4 @@ def _members(key: str, kind: Any) -> dict[str, str]:
 
 @cache
 def _docstrings() -> dict[str, dict[str, str]]:
-    classes = [node for node in ast.parse(inspect.getsource(fedsim.config)).body if isinstance(node, ast.ClassDef)]
-    return {node.name: _field_docstrings(node) for node in classes}
-
-
-def _field_docstrings(node: ast.ClassDef) -> dict[str, str]:
-    found = {}
-    for field, after in zip(node.body, node.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            found[field.target.id] = " ".join(str(text).split())
-    return found
+    return field_docstrings(fedsim.config)
