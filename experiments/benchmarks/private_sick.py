@@ -170,9 +170,10 @@ def write(folder: Path, command: str) -> None:
     seeds = sorted({line["seed"] for line in lines})
     text = f"""# Private language inference on SICK
 
-MiniLM (all-MiniLM-L6-v2, frozen in bfloat16, texts read apart), three clients, DP-SGD at example level, delta 1 / n^1.1; `experiments/private_sick.yaml`.
-Accuracy in percent on the held-out pairs, mean and standard deviation over seeds {seeds}, each with its own split; the largest class
-alone gives about 57 %. The gradient starts are a first step of Adam, so they train with AdamW; the others with SGD. In brackets the largest epsilon of any client from the ledger, the start included.
+MiniLM (all-MiniLM-L6-v2, frozen in bfloat16, texts read apart), three clients, DP-SGD at example level, delta 1 / n^1.1;
+`experiments/private_sick.yaml`. Accuracy in percent on the held-out pairs, mean and standard deviation over seeds {seeds}, each with its
+own split; the largest class alone gives about 57 %. The gradient starts are a first step of Adam, so they train with AdamW, the others
+with SGD. In brackets the largest epsilon of any client from the ledger, the start included.
 
 {table(lines)}
 
