@@ -27,6 +27,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 EPSILONS, SEEDS = (1.0, 3.0, 8.0, None), (0, 1, 2)
 """None is without privacy."""
 
+_FREE = ("privacy=none", "training.learning_rate=4")
+"""Without clipping SGD wants smaller steps: at 16, accuracies fall to 60 %."""
 _ADAM = ("training.optimizer=adamw", "training.learning_rate=0.1", "training.warmup_ratio=0.5")
 """For bases that come with a first step of Adam, which is to be small (arXiv 2411.19557)."""
 ROWS = {
@@ -63,8 +65,8 @@ class Job:
 
     def config(self, data: str, folder: Path) -> Config:
         """What is run."""
-        private = ["privacy=none"] if self.epsilon is None else [f"privacy.epsilon={self.epsilon}"]
-        words = ["experiment=private_sick", f"data.path={data}", *ROWS[self.row], *private, f"seed={self.seed}", f"run_dir={folder}"]
+        private = _FREE if self.epsilon is None else [f"privacy.epsilon={self.epsilon}"]
+        words = ["experiment=private_sick", f"data.path={data}", *private, *ROWS[self.row], f"seed={self.seed}", f"run_dir={folder}"]
         return replace(compose(words), resume=(folder / "run.lock").exists())
 
 
