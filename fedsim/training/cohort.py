@@ -93,7 +93,7 @@ def train_cohort(
     order = sorted(range(len(clients)), key=lambda i: -len(plans[clients[i].client]))  # longest first: the active clients are a prefix
     cohort = [clients[i] for i in order]
     steps = [len(plans[data.client]) for data in cohort]
-    stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].clone()
+    stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].contiguous()  # picking rows has copied them
     space = torch.empty_like(stack)  # of the gradients
     adjust = _Adjustment(rule or LocalRule(), stack, layout, order)
     state = OptimizerState()
