@@ -19,7 +19,7 @@ test: .venv/.ready  ## the tests that take seconds
 test-slow: .venv/.ready-slow  ## real processes, many kills, Ray: minutes
 	@$(BIN)/pytest -q -m slow $(ARGS)
 
-bench: .venv/.ready-bench  ## measure fedsim beside its peers and write the tables of docs/performance.md (ARGS=--quick: 4 minutes)
+bench: .venv/.ready-bench  ## measure fedsim beside its peers and write the tables of docs/performance.md (ARGS=--quick: 6 minutes)
 	@$(BIN)/python -m experiments.benchmarks $(ARGS)
 
 check: .venv/.ready  ## format, lint and types

@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"{__doc__}\n\nsections:\n{letters}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a few cases and turns: about four minutes")
+    parser.add_argument("--quick", action="store_true", help="a few cases and turns: about six minutes")
     parser.add_argument("--only", help="sections to measure, such as a,c; the others keep their last results")
     parser.add_argument("--resume", action="store_true", help="keep the rows that an interrupted suite has measured")
     parser.add_argument("--tables", action="store_true", help="measure nothing: write the tables again")

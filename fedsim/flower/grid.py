@@ -18,14 +18,13 @@ RUN_ID = 1
 SERVER_NODE = 0
 
 
-class InProcessGrid(Grid):
-    """Hands messages for `workers` nodes (ids from 1) to one ClientApp in the same process, each node with its own Context."""
+class LocalGrid(Grid):
+    """A Grid whose nodes, ids from 1, are this process's own: each has a Context here, and messages wait in `_pending` by id."""
 
-    def __init__(self, client_app: ClientApp, workers: int = 1) -> None:
+    def __init__(self, nodes: int) -> None:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, SERVER_NODE
-        self._app = client_app
         self._run = Run.create_empty(RUN_ID)
-        self.contexts = {node: Context(RUN_ID, node, {}, RecordDict(), {}) for node in range(1, workers + 1)}
+        self.contexts = {node: Context(RUN_ID, node, {}, RecordDict(), {}) for node in range(1, nodes + 1)}
         self._pending: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:
@@ -48,6 +47,14 @@ class InProcessGrid(Grid):
             self._pending[message_id] = message
             ids.append(message_id)
         return ids
+
+
+class InProcessGrid(LocalGrid):
+    """Hands messages for `workers` nodes to one ClientApp in the same process, each node with its own Context."""
+
+    def __init__(self, client_app: ClientApp, workers: int = 1) -> None:
+        super().__init__(workers)
+        self._app = client_app
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Handles the first of the given messages that is still waiting, and returns its reply."""

@@ -13,17 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from logging import ERROR
 from typing import Any
-from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.config import EngineConfig
 from fedsim.errors import UserError
-from fedsim.flower.grid import RUN_ID, SERVER_NODE
+from fedsim.flower.grid import RUN_ID, LocalGrid
 
 LOOK_SECONDS = 0.5
 """How long one look for replies waits for the first of them."""
@@ -44,19 +41,17 @@ class InActor:
         return self._load()
 
 
-class RayGrid(Grid):
+class RayGrid(LocalGrid):
     """Nodes 1 to n are actors; a node works on one message at a time. `load` returns the ClientApp, in an importable module.
 
     Raises UserError where Ray is missing, or has no room for the actors. To be closed: then no process of it is left.
     """
 
     def __init__(self, load: Callable[[], ClientApp], engine: EngineConfig) -> None:
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, SERVER_NODE
-        self._ray, self._run, self._load = _started(engine), Run.create_empty(RUN_ID), load
+        self._ray, self._load = _started(engine), load
         actors, self._resources = _room(self._ray, engine)
-        self.contexts = {node: Context(RUN_ID, node, {}, RecordDict(), {}) for node in range(1, actors + 1)}
+        super().__init__(actors)
         self._actors: dict[int, Any] = {node: self._new_actor() for node in self.contexts}
-        self._queued: dict[str, Message] = {}
         self._running: dict[Any, tuple[str, Message]] = {}  # by Ray's reference to the reply to come
 
     def __enter__(self) -> "RayGrid":
@@ -79,25 +74,8 @@ class RayGrid(Grid):
 
     # ---- Flower's Grid
 
-    def set_run(self, run: Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> Run:
-        return self._run
-
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
-
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = message_id = uuid4().hex
-            self._queued[message_id] = message
-            ids.append(message_id)
+        ids = super().push_messages(messages)
         self._submit()
         return ids
 
@@ -128,11 +106,11 @@ class RayGrid(Grid):
     def _submit(self) -> None:
         """Gives each node that is idle its next message."""
         busy = {message.metadata.dst_node_id for _, message in self._running.values()}
-        for message_id, message in list(self._queued.items()):
+        for message_id, message in list(self._pending.items()):
             node = message.metadata.dst_node_id
             if node not in busy:
                 busy.add(node)
-                del self._queued[message_id]
+                del self._pending[message_id]
                 reference = self._actors[node].run.remote(InActor(self._load, node), message, str(node), self.contexts[node])
                 self._running[reference] = message_id, message
 
