@@ -3,16 +3,21 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fedsim.core.adapters import adapt, install
+from fedsim.config import TrainingConfig
+from fedsim.core.adapters import adapt, factors, install
 from fedsim.core.bi_encoder import BiEncoder
-from fedsim.core.forms import LORA_SB
+from fedsim.core.forms import HEAD, LORA_SB
 from fedsim.core.initialization import from_seed, new_head
+from fedsim.core.payload import Layout
 from fedsim.models import head_paths, prepare
+from fedsim.training.cohort import ClientData, LocalResult, train_cohort
+from fedsim.training.private import PrivateRule
 from fedsim.types import EncodedExample, EncodedPair
 
 torch.set_num_threads(1)  # the models are so small that two threads cost more than they bring
@@ -113,6 +118,19 @@ def pairs() -> Callable[..., list[EncodedPair]]:
         return made
 
     return make
+
+
+KINDS = ("R", HEAD)
+"""What those classifiers train."""
+
+
+def train_pairs(model: nn.Module, clients: list[ClientData], private: PrivateRule | None = None, **options: Any) -> list[LocalResult]:
+    """Trains a cohort of an adapted classifier for three steps of four pairs."""
+    current = factors(model, KINDS)
+    layout = Layout.of(current)
+    training = TrainingConfig(**{"batch_size": 4, "local_steps": 3, "tokens_per_pass": 60, "learning_rate": 1e-2, **options})
+    start = layout.pack(current)
+    return train_cohort(model, start, layout, clients, training, pad_id=0, seed=0, round=1, rounds=1, private=private)
 
 
 def save_classifier(folder: Path) -> str:

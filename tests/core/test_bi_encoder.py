@@ -4,16 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import LABELS, adapted_classifier, save_classifier, tiny_classifier
+from conftest import KINDS, LABELS, adapted_classifier, save_classifier, tiny_classifier, train_pairs
 from safetensors.torch import load_file
 from torch.nn import functional
 
 from fedsim.choices import Optimizer, Reading, Schedule
 from fedsim.cli.compose import compose
-from fedsim.config import DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from fedsim.config import DataConfig, EvaluationConfig, ModelConfig
 from fedsim.core.adapters import factors
 from fedsim.core.bi_encoder import BiEncoder
-from fedsim.core.forms import HEAD
 from fedsim.core.heads import head_layers
 from fedsim.core.payload import Layout
 from fedsim.effective import effective
@@ -21,7 +20,7 @@ from fedsim.errors import UserError
 from fedsim.export import peft_files
 from fedsim.models import load_model
 from fedsim.training.batches import collate
-from fedsim.training.cohort import ClientData, train_cohort
+from fedsim.training.cohort import ClientData
 from fedsim.training.evaluation import evaluate
 from fedsim.training.loss import group_gradients, row_losses
 from fedsim.training.pairs import encode_pair
@@ -29,7 +28,6 @@ from fedsim.training.private import PrivateRule
 from fedsim.types import Pair
 
 CPU = torch.device("cpu")
-KINDS = ("R", HEAD)
 WORDS = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
 
 
@@ -44,14 +42,6 @@ def loss_by_hand(model, pair):
     return functional.cross_entropy(logits_by_hand(model.bert, model.classifier, texts), torch.tensor(pair.label))
 
 
-def train(model, clients, private=None, **options):
-    current = factors(model, KINDS)
-    layout = Layout.of(current)
-    training = TrainingConfig(**{"batch_size": 4, "local_steps": 3, "tokens_per_pass": 60, "learning_rate": 1e-2, **options})
-    start = layout.pack(current)
-    return train_cohort(model, start, layout, clients, training, pad_id=0, seed=0, round=1, rounds=1, private=private)
-
-
 def test_a_row_has_the_loss_of_its_texts_read_one_by_one_whatever_its_company(pairs):
     model, rows = adapted_classifier("apart"), pairs(6, apart=True)
     assert len({pair.num_tokens for pair in rows}) > 1, "rows of one length would not show the padding"
@@ -62,8 +52,8 @@ def test_a_row_has_the_loss_of_its_texts_read_one_by_one_whatever_its_company(pa
 
 def test_a_cohort_equals_clients_trained_one_by_one(pairs):
     model, clients = adapted_classifier("apart"), [ClientData(i, pairs(n, seed=i, apart=True)) for i, n in enumerate((5, 3, 9))]
-    for together, client in zip(train(model, clients), clients, strict=True):
-        (alone,) = train(model, [client])
+    for together, client in zip(train_pairs(model, clients), clients, strict=True):
+        (alone,) = train_pairs(model, [client])
         torch.testing.assert_close(together.factors, alone.factors, rtol=1e-5, atol=2e-6)
 
 
@@ -92,7 +82,7 @@ def test_a_private_step_adds_examples_that_are_clipped_over_both_their_texts(pai
     start = layout.pack(factors(model, KINDS))
     everything = {"batch_size": 100, "local_steps": 1, "learning_rate": 1.0, "warmup_ratio": 0.0}
     rule = {"optimizer": Optimizer.sgd, "schedule": Schedule.constant}
-    (found,) = train(model, [ClientData(0, rows)], PrivateRule(clip, (0.0,)), **everything, **rule)
+    (found,) = train_pairs(model, [ClientData(0, rows)], PrivateRule(clip, (0.0,)), **everything, **rule)
     each = torch.stack([layout.pack(gradient) for gradient in gradients_by_hand(model, rows)])
     norms = each.norm(dim=1, keepdim=True)
     assert norms.min() > clip

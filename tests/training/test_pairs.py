@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLASSIFIERS, LABELS, adapted_classifier, save_classifier, tiny_classifier
+from conftest import CLASSIFIERS, KINDS, LABELS, adapted_classifier, save_classifier, tiny_classifier, train_pairs
 from torch import nn
 
 from fedsim.choices import Optimizer, Schedule
@@ -14,7 +14,7 @@ from fedsim.core.payload import Layout
 from fedsim.models import load_model
 from fedsim.seeding import torch_generator
 from fedsim.training.batches import collate
-from fedsim.training.cohort import ClientData, private_batches, train_cohort
+from fedsim.training.cohort import ClientData, private_batches
 from fedsim.training.evaluation import evaluate
 from fedsim.training.loss import group_gradients, row_losses
 from fedsim.training.pairs import encode_pair
@@ -22,7 +22,6 @@ from fedsim.training.private import PrivateRule, sampling_rate
 from fedsim.types import Pair
 
 SIZES, NOISE, CLIP = (5, 3, 9), (0.7, 1.3, 0.4), 0.05
-KINDS = ("R", HEAD)
 SGD = {"optimizer": Optimizer.sgd, "learning_rate": 0.5, "schedule": Schedule.constant, "warmup_ratio": 0.0}
 CPU = torch.device("cpu")
 
@@ -35,14 +34,6 @@ def told(pair):
 
 def cohort(pairs, architecture="bert"):
     return [ClientData(i, pairs(n, seed=i, segments=architecture == "bert")) for i, n in enumerate(SIZES)]
-
-
-def train(model, clients, private=None, **options):
-    current = factors(model, KINDS)
-    layout = Layout.of(current)
-    training = TrainingConfig(**{"batch_size": 4, "local_steps": 3, "tokens_per_pass": 60, "learning_rate": 1e-2, **options})
-    start = layout.pack(current)
-    return train_cohort(model, start, layout, clients, training, pad_id=0, seed=0, round=1, rounds=1, private=private)
 
 
 def plain(model):
@@ -67,8 +58,8 @@ def test_a_row_has_the_loss_of_hugging_face_whatever_its_company(architecture, p
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
 def test_a_cohort_with_a_head_equals_clients_trained_one_by_one(architecture, pairs):
     model, clients = adapted_classifier(architecture), cohort(pairs, architecture)
-    for together, client in zip(train(model, clients), clients, strict=True):
-        (alone,) = train(model, [client])
+    for together, client in zip(train_pairs(model, clients), clients, strict=True):
+        (alone,) = train_pairs(model, [client])
         torch.testing.assert_close(together.factors, alone.factors, rtol=1e-5, atol=2e-6)
         assert together.loss == pytest.approx(alone.loss, rel=1e-5)
 
@@ -160,7 +151,7 @@ def opacus_alone(data, noise):
 def test_a_private_cohort_with_a_head_equals_genuine_opacus_client_by_client(pairs):
     clients, model = cohort(pairs), adapted_classifier()
     start = Layout.of(factors(model, KINDS)).pack(factors(model, KINDS))
-    for result, data, noise in zip(train(model, clients, PrivateRule(CLIP, NOISE), **SGD), clients, NOISE, strict=True):
+    for result, data, noise in zip(train_pairs(model, clients, PrivateRule(CLIP, NOISE), **SGD), clients, NOISE, strict=True):
         assert (result.factors - start)[-99:].abs().min() > 0, "the head is 3 x 33"
         torch.testing.assert_close(result.factors, opacus_alone(data, noise), rtol=0, atol=1e-6)
 
@@ -168,18 +159,18 @@ def test_a_private_cohort_with_a_head_equals_genuine_opacus_client_by_client(pai
 def test_the_clip_norm_holds_over_r_and_head_together(pairs):
     model, everything = adapted_classifier(), {**SGD, "batch_size": 100, "local_steps": 1, "learning_rate": 1.0}
     start = Layout.of(factors(model, KINDS)).pack(factors(model, KINDS))
-    (one,) = train(model, [ClientData(0, pairs(1))], PrivateRule(CLIP, (0.0,)), **everything)
+    (one,) = train_pairs(model, [ClientData(0, pairs(1))], PrivateRule(CLIP, (0.0,)), **everything)
     assert float((one.factors - start).norm()) == pytest.approx(CLIP, rel=1e-3)
 
 
 def test_checkpointing_changes_nothing_and_a_bfloat16_base_trains_a_float32_head(pairs):
-    usual, saved = (train(adapted_classifier(activation_checkpointing=each), cohort(pairs))[2].factors for each in (False, True))
+    usual, saved = (train_pairs(adapted_classifier(activation_checkpointing=each), cohort(pairs))[2].factors for each in (False, True))
     assert torch.equal(usual, saved)
     half = adapted_classifier()
     kept = factors(half, ("B", "R", "A", HEAD))
     half.to(torch.bfloat16)
     with bound(half, kept):
-        found = train(half, cohort(pairs))[2].factors
+        found = train_pairs(half, cohort(pairs))[2].factors
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, usual, rtol=0, atol=5e-2)
 
