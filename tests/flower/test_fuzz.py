@@ -195,7 +195,7 @@ def test_requests(count, method, monkeypatch):
         return session
 
     monkeypatch.setattr(worker, "open_session", opened)
-    monkeypatch.setattr(session, "train", lambda *given, **options: trained.append(given) or [])
+    monkeypatch.setattr(worker, "train_clients", lambda _session, *given, **options: trained.append(given) or [])
     rng = random.Random(1)
     digests, context = dict(session.digests), Context(1, 1, {}, RecordDict(), {})
     for _ in range(count):
