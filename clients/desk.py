@@ -17,6 +17,7 @@ from clients.memory import Budget, ContextStore, experiment_key
 from clients.owner import Owner, RefusedError, accept, own_view
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
+from fedsim.core.participation import steps_per_round
 from fedsim.errors import UserError
 from fedsim.flower.records import numbers, whole_numbers
 from fedsim.flower.roster import JOIN, Member
@@ -24,7 +25,6 @@ from fedsim.flower.worker import NEEDS_STATE, REFUSED, handle
 from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.accounting import Mechanism
 from fedsim.session import Session, open_session
-from fedsim.training.batches import steps_per_round
 from fedsim.training.private import sampling_rate
 
 log = logging.getLogger("fedsim.worker")

@@ -58,7 +58,12 @@ def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_ch
     if context:
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)  # many tokenizers do not know the limit of their model
     model = prepare(model, on, activation_checkpointing=activation_checkpointing)
-    return (BiEncoder(model) if labels and config.pairs is Reading.apart else model), tokenizer
+    return reading(model, config, labels), tokenizer
+
+
+def reading(model: nn.Module, config: ModelConfig, labels: Sequence[str]) -> nn.Module:
+    """Returns the model that reads as the configuration says: a classifier of pairs may read their texts apart."""
+    return BiEncoder(model) if labels and config.pairs is Reading.apart else model
 
 
 def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype, on: torch.device) -> nn.Module:

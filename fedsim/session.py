@@ -23,6 +23,7 @@ from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.initialization import DERIVED, new_head
 from fedsim.core.network import Link, rates
+from fedsim.core.participation import steps_per_round
 from fedsim.core.partition import holdings, partition
 from fedsim.core.payload import Layout
 from fedsim.core.ranks import deal_ranks
@@ -37,7 +38,6 @@ from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import derive_seed, numpy_generator
-from fedsim.training.batches import steps_per_round
 from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, PassFacts
 from fedsim.training.encoding import encode, has_response

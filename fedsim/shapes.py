@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.choices import Reading
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import matrix_shape, target_layers
-from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.estimate import ModelShape
 from fedsim.errors import UserError, nearest
-from fedsim.models import DTYPES, EMBEDDED, PACKAGE, head_paths, prepare, source
+from fedsim.models import DTYPES, EMBEDDED, PACKAGE, head_paths, prepare, reading, source
 
 LayerShape = tuple[int, int]
 """(out_features, in_features) of a linear layer."""
@@ -98,8 +96,7 @@ def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
     entries, origin = _entries(model)
     with _silence():
         try:
-            whole = _build(entries, origin, labels)
-            return BiEncoder(whole) if labels and model.pairs is Reading.apart else whole
+            return reading(_build(entries, origin, labels), model, labels)
         except UserError:
             raise
         except Exception as error:  # a wrong value surfaces as anything, from a division by zero to transformers' own types

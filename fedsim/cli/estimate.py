@@ -146,12 +146,9 @@ def _at_hand(data: DataConfig) -> bool:
 
 def _counted(config: Config, data: Dataset) -> tuple[Work, list[str]]:
     tests = [example for examples in data.test.values() for example in examples]
-    train, questions = _lengths(config, data.train), _lengths(config, tests)
-    told = (
-        []
-        if _tokenizer(config)
-        else [f"Tokens of the data: {TOKENS_A_WORD} for each word, as the model's tokenizer is not on this machine."]
-    )
+    tokenizer = _tokenizer(config)
+    train, questions = (_lengths(config, examples, tokenizer) for examples in (data.train, tests))
+    told = [] if tokenizer else [f"Tokens of the data: {TOKENS_A_WORD} for each word, as the model's tokenizer is not on this machine."]
     work = Work(
         tokens=mean(whole for whole, _ in train),
         responses=mean(whole - start for whole, start in train),
@@ -163,9 +160,9 @@ def _counted(config: Config, data: Dataset) -> tuple[Work, list[str]]:
     return work, told
 
 
-def _lengths(config: Config, examples: Sequence[AnyExample]) -> list[tuple[float, float]]:
+def _lengths(config: Config, examples: Sequence[AnyExample], tokenizer: Any) -> list[tuple[float, float]]:
     """Returns length and length of the prompt of a seeded sample of the examples, cut as for training."""
-    count, limit, tokenizer = min(SAMPLED, len(examples)), config.data.max_length, _tokenizer(config)
+    count, limit = min(SAMPLED, len(examples)), config.data.max_length
     drawn = [examples[i] for i in numpy_generator(config.seed, "estimate").choice(len(examples), count, replace=False)]
     chosen = [example for example in drawn if isinstance(example, Example)]
     if tokenizer is None:

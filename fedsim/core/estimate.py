@@ -16,7 +16,7 @@ from fedsim.core.cost import Forecast
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
-from fedsim.core.participation import round_size
+from fedsim.core.participation import round_size, steps_per_round
 from fedsim.core.traffic import refresh_due
 
 LOGIT_COPIES = 3
@@ -160,8 +160,7 @@ class _Plan:
         batch = training.batch_size * training.accumulation
         average = max(1, ceil(work.train_examples / federation.clients))
         self._batch = min(batch, average)
-        epochs = training.local_epochs
-        self._steps = training.local_steps if epochs is None else epochs * ceil(average / batch)
+        self._steps = steps_per_round(average, training)
         self._client_steps = federation.rounds * self._participants * self._steps
         self._trained = spec.num_parameters(method.trained(1))
         self._adapters = chain_parameters(spec)

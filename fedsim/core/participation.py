@@ -1,9 +1,9 @@
-"""Who takes part: functions of seed and round, never of node ids or of the order in which anything arrives."""
+"""Who takes part, and with how many steps: functions of seed and round, never of node ids or of the order in which anything arrives."""
 
 from math import ceil
 
 from fedsim.choices import Init, PrivacyUnit, ServerRule
-from fedsim.config import Config
+from fedsim.config import Config, TrainingConfig
 from fedsim.seeding import numpy_generator
 
 
@@ -66,3 +66,10 @@ def share_samples(samples: int, clients: int, seed: int) -> dict[int, int]:
     order = numpy_generator(seed, "init_shares").permutation(clients).tolist()
     shares = {client: samples // clients + (place < samples % clients) for place, client in enumerate(order)}
     return {client: shares[client] for client in sorted(shares) if shares[client]}
+
+
+def steps_per_round(num_examples: int, training: TrainingConfig) -> int:
+    """Returns the optimizer steps of a client with `num_examples` in one round."""
+    if training.local_epochs is None:
+        return training.local_steps
+    return training.local_epochs * ceil(num_examples / (training.batch_size * training.accumulation))

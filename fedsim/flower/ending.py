@@ -29,13 +29,14 @@ def finish(session: Session, given: Config, state: State, memories: dict[str, Te
     folder.write_bytes("communication.csv", transfers_csv(state.ledger.rows()))
     folder.write_bytes("holdings.txt", f"{holdings_table(session.holdings, max_clients=None)}\n".encode())
     folder.write_bytes("partition.png", partition_png(session.holdings))
-    folder.write_bytes("curves.png", curves_png(folder.events()))
+    events = list(folder.events())
+    folder.write_bytes("curves.png", curves_png(events))
     if session.config.evaluation.diagnosis:
-        folder.write_bytes("diagnosis.png", diagnosis_png(folder.events()))
+        folder.write_bytes("diagnosis.png", diagnosis_png(events))
     if session.links:
-        folder.write_bytes("network.png", network_png(folder.events()))
+        folder.write_bytes("network.png", network_png(events))
     if state.privacy is not None:
-        folder.write_bytes("privacy.png", privacy_png(folder.events()))
+        folder.write_bytes("privacy.png", privacy_png(events))
     folder.finish(summary)
     return summary
 

@@ -137,11 +137,12 @@ class Protocol:
         """Returns who is not in the sum, with the reason; after a refusal, who was not heard."""
         stages = {int(client): name for client, name in self.facts()["vanished"].items() if name != Stage.unmasking.name}
         asked = {client for _, clients in self.cohorts for client in clients}
-        failures = {
-            client: Failure(Reason.dropped_out, f"before its {stage}") if client in asked else Failure(Reason.died, "not connected")
-            for client, stage in stages.items()
-        } | {client: failure for client, failure in self._failures.items() if client in stages}
-        return [Missing(client, self.server_round, failure.reason, failure.detail) for client, failure in failures.items()]
+        found = []
+        for client, stage in stages.items():
+            silent = Failure(Reason.dropped_out, f"before its {stage}") if client in asked else Failure(Reason.died, "not connected")
+            failure = self._failures.get(client, silent)
+            found.append(Missing(client, self.server_round, failure.reason, failure.detail))
+        return found
 
     # ---- the stages
 

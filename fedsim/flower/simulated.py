@@ -13,10 +13,10 @@ from fedsim.core.dropout import vanishes
 from fedsim.core.fedbuff import Flush, Queue, advance
 from fedsim.core.global_state import GlobalState
 from fedsim.core.network import Ending, Link, ending
-from fedsim.core.participation import round_size
+from fedsim.core.participation import round_size, steps_per_round
 from fedsim.flower.charging import Charges
 from fedsim.session import Session
-from fedsim.training.batches import local_batches, steps_per_round
+from fedsim.training.batches import local_batches
 
 
 def set_up_seconds(links: Sequence[Link] | None, rows: Iterable[dict[str, Any]]) -> float:

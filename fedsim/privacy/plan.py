@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 
 from fedsim.choices import Init, PrivacyUnit
 from fedsim.config import Config
-from fedsim.core.participation import draw_participants, round_size, spares
+from fedsim.core.participation import draw_participants, round_size, spares, steps_per_round
 from fedsim.core.quantization import limit_of
 from fedsim.core.secure_aggregation import fewest_survivors
 from fedsim.errors import UserError
 from fedsim.privacy.accounting import Mechanism, check_delta, default_delta, noise_multiplier_for
 from fedsim.privacy.discrete import gaussian_of_skellam, skellam_of_gaussian
-from fedsim.training.batches import steps_per_round
 from fedsim.training.private import sampling_rate
 
 TRAINING, INITIALIZATION = "training", "initialization"

@@ -6,13 +6,14 @@ nothing but the order of float additions; so a result does not depend on the com
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, gcd
+from math import gcd
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsim.config import TrainingConfig
+from fedsim.core.participation import steps_per_round
 from fedsim.seeding import numpy_generator
 from fedsim.training.pairs import PairBatch, collate_pairs
 from fedsim.types import AnyEncoded, EncodedExample, EncodedPair
@@ -35,13 +36,6 @@ class Pass:
 
     slots: tuple[int, ...]
     rows: tuple[Row, ...]
-
-
-def steps_per_round(num_examples: int, training: TrainingConfig) -> int:
-    """Returns the optimizer steps of a client with `num_examples` in one round."""
-    if training.local_epochs is None:
-        return training.local_steps
-    return training.local_epochs * ceil(num_examples / (training.batch_size * training.accumulation))
 
 
 def local_batches(lengths: Sequence[int], training: TrainingConfig, *, seed: int, round: int, client: int) -> list[list[int]]:

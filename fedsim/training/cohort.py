@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.config import TrainingConfig
+from fedsim.core.participation import steps_per_round
 from fedsim.core.payload import Layout
 from fedsim.seeding import torch_generator
-from fedsim.training.batches import collate, local_batches, pack, steps_per_round
+from fedsim.training.batches import collate, local_batches, pack
 from fedsim.training.budget import TokenBudget
 from fedsim.training.loss import group_gradients
 from fedsim.training.optimizers import OptimizerState, learning_rate, update

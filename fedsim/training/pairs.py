@@ -20,13 +20,13 @@ def encode_pair(pair: Pair, tokenizer: Any, max_length: int, *, apart: bool = Fa
 
     Where they are read `apart`, each is a sequence of its own, of at most half of `max_length`.
     """
-    limit = min(max_length, tokenizer.model_max_length)
+    limit, label = min(max_length // 2 if apart else max_length, tokenizer.model_max_length), pair.labels.index(pair.answer)
     if apart:
-        options = {"truncation": True, "max_length": min(max_length // 2, tokenizer.model_max_length), "verbose": False}
-        premise, hypothesis = (tokenizer(text, **options)["input_ids"] for text in (pair.premise, pair.hypothesis))
-        return EncodedPair((*premise, *hypothesis), (), pair.labels.index(pair.answer), split=len(premise))
+        texts = (tokenizer(text, truncation=True, max_length=limit, verbose=False) for text in (pair.premise, pair.hypothesis))
+        premise, hypothesis = (text["input_ids"] for text in texts)
+        return EncodedPair((*premise, *hypothesis), (), label, split=len(premise))
     found = tokenizer(pair.premise, pair.hypothesis, truncation="longest_first", max_length=limit, verbose=False)
-    return EncodedPair(tuple(found["input_ids"]), tuple(found.get("token_type_ids", ())), pair.labels.index(pair.answer))
+    return EncodedPair(tuple(found["input_ids"]), tuple(found.get("token_type_ids", ())), label)
 
 
 @dataclass(frozen=True)

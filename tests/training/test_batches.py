@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.config import TrainingConfig
-from fedsim.training.batches import collate, local_batches, pack, steps_per_round
+from fedsim.core.participation import steps_per_round
+from fedsim.training.batches import collate, local_batches, pack
 from fedsim.types import EncodedExample
 
 
