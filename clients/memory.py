@@ -15,20 +15,16 @@ from clients.framing import FrameError, read_records, write_records
 from clients.owner import Owner, RefusedError
 from fedsim.config import Config
 from fedsim.files import atomic_write, atomic_write_json
-from fedsim.plain import to_dict
+from fedsim.plain import to_dict, with_a_result
 from fedsim.privacy.accounting import Mechanism, default_delta
 from fedsim.privacy.ledger import PrivacyLedger
 
 log = logging.getLogger("fedsim.worker")
 
-WITHOUT_A_RESULT = ("run_dir", "resume", "overwrite", "engine")
-"""Options that do not make another experiment of one: a resumed run finds what its clients remember."""
-
 
 def experiment_key(config: Config) -> str:
-    """Returns the name of an experiment: the digest of all that can change its result."""
-    values = {key: value for key, value in to_dict(config).items() if key not in WITHOUT_A_RESULT}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:24]
+    """Returns the name of an experiment: the digest of all that can change its result, so a resumed run finds what its clients remember."""
+    return hashlib.sha256(json.dumps(with_a_result(to_dict(config)), sort_keys=True).encode()).hexdigest()[:24]
 
 
 class ContextStore:

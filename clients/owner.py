@@ -37,6 +37,8 @@ class Owner:
     """Names of the training sets, as data.train has them; empty takes those that the experiment names."""
     shard: bool = False
     """Train on the shard that a simulation would deal this client, not on all of the data: to try a deployment out."""
+    token_cache: bool = False
+    """Keep the tokens of large data in ~/.cache/fedsim/tokens, a copy outside of this folder, to start faster."""
     model_path: Optional[str] = None
     """Folder or hub id of the base model; null is the one inside the package."""
     device: str = "auto"
@@ -117,6 +119,7 @@ def own_view(owner: Owner, config: Config) -> Config:
         config.data,
         path=owner.data_path,
         train=owner.data_sets or config.data.train,
+        token_cache=owner.token_cache,
         owner=None if owner.shard else owner.client,
         train_examples=config.data.train_examples if owner.shard else None,
     )

@@ -26,7 +26,7 @@ from fedsim.core.forms import RAVAN, AdapterSpec
 from fedsim.core.initialization import from_seed, lora, truncated_svd
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size
-from fedsim.files import atomic_write_json
+from fedsim.files import atomic_write_json, cache_folder
 from fedsim.flower.records import from_record, serialized_bytes, to_record
 from fedsim.memory import resident_bytes
 from fedsim.models import DTYPES, device
@@ -55,7 +55,7 @@ def calibrated(config: Config, method: Method, spec: AdapterSpec, tokens: int, *
 
     They are kept in the user's cache folder, by machine, versions, model and training; `again` measures anew.
     """
-    path = _cache_folder() / f"{_key(config, spec, tokens)}.json"
+    path = cache_folder() / "calibration" / f"{_key(config, spec, tokens)}.json"
     if path.exists() and not again:
         known = json.loads(path.read_bytes())
         if set(known) == {field.name for field in fields(Calibration)}:
@@ -67,10 +67,6 @@ def calibrated(config: Config, method: Method, spec: AdapterSpec, tokens: int, *
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_json(path, asdict(found))
     return found
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim" / "calibration"
 
 
 def _key(config: Config, spec: AdapterSpec, tokens: int) -> str:
@@ -160,8 +156,8 @@ def _training_rates(
 
 
 def _client(number: int, batch: int, tokens: int, vocabulary: int) -> ClientData:
-    ids = numpy_generator(0, "calibration", number).integers(0, vocabulary, (batch, tokens)).tolist()
-    return ClientData(number, [EncodedExample(tuple(row), max(1, tokens // 2)) for row in ids])
+    ids = numpy_generator(0, "calibration", number).integers(0, vocabulary, (batch, tokens)).astype(np.int32)
+    return ClientData(number, [EncodedExample(row, max(1, tokens // 2)) for row in ids])
 
 
 def _generation_rates(config: Config, shape: ModelShape, model: Any, tokens: int, flops: float) -> tuple[float, float]:

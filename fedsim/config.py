@@ -94,6 +94,8 @@ class DataConfig:
     """Which tokens carry the loss."""
     on_error: OnError = OnError.stop
     """What a malformed row does."""
+    token_cache: bool = True
+    """Keep the tokens of large training data in ~/.cache/fedsim/tokens, for later runs; the folder may be deleted at any time."""
     owner: Optional[int] = None
     """The one client to which all training examples belong, as in a client's own worker; null deals them to the clients."""
 

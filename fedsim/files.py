@@ -9,8 +9,8 @@ TEMPORARY = ".*.fedsim-tmp"
 """Pattern of the names that a killed `atomic_write` may leave behind."""
 
 
-def atomic_write(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Makes `content` the whole content of `path`, durably.
+def atomic_write(path: Path, *content: bytes | memoryview, mode: int = 0o666) -> None:
+    """Makes `content`, one part after the other, the whole content of `path`, durably.
 
     Guarantees: at any moment, also after a kill or a power cut, `path` holds its old content or all of the new, and never has more
     permissions than `mode` less the process's umask. The folder must exist.
@@ -18,7 +18,7 @@ def atomic_write(path: Path, content: bytes, mode: int = 0o666) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.fedsim-tmp")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -42,6 +42,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
+
+
+def cache_folder() -> Path:
+    """Returns the folder of what can be fetched, measured or made again: fedsim's in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,6 +8,9 @@ from typing import Any, Union, cast, get_args, get_origin
 from fedsim.config import Config
 from fedsim.errors import UserError
 
+WITHOUT_A_RESULT = ("run_dir", "resume", "overwrite", "engine", "data.token_cache")
+"""Options that say where and how a run is computed, not what: with others it is still the same run."""
+
 
 def to_dict(config: Any) -> Any:
     """Returns nested plain values (enums by name) that YAML and JSON can hold."""
@@ -20,6 +23,12 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, dict):
         return {str(key): to_dict(value) for key, value in config.items()}
     return config
+
+
+def with_a_result(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the nested plain values of a configuration without the options that change no result."""
+    kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in WITHOUT_A_RESULT}
+    return {key: with_a_result(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:

@@ -27,7 +27,7 @@ from fedsim.events import EventLog, cut_events, read_events
 from fedsim.files import TEMPORARY, atomic_write, atomic_write_json
 from fedsim.journal import Head, Journal
 from fedsim.manifest import manifest
-from fedsim.plain import to_dict
+from fedsim.plain import to_dict, with_a_result
 
 LOCK = "run.lock"
 CONFIG = "config.yaml"
@@ -42,9 +42,6 @@ CONTENTS = (
     *("curves.png", "diagnosis.png", "network.png", "partition.png", "privacy.png"),
 )
 """All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
-
-FREE_ON_RESUME = ("run_dir", "resume", "overwrite", "engine")
-"""Options that may differ between a run and its resumption: they say where and how it is computed, not what."""
 
 KEPT_ON_RESUME = ("interrupted", "resumed", "damaged_checkpoint")
 """Events that tell what happened to the run itself: kept when the rounds after the last checkpoint are cut off."""
@@ -252,12 +249,12 @@ def _refuse_occupied(folder: Path, stage: _Stage) -> None:
 
 def _refuse_other_configuration(folder: Path, config: Config) -> None:
     try:
-        before = _options(yaml.safe_load((folder / CONFIG).read_bytes()))
+        before = _flat(with_a_result(yaml.safe_load((folder / CONFIG).read_bytes())))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise UserError(
             f"Expected {folder / CONFIG} as the run wrote it, but it is no such file. Put it back, or use overwrite=true."
         ) from None
-    now = _options(to_dict(config))
+    now = _flat(with_a_result(to_dict(config)))
     differing = [f"{key}={now.get(key)} (run: {before.get(key)})" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if differing:
         raise UserError(
@@ -266,13 +263,11 @@ def _refuse_other_configuration(folder: Path, config: Config) -> None:
         )
 
 
-def _options(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"training.batch_size": 8, ...} for the options that change a result."""
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"training.batch_size": 8, ...}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if not prefix and key in FREE_ON_RESUME:
-            continue
-        flat |= _options(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

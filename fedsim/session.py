@@ -14,6 +14,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from fedsim import token_cache
 from fedsim.choices import Init, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.adapters import adapt, adapted_layers, base_weights, install
@@ -41,8 +42,8 @@ from fedsim.seeding import derive_seed, numpy_generator
 from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, PassFacts
 from fedsim.training.encoding import encode, has_response
-from fedsim.training.pairs import encode_pair
-from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Pair
+from fedsim.training.pairs import encode_pairs
+from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example, Pair
 
 OWN_DATA = "own data"  # in the holdings, of clients that do not tell the tasks of theirs
 
@@ -160,14 +161,24 @@ class Session:
         return self.config.federation.rounds * steps_per_round(average, self.config.training)
 
     def encode(self, examples: Sequence[AnyExample]) -> list[AnyEncoded]:
-        """Returns the tokens of the examples."""
-        return [self._encode(example) for example in examples]
+        """Returns the tokens of the examples, which are of one kind."""
+        data, pairs = self.config.data, [example for example in examples if isinstance(example, Pair)]
+        if pairs:
+            return [*encode_pairs(pairs, self.tokenizer, data.max_length, apart=isinstance(self.model, BiEncoder))]
+        answered = [example for example in examples if isinstance(example, Example)]
+        return [*encode(answered, self.tokenizer, data.max_length, data.train_on)]
 
-    def _encode(self, example: AnyExample) -> AnyEncoded:
+    @cached_property
+    def _kept_tokens(self) -> list[AnyEncoded] | None:
+        """The tokens of the whole pool, where a file keeps them; None where those of each client are made as it is asked for.
+
+        With a file the whole pool is encoded at once, also by a process that serves a few clients: it is the last one that has to.
+        """
         data = self.config.data
-        if isinstance(example, Pair):
-            return encode_pair(example, self.tokenizer, data.max_length, apart=isinstance(self.model, BiEncoder))
-        return encode(example, self.tokenizer, data.max_length, data.train_on)
+        if not data.token_cache:
+            return None
+        how = (data.max_length, data.train_on.name, isinstance(self.model, BiEncoder))
+        return token_cache.kept(self.pool, self.tokenizer, how, self.encode)
 
     def client_data(self, client: int) -> ClientData:
         """Returns the encoded examples of one client, encoded once, without those whose response lies beyond `data.max_length`.
@@ -175,7 +186,8 @@ class Session:
         Raises UserError where none is left.
         """
         if client not in self._encoded:
-            encoded = self.encode([self.pool[i] for i in self.shards[client]])
+            shard, kept_tokens = self.shards[client], self._kept_tokens
+            encoded = [kept_tokens[i] for i in shard] if kept_tokens else self.encode([self.pool[i] for i in shard])
             kept = [example for example in encoded if not isinstance(example, EncodedExample) or has_response(example)]
             if not kept:
                 raise UserError(

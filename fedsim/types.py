@@ -6,6 +6,8 @@ A client is a data owner. An adapter is a dictionary of factors; with a leading 
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 Adapter = dict[str, Tensor]
@@ -52,12 +54,20 @@ AnyExample = Example | Pair
 """What a client owns; a run has one kind only."""
 
 
-@dataclass(frozen=True)
-class EncodedExample:
-    """Tokens of prompt and response (end-of-sequence included). The loss is on `input_ids[loss_start:]`."""
+Tokens = npt.NDArray[np.int32]
+"""Token ids [tokens], read-only: 4 bytes each, where a tuple of numbers takes 40. Often a view of a larger array, or of a file."""
 
-    input_ids: tuple[int, ...]
-    loss_start: int
+
+class _Encoded:
+    """What is equal where all fields are, arrays by their entries. Whatever sequences it is made of are kept as `Tokens`."""
+
+    input_ids: Tokens
+
+    def __eq__(self, other: object) -> bool:
+        same = type(self) is type(other)
+        return same and all(np.array_equal(mine, vars(other)[name]) for name, mine in vars(self).items())
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def num_tokens(self) -> int:
@@ -65,22 +75,39 @@ class EncodedExample:
         return len(self.input_ids)
 
 
-@dataclass(frozen=True)
-class EncodedPair:
+def _tokens(ids: npt.ArrayLike) -> Tokens:
+    """Returns a read-only view of an array, or a read-only array of any other sequence."""
+    tokens = np.asarray(ids, dtype=np.int32).view()
+    tokens.flags.writeable = False
+    return tokens
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedExample(_Encoded):
+    """Tokens of prompt and response (end-of-sequence included). The loss is on `input_ids[loss_start:]`."""
+
+    input_ids: Tokens
+    loss_start: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_ids", _tokens(self.input_ids))
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPair(_Encoded):
     """Tokens of both texts as the encoder reads them, which text each belongs to (empty for a model that is not told), and the label.
 
     `split` is where the second text begins that is read on its own; 0 where both are one sequence.
     """
 
-    input_ids: tuple[int, ...]
-    segments: tuple[int, ...]
+    input_ids: Tokens
+    segments: Tokens
     label: int
     split: int = 0
 
-    @property
-    def num_tokens(self) -> int:
-        """Length of the whole sequence."""
-        return len(self.input_ids)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_ids", _tokens(self.input_ids))
+        object.__setattr__(self, "segments", _tokens(self.segments))
 
 
 AnyEncoded = EncodedExample | EncodedPair

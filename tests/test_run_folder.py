@@ -152,9 +152,10 @@ def test_resume_with_options_that_change_the_result_names_each_of_them(interrupt
         RunFolder.open(config)
 
 
-def test_resume_may_change_the_engine(interrupted: Path) -> None:
+def test_resume_may_change_the_engine_and_where_tokens_are_kept(interrupted: Path) -> None:
     config = config_of(interrupted, resume=True)
     config.engine.cohort_size = 5
+    config.data.token_cache = False
     with RunFolder.open(config) as folder:
         found = folder.last_checkpoint()
         assert found is not None

@@ -9,7 +9,7 @@ from experiments.benchmarks.timing import Task, interleaved, medians, ratio
 from fedsim.config import DataConfig, EvaluationConfig, ModelConfig
 from fedsim.data import load
 from fedsim.models import load_model
-from fedsim.training.encoding import encode_prompt
+from fedsim.training.encoding import encode_prompts
 from fedsim.training.evaluation import generate
 from fedsim.types import Example
 
@@ -25,12 +25,8 @@ def measure(case: Case, settings: Settings) -> Found:
     """Measures both in turns on the same questions; what counts is the tokens of the answers, up to their end."""
     model, tokenizer = load_model(ModelConfig())
     each = case["questions"] // 2
-    prompts = [
-        list(encode_prompt(example, tokenizer))
-        for examples in load(DataConfig(train_examples=100), 0).test.values()
-        for example in examples[:each]
-        if isinstance(example, Example)
-    ]
+    tests = load(DataConfig(train_examples=100), 0).test.values()
+    prompts = list(encode_prompts([one for examples in tests for one in examples[:each] if isinstance(one, Example)], tokenizer))
     if case["batch"] == 1:
         prompts = prompts[:: max(1, len(prompts) // 32)]  # one by one takes its time
     tokenizer.padding_side = "left"

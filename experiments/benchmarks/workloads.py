@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ class Workload:
         """Returns a client with as many sequences as it will see in the round."""
         generator = numpy_generator(0, "benchmark", number)
         ids = generator.integers(3, vocabulary, (self.batch * self.steps, self.tokens))
-        return ClientData(number, [EncodedExample(tuple(row), 1) for row in ids.tolist()])
+        return ClientData(number, [EncodedExample(row, 1) for row in ids.astype(np.int32)])
 
     def all_clients(self, vocabulary: int, most: int | None = None) -> list[ClientData]:
         """Returns all clients, or the first `most`."""

@@ -168,8 +168,7 @@ def _lengths(config: Config, examples: Sequence[AnyExample], tokenizer: Any) -> 
     if tokenizer is None:
         pairs = [(len(example.prompt.split()), len(example.response.split())) for example in chosen]
         return [(min(limit, TOKENS_A_WORD * (prompt + response)), min(limit, TOKENS_A_WORD * prompt)) for prompt, response in pairs]
-    encoded = [encode(example, tokenizer, limit, config.data.train_on) for example in chosen]
-    return [(each.num_tokens, each.loss_start) for each in encoded]
+    return [(each.num_tokens, each.loss_start) for each in encode(chosen, tokenizer, limit, config.data.train_on)]
 
 
 def _tokenizer(config: Config) -> Any:

@@ -34,10 +34,9 @@ from fedsim.config import Config
 from fedsim.config_check import check
 from fedsim.errors import UserError
 from fedsim.files import atomic_write_json
-from fedsim.plain import to_dict
+from fedsim.plain import to_dict, with_a_result
 
 SWEEP, SUMMARY, LOCK = "sweep.json", "summary.json", "run.lock"
-_FREE_ON_RESUME = ("run_dir", "resume", "overwrite", "engine")
 
 
 @dataclass
@@ -143,8 +142,8 @@ def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
     if options.resume and not begun:
         raise UserError(f"Expected run_dir to name a sweep to go on with, got {options.run_dir}, which holds none. Give its folder.")
     if options.resume:
-        before = [_choices(job["config"]) for job in json.loads((folder / SWEEP).read_bytes())["jobs"]]
-        if before != [_choices(to_dict(job.config)) for job in jobs]:
+        before = [with_a_result(job["config"]) for job in json.loads((folder / SWEEP).read_bytes())["jobs"]]
+        if before != [with_a_result(to_dict(job.config)) for job in jobs]:
             raise UserError(
                 f"Expected the options with which the sweep in {folder} was begun, got others. Give the same, or another run_dir=."
             )
@@ -152,10 +151,6 @@ def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
         raise UserError(f"Expected a free folder, but {folder} holds a sweep. Add resume=true or overwrite=true, or give another run_dir=.")
     elif not begun and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"Expected {folder} to be a sweep, empty or missing, but it holds something else. Give another run_dir=.")
-
-
-def _choices(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _FREE_ON_RESUME}
 
 
 def _launch(master: DictConfig, jobs: list[Job], folder: Path) -> int:

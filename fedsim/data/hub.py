@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from fedsim.data.rows import BATCH, Row, batch_rows, read
 from fedsim.errors import UserError
+from fedsim.files import cache_folder
 
 PATIENCE_SECONDS = 10.0
 """How long the first answer of a host may take."""
@@ -59,11 +60,6 @@ class Address:
         if not path.is_file():
             _fetch(url, path)
         yield from read(path)
-
-
-def cache_folder() -> Path:
-    """Returns the folder of the files that `Address` has fetched."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
 
 
 def _fetch(url: str, path: Path) -> None:

@@ -132,7 +132,7 @@ class _Writer:
     def put(self, name: str, content: bytes, mode: int) -> None:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        atomic_write(path, content, mode)
+        atomic_write(path, content, mode=mode)
 
     def keep(self, name: str, content: bytes, mode: int) -> None:
         if not (self._folder / name).exists():

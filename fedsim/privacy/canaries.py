@@ -6,6 +6,8 @@ sends in a direction of its own, and can be looked for without the others in the
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedsim.seeding import numpy_generator
 from fedsim.types import EncodedExample
 
@@ -29,6 +31,6 @@ def canaries(count: int, clients: int, vocabulary: list[int], seed: int) -> list
     tokens = numpy_generator(seed, "canaries").choice(vocabulary, (count, NUM_TOKENS))
     coins = numpy_generator(seed, "canary coins").random(count) < 0.5
     return [
-        Canary(EncodedExample(tuple(row), NUM_TOKENS - 1), place % clients, inside)
-        for place, (row, inside) in enumerate(zip(tokens.tolist(), coins.tolist(), strict=True))
+        Canary(EncodedExample(row, NUM_TOKENS - 1), place % clients, inside)
+        for place, (row, inside) in enumerate(zip(tokens.astype(np.int32), coins.tolist(), strict=True))
     ]

@@ -1,36 +1,58 @@
 """From text to tokens: the prompt at training is token for token the prompt at generation.
 
-Prompt and response are tokenised apart, so no merge across their border can differ between training and generation.
+Prompt and response are tokenised apart, so no merge across their border can differ between training and generation. The tokenizer is asked
+for a few texts at a time, which for short texts takes two thirds of the time of one by one; more at a time are slower again.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from fedsim.choices import TrainOn
 from fedsim.types import EncodedExample, Example
 
+TEXTS_A_CALL = 64
 
-def encode_prompt(example: Example, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the prompt's tokens, uncut: with the beginning-of-sequence token where the tokenizer adds one, never with an end."""
-    ids = tokenizer(example.prompt, verbose=False)["input_ids"]
+
+def tokenized(tokenizer: Any, *texts: Sequence[str], **options: Any) -> Iterator[Any]:
+    """Yields what the tokenizer makes of texts, or of pairs of texts, in order and some at a time: lists under its own names."""
+    for start in range(0, len(texts[0]), TEXTS_A_CALL):
+        yield tokenizer(*(list(column[start : start + TEXTS_A_CALL]) for column in texts), verbose=False, **options)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Iterator[list[int]]:
+    """Yields the tokens of each text."""
+    for found in tokenized(tokenizer, texts, **options):
+        yield from found["input_ids"]
+
+
+def encode_prompts(examples: Sequence[Example], tokenizer: Any) -> Iterator[list[int]]:
+    """Yields the prompts' tokens, uncut: with the beginning-of-sequence token where the tokenizer adds one, never with an end."""
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    while len(ids) > 1 and ids[-1] in ends:
-        ids = ids[:-1]
-    return tuple(ids)
+    for ids in token_ids(tokenizer, [example.prompt for example in examples]):
+        while len(ids) > 1 and ids[-1] in ends:
+            ids = ids[:-1]
+        yield ids
 
 
-def encode(example: Example, tokenizer: Any, max_length: int, train_on: TrainOn) -> EncodedExample:
-    """Returns prompt, response and end-of-sequence token, cut at the end to `max_length` or to the tokenizer's own limit.
+def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, train_on: TrainOn) -> list[EncodedExample]:
+    """Returns prompt, response and end-of-sequence token of each, cut at the end to `max_length` or to the tokenizer's own limit.
 
     Where the cut leaves nothing of the response, no token carries a loss: see `has_response`.
     """
-    limit = min(max_length, tokenizer.model_max_length)
-    prompt = encode_prompt(example, tokenizer)
-    response = tokenizer(example.response, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = (*prompt, *response, tokenizer.eos_token_id)[:limit]
+    prompts = encode_prompts(examples, tokenizer)
+    responses = token_ids(tokenizer, [example.response for example in examples], add_special_tokens=False)
+    limit, end = min(max_length, tokenizer.model_max_length), tokenizer.eos_token_id
+    return [_joined(prompt, [*response, end], limit, train_on) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _joined(prompt: list[int], response: list[int], limit: int, train_on: TrainOn) -> EncodedExample:
+    ids = [*prompt, *response][:limit]
     start = min(len(prompt), len(ids))
     if train_on is TrainOn.all and start < len(ids):
         start = 1  # the first token is not predicted
-    return EncodedExample(ids, start)
+    return EncodedExample(np.array(ids, dtype=np.int32), start)
 
 
 def has_response(encoded: EncodedExample) -> bool:

@@ -18,9 +18,9 @@ from fedsim.config import DataConfig, EvaluationConfig
 from fedsim.core.answers import is_correct
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
-from fedsim.training.encoding import encode, encode_prompt, has_response
+from fedsim.training.encoding import encode, encode_prompts, has_response
 from fedsim.training.loss import row_losses
-from fedsim.training.pairs import collate_pairs, encode_pair, label_logits
+from fedsim.training.pairs import collate_pairs, encode_pairs, label_logits
 from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Pair
 
 LOSS_SHARE = 4
@@ -67,7 +67,7 @@ def _classify(
     on_progress: Callable[[int, int], None],
 ) -> TaskResult:
     device, loss, correct, done = next(model.parameters()).device, 0.0, 0, 0
-    encoded = [encode_pair(pair, tokenizer, data.max_length, apart=isinstance(model, BiEncoder)) for pair in pairs]
+    encoded = encode_pairs(pairs, tokenizer, data.max_length, apart=isinstance(model, BiEncoder))
     with _inference(model), torch.no_grad():
         for each in pack({0: encoded}, len(encoded), config.tokens_per_pass):
             rows = [row.example for row in each.rows if isinstance(row.example, EncodedPair)]
@@ -89,7 +89,7 @@ def _answer(
     on_progress: Callable[[int, int], None],
 ) -> TaskResult:
     with _inference(model):
-        prompts = [encode_prompt(example, tokenizer) for example in examples]
+        prompts = list(encode_prompts(examples, tokenizer))
         answers = generate(
             model,
             prompts,
@@ -100,7 +100,7 @@ def _answer(
             on_progress=on_progress,
         )
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        encoded = [encode(example, tokenizer, data.max_length, TrainOn.response) for example in examples]
+        encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
         loss = mean_loss(model, encoded, pad_id=tokenizer.pad_token_id, tokens_per_pass=max(1, config.tokens_per_pass // LOSS_SHARE))
     correct = sum(is_correct(text, example) for text, example in zip(texts, examples, strict=True))
     return TaskResult(correct / len(examples), loss, len(examples))

@@ -3,7 +3,7 @@
 As for generated answers, no row's loss depends on another row: it is the cross-entropy of its own label.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsim.types import EncodedPair, Pair
+from fedsim.training.encoding import token_ids, tokenized
+from fedsim.types import EncodedPair, Pair, Tokens
 
 
-def encode_pair(pair: Pair, tokenizer: Any, max_length: int, *, apart: bool = False) -> EncodedPair:
-    """Returns both texts in the form of the tokenizer, cut from the longer one to `max_length` or to the tokenizer's own limit.
+def encode_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int, *, apart: bool = False) -> list[EncodedPair]:
+    """Returns both texts of each in the form of the tokenizer, cut from the longer one to `max_length` or to the tokenizer's own limit.
 
     Where they are read `apart`, each is a sequence of its own, of at most half of `max_length`.
     """
-    limit, label = min(max_length // 2 if apart else max_length, tokenizer.model_max_length), pair.labels.index(pair.answer)
+    limit = min(max_length // 2 if apart else max_length, tokenizer.model_max_length)
+    texts = [pair.premise for pair in pairs], [pair.hypothesis for pair in pairs]
+    labels = [pair.labels.index(pair.answer) for pair in pairs]
     if apart:
-        texts = (tokenizer(text, truncation=True, max_length=limit, verbose=False) for text in (pair.premise, pair.hypothesis))
-        premise, hypothesis = (text["input_ids"] for text in texts)
-        return EncodedPair((*premise, *hypothesis), (), label, split=len(premise))
-    found = tokenizer(pair.premise, pair.hypothesis, truncation="longest_first", max_length=limit, verbose=False)
-    return EncodedPair(tuple(found["input_ids"]), tuple(found.get("token_type_ids", ())), label)
+        sequences = (token_ids(tokenizer, column, truncation=True, max_length=limit) for column in texts)
+        return [
+            EncodedPair(_array([*first, *second]), _array([]), label, split=len(first))
+            for first, second, label in zip(*sequences, labels, strict=True)
+        ]
+    rows = (row for found in tokenized(tokenizer, *texts, truncation="longest_first", max_length=limit) for row in _rows(found))
+    return [EncodedPair(_array(ids), _array(segments), label) for (ids, segments), label in zip(rows, labels, strict=True)]
+
+
+def _rows(found: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Returns tokens and segments of each pair of a call of the tokenizer; no segments where the model is not told them."""
+    ids = found["input_ids"]
+    return zip(ids, found.get("token_type_ids", [[]] * len(ids)), strict=True)
+
+
+def _array(ids: list[int]) -> Tokens:
+    return np.array(ids, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -48,17 +63,17 @@ def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.devic
     return PairBatch(
         torch.from_numpy(ids).to(device),
         torch.from_numpy(mask).to(device),
-        torch.from_numpy(_padded([pair.segments for pair in pairs], 0)[0]).to(device) if pairs[0].segments else None,
+        torch.from_numpy(_padded([pair.segments for pair in pairs], 0)[0]).to(device) if len(pairs[0].segments) else None,
         torch.tensor([pair.label for pair in pairs], device=device),
         sum(pair.num_tokens for pair in pairs),
     )
 
 
-def _sequences(pair: EncodedPair) -> list[tuple[int, ...]]:
+def _sequences(pair: EncodedPair) -> list[Tokens]:
     return [pair.input_ids[: pair.split], pair.input_ids[pair.split :]] if pair.split else [pair.input_ids]
 
 
-def _padded(rows: Sequence[Sequence[int]], value: int) -> tuple[Any, Any]:
+def _padded(rows: Sequence[Tokens], value: int) -> tuple[Any, Any]:
     """Returns the rows as one array, and another that is 1 where they have an entry: [rows, entries] each."""
     filled = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
     there = np.zeros_like(filled)

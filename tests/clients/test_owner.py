@@ -72,6 +72,10 @@ def test_data_model_and_device_of_the_server_are_not_looked_at():
     here = own_view(Owner(1, data_path="/mine", data_sets=["math"], model_path="/base", device="cpu"), theirs)
     assert (here.model.path, here.model.device, here.data.path, here.data.train) == ("/base", "cpu", "/mine", ["math"])
     assert (here.data.owner, here.data.train_examples, here.run_dir, here.overwrite) == (1, None, None, False)
+    assert (theirs.data.token_cache, here.data.token_cache) == (True, False), (
+        "no copies outside of the owner's folder, unless it is asked for"
+    )
+    assert own_view(Owner(1, token_cache=True), theirs).data.token_cache
     trial = own_view(Owner(1, shard=True), theirs)
     assert (trial.data.owner, trial.data.train_examples, trial.data.path) == (None, 5, None)
 

@@ -23,9 +23,9 @@ from fedsim.training.batches import collate
 from fedsim.training.cohort import ClientData
 from fedsim.training.evaluation import evaluate
 from fedsim.training.loss import group_gradients, row_losses
-from fedsim.training.pairs import encode_pair
+from fedsim.training.pairs import encode_pairs
 from fedsim.training.private import PrivateRule
-from fedsim.types import Pair
+from fedsim.types import EncodedPair, Pair
 
 CPU = torch.device("cpu")
 WORDS = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
@@ -33,7 +33,7 @@ WORDS = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
 
 def logits_by_hand(encoder, head, texts):
     """Sentence-BERT's classification, one text at a time and without padding; `head` takes [3 * width]."""
-    u, v = (functional.normalize(encoder(input_ids=torch.tensor([text])).last_hidden_state[0].mean(0), dim=0) for text in texts)
+    u, v = (functional.normalize(encoder(input_ids=torch.tensor([text.tolist()])).last_hidden_state[0].mean(0), dim=0) for text in texts)
     return head(torch.cat([u, v, (u - v).abs()]))
 
 
@@ -91,9 +91,9 @@ def test_a_private_step_adds_examples_that_are_clipped_over_both_their_texts(pai
 
 def test_each_text_is_a_sequence_of_the_tokenizer_of_half_the_length_at_most(tmp_path):
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
-    whole, cut = encode_pair(WORDS, tokenizer, 64, apart=True), encode_pair(WORDS, tokenizer, 8, apart=True)
-    assert (whole.input_ids, whole.split, whole.segments, whole.label) == ((1, 4, 5, 6, 7, 8, 2, 1, 9, 2), 7, (), 2)
-    assert (cut.input_ids, cut.split) == ((1, 4, 5, 2, 1, 9, 2), 4)
+    (whole,), (cut,) = (encode_pairs([WORDS], tokenizer, length, apart=True) for length in (64, 8))
+    assert whole == EncodedPair((1, 4, 5, 6, 7, 8, 2, 1, 9, 2), (), label=2, split=7)
+    assert cut == EncodedPair((1, 4, 5, 2, 1, 9, 2), (), label=2, split=4)
 
 
 def test_evaluation_is_that_of_the_encoder_used_by_hand(tmp_path):
@@ -101,7 +101,7 @@ def test_evaluation_is_that_of_the_encoder_used_by_hand(tmp_path):
     assert isinstance(model, BiEncoder)
     examples = [Pair("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
     with torch.no_grad():
-        expected = torch.stack([loss_by_hand(model, encode_pair(example, tokenizer, 64, apart=True)) for example in examples])
+        expected = torch.stack([loss_by_hand(model, pair) for pair in encode_pairs(examples, tokenizer, 64, apart=True)])
     for tokens in (15, 10_000):
         found = evaluate(model, tokenizer, examples, EvaluationConfig(tokens_per_pass=tokens), DataConfig())
         assert found.loss == pytest.approx(float(expected.mean()), rel=1e-5)

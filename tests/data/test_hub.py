@@ -12,10 +12,11 @@ import pytest
 
 from fedsim.config import DataConfig
 from fedsim.data import load
-from fedsim.data.hub import Address, Hub, cache_folder
+from fedsim.data.hub import Address, Hub
 from fedsim.data.loading import remote_of
 from fedsim.data.sets import SETS
 from fedsim.errors import UserError
+from fedsim.files import cache_folder
 
 ROWS = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in range(3000)]
 

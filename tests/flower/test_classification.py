@@ -96,7 +96,7 @@ class Oracle:
         total = 0
         for i in batch:
             pair = data.examples[i]
-            told = {"input_ids": torch.tensor([pair.input_ids]), "token_type_ids": torch.tensor([pair.segments])}
+            told = {"input_ids": torch.tensor([pair.input_ids.tolist()]), "token_type_ids": torch.tensor([pair.segments.tolist()])}
             total = total + self.model(**told, labels=torch.tensor([pair.label])).loss / len(batch)
         *found, weight, bias = torch.autograd.grad(total, leaves)
         return dict(zip(self.names, found, strict=True)), torch.cat([weight, bias[:, None]], dim=1)
@@ -246,7 +246,7 @@ def test_the_first_gradient_is_that_of_the_model_with_the_new_head(base, tmp_pat
             weights = [oracle.model.get_submodule(name).weight.requires_grad_(True) for name in oracle.names]
             head = found.start[CLASSIFIER].double()
             oracle.model.classifier.weight.data, oracle.model.classifier.bias.data = head[:, :-1], head[:, -1]
-            told = {"input_ids": torch.tensor([pair.input_ids]), "token_type_ids": torch.tensor([pair.segments])}
+            told = {"input_ids": torch.tensor([pair.input_ids.tolist()]), "token_type_ids": torch.tensor([pair.segments.tolist()])}
             loss = oracle.model(**told, labels=torch.tensor([pair.label])).loss
             for name, gradient in zip(oracle.names, torch.autograd.grad(loss, weights), strict=True):
                 expected[name] += gradient

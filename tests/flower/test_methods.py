@@ -90,8 +90,10 @@ class Oracle:
         total = 0
         for i in batch:
             example = data.examples[i]
-            labels = torch.tensor([[-100] * example.loss_start + list(example.input_ids[example.loss_start :])])
-            total = total + self.model(input_ids=torch.tensor([example.input_ids]), labels=labels, use_cache=False).loss / len(batch)
+            labels = torch.tensor([[-100] * example.loss_start + example.input_ids[example.loss_start :].tolist()])
+            total = total + self.model(input_ids=torch.tensor([example.input_ids.tolist()]), labels=labels, use_cache=False).loss / len(
+                batch
+            )
         return dict(zip(self.names, torch.autograd.grad(total, list(weights.values())), strict=True))
 
     def train(self, factors, trained, dense, chain_rule, client, round_, folded=None):

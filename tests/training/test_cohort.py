@@ -51,8 +51,8 @@ def test_one_step_of_sgd_equals_autograd_on_dense_weights(architecture, sequence
     for layer in adapted_layers(model).values():
         layer.R = layer.R.clone().requires_grad_(True)
     for example in client.examples:
-        labels = torch.tensor([[-100] * example.loss_start + list(example.input_ids[example.loss_start :])])
-        loss = model(input_ids=torch.tensor([example.input_ids]), labels=labels, use_cache=False).loss
+        labels = torch.tensor([[-100] * example.loss_start + example.input_ids[example.loss_start :].tolist()])
+        loss = model(input_ids=torch.tensor([example.input_ids.tolist()]), labels=labels, use_cache=False).loss
         (loss / len(client.examples)).backward()
     found = Layout.of(start).unpack(result.factors)
     for name, layer in adapted_layers(model).items():

@@ -1,10 +1,11 @@
+import random
 from pathlib import Path
 
 import pytest
 
 from fedsim.choices import TrainOn
 from fedsim.embedded import BASE_MODEL, examples
-from fedsim.training.encoding import encode, encode_prompt, has_response
+from fedsim.training.encoding import encode, encode_prompts, has_response
 from fedsim.types import Example, Family
 
 STORIES = Path(__file__).resolve().parents[2] / "../shared/data/models/stories260K"
@@ -31,7 +32,21 @@ def from_folder(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-TOKENIZERS = {"embedded": lambda: from_folder(BASE_MODEL), "bert": bert_like, "stories": lambda: from_folder(STORIES)}
+def with_an_end():
+    """A tokenizer that ends every text as Llama's with add_eos_token does, and begins none."""
+    from tokenizers import processors
+
+    tokenizer = bert_like()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    return tokenizer
+
+
+TOKENIZERS = {
+    "embedded": lambda: from_folder(BASE_MODEL),
+    "bert": bert_like,
+    "end": with_an_end,
+    "stories": lambda: from_folder(STORIES),
+}
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
@@ -41,37 +56,66 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
+def one_text_at_a_time(example, tokenizer, max_length, train_on):
+    """The plain way to encode."""
+    prompt = tokenizer(example.prompt, verbose=False)["input_ids"]
+    while len(prompt) > 1 and prompt[-1] in {tokenizer.eos_token_id, tokenizer.sep_token_id}:
+        prompt = prompt[:-1]
+    response = tokenizer(example.response, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = (prompt + response + [tokenizer.eos_token_id])[: min(max_length, tokenizer.model_max_length)]
+    start = min(len(prompt), len(ids))
+    return ids, 1 if train_on is TrainOn.all and start < len(ids) else start
+
+
+def texts(count):
+    """Examples of one word to fifty, known and unknown ones, with ends of sequences in the text."""
+    rng = random.Random(count)
+    words = ["tom", "has", "1", "2", "apples", ".", "zebra", "\n", "####", "é", "</s>", "[SEP]"]
+    make = lambda: " ".join(rng.choices(words, k=rng.randrange(1, 50)))  # noqa: E731
+    return [Example("t", Family.arithmetic, make(), make(), "1") for _ in range(count)]
+
+
+@pytest.mark.parametrize("train_on", TrainOn)
+@pytest.mark.parametrize(("max_length", "limit"), [(1000, 10**9), (30, 10**9), (1000, 25), (1, 10**9)])
+def test_examples_in_company_have_the_tokens_of_one_text_at_a_time(tokenizer, train_on, max_length, limit, monkeypatch):
+    monkeypatch.setattr(tokenizer, "model_max_length", limit)
+    for count in (0, 1, 64, 130):
+        chosen = texts(count)
+        found = [(encoded.input_ids.tolist(), encoded.loss_start) for encoded in encode(chosen, tokenizer, max_length, train_on)]
+        assert found == [one_text_at_a_time(example, tokenizer, max_length, train_on) for example in chosen]
+
+
 def test_the_loss_is_on_the_response_and_the_end_of_sequence(tokenizer):
-    encoded = encode(EXAMPLE, tokenizer, 1000, TrainOn.response)
+    (encoded,) = encode([EXAMPLE], tokenizer, 1000, TrainOn.response)
     response = tokenizer(EXAMPLE.response, add_special_tokens=False)["input_ids"]
-    assert list(encoded.input_ids[encoded.loss_start :]) == [*response, tokenizer.eos_token_id]
+    assert encoded.input_ids[encoded.loss_start :].tolist() == [*response, tokenizer.eos_token_id]
     assert has_response(encoded)
 
 
 def test_the_prompt_in_training_is_the_prompt_of_generation(tokenizer):
-    encoded = encode(EXAMPLE, tokenizer, 1000, TrainOn.response)
-    assert encoded.input_ids[: encoded.loss_start] == encode_prompt(EXAMPLE, tokenizer)
+    (encoded,), (prompt,) = encode([EXAMPLE], tokenizer, 1000, TrainOn.response), encode_prompts([EXAMPLE], tokenizer)
+    assert encoded.input_ids[: encoded.loss_start].tolist() == prompt
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_and_has_no_end(tokenizer):
-    prompt = encode_prompt(EXAMPLE, tokenizer)
+    (prompt,) = encode_prompts([EXAMPLE], tokenizer)
     assert prompt[0] == tokenizer(EXAMPLE.prompt)["input_ids"][0]
     assert not {tokenizer.eos_token_id, tokenizer.sep_token_id} & set(prompt[1:])
     assert tokenizer.decode(prompt[-1:]).strip() == "."
 
 
 def test_with_the_loss_on_all_only_the_first_token_has_none(tokenizer):
-    whole, response = (encode(EXAMPLE, tokenizer, 1000, train_on) for train_on in (TrainOn.all, TrainOn.response))
-    assert whole.input_ids == response.input_ids
+    (whole,), (response,) = (encode([EXAMPLE], tokenizer, 1000, train_on) for train_on in (TrainOn.all, TrainOn.response))
+    assert whole.input_ids.tolist() == response.input_ids.tolist()
     assert whole.loss_start == 1
 
 
 @pytest.mark.parametrize("train_on", TrainOn)
 @pytest.mark.parametrize("max_length", range(1, 20))
 def test_a_cut_takes_from_the_end_and_a_lost_response_leaves_no_loss(tokenizer, train_on, max_length):
-    full, cut = (encode(EXAMPLE, tokenizer, n, train_on) for n in (1000, max_length))
-    prompt = len(encode_prompt(EXAMPLE, tokenizer))
-    assert cut.input_ids == full.input_ids[:max_length]
+    (full,), (cut,) = (encode([EXAMPLE], tokenizer, n, train_on) for n in (1000, max_length))
+    prompt = len(next(encode_prompts([EXAMPLE], tokenizer)))
+    assert cut.input_ids.tolist() == full.input_ids[:max_length].tolist()
     assert has_response(cut) == (max_length > prompt)
     assert cut.loss_start == (full.loss_start if max_length > prompt else max_length)
 
@@ -79,13 +123,13 @@ def test_a_cut_takes_from_the_end_and_a_lost_response_leaves_no_loss(tokenizer, 
 def test_the_limit_of_the_tokenizer_holds_too():
     tokenizer = bert_like()
     tokenizer.model_max_length = 8
-    assert encode(EXAMPLE, tokenizer, 1000, TrainOn.response).num_tokens == 8
+    assert encode([EXAMPLE], tokenizer, 1000, TrainOn.response)[0].num_tokens == 8
 
 
 def test_the_tokens_of_embedded_examples_give_their_text_back():
     tokenizer = from_folder(BASE_MODEL)
     for family in Family:
-        for example in examples(family, "test", 20, 0):
-            encoded = encode(example, tokenizer, 1000, TrainOn.response)
+        chosen = examples(family, "test", 20, 0)
+        for example, encoded in zip(chosen, encode(chosen, tokenizer, 1000, TrainOn.response), strict=True):
             assert tokenizer.unk_token_id not in encoded.input_ids
             assert tokenizer.decode(encoded.input_ids[encoded.loss_start :], skip_special_tokens=True).strip() == example.response

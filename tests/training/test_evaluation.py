@@ -143,8 +143,8 @@ def test_the_mean_loss_is_the_mean_over_examples_of_plain_cross_entropy(architec
 
 def by_hand(model, example):
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([example.input_ids])).logits[0]
-    targets = torch.tensor(example.input_ids[example.loss_start :])
+        logits = model(input_ids=torch.tensor([example.input_ids.tolist()])).logits[0]
+    targets = torch.tensor(example.input_ids[example.loss_start :].tolist())
     return float(functional.cross_entropy(logits[example.loss_start - 1 : -1], targets))
 
 

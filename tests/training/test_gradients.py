@@ -18,8 +18,8 @@ def test_weight_gradients_equal_autograd_one_example_at_a_time(architecture, seq
     for name in found:
         plain.get_submodule(name).weight.requires_grad_(True)
     for example in examples:
-        labels = torch.tensor([[-100] * example.loss_start + list(example.input_ids[example.loss_start :])])
-        plain(input_ids=torch.tensor([example.input_ids]), labels=labels, use_cache=False).loss.backward()
+        labels = torch.tensor([[-100] * example.loss_start + example.input_ids[example.loss_start :].tolist()])
+        plain(input_ids=torch.tensor([example.input_ids.tolist()]), labels=labels, use_cache=False).loss.backward()
     for name, gradient in found.items():
         expected = plain.get_submodule(name).weight.grad
         torch.testing.assert_close(gradient, expected.T if architecture == "gpt2" else expected, rtol=1e-4, atol=1e-6)

@@ -1,5 +1,7 @@
 """Pairs that are classified: tokens, padding, losses, and a head that trains beside R, against autograd and genuine Opacus."""
 
+import random
+
 import pytest
 import torch
 from conftest import CLASSIFIERS, KINDS, LABELS, adapted_classifier, save_classifier, tiny_classifier, train_pairs
@@ -17,9 +19,9 @@ from fedsim.training.batches import collate
 from fedsim.training.cohort import ClientData, private_batches
 from fedsim.training.evaluation import evaluate
 from fedsim.training.loss import group_gradients, row_losses
-from fedsim.training.pairs import encode_pair
+from fedsim.training.pairs import encode_pairs
 from fedsim.training.private import PrivateRule, sampling_rate
-from fedsim.types import Pair
+from fedsim.types import EncodedPair, Pair
 
 SIZES, NOISE, CLIP = (5, 3, 9), (0.7, 1.3, 0.4), 0.05
 SGD = {"optimizer": Optimizer.sgd, "learning_rate": 0.5, "schedule": Schedule.constant, "warmup_ratio": 0.0}
@@ -28,8 +30,8 @@ CPU = torch.device("cpu")
 
 def told(pair):
     """One pair as Hugging Face takes it, without padding."""
-    segments = {"token_type_ids": torch.tensor([pair.segments])} if pair.segments else {}
-    return {"input_ids": torch.tensor([pair.input_ids]), "labels": torch.tensor([pair.label]), **segments}
+    segments = {"token_type_ids": torch.tensor([pair.segments.tolist()])} if len(pair.segments) else {}
+    return {"input_ids": torch.tensor([pair.input_ids.tolist()]), "labels": torch.tensor([pair.label]), **segments}
 
 
 def cohort(pairs, architecture="bert"):
@@ -178,10 +180,36 @@ def test_checkpointing_changes_nothing_and_a_bfloat16_base_trains_a_float32_head
 def test_both_texts_are_encoded_as_the_tokenizer_means_them_and_the_longer_one_is_cut(tmp_path):
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
     pair = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
-    whole, cut = encode_pair(pair, tokenizer, 64), encode_pair(pair, tokenizer, 6)
-    assert whole.input_ids == (1, 4, 5, 6, 7, 8, 2, 9, 2)
-    assert (whole.segments, whole.label) == ((0,) * 7 + (1,) * 2, 2)
-    assert cut.input_ids == (1, 4, 5, 2, 9, 2)
+    (whole,), (cut,) = (encode_pairs([pair], tokenizer, length) for length in (64, 6))
+    assert whole == EncodedPair((1, 4, 5, 6, 7, 8, 2, 9, 2), (0,) * 7 + (1,) * 2, label=2)
+    assert cut == EncodedPair((1, 4, 5, 2, 9, 2), (0,) * 4 + (1,) * 2, label=2)
+
+
+def one_pair_at_a_time(pair, tokenizer, max_length, apart):
+    """The plain way to encode a pair."""
+    label, limit = LABELS.index(pair.answer), min(max_length // 2 if apart else max_length, tokenizer.model_max_length)
+    if apart:
+        first, second = (tokenizer(text, truncation=True, max_length=limit)["input_ids"] for text in (pair.premise, pair.hypothesis))
+        return EncodedPair(first + second, (), label, len(first))
+    found = tokenizer(pair.premise, pair.hypothesis, truncation="longest_first", max_length=limit)
+    return EncodedPair(found["input_ids"], found.get("token_type_ids", ()), label)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize(("max_length", "limit"), [(64, 64), (12, 64), (1000, 11)])
+def test_pairs_in_company_have_the_tokens_of_one_pair_at_a_time(tmp_path, apart, segments, max_length, limit):
+    _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
+    tokenizer.model_max_length = limit
+    if not segments:
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    rng = random.Random(0)
+    make = lambda: " ".join(f"w{rng.randrange(50)}" for _ in range(rng.randrange(1, 15)))  # noqa: E731
+    for count in (0, 1, 130):
+        chosen = [Pair("sick", make(), make(), rng.choice(LABELS), LABELS) for _ in range(count)]
+        found = encode_pairs(chosen, tokenizer, max_length, apart=apart)
+        assert found == [one_pair_at_a_time(pair, tokenizer, max_length, apart) for pair in chosen]
+        assert all(len(pair.segments) == pair.num_tokens * (segments and not apart) for pair in found)
 
 
 def test_accuracy_is_that_of_the_most_likely_label(tmp_path):

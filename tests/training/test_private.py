@@ -74,8 +74,8 @@ def opacus_alone(architecture, data, noise, options):
         optimizer.zero_grad()
         for i in batch:  # one example at a time: no padding, no other row
             example = data.examples[i]
-            labels = torch.tensor([[-100] * example.loss_start + list(example.input_ids[example.loss_start :])])
-            private(input_ids=torch.tensor([example.input_ids]), labels=labels, use_cache=False).loss.backward()
+            labels = torch.tensor([[-100] * example.loss_start + example.input_ids[example.loss_start :].tolist()])
+            private(input_ids=torch.tensor([example.input_ids.tolist()]), labels=labels, use_cache=False).loss.backward()
             optimizer.signal_skip_step(True)
             optimizer.step()
             optimizer.zero_grad()
@@ -118,8 +118,8 @@ def test_the_sum_of_clipped_gradients_equals_autograd_one_example_at_a_time_for_
             leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in start.items()}
             with bound(model, leaves):
                 example = data.examples[i]
-                labels = torch.tensor([[-100] * example.loss_start + list(example.input_ids[example.loss_start :])])
-                loss = model(input_ids=torch.tensor([example.input_ids]), labels=labels, use_cache=False).loss
+                labels = torch.tensor([[-100] * example.loss_start + example.input_ids[example.loss_start :].tolist()])
+                loss = model(input_ids=torch.tensor([example.input_ids.tolist()]), labels=labels, use_cache=False).loss
             flat = own * torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(leaves.values()))])
             total += flat * min(1.0, CLIP / float(flat.norm()))
         expected = layout.pack(start) - total / (len(data.examples) * sampling_rate(len(data.examples), 4))

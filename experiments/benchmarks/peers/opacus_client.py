@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -26,7 +27,7 @@ def _train_client(model: nn.Module, start: dict[str, Tensor], client: ClientData
         for name, parameter in trained(model).items():
             parameter.copy_(start[name])
     logging.getLogger("opacus").setLevel(logging.ERROR)  # it warns of every empty batch
-    data = TensorDataset(torch.tensor([example.input_ids for example in client.examples]))
+    data = TensorDataset(torch.from_numpy(np.stack([example.input_ids for example in client.examples])).long())
     optimizer = torch.optim.AdamW(trained(model).values(), lr=training.learning_rate, weight_decay=0.0)
     num_tokens, steps = 0, 0
     with warnings.catch_warnings():

@@ -61,7 +61,7 @@ def train_client(model: nn.Module, start: dict[str, Tensor], client: ClientData,
             disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )
-        rows = [{"input_ids": list(example.input_ids), "labels": list(example.input_ids)} for example in client.examples]
+        rows = [{"input_ids": example.input_ids.tolist(), "labels": example.input_ids.tolist()} for example in client.examples]
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator)
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -65,7 +65,7 @@ def simulate(workload: Workload, rounds: int) -> list[float]:
     module = _Trainable(peft_trainer.peft_model(workload.model, workload.rank))
     module.train()
     clients = workload.all_clients(int(module.model.config.vocab_size))  # type: ignore[union-attr, arg-type]
-    users = [Dataset((np.array([example.input_ids for example in client.examples]),)) for client in clients]
+    users = [Dataset((np.stack([example.input_ids for example in client.examples]).astype(np.int64),)) for client in clients]
     data = FederatedDataset(lambda user: users[user], get_user_sampler("minimize_reuse", list(range(len(users)))))
     marks = [time.perf_counter()]
 
