@@ -7,14 +7,15 @@ per row, an expanded view, the gradients are per example.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedsim.core.forms import HEAD, RAVAN, AdapterSpec, Factors, Form, product
 from fedsim.core.heads import head_layers, put_in
-from fedsim.core.products import add_product, multiply
+from fedsim.core.products import affine
 from fedsim.errors import UserError, nearest
 from fedsim.types import Adapter
 
@@ -46,13 +47,10 @@ class AdaptedLinear(nn.Module):
         return {kind: getattr(self, kind) for kind in self.shapes}
 
     def forward(self, x: Tensor) -> Tensor:
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.merged is not None:
-            return functional.linear(x, self.merged, self.base.bias)  # type: ignore[arg-type]
-        left, *others = self.form.chain(self.factors)
-        z = x
-        for matrix in reversed(others):
-            z = multiply(z, matrix)
-        return add_product(self.base(x), z, left, self.scaling)
+            return affine(x, self.merged, bias)
+        return affine(x, weight_matrix(self.base), bias, self.form.chain(self.factors), self.scaling)
 
     def update(self) -> Tensor:
         """Returns the update as float32 [out, in]."""
@@ -70,6 +68,13 @@ class AdaptedLinear(nn.Module):
             matrix.copy_((self.original.float() + update.to(matrix.device)).to(matrix.dtype))
 
 
+class FrozenLinear(nn.Linear):
+    """A linear layer of the base model without an adapter, such as the one that gives the logits; it has the speed of the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return affine(x, self.weight, self.bias)
+
+
 def weight_matrix(base: nn.Module) -> Tensor:
     """Returns the weight as [out, in]."""
     weight: Tensor = base.weight  # type: ignore[assignment]
@@ -83,7 +88,7 @@ def is_transposed(base: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a plain linear layer that can be adapted."""
-    return type(module) is nn.Linear or is_transposed(module)
+    return type(module) in (nn.Linear, FrozenLinear) or is_transposed(module)
 
 
 def adapt(
@@ -110,6 +115,10 @@ def adapt(
         parent, _, child = name.rpartition(".")
         layer = AdaptedLinear(model.get_submodule(name), form, spec.rank, spec.heads, spec.scaling)
         setattr(model.get_submodule(parent), child, layer)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = FrozenLinear
+    _SITES.pop(model, None)
     return spec
 
 
@@ -199,11 +208,27 @@ def factors(model: nn.Module, kinds: Sequence[str]) -> Adapter:
     return found | ({f"{name}.{HEAD}": getattr(layer, HEAD) for name, layer in head_layers(model).items()} if HEAD in kinds else {})
 
 
+Site = tuple[Adapter, str]
+"""Where a factor lies: the buffers of its layer, and its kind."""
+
+_SITES: WeakKeyDictionary[nn.Module, dict[str, Site]] = WeakKeyDictionary()
+
+
+def _sites(model: nn.Module) -> dict[str, Site]:
+    """Returns the sites of all factors by name; they are looked up once, since factors are put in for every pass."""
+    if model not in _SITES:
+        layers = adapted_layers(model) | head_layers(model)
+        buffers = {name: cast(Adapter, layer._buffers) for name, layer in layers.items()}
+        _SITES[model] = {f"{name}.{kind}": (own, kind) for name, own in buffers.items() for kind in own}
+    return _SITES[model]
+
+
 def install(model: nn.Module, adapter: Adapter) -> None:
     """Puts the tensors of `adapter` in the place of the factors of the same name."""
+    sites = _sites(model)
     for name, tensor in adapter.items():
-        path, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(path), kind, tensor)
+        buffers, kind = sites[name]
+        buffers[kind] = tensor
 
 
 @contextmanager
@@ -212,7 +237,8 @@ def bound(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
     Forward and backward belong into one block: activation checkpointing calls the layers again in the backward pass.
     """
-    before = {name: getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in adapter}
+    sites = _sites(model)
+    before = {name: buffers[kind] for name, (buffers, kind) in ((name, sites[name]) for name in adapter)}
     install(model, adapter)
     try:
         yield

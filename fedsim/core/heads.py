@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core.forms import HEAD
-from fedsim.core.products import multiply
+from fedsim.core.products import affine
 
 
 class HeadLinear(nn.Module):
-    """A linear layer [out, in] whose weight and bias are the buffer `head` [out, in + 1]: `multiply` sees an input of one for the bias."""
+    """A linear layer [out, in] whose weight and bias are the buffer `head` [out, in + 1]: `affine` sees an input of one for the bias."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class HeadLinear(nn.Module):
         self.register_buffer(HEAD, torch.zeros(rows, columns + 1, device=base.weight.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [rows, ..., in]
-        return multiply(torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1), self.head)
+        return affine(torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1), None, chain=(self.head,))
 
 
 def put_in(model: nn.Module, paths: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -1,80 +1,105 @@
-"""Products with a factor that rows share: all of them, those of a group, or those of a group with a gradient for each row.
+"""The product of an adapted layer, W x + b + s P x, in one step of autograd. P is a product of factors that rows share or do not.
 
 A factor may carry leading axes. [groups, j, k]: the rows of the batch fall into as many equal, contiguous groups, and each group meets its
 own factor. [groups, rows, j, k]: the same with one factor per row, so that its gradient is per example. Where that is an expanded view of
 the groups' factors, nothing is copied: the product is taken by groups, and only the gradient is formed row by row.
+
+One step instead of one for each matrix: the sums of the two branches, forward and backward, are taken by the products themselves, and
+what nobody needs (the gradients of frozen matrices) is not even recorded.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from fedsim.core import gemm
 
 
-def multiply(x: Tensor, factor: Tensor) -> Tensor:
-    """Returns `x @ factor.T` for each row of x: [rows, ..., k] -> [rows, ..., j].
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, chain: Sequence[Tensor] = (), scaling: float = 1.0) -> Tensor:
+    """Returns W x + b + s P x for each row of x: [rows, ..., in] -> [rows, ..., out].
 
-    `factor` is [j, k], [groups, j, k] or [groups, rows of a group, j, k]. It is cast to the type of x, so that float32 factors serve a
-    bfloat16 base model.
+    P is the product of the factors in `chain`, from left to right, each [j, k], [groups, j, k] or [groups, rows of a group, j, k]. They
+    are cast to the type of x, so that float32 factors serve a bfloat16 base model. `weight` [out, in] may be None where a chain is there,
+    and the bias belongs to it. All but the bias have gradients.
     """
-    if factor.dim() == 4:
-        return _of_rows(None, x, factor, 1.0)
-    factor = factor.to(x.dtype)
-    if factor.dim() == 2:
-        return functional.linear(x, factor)
-    return _split(torch.bmm(_grouped(x, len(factor)), factor.mT), x)
+    result: Tensor = _Affine.apply(x, weight, bias, scaling, *chain)
+    return result
 
 
-def add_product(y: Tensor, x: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
-    """Returns `y + scaling * multiply(x, factor)`, in one pass over memory."""
-    if factor.dim() == 4:
-        return _of_rows(y, x, factor, scaling)
-    factor = factor.to(x.dtype)
-    if factor.dim() == 2:
-        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), factor.T, alpha=scaling).view_as(y)
-    return torch.baddbmm(_grouped(y, len(factor)), _grouped(x, len(factor)), factor.mT, alpha=scaling).view_as(y)
-
-
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    """Returns [groups, positions, k] of [rows, ..., k]."""
-    return x.reshape(groups, -1, x.shape[-1])
-
-
-def _split(product: Tensor, x: Tensor) -> Tensor:
-    """Returns [rows, ..., j] of [groups, positions, j], as x is."""
-    return product.view(*x.shape[:-1], product.shape[-1])
-
-
-def _of_rows(y: Tensor | None, x: Tensor, factor: Tensor, scaling: float) -> Tensor:
-    if factor.stride(1) == 0:
-        return _RowsProduct.apply(y, x, factor, scaling)
-    flat = factor.flatten(0, 1)
-    return multiply(x, flat) if y is None else add_product(y, x, flat, scaling)
-
-
-class _RowsProduct(torch.autograd.Function):
-    """y + scaling * x @ factor.T by groups, with the gradient of the factor row by row."""
+class _Affine(torch.autograd.Function):
+    """`affine`; the inputs of the chain's matrices are kept in the order of the chain."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor | None, x: Tensor, factor: Tensor, scaling: float) -> Tensor:
-        matrix = factor[:, 0].to(x.dtype)
-        ctx.save_for_backward(x, matrix)
-        ctx.scaling, ctx.shape, ctx.dtype = scaling, factor.shape, factor.dtype
-        grouped = _grouped(x, len(matrix))
-        if y is None:
-            return _split(torch.bmm(grouped, matrix.mT), x)
-        return torch.baddbmm(_grouped(y, len(matrix)), grouped, matrix.mT, alpha=scaling).view_as(y)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scaling: float, *chain: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        matrices = [_matrix(factor, x.dtype) for factor in chain]
+        inputs = [flat]
+        for matrix in reversed(matrices[1:]):
+            inputs.insert(0, _product(inputs[0], matrix))
+        if scaling != 1.0:
+            inputs[0] = inputs[0] * scaling
+        y = None if weight is None else gemm.linear(flat, weight, bias)
+        if matrices:
+            y = _product(inputs[0], matrices[0], y)
+        assert y is not None
+        trained = ctx.needs_input_grad[4:]
+        ctx.scaling, ctx.shape, ctx.factors = scaling, x.shape, [(factor.shape, factor.dtype) for factor in chain]
+        ctx.save_for_backward(
+            weight,
+            flat if ctx.needs_input_grad[1] else None,
+            *matrices,
+            *(kept if needed else None for kept, needed in zip(inputs, trained, strict=False)),
+        )
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, matrix = ctx.saved_tensors
-        of_x = of_factor = None
-        if ctx.needs_input_grad[1]:
-            of_x = _split(torch.bmm(_grouped(gradient, len(matrix)), matrix), x)
-            of_x = of_x if ctx.scaling == 1.0 else of_x.mul_(ctx.scaling)
-        if ctx.needs_input_grad[2]:
-            rows = ctx.shape[0] * ctx.shape[1]
-            scaled = x if ctx.scaling == 1.0 else x * ctx.scaling
-            of_factor = torch.bmm(_grouped(gradient, rows).mT, _grouped(scaled, rows)).view(ctx.shape).to(ctx.dtype)
-        return gradient if ctx.needs_input_grad[0] else None, of_x, of_factor, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, flat, *saved = ctx.saved_tensors
+        matrices, inputs = saved[: len(ctx.factors)], saved[len(ctx.factors) :]
+        of_x_needed, of_weight_needed, _, _, *trained = ctx.needs_input_grad
+        g = gradient.reshape(-1, gradient.shape[-1])
+        of_chain: list[Tensor | None] = [None] * len(matrices)
+        z = g
+        for place, (matrix, (shape, dtype)) in enumerate(zip(matrices, ctx.factors, strict=True)):
+            if trained[place]:
+                of_chain[place] = _of_factor(z, inputs[place], shape).to(dtype)
+            if place == 0 and ctx.scaling != 1.0:
+                z = z * ctx.scaling
+            if place < len(matrices) - 1 and (of_x_needed or any(trained[place + 1 :])):
+                z = _product(z, matrix.mT)
+        of_x = None
+        if of_x_needed:
+            of_x = None if weight is None else gemm.linear(g, weight.T)
+            of_x = (_product(z, matrices[-1].mT, of_x) if matrices else of_x).view(ctx.shape)  # type: ignore[union-attr]
+        of_weight = g.T @ flat if of_weight_needed else None
+        return of_x, of_weight, None, None, *of_chain
+
+
+def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the factor as [j, k] or [groups, j, k]; where each row has its own, every row is a group."""
+    if factor.dim() == 4:
+        factor = factor[:, 0] if factor.stride(1) == 0 else factor.flatten(0, 1)
+    return factor.to(dtype)
+
+
+def _product(x: Tensor, matrix: Tensor, onto: Tensor | None = None) -> Tensor:
+    """Returns x @ matrix.T, added to `onto`, which is used up, where it is given: [tokens, k] -> [tokens, j]."""
+    if matrix.dim() == 2:
+        return gemm.linear(x, matrix, None, onto)
+    grouped = x.view(len(matrix), -1, x.shape[-1])
+    if onto is None:
+        return torch.bmm(grouped, matrix.mT).view(len(x), -1)
+    split = onto.view(len(matrix), -1, onto.shape[-1])
+    torch.baddbmm(split, grouped, matrix.mT, out=split)
+    return onto
+
+
+def _of_factor(gradient: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns the gradient of a factor of this shape from that of its product [tokens, j] and its input [tokens, k]."""
+    parts = prod(shape[:-2])
+    if len(shape) == 2:
+        return gradient.T @ x
+    return torch.bmm(gradient.view(parts, -1, shape[-2]).mT, x.view(parts, -1, shape[-1])).view(shape)

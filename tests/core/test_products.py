@@ -1,45 +1,98 @@
-"""Products by groups and by rows against dense products and autograd, row by row."""
+"""The product of an adapted layer against dense products and autograd, row by row."""
+
+from itertools import product as combinations
 
 import pytest
 import torch
 
-from fedsim.core.products import add_product, multiply
+from fedsim.core.products import affine
+
+OUT, INNER, IN, GROUPS, ROWS = 7, 3, 4, 3, 2
 
 
-def test_multiply_gives_each_contiguous_group_of_rows_its_own_factor():
-    x, stack = torch.randn(6, 5, 4), torch.randn(3, 7, 4)
-    expected = torch.stack([x[row] @ stack[row // 2].T for row in range(6)])
-    torch.testing.assert_close(multiply(x, stack), expected)
-    torch.testing.assert_close(multiply(x, stack[0]), x @ stack[0].T)
+def by_hand(x, weight, bias, chain, scaling):
+    """W x + b + s P x with every row's own factors: of its group, or its own."""
+    results = []
+    for row, own in enumerate(x):
+        y = 0 if weight is None else own @ weight.T + (0 if bias is None else bias)
+        z = own
+        for factor in reversed(chain):
+            z = z @ (factor if factor.dim() == 2 else factor[row // ROWS] if factor.dim() == 3 else factor[row // ROWS, row % ROWS]).T
+        results.append(y + scaling * z if chain else y)
+    return torch.stack(results)
 
 
-@pytest.mark.parametrize("shape", [(7, 4), (3, 7, 4), (3, 2, 7, 4)])
-def test_multiply_computes_in_the_type_of_its_input(shape):
-    assert multiply(torch.randn(6, 3, 4).bfloat16(), torch.randn(shape)).dtype == torch.bfloat16
+def leading(shape, axes):
+    """A random factor of this shape with leading axes: none, one per group, one per row, or an expanded view of the groups'."""
+    many = {"shared": (), "groups": (GROUPS,), "rows": (GROUPS, ROWS), "expanded": (GROUPS,)}[axes]
+    factor = torch.randn(*many, *shape)
+    return factor.unsqueeze(1).expand(GROUPS, ROWS, *shape) if axes == "expanded" else factor
 
 
-@pytest.mark.parametrize("expanded", [True, False])
-@pytest.mark.parametrize("scaling", [1.0, 0.3])
-@pytest.mark.parametrize("positions", [(5,), ()])  # a head sees one vector per row
-def test_a_factor_for_each_row_has_a_gradient_for_each_row(expanded, scaling, positions):
-    x, y, stack = torch.randn(6, *positions, 4), torch.randn(6, *positions, 7), torch.randn(3, 7, 4)
-    factor = stack.unsqueeze(1).expand(3, 2, 7, 4)
-    leaves = [x.requires_grad_(True), y.requires_grad_(True), (factor if expanded else factor.clone()).requires_grad_(True)]
-    rows = [stack[row // 2].clone().requires_grad_(True) for row in range(6)]
-    for total, expected in (
-        (add_product(y, x, leaves[2], scaling), torch.stack([y[i] + scaling * (x[i] @ row.T) for i, row in enumerate(rows)])),
-        (multiply(x, leaves[2]), torch.stack([x[i] @ row.T for i, row in enumerate(rows)])),
+KINDS = ("shared", "groups", "rows", "expanded")
+CASES = [(), *((kind,) for kind in KINDS), *combinations(KINDS, repeat=2), *((first, kind, "shared") for first in KINDS for kind in KINDS)]
+
+
+@pytest.mark.parametrize("positions", [(5,), (2, 3), ()])  # a head sees one vector per row
+@pytest.mark.parametrize("kinds", CASES, ids="-".join)
+@pytest.mark.parametrize(("scaling", "weight", "bias"), [(1.0, True, False), (0.3, True, True), (0.3, False, False)])
+def test_a_layer_and_all_its_gradients_are_those_of_dense_products_row_by_row(kinds, scaling, weight, bias, positions):
+    if not (kinds or weight):
+        return
+    sizes = [OUT, *[INNER] * (len(kinds) - 1), IN]
+    chain = [leading((sizes[i], sizes[i + 1]), kind).requires_grad_(True) for i, kind in enumerate(kinds)]
+    x = torch.randn(GROUPS * ROWS, *positions, IN, requires_grad=True)
+    w = torch.randn(OUT, IN, requires_grad=True) if weight else None
+    b = torch.randn(OUT) if bias else None
+    leaves = [x, *([] if w is None else [w]), *chain]
+
+    found, expected = affine(x, w, b, chain, scaling), by_hand(x, w, b, chain, scaling)
+
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    for mine, wanted in zip(
+        torch.autograd.grad((found * weights).sum(), leaves), torch.autograd.grad((expected * weights).sum(), leaves), strict=True
     ):
-        torch.testing.assert_close(total, expected)
-        weights = torch.randn_like(total)
-        found = torch.autograd.grad((total * weights).sum(), leaves, allow_unused=True)
-        wanted = torch.autograd.grad((expected * weights).sum(), [x, y, *rows], allow_unused=True)
-        torch.testing.assert_close(found[0], wanted[0])
-        assert (found[1] is None) == (wanted[1] is None)
-        torch.testing.assert_close(found[2].flatten(0, 1), torch.stack(wanted[2:]))
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_row_by_row_agree_with_finite_differences():
-    x, y = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
-    stack = torch.randn(2, 5, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y, x, stack: add_product(y, x, stack.unsqueeze(1).expand(2, 2, 5, 2), 0.7), (y, x, stack))
+@pytest.mark.parametrize("trained", [{"x"}, {"left"}, {"middle"}, {"right"}, {"x", "middle"}])
+def test_only_what_trains_has_a_gradient_and_it_is_the_same(trained):
+    tensors = {"x": torch.randn(6, 5, IN), "left": torch.randn(OUT, INNER), "middle": torch.randn(GROUPS, INNER, INNER)}
+    tensors["right"] = torch.randn(INNER, IN)
+    weight, chain = torch.randn(OUT, IN), ("left", "middle", "right")
+
+    def gradients(names, layer):
+        leaves = {name: tensor.clone().requires_grad_(name in names) for name, tensor in tensors.items()}
+        total = layer(leaves["x"], weight, None, [leaves[name] for name in chain], 0.5).square().sum()
+        return torch.autograd.grad(total, [leaves[name] for name in sorted(names)])
+
+    for mine, wanted in zip(gradients(trained, affine), gradients(trained, by_hand), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axes", KINDS)
+def test_a_layer_computes_in_the_type_of_its_input_and_its_factors_keep_theirs(axes):
+    x, factor = torch.randn(6, 3, IN).bfloat16().requires_grad_(True), leading((OUT, IN), axes).requires_grad_(True)
+    y = affine(x, torch.randn(OUT, IN).bfloat16(), None, [factor])
+    of_x, of_factor = torch.autograd.grad(y.float().sum(), [x, factor])
+    assert (y.dtype, of_x.dtype, of_factor.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+def test_a_transposed_weight_such_as_gpt2_keeps_gives_the_same():
+    x, kept = torch.randn(6, 5, IN), torch.randn(IN, OUT)
+    torch.testing.assert_close(affine(x, kept.T), x @ kept)
+
+
+@pytest.mark.parametrize("axes", ["shared", "groups", "expanded"])
+def test_gradients_agree_with_finite_differences(axes):
+    x = torch.randn(GROUPS * ROWS, 2, IN, dtype=torch.float64, requires_grad=True)
+    weight, right = torch.randn(OUT, IN, dtype=torch.float64), torch.randn(INNER, IN, dtype=torch.float64)
+    left = torch.randn(OUT, INNER, dtype=torch.float64, requires_grad=True)
+    middle = torch.randn(*(() if axes == "shared" else (GROUPS,)), INNER, INNER, dtype=torch.float64, requires_grad=True)
+
+    def layer(x, left, middle):
+        spread = middle.unsqueeze(1).expand(GROUPS, ROWS, INNER, INNER) if axes == "expanded" else middle
+        return affine(x, weight, None, [left, spread, right], 0.7)
+
+    assert torch.autograd.gradcheck(layer, (x, left, middle))

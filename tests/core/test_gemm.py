@@ -1,0 +1,52 @@
+"""The product with rows of tokens against float64, in all the forms that its callers use."""
+
+import pytest
+import torch
+
+from fedsim.core import gemm
+
+TOKENS, OUT, IN = 37, 24, 16
+
+
+def operands(dtype):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in ((TOKENS, IN), (OUT, IN), (OUT,), (TOKENS, OUT))]
+
+
+@pytest.fixture(params=["the library of this machine", "PyTorch's own"])
+def library(request, monkeypatch):
+    if request.param == "PyTorch's own":
+        monkeypatch.setattr(gemm, "_has_onednn", lambda: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("given", ["nothing", "bias", "onto"])
+@pytest.mark.parametrize("layout", ["whole", "transposed matrix", "every second row", "transposed tokens"])
+def test_a_product_is_that_of_float64(library, dtype, given, layout):
+    x, matrix, bias, onto = operands(dtype)
+    x = {"every second row": x.repeat_interleave(2, 0)[::2], "transposed tokens": x.T.contiguous().T}.get(layout, x)
+    matrix = matrix.T.contiguous().T if layout == "transposed matrix" else matrix
+    expected = x.double() @ matrix.double().T + {"nothing": 0, "bias": bias.double(), "onto": onto.double()}[given]
+
+    found = gemm.linear(x, matrix, bias if given == "bias" else None, onto if given == "onto" else None)
+
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.double(), expected, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-1 if dtype is torch.bfloat16 else 1e-5
+    )
+
+
+def test_equal_inputs_give_equal_bits(library):
+    x, matrix, bias, _ = operands(torch.float32)
+    assert torch.equal(gemm.linear(x, matrix, bias), gemm.linear(x.clone(), matrix.clone(), bias.clone()))
+
+
+def test_onednn_is_asked_for_float32_only_and_only_where_it_has_wide_kernels(monkeypatch):
+    monkeypatch.setattr(gemm, "_has_onednn", lambda: True)
+    assert gemm._is_for_onednn(torch.zeros(1))
+    assert not gemm._is_for_onednn(torch.zeros(1, dtype=torch.float64))
+    monkeypatch.undo()
+    gemm._has_onednn.cache_clear()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not gemm._has_onednn()
+    gemm._has_onednn.cache_clear()
