@@ -18,6 +18,7 @@ import torch
 from scipy.optimize import nnls
 
 from fedsim.config import Config, ModelConfig
+from fedsim.core import gemm
 from fedsim.core.adapters import adapt, install
 from fedsim.core.adapters import factors as installed
 from fedsim.core.collecting import WeightedMean
@@ -47,7 +48,7 @@ PROXY |= {"vocab_size": 2272, "max_position_embeddings": 512, "tie_word_embeddin
 MOST_NUMBERS = 1 << 22
 """Numbers in the message that is measured; larger ones are foretold from it."""
 
-VERSION = 1  # of what is measured: another one makes kept calibrations worthless
+VERSION = 2  # of what is measured: another one makes kept calibrations worthless
 
 
 def calibrated(config: Config, method: Method, spec: AdapterSpec, tokens: int, *, again: bool = False) -> Calibration:
@@ -220,11 +221,11 @@ def _from_products(config: Config, method: Method, shape: ModelShape, tokens: in
 
 
 def product_flops(inner: int, outer: int, on: torch.device, dtype: torch.dtype, tokens: int = 1024) -> float:
-    """Returns the FLOP/s of [tokens, inner] times [inner, outer]."""
-    left, right = torch.randn(tokens, inner, device=on).to(dtype), torch.randn(inner, outer, device=on).to(dtype)
+    """Returns the FLOP/s of a layer's product, [tokens, inner] by [outer, inner]."""
+    left, right = torch.randn(tokens, inner, device=on).to(dtype), torch.randn(outer, inner, device=on).to(dtype)
 
     def multiply() -> None:
-        left @ right
+        gemm.linear(left, right)
         if on.type == "cuda":
             torch.cuda.synchronize(on)
 

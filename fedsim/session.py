@@ -82,7 +82,7 @@ class Session:
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
         self.own_data: dict[int, int] = {}  # numbers of examples of clients that have brought data of their own
         self.num_too_long = 0  # examples left out so far because nothing of their response is within data.max_length
-        self._encoded: dict[int, list[AnyEncoded]] = {}
+        self._clients: dict[int, ClientData] = {}
         self._positions: dict[tuple[tuple[str, ...], int], Tensor | None] = {}
 
     @cached_property
@@ -185,7 +185,7 @@ class Session:
 
         Raises UserError where none is left.
         """
-        if client not in self._encoded:
+        if client not in self._clients:
             shard, kept_tokens = self.shards[client], self._kept_tokens
             encoded = [kept_tokens[i] for i in shard] if kept_tokens else self.encode([self.pool[i] for i in shard])
             kept = [example for example in encoded if not isinstance(example, EncodedExample) or has_response(example)]
@@ -194,9 +194,10 @@ class Session:
                     f"data.max_length: expected room for a response of client {client}, got {self.config.data.max_length} tokens, "
                     "which its prompts fill; raise it or give the clients more examples."
                 )
-            self._encoded[client] = kept + [each.example for each in self.canaries if each.client == client and each.inside]
+            inside: list[AnyEncoded] = [each.example for each in self.canaries if each.client == client and each.inside]
+            self._clients[client] = ClientData(client, kept + inside)
             self.num_too_long += len(encoded) - len(kept)
-        return ClientData(client, self._encoded[client])
+        return self._clients[client]
 
     # ---- the global state in this process
 

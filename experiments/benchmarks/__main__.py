@@ -12,10 +12,12 @@ import torch
 
 from experiments.benchmarks import (
     accelerator,
+    compiled,
     estimates,
     evaluation,
     memory,
     private,
+    products,
     profiling,
     results,
     rounds,
@@ -40,6 +42,8 @@ SECTIONS: list[Section] = [
     estimates.SECTION,
     scale.SECTION,
     accelerator.SECTION,
+    products.SECTION,
+    compiled.SECTION,
     profiling.SECTION,
 ]
 

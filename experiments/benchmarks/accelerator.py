@@ -64,7 +64,7 @@ def measure(case: Case, settings: Settings) -> Found:
     if case["way"].endswith("workers"):
         return _workers(case, settings)
     device, workload = device_of(settings), workload_of(case["model"], case["clients"], 1 if settings.quick else 2)
-    on = _subject(case["model"], str(device), case["way"] == "checkpointing")
+    on = subject_of(case["model"], str(device), case["way"] == "checkpointing")
     clients = workload.all_clients(on.vocabulary)
     noise = 1.0 if case["way"] == "DP-SGD" else None
     _reset(device)
@@ -106,7 +106,7 @@ def _synchronised(task: Task, device: torch.device) -> float:
 
 
 @lru_cache(maxsize=1)
-def _subject(model: str, device: str, checkpointing: bool) -> Subject:
+def subject_of(model: str, device: str, checkpointing: bool) -> Subject:
     on = torch.device(device)
     entries = ARCHITECTURES.get(model) or choice_values("model", model)["architecture"]
     config = ModelConfig(architecture=dict(entries), dtype=Dtype.bfloat16 if on.type == "cuda" else Dtype.float32)
@@ -161,7 +161,7 @@ def _workers(case: Case, settings: Settings) -> Found:
 def work_of_a_worker(model: str, clients: int, device: str, quick: bool) -> dict[str, Any]:
     """Trains a worker's share and returns its tokens and seconds, the median of a few turns."""
     workload = workload_of(model, clients, 1 if quick else 2)
-    on = _subject(model, device, False)
+    on = subject_of(model, device, False)
     data = workload.all_clients(on.vocabulary)
     task = lambda: _synchronised(lambda: workloads.train(on, data, workload.training), torch.device(device))  # noqa: E731
     speed = medians(interleaved({"cohort": task}, turns=3))["cohort"]

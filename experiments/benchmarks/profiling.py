@@ -40,12 +40,10 @@ def measure(case: Case, settings: Settings) -> Found:
 
 
 def shares(times: dict[str, float]) -> Found:
-    """Returns percent by kind of operators' own times; "everything" is what passes outside of them."""
+    """Returns percent by kind of operators' own times; "everything" is what passes outside of them, Python."""
     sums: dict[str, float] = defaultdict(float)
     for name, own in times.items():
-        sums["Python"] += own if name == "everything" else 0.0
-        if name != "everything":
-            sums[_kind(name)] += own
+        sums[_kind(name)] += own
     total = sum(sums.values())
     ops = sorted(((own, name) for name, own in times.items() if name != "everything"), reverse=True)[:4]
     return {kind: 100 * value / total for kind, value in sums.items()} | {
@@ -54,6 +52,8 @@ def shares(times: dict[str, float]) -> Found:
 
 
 def _kind(name: str) -> str:
+    if name == "everything" or name.startswith("_Affine"):  # that step of autograd is written in Python
+        return "Python"
     parts = name.lower().removeprefix("aten::")
     for kind, words in KINDS.items():
         if any(word in parts for word in words) and not (kind == "matrix products" and "comm" in parts):

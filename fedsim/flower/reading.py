@@ -122,8 +122,8 @@ class Reader:
         return flat
 
     def _bounded(self, flat: Tensor, start: Tensor) -> Tensor:
-        most, norm = self._config.server.max_update_norm, float((flat.double() - start.double()).norm())
-        if most is None or norm <= most:
+        most = self._config.server.max_update_norm
+        if most is None or (norm := float((flat.double() - start.double()).norm())) <= most:
             return flat
         if self._config.server.over_norm is OverNorm.refuse:
             raise ValueError(f"Expected an update of norm {most:g} at most (server.max_update_norm), got {norm:.3g}.")

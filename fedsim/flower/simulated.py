@@ -70,10 +70,9 @@ class Simulation:
 
     def _tokens(self, server_round: int, client: int) -> float:
         """Returns the tokens of a client's local steps; with privacy, where that is withheld, those of full batches of the longest."""
-        training, examples = self._config.training, self._session.client_data(client).examples
+        training, lengths = self._config.training, self._session.client_data(client).lengths
         if self._config.privacy.unit is not PrivacyUnit.none:
-            batch = min(len(examples), training.batch_size * training.accumulation)
-            return steps_per_round(len(examples), training) * batch * self._config.data.max_length
-        lengths = [example.num_tokens for example in examples]
+            batch = min(len(lengths), training.batch_size * training.accumulation)
+            return steps_per_round(len(lengths), training) * batch * self._config.data.max_length
         batches = local_batches(lengths, training, seed=self._config.seed, round=server_round, client=client)
         return sum(lengths[place] for batch in batches for place in batch)

@@ -7,7 +7,7 @@ training path.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import nan
 
 import torch
@@ -32,6 +32,11 @@ class ClientData:
 
     client: int
     examples: Sequence[AnyEncoded]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [example.num_tokens for example in self.examples]
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,7 @@ def train_cohort(
     """
     device = next(model.parameters()).device
     draw = local_batches if private is None else private_batches
-    plans = {
-        data.client: draw([e.num_tokens for e in data.examples], training, seed=seed, round=round, client=data.client) for data in clients
-    }
+    plans = {data.client: draw(data.lengths, training, seed=seed, round=round, client=data.client) for data in clients}
     order = sorted(range(len(clients)), key=lambda i: -len(plans[clients[i].client]))  # longest first: the active clients are a prefix
     cohort = [clients[i] for i in order]
     steps = [len(plans[data.client]) for data in cohort]
@@ -143,7 +146,7 @@ def train_cohort(
     results = {}
     trained, losses_of = stack.cpu(), total_losses.cpu()
     for slot, data in enumerate(cohort):
-        tokens = 0 if noised else sum(data.examples[i].num_tokens for batch_ in plans[data.client] for i in batch_)
+        tokens = 0 if noised else sum(data.lengths[i] for batch_ in plans[data.client] for i in batch_)
         loss = nan if noised else float(losses_of[slot]) / max(1, steps[slot])  # a private client tells nothing that has no noise
         results[data.client] = LocalResult(data.client, trained[slot], len(data.examples), loss, steps[slot], tokens)
     return [results[data.client] for data in clients]

@@ -276,7 +276,7 @@ def test_fedsa_lora_averages_a_and_leaves_every_client_its_own_b():
     for client in range(CLIENTS):
         expected = torch.cat([own[client][layer].flatten() for layer in factors])
         kept = read_memory(run.grid.contexts[1], [client], run.state.accepted)[client]["personal"]
-        torch.testing.assert_close(kept.double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(kept.double(), expected, rtol=0, atol=3e-5)
 
 
 def ravan_dense(own):

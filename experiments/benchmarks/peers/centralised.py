@@ -23,7 +23,7 @@ def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig) 
     """
     leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(on.model, ("R",)).items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=training.learning_rate, weight_decay=0.0, fused=True)
-    plans = [local_batches([e.num_tokens for e in data.examples], training, seed=0, round=1, client=data.client) for data in clients]
+    plans = [local_batches(data.lengths, training, seed=0, round=1, client=data.client) for data in clients]
     num_tokens, tokens_per_pass = 0, TokenBudget.of(training, on.model).tokens
     with bound(on.model, leaves):
         for step in range(training.local_steps):
