@@ -89,17 +89,22 @@ def _product(x: Tensor, matrix: Tensor, onto: Tensor | None = None) -> Tensor:
     """Returns x @ matrix.T, added to `onto`, which is used up, where it is given: [tokens, k] -> [tokens, j]."""
     if matrix.dim() == 2:
         return gemm.linear(x, matrix, None, onto)
-    grouped = x.view(len(matrix), -1, x.shape[-1])
+    grouped = _grouped(x, len(matrix))
     if onto is None:
-        return torch.bmm(grouped, matrix.mT).view(len(x), -1)
-    split = onto.view(len(matrix), -1, onto.shape[-1])
+        return torch.bmm(grouped, matrix.mT).flatten(0, 1)
+    split = _grouped(onto, len(matrix))
     torch.baddbmm(split, grouped, matrix.mT, out=split)
     return onto
 
 
 def _of_factor(gradient: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns the gradient of a factor of this shape from that of its product [tokens, j] and its input [tokens, k]."""
-    parts = prod(shape[:-2])
     if len(shape) == 2:
         return gradient.T @ x
-    return torch.bmm(gradient.view(parts, -1, shape[-2]).mT, x.view(parts, -1, shape[-1])).view(shape)
+    parts = prod(shape[:-2])
+    return torch.bmm(_grouped(gradient, parts).mT, _grouped(x, parts)).view(shape)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """Returns [groups, tokens of a group, k] of [tokens, k]."""
+    return x.view(groups, len(x) // groups, x.shape[-1])

@@ -79,6 +79,16 @@ def test_a_layer_computes_in_the_type_of_its_input_and_its_factors_keep_theirs(a
     assert (y.dtype, of_x.dtype, of_factor.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
+def test_a_layer_takes_no_tokens_too():
+    x, weight = torch.randn(GROUPS * ROWS, 0, IN, requires_grad=True), torch.randn(OUT, IN)
+    chain = [torch.randn(OUT, INNER), torch.randn(GROUPS, INNER, INNER, requires_grad=True), torch.randn(INNER, IN)]
+    y = affine(x, weight, None, chain)
+    assert y.shape == (GROUPS * ROWS, 0, OUT)
+    of_x, of_factor = torch.autograd.grad(y.sum(), [x, chain[1]])
+    assert (of_x.shape, of_factor.shape) == (x.shape, chain[1].shape)
+    assert not of_factor.any()
+
+
 def test_a_transposed_weight_such_as_gpt2_keeps_gives_the_same():
     x, kept = torch.randn(6, 5, IN), torch.randn(IN, OUT)
     torch.testing.assert_close(affine(x, kept.T), x @ kept)
