@@ -15,6 +15,7 @@ from fedsim.config import ModelConfig
 from fedsim.core.adapters import is_linear
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.errors import UserError
+from fedsim.training.padding import WIDTH_STEP
 
 EMBEDDED = Path(__file__).parent / "embedded" / "base_model"
 PACKAGE = "package:"
@@ -55,8 +56,8 @@ def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_ch
     context = getattr(settings, "max_position_embeddings", None)
     if labels and context and settings.model_type == "roberta":
         context -= settings.pad_token_id + 1  # its positions begin behind that of padding
-    if context:
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context)  # many tokenizers do not know the limit of their model
+    if context:  # many tokenizers do not know the limit of their model; rows are padded up to the next step
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context - context % WIDTH_STEP)
     model = prepare(model, on, activation_checkpointing=activation_checkpointing)
     return reading(model, config, labels), tokenizer
 

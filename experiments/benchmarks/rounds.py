@@ -83,6 +83,16 @@ def _nothing(session: Session, clients: Sequence[int], round: int, *_: Any, **__
     return [ClientReply(LocalResult(client, flat, 1, 0.0, 1, 1), {VALUES: flat.clone()}, None) for client in clients]
 
 
+def summary(rows: list[Found]) -> str:
+    """States what a round costs whatever the number of clients, and what each of them adds."""
+    own = {row["clients"]: row["round_ms"] for row in rows if row["engine"] == IN_PROCESS}
+    few, many = min(own, default=0), max(own, default=0)
+    if few == many:
+        return ""
+    each = (own[many] - own[few]) / (many - few)
+    return f"In process a round costs {own[few] - few * each:.0f} ms, and {each:.2f} ms more for each client."
+
+
 SECTION = Section(
     "c",
     "Rounds in which clients do nothing",
@@ -98,6 +108,7 @@ SECTION = Section(
     ),
     cases,
     measure,
+    summary,
 )
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim.config import TrainingConfig
 from fedsim.core.participation import steps_per_round
 from fedsim.seeding import numpy_generator
+from fedsim.training.padding import padded_width
 from fedsim.training.pairs import PairBatch, collate_pairs
 from fedsim.types import AnyEncoded, EncodedExample, EncodedPair
 
@@ -69,7 +70,7 @@ def _epoch(lengths: np.ndarray, training: TrainingConfig, generator: np.random.G
 
 
 def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, tokens_per_pass: int) -> Iterator[Pass]:
-    """Cuts one local step of a cohort into passes of at most `tokens_per_pass` tokens, padding included.
+    """Cuts one local step of a cohort into passes of at most `tokens_per_pass` tokens, padding to the longest row included.
 
     The unit is one client's micro-batch of `batch_size` examples (cut further only where it alone exceeds the budget); units of similar
     length share a pass. The groups of a pass are as large as its units' sizes allow: their greatest common divisor. A single row is never
@@ -111,7 +112,7 @@ class Batch:
     """Padded tensors of a pass. Padding is on the right, where no token of a causal model can see it."""
 
     input_ids: Tensor  # [rows, tokens]
-    labels: Tensor  # [rows, tokens - first]; -100 where there is no loss; labels[:, t] is the token after position first + t
+    labels: Tensor  # [rows, targets]; -100 where there is no loss; labels[:, t] is the token after position first + t
     first: int  # first position whose next token carries a loss in any row
     num_tokens: int  # tokens without padding
 
@@ -121,7 +122,7 @@ AnyBatch = Batch | PairBatch
 
 
 def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -> AnyBatch:
-    """Pads examples of one kind to the longest one."""
+    """Pads examples of one kind, see `fedsim.training.padding`."""
     pairs = [example for example in examples if isinstance(example, EncodedPair)]
     if pairs:
         return collate_pairs(pairs, pad_id, device)
@@ -129,8 +130,9 @@ def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -
 
 
 def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Batch:
-    """Pads examples to the longest one and shifts the labels."""
-    width = max(example.num_tokens for example in examples)
+    """Pads examples and shifts the labels; no logits are asked for beyond the longest one."""
+    longest = max(example.num_tokens for example in examples)
+    width = padded_width(len(examples), longest)
     first = max(0, min(example.loss_start for example in examples) - 1)
     ids = np.full((len(examples), width), pad_id, dtype=np.int64)
     labels = np.full((len(examples), width), -100, dtype=np.int64)
@@ -140,7 +142,7 @@ def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: 
         labels[row, start - 1 : n - 1] = example.input_ids[start:]
     return Batch(
         torch.from_numpy(ids).to(device),
-        torch.from_numpy(labels[:, first : width - 1]).to(device),
+        torch.from_numpy(labels[:, first : longest - 1]).to(device),
         first,
         sum(example.num_tokens for example in examples),
     )

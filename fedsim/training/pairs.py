@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsim.training.encoding import token_ids, tokenized
+from fedsim.training.padding import padded_width
 from fedsim.types import EncodedPair, Pair, Tokens
 
 
@@ -56,7 +57,7 @@ class PairBatch:
 
 
 def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.device) -> PairBatch:
-    """Pads sequences to the longest one."""
+    """Pads sequences, see `fedsim.training.padding`."""
     ids, mask = _padded([text for pair in pairs for text in _sequences(pair)], pad_id)
     if pairs[0].split:
         ids, mask = (array.reshape(len(pairs), -1, array.shape[1]) for array in (ids, mask))
@@ -75,7 +76,7 @@ def _sequences(pair: EncodedPair) -> list[Tokens]:
 
 def _padded(rows: Sequence[Tokens], value: int) -> tuple[Any, Any]:
     """Returns the rows as one array, and another that is 1 where they have an entry: [rows, entries] each."""
-    filled = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    filled = np.full((len(rows), padded_width(len(rows), max(map(len, rows)))), value, dtype=np.int64)
     there = np.zeros_like(filled)
     for place, row in enumerate(rows):
         filled[place, : len(row)], there[place, : len(row)] = row, 1

@@ -23,7 +23,7 @@ from fedsim.types import EncodedExample
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
 SHAPE = model_shape(ModelConfig(architecture=TINY))
-RANK, ROWS, LENGTH, START = 8, 4, 12, 5
+RANK, ROWS, LENGTH, START = 8, 4, 16, 5  # rows of this length are not padded
 TOKENS = ROWS * LENGTH
 WORK = Work(tokens=60, responses=25, train_examples=10_000, questions=100, prompt=35, answer=25)
 RATES = Calibration(1e10, 1e-2, 1e-3, 1e9, 5e-3, 1e9, 1e-3, 1e9, 400_000_000, "made up")

@@ -82,6 +82,6 @@ def test_the_weights_of_a_clients_rows_sum_to_one():
 def test_labels_are_the_next_tokens_from_the_loss_start_on():
     batch = collate([example(6, start=3), example(4, start=2)], pad_id=0, device=torch.device("cpu"))
     assert batch.first == 1
-    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 0, 0]]
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 0, 0], [3, 4, 5, 6, 0, 0, 0, 0]], "padded to a width that has kernels"
     assert batch.labels.tolist() == [[-100, 6, 7, 8], [5, 6, -100, -100]]
     assert batch.num_tokens == 10

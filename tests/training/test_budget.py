@@ -37,7 +37,7 @@ def with_memory_for(model, tokens):
 def test_where_memory_runs_out_the_budget_is_halved_and_the_result_is_the_same(noise, sequences):
     cohort = [ClientData(i, sequences(n, seed=i)) for i, n in enumerate((5, 3, 9))]
     budget = TokenBudget(400)
-    found = train(with_memory_for(adapted_model(), 60), cohort, budget, noise)
+    found = train(with_memory_for(adapted_model(), 85), cohort, budget, noise)  # rows are padded a little beyond the budget
     assert budget.tokens == 50
     for result, expected in zip(found, train(adapted_model(), cohort, TokenBudget(400), noise), strict=True):
         torch.testing.assert_close(result.factors, expected.factors, rtol=1e-5, atol=1e-6)
