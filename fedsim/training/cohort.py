@@ -119,7 +119,8 @@ def train_cohort(
         gradients, step_losses = space[:active].zero_(), torch.zeros(active, device=device)
         if noised:
             noised.start(gradients)
-        for each in pack(rows, training.batch_size, tokens_per_pass):
+        unit = 1 if noised else training.batch_size  # Poisson batches are of all sizes: row by row they need the least padding
+        for each in pack(rows, unit, tokens_per_pass):
             batch = collate([row.example for row in each.rows], pad_id, device)
             weights = on_device(torch.tensor([row.weight for row in each.rows]), device)
             owners = on_device(torch.tensor([row.slot for row in each.rows]), device)
