@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
+from fedsim.choices import Dtype
 from fedsim.config import Config, ModelConfig
 from fedsim.core import gemm
 from fedsim.core.adapters import adapt, install
@@ -48,7 +49,7 @@ PROXY |= {"vocab_size": 2272, "max_position_embeddings": 512, "tie_word_embeddin
 MOST_NUMBERS = 1 << 22
 """Numbers in the message that is measured; larger ones are foretold from it."""
 
-VERSION = 2  # of what is measured: another one makes kept calibrations worthless
+VERSION = 3  # of what is measured: another one makes kept calibrations worthless
 
 
 def calibrated(config: Config, method: Method, spec: AdapterSpec, tokens: int, *, again: bool = False) -> Calibration:
@@ -108,7 +109,8 @@ def _device_name(config: Config) -> str:
 
 
 def _direct(config: Config, method: Method, shape: ModelShape, tokens: int) -> Calibration:
-    process = resident_bytes()
+    own_kernels = config.model.dtype is Dtype.float32 and device(config.model).type == "cpu" and gemm.has_onednn()
+    process = resident_bytes() + (gemm.KERNEL_BYTES if own_kernels else 0)
     model = random_model(config.model, device(config.model))
     heads = config.method.heads if method.form is RAVAN else 1
     spec = adapt(model, method.form, config.adapter.rank, heads, config.adapter.scaling, config.adapter.target_modules)

@@ -69,12 +69,12 @@ def _forward(model: nn.Module, forward: object) -> Iterator[None]:
 @contextmanager
 def _own_products() -> Iterator[None]:
     """Within the block PyTorch's own library multiplies: it is the one that torch.compile makes code for."""
-    before = gemm._has_onednn
-    gemm._has_onednn = lambda: False  # type: ignore[assignment]
+    before = gemm.has_onednn
+    gemm.has_onednn = lambda: False  # type: ignore[assignment]
     try:
         yield
     finally:
-        gemm._has_onednn = before
+        gemm.has_onednn = before
 
 
 SECTION = Section(

@@ -22,7 +22,7 @@ def cases(settings: Settings) -> list[Case]:
 
 def measure(case: Case, settings: Settings) -> Found:
     """Measures the product forward, as a layer asks for it, and backward, with the same matrix transposed."""
-    if not gemm._has_onednn():
+    if not gemm.has_onednn():
         raise SkippedError("PyTorch's own library is taken here: the processor has no AVX-512, or oneDNN is missing.")
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(case["tokens"], width, generator=generator) for width in (case["in"], case["out"]))

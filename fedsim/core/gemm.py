@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+KERNEL_BYTES = 300_000_000
+"""About what oneDNN keeps in a whole run: half a megabyte for each shape of a matrix and each number of tokens (`training/padding.py`)."""
+
 
 def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
     """Returns x @ matrix.T, with `bias` [out] or with `onto` [tokens, out] added: [tokens, in] -> [tokens, out].
@@ -25,11 +28,11 @@ def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, onto: Tensor |
 
 
 def _is_for_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn()
+    return x.dtype == torch.float32 and x.device.type == "cpu" and has_onednn()
 
 
 @cache
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
     """Whether oneDNN is there with kernels that are worth it; its operator is torch.compile's own, hence the second look."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return wide and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -16,7 +16,7 @@ def operands(dtype):
 @pytest.fixture(params=["the library of this machine", "PyTorch's own"])
 def library(request, monkeypatch):
     if request.param == "PyTorch's own":
-        monkeypatch.setattr(gemm, "_has_onednn", lambda: False)
+        monkeypatch.setattr(gemm, "has_onednn", lambda: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -42,11 +42,11 @@ def test_equal_inputs_give_equal_bits(library):
 
 
 def test_onednn_is_asked_for_float32_only_and_only_where_it_has_wide_kernels(monkeypatch):
-    monkeypatch.setattr(gemm, "_has_onednn", lambda: True)
+    monkeypatch.setattr(gemm, "has_onednn", lambda: True)
     assert gemm._is_for_onednn(torch.zeros(1))
     assert not gemm._is_for_onednn(torch.zeros(1, dtype=torch.float64))
     monkeypatch.undo()
-    gemm._has_onednn.cache_clear()
+    gemm.has_onednn.cache_clear()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert not gemm._has_onednn()
-    gemm._has_onednn.cache_clear()
+    assert not gemm.has_onednn()
+    gemm.has_onednn.cache_clear()
