@@ -5,6 +5,7 @@ The file is an ordinary safetensors file; the state is JSON in its metadata, bes
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,24 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
 
     The state must be JSON: what is read back has text keys and lists. Floats and tensors of all types come back bit for bit.
     """
-    from safetensors.torch import save as serialized
+    writing(folder, checkpoint, keep)()
 
+
+def writing(folder: Path, checkpoint: Checkpoint, keep: int) -> Callable[[], None]:
+    """Takes the checkpoint down as it is now, and returns what does the rest of `save`; it may be called in another thread."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
     state = json.dumps(checkpoint.state)
-    metadata = {"round": str(checkpoint.round), "state": state, "sha256": _digest(checkpoint.round, tensors, state)}
-    folder.mkdir(exist_ok=True)
-    atomic_write(folder / f"round_{checkpoint.round:04d}.safetensors", serialized(tensors, metadata))
-    for old in saved(folder)[:-keep]:
-        old.unlink()
+
+    def write() -> None:
+        from safetensors.torch import save as serialized
+
+        metadata = {"round": str(checkpoint.round), "state": state, "sha256": _digest(checkpoint.round, tensors, state)}
+        folder.mkdir(exist_ok=True)
+        atomic_write(folder / f"round_{checkpoint.round:04d}.safetensors", serialized(tensors, metadata))
+        for old in saved(folder)[:-keep]:
+            old.unlink()
+
+    return write
 
 
 def saved(folder: Path) -> list[Path]:

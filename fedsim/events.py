@@ -32,10 +32,14 @@ class EventLog:
             text = json.dumps(finite(event))
         append(self._descriptor, text.encode() + b"\n")
 
-    def sync(self) -> int:
-        """Makes all events so far durable and returns the size of the log in bytes."""
-        os.fsync(self._descriptor)
+    @property
+    def size(self) -> int:
+        """Bytes of the log so far."""
         return os.fstat(self._descriptor).st_size
+
+    def sync(self) -> None:
+        """Makes all events so far durable."""
+        os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Closes the file; nothing is buffered."""

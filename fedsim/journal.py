@@ -64,10 +64,9 @@ class Journal:
         append(self._descriptor, line + b"\n")
         self.head = self.head.after(line)
 
-    def sync(self) -> Head:
-        """Makes all lines so far durable and returns the head."""
+    def sync(self) -> None:
+        """Makes all lines so far durable."""
         os.fsync(self._descriptor)
-        return self.head
 
     def close(self) -> None:
         """Closes the file; nothing is buffered."""

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
 from enum import Enum
@@ -65,6 +66,8 @@ class RunFolder:
         self._lock = lock
         self._log: EventLog | None = None
         self._journal: Journal | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None  # the checkpoint that is under way
 
     @classmethod
     def open(cls, config: Config, now: datetime | None = None, keep: int = 2) -> "RunFolder":
@@ -100,7 +103,8 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Frees the folder for others. Harmless when called twice."""
+        """Frees the folder for others, after the checkpoint that is under way. Harmless when called twice."""
+        self._writer.shutdown()
         if self._log:
             self._log.close()
         if self._journal:
@@ -147,23 +151,40 @@ class RunFolder:
         return read_events(self.folder / EVENTS)
 
     def save_checkpoint(self, round_: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Saves the state after `round_` durably, and writes the event "checkpoint".
+        """Takes down the state after `round_`, with the event "checkpoint", and returns while it is written; `settle` waits for that.
 
+        One checkpoint is under way at most: this waits for the one before, and raises what went wrong with it.
         The checkpoint remembers how far the events went: `resume` cuts them there, so that what is done again is told once.
         """
+        self.settle()
         self.event("checkpoint", round=round_)
-        events_size = self._log.sync() if self._log else 0
-        head = self._journal.sync() if self._journal else Head()
-        state = {"state": state, "events_size": events_size, "journal": head.to_json()}
-        checkpoints.save(self.folder / CHECKPOINTS, Checkpoint(round_, tensors, state), self._keep)
+        log, journal = self._log, self._journal
+        assert log is not None and journal is not None  # as the event has found
+        state = {"state": state, "events_size": log.size, "journal": journal.head.to_json()}
+        write = checkpoints.writing(self.folder / CHECKPOINTS, Checkpoint(round_, tensors, state), self._keep)
+
+        def durably() -> None:
+            log.sync()  # a checkpoint is never ahead of the lines that it names
+            journal.sync()
+            write()
+
+        self._writing = self._writer.submit(durably)
+
+    def settle(self) -> None:
+        """Waits until the last checkpoint is durable. Raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def last_checkpoint(self) -> Checkpoint | None:
         """Returns the latest good checkpoint. A damaged one is set aside as *.damaged, with an event, and the one before is taken."""
+        self.settle()
         found = self._last_whole_checkpoint()
         return Checkpoint(found.round, found.tensors, found.state["state"]) if found else None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json: from now on the run counts as finished. Call it last."""
+        self.settle()
         self.write_json(SUMMARY, summary)
 
     def _prepare(self, config: Config, now: datetime) -> None:
