@@ -72,9 +72,15 @@ def train_clients(
 
 
 def _starts(session: Session, kinds: Sequence[str], clients: Sequence[int], memory: Memory) -> Tensor:
-    """Returns [clients, parameters]: the installed factors, a client's own where they are personal, its block of a smaller rank."""
+    """Returns [clients, parameters]: the installed factors, a client's own where they are personal, its block of a smaller rank.
+
+    Where all start alike it is a view that holds the factors once.
+    """
     common = session.spec.pack(factors(session.model, kinds), kinds)
-    starts = common.expand(len(clients), len(common)).clone()
+    starts = common.expand(len(clients), len(common))
+    if not session.method.personal and session.ranks is None:
+        return starts
+    starts = starts.clone()
     for row, client in zip(starts, clients, strict=True):
         own = memory.get(client, {}).get(PERSONAL)
         if own is not None:

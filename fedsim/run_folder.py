@@ -159,7 +159,8 @@ class RunFolder:
         self.settle()
         self.event("checkpoint", round=round_)
         log, journal = self._log, self._journal
-        assert log is not None and journal is not None  # as the event has found
+        assert log is not None  # as the event has found
+        assert journal is not None
         state = {"state": state, "events_size": log.size, "journal": journal.head.to_json()}
         write = checkpoints.writing(self.folder / CHECKPOINTS, Checkpoint(round_, tensors, state), self._keep)
 

@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from itertools import count
@@ -16,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from fedsim import checkpoints
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import read_events
@@ -258,6 +261,45 @@ def test_a_failed_atomic_write_leaves_the_old_content_and_no_litter(tmp_path: Pa
     with pytest.raises(TypeError):
         atomic_write(tmp_path / "file", "text is not bytes")  # type: ignore[arg-type]
     assert tree(tmp_path) == {"file": b"old"}
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_saved_whatever_changes_while_it_is_written(tmp_path: Path) -> None:
+    with RunFolder.open(config_of(tmp_path / "run")) as folder:
+        tensors, state = {"R": torch.ones(1000)}, {"rounds": [1]}
+        folder.save_checkpoint(1, tensors, state)
+        tensors["R"].zero_()
+        state["rounds"].append(2)
+        found = folder.last_checkpoint()
+    assert found is not None
+    assert torch.equal(found.tensors["R"], torch.ones(1000))
+    assert found.state == {"rounds": [1]}
+
+
+def test_closing_the_folder_waits_for_the_checkpoint_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = checkpoints.writing
+
+    def slow(folder: Path, checkpoint: checkpoints.Checkpoint, keep: int) -> Callable[[], None]:
+        write = written(folder, checkpoint, keep)
+        return lambda: (time.sleep(0.3), write())[1]
+
+    monkeypatch.setattr(checkpoints, "writing", slow)
+    begun = time.monotonic()
+    with RunFolder.open(config_of(tmp_path / "run")) as folder:
+        folder.save_checkpoint(1, tensors_of(1), {})
+        assert time.monotonic() - begun < 0.3
+        assert checkpoints.saved(tmp_path / "run/checkpoints") == []
+    assert [path.name for path in checkpoints.saved(tmp_path / "run/checkpoints")] == ["round_0001.safetensors"]
+
+
+@pytest.mark.parametrize("step", [lambda folder: folder.save_checkpoint(2, {}, {}), RunFolder.settle, lambda folder: folder.finish({})])
+def test_what_goes_wrong_with_a_checkpoint_is_raised_by_the_next_step(step: Callable[[RunFolder], None], interrupted: Path) -> None:
+    with RunFolder.open(config_of(interrupted, resume=True)) as folder:
+        shutil.rmtree(interrupted / "checkpoints")
+        (interrupted / "checkpoints").write_text("in the way")
+        folder.save_checkpoint(4, tensors_of(4), {})
+        with pytest.raises(FileExistsError):
+            step(folder)
+    assert not (interrupted / "summary.json").exists()
 
 
 def endless_run(config: Config) -> None:

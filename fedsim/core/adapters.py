@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fedsim.core.forms import HEAD, RAVAN, AdapterSpec, Factors, Form, product
+from fedsim.core.forms import RAVAN, AdapterSpec, Factors, Form, product
 from fedsim.core.heads import head_layers, put_in
 from fedsim.core.products import affine
 from fedsim.errors import UserError, nearest
@@ -203,9 +203,7 @@ def base_weights(model: nn.Module) -> Adapter:
 
 def factors(model: nn.Module, kinds: Sequence[str]) -> Adapter:
     """Returns the model's present factors of the given kinds by name, in the model's order, those of a head last."""
-    own = [kind for kind in kinds if kind != HEAD]
-    found = {f"{name}.{kind}": getattr(layer, kind) for name, layer in adapted_layers(model).items() for kind in own}
-    return found | ({f"{name}.{HEAD}": getattr(layer, HEAD) for name, layer in head_layers(model).items()} if HEAD in kinds else {})
+    return {name: buffers[kind] for name, (buffers, kind) in _sites(model).items() if kind in kinds}
 
 
 Site = tuple[Adapter, str]

@@ -4,7 +4,9 @@ A published "communication cost" is often one direction and one kind of tensor. 
 so that the bases, the initial gradients and the other direction are counted as well as the adapters.
 """
 
+import zlib
 from array import array
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -57,6 +59,9 @@ DIRECTIONS = tuple(Direction)
 PURPOSES = tuple(Purpose)
 COLUMNS = {"round": "q", "client": "q", "direction": "b", "purpose": "b", "parameters": "q"}
 COLUMNS |= {"raw_bytes": "q", "payload_bytes": "q", "serialized_bytes": "q"}
+BLOCK = 1 << 16
+"""Rows that a checkpoint holds as one compressed text."""
+
 AMOUNTS = {"parameters": "parameters", "bytes": "serialized_bytes", "raw_bytes": "raw_bytes", "payload_bytes": "payload_bytes"}
 
 Totals = dict[str, int]
@@ -71,6 +76,8 @@ class CommunicationLedger:
 
     def __init__(self) -> None:
         self._columns = {name: array(code) for name, code in COLUMNS.items()}
+        self._totals = _zero_totals()
+        self._blocks: list[str] = []  # the full ones, as `to_json` gives them
 
     def __len__(self) -> int:
         return len(self._columns["round"])
@@ -83,10 +90,13 @@ class CommunicationLedger:
         direction, purpose = DIRECTIONS.index(transfer.direction), PURPOSES.index(transfer.purpose)
         for column, value in zip(self._columns.values(), (transfer.round, transfer.client, direction, purpose, *sizes), strict=True):
             column.append(value)
+        kind = "setup" if transfer.purpose in SETUP else transfer.direction.name
+        for suffix, name in AMOUNTS.items():
+            self._totals[f"{kind}_{suffix}"] += getattr(transfer, name)
 
     def totals(self) -> Totals:
-        """Returns {uplink,downlink,setup}_{parameters,bytes,raw_bytes} over the whole run."""
-        return self._grouped(np.zeros(len(self), dtype=np.int64)).get(0, _zero_totals())
+        """Returns {uplink,downlink,setup}_{parameters,bytes,raw_bytes,payload_bytes} over the whole run; takes no longer for more of it."""
+        return dict(self._totals)
 
     def per_client(self) -> dict[int, Totals]:
         """Returns the totals of each client that sent or received anything, in order of clients."""
@@ -116,21 +126,30 @@ class CommunicationLedger:
             self.add(Transfer(direction=Direction[row["direction"]], purpose=Purpose[row["purpose"]], **numbers))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values for a checkpoint; lossless, and short, because neighbouring transfers are alike (see `_encode`)."""
-        columns = {name: _encode(self._column(name)) for name in COLUMNS}
-        return {"columns": columns, "directions": [d.name for d in DIRECTIONS], "purposes": [p.name for p in PURPOSES]}
+        """Returns plain values for a checkpoint: lossless, short, and made anew for the last BLOCK rows only, however many there are."""
+        full = len(self) // BLOCK
+        self._blocks += [self._encoded(block * BLOCK, (block + 1) * BLOCK) for block in range(len(self._blocks), full)]
+        last = [self._encoded(full * BLOCK, len(self))] if len(self) % BLOCK else []
+        return {"blocks": self._blocks + last, "directions": [d.name for d in DIRECTIONS], "purposes": [p.name for p in PURPOSES]}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "CommunicationLedger":
         """Returns the ledger that `to_json` was called on. Codes are read by name, so members of an enum may have been added since."""
-        columns = {name: _decode(value["columns"][name]) for name in COLUMNS}
+        blocks = [_decoded(block) for block in value["blocks"]]
+        columns = dict(zip(COLUMNS, np.concatenate([np.zeros((len(COLUMNS), 0), dtype=np.int64), *blocks], axis=1), strict=True))
         for name, members, now in (("direction", value["directions"], DIRECTIONS), ("purpose", value["purposes"], PURPOSES)):
             code_now = np.array([[member.name for member in now].index(word) for word in members], dtype=np.int64)
             columns[name] = code_now[columns[name]]
         ledger = cls()
         for name, code in COLUMNS.items():
             ledger._columns[name] = array(code, columns[name].tolist())
+        ledger._totals |= ledger._grouped(np.zeros(len(ledger), dtype=np.int64)).get(0, {})
         return ledger
+
+    def _encoded(self, start: int, stop: int) -> str:
+        """Returns rows as text: the differences of neighbours, which are alike in most rows, compressed."""
+        rows = np.array([self._columns[name][start:stop] for name in COLUMNS], dtype="<i8")
+        return b64encode(zlib.compress(np.diff(rows, prepend=0).astype("<i8").tobytes(), level=1)).decode()
 
     def _column(self, name: str) -> NDArray[np.int64]:
         return np.array(self._columns[name], dtype=np.int64)
@@ -158,14 +177,7 @@ def _zero_totals() -> Totals:
     return {f"{kind}_{suffix}": 0 for kind in ("uplink", "downlink", "setup") for suffix in AMOUNTS}
 
 
-def _encode(column: NDArray[np.int64]) -> list[list[int]]:
-    """Returns the differences of neighbours, run-length encoded: [[difference, times], ...]."""
-    differences = np.diff(column, prepend=0)
-    starts = np.flatnonzero(np.diff(differences, prepend=differences[:1] + 1)) if len(column) else np.zeros(0, dtype=np.int64)
-    times = np.diff(starts, append=len(column))
-    return [[int(difference), int(count)] for difference, count in zip(differences[starts], times, strict=True)]
-
-
-def _decode(runs: list[list[int]]) -> NDArray[np.int64]:
-    pairs = np.array(runs, dtype=np.int64).reshape(-1, 2)
-    return np.cumsum(np.repeat(pairs[:, 0], pairs[:, 1]))
+def _decoded(block: str) -> NDArray[np.int64]:
+    """Returns [columns, rows] of what `CommunicationLedger._encoded` gives."""
+    differences = np.frombuffer(zlib.decompress(b64decode(block)), dtype="<i8").reshape(len(COLUMNS), -1)
+    return np.cumsum(differences, axis=1, dtype=np.int64)

@@ -5,6 +5,7 @@ Raised is ValueError, or UserError where the configuration is at fault; nothing 
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
@@ -40,8 +41,7 @@ class Request:
         record = content.config_records.get(REQUEST)
         if record is None:
             raise ValueError(f"Expected a record {REQUEST!r}, got {sorted(content)[:5]!s:.100}.")
-        config = from_text(text(record, "config"))
-        check(config)
+        config = _configuration(text(record, "config"))
         clients = _clients(record, config)
         accepted = _for_each(clients, whole_numbers(record, "accepted") if "accepted" in record else [0] * len(clients))
         samples = _for_each(clients, whole_numbers(record, "samples") if "samples" in record else [0] * len(clients))
@@ -55,6 +55,14 @@ class Request:
             raise ValueError("Expected noise multipliers of at least 0 and sampling rates from 0 to 1.")
         digests = texts(record, "digests") if "digests" in record else {}
         return cls(record, config, clients, number, digests, accepted, [*samples.values()], [*noise.values()], [*rates.values()], clip_norm)
+
+
+@lru_cache(maxsize=1)
+def _configuration(text: str) -> Config:
+    """Returns the checked configuration, which nobody changes; the messages of a run all hold the same."""
+    config = from_text(text)
+    check(config)
+    return config
 
 
 def _clients(record: ConfigRecord, config: Config) -> list[int]:

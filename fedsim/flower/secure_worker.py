@@ -72,8 +72,9 @@ def shares(session: Session, message: Message, context: Context) -> Message:
 
 def take_shares(message: Message, context: Context) -> None:
     """Keeps the sealed shares that a request for uploads brings."""
+    records = message.content.array_records  # made anew by Flower at each look
     for client in whole_numbers(message.content.config_records["request"], "clients"):
-        record = message.content.array_records.get(secure_key(client))
+        record = records.get(secure_key(client))
         if record is not None:
             peers = identifiers(record, "peers")
             types = {"peers": (torch.int64, (len(peers),)), "sealed": (torch.uint8, (len(peers), SEALED_BYTES))}

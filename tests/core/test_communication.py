@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
+from fedsim.core import communication
+from fedsim.core.communication import PURPOSES, CommunicationLedger, Direction, Purpose, Transfer
 
 sizes = st.integers(0, 2**50)
 transfers = st.builds(
@@ -56,20 +57,40 @@ def test_uplink_downlink_and_setup_add_up_to_everything_that_travelled(items: li
     assert totals["uplink_bytes"] + totals["downlink_bytes"] + totals["setup_bytes"] == sum(t.serialized_bytes for t in items)
 
 
-@given(st.lists(transfers, max_size=40))
-def test_json_keeps_every_transfer_and_its_order(items: list[Transfer]) -> None:
-    ledger = ledger_of(items)
-    copy = CommunicationLedger.from_json(json.loads(json.dumps(ledger.to_json())))
-    assert list(copy.rows()) == list(ledger.rows())
-    copy.add(Transfer(9, 9, Direction.uplink, Purpose.bases, 1, 4, 4, 7))
-    assert len(copy) == len(items) + 1
+@given(st.lists(transfers, max_size=40), st.lists(transfers, max_size=40), st.integers(1, 20))
+def test_json_keeps_every_transfer_and_its_order_however_the_rows_fall_into_blocks(
+    first: list[Transfer], then: list[Transfer], block: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(communication, "BLOCK", block)
+        ledger = ledger_of(first)
+        copy = CommunicationLedger.from_json(json.loads(json.dumps(ledger.to_json())))
+        assert list(copy.rows()) == list(ledger.rows())
+        for each in (ledger, copy):  # one has made some blocks before, the other has read them
+            for item in then:
+                each.add(item)
+            again = CommunicationLedger.from_json(json.loads(json.dumps(each.to_json())))
+            assert list(again.rows()) == list(ledger_of(first + then).rows())
+            assert each.totals() == again.totals() == plain_totals(first + then)
 
 
 def test_json_is_read_by_name_so_that_a_new_purpose_may_be_put_before_an_old_one() -> None:
     value = ledger_of([Transfer(1, 0, Direction.uplink, Purpose.adapter, 1, 4, 4, 9)]).to_json()
-    value |= {"purposes": ["adapter", "bases"], "directions": ["downlink", "uplink"]}
-    value["columns"] |= {"purpose": [[0, 1]], "direction": [[1, 1]]}
-    assert CommunicationLedger.from_json(value).totals()["uplink_bytes"] == 9
+    value["purposes"][PURPOSES.index(Purpose.adapter)] = "fold"
+    value["directions"].reverse()
+    (row,) = CommunicationLedger.from_json(value).rows()
+    assert (row["purpose"], row["direction"]) == ("fold", "downlink")
+
+
+def test_a_round_late_in_a_long_run_makes_no_block_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(communication, "BLOCK", 4)
+    ledger = ledger_of([Transfer(1, client, Direction.uplink, Purpose.adapter, 1, 4, 4, 9) for client in range(11)])
+    made: list[tuple[int, int]] = []
+    encoded = ledger._encoded
+    monkeypatch.setattr(ledger, "_encoded", lambda start, stop: made.append((start, stop)) or encoded(start, stop))  # type: ignore[func-returns-value]
+    ledger.to_json()
+    ledger.to_json()
+    assert made == [(0, 4), (4, 8), (8, 11), (8, 11)]
 
 
 def test_rows_written_as_csv_are_read_back_to_the_same_totals() -> None:

@@ -2,12 +2,20 @@
 
 import csv
 import json
+import time
 
 import pytest
+from flwr.app import Message
 from safetensors.torch import load_file
 
+from clients.app import app
+from fedsim import checkpoints
 from fedsim.cli.compose import compose
 from fedsim.experiment import run
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.roster import JOIN, Member, Roster
+from fedsim.flower.server import serve
+from fedsim.session import open_session
 
 SMALL = (
     *("data.train_examples=30", "data.test_examples=8", "federation.clients=5", "federation.rounds=2", "training.batch_size=2"),
@@ -106,3 +114,38 @@ def test_evaluation_every_round_is_in_the_events(tmp_path):
 def test_a_finished_run_that_is_resumed_tells_its_result_again(finished):
     folder, summary = finished
     assert run_in(folder, "resume=true") == summary
+
+
+def checkpoints_seen_by_the_clients(folder, monkeypatch, *, deployed):
+    """Returns {round: rounds of the checkpoints that were whole when the first client was asked to train}, with a slow disk."""
+    writing, seen = checkpoints.writing, {}
+
+    def on_a_slow_disk(*arguments):
+        write = writing(*arguments)
+        return lambda: (time.sleep(0.5), write())[1]
+
+    def handle(message, context):
+        request = message.content.config_records["request"]
+        if message.metadata.message_type == JOIN:
+            digest = open_session(config).base_digest
+            return Message(Member(context.node_id - 1, 6, digest, "1", True).to_records(), reply_to=message)
+        if message.metadata.message_type == "train":
+            seen.setdefault(request["round"], [int(path.stem[-4:]) for path in checkpoints.saved(folder / "checkpoints")])
+        return app(message, context)
+
+    monkeypatch.setattr(checkpoints, "writing", on_a_slow_disk)
+    config = compose([*SMALL, f"run_dir={folder}", "evaluation.every=0", "adapter.init=orthogonal", "federation.rounds=3"])
+    grid = InProcessGrid(handle, workers=5)
+    serve(grid, config, grid.contexts, roster=Roster(grid, config) if deployed else None, quiet=True)
+    return seen
+
+
+def test_a_deployment_asks_clients_only_when_the_round_before_is_durable(tmp_path, monkeypatch):
+    seen = checkpoints_seen_by_the_clients(tmp_path / "run", monkeypatch, deployed=True)
+    assert {round_: rounds[-1] for round_, rounds in seen.items()} == {1: 0, 2: 1, 3: 2}
+
+
+def test_in_one_process_a_checkpoint_is_written_while_the_next_round_trains(tmp_path, monkeypatch):
+    seen = checkpoints_seen_by_the_clients(tmp_path / "run", monkeypatch, deployed=False)
+    assert seen[2] == [0], "the first round's is under way"
+    assert seen[3] == [0, 1]
