@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedsim.core.adapters import matrix_shape, target_layers
 from fedsim.core.estimate import ModelShape
 from fedsim.errors import UserError, nearest
 from fedsim.models import DTYPES, EMBEDDED, PACKAGE, head_paths, prepare, reading, source
+from fedsim.plain import from_dict, to_dict
 
 LayerShape = tuple[int, int]
 """(out_features, in_features) of a linear layer."""
@@ -90,13 +92,20 @@ def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
     """Returns the model on the meta device: every module and every shape, no weight; with labels it has a classification head.
 
     It is built from config.json in the local folder `path`, else from `architecture`, else, where `path` is None, from the embedded
-    model's folder. Guarantees: nothing is downloaded or printed, no remote code runs, and no random state is touched.
+    model's folder. The latest one is kept and shared, so it must not be changed.
+    Guarantees: nothing is downloaded or printed, no remote code runs, and no random state is touched.
     Raises UserError where there is none of these, or where what is there makes no language model.
     """
     entries, origin = _entries(model)
+    return _skeleton(json.dumps([entries, origin, to_dict(model), list(labels)]))
+
+
+@lru_cache(maxsize=1)
+def _skeleton(told: str) -> nn.Module:
+    entries, origin, values, labels = json.loads(told)
     with _silence():
         try:
-            return reading(_build(entries, origin, labels), model, labels)
+            return reading(_build(entries, origin, labels), from_dict(ModelConfig, values), labels)
         except UserError:
             raise
         except Exception as error:  # a wrong value surfaces as anything, from a division by zero to transformers' own types

@@ -134,6 +134,14 @@ def test_a_skeleton_holds_no_memory_and_touches_no_random_state():
     assert torch.zeros(1).device.type == "cpu"
 
 
+def test_a_skeleton_is_built_once_for_the_same_model_and_anew_for_any_other():
+    tiny = skeleton(ModelConfig(architecture=TINY))
+    assert skeleton(ModelConfig(architecture=dict(TINY))) is tiny
+    assert skeleton(ModelConfig(architecture=TINY), ("no", "yes")) is not tiny
+    wider = skeleton(ModelConfig(architecture=TINY | {"vocab_size": TINY["vocab_size"] + 8}))
+    assert wider.config.vocab_size == TINY["vocab_size"] + 8
+
+
 def test_seven_billion_parameters_take_less_than_two_seconds():
     skeleton(ModelConfig(architecture=TINY))  # imports what is imported once
     mistral = model("mistral_7b")

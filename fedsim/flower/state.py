@@ -16,6 +16,7 @@ from fedsim.core.communication import CommunicationLedger
 from fedsim.core.fedbuff import Buffer
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import counted
+from fedsim.errors import UserError
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.worker import Accepted, read_memory, write_memory
 from fedsim.local_round import Memory
@@ -25,6 +26,9 @@ from fedsim.session import Session
 FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY = "factor", "folded", "increment", "moment", "control", "memory"
 BUFFER = "buffer"
 """First parts of the names of tensors in a checkpoint."""
+
+FORMAT = 2
+"""Of a checkpoint's facts: another one cannot be read."""
 
 
 @dataclass
@@ -54,6 +58,7 @@ def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: in
     """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`."""
     shared, exchange = state.shared, state.shared.exchange
     facts = {
+        "format": FORMAT,
         "adapter_digest": shared.adapter_digest(),
         "versions": exchange.versions,
         "needed": exchange.needed,
@@ -88,9 +93,14 @@ def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: in
 def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Context]) -> State:
     """Returns the state of a checkpoint, and puts what clients in this process keep for themselves back into their nodes' Contexts.
 
-    Raises ValueError if the factors are not those of which the checkpoint holds the digest.
+    Raises UserError for the checkpoint of another version, and ValueError if the factors are not those of which it holds the digest.
     """
     facts, tensors = checkpoint.state, _by_first_part(checkpoint.tensors)
+    if facts.get("format", 1) != FORMAT:
+        raise UserError(
+            f"Expected a checkpoint of format {FORMAT}, got format {facts.get('format', 1)}, which another version of fedsim has written. "
+            "Go on with that version, or begin anew with overwrite=true."
+        )
     shared = _shared(session.initial_state(tensors[FACTOR]), facts, tensors)
     for node, context in contexts.items():
         for client, own in _by_client(tensors[MEMORY], node).items():

@@ -7,8 +7,9 @@ import pytest
 import torch
 from rounds import changed, of_method
 
-from fedsim.checkpoints import load, saved
+from fedsim.checkpoints import load, save, saved
 from fedsim.choices import Init, Mode
+from fedsim.errors import UserError
 from fedsim.experiment import run
 from fedsim.flower import ending
 from fedsim.flower.reading import Reader
@@ -100,3 +101,17 @@ def test_passes_that_were_halved_stay_so_when_the_run_goes_on_where_there_is_mor
     told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     budgets = {event["kind"]: event["tokens_per_pass"] for event in told if "tokens_per_pass" in event}
     assert budgets["initialized"] >= 1024 > 200 >= budgets["passes_halved"] == budgets["resumed"]
+
+
+def test_the_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, monkeypatch):
+    config = of_method("fed_sb")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(in_folder(config, tmp_path / "run"), quiet=True)
+    last = load(saved(tmp_path / "run/checkpoints")[-1])
+    last.state["state"]["format"] = 1
+    save(tmp_path / "run/checkpoints", last, 2)
+    with pytest.raises(UserError, match=r"Expected a checkpoint of format 2, got format 1.*overwrite=true"):
+        run(in_folder(config, tmp_path / "run", resume=True), quiet=True)
+    run(in_folder(config, tmp_path / "run", overwrite=True), quiet=True)
