@@ -16,7 +16,7 @@ from fedsim.core.missing import Reason
 from fedsim.flower.asking import Ask
 from fedsim.flower.worker import NEEDS_STATE, REFUSED
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds between two looks for replies; a look that finds some begins anew
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds from one look for replies to the next; a look that finds some begins anew
 PER_NODE = 2  # messages that lie ready for a node, so that it has the next when it has done one
 
 
@@ -67,10 +67,11 @@ class _Gathering:
     def replies(self) -> Iterator[tuple[Ask, Message | Failure]]:
         pause = FIRST_PAUSE
         while self._filled() and not self._over:
+            looked = time.monotonic()
             found = list(self._grid.pull_messages(list(self._waiting)))
             for reply in found:
                 yield from self._taken(reply)
-            pause = FIRST_PAUSE if found else self._slept(pause)
+            pause = FIRST_PAUSE if found else self._slept(looked, pause)
         yield from ((ask, Failure(Reason.died, "the message could not be sent")) for ask in self._unsent)
         late = "not waited for: enough others have replied" if self._enough() else "no reply within federation.round_timeout"
         yield from ((ask, Failure(Reason.timeout, late)) for ask in self._waiting.values())
@@ -107,7 +108,8 @@ class _Gathering:
         elif sent := self._push(self._again(ask)):
             self._resent.add(sent)
 
-    def _slept(self, pause: float) -> float:
-        left = pause if self._ends is None else min(pause, max(0.0, self._ends - time.monotonic()))
-        time.sleep(left)
+    def _slept(self, looked: float, pause: float) -> float:
+        """Waits until `pause` seconds after the last look, which may itself have waited for replies; returns the next pause."""
+        ends = looked + pause if self._ends is None else min(looked + pause, self._ends)
+        time.sleep(max(0.0, ends - time.monotonic()))
         return min(1.5 * pause, LONGEST_PAUSE)

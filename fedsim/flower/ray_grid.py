@@ -22,8 +22,8 @@ from fedsim.config import EngineConfig
 from fedsim.errors import UserError
 from fedsim.flower.grid import RUN_ID, LocalGrid
 
-LOOK_SECONDS = 0.5
-"""How long one look for replies waits for the first of them."""
+LOOK_SECONDS = 1.0
+"""How long one look for replies waits for the first of them; `gathered` then looks again at once."""
 CONNECT_SECONDS = 5.0
 """How long a cluster's address may take to answer."""
 

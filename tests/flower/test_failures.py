@@ -68,6 +68,19 @@ def test_an_error_is_told_at_once_without_any_deadline(clock):
     assert [each.reason for each in run.strategy.facts.missing] == [Reason.died]
 
 
+def test_a_grid_that_waits_for_replies_itself_is_asked_again_at_once(clock):
+    run, looks = faulty(config_of(), {}), iter(range(1000))
+    pull = run.grid.pull_messages
+
+    def waiting(message_ids):
+        clock.now += 1.0
+        return pull(message_ids) if next(looks) >= 20 else []
+
+    run.grid.pull_messages = waiting
+    run.next()
+    assert clock.now == 20 + len(run.strategy.facts.clients), "a second for each look and none between"
+
+
 def test_a_client_that_is_not_connected_is_missing_and_not_charged():
     run = faulty(config_of(), {})
     run.grid.down = {1}
