@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
@@ -47,7 +48,12 @@ def wait_until_round(run, folder, number):
 def workers_of(run):
     import psutil
 
-    return [child for child in psutil.Process(run.pid).children(recursive=True) if "ClientAppActor" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(run.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that ends while it is looked at
+            if "ClientAppActor" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def killed(run, folder, rng):
