@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from fedsim.choices import Dtype
 from fedsim.config import Config, ModelConfig
 from fedsim.core import gemm
 from fedsim.core.adapters import adapt, install
@@ -109,8 +108,8 @@ def _device_name(config: Config) -> str:
 
 
 def _direct(config: Config, method: Method, shape: ModelShape, tokens: int) -> Calibration:
-    own_kernels = config.model.dtype is Dtype.float32 and device(config.model).type == "cpu" and gemm.has_onednn()
-    process = resident_bytes() + (gemm.KERNEL_BYTES if own_kernels else 0)
+    kernels = gemm.KERNEL_BYTES if gemm.is_for_onednn(DTYPES[config.model.dtype], device(config.model)) else 0
+    process = resident_bytes() + kernels
     model = random_model(config.model, device(config.model))
     heads = config.method.heads if method.form is RAVAN else 1
     spec = adapt(model, method.form, config.adapter.rank, heads, config.adapter.scaling, config.adapter.target_modules)

@@ -28,16 +28,12 @@ class DamagedError(Exception):
     """The file is not a whole checkpoint."""
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Writes folder/round_0003.safetensors atomically, then removes all but the `keep` latest rounds.
-
-    The state must be JSON: what is read back has text keys and lists. Floats and tensors of all types come back bit for bit.
-    """
-    writing(folder, checkpoint, keep)()
-
-
 def writing(folder: Path, checkpoint: Checkpoint, keep: int) -> Callable[[], None]:
-    """Takes the checkpoint down as it is now, and returns what does the rest of `save`; it may be called in another thread."""
+    """Takes the checkpoint down as it is now, and returns what writes it; that may be called in another thread.
+
+    It writes folder/round_0003.safetensors atomically, then removes all but the `keep` latest rounds. The state must be JSON: what is read
+    back has text keys and lists. Floats and tensors of all types come back bit for bit.
+    """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
     state = json.dumps(checkpoint.state)
 

@@ -76,7 +76,7 @@ class CommunicationLedger:
 
     def __init__(self) -> None:
         self._columns = {name: array(code) for name, code in COLUMNS.items()}
-        self._totals = _zero_totals()
+        self._totals, self._counted = _zero_totals(), 0  # of the first so many rows
         self._blocks: list[str] = []  # the full ones, as `to_json` gives them
 
     def __len__(self) -> int:
@@ -90,12 +90,12 @@ class CommunicationLedger:
         direction, purpose = DIRECTIONS.index(transfer.direction), PURPOSES.index(transfer.purpose)
         for column, value in zip(self._columns.values(), (transfer.round, transfer.client, direction, purpose, *sizes), strict=True):
             column.append(value)
-        kind = "setup" if transfer.purpose in SETUP else transfer.direction.name
-        for suffix, name in AMOUNTS.items():
-            self._totals[f"{kind}_{suffix}"] += getattr(transfer, name)
 
     def totals(self) -> Totals:
-        """Returns {uplink,downlink,setup}_{parameters,bytes,raw_bytes,payload_bytes} over the whole run; takes no longer for more of it."""
+        """Returns {uplink,downlink,setup}_{parameters,bytes,raw_bytes,payload_bytes} over the whole run; looks at new rows only."""
+        start, self._counted = self._counted, len(self)
+        for name, amount in self._grouped(np.zeros(len(self) - start, dtype=np.int64), start).get(0, {}).items():
+            self._totals[name] += amount
         return dict(self._totals)
 
     def per_client(self) -> dict[int, Totals]:
@@ -143,7 +143,6 @@ class CommunicationLedger:
         ledger = cls()
         for name, code in COLUMNS.items():
             ledger._columns[name] = array(code, columns[name].tolist())
-        ledger._totals |= ledger._grouped(np.zeros(len(ledger), dtype=np.int64)).get(0, {})
         return ledger
 
     def _encoded(self, start: int, stop: int) -> str:
@@ -151,25 +150,25 @@ class CommunicationLedger:
         rows = np.array([self._columns[name][start:stop] for name in COLUMNS], dtype="<i8")
         return b64encode(zlib.compress(np.diff(rows, prepend=0).astype("<i8").tobytes(), level=1)).decode()
 
-    def _column(self, name: str) -> NDArray[np.int64]:
-        return np.array(self._columns[name], dtype=np.int64)
+    def _column(self, name: str, start: int = 0) -> NDArray[np.int64]:
+        return np.array(self._columns[name][start:], dtype=np.int64)
 
-    def _grouped(self, keys: NDArray[np.int64]) -> dict[int, Totals]:
-        """Sums in int64: exact, unlike a float64 `bincount` above 2**53."""
+    def _grouped(self, keys: NDArray[np.int64], start: int = 0) -> dict[int, Totals]:
+        """Returns the totals by key of the rows from `start` on. Sums in int64: exact, unlike a float64 `bincount` above 2**53."""
         groups, of_row = np.unique(keys, return_inverse=True)
         result = {int(key): _zero_totals() for key in groups}
-        for kind, chosen in self._kinds().items():
+        for kind, chosen in self._kinds(start).items():
             for suffix, column in AMOUNTS.items():
                 sums = np.zeros(len(groups), dtype=np.int64)
-                np.add.at(sums, of_row[chosen], self._column(column)[chosen])
+                np.add.at(sums, of_row[chosen], self._column(column, start)[chosen])
                 for key, total in zip(groups, sums, strict=True):
                     result[int(key)][f"{kind}_{suffix}"] = int(total)
         return result
 
-    def _kinds(self) -> dict[str, NDArray[np.bool_]]:
-        """Returns which rows count as uplink, downlink and setup: a partition of all rows."""
-        setup = np.isin(self._column("purpose"), [PURPOSES.index(purpose) for purpose in SETUP])
-        upward = self._column("direction") == DIRECTIONS.index(Direction.uplink)
+    def _kinds(self, start: int) -> dict[str, NDArray[np.bool_]]:
+        """Returns which rows from `start` on count as uplink, downlink and setup: a partition of them."""
+        setup = np.isin(self._column("purpose", start), [PURPOSES.index(purpose) for purpose in SETUP])
+        upward = self._column("direction", start) == DIRECTIONS.index(Direction.uplink)
         return {"uplink": ~setup & upward, "downlink": ~setup & ~upward, "setup": setup}
 
 

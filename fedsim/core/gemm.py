@@ -20,15 +20,16 @@ def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, onto: Tensor |
 
     `matrix` [out, in] may be the transposed view of another. `onto` is used up: it may become the result. Equal inputs give equal bits.
     """
-    if _is_for_onednn(x):
+    if is_for_onednn(x.dtype, x.device):
         if onto is None:
             return torch.ops.mkldnn._linear_pointwise(x, matrix, bias, "none", [], "")
         return torch.ops.mkldnn._linear_pointwise.binary(x, onto, matrix, bias, "add")
     return functional.linear(x, matrix, bias) if onto is None else torch.addmm(onto, x, matrix.T, out=onto)
 
 
-def _is_for_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and has_onednn()
+def is_for_onednn(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `linear` takes oneDNN for numbers of this type on this device."""
+    return dtype == torch.float32 and device.type == "cpu" and has_onednn()
 
 
 @cache

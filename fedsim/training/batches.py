@@ -116,6 +116,11 @@ class Batch:
     first: int  # first position whose next token carries a loss in any row
     num_tokens: int  # tokens without padding
 
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the logits that `labels` are for: [targets]."""
+        return torch.arange(self.first, self.first + self.labels.shape[1], device=self.input_ids.device)
+
 
 AnyBatch = Batch | PairBatch
 """What `fedsim.training.loss.row_losses` takes."""

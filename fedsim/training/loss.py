@@ -20,8 +20,7 @@ def row_losses(model: nn.Module, batch: AnyBatch) -> Tensor:
     """
     if isinstance(batch, PairBatch):
         return label_losses(model, batch)
-    positions = torch.arange(batch.first, batch.first + batch.labels.shape[1], device=batch.input_ids.device)
-    logits = model(input_ids=batch.input_ids, logits_to_keep=positions, use_cache=False).logits
+    logits = model(input_ids=batch.input_ids, logits_to_keep=batch.positions, use_cache=False).logits
     losses = functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100)
     targets = (batch.labels != -100).sum(1).clamp(min=1)
     return losses.view_as(batch.labels).sum(1) / targets

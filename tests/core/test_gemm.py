@@ -43,8 +43,8 @@ def test_equal_inputs_give_equal_bits(library):
 
 def test_onednn_is_asked_for_float32_only_and_only_where_it_has_wide_kernels(monkeypatch):
     monkeypatch.setattr(gemm, "has_onednn", lambda: True)
-    assert gemm._is_for_onednn(torch.zeros(1))
-    assert not gemm._is_for_onednn(torch.zeros(1, dtype=torch.float64))
+    assert gemm.is_for_onednn(torch.float32, torch.device("cpu"))
+    assert not gemm.is_for_onednn(torch.float64, torch.device("cpu"))
     monkeypatch.undo()
     gemm.has_onednn.cache_clear()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")

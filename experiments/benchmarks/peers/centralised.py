@@ -50,6 +50,5 @@ def _passes(rows: Sequence[EncodedExample], tokens_per_pass: int) -> list[tuple[
 def _loss(on: Subject, rows: Sequence[EncodedExample]) -> tuple[Tensor, int]:
     batch = collate(rows, PAD, next(on.model.parameters()).device)
     assert isinstance(batch, Batch)
-    positions = torch.arange(batch.first, batch.first + batch.labels.shape[1], device=batch.input_ids.device)
-    logits = on.model(input_ids=batch.input_ids, logits_to_keep=positions, use_cache=False).logits
+    logits = on.model(input_ids=batch.input_ids, logits_to_keep=batch.positions, use_cache=False).logits
     return functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=-100), batch.num_tokens
