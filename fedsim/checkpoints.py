@@ -1,18 +1,33 @@
-"""Checkpoints: one file holds the tensors and the state that belongs to them, so that both become visible in one rename.
+"""Checkpoints: one file holds the tensors of a round and the state that belongs to them, so that both become visible in one rename.
 
-The file is an ordinary safetensors file; the state is JSON in its metadata, beside a SHA-256 over all of it.
+Tensors that stay the same from round to round (the bases) are not written every time: they lie beside it in files of their own, in two
+copies, so that one damaged file never spoils more than one checkpoint. All are ordinary safetensors files; the state is JSON in the
+metadata, beside a SHA-256 over all of it.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedsim.files import atomic_write
+
+ROUNDS, BASES = "round_*.safetensors", "bases_*.safetensors"
+COPIES = 2
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What a damaged file may lead to, besides an error of its format's own."""
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Which tensors of a checkpoint stay the same, as a rule, from round to round; `digest` tells their present values from all others."""
+
+    names: frozenset[str] = frozenset()
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -22,62 +37,129 @@ class Checkpoint:
     round: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    bases: Bases = field(default_factory=Bases)
 
 
 class DamagedError(Exception):
     """The file is not a whole checkpoint."""
 
 
-def writing(folder: Path, checkpoint: Checkpoint, keep: int) -> Callable[[], None]:
-    """Takes the checkpoint down as it is now, and returns what writes it; that may be called in another thread.
+class Store:
+    """Writes the checkpoints of a run into a folder, of which the `keep` latest stay."""
 
-    It writes folder/round_0003.safetensors atomically, then removes all but the `keep` latest rounds. The state must be JSON: what is read
-    back has text keys and lists. Floats and tensors of all types come back bit for bit.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
-    state = json.dumps(checkpoint.state)
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._written = Bases()  # those whose copies this store has written: what an earlier one has left may be damaged
 
-    def write() -> None:
-        from safetensors.torch import save as serialized
+    def writing(self, checkpoint: Checkpoint) -> Callable[[], None]:
+        """Takes the checkpoint down as it is now, and returns what writes it; that may be called in another thread, before the next one.
 
-        metadata = {"round": str(checkpoint.round), "state": state, "sha256": _digest(checkpoint.round, tensors, state)}
-        folder.mkdir(exist_ok=True)
-        atomic_write(folder / f"round_{checkpoint.round:04d}.safetensors", serialized(tensors, metadata))
-        for old in saved(folder)[:-keep]:
+        It writes folder/round_0003.safetensors atomically, after the bases if they are new, then removes what no kept round needs. The
+        state must be JSON: what is read back has text keys and lists. Floats and tensors of all types come back bit for bit.
+        """
+        bases, new = checkpoint.bases, checkpoint.bases != self._written
+        tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if new or name not in bases.names}
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        state = json.dumps(checkpoint.state)
+
+        def write() -> None:
+            self._folder.mkdir(exist_ok=True)
+            if new and bases.names:
+                content = _encoded({name: tensors.pop(name) for name in bases.names}, {"bases": bases.digest})
+                for path in _copies(self._folder, bases.digest):
+                    atomic_write(path, content)
+            self._written = bases
+            metadata = {"round": str(checkpoint.round), "state": state, "bases": bases.digest}
+            atomic_write(self._folder / f"round_{checkpoint.round:04d}.safetensors", _encoded(tensors, metadata))
+            self._remove_old(bases.digest)
+
+        return write
+
+    def _remove_old(self, digest: str) -> None:
+        for old in saved(self._folder)[: -self._keep]:
             old.unlink()
-
-    return write
+        others = set(self._folder.glob(BASES)) - set(_copies(self._folder, digest))
+        if others:
+            needed = {copy for path in saved(self._folder) for copy in _copies(self._folder, _bases_needed(path))}
+            for path in others - needed:
+                path.unlink()
 
 
 def saved(folder: Path) -> list[Path]:
     """Returns the checkpoints' paths, the latest round last."""
-    return sorted(folder.glob("round_*.safetensors"), key=lambda path: int(path.stem.removeprefix("round_")))
+    return sorted(folder.glob(ROUNDS), key=lambda path: int(path.stem.removeprefix("round_")))
 
 
 def load(path: Path) -> Checkpoint:
-    """Returns the checkpoint in `path`, on the CPU. Raises DamagedError if a single bit of it is wrong."""
+    """Returns the checkpoint in `path`, on the CPU. Raises DamagedError if a single bit of it is wrong, or of every copy of its bases."""
+    tensors, metadata = _decoded(path)
+    try:
+        round_, state, digest = int(metadata["round"]), json.loads(metadata["state"]), metadata.get("bases", "")
+    except (ValueError, KeyError) as error:
+        raise DamagedError(f"{path.name} cannot be read ({type(error).__name__})") from error
+    bases = _bases(path.parent, digest) if digest else {}
+    return Checkpoint(round_, tensors | bases, state, Bases(frozenset(bases), digest))
+
+
+def _bases(folder: Path, digest: str) -> dict[str, Tensor]:
+    """Returns the bases of this digest from the first copy that is whole. Raises DamagedError where none is."""
+    reasons = []
+    for path in _copies(folder, digest):
+        try:
+            tensors, metadata = _decoded(path)
+        except DamagedError as error:
+            reasons.append(str(error))
+            continue
+        if metadata.get("bases") == digest:
+            return tensors
+        reasons.append(f"{path.name} holds others")
+    raise DamagedError("; ".join(reasons))
+
+
+def _bases_needed(path: Path) -> str:
+    """Returns the digest of the bases that a checkpoint names, "" where it names none or cannot be read."""
+    try:
+        return _metadata(path.read_bytes()).get("bases", "")
+    except UNREADABLE:
+        return ""
+
+
+def _copies(folder: Path, digest: str) -> list[Path]:
+    return [folder / f"bases_{digest[:16]}_{number}.safetensors" for number in range(1, COPIES + 1)]
+
+
+def _encoded(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    from safetensors.torch import save as serialized
+
+    return serialized(tensors, metadata | {"sha256": _digest(tensors, metadata)})
+
+
+def _decoded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors and the metadata of a file. Raises DamagedError if a single bit of it is wrong or it is not there."""
     from safetensors import SafetensorError
     from safetensors.torch import load as tensors_of
 
-    content = path.read_bytes()
     try:
-        header_size = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
-        tensors = tensors_of(content)
-        round_, state = int(metadata["round"]), metadata["state"]
-        intact = metadata["sha256"] == _digest(round_, tensors, state)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        content = path.read_bytes()
+        metadata, tensors = _metadata(content), tensors_of(content)
+        intact = metadata["sha256"] == _digest(tensors, metadata)
+    except (SafetensorError, *UNREADABLE) as error:
         raise DamagedError(f"{path.name} cannot be read ({type(error).__name__})") from error
     if not intact:
         raise DamagedError(f"{path.name} does not match its checksum")
-    return Checkpoint(round_, tensors, json.loads(state))
+    return tensors, metadata
 
 
-def _digest(round_: int, tensors: dict[str, Tensor], state: str) -> str:
-    """Returns the SHA-256 over round, state and every tensor's name, type, shape and bytes (bfloat16 too, which NumPy lacks)."""
+def _metadata(content: bytes) -> dict[str, str]:
+    metadata: dict[str, str] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+    return metadata
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Returns the SHA-256 over the metadata and every tensor's name, type, shape and bytes (bfloat16 too, which NumPy lacks)."""
     import torch
 
-    total = hashlib.sha256(f"{round_}\n{state}\n".encode())
+    total = hashlib.sha256("\n".join(metadata.get(key, "") for key in ("round", "state", "bases")).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

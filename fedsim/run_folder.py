@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 from torch import Tensor
 
 from fedsim import checkpoints
-from fedsim.checkpoints import Checkpoint, DamagedError
+from fedsim.checkpoints import Bases, Checkpoint, DamagedError, Store
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import EventLog, cut_events, read_events
@@ -62,10 +63,10 @@ class RunFolder:
         self.folder = folder
         self.finished_summary: dict[str, Any] | None = None
         """The summary, if `resume=true` was asked of a run that is already finished; nothing is to be done then."""
-        self._keep = keep
         self._lock = lock
         self._log: EventLog | None = None
         self._journal: Journal | None = None
+        self._checkpoints = Store(folder / CHECKPOINTS, keep)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None  # the checkpoint that is under way
 
@@ -150,11 +151,12 @@ class RunFolder:
         """Yields all whole events so far, in order."""
         return read_events(self.folder / EVENTS)
 
-    def save_checkpoint(self, round_: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save_checkpoint(self, round_: int, tensors: dict[str, Tensor], state: dict[str, Any], bases: Bases | None = None) -> None:
         """Takes down the state after `round_`, with the event "checkpoint", and returns while it is written; `settle` waits for that.
 
-        One checkpoint is under way at most: this waits for the one before, and raises what went wrong with it.
-        The checkpoint remembers how far the events went: `resume` cuts them there, so that what is done again is told once.
+        Of the tensors, the `bases` are written where they have changed. One checkpoint is under way at most: this waits for the one
+        before, and raises what went wrong with it. The checkpoint remembers how far the events went: `resume` cuts them there, so that
+        what is done again is told once.
         """
         self.settle()
         self.event("checkpoint", round=round_)
@@ -162,7 +164,7 @@ class RunFolder:
         assert log is not None  # as the event has found
         assert journal is not None
         state = {"state": state, "events_size": log.size, "journal": journal.head.to_json()}
-        write = checkpoints.writing(self.folder / CHECKPOINTS, Checkpoint(round_, tensors, state), self._keep)
+        write = self._checkpoints.writing(Checkpoint(round_, tensors, state, bases or Bases()))
 
         def durably() -> None:
             log.sync()  # a checkpoint is never ahead of the lines that it names
@@ -181,7 +183,7 @@ class RunFolder:
         """Returns the latest good checkpoint. A damaged one is set aside as *.damaged, with an event, and the one before is taken."""
         self.settle()
         found = self._last_whole_checkpoint()
-        return Checkpoint(found.round, found.tensors, found.state["state"]) if found else None
+        return replace(found, state=found.state["state"]) if found else None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes summary.json: from now on the run counts as finished. Call it last."""

@@ -208,7 +208,8 @@ class Session:
 
     def install(self, adapter: Adapter, digests: dict[str, str]) -> None:
         """Puts factors into the model; `digests` are those of their kinds."""
-        install(self.model, {name: tensor.to(self.device) for name, tensor in adapter.items()})
+        device = self.device
+        install(self.model, {name: tensor.to(device) for name, tensor in adapter.items()})
         self.digests |= digests
 
     def install_folded(self, folded: Adapter, tag: str) -> None:

@@ -8,7 +8,7 @@ import resource
 import pytest
 from test_resume import SMALL, results, run_in_child
 
-from fedsim import checkpoints
+from fedsim.checkpoints import Store, load, saved
 from fedsim.cli.main import main
 
 
@@ -16,14 +16,14 @@ def run_without_room_from(round_, overrides):
     """Runs the command in a forked child in which no file can grow any more once the checkpoint of this round is due."""
     child = os.fork()
     if child == 0:
-        writing = checkpoints.writing
+        writing = Store.writing
 
-        def without_room(folder, checkpoint, keep):
+        def without_room(store, checkpoint):
             if checkpoint.round == round_:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-            return writing(folder, checkpoint, keep)
+            return writing(store, checkpoint)
 
-        checkpoints.writing = without_room
+        Store.writing = without_room
         import torch
 
         torch.set_num_threads(1)
@@ -40,8 +40,8 @@ def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room
     assert last.startswith("fedsim: Expected room for the files of the run in")
     assert os.strerror(errno.EFBIG) in last
     assert "resume=true" in last
-    kept = checkpoints.saved(tmp_path / "run/checkpoints") if round_ else []
-    assert [checkpoints.load(path).round for path in kept] == ([0, 1] if round_ else [])
+    kept = saved(tmp_path / "run/checkpoints") if round_ else []
+    assert [load(path).round for path in kept] == ([0, 1] if round_ else [])
     assert not run_in_child((*overrides, "resume=true"))
     assert not run_in_child((*SMALL, f"run_dir={tmp_path / 'whole'}"))
     assert results(tmp_path / "run") == results(tmp_path / "whole")

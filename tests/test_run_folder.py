@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from fedsim import checkpoints
+from fedsim.checkpoints import Checkpoint, Store, saved
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import read_events
@@ -276,19 +276,19 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved_whatever_changes_wh
 
 
 def test_closing_the_folder_waits_for_the_checkpoint_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = checkpoints.writing
+    written = Store.writing
 
-    def slow(folder: Path, checkpoint: checkpoints.Checkpoint, keep: int) -> Callable[[], None]:
-        write = written(folder, checkpoint, keep)
+    def slow(store: Store, checkpoint: Checkpoint) -> Callable[[], None]:
+        write = written(store, checkpoint)
         return lambda: (time.sleep(0.3), write())[1]
 
-    monkeypatch.setattr(checkpoints, "writing", slow)
+    monkeypatch.setattr(Store, "writing", slow)
     begun = time.monotonic()
     with RunFolder.open(config_of(tmp_path / "run")) as folder:
         folder.save_checkpoint(1, tensors_of(1), {})
         assert time.monotonic() - begun < 0.3
-        assert checkpoints.saved(tmp_path / "run/checkpoints") == []
-    assert [path.name for path in checkpoints.saved(tmp_path / "run/checkpoints")] == ["round_0001.safetensors"]
+        assert saved(tmp_path / "run/checkpoints") == []
+    assert [path.name for path in saved(tmp_path / "run/checkpoints")] == ["round_0001.safetensors"]
 
 
 @pytest.mark.parametrize("step", [lambda folder: folder.save_checkpoint(2, {}, {}), RunFolder.settle, lambda folder: folder.finish({})])

@@ -135,7 +135,7 @@ class Collector:
         self._weights.append(weight)
         self._mean.add(weight, flat, positions)
         origin = self._origin if positions is None else self._origin[positions]
-        self._squares += weight * float((flat - origin).norm()) ** 2
+        self._squares += weight * float(torch.dist(flat, origin)) ** 2
         if self._rule is not None:
             self._uploads.append(flat.clone())
         if self._keep_products or self._keep_clients:

@@ -94,8 +94,10 @@ class CommunicationLedger:
     def totals(self) -> Totals:
         """Returns {uplink,downlink,setup}_{parameters,bytes,raw_bytes,payload_bytes} over the whole run; looks at new rows only."""
         start, self._counted = self._counted, len(self)
-        for name, amount in self._grouped(np.zeros(len(self) - start, dtype=np.int64), start).get(0, {}).items():
-            self._totals[name] += amount
+        if start < len(self):
+            for kind, chosen in self._kinds(start).items():
+                for suffix, column in AMOUNTS.items():
+                    self._totals[f"{kind}_{suffix}"] += int(self._column(column, start)[chosen].sum())
         return dict(self._totals)
 
     def per_client(self) -> dict[int, Totals]:
@@ -153,19 +155,19 @@ class CommunicationLedger:
     def _column(self, name: str, start: int = 0) -> NDArray[np.int64]:
         return np.array(self._columns[name][start:], dtype=np.int64)
 
-    def _grouped(self, keys: NDArray[np.int64], start: int = 0) -> dict[int, Totals]:
-        """Returns the totals by key of the rows from `start` on. Sums in int64: exact, unlike a float64 `bincount` above 2**53."""
+    def _grouped(self, keys: NDArray[np.int64]) -> dict[int, Totals]:
+        """Returns the totals by key of the rows. Sums in int64: exact, unlike a float64 `bincount` above 2**53."""
         groups, of_row = np.unique(keys, return_inverse=True)
         result = {int(key): _zero_totals() for key in groups}
-        for kind, chosen in self._kinds(start).items():
+        for kind, chosen in self._kinds().items():
             for suffix, column in AMOUNTS.items():
                 sums = np.zeros(len(groups), dtype=np.int64)
-                np.add.at(sums, of_row[chosen], self._column(column, start)[chosen])
+                np.add.at(sums, of_row[chosen], self._column(column)[chosen])
                 for key, total in zip(groups, sums, strict=True):
                     result[int(key)][f"{kind}_{suffix}"] = int(total)
         return result
 
-    def _kinds(self, start: int) -> dict[str, NDArray[np.bool_]]:
+    def _kinds(self, start: int = 0) -> dict[str, NDArray[np.bool_]]:
         """Returns which rows from `start` on count as uplink, downlink and setup: a partition of them."""
         setup = np.isin(self._column("purpose", start), [PURPOSES.index(purpose) for purpose in SETUP])
         upward = self._column("direction", start) == DIRECTIONS.index(Direction.uplink)

@@ -31,6 +31,7 @@ class GlobalState:
     accepted: dict[int, int] = field(default_factory=dict)  # by client: the last round that its upload became part of
     buffer: Buffer = field(default_factory=Buffer)  # of federation.mode=fedbuff
     _digests: dict[tuple[str, int], str] = field(default_factory=dict)
+    _flat: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
     def digest(self, part: str) -> str:
         """Returns the digest of a part in its present version, in hex."""
@@ -42,6 +43,13 @@ class GlobalState:
             tensors = {CONTROL: self.control} if part == CONTROL and self.control is not None else self.spec.pick(self.factors, (part,))
             self._digests[key] = digest(tensors)
         return self._digests[key]
+
+    def flat(self, kinds: Iterable[str]) -> Tensor:
+        """Returns the factors of the given kinds as one flat float32 array, the same until `replace`: to be read only."""
+        key = tuple(kinds)
+        if key not in self._flat:
+            self._flat[key] = self.spec.pack(self.factors, key)
+        return self._flat[key]
 
     def digests(self) -> dict[str, str]:
         """Returns the digests of all parts."""
@@ -55,7 +63,7 @@ class GlobalState:
     def replace(self, factors: Adapter, kinds: Iterable[str], round: int) -> None:
         """Puts new factors in place; `kinds` are those that have changed."""
         changed = tuple(kinds)
-        self.factors = factors
+        self.factors, self._flat = factors, {}
         self._digests = {key: value for key, value in self._digests.items() if key[0] not in changed}
         self.exchange.changed(changed, round)
 

@@ -42,7 +42,8 @@ class Layout:
         """
         if {name: tuple(tensor.shape) for name, tensor in adapter.items()} != dict(zip(self.names, self.shapes, strict=True)):
             raise ValueError(f"Expected the factors {self.names[:2]}... of this layout, got {tuple(adapter)[:2]}...")
-        return torch.cat([adapter[name].detach().to(torch.float32).flatten() for name in self.names])
+        with torch.no_grad():
+            return torch.cat([adapter[name].flatten() for name in self.names]).to(torch.float32)
 
     def unpack(self, flat: Tensor) -> Adapter:
         """Returns the factors of [num_parameters], or stacked ones [clients, ...] of [clients, num_parameters], as views."""
@@ -56,5 +57,5 @@ def digest(adapter: Adapter) -> str:
     for name in sorted(adapter):
         tensor = adapter[name].detach().to("cpu", torch.float32).contiguous()
         total.update(f"{name}{tuple(tensor.shape)}".encode())
-        total.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+        total.update(tensor.numpy().astype("<f4", copy=False).data)
     return total.hexdigest()

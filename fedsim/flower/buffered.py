@@ -70,7 +70,7 @@ class BufferedRound(Taking):
         return self._round - 1 - job.version
 
     def _start(self) -> Tensor:
-        return self._session.spec.pack(self._state.factors, self._session.method.uploaded(self._round))
+        return self._state.flat(self._session.method.uploaded(self._round))
 
 
 def _at(flat: Tensor, positions: Tensor | None) -> Tensor:

@@ -68,7 +68,7 @@ class Combining:
     def finish(self) -> None:
         """Makes the next global state of what was taken in; of nothing, the mean is the start."""
         state, method, config = self._state, self._session.method, self._config
-        start = self._session.spec.pack(state.factors, self._kinds)
+        start = state.flat(self._kinds)
         mean = self._collector.mean() if self.facts.clients else start
         if config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation:  # there the clients add the noise
             mean = self._noised(start, mean)

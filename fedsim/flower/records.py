@@ -33,9 +33,14 @@ def from_record(record: ArrayRecord, num_parameters: int) -> Tensor:
     if list(record) != [KEY]:
         raise ValueError(f"Expected one array named {KEY!r}, got {list(record)[:3]}.")
     values = _decoded(KEY, record[KEY], torch.float32, (num_parameters,))
-    if not isfinite(float(values.sum(dtype=torch.float64))):  # which finite float32 values cannot take over the edge; without a copy
+    if not _is_finite(values):
         raise ValueError("Expected finite values, got NaN or infinity.")
     return values
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are finite, without a copy: so is their sum then, in float64 at the latest, where float32 goes over the edge."""
+    return isfinite(float(values.sum())) or isfinite(float(values.sum(dtype=torch.float64)))
 
 
 def _decoded(name: str, array: Array, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -38,7 +38,7 @@ def secure_round(session: Session, state: GlobalState, protocol: Protocol, work:
     Guarantees: each entry differs from the mean of the clipped changes by less than clients * step * largest weight / sum of weights.
     """
     config, kinds = session.config, session.method.uploaded(protocol.server_round)
-    start = session.spec.pack(state.factors, kinds).double()
+    start = state.flat(kinds).double()
     grid = upload_grid(config, len(protocol.clients))
     wanted = Wanted("train", Purpose.adapter, grid, len(start), num_counters(config), work)
     summed = protocol.carry_out(wanted)

@@ -219,8 +219,9 @@ class Run:
         return state
 
     def _save(self, state: State) -> None:
-        checkpoint = checkpoint_of(state, self._memories(state.shared), self._session.budget.tokens)
-        self._folder.save_checkpoint(checkpoint.round, checkpoint.tensors, checkpoint.state)
+        memories, moving = self._memories(state.shared), self._session.method.moving
+        checkpoint = checkpoint_of(state, memories, self._session.budget.tokens, moving)
+        self._folder.save_checkpoint(checkpoint.round, checkpoint.tensors, checkpoint.state, checkpoint.bases)
 
     def _memories(self, shared: GlobalState) -> dict[str, Tensor]:
         clients = range(self._config.federation.clients) if keeps_memory(self._config, self._session.method) else ()

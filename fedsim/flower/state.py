@@ -3,15 +3,16 @@
 What clients in this process keep for themselves lies in the Contexts of their nodes, and in the checkpoint beside the server's state.
 """
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Context
 from torch import Tensor
 
-from fedsim.checkpoints import Checkpoint
+from fedsim.checkpoints import Bases, Checkpoint
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.fedbuff import Buffer
 from fedsim.core.global_state import GlobalState
@@ -54,8 +55,8 @@ class State:
         self.missing = dict(Counter(self.missing) + Counter(counted(facts.missing)))
 
 
-def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: int) -> Checkpoint:
-    """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`."""
+def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: int, moving: Collection[str]) -> Checkpoint:
+    """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`, `moving` are the method's kinds."""
     shared, exchange = state.shared, state.shared.exchange
     facts = {
         "format": FORMAT,
@@ -87,7 +88,15 @@ def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: in
         BUFFER: shared.buffer.changes(),
     }
     flat = {f"{first}/{name}": tensor for first, group in tensors.items() for name, tensor in group.items()}
-    return Checkpoint(state.round, flat, facts)
+    return Checkpoint(state.round, flat, facts, _bases(shared, moving))
+
+
+def _bases(shared: GlobalState, moving: Collection[str]) -> Bases:
+    """Names the factors that do not differ from round to round."""
+    kinds = [kind for kind in shared.spec.kinds if kind not in moving]
+    text = " ".join(f"{kind} {shared.digest(kind)}" for kind in kinds)
+    names = frozenset(f"{FACTOR}/{name}" for name in shared.spec.pick(shared.factors, kinds))
+    return Bases(names, hashlib.sha256(text.encode()).hexdigest()) if names else Bases()
 
 
 def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Context]) -> State:

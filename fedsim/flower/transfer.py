@@ -40,12 +40,12 @@ class Packer:
 
         `increment` sends the last increment of W only.
         """
-        state, spec = self._state, self._state.spec
+        state = self._state
         records: dict[str, ArrayRecord] = {}
         told: dict[str, str | list[str]] = {"digests": json.dumps({part: state.digest(part) for part in needed})}
         for name, kinds in self._by_record(parts).items():
             told[name] = kinds
-            records[name] = self._once((name, *kinds), partial(spec.pack, state.factors, kinds))
+            records[name] = self._once((name, *kinds), partial(state.flat, kinds))
         if WEIGHTS in parts and state.folded:
             told[FOLD] = INCREMENT if increment else WHOLE
             records[FOLD] = self._once((FOLD, increment), self._increment if increment else state.whole)

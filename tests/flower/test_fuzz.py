@@ -343,7 +343,7 @@ def test_logs_that_are_followed(count, capsys):
 @pytest.mark.parametrize("count", counts(300))
 def test_checkpoints(count, tmp_path):
     whole = Checkpoint(3, {"factor/R": torch.arange(12.0), "x": torch.zeros(2, 2, dtype=torch.bfloat16)}, {"ledger": {"columns": [[1, 2]]}})
-    checkpoints.writing(tmp_path, whole, 1)()
+    checkpoints.Store(tmp_path, 1).writing(whole)()
     (path,) = checkpoints.saved(tmp_path)
     content, rng = path.read_bytes(), random.Random(3)
     for _ in range(count):

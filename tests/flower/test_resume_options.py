@@ -7,7 +7,7 @@ import pytest
 import torch
 from rounds import changed, of_method
 
-from fedsim.checkpoints import load, saved, writing
+from fedsim.checkpoints import Store, load, saved
 from fedsim.choices import Init, Mode
 from fedsim.errors import UserError
 from fedsim.experiment import run
@@ -111,7 +111,7 @@ def test_the_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, monk
             run(in_folder(config, tmp_path / "run"), quiet=True)
     last = load(saved(tmp_path / "run/checkpoints")[-1])
     last.state["state"]["format"] = 1
-    writing(tmp_path / "run/checkpoints", last, 2)()
+    Store(tmp_path / "run/checkpoints", 2).writing(last)()
     with pytest.raises(UserError, match=r"Expected a checkpoint of format 2, got format 1.*overwrite=true"):
         run(in_folder(config, tmp_path / "run", resume=True), quiet=True)
     run(in_folder(config, tmp_path / "run", overwrite=True), quiet=True)
