@@ -118,7 +118,7 @@ def test_a_finished_run_that_is_resumed_tells_its_result_again(finished):
 
 def checkpoints_seen_by_the_clients(folder, monkeypatch, *, deployed):
     """Returns {round: rounds of the checkpoints that were whole when the first client was asked to train}, with a slow disk."""
-    writing, seen = checkpoints.writing, {}
+    writing, seen = checkpoints.Store.writing, {}
 
     def on_a_slow_disk(*arguments):
         write = writing(*arguments)
@@ -133,7 +133,7 @@ def checkpoints_seen_by_the_clients(folder, monkeypatch, *, deployed):
             seen.setdefault(request["round"], [int(path.stem[-4:]) for path in checkpoints.saved(folder / "checkpoints")])
         return app(message, context)
 
-    monkeypatch.setattr(checkpoints, "writing", on_a_slow_disk)
+    monkeypatch.setattr(checkpoints.Store, "writing", on_a_slow_disk)
     config = compose([*SMALL, f"run_dir={folder}", "evaluation.every=0", "adapter.init=orthogonal", "federation.rounds=3"])
     grid = InProcessGrid(handle, workers=5)
     serve(grid, config, grid.contexts, roster=Roster(grid, config) if deployed else None, quiet=True)
