@@ -1,5 +1,6 @@
 """How exact a round's average was, how far the clients drifted apart, and how many directions the update has."""
 
+from collections.abc import Iterator
 from math import nan
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fedsim.config import MethodConfig
 from fedsim.core.collecting import Collected, Collector
-from fedsim.core.forms import LORA_SB, AdapterSpec
+from fedsim.core.forms import LORA_SB, AdapterSpec, Factors
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods.method import Method
 from fedsim.types import Adapter
@@ -33,35 +34,37 @@ def _deviation(collected: Collected, factors: Adapter, layer: str) -> float:
 
 
 def _mean_effective_rank(state: GlobalState) -> float:
-    ranks = [effective_rank(values) for layer in state.spec.layers if (values := _singular_values(state, layer)) is not None]
+    ranks = [rank for values in _singular_values(state) for rank in effective_ranks(values).tolist()]
     return sum(ranks) / len(ranks) if ranks else nan
 
 
-def _singular_values(state: GlobalState, layer: str) -> Tensor | None:
+def _singular_values(state: GlobalState) -> Iterator[Tensor]:
+    """Yields those of the layers' updates, [layers, values], for layers at a time whose matrices have one shape."""
     spec: AdapterSpec = state.spec
-    if not state.folded and spec.form is LORA_SB:
-        return torch.linalg.svdvals(spec.scaling * state.factors[f"{layer}.R"])  # B and A are orthonormal
-    if not state.folded:
-        left, *middle, right = _padded(spec.form.chain(spec.factors(state.factors, layer)))
-        if right is not None:
-            core = torch.linalg.qr(left).R
-            for matrix in middle:
-                core = core @ matrix
-            return torch.linalg.svdvals(core @ torch.linalg.qr(right.T).R.T)
-    if min(spec.layers[layer]) > DENSE_SVD_LIMIT:
-        return None
-    return torch.linalg.svdvals(spec.update(state.factors, layer) + state.folded.get(layer, torch.zeros(())))
+    if spec.form.low_rank and not state.folded:
+        cores = [_core(spec, spec.factors(state.factors, layer)) for layer in spec.layers]
+        for shape in dict.fromkeys(core.shape for core in cores):
+            yield torch.linalg.svdvals(torch.stack([core for core in cores if core.shape == shape]))
+        return
+    for layer, sides in spec.layers.items():
+        if min(sides) <= DENSE_SVD_LIMIT:
+            dense = spec.update(state.factors, layer) + state.folded.get(layer, torch.zeros(()))
+            yield torch.linalg.svdvals(dense).unsqueeze(0)
 
 
-def _padded(chain: list[Tensor]) -> list[Any]:
-    """A chain of one matrix has no right factor."""
-    return chain if len(chain) > 1 else [chain[0], None]
+def _core(spec: AdapterSpec, factors: Factors) -> Tensor:
+    """Returns a small matrix with the singular values of a layer's update."""
+    if spec.form is LORA_SB:
+        return spec.scaling * factors["R"]  # B and A are orthonormal
+    left, *middle, right = spec.form.chain(factors)
+    core = torch.linalg.qr(left).R
+    for matrix in middle:
+        core = core @ matrix
+    return core @ torch.linalg.qr(right.T).R.T
 
 
-def effective_rank(values: Tensor) -> float:
-    """Returns exp of the entropy of the singular values' shares (Roy and Vetterli 2007); nan where all are zero."""
-    total = float(values.sum())
-    if not total > 0:
-        return nan
-    shares = values.double() / total
-    return float(torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()))
+def effective_ranks(values: Tensor) -> Tensor:
+    """Returns exp of the entropy of the shares of singular values [..., values] (Roy and Vetterli 2007); nan where all are zero."""
+    values = values.double()
+    shares = values / values.sum(-1, keepdim=True)
+    return torch.exp(-(shares * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum(-1))

@@ -89,10 +89,11 @@ def _product(x: Tensor, matrix: Tensor, onto: Tensor | None = None) -> Tensor:
     """Returns x @ matrix.T, added to `onto`, which is used up, where it is given: [tokens, k] -> [tokens, j]."""
     if matrix.dim() == 2:
         return gemm.linear(x, matrix, None, onto)
-    grouped = _grouped(x, len(matrix))
+    groups, width = matrix.shape[:2]
+    grouped = _grouped(x, groups)
     if onto is None:
-        return torch.bmm(grouped, matrix.mT).flatten(0, 1)
-    split = _grouped(onto, len(matrix))
+        return torch.bmm(grouped, matrix.mT).view(-1, width)
+    split = _grouped(onto, groups)
     torch.baddbmm(split, grouped, matrix.mT, out=split)
     return onto
 
@@ -107,4 +108,4 @@ def _of_factor(gradient: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
     """Returns [groups, tokens of a group, k] of [tokens, k]."""
-    return x.view(groups, len(x) // groups, x.shape[-1])
+    return x.view(groups, -1, x.shape[-1])

@@ -47,6 +47,16 @@ def test_the_whole_travels_in_the_models_order_even_if_a_checkpoint_gave_it_back
         assert torch.equal(dense, shared.folded[layer])
 
 
+def test_the_flat_factors_are_those_in_place_now():
+    shared = state()
+    before = shared.flat(("R",))
+    assert shared.flat(("R",)) is before
+    assert torch.equal(before, SPEC.pack(shared.factors, ("R",)))
+    shared.replace(state(1).factors, ("R",), 1)
+    assert torch.equal(shared.flat(("R",)), SPEC.pack(state(1).factors, ("R",)))
+    assert not torch.equal(shared.flat(("R",)), before)
+
+
 def test_the_tag_tells_what_was_folded_and_in_which_order():
     def tag(*seeds):
         shared = state()

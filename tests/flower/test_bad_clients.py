@@ -139,6 +139,20 @@ def test_an_update_beyond_the_bound_is_refused_or_scaled_down_to_it(over):
     assert float(step.norm()) <= 1e-3 * (1 + 1e-4) < float((free.flat("R") - start).norm())
 
 
+@pytest.mark.parametrize(("part", "missing"), [(1 - 1e-6, []), (1 + 1e-6, [2])])
+def test_the_bound_on_an_updates_norm_is_kept_to_a_millionth(part, missing):
+    run = faulty(
+        changed(CONFIG, server={"max_update_norm": 1e4}), {(1, 2): with_values(lambda values: moved_by(values, 1e4 * part))}
+    ).next()
+    assert [each.client for each in run.strategy.facts.missing] == missing
+
+
+def moved_by(values, norm):
+    """The start of R is zero, so what is sent is the update; its direction keeps every entry far from float32's rounding."""
+    direction = np.random.default_rng(0).normal(size=values.shape)
+    return (direction * (norm / np.linalg.norm(direction))).astype(np.float32)
+
+
 def test_a_reply_to_nothing_is_not_used_by_flowers_own_loop():
     run = faulty(CONFIG, {})
     messages = list(run.strategy.configure_train(1, None, None, run.grid))
