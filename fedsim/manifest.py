@@ -48,12 +48,13 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def _hardware() -> dict[str, Any]:
-    import torch  # only to name the GPU; the run has torch loaded anyway
+    import torch  # a run has it loaded anyway
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512: which kernels run, and so the last bits
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [torch.cuda.get_device_name(index) for index in range(count)],

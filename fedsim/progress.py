@@ -18,13 +18,12 @@ from fedsim.core.missing import told
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedsim.core.communication import Totals
+
 REFRESH = 0.25
 """Seconds between two readings of the loss."""
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-Totals = dict[str, int]
-"""Bytes so far: {uplink_bytes, downlink_bytes, setup_bytes}; other names do not matter here."""
 
 
 def size(num_bytes: float) -> str:
@@ -95,7 +94,7 @@ class Progress:
         """Leaves a line that stays."""
         self._line(text)
 
-    def round_started(self, number: int, num_clients: int, sent: Totals) -> None:
+    def round_started(self, number: int, num_clients: int, sent: "Totals") -> None:
         """Begins round `number`, before which `sent` had travelled, with that many clients."""
         self._number, self._clients, self._tokens, self._sent = number, num_clients, 0, sent
         self._begun = time.monotonic()
@@ -117,7 +116,7 @@ class Progress:
         self._foresee(self._number - 1 + fraction)
         self._show_whole()
 
-    def round_finished(self, number: int, report: dict[str, Any], sent: Totals) -> None:
+    def round_finished(self, number: int, report: dict[str, Any], sent: "Totals") -> None:
         """Leaves the line of a round: clients, loss, speed, all that has been `sent` so far, time left."""
         self._round_seconds.append(report["wall_seconds"])
         self._sent = sent

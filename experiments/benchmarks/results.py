@@ -78,7 +78,8 @@ def markdown_table(section: Section, rows: list[dict[str, Any]]) -> str:
 def _made(made: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Says when, where and how, and how busy the machine was: above one waiting process per core figures are of a disturbed machine."""
     hardware, versions = made["hardware"], made["versions"]
-    devices = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
+    kernels = f" ({hardware['cpu_capability']})" if "cpu_capability" in hardware else ""
+    devices = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}{kernels}, {hardware['cores']} cores"
     load = max((row["load"] for row in rows), default=0.0)
     commit = made["commit"]["id"][:10] if made["commit"] else "unknown"
     names = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "flwr", "peft") if versions.get(name))

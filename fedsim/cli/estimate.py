@@ -108,7 +108,7 @@ def _assumptions(config: Config, rates: Calibration) -> list[str]:
         f"up to {MEMORY_FACTOR:g} times (docs/performance.md); a GPU is not in these figures.",
         "One process is server and worker. Start-up, the reading of data and the loading of weights come in addition.",
         "The base model's answers run to evaluation.max_new_tokens; after training they are as long as the references.",
-        "Clients have equal shares; a step is as long as its mean; padding adds a tenth to the time of training.",
+        "Clients have equal shares; a step is as long as its mean; padding adds a twelfth to the time of training.",
     ]
     if config.privacy.secure_aggregation:
         told.append("The masks and shares of secure aggregation are in the bytes, not in the time.")

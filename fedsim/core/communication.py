@@ -65,6 +65,7 @@ BLOCK = 1 << 16
 AMOUNTS = {"parameters": "parameters", "bytes": "serialized_bytes", "raw_bytes": "raw_bytes", "payload_bytes": "payload_bytes"}
 
 Totals = dict[str, int]
+"""{uplink,downlink,setup}_{parameters,bytes,raw_bytes,payload_bytes}."""
 
 
 class CommunicationLedger:
@@ -104,25 +105,14 @@ class CommunicationLedger:
         """Returns the totals of each client that sent or received anything, in order of clients."""
         return self._grouped(self._column("client"))
 
-    def per_round(self) -> dict[int, Totals]:
-        """Returns the totals of each round, in order of rounds."""
-        return self._grouped(self._column("round"))
-
     def rows(self) -> Iterator[dict[str, int | str]]:
         """Yields one flat dictionary per transfer, enums by name: the rows of a CSV or JSONL export."""
         for values in zip(*self._columns.values(), strict=True):
             row: dict[str, int | str] = dict(zip(COLUMNS, values, strict=True))
             yield row | {"direction": DIRECTIONS[values[2]].name, "purpose": PURPOSES[values[3]].name}
 
-    @classmethod
-    def from_rows(cls, rows: Iterable[dict[str, Any]]) -> "CommunicationLedger":
-        """Returns the ledger of exported rows; numbers may be text, as `csv.DictReader` gives them."""
-        ledger = cls()
-        ledger.add_rows(rows)
-        return ledger
-
     def add_rows(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Adds the transfers of exported rows."""
+        """Adds the transfers of rows as `rows` gives them; numbers may be text, as `csv.DictReader` gives them."""
         for row in rows:
             numbers = {name: int(row[name]) for name in COLUMNS if name not in ("direction", "purpose")}
             self.add(Transfer(direction=Direction[row["direction"]], purpose=Purpose[row["purpose"]], **numbers))

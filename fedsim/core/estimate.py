@@ -22,8 +22,8 @@ from fedsim.core.traffic import refresh_due
 LOGIT_COPIES = 3
 """float32 numbers held for each logit at the peak of a pass: the logit, the log-softmax and its gradient."""
 
-PADDED = 1.1
-"""Positions of a pass for each of its tokens: rows are padded to the longest, and to few widths. Of the embedded data, 1.07 to 1.12."""
+PADDED = 1.08
+"""Positions of a pass for each of its tokens: rows are padded to the longest, and to few widths. Of the embedded data, 1.06 to 1.09."""
 
 
 @dataclass(frozen=True)

@@ -173,19 +173,6 @@ def _least_noise(spent: Callable[[float], float], target: float, guess: float) -
     return None if high == math.inf else high
 
 
-def client_round(noise_multiplier: float, participation_rate: float | None) -> Mechanism:
-    """Returns what one round costs a client whose whole update is the unit, clipped to clip_norm and summed with uniform weights.
-
-    With a rate q, every client is drawn by its own coin of probability q that nobody sees, the sum is divided by a constant (q times the
-    number of clients, never by how many came), and each round is charged to every client, drawn or not.
-    With None, the participants are a set of fixed size or are known to others: no amplification is claimed. Neighbours differ in one
-    client's update being replaced by zero, the draw does not depend on data, so a round costs its participants a full Gaussian mechanism
-    (rate 1) and the others nothing: charge participants only. Amplification for sets of fixed size is proven only for replacing a client,
-    at twice the sensitivity, and does not compose as Poisson sampling does (arXiv 2405.20769).
-    """
-    return Mechanism(noise_multiplier, 1.0 if participation_rate is None else participation_rate, 1)
-
-
 def split_noise(noise_multiplier: float, count_noise: float) -> float:
     """Returns the noise multiplier for the sum of updates under adaptive quantile clipping (Andrew et al., arXiv 1905.03871, Theorem 1).
 

@@ -4,7 +4,6 @@ A published epsilon often leaves out the initialisation, or is one client's. Her
 it came from, and what is reported is the worst client's total. Nothing is ever taken back: a resumed run goes on where it stopped.
 """
 
-import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import astuple
@@ -56,10 +55,6 @@ class PrivacyLedger:
         """Returns the epsilon of the client that has spent most; clients with equal histories and deltas are computed once."""
         kinds = {(self._histories[client], delta): client for client, delta in self._deltas.items()}
         return max(self.epsilon(client) for client in kinds.values())
-
-    def remaining(self, client: int) -> float:
-        """Returns the budget less what was spent, at least 0; infinite without a budget. No price of a next step: costs do not add."""
-        return math.inf if self.budget is None else max(0.0, self.budget - self.epsilon(client))
 
     def would_exceed(self, client: int, mechanism: Mechanism) -> bool:
         """Returns whether the client's epsilon would be above the budget after the mechanism. Changes nothing."""

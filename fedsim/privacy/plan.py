@@ -60,6 +60,11 @@ def plan(config: Config, sizes: Sequence[int]) -> list[ClientPlan]:
 
 
 def _client_level(config: Config) -> ClientPlan:
+    """The whole update of a client is the unit: neighbours differ in one client's update being replaced by zero.
+
+    Every client is drawn by a coin of its own that nobody sees, the sum is divided by a constant (never by how many came), and each round
+    is charged to every client, drawn or not.
+    """
     federation, privacy = config.federation, config.privacy
     delta = _delta(privacy.delta, federation.clients)
     noise = _noise(config, delta, federation.fraction, federation.rounds, [])
@@ -67,7 +72,11 @@ def _client_level(config: Config) -> ClientPlan:
 
 
 def _distributed(config: Config) -> list[ClientPlan]:
-    """Noise of the clients: one deviation for all, calibrated to the client that takes part most often."""
+    """Noise of the clients: one deviation for all, calibrated to the client that takes part most often.
+
+    Those who take part are a set of fixed size: a round costs them a full mechanism and the others nothing. No amplification is claimed,
+    which is proven only for replacing a client, at twice the sensitivity, and does not compose as Poisson sampling does (arXiv 2405.20769).
+    """
     federation, options = config.federation, config.secure
     delta, taken = _delta(config.privacy.delta, federation.clients), _rounds_taken(config)
     limit, size = limit_of(options.bits), round_size(federation.clients, federation.fraction)

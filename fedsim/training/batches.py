@@ -15,10 +15,13 @@ from torch import Tensor
 from fedsim.config import TrainingConfig
 from fedsim.core.participation import steps_per_round
 from fedsim.seeding import numpy_generator
-from fedsim.training.padding import padded_width
+from fedsim.training.padding import WIDTH_STEP, padded_width
 from fedsim.training.pairs import PairBatch, collate_pairs
 from fedsim.types import AnyEncoded, EncodedExample, EncodedPair
 
+PASS_COST = (
+    1 / 16
+)  # of the most tokens that a pass may have: what it costs besides them, since that most is chosen for passes to be worth it
 MEGABATCH_STEPS = 8  # examples are sorted by length within this many steps, so that batches stay random
 
 
@@ -73,8 +76,8 @@ def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, toke
     """Cuts one local step of a cohort into passes of at most `tokens_per_pass` tokens, padding to the longest row included.
 
     The unit is one client's micro-batch of `batch_size` examples (cut further only where it alone exceeds the budget); units of similar
-    length share a pass. The groups of a pass are as large as its units' sizes allow: their greatest common divisor. A single row is never
-    refused, however long it is.
+    length share a pass, and there are as many passes as save padding. The groups of a pass are as large as its units' sizes allow: their
+    greatest common divisor. A single row is never refused, however long it is.
     """
     units: list[list[Row]] = []
     for slot, examples in rows_of_slot.items():
@@ -86,19 +89,33 @@ def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, toke
             units.append(rows[start : start + size])
             start += size
     units.sort(key=lambda unit: (-len(unit), -unit[0].example.num_tokens, unit[0].slot))
-    waiting: list[list[Row]] = []
-    for unit in units:
-        if waiting and not _fits([*waiting, unit], tokens_per_pass):
-            yield _as_pass(waiting)
-            waiting = []
-        waiting.append(unit)
-    if waiting:
-        yield _as_pass(waiting)
+    lengths, sizes = [unit[0].example.num_tokens for unit in units], [len(unit) for unit in units]
+    for start, stop in _cuts(lengths, sizes, tokens_per_pass):
+        yield _as_pass(units[start:stop])
 
 
-def _fits(units: list[list[Row]], tokens_per_pass: int) -> bool:
-    longest = max(unit[0].example.num_tokens for unit in units)
-    return longest * sum(map(len, units)) <= tokens_per_pass
+def _cuts(lengths: Sequence[int], sizes: Sequence[int], tokens_per_pass: int) -> list[tuple[int, int]]:
+    """Returns the first and the last but one unit of each pass, for units of `sizes` rows of which the longest have `lengths` tokens.
+
+    Of all ways to cut the units in their order, none has fewer positions, padding and PASS_COST included. By dynamic programming: `least`
+    is the cost of the units before each place, `cut` where the pass that ends there begins.
+    """
+    longest, rows, cost_of_pass = np.array(lengths), np.array(sizes), PASS_COST * tokens_per_pass
+    least, cut = np.full(len(rows) + 1, np.inf), np.zeros(len(rows) + 1, dtype=np.int64)
+    least[0] = 0.0
+    for start in range(len(rows)):
+        most = max(1, tokens_per_pass // lengths[start])
+        widths, counts = np.maximum.accumulate(longest[start : start + most]), np.cumsum(rows[start : start + most])
+        fitting = max(1, int(np.searchsorted(widths * counts, tokens_per_pass, side="right")))
+        costs = least[start] + cost_of_pass + (-(-widths[:fitting] // WIDTH_STEP) * WIDTH_STEP * counts[:fitting])
+        places = slice(start + 1, start + 1 + fitting)
+        better = costs < least[places]
+        least[places][better], cut[places][better] = costs[better], start
+    cuts, stop = [], len(rows)
+    while stop:
+        cuts.append((int(cut[stop]), stop))
+        stop = cuts[-1][0]
+    return cuts[::-1]
 
 
 def _as_pass(units: list[list[Row]]) -> Pass:

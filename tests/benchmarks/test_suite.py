@@ -22,7 +22,7 @@ from fedsim.core.adapters import factors
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOAD = Workload("tiny", clients=3, batch=2, tokens=8, steps=2, rank=4)
-HARDWARE = {"gpus": [], "cpu": "a CPU", "cores": 2}
+HARDWARE = {"gpus": [], "cpu": "a CPU", "cpu_capability": "AVX2", "cores": 2}
 MADE = {
     "started": "2026-01-02T03:04:05",
     "hardware": HARDWARE,
@@ -96,7 +96,7 @@ def test_the_files_and_the_page_hold_the_table_and_what_failed(tmp_path):
     assert "load 9.0" in text
     assert "busy" in text
     assert "2026-01-02T03:04" in text
-    assert "a CPU, 2 cores" in text
+    assert "a CPU (AVX2), 2 cores" in text
     assert results.load(out)["z"]["rows"][0]["found"]["rate"] == 2.25
     assert "## A title" in out.with_suffix(".md").read_text()
     results.save(results.load(out), out, [each], page)

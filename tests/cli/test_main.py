@@ -13,6 +13,12 @@ def _empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+def test_the_package_run_as_a_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "fedsim", "rn"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("fedsim: Unknown verb 'rn'")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

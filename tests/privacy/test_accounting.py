@@ -13,7 +13,6 @@ from fedsim.privacy.accounting import (
     Mechanism,
     check_accountant,
     check_delta,
-    client_round,
     default_delta,
     epsilon,
     exceeds,
@@ -252,12 +251,6 @@ def test_the_default_delta_is_n_to_the_minus_1_1_and_needs_examples():
 
 
 # ---- client level
-
-
-def test_a_round_of_known_participants_is_charged_without_amplification():
-    assert client_round(1.3, 0.2) == Mechanism(1.3, 0.2, 1)
-    assert client_round(1.3, None) == Mechanism(1.3, 1.0, 1)
-    assert epsilon([client_round(1.3, 0.2)] * 10, DELTA) < epsilon([client_round(1.3, None)] * 10, DELTA)
 
 
 @pytest.mark.parametrize(("noise", "count_noise"), [(1.0, 10.0), (2.0, 1.5), (0.5, 0.26)])

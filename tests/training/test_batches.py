@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from fedsim.config import TrainingConfig
 from fedsim.core.participation import steps_per_round
+from fedsim.training import batches
 from fedsim.training.batches import collate, local_batches, pack
 from fedsim.types import EncodedExample
 
@@ -68,6 +69,43 @@ def test_passes_hold_every_row_once_within_the_budget_and_in_equal_groups(length
         assert [row.slot for row in each.rows] == [slot for slot in each.slots for _ in range(size)]
         longest = max(row.example.num_tokens for row in each.rows)
         assert len(each.rows) == 1 or longest * len(each.rows) <= budget
+
+
+def positions(lengths, sizes, cuts, budget):
+    """What the passes cost: rows times their rounded width, and an eighth of the budget for each."""
+    return sum(sum(sizes[a:b]) * (-(-max(lengths[a:b]) // 8) * 8) + budget / 8 for a, b in cuts)
+
+
+def all_cuts(stop):
+    """Every way to cut units 0 to `stop` into passes of neighbours."""
+    if stop == 0:
+        yield []
+    for start in range(stop):
+        yield from ([*before, (start, stop)] for before in all_cuts(start))
+
+
+@given(units=st.lists(st.tuples(st.integers(1, 3), st.integers(3, 60)), min_size=1, max_size=7), budget=st.integers(30, 400))
+@settings(max_examples=80, deadline=None)
+def test_no_other_cut_within_the_budget_has_fewer_positions(units, budget):
+    sizes, lengths = zip(*sorted(units, reverse=True), strict=True)
+
+    def fits(start, stop):
+        return stop - start == 1 or max(lengths[start:stop]) * sum(sizes[start:stop]) <= budget
+
+    possible = [cuts for cuts in all_cuts(len(units)) if all(fits(*each) for each in cuts)]
+    cuts = batches._cuts(lengths, sizes, budget)
+    assert cuts in possible
+    assert positions(lengths, sizes, cuts, budget) == min(positions(lengths, sizes, each, budget) for each in possible)
+
+
+def test_short_rows_do_not_fill_a_pass_of_long_ones():
+    rows = {0: [example(100)] * 6 + [example(20)] * 20}
+    assert [[row.example.num_tokens for row in each.rows] for each in pack(rows, 1, 1024)] == [[100] * 6, [20] * 20]
+
+
+def test_rows_of_nearly_one_length_share_a_pass():
+    rows = {0: [example(50 - n % 3) for n in range(20)]}
+    assert len(list(pack(rows, 1, 1024))) == 1
 
 
 def test_the_weights_of_a_clients_rows_sum_to_one():

@@ -1,0 +1,7 @@
+"""`python -m fedsim` is the command `fedsim`."""
+
+import sys
+
+from fedsim.cli.main import main
+
+sys.exit(main())
