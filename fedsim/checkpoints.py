@@ -8,7 +8,7 @@ metadata, beside a SHA-256 over all of it.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from fedsim.files import atomic_write
 
 ROUNDS, BASES = "round_*.safetensors", "bases_*.safetensors"
 COPIES = 2
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What a damaged file may lead to, besides an error of its format's own."""
+UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What a damaged or missing file may lead to, besides an error of its format's own. A disk that cannot be read is no damage."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Bases:
     digest: str = ""
 
 
+NO_BASES = Bases()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a run after `round`."""
@@ -37,7 +40,7 @@ class Checkpoint:
     round: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
-    bases: Bases = field(default_factory=Bases)
+    bases: Bases = NO_BASES
 
 
 class DamagedError(Exception):
@@ -45,11 +48,14 @@ class DamagedError(Exception):
 
 
 class Store:
-    """Writes the checkpoints of a run into a folder, of which the `keep` latest stay."""
+    """Writes the checkpoints of a run into a folder, of which the `keep` latest stay.
+
+    The first one writes the bases in any case: a copy that an earlier store has left may be damaged.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._written = Bases()  # those whose copies this store has written: what an earlier one has left may be damaged
+        self._written = NO_BASES
 
     def writing(self, checkpoint: Checkpoint) -> Callable[[], None]:
         """Takes the checkpoint down as it is now, and returns what writes it; that may be called in another thread, before the next one.
@@ -102,25 +108,30 @@ def load(path: Path) -> Checkpoint:
 
 
 def _bases(folder: Path, digest: str) -> dict[str, Tensor]:
-    """Returns the bases of this digest from the first copy that is whole. Raises DamagedError where none is."""
-    reasons = []
+    """Returns the bases of this digest from the first copy that is whole. Raises OSError or DamagedError where none is."""
+    reasons: list[OSError | DamagedError] = []
     for path in _copies(folder, digest):
         try:
             tensors, metadata = _decoded(path)
-        except DamagedError as error:
-            reasons.append(str(error))
+        except (OSError, DamagedError) as error:
+            reasons.append(error)
             continue
         if metadata.get("bases") == digest:
             return tensors
-        reasons.append(f"{path.name} holds others")
-    raise DamagedError("; ".join(reasons))
+        reasons.append(DamagedError(f"{path.name} holds others"))
+    for reason in reasons:
+        if isinstance(reason, OSError):
+            raise reason
+    raise DamagedError("; ".join(map(str, reasons)))
 
 
 def _bases_needed(path: Path) -> str:
-    """Returns the digest of the bases that a checkpoint names, "" where it names none or cannot be read."""
+    """Returns the digest of the bases that a checkpoint names, "" where it names none or its head is damaged."""
     try:
-        return _metadata(path.read_bytes()).get("bases", "")
-    except UNREADABLE:
+        with open(path, "rb") as file:
+            size = file.read(8)
+            return str(_metadata(size + file.read(int.from_bytes(size, "little"))).get("bases", ""))
+    except (OverflowError, MemoryError, *UNREADABLE):
         return ""
 
 

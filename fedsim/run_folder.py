@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor
 
 from fedsim import checkpoints
-from fedsim.checkpoints import Bases, Checkpoint, DamagedError, Store
+from fedsim.checkpoints import NO_BASES, Bases, Checkpoint, DamagedError, Store
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import EventLog, cut_events, read_events
@@ -151,7 +151,7 @@ class RunFolder:
         """Yields all whole events so far, in order."""
         return read_events(self.folder / EVENTS)
 
-    def save_checkpoint(self, round_: int, tensors: dict[str, Tensor], state: dict[str, Any], bases: Bases | None = None) -> None:
+    def save_checkpoint(self, round_: int, tensors: dict[str, Tensor], state: dict[str, Any], bases: Bases = NO_BASES) -> None:
         """Takes down the state after `round_`, with the event "checkpoint", and returns while it is written; `settle` waits for that.
 
         Of the tensors, the `bases` are written where they have changed. One checkpoint is under way at most: this waits for the one
@@ -164,7 +164,7 @@ class RunFolder:
         assert log is not None  # as the event has found
         assert journal is not None
         state = {"state": state, "events_size": log.size, "journal": journal.head.to_json()}
-        write = self._checkpoints.writing(Checkpoint(round_, tensors, state, bases or Bases()))
+        write = self._checkpoints.writing(Checkpoint(round_, tensors, state, bases))
 
         def durably() -> None:
             log.sync()  # a checkpoint is never ahead of the lines that it names

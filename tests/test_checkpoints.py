@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsim.checkpoints import Bases, Checkpoint, DamagedError, Store, load, saved
+from fedsim.checkpoints import NO_BASES, Bases, Checkpoint, DamagedError, Store, load, saved
 
 
 def checkpoint(round_: int, basis: float = 1.0) -> Checkpoint:
@@ -107,7 +107,7 @@ def test_a_damaged_round_does_not_stop_the_next_one_from_being_written(folder: P
 def test_a_checkpoint_without_bases_is_one_file(tmp_path: Path) -> None:
     Store(tmp_path, 1).writing(Checkpoint(1, {"R": torch.ones(3)}, {}))()
     assert names(tmp_path) == ["round_0001.safetensors"]
-    assert load(tmp_path / "round_0001.safetensors").bases == Bases()
+    assert load(tmp_path / "round_0001.safetensors").bases == NO_BASES
 
 
 def test_the_digest_of_the_bases_in_a_round_is_under_its_checksum(folder: Path) -> None:
@@ -115,3 +115,28 @@ def test_the_digest_of_the_bases_in_a_round_is_under_its_checksum(folder: Path) 
     path.write_bytes(path.read_bytes().replace(b"digest of 1.0", b"digest of 2.0"))
     with pytest.raises(DamagedError, match="does not match its checksum"):
         load(path)
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(PermissionError):
+        load(saved(folder)[-1])
+
+
+def test_bases_of_which_one_copy_cannot_be_read_come_from_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name.endswith("_1.safetensors"):
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert_whole(saved(folder)[-1], checkpoint(3))
+    for path in folder.glob("bases_*_2.*"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(OSError, match="Input/output"):
+        load(saved(folder)[-1])

@@ -138,7 +138,8 @@ class Run:
         self._session.budget = TokenBudget.of(self._config.training, self._session.model)
         shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
         if self._init not in DERIVED:
-            shared.factors |= self._factors_from_gradients(shared, ledger, privacy, 0)
+            factors = self._factors_from_gradients(shared, ledger, privacy, 0)
+            shared.replace(shared.factors | factors, self._session.spec.form_kinds, 0)
         seconds = time.perf_counter() - begun
         facts = {"wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"], "digests": shared.digests()}
         facts["tokens_per_pass"] = self._chronicle.tokens_per_pass = self._session.budget.tokens

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Context
 from torch import Tensor
 
-from fedsim.checkpoints import Bases, Checkpoint
+from fedsim.checkpoints import NO_BASES, Bases, Checkpoint
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.fedbuff import Buffer
 from fedsim.core.global_state import GlobalState
@@ -56,7 +56,10 @@ class State:
 
 
 def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: int, moving: Collection[str]) -> Checkpoint:
-    """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`, `moving` are the method's kinds."""
+    """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`.
+
+    `moving` are the kinds of factors that differ from round to round.
+    """
     shared, exchange = state.shared, state.shared.exchange
     facts = {
         "format": FORMAT,
@@ -96,7 +99,7 @@ def _bases(shared: GlobalState, moving: Collection[str]) -> Bases:
     kinds = [kind for kind in shared.spec.kinds if kind not in moving]
     text = " ".join(f"{kind} {shared.digest(kind)}" for kind in kinds)
     names = frozenset(f"{FACTOR}/{name}" for name in shared.spec.pick(shared.factors, kinds))
-    return Bases(names, hashlib.sha256(text.encode()).hexdigest()) if names else Bases()
+    return Bases(names, hashlib.sha256(text.encode()).hexdigest()) if names else NO_BASES
 
 
 def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Context]) -> State:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsim.config import TrainingConfig
 from fedsim.core.participation import steps_per_round
 from fedsim.seeding import numpy_generator
-from fedsim.training.padding import WIDTH_STEP, padded_width
+from fedsim.training.padding import padded_width
 from fedsim.training.pairs import PairBatch, collate_pairs
 from fedsim.types import AnyEncoded, EncodedExample, EncodedPair
 
@@ -93,7 +93,7 @@ def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, toke
 
 
 def _cuts(lengths: Sequence[int], sizes: Sequence[int], tokens_per_pass: int) -> list[tuple[int, int]]:
-    """Returns the first and the last but one unit of each pass, for units of `sizes` rows of which the longest have `lengths` tokens.
+    """Returns where each pass begins and where the next one does, for units of `sizes` rows of which the longest have `lengths` tokens.
 
     Of all ways to cut the units in their order, none has fewer positions, padding and PASS_COST included. By dynamic programming: `least`
     is the cost of the units before each place, `cut` where the pass that ends there begins.
@@ -105,7 +105,7 @@ def _cuts(lengths: Sequence[int], sizes: Sequence[int], tokens_per_pass: int) ->
         most = max(1, tokens_per_pass // lengths[start])
         widths, counts = np.maximum.accumulate(longest[start : start + most]), np.cumsum(rows[start : start + most])
         fitting = max(1, int(np.searchsorted(widths * counts, tokens_per_pass, side="right")))
-        costs = least[start] + cost_of_pass + (-(-widths[:fitting] // WIDTH_STEP) * WIDTH_STEP * counts[:fitting])
+        costs = least[start] + cost_of_pass + counts[:fitting] * padded_width(counts[:fitting], widths[:fitting])
         places = slice(start + 1, start + 1 + fitting)
         better = costs < least[places]
         least[places][better], cut[places][better] = costs[better], start
@@ -152,7 +152,7 @@ def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -
 def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Batch:
     """Pads examples and shifts the labels; no logits are asked for beyond the longest one."""
     longest = max(example.num_tokens for example in examples)
-    width = padded_width(len(examples), longest)
+    width = int(padded_width(len(examples), longest))
     first = max(0, min(example.loss_start for example in examples) - 1)
     ids = np.full((len(examples), width), pad_id, dtype=np.int64)
     labels = np.full((len(examples), width), -100, dtype=np.int64)

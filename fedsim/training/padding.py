@@ -4,7 +4,12 @@ oneDNN compiles a product for every number of tokens that it meets (a millisecon
 a GPU like multiples of eight.
 """
 
-from math import gcd
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Whole = TypeVar("Whole", int, NDArray[np.int64])
 
 WIDTH_STEP = 8
 """No row gets more than one position less than this beyond the longest one."""
@@ -13,7 +18,8 @@ TOKEN_STEP = 32
 """A pass has a multiple of so many tokens, as far as WIDTH_STEP allows it."""
 
 
-def padded_width(rows: int, longest: int) -> int:
-    """Returns the width of `rows` rows of which the longest has `longest` tokens."""
-    step = min(WIDTH_STEP, TOKEN_STEP // gcd(rows, TOKEN_STEP))
-    return -(-longest // step) * step
+def padded_width(rows: Whole, longest: Whole) -> Whole:
+    """Returns the width of `rows` rows of which the longest has `longest` tokens: of one pass, or of several at once."""
+    step = np.minimum(WIDTH_STEP, TOKEN_STEP // np.gcd(rows, TOKEN_STEP))
+    width: Whole = -(-longest // step) * step
+    return width

@@ -5,7 +5,7 @@ import json
 import time
 
 import pytest
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
 
 from clients.app import app
@@ -15,6 +15,7 @@ from fedsim.experiment import run
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
 from fedsim.flower.server import serve
+from fedsim.flower.worker import NEEDS_STATE
 from fedsim.session import open_session
 
 SMALL = (
@@ -114,6 +115,25 @@ def test_evaluation_every_round_is_in_the_events(tmp_path):
 def test_a_finished_run_that_is_resumed_tells_its_result_again(finished):
     folder, summary = finished
     assert run_in(folder, "resume=true") == summary
+
+
+def test_a_client_that_wants_the_state_before_there_is_one_does_not_spoil_it(tmp_path):
+    """Its reply makes the server pack factors that the initial gradients then replace: a resumption would find digests of those."""
+    asked = []
+
+    def handle(message, context):
+        if message.metadata.message_type == "train.initial_gradient" and not asked:
+            asked.append(message)
+            return Message(RecordDict({NEEDS_STATE: ConfigRecord()}), reply_to=message)
+        return app(message, context)
+
+    options = ["evaluation.every=0", "federation.rounds=2"]
+    grid = InProcessGrid(handle, workers=1)
+    summary = serve(grid, compose([*SMALL, *options, f"run_dir={tmp_path / 'run'}"]), grid.contexts, quiet=True)
+    assert asked
+    assert summary["adapter_digest"] == run_in(tmp_path / "plain", *options)["adapter_digest"]
+    (tmp_path / "run/summary.json").unlink()
+    assert run_in(tmp_path / "run", *options, "resume=true")["adapter_digest"] == summary["adapter_digest"]
 
 
 def checkpoints_seen_by_the_clients(folder, monkeypatch, *, deployed):

@@ -8,6 +8,7 @@ from fedsim.config import TrainingConfig
 from fedsim.core.participation import steps_per_round
 from fedsim.training import batches
 from fedsim.training.batches import collate, local_batches, pack
+from fedsim.training.padding import padded_width
 from fedsim.types import EncodedExample
 
 
@@ -72,8 +73,8 @@ def test_passes_hold_every_row_once_within_the_budget_and_in_equal_groups(length
 
 
 def positions(lengths, sizes, cuts, budget):
-    """What the passes cost: rows times their rounded width, and an eighth of the budget for each."""
-    return sum(sum(sizes[a:b]) * (-(-max(lengths[a:b]) // 8) * 8) + budget / 8 for a, b in cuts)
+    """What the passes cost: rows times their width, and an eighth of the budget for each."""
+    return sum(sum(sizes[a:b]) * padded_width(sum(sizes[a:b]), max(lengths[a:b])) + budget / 8 for a, b in cuts)
 
 
 def all_cuts(stop):
