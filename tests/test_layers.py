@@ -11,6 +11,7 @@ BASE = {"fedsim"} | {
     f"fedsim.{name}" for name in ["config", "choices", "config_check", "plain", "docstrings", "types", "seeding", "errors", "files"]
 }
 ENTRY = (
+    "fedsim.__main__",
     "fedsim.cli",
     "fedsim.experiment",
     "fedsim.deploy",
