@@ -152,7 +152,7 @@ def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -
 def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Batch:
     """Pads examples and shifts the labels; no logits are asked for beyond the longest one."""
     longest = max(example.num_tokens for example in examples)
-    width = int(padded_width(len(examples), longest))
+    width = padded_width(len(examples), longest)
     first = max(0, min(example.loss_start for example in examples) - 1)
     ids = np.full((len(examples), width), pad_id, dtype=np.int64)
     labels = np.full((len(examples), width), -100, dtype=np.int64)
