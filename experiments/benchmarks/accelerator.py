@@ -70,7 +70,7 @@ def measure(case: Case, settings: Settings) -> Found:
     _reset(device)
     workloads.train(on, clients, workload.training, noise)
     found: Found = {"peak_gb": _peak(device) / 1e9}
-    rates = interleaved(_tasks(case, on, workload, clients, noise, device), turns=settings.turns, seconds=3 * settings.seconds)
+    rates = interleaved(_tasks(case, on, workload, clients, noise, device), turns=settings.turns, seconds=settings.seconds / 4)
     middle = medians(rates)
     ceiling = matrix_product_ceiling(str(device), next(on.model.parameters()).dtype)
     flops = 4.0 * _parameters(on.model) * middle["cohort"]

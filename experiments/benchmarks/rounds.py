@@ -39,7 +39,7 @@ def cases(settings: Settings) -> list[Case]:
 def measure(case: Case, settings: Settings) -> Found:
     """Measures rounds after the first, in which there is set-up, each row in a process of its own."""
     clients = case["clients"]
-    rounds = 3 if settings.quick or clients > 1000 else 2 if case["engine"] == PEER and clients > 100 else 5
+    rounds = 3 if settings.quick or clients > 1000 else 2 if case["engine"] == PEER and clients > 100 else 5 if clients > 100 else 30
     if case["engine"] != IN_PROCESS:
         require("ray")
     if case["engine"] == PEER:

@@ -20,8 +20,8 @@ class Settings:
     quick: bool = False
     device: str = "auto"
     models: tuple[str, ...] = ()  # of the section on the accelerator; empty takes what fits the device
-    turns: int = 9
-    seconds: float = 5.0  # after which a comparison takes no further turn beyond its second
+    turns: int = 31
+    seconds: float = 60.0  # after which a comparison takes no further turn beyond its second
 
     @classmethod
     def of(cls, quick: bool, device: str = "auto", models: tuple[str, ...] = ()) -> "Settings":

@@ -3,6 +3,8 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from math import inf, sqrt
 
 Task = Callable[[], float]
 """Does some work and returns how much it was, in the unit of the comparison (tokens, clients, bytes)."""
@@ -10,22 +12,31 @@ Task = Callable[[], float]
 Rates = dict[str, list[float]]
 """Units per second of every competitor, one figure a turn."""
 
+SETTLED = 0.01
+"""Margin of a ratio, as a part of it, at which a comparison has turns enough."""
 
-def interleaved(tasks: Mapping[str, Task], *, turns: int, seconds: float = float("inf")) -> Rates:
-    """Returns the rates of all tasks over up to `turns` turns, at least two where turns allow it, stopping after `seconds`.
 
-    Every task is called once before, to warm up. Turns run alternately forwards and backwards, so that a drift of the machine's speed
-    meets all alike.
-    """
+def interleaved(tasks: Mapping[str, Task], *, turns: int, seconds: float = inf) -> Rates:
+    """Returns the rates of all tasks, each called once before to warm up, see `in_turns`."""
     for task in tasks.values():
         task()
-    found: Rates = {name: [] for name in tasks}
+    return in_turns({name: partial(rate, task) for name, task in tasks.items()}, turns=turns, seconds=seconds)
+
+
+def in_turns(measures: Mapping[str, Callable[[], float]], *, turns: int, seconds: float = inf) -> Rates:
+    """Returns the rates that the measures give, over up to `turns` turns.
+
+    At least two where turns allow it; after them no more when `seconds` have passed, or the ratio of the first two has settled. Turns
+    run alternately forwards and backwards, so that a drift of the machine's speed meets all alike.
+    """
+    found: Rates = {name: [] for name in measures}
     begun = time.perf_counter()
     for turn in range(turns):
-        if turn >= 2 and time.perf_counter() - begun > seconds:
+        late = time.perf_counter() - begun > seconds
+        if turn >= 2 and (late or (len(found) > 1 and _settled(found, *list(found)[:2]))):
             break
-        for name in list(tasks)[:: 1 if turn % 2 == 0 else -1]:
-            found[name].append(rate(tasks[name]))
+        for name in list(measures)[:: 1 if turn % 2 == 0 else -1]:
+            found[name].append(measures[name]())
     return found
 
 
@@ -43,4 +54,26 @@ def medians(rates: Rates) -> dict[str, float]:
 
 def ratio(rates: Rates, one: str, other: str) -> float:
     """Returns the median over turns of how many times as fast `one` was as `other` in the same turn."""
-    return statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True))
+    return statistics.median(_ratios(rates, one, other))
+
+
+def margin(rates: Rates, one: str, other: str) -> float | None:
+    """Returns half the width of the 95 % interval of that median; None for fewer than five turns, which tell too little of it.
+
+    1.96 standard errors of a median, each 1.253 standard deviations over the root of the number of turns, with the deviation taken
+    from the interquartile range, which is 1.349 of it (McGill, Tukey and Larsen 1978, for numbers from a normal distribution).
+    """
+    ratios = _ratios(rates, one, other)
+    if len(ratios) < 5:
+        return None
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return 1.96 * 1.253 / 1.349 * (high - low) / sqrt(len(ratios))
+
+
+def _settled(rates: Rates, one: str, other: str) -> bool:
+    found = margin(rates, one, other)
+    return found is not None and found <= SETTLED * ratio(rates, one, other)
+
+
+def _ratios(rates: Rates, one: str, other: str) -> list[float]:
+    return [a / b for a, b in zip(rates[one], rates[other], strict=True)]

@@ -7,6 +7,7 @@ import statistics
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from experiments.benchmarks import whole_run, workloads
 from experiments.benchmarks.peers import centralised, peft_trainer, pfl_research
 from experiments.benchmarks.processes import call, require
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings, SkippedError
-from experiments.benchmarks.timing import Task, interleaved, medians, ratio
+from experiments.benchmarks.timing import Task, interleaved, margin, medians, ratio
 from experiments.benchmarks.workloads import Workload
 
 CLIENTS = {"embedded": (1, 5, 25, 100, 1000), "llama_4m": (25,), "llama_20m": (5, 25, 100)}
@@ -65,22 +66,27 @@ def measure(case: Case, settings: Settings) -> Found:
         "one by one": lambda: workloads.train_one_by_one(on, clients[:PEER_CLIENTS], workload.training),
     }
     rates = interleaved(tasks, turns=settings.turns, seconds=settings.seconds)
-    found: Found = {"steps": workload.steps, "ratio_centralised": ratio(rates, "cohort", "centralised")}
+    found: Found = {"steps": workload.steps, "turns": len(rates["cohort"])}
+    found |= {"ratio_centralised": ratio(rates, "cohort", "centralised"), "margin": margin(rates, "cohort", "centralised")}
     found["ratio_alone"] = ratio(rates, "cohort", "one by one")
     found |= {name.replace(" ", "_"): value for name, value in medians(rates).items()}
     if (workload.model, workload.clients, workload.batch) in PEER_CASES:
-        found |= _beside_peers(workload, settings)
+        whole = whole_run.beside_centralised(
+            partial(whole_run.rates_of, workload, rounds=2 if settings.quick else 6), tasks["centralised"], settings
+        )
+        found |= {"run": whole["run"], "ratio_run": whole["ratio"], "margin_run": whole["margin"]}
+        found |= _beside_peers(workload, settings, whole["run"])
     return found
 
 
-def _beside_peers(workload: Workload, settings: Settings) -> Found:
-    """Returns the rate of whole runs and those of the peers, and what could not be measured."""
-    found: Found = {"run": statistics.median(whole_run.rates_of(workload, rounds=2 if settings.quick else 4))}
+def _beside_peers(workload: Workload, settings: Settings, run: float) -> Found:
+    """Returns the rates of the peers beside that of whole runs, and what could not be measured."""
+    found: Found = {}
     missing = []
     for name, peer in PEERS.items():
         try:
             found[name] = statistics.median(peer(workload, settings))
-            found[f"ratio_{name}"] = found["run"] / found[name]
+            found[f"ratio_{name}"] = run / found[name]
         except (SkippedError, RuntimeError, subprocess.TimeoutExpired) as reason:
             missing.append(f"{name}: {reason}")
     return {**found, "missing": "; ".join(missing) or None}
@@ -132,17 +138,14 @@ def summary(rows: list[Found]) -> str:
 SECTION = Section(
     "a",
     "Local training",
-    "Tokens per second of local training, LoRA-SB of rank 16 on all seven kinds of layers, float32, AdamW, random tokens "
-    "of one length with "
-    "the loss on all of them; the same base model, adapter, tokens and threads for all. *centralised*: one plain torch "
-    "loop over the same "
-    "batches, the floor. *one by one*: the same code with one client in each cohort. *Trainer*: peft and the Hugging "
-    "Face Trainer, client "
-    "after client (it also clips gradients, its default). *Flower, Ray*: Flower's simulation with FedAvg, one actor and "
-    "one thread a core, "
-    "the same peft and Trainer inside, rounds after the first. *pfl*: pfl-research 0.6, its SimulatedBackend in one "
-    "process over the same peft model; it is "
-    "installed without its own pins. x is the cohort's rate over the other's, of the first two the median of neighbouring turns.",
+    "Tokens per second of local training, LoRA-SB of rank 16 on all seven kinds of layers, float32, AdamW, random tokens of one length "
+    "with the loss on all of them; the same base model, adapter, tokens and threads for all. *centralised*: one plain torch loop over "
+    "the same batches, the floor. *one by one*: the same code with one client in each cohort. *fedsim run*: rounds after the first with "
+    "everything on (Flower's messages, ledger, log, diagnosis, checkpoints). *Trainer*: peft and the Hugging Face Trainer, client after "
+    "client (it also clips gradients, its default). *Flower, Ray*: Flower's simulation with FedAvg, one actor and one thread a core, the "
+    "same peft and Trainer inside, rounds after the first. *pfl*: pfl-research 0.6, its SimulatedBackend in one process over the same "
+    "peft model; it is installed without its own pins. x: of the cohort over centralised and over one by one, of the run over "
+    "centralised, each the median of neighbouring turns with ± half its 95 % interval; of the run over each peer.",
     (
         Column("model", "model"),
         Column("clients", "clients", "{:,}"),
@@ -151,9 +154,12 @@ SECTION = Section(
         Column("cohort", "cohort", "{:,.0f}"),
         Column("centralised", "centralised", "{:,.0f}"),
         Column("x", "ratio_centralised", "{:.2f}"),
+        Column("±", "margin", "{:.2f}"),
         Column("one by one", "one_by_one", "{:,.0f}"),
         Column("x", "ratio_alone", "{:.2f}"),
         Column("fedsim run", "run", "{:,.0f}"),
+        Column("x", "ratio_run", "{:.2f}"),
+        Column("±", "margin_run", "{:.2f}"),
         Column("Trainer", "trainer", "{:,.0f}"),
         Column("x", "ratio_trainer", "{:.1f}"),
         Column("Flower, Ray", "flower_ray", "{:,.0f}"),

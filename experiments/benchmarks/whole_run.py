@@ -5,12 +5,13 @@ The default experiment on the embedded data. Centralised training sees the same 
 
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from experiments.benchmarks.peers import centralised
 from experiments.benchmarks.runs import BRIEF, round_rates
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
-from experiments.benchmarks.timing import Rates, medians, rate, ratio
+from experiments.benchmarks.timing import Task, in_turns, margin, medians, rate, ratio
 from experiments.benchmarks.workloads import Subject, Workload, save_base_model
 from fedsim.cli.compose import compose
 from fedsim.core.initialization import from_seed
@@ -33,12 +34,16 @@ def measure(case: Case, settings: Settings) -> Found:
     session.install(from_seed(session.spec, {}, 0), {})
     on = Subject(session.model, session.spec)
     clients = [session.client_data(client) for client in range(case["clients"])]  # tokens are made once, before the clock runs
-    rates: Rates = {"run": [], "centralised": []}
-    centralised.train(on, clients, session.config.training)
-    for _ in range(2 if settings.quick else 3):
-        rates["run"].append(statistics.median(round_rates(config)))
-        rates["centralised"].append(rate(lambda: centralised.train(on, clients, session.config.training)))
-    return medians(rates) | {"ratio": ratio(rates, "run", "centralised")}
+    return beside_centralised(lambda: round_rates(config), lambda: centralised.train(on, clients, session.config.training), settings)
+
+
+def beside_centralised(run: Callable[[], list[float]], train: Task, settings: Settings) -> Found:
+    """Returns the rates of whole runs, of which `run` gives those of the rounds, and of centralised training, in turns."""
+    train()
+    measures = {"run": lambda: statistics.median(run()), "centralised": lambda: rate(train)}
+    rates = in_turns(measures, turns=settings.turns, seconds=3 * settings.seconds)
+    found = {"ratio": ratio(rates, "run", "centralised"), "margin": margin(rates, "run", "centralised")}
+    return medians(rates) | found
 
 
 def rates_of(workload: Workload, rounds: int) -> list[float]:
@@ -64,7 +69,7 @@ SECTION = Section(
     "Whole runs",
     "Tokens per second of `fedsim run` with everything on (Flower's messages, ledger, log, diagnosis, checkpoints), rounds "
     "after the first, without evaluation; rank 64, embedded model and data; against a plain centralised loop over the same "
-    "clients' batches.",
+    "clients' batches; x is the median of neighbouring turns, ± half its 95 % interval.",
     (
         Column("clients", "clients", "{:,}"),
         Column("batch", "batch"),
@@ -72,6 +77,7 @@ SECTION = Section(
         Column("fedsim run", "run", "{:,.0f}"),
         Column("centralised", "centralised", "{:,.0f}"),
         Column("x", "ratio", "{:.2f}"),
+        Column("±", "margin", "{:.2f}"),
     ),
     cases,
     measure,

@@ -6,8 +6,10 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from experiments.benchmarks.__main__ import SECTIONS, _command
 from experiments.benchmarks.peers import centralised
 from experiments.benchmarks.processes import require
 from experiments.benchmarks.suite import Column, Section, Settings, measured
-from experiments.benchmarks.timing import interleaved, medians, ratio
+from experiments.benchmarks.timing import in_turns, interleaved, margin, medians, ratio
 from experiments.benchmarks.workloads import Workload
 from fedsim.core.adapters import factors
 
@@ -55,6 +57,29 @@ def test_the_ratio_is_the_median_of_neighbours_in_time():
     rates = {"a": [10.0, 1.0, 30.0], "b": [5.0, 1.0, 10.0]}
     assert ratio(rates, "a", "b") == statistics.median([2.0, 1.0, 3.0])
     assert medians(rates) == {"a": 10.0, "b": 5.0}
+
+
+def test_turns_end_when_the_ratio_of_the_first_two_has_settled():
+    def given(*values):
+        return cycle(values).__next__
+
+    steady = {"a": given(1.0, 2.0), "b": given(2.0, 4.0), "c": given(1.0, 50.0)}
+    assert len(in_turns(steady, turns=20)["a"]) == 5, "each turn says half as fast"
+    assert len(in_turns({"a": given(1.0, 2.0), "b": given(1.0)}, turns=20)["a"]) == 20, "the turns do not agree"
+    assert len(in_turns({"a": given(1.0)}, turns=20)["a"]) == 20, "there is nothing to compare"
+    assert len(in_turns({"a": given(1.0), "b": given(2.0)}, turns=20, seconds=0.0)["a"]) == 2
+
+
+def test_nineteen_of_twenty_margins_hold_the_true_median():
+    draw = np.random.default_rng(0)
+    held = 0
+    for _ in range(1000):
+        rates = {"a": np.exp(draw.normal(0.0, 0.05, 25)).tolist(), "b": [1.0] * 25}
+        half = margin(rates, "a", "b")
+        assert 0.0 < half < 0.1
+        held += abs(ratio(rates, "a", "b") - 1.0) <= half
+    assert 0.93 < held / 1000 < 0.98
+    assert margin({"a": [1.0] * 4, "b": [1.0] * 4}, "a", "b") is None
 
 
 def test_a_measured_row_is_not_measured_again_and_a_failed_one_is():
