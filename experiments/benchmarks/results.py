@@ -1,7 +1,8 @@
 """The results file, its tables, and the page that shows them: nothing on the page is written by hand.
 
 `benchmarks.json` holds for every section when, where and how it was measured, and its rows. The tables are made of it, in
-`benchmarks.md` and between the marks `<!-- bench:a -->` and `<!-- /bench:a -->` of the page.
+`benchmarks.md` and between the marks `<!-- bench:a -->` and `<!-- /bench:a -->` of the page. A file of another name (`--out`) has its
+tables beside it only: `benchmarks_avx2.json` is of a second machine.
 """
 
 import json
@@ -27,12 +28,22 @@ def load(path: Path) -> Results:
 def save(results: Results, path: Path, sections: list[Section], page: Path | None = None) -> None:
     """Writes the JSON, the Markdown beside it, and the tables of the page if one is given; each file is old or new at any moment."""
     atomic_write_json(path, results)
-    texts = {section.letter: section_text(section, results[section.letter]) for section in sections if section.letter in results}
-    titles = {section.letter: section.title for section in sections}
-    whole = "\n\n".join(f"## {titles[letter]}\n\n{text}" for letter, text in texts.items())
-    atomic_write(path.with_suffix(".md"), f"# Benchmarks\n\n{whole}\n".encode())
+    texts = section_texts(results, sections)
+    atomic_write(path.with_suffix(".md"), document(texts, sections).encode())
     if page is not None:
         atomic_write(page, filled(page.read_text(), texts).encode())
+
+
+def section_texts(results: Results, sections: list[Section]) -> dict[str, str]:
+    """Returns what is said of each section that has been measured, by letter."""
+    return {section.letter: section_text(section, results[section.letter]) for section in sections if section.letter in results}
+
+
+def document(texts: dict[str, str], sections: list[Section]) -> str:
+    """Returns the Markdown of all sections."""
+    titles = {section.letter: section.title for section in sections}
+    whole = "\n\n".join(f"## {titles[letter]}\n\n{text}" for letter, text in texts.items())
+    return f"# Benchmarks\n\n{whole}\n"
 
 
 def filled(page: str, texts: dict[str, str]) -> str:

@@ -64,7 +64,7 @@ def _adamw(values: Tensor, gradients: Tensor, moments: list[Tensor], step: int, 
         [mean],
         [square],
         [],
-        [torch.tensor(step - 1.0, device=values.device)],  # the kernel counts it up
+        [torch.full((), step - 1.0, device=values.device)],  # the kernel counts it up
         fused=True,
         amsgrad=False,
         beta1=training.beta1,

@@ -139,10 +139,16 @@ def test_every_section_has_its_place_on_the_page_and_cases_that_differ():
 
 
 def test_the_tables_of_the_page_are_those_of_the_results_file():
-    found = results.load(results.FOLDER / "benchmarks.json")
-    texts = {each.letter: results.section_text(each, found[each.letter]) for each in SECTIONS if each.letter in found}
+    texts = results.section_texts(results.load(results.FOLDER / "benchmarks.json"), SECTIONS)
     page = results.PAGE.read_text()
     assert results.filled(page, texts) == page
+
+
+@pytest.mark.parametrize("name", ["benchmarks", "benchmarks_avx2"])
+def test_the_tables_beside_a_results_file_are_its_own(name):
+    texts = results.section_texts(results.load(results.FOLDER / f"{name}.json"), SECTIONS)
+    assert {"a", "b", "c", "w"} <= set(texts)
+    assert (results.FOLDER / f"{name}.md").read_text() == results.document(texts, SECTIONS)
 
 
 def test_all_ways_of_training_see_the_same_tokens():
