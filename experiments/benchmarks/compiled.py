@@ -53,7 +53,7 @@ def measure(case: Case, settings: Settings) -> Found:
         rates = interleaved(
             {"eager": lambda: train(False), "compiled": lambda: train(True)}, turns=settings.turns, seconds=settings.seconds
         )
-    chosen = interleaved({"fedsim": lambda: train(False)}, turns=5)
+    chosen = interleaved({"fedsim": lambda: train(False)}, turns=min(5, settings.turns))
     return {"first_seconds": first, "ratio": ratio(rates, "compiled", "eager"), **medians(rates), **medians(chosen)}
 
 

@@ -39,7 +39,7 @@ def cases(settings: Settings) -> list[Case]:
 def measure(case: Case, settings: Settings) -> Found:
     """Measures rounds after the first, in which there is set-up, each row in a process of its own."""
     clients = case["clients"]
-    rounds = 3 if settings.quick or clients > 1000 else 2 if case["engine"] == PEER and clients > 100 else 5 if clients > 100 else 30
+    rounds = _rounds(case["engine"], clients, settings)
     if case["engine"] != IN_PROCESS:
         require("ray")
     if case["engine"] == PEER:
@@ -47,6 +47,15 @@ def measure(case: Case, settings: Settings) -> Found:
     else:
         seconds = call("experiments.benchmarks.rounds", {**case, "rounds": rounds})["seconds"]
     return {"round_ms": 1e3 * statistics.median(seconds), "client_ms": 1e3 * statistics.median(seconds) / clients}
+
+
+def _rounds(engine: str, clients: int, settings: Settings) -> int:
+    """Returns how many rounds a row takes: many where they are short."""
+    if settings.quick or clients > 1000:
+        return 3
+    if clients <= 100:
+        return 30
+    return 2 if engine == PEER else 5
 
 
 def idle_rounds(engine: str, clients: int, rounds: int) -> list[float]:
