@@ -4,11 +4,15 @@ It knows no kinds of messages but the question whether a client joins; all other
 that outlives the process.
 """
 
+import dataclasses
+import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -20,12 +24,16 @@ from fedsim.config import Config
 from fedsim.core.participation import steps_per_round
 from fedsim.errors import UserError
 from fedsim.flower.records import numbers, whole_numbers
+from fedsim.flower.requests import texts
 from fedsim.flower.roster import JOIN, Member
+from fedsim.flower.transfer import ADAPTER, BASES, FOLD
 from fedsim.flower.worker import NEEDS_STATE, REFUSED, handle
 from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.accounting import Mechanism
+from fedsim.seeding import NoiseKey
 from fedsim.session import Session, open_session
 from fedsim.training.private import sampling_rate
+from fedsim.types import AnyEncoded
 
 log = logging.getLogger("fedsim.worker")
 
@@ -42,6 +50,7 @@ class Desk:
         self._owner = owner
         self._store = ContextStore(folder / "memory", owner.max_message_mb * 10**6)
         self._budget = Budget(folder / "privacy.json", owner)
+        self._noise_key = NoiseKey.kept_in(folder / "noise.key")
         self._session: Session | None = None
         self._loads = 0
 
@@ -72,6 +81,7 @@ class Desk:
         mechanism = self._acceptable_work(message.metadata.message_type, request, session)
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, self._store.load(experiment_key(asked)), {})
         own = RecordDict({**message.content, "request": ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
+        session.noise_key = self._noise_key_of(message, here, session)
         reply = handle(Message(own, metadata=message.metadata), context)  # type: ignore[call-overload]  # as Flower itself rebuilds them
         if NEEDS_STATE in reply.content:
             reply.content["request"] = request  # as it came: it has none of the owner's paths
@@ -113,6 +123,19 @@ class Desk:
         self._budget.check(mechanism, size)
         return mechanism
 
+    def _noise_key_of(self, message: Message, here: Config, session: Session) -> NoiseKey:
+        """Returns the key of the noise of this request: the same when it is asked again, another for any other request or other data.
+
+        So a repetition tells nothing new, and no two replies hold the same noise around different values, whatever a server asks.
+        """
+        request = message.content.config_records["request"]
+        asked = {name: value for name, value in request.items() if name not in ("config", ADAPTER, BASES, FOLD, "fold_shapes", "fold_on")}
+        named = texts(request, "digests") if "digests" in request else {}
+        installed = {part: value for part, value in session.digests.items() if part not in named}  # what it names not stays as it is
+        data = digest_of(session.client_data(self._owner.client).examples)
+        words = (message.metadata.message_type, repr(sorted(asked.items())), repr(sorted(installed.items())))
+        return self._noise_key.under(experiment_key(here), data, *words)
+
     def _opened(self, config: Config) -> Session:
         begun, session = time.perf_counter(), open_session(config)
         if session is not self._session:
@@ -126,3 +149,13 @@ class Desk:
     def _joined(self, session: Session) -> RecordDict:
         member = Member(self._owner.client, self._num_examples(session), session.base_digest, fedsim.__version__, self._owner.shard)
         return member.to_records()
+
+
+def digest_of(examples: Sequence[AnyEncoded]) -> bytes:
+    """Returns the SHA-256 digest of encoded examples in their order."""
+    hashed = hashlib.sha256()
+    for example in examples:
+        for field in dataclasses.fields(example):
+            value = np.asarray(getattr(example, field.name))
+            hashed.update(f"{field.name} {value.dtype} {value.shape}/".encode() + value.tobytes())
+    return hashed.digest()

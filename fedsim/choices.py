@@ -48,7 +48,7 @@ class Accountant(Enum):
 
 class NoiseSource(Enum):
     seed = "the run's seed: a run can be repeated, and whoever knows the seed can take the noise off"
-    system = "the operating system of each client: holds against the server, and no run repeats another"
+    system = "a secret key of the operating system: no run repeats another, and nobody can take the noise off"
 
 
 class ServerRule(Enum):

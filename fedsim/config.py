@@ -244,6 +244,8 @@ class PrivacyConfig:
     """unit=client, adaptive_clip: the quantile."""
     clip_rate: float = 0.2
     """unit=client, adaptive_clip: learning rate of the clip norm's logarithm."""
+    noise: NoiseSource = NoiseSource.seed
+    """What noise and the coins of private sampling are drawn from. A deployment, whose clients are told the seed, always takes system."""
     unsafe_init: bool = False
     """Allow adapter.init=gradient, which leaks, with privacy: for audits only; no epsilon is claimed then."""
     secure_aggregation: bool = False
@@ -262,8 +264,6 @@ class SecureConfig:
     """Part of the round's clients that must stay to the end; with fewer the round is given up. unit=client: sized to give all the noise."""
     neighbours: int = 0
     """Clients with which each shares masks and secrets (an even number); 0 takes all others."""
-    noise: NoiseSource = NoiseSource.seed
-    """unit=client: where the clients' noise comes from."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fedsim.choices import Init
 from fedsim.core.initialization import from_gradients, from_noised_gradients
-from fedsim.seeding import numpy_generator, torch_generator
+from fedsim.seeding import numpy_generator
 from fedsim.session import Session
 from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
 from fedsim.training.optimizers import learning_rate
@@ -38,9 +38,9 @@ def client_gradient(
 
 def _private_gradient(session: Session, client: int, noise: float, round: int, rate: float) -> Tensor:
     examples, clip_norm = session.client_data(client).examples, session.config.privacy.clip_norm
-    (chosen,) = poisson_batches(len(examples), rate, 1, seed=session.config.seed, round=-1 - round, client=client)
+    (chosen,) = poisson_batches(len(examples), rate, 1, session.noise_key.torch("init poisson", round, client))
     gradients = clipped_weight_gradients(session.model, [examples[i] for i in chosen], clip_norm, pad_id=session.tokenizer.pad_token_id)
-    generator = torch_generator(session.config.seed, "init noise", round, client)
+    generator = session.noise_key.torch("init noise", round, client)
     return noise_of_initial_gradient(session.gradient_layout.pack(gradients).cpu(), noise, clip_norm, generator)
 
 

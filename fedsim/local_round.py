@@ -64,7 +64,9 @@ def train_clients(
         round=round,
         rounds=options.federation.rounds,
         rule=LocalRule(options.training.proximal_mu, _shift(clients, memory, control), _trainable(session, kinds, clients, round)),
-        private=PrivateRule(options.privacy.clip_norm, tuple(noise)) if options.privacy.unit is PrivacyUnit.example else None,
+        private=PrivateRule(options.privacy.clip_norm, tuple(noise), session.noise_key)
+        if options.privacy.unit is PrivacyUnit.example
+        else None,
         budget=session.budget,
         on_pass=session.on_pass,
     )

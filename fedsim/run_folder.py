@@ -38,8 +38,9 @@ EVENTS = "events.jsonl"
 JOURNAL = "journal.jsonl"
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
+NOISE_KEY = "noise.key"
 CONTENTS = (
-    *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY),
+    *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY, NOISE_KEY),
     *("adapter", "audit.json", "communication.csv", "holdings.txt"),
     *("curves.png", "diagnosis.png", "network.png", "partition.png", "privacy.png"),
 )

@@ -1,13 +1,23 @@
 """Randomness is an argument: every stream is derived from the run's seed and what it is for, never from a global state.
 
 The same (seed, purpose) gives the same stream on every machine and in every process, so a result does not depend on
-how clients are packed into cohorts, in which order they are trained, or where a run was interrupted.
+how clients are packed into cohorts, in which order they are trained, or where a run was interrupted. What differential privacy
+draws comes from a key in the same way; a secret key makes it unknown to whoever is told the seed.
 """
 
 import hashlib
+import secrets
+import struct
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from fedsim.errors import UserError
+from fedsim.files import atomic_write
+
+KEY_BYTES = 32
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -24,3 +34,63 @@ def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
 def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
     """Returns a CPU torch generator of the stream (seed, purpose)."""
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+@dataclass(frozen=True, repr=False)
+class NoiseKey:
+    """256 bits from which the noise and the coins of differential privacy are drawn: the same words give the same stream.
+
+    Streams have the entropy of the key. A seed of torch's own generator would not do: on the CPU it uses the low 32 bits only, so that
+    streams can be searched, and some of a long run would be the same.
+    """
+
+    key: bytes
+
+    @classmethod
+    def of_seed(cls, seed: int) -> "NoiseKey":
+        """Returns the key of a run that can be repeated: whoever knows the seed can take the noise off."""
+        return cls(hashlib.sha256(f"noise/{seed}".encode()).digest())
+
+    @classmethod
+    def secret(cls) -> "NoiseKey":
+        """Returns a key that nobody knows, of the operating system."""
+        return cls(secrets.token_bytes(KEY_BYTES))
+
+    @classmethod
+    def kept_in(cls, path: Path) -> "NoiseKey":
+        """Returns the secret key in a file, made with mode 0600 where there is none. Raises UserError for a damaged one."""
+        if not path.exists():
+            atomic_write(path, cls.secret().key.hex().encode(), mode=0o600)
+        try:
+            key = bytes.fromhex(path.read_text())
+        except ValueError:
+            key = b""
+        if len(key) != KEY_BYTES:
+            raise UserError(
+                f"{path}: expected a noise key of {2 * KEY_BYTES} hexadecimal digits, got something else. Restore or remove it."
+            )
+        return cls(key)
+
+    def under(self, *words: str | int | bytes) -> "NoiseKey":
+        """Returns the key of a part; those of different words have nothing in common, whoever chose the words."""
+        hashed = hashlib.blake2b(key=self.key, digest_size=KEY_BYTES)
+        for word in words:
+            content = word if isinstance(word, bytes) else str(word).encode()
+            hashed.update(struct.pack("<Q", len(content)) + content)
+        return NoiseKey(hashed.digest())
+
+    def numpy(self, *purpose: str | int) -> np.random.Generator:
+        """Returns a NumPy generator of the stream (key, purpose)."""
+        return np.random.Generator(np.random.PCG64(self._entropy(*purpose)))
+
+    def torch(self, *purpose: str | int) -> torch.Generator:
+        """Returns a CPU torch generator of the stream (key, purpose): the Mersenne twister with a whole state, as NumPy fills it."""
+        state = np.random.MT19937(self._entropy(*purpose)).state["state"]
+        head = struct.pack("<QiiQ", 0, len(state["key"]) - state["pos"] + 1, 1, state["pos"])  # seed, left, seeded, next
+        tail = bytes(24 + 8 + 8)  # no normal number is left over from an earlier draw
+        generator = torch.Generator()
+        generator.set_state(torch.frombuffer(bytearray(head + state["key"].astype("<u8").tobytes() + tail), dtype=torch.uint8))
+        return generator
+
+    def _entropy(self, *purpose: str | int) -> np.random.SeedSequence:
+        return np.random.SeedSequence(int.from_bytes(self.under(*purpose).key, "big"), pool_size=KEY_BYTES // 4)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import token_cache
-from fedsim.choices import Init, PrivacyUnit
+from fedsim.choices import Init, NoiseSource, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.adapters import adapt, adapted_layers, base_weights, install
 from fedsim.core.bi_encoder import BiEncoder
@@ -38,7 +38,7 @@ from fedsim.models import head_paths, load_model
 from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
-from fedsim.seeding import derive_seed, numpy_generator
+from fedsim.seeding import NoiseKey, derive_seed, numpy_generator
 from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, PassFacts
 from fedsim.training.encoding import encode, has_response
@@ -78,6 +78,7 @@ class Session:
         self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules, head)
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
         self.budget = TokenBudget.of(config.training, self.model)
+        self.noise_key = NoiseKey.of_seed(config.seed) if config.privacy.noise is NoiseSource.seed else NoiseKey.secret()
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
         self.own_data: dict[int, int] = {}  # numbers of examples of clients that have brought data of their own

@@ -21,7 +21,7 @@ from fedsim.core.forms import LORA_SB, AdapterSpec
 from fedsim.core.initialization import from_seed
 from fedsim.core.payload import Layout
 from fedsim.models import EMBEDDED, load_model
-from fedsim.seeding import numpy_generator
+from fedsim.seeding import NoiseKey, numpy_generator
 from fedsim.shapes import random_model
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.private import PrivateRule
@@ -144,7 +144,7 @@ def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig, 
         seed=0,
         round=1,
         rounds=1,
-        private=None if noise is None else PrivateRule(1.0, (noise,) * len(clients)),
+        private=None if noise is None else PrivateRule(1.0, (noise,) * len(clients), NoiseKey.of_seed(0)),
         on_pass=lambda facts: passed.append(facts.num_tokens),
     )
     return sum(passed)

@@ -95,7 +95,7 @@ class Asking:
     def charge_privacy(self, server_round: int) -> None:
         """Writes the round down before anything of it leaves a client; who is drawn by a coin is charged, drawn or not.
 
-        A client that is asked again in the same round gives the same noised values again, from the same seed, which costs nothing more.
+        A client that is asked again in the same round gives the same noised values again, from the same key, which costs nothing more.
         """
         if self._privacy is not None:
             for client in self.charged(server_round):

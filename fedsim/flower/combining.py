@@ -18,7 +18,6 @@ from fedsim.flower.facts import RoundFacts
 from fedsim.flower.reading import Upload
 from fedsim.flower.secure_round import SecureRound
 from fedsim.privacy.accounting import split_noise
-from fedsim.seeding import torch_generator
 from fedsim.session import Session
 
 RULES = {
@@ -92,7 +91,7 @@ class Combining:
         """
         config, facts = self._config, self.facts
         options, expected = config.privacy, config.federation.fraction * config.federation.clients
-        generator = torch_generator(config.seed, "server noise", self._round)
+        generator = self._session.noise_key.torch("server noise", self._round)
         noise, bound = self._session.privacy_plan[0].noise_multiplier, clip_norm(self._session, self._state)
         if options.adaptive_clip:
             count_noise = max(expected / 20, noise)

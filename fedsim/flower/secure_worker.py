@@ -4,7 +4,6 @@ Every client is a party of its own also where one worker holds a cohort: its sec
 node (which a client's worker keeps in its owner's folder), never in a message or a checkpoint, and are gone after the unmasking.
 """
 
-import secrets
 from collections.abc import Sequence
 from math import isnan
 
@@ -14,7 +13,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.choices import NoiseSource, PrivacyUnit, Weighting
+from fedsim.choices import PrivacyUnit, Weighting
 from fedsim.core.adapters import factors
 from fedsim.core.distributed_noise import clipped_integers, share_of_variance, skellam_noise
 from fedsim.core.dropout import Stage, heard
@@ -151,10 +150,7 @@ def _noised(session: Session, request: ConfigRecord, client: int, grid: Grid, up
     options, server_round = session.config.secure, int(request["round"])  # type: ignore[arg-type]
     fewest = fewest_survivors(grid.clients, options.threshold)
     variance = share_of_variance(float(request["noise_multiplier"]), grid, fewest)  # type: ignore[arg-type]
-    if options.noise is NoiseSource.system:
-        generator = np.random.default_rng(secrets.randbits(256))
-    else:
-        generator = numpy_generator(session.config.seed, "client noise", server_round, client)
+    generator = session.noise_key.numpy("client noise", server_round, client)
     integers = clipped_integers(update, grid, rounding_generator(session, request, client))
     return integers + skellam_noise(len(integers), variance, generator)
 

@@ -14,7 +14,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim.choices import Init
+from fedsim.choices import Init, NoiseSource, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.adapters import merged, unadapted
 from fedsim.core.communication import CommunicationLedger
@@ -34,7 +34,8 @@ from fedsim.initial_gradient import factors_from_gradients, summed_gradients
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import Progress
 from fedsim.report import summary_table
-from fedsim.run_folder import RunFolder
+from fedsim.run_folder import NOISE_KEY, RunFolder
+from fedsim.seeding import NoiseKey
 from fedsim.session import Session, open_session
 from fedsim.training.budget import TokenBudget
 from fedsim.training.evaluation import evaluate
@@ -96,6 +97,7 @@ class Run:
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
         try:
+            self._session.noise_key = self._noise_key()
             self._muster()
             state = self._restored() or self._initial()
             strategy = self._strategy(state.shared, state.ledger, state.privacy)
@@ -118,6 +120,13 @@ class Run:
     def _strategy(self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None) -> FedsimStrategy:
         homes = None if self._roster is None else self._roster.homes
         return FedsimStrategy(self._session, self._given, ledger, shared, privacy, homes)
+
+    def _noise_key(self) -> NoiseKey:
+        """Returns that of the server's noise and coins; a secret one lies in the run folder, so that a resumed run draws the same again."""
+        options = self._config.privacy
+        if options.unit is PrivacyUnit.none or (options.noise is NoiseSource.seed and self._roster is None):
+            return NoiseKey.of_seed(self._config.seed)
+        return NoiseKey.kept_in(self._folder.folder / NOISE_KEY)
 
     # ---- setting up
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fedsim.config import TrainingConfig
 from fedsim.core.participation import steps_per_round
 from fedsim.core.payload import Layout
-from fedsim.seeding import torch_generator
 from fedsim.training.batches import collate, local_batches, pack
 from fedsim.training.budget import TokenBudget
 from fedsim.training.loss import group_gradients
@@ -92,8 +91,12 @@ def train_cohort(
     passes (None takes that of `training`) and is left halved where memory ran out.
     """
     device = next(model.parameters()).device
-    draw = local_batches if private is None else private_batches
-    plans = {data.client: draw(data.lengths, training, seed=seed, round=round, client=data.client) for data in clients}
+    plans = {
+        data.client: local_batches(data.lengths, training, seed=seed, round=round, client=data.client)
+        if private is None
+        else private_batches(data.lengths, training, private.key.torch("poisson", round, data.client))
+        for data in clients
+    }
     order = sorted(range(len(clients)), key=lambda i: -len(plans[clients[i].client]))  # longest first: the active clients are a prefix
     cohort = [clients[i] for i in order]
     steps = [len(plans[data.client]) for data in cohort]
@@ -110,7 +113,7 @@ def train_cohort(
         update(stack, gradients, state, rates, training)
         adjust.values(stack)
 
-    noised = private and _private_optimizer(private, cohort, order, stack, layout, take_step, training, seed=seed, round=round)
+    noised = private and _private_optimizer(private, cohort, order, stack, layout, take_step, training, round)
 
     def gradients_of(step: int, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
         """Returns the gradients [active, parameters], clipped where private, and the losses [active] of the clients that take this step."""
@@ -153,10 +156,10 @@ def train_cohort(
     return [results[data.client] for data in clients]
 
 
-def private_batches(lengths: Sequence[int], training: TrainingConfig, *, seed: int, round: int, client: int) -> list[list[int]]:
+def private_batches(lengths: Sequence[int], training: TrainingConfig, coins: torch.Generator) -> list[list[int]]:
     """Returns Poisson samples for the local steps of a round."""
     rate = sampling_rate(len(lengths), training.batch_size * training.accumulation)
-    return poisson_batches(len(lengths), rate, steps_per_round(len(lengths), training), seed=seed, round=round, client=client)
+    return poisson_batches(len(lengths), rate, steps_per_round(len(lengths), training), coins)
 
 
 def _private_optimizer(
@@ -167,8 +170,6 @@ def _private_optimizer(
     layout: Layout,
     take_step: Callable[[Tensor], None],
     training: TrainingConfig,
-    *,
-    seed: int,
     round: int,
 ) -> CohortDPOptimizer:
     sizes, batch_size = [len(data.examples) for data in cohort], training.batch_size * training.accumulation
@@ -179,7 +180,7 @@ def _private_optimizer(
         noise_multipliers=[private.noise_multipliers[i] for i in order],
         clip_norm=private.clip_norm,
         expected_batch_sizes=[n * sampling_rate(n, batch_size) for n in sizes],
-        generators=[torch_generator(seed, "noise", round, data.client) for data in cohort],
+        generators=[private.key.torch("noise", round, data.client) for data in cohort],
     )
 
 

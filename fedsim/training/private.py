@@ -17,7 +17,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor, nn
 
 from fedsim.core.payload import Layout
-from fedsim.seeding import torch_generator
+from fedsim.seeding import NoiseKey
 from fedsim.training.stack import Place, accumulate, on_device
 from fedsim.types import Adapter
 
@@ -28,6 +28,7 @@ class PrivateRule:
 
     clip_norm: float
     noise_multipliers: tuple[float, ...]
+    key: NoiseKey
 
 
 def sampling_rate(num_examples: int, batch_size: int) -> float:
@@ -35,9 +36,8 @@ def sampling_rate(num_examples: int, batch_size: int) -> float:
     return min(1.0, batch_size / num_examples)
 
 
-def poisson_batches(num_examples: int, rate: float, steps: int, *, seed: int, round: int, client: int) -> list[list[int]]:
+def poisson_batches(num_examples: int, rate: float, steps: int, generator: torch.Generator) -> list[list[int]]:
     """Returns the example indices of each step: every example is drawn by its own coin, so a batch may be empty."""
-    generator = torch_generator(seed, "poisson", round, client)
     sampler = UniformWithReplacementSampler(num_samples=num_examples, sample_rate=rate, generator=generator, steps=steps)
     return [list(batch) for batch in sampler]
 

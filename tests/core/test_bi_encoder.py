@@ -19,6 +19,7 @@ from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.export import peft_files
 from fedsim.models import load_model
+from fedsim.seeding import NoiseKey
 from fedsim.training.batches import collate
 from fedsim.training.cohort import ClientData
 from fedsim.training.evaluation import evaluate
@@ -26,6 +27,8 @@ from fedsim.training.loss import group_gradients, row_losses
 from fedsim.training.pairs import encode_pairs
 from fedsim.training.private import PrivateRule
 from fedsim.types import EncodedPair, Pair
+
+KEY = NoiseKey.of_seed(0)
 
 CPU = torch.device("cpu")
 WORDS = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
@@ -82,7 +85,7 @@ def test_a_private_step_adds_examples_that_are_clipped_over_both_their_texts(pai
     start = layout.pack(factors(model, KINDS))
     everything = {"batch_size": 100, "local_steps": 1, "learning_rate": 1.0, "warmup_ratio": 0.0}
     rule = {"optimizer": Optimizer.sgd, "schedule": Schedule.constant}
-    (found,) = train_pairs(model, [ClientData(0, rows)], PrivateRule(clip, (0.0,)), **everything, **rule)
+    (found,) = train_pairs(model, [ClientData(0, rows)], PrivateRule(clip, (0.0,), KEY), **everything, **rule)
     each = torch.stack([layout.pack(gradient) for gradient in gradients_by_hand(model, rows)])
     norms = each.norm(dim=1, keepdim=True)
     assert norms.min() > clip

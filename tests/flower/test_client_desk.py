@@ -13,9 +13,11 @@ from clients.owner import Owner
 from fedsim.choices import PrivacyUnit, Weighting
 from fedsim.core.missing import Reason
 from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.records import from_record, record_of
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.strategy import FedsimStrategy
-from fedsim.flower.worker import REFUSED
+from fedsim.flower.worker import REFUSED, client_key
+from fedsim.local_round import train_clients
 from fedsim.plain import to_dict
 
 
@@ -166,3 +168,45 @@ def test_a_failure_tells_the_server_nothing_of_the_data(tmp_path):
     assert error.code != REFUSED
     assert "secret-name" not in error.reason
     assert "UserError" in error.reason
+
+
+def private_upload(folder, noise, round=1, **owner):
+    """The change of R that client 1 sends, privately, in answer to one request, over a desk that starts anew."""
+    config = privately(noise_multiplier=noise)
+    deployed = Deployed(config, folder, {1: owner})
+    start = deployed.flat("R")
+    packer = deployed.strategy._packer()
+    (ask,) = deployed.strategy.asking.to_train(round, packer, deployed.grid, [1])
+    reply = deployed.desks[1].answer(ask.message)
+    return from_record(record_of(reply.content.array_records, client_key(1)), len(start)) - start
+
+
+def test_the_noise_of_a_client_is_not_that_of_the_seed_which_the_server_knows(tmp_path):
+    config = privately(noise_multiplier=1.0)
+    simulated = Rounds(config)
+    start = simulated.flat("R")
+    with_the_seeds_noise = train_clients(simulated.session, [1], 1, {}, noise=[1.0])[0].arrays["values"] - start
+    found = private_upload(tmp_path, 1.0)
+    assert float((found - with_the_seeds_noise).norm()) > float(found.norm()), "the server could take the noise off"
+
+
+def test_a_request_that_is_asked_again_is_answered_with_the_same_noise_also_by_a_new_process(tmp_path):
+    assert torch.equal(private_upload(tmp_path, 1.0), private_upload(tmp_path, 1.0))
+
+
+def test_no_two_different_requests_are_answered_with_the_same_noise(tmp_path):
+    """Twice the answer at noise 1 less that at noise 2 would be the noiseless step, were the noise the same but for its size."""
+    one, two = private_upload(tmp_path, 1.0), private_upload(tmp_path, 2.0)
+    assert float((2 * one - two).norm()) > float(one.norm())
+    assert not torch.equal(one, private_upload(tmp_path, 1.0, round=2))
+
+
+def test_other_data_is_never_answered_about_with_the_same_noise(tmp_path):
+    def of(rows):
+        lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(rows)]
+        (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+        return {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"]}
+
+    first = private_upload(tmp_path, 5.0, **of(20))
+    second = private_upload(tmp_path, 5.0, **of(21))  # the same file with a row more, the same key
+    assert float((first - second).norm()) > 0.5 * float(first.norm()), "the difference would be what the new row adds"

@@ -90,6 +90,23 @@ def test_a_resumed_run_has_spent_what_the_uninterrupted_one_has(tmp_path):
     assert resumed["adapter_digest"] == whole["adapter_digest"]
 
 
+@pytest.mark.parametrize("unit", ["example", "client"])
+def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other(unit, tmp_path):
+    options = (f"privacy={unit}", "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "adapter.init=orthogonal", "privacy.noise=system")
+    whole = run_in(tmp_path / "whole", *options)
+    key = tmp_path / "whole/noise.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert key.read_text() not in (tmp_path / "whole/events.jsonl").read_text()
+    (tmp_path / "whole/summary.json").unlink()
+    for path in (tmp_path / "whole/checkpoints").glob("round_0002*"):
+        path.unlink()
+    assert run_in(tmp_path / "whole", *options, "resume=true")["adapter_digest"] == whole["adapter_digest"]
+    assert run_in(tmp_path / "other", *options)["adapter_digest"] != whole["adapter_digest"]
+    seeded = run_in(tmp_path / "seeded", *options[:-1])
+    assert not (tmp_path / "seeded/noise.key").exists()
+    assert seeded["adapter_digest"] != whole["adapter_digest"]
+
+
 def server_step(noise, *overrides, clip=0.05):
     """The mean of clipped updates of a round, what the server made of it, and its state."""
     config = compose(

@@ -17,6 +17,7 @@ from fedsim.errors import UserError
 from fedsim.experiment import run
 from fedsim.local_round import train_clients
 from fedsim.privacy.accounting import epsilon
+from fedsim.seeding import NoiseKey
 
 CLIP = 0.05
 
@@ -74,12 +75,18 @@ def test_with_as_few_survivors_as_allowed_the_noise_is_what_was_claimed(monkeypa
     assert float((found - mean).std()) * 3 / CLIP == pytest.approx(1.3, rel=0.05)
 
 
-def test_noise_repeats_with_the_seed_unless_it_comes_from_the_system():
+def test_noise_repeats_with_the_key_which_is_the_seeds_unless_it_is_secret():
     seeded = [step_of(config_of(1.0))[0] for _ in range(2)]
     assert torch.equal(*seeded)
-    system = [step_of(config_of(1.0, secure={"noise": NoiseSource.system}))[0] for _ in range(2)]
-    assert not torch.equal(*system)
-    assert not torch.equal(seeded[0], system[0])
+    system = config_of(1.0)
+    system.privacy.noise = NoiseSource.system
+    secret, _ = step_of(system)
+    rounds = Rounds(system)
+    again = rounds.flat("R")
+    rounds.session.noise_key = NoiseKey.secret()
+    again = rounds.next().flat("R") - again
+    assert not torch.equal(secret, again)
+    assert not torch.equal(seeded[0], secret)
 
 
 def test_nothing_but_the_noised_integers_leaves_a_client():

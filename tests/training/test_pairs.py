@@ -14,7 +14,7 @@ from fedsim.core.forms import HEAD
 from fedsim.core.heads import head_layers
 from fedsim.core.payload import Layout
 from fedsim.models import load_model
-from fedsim.seeding import torch_generator
+from fedsim.seeding import NoiseKey
 from fedsim.training.batches import collate
 from fedsim.training.cohort import ClientData, private_batches
 from fedsim.training.evaluation import evaluate
@@ -22,6 +22,8 @@ from fedsim.training.loss import group_gradients, row_losses
 from fedsim.training.pairs import encode_pairs
 from fedsim.training.private import PrivateRule, sampling_rate
 from fedsim.types import EncodedPair, Pair
+
+KEY = NoiseKey.of_seed(0)
 
 SIZES, NOISE, CLIP = (5, 3, 9), (0.7, 1.3, 0.4), 0.05
 SGD = {"optimizer": Optimizer.sgd, "learning_rate": 0.5, "schedule": Schedule.constant, "warmup_ratio": 0.0}
@@ -132,10 +134,10 @@ def opacus_alone(data, noise):
         noise_multiplier=noise,
         max_grad_norm=CLIP,
         expected_batch_size=len(data.examples) * sampling_rate(len(data.examples), 4),
-        generator=torch_generator(0, "noise", 1, data.client),
+        generator=KEY.torch("noise", 1, data.client),
     )
     steps = TrainingConfig(batch_size=4, local_steps=3)
-    for batch in private_batches([e.num_tokens for e in data.examples], steps, seed=0, round=1, client=data.client):
+    for batch in private_batches([e.num_tokens for e in data.examples], steps, KEY.torch("poisson", 1, data.client)):
         optimizer.zero_grad()
         for i in batch:
             private(**told(data.examples[i])).loss.backward()
@@ -153,7 +155,7 @@ def opacus_alone(data, noise):
 def test_a_private_cohort_with_a_head_equals_genuine_opacus_client_by_client(pairs):
     clients, model = cohort(pairs), adapted_classifier()
     start = Layout.of(factors(model, KINDS)).pack(factors(model, KINDS))
-    for result, data, noise in zip(train_pairs(model, clients, PrivateRule(CLIP, NOISE), **SGD), clients, NOISE, strict=True):
+    for result, data, noise in zip(train_pairs(model, clients, PrivateRule(CLIP, NOISE, KEY), **SGD), clients, NOISE, strict=True):
         assert (result.factors - start)[-99:].abs().min() > 0, "the head is 3 x 33"
         torch.testing.assert_close(result.factors, opacus_alone(data, noise), rtol=0, atol=1e-6)
 
@@ -161,7 +163,7 @@ def test_a_private_cohort_with_a_head_equals_genuine_opacus_client_by_client(pai
 def test_the_clip_norm_holds_over_r_and_head_together(pairs):
     model, everything = adapted_classifier(), {**SGD, "batch_size": 100, "local_steps": 1, "learning_rate": 1.0}
     start = Layout.of(factors(model, KINDS)).pack(factors(model, KINDS))
-    (one,) = train_pairs(model, [ClientData(0, pairs(1))], PrivateRule(CLIP, (0.0,)), **everything)
+    (one,) = train_pairs(model, [ClientData(0, pairs(1))], PrivateRule(CLIP, (0.0,), KEY), **everything)
     assert float((one.factors - start).norm()) == pytest.approx(CLIP, rel=1e-3)
 
 

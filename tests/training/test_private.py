@@ -11,10 +11,12 @@ from fedsim.config import TrainingConfig
 from fedsim.core.adapters import adapt, adapted_layers, bound, factors, install
 from fedsim.core.forms import DENSE, LORA, RAVAN
 from fedsim.core.payload import Layout
-from fedsim.seeding import torch_generator
+from fedsim.seeding import NoiseKey
 from fedsim.training.cohort import ClientData, LocalRule, private_batches, train_cohort
 from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
 from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches, sampling_rate
+
+KEY = NoiseKey.of_seed(0)
 
 SIZES, NOISE, CLIP = (9, 5, 14), (0.7, 1.3, 0.4), 0.05
 SGD = {"optimizer": Optimizer.sgd, "learning_rate": 0.5, "schedule": Schedule.constant, "warmup_ratio": 0.0}
@@ -31,7 +33,7 @@ def clients(sequences, sizes=SIZES):
 def train(model, cohort, noise=NOISE, clip=CLIP, **options):
     current = factors(model, ("R",))
     layout = Layout.of(current)
-    rule = PrivateRule(clip, tuple(noise[: len(cohort)]))
+    rule = PrivateRule(clip, tuple(noise[: len(cohort)]), KEY)
     return train_cohort(model, layout.pack(current), layout, cohort, training(**options), pad_id=0, seed=0, round=1, rounds=1, private=rule)
 
 
@@ -67,10 +69,10 @@ def opacus_alone(architecture, data, noise, options):
         noise_multiplier=noise,
         max_grad_norm=CLIP,
         expected_batch_size=expected,
-        generator=torch_generator(0, "noise", 1, data.client),
+        generator=KEY.torch("noise", 1, data.client),
     )
     lengths = [example.num_tokens for example in data.examples]
-    for batch in private_batches(lengths, training(), seed=0, round=1, client=data.client):
+    for batch in private_batches(lengths, training(), KEY.torch("poisson", 1, data.client)):
         optimizer.zero_grad()
         for i in batch:  # one example at a time: no padding, no other row
             example = data.examples[i]
@@ -109,10 +111,10 @@ def test_the_sum_of_clipped_gradients_equals_autograd_one_example_at_a_time_for_
         round=1,
         rounds=1,
         rule=LocalRule(trainable=mask if trainable else None),
-        private=PrivateRule(CLIP, (0.0, 0.0, 0.0)),
+        private=PrivateRule(CLIP, (0.0, 0.0, 0.0), KEY),
     )
     for result, data, own in zip(results, cohort, mask, strict=True):
-        (batch,) = private_batches([e.num_tokens for e in data.examples], training(local_steps=1), seed=0, round=1, client=data.client)
+        (batch,) = private_batches([e.num_tokens for e in data.examples], training(local_steps=1), KEY.torch("poisson", 1, data.client))
         total = torch.zeros(layout.num_parameters)
         for i in batch:
             leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in start.items()}
@@ -137,7 +139,7 @@ def test_a_private_cohort_equals_genuine_opacus_client_by_client(architecture, o
 
 
 def test_the_cohort_contains_an_empty_batch_and_noises_it(sequences):
-    drawn = [len(batch) for batch in private_batches([8] * 5, training(batch_size=1, local_steps=12), seed=0, round=1, client=1)]
+    drawn = [len(batch) for batch in private_batches([8] * 5, training(batch_size=1, local_steps=12), KEY.torch("poisson", 1, 1))]
     assert 0 in drawn
     model = adapted_model()
     (noised,) = train(model, clients(sequences, (5,)), batch_size=1, local_steps=1, noise=(1.0,))
@@ -169,7 +171,7 @@ def test_noise_has_its_standard_deviation_and_not_two_thirds_or_three_halves_of_
 
 
 def test_examples_are_drawn_at_the_sampling_rate_and_not_at_another():
-    draws = np.array([len(batch) for batch in poisson_batches(200, 0.1, 400, seed=0, round=1, client=0)])
+    draws = np.array([len(batch) for batch in poisson_batches(200, 0.1, 400, KEY.torch("poisson"))])
     standard_error = np.sqrt(200 * 0.1 * 0.9 / 400)
     assert abs(draws.mean() - 20) < 4 * standard_error < abs(200 * 0.12 - draws.mean())
     assert draws.var() == pytest.approx(200 * 0.1 * 0.9, rel=0.3), "a fixed batch size would vary by nothing"
