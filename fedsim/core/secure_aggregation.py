@@ -42,12 +42,25 @@ def fewest_survivors(clients: int, threshold: float) -> int:
 
 
 def complete(graph: Graph, owners: Collection[int], present: Collection[int], threshold: float) -> bool:
-    """Whether those present are enough of all, and enough to recover the secrets of all owners: so many of each owner's group."""
+    """Whether those present are enough of all, enough to recover the secrets of all owners (so many of each owner's group), and connected.
+
+    Where those present fall into parts without a mask between them, the shares that unmask the sum unmask the sum of each part.
+    """
     here = set(present)
     groups = ({owner, *graph[owner]} for owner in owners)
-    return len(here) >= fewest_survivors(len(graph), threshold) and all(
-        len(group & here) >= fewest_survivors(len(group), threshold) for group in groups
-    )
+    enough = len(here) >= fewest_survivors(len(graph), threshold)
+    return enough and all(len(group & here) >= fewest_survivors(len(group), threshold) for group in groups) and connected(graph, here)
+
+
+def connected(graph: Graph, present: Collection[int]) -> bool:
+    """Whether each of those present is reached from each over neighbours that are present."""
+    left = set(present)
+    reached = [left.pop()] if left else []
+    while reached:
+        found = left.intersection(graph[reached.pop()])
+        left -= found
+        reached += found
+    return not left
 
 
 def neighbour_graph(clients: Sequence[int], neighbours: int, seed: int, server_round: int) -> Graph:

@@ -294,7 +294,7 @@ class Protocol:
         if complete(self._graph, list(owners), present, threshold):
             return
         few = len(present) < self._needed
-        of_all = f"{self._needed} of {len(self.clients)} clients" if few else f"{threshold:g} of the clients of every group of neighbours"
+        of_all = f"{self._needed} of {len(self.clients)} clients" if few else f"{threshold:g} of every group of neighbours, all connected,"
         raise SumRefused(
             f"secure.threshold: round {self.server_round} needs {of_all} to the end, got {len(present)} that sent their "
             f"{stage.name}; nothing was unmasked. Lower secure.threshold (above 0.5), or take more clients into a round."

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedsim.core.secure_aggregation import MaskedSum, Party, complete, fewest_survivors, mask, neighbour_graph, pair_mask
+from fedsim.core.secure_aggregation import MaskedSum, Party, complete, connected, fewest_survivors, mask, neighbour_graph, pair_mask
 
 SIZE, SHARE = 50, 0.6
 
@@ -172,3 +172,20 @@ def test_the_threshold_is_of_all_and_of_every_group():
     left = set(graph) - set(graph[lonely][:3])
     assert complete(graph, [], left, SHARE)
     assert not complete(graph, [lonely], left, SHARE)
+
+
+def test_survivors_in_two_parts_are_refused_because_each_part_could_be_unmasked():
+    ring = {client: sorted((client + step) % 10 for step in (-2, -1, 1, 2)) for client in range(10)}
+    left = [2, 3, 4, 7, 8, 9]  # 0, 1, 5 and 6 have vanished, so that no mask is left between 4 and 7 or 9 and 2
+    assert all(len({owner, *ring[owner]} & {*left}) >= fewest_survivors(5, 0.6) for owner in ring), "every secret could be recovered"
+    assert not complete(ring, list(ring), left, 0.6)
+    assert complete(ring, list(ring), [*left, 5], 0.6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_connection_agrees_with_the_powers_of_the_adjacency_matrix(seed):
+    generator = np.random.default_rng(seed)
+    graph = neighbour_graph(list(range(12)), 4, seed, 1)
+    present = sorted(generator.choice(12, 6, replace=False).tolist())
+    adjacency = np.array([[float(other in graph[one] or other == one) for other in present] for one in present])
+    assert connected(graph, present) == bool((np.linalg.matrix_power(adjacency, len(present)) > 0).all())
