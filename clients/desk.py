@@ -108,6 +108,8 @@ class Desk:
         steps = steps_per_round(size, config.training)
         if kind == "train" and steps > self._owner.max_local_steps:
             raise RefusedError(f"{steps} local steps are more than the {self._owner.max_local_steps} accepted")
+        if kind == "evaluate" and not self._owner.shard and self._promised(config):
+            raise RefusedError("its test rows are the owner's, and how many are answered right would leave without noise")
         if config.privacy.unit is PrivacyUnit.client and kind == INITIAL_GRADIENT:
             raise RefusedError("an initial gradient would leave as it is, which privacy.unit=client does not cover")
         if config.privacy.unit is not PrivacyUnit.example or not kind.startswith("train"):
@@ -122,6 +124,10 @@ class Desk:
             mechanism = Mechanism(noise, rate, 1, "initialization")
         self._budget.check(mechanism, size)
         return mechanism
+
+    def _promised(self, config: Config) -> bool:
+        """Whether the run or the owner promises the people in the data any privacy."""
+        return config.privacy.unit is not PrivacyUnit.none or self._owner.min_privacy != PrivacyUnit.none.name
 
     def _noise_key_of(self, message: Message, here: Config, session: Session) -> NoiseKey:
         """Returns the key of the noise of this request: the same when it is asked again, another for any other request or other data.

@@ -25,10 +25,10 @@ def effective(config: Config) -> Config:
     if config.federation.ranks:
         adapter = replace(adapter, rank=max(config.federation.ranks))
     config = replace(config, adapter=adapter)
-    if config.privacy.secure_aggregation:
-        config = replace(config, evaluation=replace(config.evaluation, diagnosis=False))  # it needs single uploads
-        if config.privacy.unit is PrivacyUnit.client:
-            config = replace(config, privacy=replace(config.privacy, accountant=Accountant.skellam))
+    if config.privacy.secure_aggregation or config.privacy.unit is PrivacyUnit.client:  # it tells of uploads as they came
+        config = replace(config, evaluation=replace(config.evaluation, diagnosis=False))
+    if config.privacy.secure_aggregation and config.privacy.unit is PrivacyUnit.client:
+        config = replace(config, privacy=replace(config.privacy, accountant=Accountant.skellam))
     if not method.pooled:
         return config
     federation = replace(config.federation, clients=1, fraction=1.0)

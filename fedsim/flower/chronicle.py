@@ -37,7 +37,7 @@ class Chronicle:
         for line in self._session.data.skipped:
             self._progress.note(f"left out: {line}")
         if given.evaluation.diagnosis and not self._config.evaluation.diagnosis:
-            self._progress.note("no diagnosis of the rounds: it needs single uploads, which secure aggregation hides")
+            self._progress.note("no diagnosis of the rounds: it tells of single uploads, which are hidden")
 
     def member(self, kind: str, **facts: Any) -> None:
         """Tells that a client of a deployment has joined or left, is absent, or was refused for a reason."""

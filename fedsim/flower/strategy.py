@@ -268,16 +268,21 @@ class FedsimStrategy(Strategy):
         """
         packer = self._packer()
         sums: dict[str, list[float]] = {task: [0.0, 0.0, 0.0] for task in self._session.data.test}
+        reason = "no reply"
         for _, reply in self._gathered(grid, self._evaluation_asks(server_round, packer, grid), packer):
             if isinstance(reply, Failure):
+                reason = reply.detail or reply.reason.name
                 continue  # the questions of those that do not reply are left out
-            metrics = reply.content.metric_records[METRICS]
-            for task, total in sums.items():
-                for place, name in enumerate(("correct", "loss", "num_examples")):
-                    total[place] += sum(numbers(metrics, f"{task}/{name}"))
+            try:
+                metrics = reply.content.metric_records[METRICS]
+                found = {task: [sum(numbers(metrics, f"{task}/{name}")) for name in ("correct", "loss", "num_examples")] for task in sums}
+            except (KeyError, ValueError) as error:
+                reason = str(error)
+                continue  # so are those of a client whose own data has other tasks
+            sums = {task: [one + other for one, other in zip(sums[task], found[task], strict=True)] for task in sums}
         if not all(n for _, _, n in sums.values()):
             raise RunStopped(
-                f"Expected clients to evaluate their own models after round {server_round}, got no reply; go on with resume=true."
+                f"Expected clients to evaluate their own models after round {server_round}, got {reason}; go on with resume=true."
             )
         return {task: {"accuracy": right / n, "loss": loss / n, "num_examples": int(n)} for task, (right, loss, n) in sums.items()}
 

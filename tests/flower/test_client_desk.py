@@ -210,3 +210,20 @@ def test_other_data_is_never_answered_about_with_the_same_noise(tmp_path):
     first = private_upload(tmp_path, 5.0, **of(20))
     second = private_upload(tmp_path, 5.0, **of(21))  # the same file with a row more, the same key
     assert float((first - second).norm()) > 0.5 * float(first.norm()), "the difference would be what the new row adds"
+
+
+@pytest.mark.parametrize(("promise", "owner"), [({"unit": PrivacyUnit.none}, {"min_privacy": "example"}), ({"noise_multiplier": 1.0}, {})])
+def test_rows_of_an_owner_are_never_evaluated_on_where_privacy_is_promised(promise, owner, tmp_path):
+    """The server chooses by its seed which rows are held out: exact answers about them would tell of every row."""
+    lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(10)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    own = {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"], "methods": []}
+    config = of_method("fedsa_lora", privacy={"unit": PrivacyUnit.example, **promise})
+    deployed = Deployed(config, tmp_path, {1: {**own, **owner}})
+    request = {"config": json.dumps(to_dict(config)), "clients": [1], "round": 1}
+    error = deployed.ask(1, "evaluate", **request).error
+    assert error.code == REFUSED
+    assert "test rows are the owner's" in error.reason or "weaker than example" in error.reason
+    open_config = of_method("fedsa_lora")
+    trusting = Deployed(open_config, tmp_path, {1: own}).next()
+    assert trusting.strategy.personal_evaluation(1, trusting.grid), "without a promise the clients' own models are evaluated"

@@ -90,6 +90,16 @@ def test_a_resumed_run_has_spent_what_the_uninterrupted_one_has(tmp_path):
     assert resumed["adapter_digest"] == whole["adapter_digest"]
 
 
+def test_a_run_that_protects_clients_tells_nothing_of_their_uploads_as_they_came(tmp_path):
+    """How far the clients are apart would be told without noise, the same for noise of 1 and of 1,000."""
+    run_in(tmp_path / "run", *CLIENT, "privacy.noise_multiplier=1000", "privacy.epsilon=null", "evaluation.diagnosis=true")
+    for event in events_of(tmp_path / "run", "round"):
+        assert not {"drift", "deviation", "effective_rank"} & event.keys()
+    assert not (tmp_path / "run/diagnosis.png").exists()
+    run_in(tmp_path / "open", "adapter.init=orthogonal", "evaluation.diagnosis=true")
+    assert all(event["drift"] > 0 for event in events_of(tmp_path / "open", "round")), "otherwise the test above would tell nothing"
+
+
 @pytest.mark.parametrize("unit", ["example", "client"])
 def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other(unit, tmp_path):
     options = (f"privacy={unit}", "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "adapter.init=orthogonal", "privacy.noise=system")
