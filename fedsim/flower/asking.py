@@ -99,7 +99,8 @@ class Asking:
         """
         if self._privacy is not None:
             for client in self.charged(server_round):
-                self._privacy.charge(client, self._session.privacy_plan[client].round_mechanism)
+                planned = self._session.privacy_plan[client]
+                self._privacy.charge(client, planned.round_mechanism, planned.delta)
 
     def charged(self, server_round: int) -> list[int]:
         """Returns the clients whose privacy a round costs something; none where nothing is claimed."""

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+import fedsim
+from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.plain import to_dict
@@ -60,20 +62,26 @@ class Roster:
         self._reasons: dict[int, str] = {}  # why a node does not take part
         self._absent: list[int] = []
         self._tell: Tell = lambda kind, **facts: None
-        self._base_digest = ""
+        self._session: Session  # from `muster` on
+        self._mustered = False
 
     def muster(self, session: Session, tell: Tell) -> None:
         """Waits for the clients, `engine.wait_seconds` at most, and tells the session how much data those have that bring their own.
 
         Raises UserError if none is there to take part. Who comes later joins before the next round.
         """
-        self._tell, self._base_digest = tell, session.base_digest
+        self._tell, self._session = tell, session
         clients = range(self._config.federation.clients)
         homes = self._waited_for(clients)
         if not homes:
             reasons = "; ".join(self._reasons.values()) or "no SuperNode is connected"
             raise UserError(f"Expected clients to join within engine.wait_seconds={self._config.engine.wait_seconds:g}, but: {reasons}.")
-        session.hear({member.client: member.num_examples for member in self._members.values() if not member.shard})
+        self._hear()
+
+    def round_begins(self) -> None:
+        """Notices who has come and gone, and tells the session how much data newcomers bring, before anything is planned or charged."""
+        self._look()
+        self._hear()
 
     def homes(self, clients: Sequence[int]) -> dict[int, int]:
         """Returns the node of each of the clients that are connected and take part; if there is none, some are waited for."""
@@ -100,8 +108,28 @@ class Roster:
             time.sleep(POLL_SECONDS)
 
     def _at_home(self, clients: Iterable[int]) -> dict[int, int]:
-        nodes = {member.client: node for node, member in self._members.items()}
+        nodes = {member.client: node for node, member in self._members.items() if self._planned_for(member)}
         return {client: nodes[client] for client in clients if client in nodes}
+
+    def _planned_for(self, member: Member) -> bool:
+        """Whether the noise of this client was planned for as much data as it has; who comes in mid-round may have to wait for the next."""
+        private = self._config.privacy.unit is PrivacyUnit.example and self._mustered
+        return not private or member.shard or self._session.own_data.get(member.client) == member.num_examples
+
+    def _hear(self) -> None:
+        """Tells the session the sizes of data of the clients' own. Who brings too little for the privacy that is promised is refused."""
+        session, self._mustered = self._session, True
+        for node, member in list(self._members.items()):
+            before = dict(session.own_data)
+            if member.shard or before.get(member.client) == member.num_examples:
+                continue
+            session.hear({**before, member.client: member.num_examples})
+            try:
+                _ = session.privacy_plan
+            except UserError as error:
+                session.hear(before)
+                del self._members[node]
+                self._refuse(node, str(error))
 
     def _look(self) -> None:
         """Forgets nodes that are gone, asks those that have come, and takes the answers that are there."""
@@ -132,18 +160,26 @@ class Roster:
             except ValueError as error:
                 reason = str(error)
         if reason is not None or member is None:
-            self._reasons[node] = str(reason)
-            self._tell("refused", node=str(node), reason=reason)
+            self._refuse(node, str(reason))
             return
         self._members[node] = member
         self._tell("joined", client=member.client, node=str(node), num_examples=member.num_examples, version=member.version)
 
+    def _refuse(self, node: int, reason: str) -> None:
+        self._reasons[node] = reason
+        self._tell("refused", node=str(node), reason=reason)
+
     def _unfit(self, member: Member) -> str | None:
         """Returns why a client cannot take part, None if it can."""
+        most = self._config.federation.max_examples
+        if member.version != fedsim.__version__:
+            return f"client {member.client} runs fedsim {member.version:.20}, the server {fedsim.__version__}: install the same"
+        if member.num_examples > most:
+            return f"client {member.client} tells of {member.num_examples} examples, federation.max_examples is {most}"
         if not 0 <= member.client < self._config.federation.clients:
             return f"there is no client {member.client} among {self._config.federation.clients}"
-        if member.client in self._at_home([member.client]):
+        if member.client in [other.client for other in self._members.values()]:
             return f"client {member.client} has another node already"
-        if member.base_digest != self._base_digest:
+        if member.base_digest != self._session.base_digest:
             return f"client {member.client} has another base model than the server"
         return None

@@ -241,6 +241,8 @@ class Run:
 
     def _next_round(self, state: State, strategy: FedsimStrategy) -> None:
         number, before = state.round + 1, state.ledger.totals()
+        if self._roster is not None:
+            self._roster.round_begins()
         self._progress.round_started(number, len(strategy.participants(number)), before)
         begun = time.perf_counter()
         self._session.install_state(state.shared)

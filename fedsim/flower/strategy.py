@@ -230,9 +230,9 @@ class FedsimStrategy(Strategy):
 
     def _charge_initialization(self, clients: Iterable[int]) -> None:
         for client in clients if self._privacy is not None else ():
-            mechanism = self._session.privacy_plan[client].initialization
-            if mechanism is not None:
-                self._privacy.charge(client, replace(mechanism, steps=1))  # type: ignore[union-attr]
+            planned = self._session.privacy_plan[client]
+            if planned.initialization is not None:
+                self._privacy.charge(client, replace(planned.initialization, steps=1), planned.delta)  # type: ignore[union-attr]
 
     def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid, samples: dict[int, int]) -> Iterator[Ask]:
         for client, node in self.asking.nodes(list(samples), grid).items():

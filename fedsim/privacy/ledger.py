@@ -34,8 +34,13 @@ class PrivacyLedger:
         self._deltas = dict(sorted(deltas.items()))
         self._histories: dict[int, History] = dict.fromkeys(self._deltas, ())
 
-    def charge(self, client: int, mechanism: Mechanism) -> None:
-        """Writes down what was spent, even above the budget: ask `would_exceed` before spending. KeyError for an unknown client."""
+    def charge(self, client: int, mechanism: Mechanism, delta: float | None = None) -> None:
+        """Writes down what was spent, even above the budget: ask `would_exceed` before spending. KeyError for an unknown client.
+
+        `delta` is that of the data which the client has now; where it is the smaller one, all of its epsilon holds at it from now on.
+        """
+        if delta is not None:
+            self._deltas[client] = min(delta, self._deltas[client])
         self._histories[client] = extended(self._histories[client], mechanism)
 
     def history(self, client: int) -> History:

@@ -7,6 +7,8 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from rounds import BASE, changed
 
+import fedsim
+from fedsim.choices import Accountant, PrivacyUnit
 from fedsim.errors import UserError
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
@@ -19,8 +21,8 @@ CONFIG = changed(BASE, engine={"wait_seconds": 0.3})  # three clients
 class Nodes:
     """Answers to the question whether a client joins, by node: a member, or a reason against it."""
 
-    def __init__(self, **members):
-        self.session = open_session(CONFIG)
+    def __init__(self, config=CONFIG):
+        self.session = open_session(config)
         self.answers, self.asked, self.events = {}, [], []
         self.grid = InProcessGrid(self._answer, workers=5)
         self.contexts = dict(self.grid.contexts)
@@ -37,7 +39,7 @@ class Nodes:
         self.grid.contexts = {node: self.contexts[node] for node in nodes}
 
     def member(self, number, **changes):
-        return replace(Member(number, 10 + number, self.session.base_digest, "1", True), **changes)
+        return replace(Member(number, 10 + number, self.session.base_digest, fedsim.__version__, True), **changes)
 
     def tell(self, kind, **facts):
         self.events.append((kind, facts.get("client", facts.get("clients", facts.get("reason")))))
@@ -77,6 +79,8 @@ def test_a_node_that_goes_and_another_that_comes_are_noticed_before_the_next_rou
         ("Refused by the owner of client 0: too many steps", "too many steps"),
         ({"base_digest": "other"}, "has another base model than the server"),
         ({"client": 9}, "there is no client 9 among 3"),
+        ({"num_examples": 10**15}, "federation.max_examples is"),
+        ({"version": "0.0.9"}, "runs fedsim 0.0.9, the server"),
         ({"num_examples": 0}, "Expected an answer with client, num_examples"),
     ],
 )
@@ -99,6 +103,38 @@ def test_a_second_node_of_a_client_is_turned_away():
     roster.muster(nodes.session, nodes.tell)
     assert len(roster.homes([0])) == 1
     assert ("refused", "client 0 has another node already") in nodes.events
+
+
+PRIVATE = changed(CONFIG, privacy={"unit": PrivacyUnit.example, "epsilon": 8.0, "accountant": Accountant.rdp})
+
+
+def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before_it_is_asked():
+    nodes = Nodes(PRIVATE)
+    nodes.session.hear({})
+    nodes.answers = {1: nodes.member(0), 2: nodes.member(1, num_examples=5, shard=False)}
+    nodes.present([1])
+    roster = Roster(nodes.grid, PRIVATE)
+    roster.muster(nodes.session, nodes.tell)
+    assert nodes.session.privacy_plan[1].num_examples != 5
+    nodes.present([1, 2])
+    assert roster.homes([0, 1]) == {0: 1}, "in the round that has begun it was charged for other data"
+    roster.round_begins()
+    assert roster.homes([0, 1]) == {0: 1, 1: 2}
+    planned = nodes.session.privacy_plan[1]
+    assert (planned.num_examples, planned.rate) == (5, min(1.0, PRIVATE.training.batch_size / 5))
+    assert planned.delta == pytest.approx(5**-1.1)
+
+
+def test_who_has_too_little_data_for_the_privacy_that_is_promised_is_refused_and_stops_nobody_else():
+    nodes = Nodes(changed(PRIVATE, privacy={"delta": 0.01}))
+    nodes.session.hear({})
+    nodes.answers = {1: nodes.member(0), 2: nodes.member(1, num_examples=200, shard=False)}
+    nodes.present([1, 2])
+    roster = Roster(nodes.grid, nodes.session.config)
+    roster.muster(nodes.session, nodes.tell)
+    assert roster.homes([0, 1]) == {0: 1}
+    ((_, reason),) = [event for event in nodes.events if event[0] == "refused"]
+    assert "delta" in reason
 
 
 def test_nobody_at_all_is_an_error_that_says_why():

@@ -177,3 +177,16 @@ def test_what_no_ledger_can_hold_is_refused():
         PrivacyLedger("example", {0: 1e-5, 7: 1.0})
     with pytest.raises(KeyError):
         new_ledger().charge(99, INITIALIZATION)
+
+
+def test_a_client_that_brings_more_data_has_its_whole_epsilon_at_the_smaller_delta():
+    ledger, step = PrivacyLedger("example", {0: 1e-2, 1: 1e-2}, "rdp"), Mechanism(1.0, 0.1, 10)
+    for _ in range(2):
+        ledger.charge(0, step, 1e-2)
+        ledger.charge(1, step, 1e-2)
+    ledger.charge(0, step, 1e-5)
+    ledger.charge(1, step, 0.5)
+    assert (ledger.delta(0), ledger.delta(1)) == (1e-5, 1e-2)
+    alone = PrivacyLedger("example", {0: 1e-5}, "rdp")
+    alone.charge(0, Mechanism(1.0, 0.1, 30))
+    assert ledger.epsilon(0) == pytest.approx(alone.epsilon(0)) > ledger.epsilon(1)
