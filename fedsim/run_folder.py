@@ -179,6 +179,13 @@ class RunFolder:
         if writing is not None:
             writing.result()
 
+    def settle_all(self) -> None:
+        """Waits until the last checkpoint and every line of events and journal so far are durable."""
+        self.settle()
+        for log in (self._log, self._journal):
+            if log:
+                log.sync()
+
     def last_checkpoint(self) -> Checkpoint | None:
         """Returns the latest good checkpoint. A damaged one is set aside as *.damaged, with an event, and the one before is taken."""
         self.settle()
@@ -186,8 +193,8 @@ class RunFolder:
         return replace(found, state=found.state["state"]) if found else None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json: from now on the run counts as finished. Call it last."""
-        self.settle()
+        """Writes summary.json: from now on the run counts as finished, and all that it names is durable. Call it last."""
+        self.settle_all()
         self.write_json(SUMMARY, summary)
 
     def _prepare(self, config: Config, now: datetime) -> None:
