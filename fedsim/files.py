@@ -25,7 +25,7 @@ def atomic_write(path: Path, *content: bytes | memoryview, mode: int = 0o666) ->
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
@@ -49,8 +49,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable."""
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable: of files that were made or renamed there, and of folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
