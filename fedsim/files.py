@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,13 @@ def finite(value: Any) -> Any:
 def cache_folder() -> Path:
     """Returns the folder of what can be fetched, measured or made again: fedsim's in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
+
+
+def dated_folders(now: datetime, name: str) -> Iterator[Path]:
+    """Yields runs/<date>/<time>-<name>, then the same with -2, -3, ... for what begins in the same second; makes none of them."""
+    first = Path(now.strftime(f"runs/%Y-%m-%d/%H-%M-%S-{name}"))
+    yield first
+    yield from (first.with_name(f"{first.name}-{number}") for number in count(2))
 
 
 def sync_folder(folder: Path) -> None:

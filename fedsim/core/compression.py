@@ -82,7 +82,7 @@ class Codec:
         return flat
 
 
-class Upload(NamedTuple):
+class CompressedUpload(NamedTuple):
     """A compressed update: what travels, what the server will read from it, and what is left for the next round."""
 
     arrays: Arrays
@@ -90,7 +90,7 @@ class Upload(NamedTuple):
     residual: Tensor | None  # [parameters]; None without error feedback
 
 
-def compress(update: Tensor, residual: Tensor | None, codec: Codec, generator: Generator, density: float = 1.0) -> Upload:
+def compress(update: Tensor, residual: Tensor | None, codec: Codec, generator: Generator, density: float = 1.0) -> CompressedUpload:
     """Encodes update + residual; the new residual is what the decoded values lack of it.
 
     Guarantees: nothing is lost, only late: the decoded values of all rounds and the last residual add up to the updates, to float32
@@ -102,7 +102,7 @@ def compress(update: Tensor, residual: Tensor | None, codec: Codec, generator: G
     total = update if residual is None else update + residual
     arrays = codec.encode(total, generator, density)
     decoded = codec.decode(arrays, total.numel(), density)
-    return Upload(arrays, decoded, None if residual is None else total - decoded)
+    return CompressedUpload(arrays, decoded, None if residual is None else total - decoded)
 
 
 def _bfloat16_shapes(num_parameters: int, density: float) -> Shapes:
