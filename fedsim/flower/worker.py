@@ -151,7 +151,6 @@ def _metrics(round: int, replies: Sequence[ClientReply]) -> MetricRecord:
             "clients": [result.client for result in results],
             "num_examples": [result.num_examples for result in results],
             "num_tokens": [result.num_tokens for result in results],
-            "num_steps": [result.num_steps for result in results],
             "loss": [result.loss for result in results],
             "within": [int(reply.within) for reply in replies],
         }
