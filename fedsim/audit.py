@@ -23,7 +23,7 @@ from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.flower.grid import WatchedGrid
 from fedsim.flower.records import from_record, whole_numbers
-from fedsim.flower.worker import client_key
+from fedsim.flower.worker import INITIAL_GRADIENT, METRICS, client_key
 from fedsim.privacy.accounting import Mechanism, epsilon
 from fedsim.privacy.auditing import Bound, audit
 from fedsim.privacy.plan import INITIALIZATION, TRAINING
@@ -139,9 +139,9 @@ class Auditor:
 
     def _look(self, reply: Message) -> None:
         number = int(reply.metadata.group_id)
-        if reply.metadata.message_type == "train.initial_gradient":
+        if reply.metadata.message_type == INITIAL_GRADIENT:
             self._look_at_initial_gradients(reply, number)
-        elif reply.metadata.message_type == "train" and "metrics" in reply.content:
+        elif reply.metadata.message_type == "train" and METRICS in reply.content:
             if (Part.bases, 0) not in self._seen and self._session.config.adapter.init in (Init.gradient, Init.gradient_dp):
                 self._look_at_bases()
             self._look_at_uploads(reply, number)
@@ -180,7 +180,7 @@ class Auditor:
 
     def _look_at_uploads(self, reply: Message, number: int) -> None:
         """The model holds the state from which the clients started: the server changes it when all have answered."""
-        metrics, training = reply.content.metric_records["metrics"], self._session.config.training
+        metrics, training = reply.content.metric_records[METRICS], self._session.config.training
         plan = self._session.privacy_plan
         for client, count in zip(whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples"), strict=True):
             mine = self._canaries_of(client)

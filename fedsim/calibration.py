@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from fedsim.core.methods import Method
 from fedsim.core.participation import round_size
 from fedsim.files import atomic_write_json, cache_folder
 from fedsim.flower.records import from_record, serialized_bytes, to_record
+from fedsim.manifest import cpu_name
 from fedsim.memory import resident_bytes
 from fedsim.models import DTYPES, device
 from fedsim.plain import to_dict
@@ -99,9 +99,7 @@ def _device_name(config: Config) -> str:
     on = device(config.model)
     if on.type == "cuda":
         return torch.cuda.get_device_name(on)
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else ""
+    return cpu_name()
 
 
 # ---- a model that is built

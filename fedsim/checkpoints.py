@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsim.files import atomic_write
+from fedsim.files import atomic_write, sync_folder
 
 ROUNDS, BASES = "round_*.safetensors", "bases_*.safetensors"
 COPIES = 2
@@ -69,7 +69,10 @@ class Store:
         state = json.dumps(checkpoint.state)
 
         def write() -> None:
+            first = not self._folder.exists()
             self._folder.mkdir(exist_ok=True)
+            if first:
+                sync_folder(self._folder.parent)  # which holds its name, and those of the logs
             if new and bases.names:
                 content = _encoded({name: tensors.pop(name) for name in bases.names}, {"bases": bases.digest})
                 for path in _copies(self._folder, bases.digest):

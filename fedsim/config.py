@@ -135,9 +135,9 @@ class FederationConfig:
     round_timeout: Optional[float] = None
     """Seconds after which a round goes on without the clients that have not replied; null waits for all that are alive."""
     min_replies: float = 0.5
-    """Clients that a round needs: a part of those it wants if below 1, otherwise their number. Simulated drop-outs do not count."""
+    """Replies a round needs: a fraction of the selected clients if below 1, else a count. Simulated drop-outs do not count."""
     over_selection: float = 0.0
-    """Draw this part more clients than a round wants; it goes on when as many as it wants have replied."""
+    """Select this fraction more clients than a round wants; it goes on when as many as it wants have replied."""
     retries: int = 2
     """How often clients that have not replied are asked again where fewer than min_replies have; after that the run stops."""
     max_examples: int = 1_000_000

@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ def atomic_write(path: Path, *content: bytes | memoryview, mode: int = 0o666) ->
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
@@ -49,8 +52,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedsim"
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable."""
+def dated_folders(now: datetime, name: str) -> Iterator[Path]:
+    """Yields runs/<date>/<time>-<name>, then the same with -2, -3, ... for what begins in the same second; makes none of them."""
+    first = Path(now.strftime(f"runs/%Y-%m-%d/%H-%M-%S-{name}"))
+    yield first
+    yield from (first.with_name(f"{first.name}-{number}") for number in count(2))
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in `folder` durable: of files that were made or renamed there, and of folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

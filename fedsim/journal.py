@@ -2,8 +2,9 @@
 
 Append-only: each line holds the SHA-256 of the line before it, so that a line cannot be changed, removed, added or moved without breaking
 the chain (Haber and Stornetta 1991). The head, which fixes all lines up to it, is also in every checkpoint and in summary.json: it tells
-when lines are missing at the end, and when somebody has made the whole chain anew. A run that goes on from a checkpoint removes nothing:
-its line `resumed` names the line that it goes on from, and those in between are superseded, but stay to be seen.
+when lines are missing at the end, and when the chain alone was made anew. Nothing is keyed: who remakes the chain and the heads in
+checkpoints and summary.json as well is noticed only by whoever has kept a head elsewhere. A run that goes on from a checkpoint removes
+nothing: its line `resumed` names the line that it goes on from, and those in between are superseded, but stay to be seen.
 """
 
 import hashlib
@@ -86,8 +87,8 @@ class Verdict:
 def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verdict:
     """Checks every line of the journal against the one before, the `checkpoints`' heads (by name) against it, and the `end` of its summary.
 
-    A change, a deletion, an insertion, a different order and a missing end are all found; a missing end of a run without a summary is
-    found as far as its last checkpoint.
+    A change, a deletion, an insertion, a different order and a missing end are all found, as long as the heads that are given are those
+    that the run wrote; a missing end of a run without a summary is found as far as its last checkpoint.
     """
     verdict, hashes, torn = Verdict(finished=end is not None), {0: FIRST}, 0
     for line, whole in _lines(path):
@@ -99,7 +100,11 @@ def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verd
             verdict.problems += _links(entry, number, verdict.head, torn)
             torn = 0
             if entry.get("kind") == "resumed":
-                verdict.superseded += max(0, number - 1 - int(entry.get("goes_on_from", number - 1)))
+                from_line = entry.get("goes_on_from", number - 1)
+                if type(from_line) is int and 0 <= from_line < number:
+                    verdict.superseded += number - 1 - from_line
+                else:
+                    verdict.problems.append(f"line {number} goes on from {from_line!r:.20}, which is no line before it")
         verdict.head = verdict.head.after(line)
         hashes[number] = verdict.head.sha256
     if torn and (torn < verdict.head.lines or end is not None):

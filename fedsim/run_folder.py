@@ -26,7 +26,7 @@ from fedsim.checkpoints import NO_BASES, Bases, Checkpoint, DamagedError, Store
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import EventLog, cut_events, read_events
-from fedsim.files import TEMPORARY, atomic_write, atomic_write_json
+from fedsim.files import TEMPORARY, atomic_write, atomic_write_json, dated_folders
 from fedsim.journal import Head, Journal
 from fedsim.manifest import manifest
 from fedsim.plain import to_dict, with_a_result
@@ -88,7 +88,7 @@ class RunFolder:
                 f"Expected run_dir= to name the interrupted run to resume, got {folder or 'none'}. Give the folder of that run."
             )
         if folder is None:
-            folder = _new_dated_folder(now, config.method.name)
+            folder = next(folder for folder in dated_folders(now, config.method.name) if _made(folder))
         _refuse_foreign(folder)
         run = cls(folder, _locked(folder), keep)
         try:
@@ -180,6 +180,13 @@ class RunFolder:
         if writing is not None:
             writing.result()
 
+    def settle_all(self) -> None:
+        """Waits until the last checkpoint and every line of events and journal so far are durable."""
+        self.settle()
+        for log in (self._log, self._journal):
+            if log:
+                log.sync()
+
     def last_checkpoint(self) -> Checkpoint | None:
         """Returns the latest good checkpoint. A damaged one is set aside as *.damaged, with an event, and the one before is taken."""
         self.settle()
@@ -187,8 +194,8 @@ class RunFolder:
         return replace(found, state=found.state["state"]) if found else None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json: from now on the run counts as finished. Call it last."""
-        self.settle()
+        """Writes summary.json: from now on the run counts as finished, and all that it names is durable. Call it last."""
+        self.settle_all()
         self.write_json(SUMMARY, summary)
 
     def _prepare(self, config: Config, now: datetime) -> None:
@@ -294,16 +301,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _new_dated_folder(now: datetime, method: str) -> Path:
-    """Makes runs/<date>/<time>-<method>, with -2, -3, ... for the runs of a sweep that begin in the same second."""
-    name, count = now.strftime(f"runs/%Y-%m-%d/%H-%M-%S-{method}"), 1
-    while True:
-        folder = Path(name if count == 1 else f"{name}-{count}")
-        if _made(folder):
-            return folder
-        count += 1
 
 
 def _made(folder: Path) -> bool:

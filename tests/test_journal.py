@@ -113,6 +113,17 @@ def test_a_line_torn_by_a_kill_is_allowed_before_a_resumption_and_nowhere_else(j
     assert check(path).problems == ["line 13 cannot be read, and no run was resumed after it"]
 
 
+@pytest.mark.parametrize("line", ["ten", None, 3.5, True, -1, 14, [1]])
+def test_a_resumption_from_no_line_before_it_is_told_where_it_is(journal, line):
+    path, _ = journal
+    log = Journal(path)
+    log.append("asked")
+    log.append("resumed", goes_on_from=line)
+    log.close()
+    (problem,) = check(path, log.head).problems
+    assert problem.startswith("line 14 goes on from")
+
+
 def test_a_journal_goes_on_where_it_ended(journal):
     path, head = journal
     log = Journal(path)

@@ -1,6 +1,7 @@
 """Imports point down: entry > world > training > core > base."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def imports_of(module, known):
 
 
 KNOWN = set(modules())
+
+
+@pytest.mark.parametrize("package", ["fedsim", "fedsim.core", "fedsim.flower", "fedsim.privacy", "fedsim.training"])
+def test_the_list_of_layers_names_every_module(package):
+    layers = (ROOT / "ARCHITECTURE.md").read_text().split("\n## Layers\n")[1].split("\n## ")[0]
+    mine = {name.rpartition(".")[2] for name in KNOWN if name.rpartition(".")[0] == package} - {"__main__"}
+    assert mine - set(re.findall(r"\w+", layers)) == set()
 
 
 @pytest.mark.parametrize("module", sorted(KNOWN))

@@ -22,7 +22,7 @@ from fedsim.checkpoints import Checkpoint, Store, saved
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import read_events
-from fedsim.files import atomic_write
+from fedsim.files import TEMPORARY, atomic_write
 from fedsim.plain import to_dict
 from fedsim.run_folder import RunFolder
 
@@ -273,6 +273,62 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_saved_whatever_changes_wh
     assert found is not None
     assert torch.equal(found.tensors["R"], torch.ones(1000))
     assert found.state == {"rounds": [1]}
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """What is made durable or renamed, in order: ("fsync", path, bytes in it, 0 of a folder) or ("replace", new path, 0)."""
+    done: list[tuple[str, str, int]] = []
+    fsync, rename = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(("fsync", str(path), 0 if path.is_dir() else path.stat().st_size))
+
+    def renamed(old: Path, new: Path) -> None:
+        rename(old, new)
+        done.append(("replace", str(new), 0))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    return done
+
+
+def test_a_file_is_durable_before_it_takes_its_name_and_its_name_before_anybody_relies_on_it(
+    tmp_path: Path, on_disk: list[tuple[str, str, int]]
+) -> None:
+    atomic_write(tmp_path / "file", b"all of ", b"it")
+    (written, whole, size), *rest = on_disk
+    assert (written, Path(whole).match(TEMPORARY), size) == ("fsync", True, len(b"all of it"))
+    assert rest == [("replace", str(tmp_path / "file"), 0), ("fsync", str(tmp_path), 0)]
+
+
+def test_a_checkpoint_is_never_ahead_of_the_lines_that_it_names(tmp_path: Path, on_disk: list[tuple[str, str, int]]) -> None:
+    run = tmp_path / "run"
+    with RunFolder.open(config_of(run)) as folder:
+        on_disk.clear()
+        folder.event("round", round=1)
+        folder.record("released", round=1)
+        folder.save_checkpoint(1, tensors_of(1), {})
+        folder.settle()
+        sizes = {name: (run / name).stat().st_size for name in ("events.jsonl", "journal.jsonl")}
+    assert on_disk[:3] == [*(("fsync", str(run / name), size) for name, size in sizes.items()), ("fsync", str(run), 0)]
+    assert ("replace", str(run / "checkpoints/round_0001.safetensors"), 0) in on_disk[3:]
+
+
+@pytest.mark.parametrize("step", [RunFolder.settle_all, lambda folder: folder.finish({})])
+def test_what_a_client_is_asked_and_how_a_run_ended_is_durable_when_it_is_told(
+    step: Callable[[RunFolder], None], tmp_path: Path, on_disk: list[tuple[str, str, int]]
+) -> None:
+    run = tmp_path / "run"
+    with RunFolder.open(config_of(run)) as folder:
+        folder.event("round", round=1)
+        folder.record("asked", round=1)
+        on_disk.clear()
+        step(folder)
+    expected = [("fsync", str(run / name), (run / name).stat().st_size) for name in ("events.jsonl", "journal.jsonl")]
+    assert on_disk[:2] == expected
 
 
 def test_closing_the_folder_waits_for_the_checkpoint_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,20 +214,21 @@ def estimate_table(answer: Answer) -> str:
         f"{answer.config.method.name}, {answer.config.model.name} ({answer.shape.parameters / 1e6:,.1f} M parameters){rank}, "
         f"{federation.clients:,} clients, {drawn:,} in a round, {federation.rounds} rounds"
     )
-    phases = [[phase.name, duration(phase.seconds), phase.detail] for phase in found.phases]
+    phases = [[phase.name, rough_duration(phase.seconds), phase.detail] for phase in found.phases]
     memory = [[name, size(round(number)), ""] for name, number in found.memory.items()]
     totals = {kind: found.num_bytes[f"{kind}_payload_bytes"] for kind in ("uplink", "downlink", "setup")}
     travelled = [[name, size(number), ""] for name, number in totals.items()]
-    travelled.append(["a client, on its own line", duration(answer.network_seconds), f"at {answer.megabits:g} Mbit/s, over the whole run"])
+    line = rough_duration(answer.network_seconds)
+    travelled.append(["a client, on its own line", line, f"at {answer.megabits:g} Mbit/s, over the whole run"])
     blocks = [
-        table(["phase", "time", ""], [*phases, ["total", duration(found.seconds), ""]]),
+        table(["phase", "time", ""], [*phases, ["total", rough_duration(found.seconds), ""]]),
         table(["memory at the peak", "", ""], [*memory, ["total", size(round(found.peak_bytes)), ""]]),
         table(["bytes that travel", "", ""], travelled),
     ]
     return "\n\n".join([title, *blocks, "\n".join(f"- {line}" for line in answer.assumptions)])
 
 
-def duration(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
     """Returns a time as one reads it: "0.4 s", "12 s", "5.2 min", "3.1 h", "41 days", "2.3 years"."""
     units = ((60.0, 1.0, "s"), (3600.0, 60.0, "min"), (48 * 3600.0, 3600.0, "h"), (730 * 86400.0, 86400.0, "days"))
     unit, name = next(((unit, name) for below, unit, name in units if seconds < below), (365.25 * 86400.0, "years"))

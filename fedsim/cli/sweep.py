@@ -33,7 +33,7 @@ from fedsim.cli.sweep_table import sweep_table
 from fedsim.config import Config
 from fedsim.config_check import check
 from fedsim.errors import UserError
-from fedsim.files import atomic_write_json
+from fedsim.files import atomic_write_json, dated_folders
 from fedsim.plain import to_dict, with_a_result
 
 SWEEP, SUMMARY, LOCK = "sweep.json", "summary.json", "run.lock"
@@ -111,12 +111,7 @@ def _expand(overrides: list[Override]) -> list[Job]:
 def _folder(options: Config) -> Path:
     if options.run_dir is not None:
         return Path(options.run_dir)
-    first = Path(datetime.now().astimezone().strftime("runs/%Y-%m-%d/%H-%M-%S-multirun"))
-    folder, count = first, 1
-    while folder.exists():
-        count += 1
-        folder = first.with_name(f"{first.name}-{count}")
-    return folder
+    return next(folder for folder in dated_folders(datetime.now().astimezone(), "multirun") if not folder.exists())
 
 
 def _place(jobs: list[Job], folder: Path, options: Config) -> None:

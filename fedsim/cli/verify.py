@@ -10,7 +10,10 @@ from fedsim.run_folder import CHECKPOINTS, JOURNAL, SUMMARY
 
 
 def verify(folder: Path) -> Verdict:
-    """Returns what is found in a run folder: the journal against itself, its checkpoints and its summary. Raises UserError for none."""
+    """Returns what is found in a run folder: the journal against itself, its checkpoints and its summary. Raises UserError for none.
+
+    A finished run has checkpoints; where they are gone, nothing but the summary would fix the chain.
+    """
     if not (folder / JOURNAL).exists():
         raise UserError(f"Expected a run folder with {JOURNAL}, got {folder}. Name the folder of a run.")
     heads, damaged = {}, []
@@ -22,6 +25,8 @@ def verify(folder: Path) -> Verdict:
         except ValueError:
             damaged.append(f"{path.name} fixes no line of the journal")
     end, wrong = _end(folder / SUMMARY)
+    if (folder / SUMMARY).exists() and not heads and not damaged:
+        wrong.append(f"{SUMMARY} ends the run, but it has no checkpoint: {CHECKPOINTS}/ was emptied or removed")
     verdict = verified(folder / JOURNAL, heads, end)
     verdict.problems += damaged + wrong
     return verdict
@@ -41,5 +46,7 @@ def verdict_text(verdict: Verdict) -> str:
     if verdict.problems:
         return "\n".join(["The journal is not as it was written:", *(f"  {problem}" for problem in verdict.problems)])
     again = f", {verdict.superseded} of them superseded by a resumed run" if verdict.superseded else ""
-    text = f"The journal holds: {verdict.head.lines} lines{again}; head {verdict.head.sha256}"
-    return text if verdict.finished else f"{text}\nThe run has not finished: lines after its last checkpoint could be missing unseen."
+    lines = [f"The journal holds: {verdict.head.lines} lines{again}; head {verdict.head.sha256}"]
+    if not verdict.finished:
+        lines.append("The run has not finished: lines after its last checkpoint could be missing unseen.")
+    return "\n".join([*lines, "Who can write every file of this folder can remake them all: compare the head with one kept elsewhere."])

@@ -42,7 +42,8 @@ class Transfer:
     """One payload between the server and a client.
 
     `parameters` counts numbers, `raw_bytes` is their size as float32, `payload_bytes` that of the arrays in which they travelled (less
-    where they were compressed), and `serialized_bytes` the length of the message that carried them.
+    where they were compressed), and `serialized_bytes` that of their record as Flower serialises it. What goes in the same envelope is not
+    counted: the text of the configuration, metrics and addresses, some 2.5 kB with a request and 0.6 kB with a reply, whatever the model.
     """
 
     round: int
@@ -101,10 +102,6 @@ class CommunicationLedger:
                     self._totals[f"{kind}_{suffix}"] += int(self._column(column, start)[chosen].sum())
         return dict(self._totals)
 
-    def per_client(self) -> dict[int, Totals]:
-        """Returns the totals of each client that sent or received anything, in order of clients."""
-        return self._grouped(self._column("client"))
-
     def rows(self) -> Iterator[dict[str, int | str]]:
         """Yields one flat dictionary per transfer, enums by name: the rows of a CSV or JSONL export."""
         for values in zip(*self._columns.values(), strict=True):
@@ -142,22 +139,10 @@ class CommunicationLedger:
         rows = np.array([self._columns[name][start:stop] for name in COLUMNS], dtype="<i8")
         return b64encode(zlib.compress(np.diff(rows, prepend=0).astype("<i8").tobytes(), level=1)).decode()
 
-    def _column(self, name: str, start: int = 0) -> NDArray[np.int64]:
+    def _column(self, name: str, start: int) -> NDArray[np.int64]:
         return np.array(self._columns[name][start:], dtype=np.int64)
 
-    def _grouped(self, keys: NDArray[np.int64]) -> dict[int, Totals]:
-        """Returns the totals by key of the rows. Sums in int64: exact, unlike a float64 `bincount` above 2**53."""
-        groups, of_row = np.unique(keys, return_inverse=True)
-        result = {int(key): _zero_totals() for key in groups}
-        for kind, chosen in self._kinds().items():
-            for suffix, column in AMOUNTS.items():
-                sums = np.zeros(len(groups), dtype=np.int64)
-                np.add.at(sums, of_row[chosen], self._column(column)[chosen])
-                for key, total in zip(groups, sums, strict=True):
-                    result[int(key)][f"{kind}_{suffix}"] = int(total)
-        return result
-
-    def _kinds(self, start: int = 0) -> dict[str, NDArray[np.bool_]]:
+    def _kinds(self, start: int) -> dict[str, NDArray[np.bool_]]:
         """Returns which rows from `start` on count as uplink, downlink and setup: a partition of them."""
         setup = np.isin(self._column("purpose", start), [PURPOSES.index(purpose) for purpose in SETUP])
         upward = self._column("direction", start) == DIRECTIONS.index(Direction.uplink)

@@ -33,8 +33,6 @@ class Codec:
     """
 
     name: str
-    summary: str
-    unbiased: bool  # the mean of the decoded values is the value that was encoded
     _shapes: Callable[[int, float], Shapes]
     _encode: Callable[[Tensor, Generator, float], Arrays]
     _decode: Callable[[Arrays, int], Tensor]
@@ -82,7 +80,7 @@ class Codec:
         return flat
 
 
-class Upload(NamedTuple):
+class CompressedUpload(NamedTuple):
     """A compressed update: what travels, what the server will read from it, and what is left for the next round."""
 
     arrays: Arrays
@@ -90,7 +88,7 @@ class Upload(NamedTuple):
     residual: Tensor | None  # [parameters]; None without error feedback
 
 
-def compress(update: Tensor, residual: Tensor | None, codec: Codec, generator: Generator, density: float = 1.0) -> Upload:
+def compress(update: Tensor, residual: Tensor | None, codec: Codec, generator: Generator, density: float = 1.0) -> CompressedUpload:
     """Encodes update + residual; the new residual is what the decoded values lack of it.
 
     Guarantees: nothing is lost, only late: the decoded values of all rounds and the last residual add up to the updates, to float32
@@ -102,7 +100,7 @@ def compress(update: Tensor, residual: Tensor | None, codec: Codec, generator: G
     total = update if residual is None else update + residual
     arrays = codec.encode(total, generator, density)
     decoded = codec.decode(arrays, total.numel(), density)
-    return Upload(arrays, decoded, None if residual is None else total - decoded)
+    return CompressedUpload(arrays, decoded, None if residual is None else total - decoded)
 
 
 def _bfloat16_shapes(num_parameters: int, density: float) -> Shapes:
@@ -209,9 +207,9 @@ def _decode_top_k(arrays: Arrays, num_parameters: int) -> Tensor:
     return torch.zeros(num_parameters).index_copy_(0, indices, arrays["values"])
 
 
-BFLOAT16 = Codec("bfloat16", "half the bytes, stochastic rounding", True, _bfloat16_shapes, _encode_bfloat16, _decode_bfloat16)
-INT8 = Codec("int8", "a quarter of the bytes, a scale per 256 values, stochastic rounding", True, _int8_shapes, _encode_int8, _decode_int8)
-INT4 = Codec("int4", "an eighth of the bytes, a scale per 256 values, stochastic rounding", True, _int4_shapes, _encode_int4, _decode_int4)
-TOP_K = Codec("top_k", "the entries of largest magnitude, for error feedback", False, _top_k_shapes, _encode_top_k, _decode_top_k)
+BFLOAT16 = Codec("bfloat16", _bfloat16_shapes, _encode_bfloat16, _decode_bfloat16)
+INT8 = Codec("int8", _int8_shapes, _encode_int8, _decode_int8)
+INT4 = Codec("int4", _int4_shapes, _encode_int4, _decode_int4)
+TOP_K = Codec("top_k", _top_k_shapes, _encode_top_k, _decode_top_k)
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (BFLOAT16, INT8, INT4, TOP_K)}

@@ -27,7 +27,6 @@ class Form:
     """A parametrisation of the update of a layer W [out, in]."""
 
     name: str
-    formula: str
     shapes: Callable[[int, int, int, int], dict[str, tuple[int, ...]]]  # of (out, in, rank, heads)
     chain: Callable[[Factors], list[Tensor]]  # matrices from left to right; their product, times the scaling, is the update
     rank_axes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of each kind, the axes that a smaller rank cuts short
@@ -43,27 +42,23 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
 
 LORA_SB = Form(
     name="lora_sb",
-    formula="B R A",
     shapes=lambda m, n, r, h: {"B": (m, r), "R": (r, r), "A": (r, n)},
     chain=lambda f: [f["B"], f["R"], f["A"]],
     rank_axes={"B": (1,), "R": (0, 1), "A": (0,)},
 )
 LORA = Form(
     name="lora",
-    formula="B A",
     shapes=lambda m, n, r, h: {"B": (m, r), "A": (r, n)},
     chain=lambda f: [f["B"], f["A"]],
     rank_axes={"B": (1,), "A": (0,)},
 )
 RAVAN = Form(
     name="ravan",
-    formula="sum over heads of s_k B_k H_k A_k",
     shapes=lambda m, n, r, h: {"B": (m, h * r), "H": (h, r, r), "s": (h,), "A": (h * r, n)},
     chain=lambda f: [f["B"], _block_diagonal(f["s"][..., None, None] * f["H"]), f["A"]],
 )
 DENSE = Form(
     name="dense",
-    formula="D",
     shapes=lambda m, n, r, h: {"D": (m, n)},
     chain=lambda f: [f["D"]],
     low_rank=False,

@@ -47,7 +47,6 @@ class ServerOptimizer:
     """One rule that turns the start of a round and the clients' mean into the next start."""
 
     name: str
-    summary: str
     state_names: frozenset[str]  # what the state holds after the first step
     _step: Callable[[Tensor, Tensor, State, ServerOptions], tuple[Tensor, State]]
 
@@ -118,10 +117,10 @@ def _adaptive(start: Tensor, first: Tensor, second: Tensor, rate: float, tau: fl
     return start + rate * first / (second.sqrt() + tau)
 
 
-FEDAVG = ServerOptimizer("fedavg", "the clients' mean, or a part of the way to it", frozenset(), _fedavg)
-FEDAVGM = ServerOptimizer("fedavgm", "momentum over rounds", frozenset({"momentum"}), _fedavgm)
-FEDADAGRAD = ServerOptimizer("fedadagrad", "steps shrink with all change so far", frozenset({"second_moment"}), _fedadagrad)
-FEDYOGI = ServerOptimizer("fedyogi", "as FedAdam, but steps grow slowly again", frozenset({"momentum", "second_moment"}), _fedyogi)
-FEDADAM = ServerOptimizer("fedadam", "steps scaled by recent change", frozenset({"momentum", "second_moment", "step"}), _fedadam)
+FEDAVG = ServerOptimizer("fedavg", frozenset(), _fedavg)
+FEDAVGM = ServerOptimizer("fedavgm", frozenset({"momentum"}), _fedavgm)
+FEDADAGRAD = ServerOptimizer("fedadagrad", frozenset({"second_moment"}), _fedadagrad)
+FEDYOGI = ServerOptimizer("fedyogi", frozenset({"momentum", "second_moment"}), _fedyogi)
+FEDADAM = ServerOptimizer("fedadam", frozenset({"momentum", "second_moment", "step"}), _fedadam)
 
 SERVER_OPTIMIZERS: dict[str, ServerOptimizer] = {rule.name: rule for rule in (FEDAVG, FEDAVGM, FEDADAGRAD, FEDYOGI, FEDADAM)}

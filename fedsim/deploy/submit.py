@@ -18,6 +18,7 @@ from fedsim.config import Config
 from fedsim.deploy.flower import flwr, following, run_facts
 from fedsim.effective import effective
 from fedsim.errors import LeftRunningError, RunFailedError, UserError
+from fedsim.files import dated_folders
 from fedsim.flower.telling import Following
 from fedsim.plain import to_dict
 from fedsim.report import summary_table
@@ -67,8 +68,14 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def named(config: Config) -> Config:
-    """Returns the configuration with a run folder, which whoever submits must know to resume the run."""
-    return replace(config, run_dir=config.run_dir or datetime.now().strftime(f"runs/%Y-%m-%d/%H-%M-%S-{config.method.name}"))
+    """Returns the configuration with a run folder, which whoever submits must know to resume the run.
+
+    The folder is at the SuperLink: where that is another machine, what exists there is not known here, and a taken one is refused there.
+    """
+    if config.run_dir:
+        return config
+    folders = dated_folders(datetime.now().astimezone(), config.method.name)
+    return replace(config, run_dir=str(next(folder for folder in folders if not folder.exists())))
 
 
 def submitted(config: Config) -> str:

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
+from fedsim.core.communication import Direction
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods import Method
@@ -23,7 +24,9 @@ from fedsim.core.participation import by_coin, drawn, spares
 from fedsim.errors import UserError
 from fedsim.flower.charging import Charges
 from fedsim.flower.requests import REQUEST
+from fedsim.flower.secure_worker import secure_key
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD, Packer
+from fedsim.flower.worker import EVALUATE
 from fedsim.plain import to_dict
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
@@ -189,12 +192,25 @@ class Asking:
             self._state.exchange.sent(client, parts)
 
     def again(self, ask: Ask, packer: Packer) -> Ask:
-        """Returns the request with all of the global state, for a worker process that lacks something of it. Not charged."""
+        """Returns the request with all of the global state, for a worker process that lacks something of it.
+
+        A client with a worker of its own is charged for what it is sent once more. A worker that stands for several clients is part of the
+        simulation: what such a process lacks is no cost of the method.
+        """
         versions, metadata = self._state.exchange.versions, ask.message.metadata
+        if self.homes is not None and metadata.message_type != EVALUATE:
+            self._charge_again(ask, int(metadata.group_id))
         records, told = packer.pack(versions, versions, increment=False)
         asked = {name: value for name, value in ask.message.content.config_records[REQUEST].items() if name not in (ADAPTER, BASES, FOLD)}
         content = RecordDict({**ask.message.content, **records, REQUEST: ConfigRecord({**asked, **told})})
         return replace(ask, message=Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id))
+
+    def _charge_again(self, ask: Ask, server_round: int) -> None:
+        self._charges.down_again(server_round, ask.clients)
+        sent = ask.message.content.array_records
+        for client in ask.clients:
+            if secure_key(client) in sent:
+                self._charges.protocol(server_round, client, Direction.downlink, sent[secure_key(client)])
 
 
 def clip_norm(session: Session, state: GlobalState) -> float:

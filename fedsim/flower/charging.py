@@ -1,9 +1,11 @@
 """What the messages of a run cost: every transfer between the server and a client goes into the ledger as if the client were alone.
 
-A cohort shares one message; each of its clients is charged what it lacked itself and what it sent.
+A cohort shares one message; each of its clients is charged what it lacked itself and what it sent. Only records of arrays are charged, not
+the envelope that they come in (see `Transfer`), and nothing that never reached the server.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -11,10 +13,11 @@ from flwr.app import ArrayRecord
 
 from fedsim.core.communication import CommunicationLedger, Direction, Purpose, Transfer
 from fedsim.core.compression import CODECS
-from fedsim.core.exchange import CONTROL
+from fedsim.core.exchange import CONTROL, WEIGHTS
 from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.traffic import down_sizes
 from fedsim.flower.records import arrays_to_record, payload_bytes, serialized_bytes, size_of_floats
+from fedsim.flower.worker import client_key, control_key
 from fedsim.session import Session
 
 
@@ -29,6 +32,14 @@ class Charges:
         """Charges the client for the parts of the global state that it is sent."""
         for purpose, size in self._brought(client, parts):
             self._add(server_round, client, Direction.downlink, purpose, size, 4 * size, size_of_floats(size))
+
+    def down_again(self, server_round: int, clients: Iterable[int]) -> None:
+        """Charges the clients for the whole global state, sent again to workers of their own that had lost it."""
+        whole = folded_layout(self._session.spec).num_parameters if self._state.folded else 0
+        for client in clients:
+            parts = [part for part in self._state.exchange.versions if part != WEIGHTS or whole]
+            for purpose, size in self._brought(client, parts, increment=whole):
+                self._add(server_round, client, Direction.downlink, purpose, size, 4 * size, size_of_floats(size))
 
     def bytes_down(self, client: int) -> int:
         """Returns what `down` would charge the client for all that it lacks now."""
@@ -47,11 +58,12 @@ class Charges:
         record = arrays_to_record({name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()})
         return serialized_bytes(record) + control
 
-    def _brought(self, client: int, parts: Sequence[str]) -> Iterator[tuple[Purpose, int]]:
-        """Returns purpose and number of parameters of each record that brings the client the parts."""
+    def _brought(self, client: int, parts: Sequence[str], increment: int | None = None) -> Iterator[tuple[Purpose, int]]:
+        """Returns purpose and number of parameters of each record that brings the client the parts, with W by the `increment`."""
         state, spec = self._state, self._session.spec
         rank, whole = self._session.client_rank(client), folded_layout(spec).num_parameters
-        increment = sum(tensor.numel() for tensor in state.increment.values())
+        if increment is None:
+            increment = sum(tensor.numel() for tensor in state.increment.values())
         control = len(state.control) if state.control is not None else 0
         sizes = lambda kinds: control if kinds == (CONTROL,) else self._size(kinds, rank)  # noqa: E731
         return down_sizes(state.exchange, self._session.method.moving, client, parts, sizes, whole, increment)
@@ -66,11 +78,26 @@ class Charges:
 
     def unread(self, server_round: int, client: int, purpose: Purpose, record: ArrayRecord) -> None:
         """Charges the client for a record that is refused: its bytes travelled, but they hold no parameters."""
-        size = sum(len(array.data) for array in record.values())
+        size = _held(record)
         self._add(server_round, client, Direction.uplink, purpose, 0, size, size)
+
+    def all_unread(self, server_round: int, clients: Sequence[int], purpose: Purpose, records: Mapping[str, ArrayRecord]) -> None:
+        """Charges for all records of a reply that is refused: each client for those of its name, the first for what is nobody's."""
+        owners = {client_key(client): (client, purpose) for client in clients}
+        owners |= {control_key(client): (client, Purpose.control) for client in clients}
+        sizes: Counter[tuple[int, Purpose]] = Counter()
+        for name, record in records.items():
+            sizes[owners.get(name, (clients[0], purpose))] += _held(record)
+        for (client, of), size in sizes.items():
+            self._add(server_round, client, Direction.uplink, of, 0, size, size)
 
     def _add(
         self, server_round: int, client: int, direction: Direction, purpose: Purpose, parameters: int, payload: int, size: int
     ) -> None:
         if not self._session.method.pooled:
             self._ledger.add(Transfer(server_round, client, direction, purpose, parameters, 4 * parameters, payload, size))
+
+
+def _held(record: ArrayRecord) -> int:
+    """Returns the bytes that lie in a record, whatever they say they are."""
+    return sum(len(array.data) for array in record.values())

@@ -1,6 +1,6 @@
 """What the server makes of a reply: nothing in it is believed before it is checked; what fails is refused, never averaged."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -40,7 +40,7 @@ class Upload:
 
 
 class Reader:
-    """Reads the replies of one round and charges each client for what it has sent."""
+    """Reads the replies of one round and charges each client for what it has sent; what is refused, as bytes without parameters."""
 
     def __init__(self, session: Session, state: GlobalState, charges: Charges, server_round: int) -> None:
         self._session, self._config, self._state, self._charges = session, session.config, state, charges
@@ -53,20 +53,21 @@ class Reader:
         What a client sends is refused if it answers another round or for other clients, and for names, types, shapes or sizes that are not
         the expected ones, values that are not finite, counts out of bounds, and an update beyond `server.max_update_norm`.
         """
+        records = reply.content.array_records  # made anew by Flower at each look
         try:
             claims = self._claims(ask, reply)
         except ValueError as error:
+            self._charges.all_unread(self._round, ask.clients, Purpose.adapter, records)
             yield from (self._refused(client, str(error)) for client in ask.clients)
             return
-        records = reply.content.array_records  # made anew by Flower at each look
         for client in ask.clients:
-            if client not in claims:
-                yield Missing(client, self._round, Reason.dropped_out)
-                continue
+            own = {name: records[name] for name in (client_key(client), control_key(client)) if name in records}
             try:
-                yield self._upload(claims[client], records)
+                found = self._upload(claims[client], own) if client in claims else Missing(client, self._round, Reason.dropped_out)
             except ValueError as error:
-                yield self._refused(client, str(error))
+                found = self._refused(client, str(error))
+            self._charges.all_unread(self._round, [client], Purpose.adapter, own)
+            yield found
 
     def _refused(self, client: int, reason: str) -> Missing:
         return Missing(client, self._round, Reason.refused_by_server, reason[:300])
@@ -88,14 +89,17 @@ class Reader:
             raise ValueError(f"Expected a reply for clients {list(ask.clients)[:5]}, got one for {clients[:5]}.")
         return {row[0]: Upload(*row) for row in zip(clients, examples, tokens, losses, map(bool, within), strict=True)}
 
-    def _upload(self, claim: Upload, records: Mapping[str, ArrayRecord]) -> Upload:
-        """Returns the claim with its arrays. Raises ValueError for what is not to be believed."""
+    def _upload(self, claim: Upload, own: dict[str, ArrayRecord]) -> Upload:
+        """Returns the claim with its arrays, and takes out of the client's records what it has charged.
+
+        Raises ValueError for what is not to be believed.
+        """
         self._check_counts(claim)
         positions = self._session.sent_positions(self._round, claim.client)
         start = self._start if positions is None else self._start[positions]
-        flat = self._flat(claim.client, record_of(records, client_key(claim.client)), start)
+        flat = self._flat(claim.client, own, start)
         bounded = self._bounded(flat, start)
-        control = None if self._state.control is None else self._control(claim.client, record_of(records, control_key(claim.client)))
+        control = None if self._state.control is None else self._control(claim.client, own)
         return replace(claim, flat=bounded, positions=positions, control=control, clipped=bounded is not flat)
 
     def _check_counts(self, claim: Upload) -> None:
@@ -111,20 +115,16 @@ class Reader:
         if not isfinite(claim.loss) and self._config.privacy.unit is PrivacyUnit.none:
             raise ValueError(f"Expected a finite training loss, got {claim.loss}.")
 
-    def _flat(self, client: int, record: ArrayRecord, start: Tensor) -> Tensor:
-        """Returns a client's flat upload, decompressed, and charges it; what cannot be read is charged as bytes without parameters."""
-        options = self._config.compression
-        try:
-            if options.name == "none":
-                flat = from_record(record, len(start))
-            else:
-                codec = CODECS[options.name]
-                arrays = arrays_from_record(record, codec.shapes(len(start), options.density))
-                flat = start + codec.decode(arrays, len(start), options.density)
-        except ValueError:
-            self._charges.unread(self._round, client, Purpose.adapter, record)
-            raise
-        self._charges.up(self._round, client, Purpose.adapter, len(start), record)
+    def _flat(self, client: int, own: dict[str, ArrayRecord], start: Tensor) -> Tensor:
+        """Returns a client's flat upload, decompressed, and charges it."""
+        record, options = record_of(own, client_key(client)), self._config.compression
+        if options.name == "none":
+            flat = from_record(record, len(start))
+        else:
+            codec = CODECS[options.name]
+            arrays = arrays_from_record(record, codec.shapes(len(start), options.density))
+            flat = start + codec.decode(arrays, len(start), options.density)
+        self._charges.up(self._round, client, Purpose.adapter, len(start), own.pop(client_key(client)))
         return flat
 
     def _bounded(self, flat: Tensor, start: Tensor) -> Tensor:
@@ -137,9 +137,9 @@ class Reader:
             raise ValueError(f"Expected an update of norm {most:g} at most (server.max_update_norm), got {norm:.3g}.")
         return (start.double() + (flat.double() - start.double()) * (most / norm)).float()
 
-    def _control(self, client: int, record: ArrayRecord) -> Tensor:
-        change = from_record(record, len(self._start))
-        self._charges.up(self._round, client, Purpose.control, len(self._start), record)
+    def _control(self, client: int, own: dict[str, ArrayRecord]) -> Tensor:
+        change = from_record(record_of(own, control_key(client)), len(self._start))
+        self._charges.up(self._round, client, Purpose.control, len(self._start), own.pop(control_key(client)))
         return change
 
 

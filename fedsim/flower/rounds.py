@@ -109,11 +109,12 @@ class GradientSum(Taking):
 
     def _use(self, ask: Ask, reply: Message) -> None:
         (client,) = ask.clients
-        size = self._layout.num_parameters
+        size, records = self._layout.num_parameters, dict(reply.content.array_records)
         try:
-            record = record_of(reply.content.array_records, client_key(client))
+            record = record_of(records, client_key(client))
             gradient = from_record(record, size)
         except ValueError as error:
+            self._charges.all_unread(self._round, ask.clients, Purpose.initial_gradient, records)
             self._miss([client], Reason.refused_by_server, str(error)[:300])
             return
         self._total += gradient

@@ -193,6 +193,7 @@ class Run:
     def _gathered_gradients(self, strategy: FedsimStrategy, privacy: PrivacyLedger | None, number: int) -> Adapter:
         clients = list(givers(self._config))
         self._chronicle.asked_for_gradients(number, clients, private=privacy is not None)
+        self._settle_if_deployed()
         gradients = strategy.initial_gradients(self._grid, number)
         self._chronicle.taken(number, strategy.facts)
         return gradients
@@ -233,6 +234,14 @@ class Run:
         checkpoint = checkpoint_of(state, memories, self._session.budget.tokens, moving)
         self._folder.save_checkpoint(checkpoint.round, checkpoint.tensors, checkpoint.state, checkpoint.bases)
 
+    def _settle_if_deployed(self) -> None:
+        """Before clients on machines of their own are asked, makes durable what they were asked and charged, and the state that it is for.
+
+        So none is ever more than a round ahead of what is durable here.
+        """
+        if self._roster is not None:
+            self._folder.settle_all()
+
     def _memories(self, shared: GlobalState) -> dict[str, Tensor]:
         clients = range(self._config.federation.clients) if keeps_memory(self._config, self._session.method) else ()
         return memories_in(self._contexts, clients, shared.accepted)
@@ -247,8 +256,7 @@ class Run:
         begun = time.perf_counter()
         self._session.install_state(state.shared)
         self._chronicle.asked(number, strategy, state.shared.adapter_digest())
-        if self._roster is not None:
-            self._folder.settle()  # a client on a machine of its own is never more than a round ahead of what is durable here
+        self._settle_if_deployed()
         with self._chronicle.passes_shown(number, strategy, self._grid):
             strategy.exchange(number, self._grid)
         seconds = time.perf_counter() - begun

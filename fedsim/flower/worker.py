@@ -21,6 +21,8 @@ from fedsim.local_round import PERSONAL, ClientReply, Memory, train_clients
 from fedsim.session import Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
 
+INITIAL_GRADIENT, EVALUATE = "train.initial_gradient", "evaluate"
+"""Types of messages that others speak of."""
 METRICS = "metrics"
 """Name of the record in a reply with what was counted and measured."""
 NEEDS_STATE = "needs_state"
@@ -149,7 +151,6 @@ def _metrics(round: int, replies: Sequence[ClientReply]) -> MetricRecord:
             "clients": [result.client for result in results],
             "num_examples": [result.num_examples for result in results],
             "num_tokens": [result.num_tokens for result in results],
-            "num_steps": [result.num_steps for result in results],
             "loss": [result.loss for result in results],
             "within": [int(reply.within) for reply in replies],
         }
@@ -183,8 +184,8 @@ def _secure(stage: Callable[[Session, Message, Context], Message]) -> Callable[[
 
 HANDLERS: dict[str, Callable[[Message, Context], Message]] = {
     "train": train,
-    "train.initial_gradient": initial_gradient,
-    "evaluate": evaluate,
+    INITIAL_GRADIENT: initial_gradient,
+    EVALUATE: evaluate,
     "query.secure_keys": _secure(secure_worker.keys),
     "query.secure_shares": _secure(secure_worker.shares),
     "query.secure_unmask": _secure(secure_worker.unmask),

@@ -47,10 +47,6 @@ class PrivacyLedger:
         """Returns all that was charged to the client, in order, neighbours merged."""
         return self._histories[client]
 
-    def delta(self, client: int) -> float:
-        """Returns the delta at which this client's epsilon holds."""
-        return self._deltas[client]
-
     def epsilon(self, client: int, name: str | None = None) -> float:
         """Returns the client's epsilon over everything, or over the mechanisms of one name as if they were all there was."""
         chosen = [mechanism for mechanism in self._histories[client] if name in (None, mechanism.name)]

@@ -5,7 +5,7 @@ import pytest
 
 from fedsim.calibration import calibrated
 from fedsim.cli.compose import compose
-from fedsim.cli.estimate import MEMORY_FACTOR, TIME_FACTOR, duration, estimate_of
+from fedsim.cli.estimate import MEMORY_FACTOR, TIME_FACTOR, estimate_of, rough_duration
 from fedsim.cli.main import main
 from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import forecast
@@ -89,5 +89,5 @@ def test_a_wrong_flag_is_one_line(flags, capsys):
 
 
 def test_times_are_written_as_one_reads_them():
-    words = [duration(seconds) for seconds in (0.44, 12, 312, 11_160, 3_542_400, 72_580_000, 1e9)]
+    words = [rough_duration(seconds) for seconds in (0.44, 12, 312, 11_160, 3_542_400, 72_580_000, 1e9)]
     assert words == ["0.4 s", "12 s", "5.2 min", "3.1 h", "41 days", "2.3 years", "32 years"]

@@ -80,6 +80,13 @@ def test_bases_that_are_not_orthonormal_are_refused():
         check_orthonormal("layer", torch.eye(4) * 1.001, torch.eye(4))
 
 
+def test_a_decomposition_that_is_not_orthonormal_is_never_handed_out(monkeypatch):
+    monkeypatch.setattr(initialization, "EXACT_SVD_LIMIT", 0)
+    monkeypatch.setattr(initialization, "_subspace_svd", lambda *_: (torch.eye(4) * 1.001, torch.ones(4), torch.eye(4)))
+    with pytest.raises(ValueError, match="orthonormal bases for 'layer'"):
+        truncated_svd(torch.eye(4), 2, 0, "layer")
+
+
 def test_heads_start_at_zero_between_mutually_orthogonal_bases():
     spec, weights = spec_and_weights(rank=4, form=RAVAN, heads=3)
     adapter = from_seed(spec, weights, 0)

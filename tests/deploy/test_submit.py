@@ -1,7 +1,11 @@
 """Following a run whose SuperLink goes away for a while, or for good."""
 
+from datetime import datetime
+from pathlib import Path
+
 import pytest
 
+from fedsim.config import Config
 from fedsim.deploy import submit
 from fedsim.errors import RunFailedError, UserError
 
@@ -18,6 +22,20 @@ def answers(monkeypatch, *found):
 
     monkeypatch.setattr(submit, "run_facts", facts)
     monkeypatch.setattr(submit, "LOOK_SECONDS", 0.01)
+
+
+def test_runs_that_are_submitted_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 3, 4, 5, 6, 7)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit, "datetime", Stopped)
+    first = submit.named(Config())
+    Path(str(first.run_dir)).mkdir(parents=True)
+    assert (first.run_dir, submit.named(Config()).run_dir) == ("runs/2026-03-04/05-06-07-fed_sb", "runs/2026-03-04/05-06-07-fed_sb-2")
+    assert submit.named(Config(run_dir="mine")).run_dir == "mine"
 
 
 def test_a_superlink_that_is_started_again_is_waited_for(monkeypatch, capsys):

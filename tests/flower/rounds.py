@@ -93,3 +93,10 @@ class Rounds:
     def moved(self, column="parameters", **wanted):
         """The sum of a column of the ledger over the rows with the given values, such as client=0, direction="uplink"."""
         return sum(row[column] for row in self.ledger.rows() if all(row[name] == value for name, value in wanted.items()))
+
+    def totals_by_client(self):
+        """The ledger's totals of each client alone."""
+        ledgers = {}
+        for row in self.ledger.rows():
+            ledgers.setdefault(row["client"], CommunicationLedger()).add_rows([row])
+        return {client: ledger.totals() for client, ledger in ledgers.items()}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from faults import faulty, rebuilt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from rounds import changed, of_method
 
-from fedsim.choices import OverNorm
+from fedsim.choices import Init, OverNorm
 from fedsim.core.missing import Reason
 
 CONFIG = of_method("fed_sb", federation={"clients": 4}, data={"train_examples": 32})
@@ -122,6 +122,46 @@ def test_bytes_that_are_refused_are_charged_without_parameters():
     run = faulty(CONFIG, {(1, 2): with_array(data=bytes(5000))}).next()
     assert run.moved("serialized_bytes", client=2, direction="uplink") == 5000
     assert run.moved("parameters", client=2, direction="uplink") == 0
+
+
+@pytest.mark.parametrize("name", sorted(BAD.keys() - {"a NaN"}))
+def test_every_byte_of_a_refused_reply_is_charged(name):
+    sent = []
+
+    def noted(reply):
+        sent.append(BAD[name][0](reply))
+        return sent[-1]
+
+    run = faulty(CONFIG, {(1, 2): noted}).next()
+    (reply,) = sent
+    size = sum(len(array.data) for record in reply.content.array_records.values() for array in record.values())
+    charged = run.moved("serialized_bytes", client=2, direction="uplink")
+    assert size > 0
+    assert size <= charged < size + 1000, "with Flower's framing where the arrays were in order"
+
+
+def test_what_a_client_sends_without_a_claim_is_charged():
+    none = {name: [] for name in ("clients", "num_examples", "num_tokens", "loss", "within")}
+    run = faulty(CONFIG, {(1, 2): claim(**none)}).next()
+    assert [(each.client, each.reason) for each in run.strategy.facts.missing] == [(2, Reason.dropped_out)]
+    assert run.moved("serialized_bytes", client=2, direction="uplink") > 0
+
+
+def test_a_control_variate_beside_a_refused_update_is_charged():
+    run = faulty(changed(CONFIG, training={"scaffold": True}), {(1, 2): spoiled(np.nan)}).next()
+    mine = {"client": 2, "direction": "uplink", "purpose": "control"}
+    assert run.moved("serialized_bytes", **mine) > 0
+    assert run.moved("parameters", **mine) == 0
+
+
+def test_an_initial_gradient_that_is_refused_is_charged():
+    config = changed(CONFIG, adapter={"init": Init.gradient, "init_samples": 8}, federation={"min_replies": 1})
+    bad = RecordDict({"client-2": ArrayRecord({"values": Array("float32", (1,), "numpy.ndarray", bytes(5000))})})
+    run = faulty(config, {(0, 2): lambda reply: Message(bad, metadata=reply.metadata)})
+    run.strategy.initial_gradients(run.grid)
+    mine = {"client": 2, "direction": "uplink", "purpose": "initial_gradient"}
+    assert [each.client for each in run.strategy.facts.missing] == [2]
+    assert (run.moved("serialized_bytes", **mine), run.moved("parameters", **mine)) == (5000, 0)
 
 
 @pytest.mark.parametrize("over", OverNorm)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from faults import SILENT, faulty
+from faults import SILENT, FaultyGrid, faulty, place
+from flwr.app import ConfigRecord, Message, RecordDict
 from rounds import of_method
 
 from fedsim.choices import Init, Optimizer
@@ -11,6 +12,8 @@ from fedsim.effective import effective
 from fedsim.errors import RunStopped, UserError
 from fedsim.flower import gathering
 from fedsim.flower import strategy as strategy_module
+from fedsim.flower.records import serialized_bytes
+from fedsim.flower.worker import NEEDS_STATE
 from fedsim.initial_gradient import client_gradient
 
 SOON = {"round_timeout": 60.0, "clients": 4}
@@ -196,6 +199,30 @@ def test_initial_gradients_go_on_without_the_dead():
     expected = sum(client_gradient(run.session, client, 2).double() for client in range(3))
     torch.testing.assert_close(run.session.gradient_layout.pack(gradients), expected.float())
     assert [each.client for each in run.strategy.facts.missing] == [3]
+
+
+@pytest.mark.parametrize("method", ["fed_sb", "fedex_lora"])
+def test_what_is_sent_again_to_a_clients_own_worker_is_charged_again(method):
+    pushed = []
+
+    class Forgetful(FaultyGrid):
+        """The worker of client 1 has been started anew before the second round."""
+
+        def push_messages(self, messages):
+            messages = list(messages)
+            pushed.extend(message for message in messages if place(message) == (2, 1))
+            return super().push_messages(messages)
+
+    def lacks(reply):
+        return Message(RecordDict({NEEDS_STATE: ConfigRecord()}), metadata=reply.metadata) if len(pushed) == 1 else reply
+
+    run = faulty(of_method(method, federation=SOON, data={"train_examples": 32}), {(2, 1): lacks})
+    run.grid = Forgetful(4, run.grid.faults)
+    run.next(2)
+    sent = sum(serialized_bytes(record) for message in pushed for record in message.content.array_records.values())
+    assert len(pushed) == 2
+    assert run.moved("serialized_bytes", client=1, direction="downlink", round=2) == sent
+    assert sorted(run.strategy.facts.clients) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What a run writes into its audit log, and that fedsim verify holds it against checkpoints and summary."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from fedsim.cli.verify import verify
 from fedsim.config import EvaluationConfig
 from fedsim.flower.chronicle import Chronicle
 from fedsim.flower.server import serve
+from fedsim.journal import Journal
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
 from fedsim.session import open_session
@@ -93,6 +96,45 @@ def test_who_comes_goes_and_is_refused_is_written(kind, tmp_path):
     with Progress(3, [], quiet=True) as progress, RunFolder.open(config) as folder:
         Chronicle(open_session(config), folder, progress).member(kind, client=1, reason="why")
     assert of_kind([json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()], kind)
+
+
+def copied(folder, to):
+    """A copy of the run folder whose whole chain, with the head in its summary, was made anew after a change."""
+    shutil.copytree(folder, to)
+    entries = [json.loads(line) for line in (to / "journal.jsonl").read_text().splitlines()]
+    (to / "journal.jsonl").unlink()
+    forged = Journal(to / "journal.jsonl")
+    for entry in entries:
+        facts = {name: value for name, value in entry.items() if name not in ("line", "previous", "time", "kind")}
+        forged.append(entry["kind"], **facts | ({"clients": [0]} if entry["kind"] == "accepted" else {}))
+    forged.close()
+    summary = json.loads((to / "summary.json").read_text()) | {"journal": forged.head.to_json()}
+    (to / "summary.json").write_text(json.dumps(summary))
+    return to
+
+
+def test_a_chain_made_anew_with_the_summarys_head_is_found_by_its_checkpoints_or_by_their_absence(resumed, tmp_path, capsys):
+    forged = copied(resumed[0], tmp_path / "run")
+    assert main(["verify", str(forged)]) == 1
+    assert "fixes another line" in capsys.readouterr().out
+    shutil.rmtree(forged / "checkpoints")
+    assert main(["verify", str(forged)]) == 1
+    assert "it has no checkpoint" in capsys.readouterr().out
+
+
+def test_verify_prints_the_head_to_compare_with_one_kept_elsewhere(resumed, capsys):
+    assert main(["verify", str(resumed[0])]) == 0
+    text = capsys.readouterr().out
+    assert json.loads((resumed[0] / "summary.json").read_text())["journal"]["sha256"] in text
+    assert "compare the head with one kept elsewhere" in text
+
+
+def test_a_resumption_from_no_line_is_one_clear_line_of_the_command(resumed, tmp_path, capsys):
+    shutil.copytree(resumed[0], tmp_path / "run")
+    path = tmp_path / "run/journal.jsonl"
+    path.write_text(re.sub(r'"goes_on_from": \d+', '"goes_on_from": "a while ago"', path.read_text()))
+    assert main(["verify", str(tmp_path / "run")]) == 1
+    assert "goes on from 'a while ago', which is no line before it" in capsys.readouterr().out
 
 
 def test_the_command_says_where_a_journal_was_changed(resumed, tmp_path, capsys):

@@ -16,6 +16,7 @@ from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
 from fedsim.flower.server import serve
 from fedsim.flower.worker import NEEDS_STATE
+from fedsim.journal import Journal
 from fedsim.session import open_session
 
 SMALL = (
@@ -163,6 +164,31 @@ def checkpoints_seen_by_the_clients(folder, monkeypatch, *, deployed):
 def test_a_deployment_asks_clients_only_when_the_round_before_is_durable(tmp_path, monkeypatch):
     seen = checkpoints_seen_by_the_clients(tmp_path / "run", monkeypatch, deployed=True)
     assert {round_: rounds[-1] for round_, rounds in seen.items()} == {1: 0, 2: 1, 3: 2}
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "gradient"])
+def test_a_deployment_asks_clients_only_when_it_is_durable_that_they_are_asked(init, tmp_path, monkeypatch):
+    folder, durable, seen = tmp_path / "run", [], {}
+    sync = Journal.sync
+
+    def synced(journal):
+        sync(journal)
+        lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+        durable[:] = [entry["round"] for entry in lines if entry["kind"] == "asked"]
+
+    def handle(message, context):
+        if message.metadata.message_type == JOIN:
+            digest = open_session(config).base_digest
+            return Message(Member(context.node_id - 1, 6, digest, "1", True).to_records(), reply_to=message)
+        seen.setdefault(message.content.config_records["request"]["round"], list(durable))
+        return app(message, context)
+
+    monkeypatch.setattr(Journal, "sync", synced)
+    config = compose([*SMALL, f"run_dir={folder}", "evaluation.every=0", f"adapter.init={init}", "federation.rounds=2"])
+    grid = InProcessGrid(handle, workers=5)
+    serve(grid, config, grid.contexts, roster=Roster(grid, config), quiet=True)
+    assert len(seen) == (3 if init == "gradient" else 2)
+    assert all(asked[-1:] == [number] for number, asked in seen.items())
 
 
 def test_in_one_process_a_checkpoint_is_written_while_the_next_round_trains(tmp_path, monkeypatch):

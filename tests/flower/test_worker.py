@@ -41,6 +41,13 @@ def test_a_round_that_is_asked_for_again_starts_from_what_was_accepted_before_it
     assert (kept(node, 4), kept(node, 2)) == (40.0, 2.0)
 
 
+def test_a_reply_says_nothing_beside_its_arrays_that_the_server_does_not_use():
+    run = Rounds(of_method("fed_sb"))
+    (message,) = messages_of(run)
+    told = set(handle(message, context()).content["metrics"])
+    assert told == {"round", "clients", "num_examples", "num_tokens", "loss", "within"}
+
+
 def test_what_a_lost_round_left_is_forgotten():
     node = context()
     write_memory(node, own(1), 1, {})

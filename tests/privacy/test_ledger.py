@@ -46,7 +46,7 @@ def test_every_client_pays_for_the_initialization_and_the_rounds_it_took_part_in
     for client, size in SIZES.items():
         rounds = sum(client in participants for participants in PARTICIPANTS)
         assert ledger.history(client) == (INITIALIZATION, Mechanism(1.4, 20 / size, 10 * rounds))
-        assert ledger.epsilon(client) == pytest.approx(pld_epsilon(parts(ledger, client), ledger.delta(client)), rel=0.01)
+        assert ledger.epsilon(client) == pytest.approx(pld_epsilon(parts(ledger, client), default_delta(SIZES[client])), rel=0.01)
 
 
 @pytest.mark.parametrize("cut", range(len(PARTICIPANTS) + 1))
@@ -75,7 +75,7 @@ def test_the_summary_reports_the_worst_client_and_the_distribution(tmp_path):
     assert summary["epsilon"] == spent[-1]
     assert summary["distribution"] == {"min": spent[0], "median": (spent[1] + spent[2]) / 2, "max": spent[-1]}
     assert summary["delta"] == default_delta(50)
-    assert summary["initialization_epsilon"] == max(epsilon([INITIALIZATION], ledger.delta(client)) for client in SIZES)
+    assert summary["initialization_epsilon"] == max(epsilon([INITIALIZATION], default_delta(SIZES[client])) for client in SIZES)
     assert (summary["unit"], summary["accountant"], summary["budget"]) == ("example", "prv", None)
     assert [row["client"] for row in summary["per_client"]] == [0, 1, 2, 3]
     assert summary["per_client"][0]["mechanisms"][0] == {
@@ -93,7 +93,7 @@ def test_the_initialization_is_part_of_the_total():
     for client in SIZES:
         assert ledger.epsilon(client) > without.epsilon(client)
         assert ledger.epsilon(client, "training") == without.epsilon(client)
-        assert ledger.epsilon(client, "initialization") == epsilon([INITIALIZATION], ledger.delta(client))
+        assert ledger.epsilon(client, "initialization") == epsilon([INITIALIZATION], default_delta(SIZES[client]))
     assert without.summary()["initialization_epsilon"] == 0
 
 
@@ -151,7 +151,7 @@ def test_with_two_thirds_of_the_noise_a_client_is_stopped_earlier_and_within_its
     count, ledger = rounds_until_stopped(noise * 2 / 3)
     assert 0 < count < 8
     assert ledger.epsilon(0) <= 2.0
-    assert pld_epsilon((*parts(ledger, 0), (noise * 2 / 3, 0.05, 10)), ledger.delta(0)) > 2.0
+    assert pld_epsilon((*parts(ledger, 0), (noise * 2 / 3, 0.05, 10)), default_delta(SIZES[0])) > 2.0
 
 
 def test_asking_changes_nothing_and_no_budget_is_never_exceeded():

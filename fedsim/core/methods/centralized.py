@@ -8,6 +8,4 @@ from dataclasses import replace
 
 from fedsim.core.methods.fed_sb import FED_SB
 
-CENTRALIZED = replace(
-    FED_SB, name="centralized", summary="the same adapter trained on the pooled data; nothing travels", pooled=True, ranks=False
-)
+CENTRALIZED = replace(FED_SB, name="centralized", pooled=True, ranks=False)

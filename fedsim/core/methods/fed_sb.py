@@ -10,7 +10,6 @@ from fedsim.core.methods.method import Method, always
 
 FED_SB = Method(
     name="fed_sb",
-    summary="LoRA-SB at every client, exact averaging of the small R matrices",
     form=LORA_SB,
     inits=(Init.gradient, Init.gradient_public, Init.gradient_dp, Init.weight_svd, Init.orthogonal),
     trained=always("R"),

@@ -17,7 +17,6 @@ def _with_residual(collected: Collected) -> Outcome:
 
 FEDEX_LORA = Method(
     name="fedex_lora",
-    summary="LoRA averaged as in FedIT; the exact residual is added to the base weights",
     form=LORA,
     inits=(Init.lora,),
     trained=always("B", "A"),

@@ -9,7 +9,6 @@ from fedsim.core.methods.method import Method, always
 
 FEDIT = Method(
     name="fedit",
-    summary="LoRA at every client; A and B are averaged apart, which is not exact",
     form=LORA,
     inits=(Init.lora,),
     trained=always("B", "A"),

@@ -6,7 +6,6 @@ from fedsim.core.methods.method import Method, always
 
 FEDSA_LORA = Method(
     name="fedsa_lora",
-    summary="LoRA of which only A is sent and averaged; every client keeps its own B",
     form=LORA,
     inits=(Init.lora,),
     trained=always("B", "A"),

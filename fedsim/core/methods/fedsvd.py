@@ -24,7 +24,6 @@ def _refactor(collected: Collected) -> Outcome:
 
 FEDSVD = Method(
     name="fedsvd",
-    summary="LoRA with A frozen within a round; the server averages B and re-factors B A by its SVD",
     form=LORA,
     inits=(Init.lora,),
     trained=always("B"),

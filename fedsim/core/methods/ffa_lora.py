@@ -9,7 +9,6 @@ from fedsim.core.methods.method import Method, always
 
 FFA_LORA = Method(
     name="ffa_lora",
-    summary="LoRA with a common frozen A; only B is trained, sent and averaged",
     form=LORA,
     inits=(Init.lora,),
     trained=always("B"),

@@ -22,7 +22,6 @@ def _best_of_rank(collected: Collected) -> Outcome:
 
 FLEXLORA = Method(
     name="flexlora",
-    summary="LoRA of any rank per client; the server averages dense updates and sends truncated SVDs",
     form=LORA,
     inits=(Init.lora,),
     trained=always("B", "A"),

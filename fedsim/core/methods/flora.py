@@ -22,7 +22,6 @@ def _fold_all(collected: Collected) -> Outcome:
 
 FLORA = Method(
     name="flora",
-    summary="LoRA factors of all clients are stacked and added to the base weights; each round starts a fresh LoRA",
     form=LORA,
     inits=(Init.lora,),
     trained=always("B", "A"),

@@ -6,7 +6,6 @@ from fedsim.core.methods.method import Method, always
 
 FULL = Method(
     name="full",
-    summary="every adapted weight is trained, sent and averaged in full (FedAvg)",
     form=DENSE,
     inits=(Init.zero,),
     trained=always("D"),

@@ -5,6 +5,4 @@ from dataclasses import replace
 from fedsim.choices import Init
 from fedsim.core.methods.fed_sb import FED_SB
 
-LORA_XS = replace(
-    FED_SB, name="lora_xs", summary="Fed-SB on the singular vectors of the base weights; nothing is sent for them", inits=(Init.weight_svd,)
-)
+LORA_XS = replace(FED_SB, name="lora_xs", inits=(Init.weight_svd,))

@@ -34,7 +34,6 @@ class Method:
     """
 
     name: str
-    summary: str
     form: Form
     inits: tuple[Init, ...]  # that make sense, the default first
     trained: Callable[[int], tuple[str, ...]]

@@ -25,7 +25,6 @@ def _fold_scales(adapter: Adapter) -> Adapter:
 
 RAVAN = Method(
     name="ravan",
-    summary="several small heads between frozen orthogonal bases from a seed; heads are averaged one by one",
     form=FORM,
     inits=(Init.orthogonal,),
     trained=always("H", "s"),

@@ -6,7 +6,6 @@ from fedsim.core.methods.method import Method
 
 ROLORA = Method(
     name="rolora",
-    summary="LoRA whose B and A are trained and averaged in alternate rounds",
     form=LORA,
     inits=(Init.lora,),
     trained=lambda round: ("B",) if round % 2 else ("A",),  # B first: with B = 0 the gradient on A vanishes
