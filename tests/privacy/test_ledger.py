@@ -186,7 +186,8 @@ def test_a_client_that_brings_more_data_has_its_whole_epsilon_at_the_smaller_del
         ledger.charge(1, step, 1e-2)
     ledger.charge(0, step, 1e-5)
     ledger.charge(1, step, 0.5)
-    assert (ledger.delta(0), ledger.delta(1)) == (1e-5, 1e-2)
+    assert [client["delta"] for client in ledger.summary()["per_client"]] == [1e-5, 1e-2]
     alone = PrivacyLedger("example", {0: 1e-5}, "rdp")
     alone.charge(0, Mechanism(1.0, 0.1, 30))
-    assert ledger.epsilon(0) == pytest.approx(alone.epsilon(0)) > ledger.epsilon(1)
+    assert ledger.epsilon(0) == pytest.approx(alone.epsilon(0))
+    assert ledger.epsilon(0) > ledger.epsilon(1)
