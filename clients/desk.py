@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from clients.memory import Budget, ContextStore, experiment_key
 from clients.owner import Owner, RefusedError, accept, own_view
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
+from fedsim.config_check import check
+from fedsim.core.network import POPULATIONS
 from fedsim.core.participation import steps_per_round
 from fedsim.errors import UserError
 from fedsim.flower.records import numbers, whole_numbers
@@ -28,7 +31,8 @@ from fedsim.flower.requests import texts
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD
 from fedsim.flower.worker import NEEDS_STATE, REFUSED, handle
-from fedsim.plain import from_dict, to_dict
+from fedsim.links import NONE
+from fedsim.plain import from_text, to_dict
 from fedsim.privacy.accounting import Mechanism
 from fedsim.seeding import NoiseKey
 from fedsim.session import Session, open_session
@@ -94,9 +98,12 @@ class Desk:
     def _acceptable(self, request: ConfigRecord) -> Config:
         """Returns the configuration of a request. Raises RefusedError if it is none, or none that the owner accepts."""
         try:
-            config: Config = from_dict(Config, json.loads(str(request["config"])))
+            config = from_text(str(request["config"]))
+            check(config)
         except (UserError, KeyError, ValueError) as error:
-            raise RefusedError(f"the configuration is not one of fedsim {fedsim.__version__}") from error
+            raise RefusedError(f"the configuration is not one of fedsim {fedsim.__version__}: {error!s:.200}") from error
+        if config.federation.network not in (NONE, *POPULATIONS):
+            raise RefusedError("federation.network names a file, and no message opens a file here")
         accept(self._owner, config)
         if "clients" in request and whole_numbers(request, "clients") != [self._owner.client]:
             raise RefusedError(f"the message names clients {whole_numbers(request, 'clients')!r:.60}, this is client {self._owner.client}")
@@ -110,6 +117,9 @@ class Desk:
             raise RefusedError(f"{steps} local steps are more than the {self._owner.max_local_steps} accepted")
         if kind == "evaluate" and not self._owner.shard and self._promised(config):
             raise RefusedError("its test rows are the owner's, and how many are answered right would leave without noise")
+        masked = config.privacy.unit is PrivacyUnit.client and config.privacy.secure_aggregation and kind == "train"
+        if masked and self._owner.min_privacy != PrivacyUnit.none.name and not _positive(request.get("noise_multiplier")):
+            raise RefusedError(f"{kind} would leave without the noise that min_privacy={self._owner.min_privacy} asks for")
         if config.privacy.unit is PrivacyUnit.client and kind == INITIAL_GRADIENT:
             raise RefusedError("an initial gradient would leave as it is, which privacy.unit=client does not cover")
         if config.privacy.unit is not PrivacyUnit.example or not kind.startswith("train"):
@@ -155,6 +165,10 @@ class Desk:
     def _joined(self, session: Session) -> RecordDict:
         member = Member(self._owner.client, self._num_examples(session), session.base_digest, fedsim.__version__, self._owner.shard)
         return member.to_records()
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def digest_of(examples: Sequence[AnyEncoded]) -> bytes:

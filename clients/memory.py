@@ -53,7 +53,7 @@ class ContextStore:
             return
         buffer = io.BytesIO()
         write_records(buffer.write, state)
-        atomic_write(path, buffer.getvalue())
+        atomic_write(path, buffer.getvalue(), mode=0o600)
 
 
 class Budget:
@@ -75,7 +75,7 @@ class Budget:
         """Writes down what is about to leave the client."""
         ledger = self._opened(num_examples)
         ledger.charge(self._owner.client, mechanism)
-        atomic_write_json(self._path, ledger.to_json())
+        atomic_write_json(self._path, ledger.to_json(), mode=0o600)
         self._ledger = ledger
 
     def _opened(self, num_examples: int) -> PrivacyLedger:

@@ -163,8 +163,11 @@ def _with_absolute_paths(owner: Owner, folder: Path) -> Owner:
     """Local paths are relative to the file; a hub name is one that no file beside it has."""
 
     def local(path: str | None) -> str | None:
-        return str(folder / path) if path is not None and (path.startswith((".", "~")) or (folder / path).exists()) else path
+        if path is None:
+            return None
+        home = str(Path(path).expanduser()) if path.startswith("~") else path
+        return str(folder / home) if home != path or path.startswith(".") or (folder / home).exists() else path
 
     return dataclasses.replace(
-        owner, data_path=local(owner.data_path), model_path=local(owner.model_path), folder=str(folder / owner.folder)
+        owner, data_path=local(owner.data_path), model_path=local(owner.model_path), folder=str(folder / Path(owner.folder).expanduser())
     )

@@ -31,9 +31,9 @@ def atomic_write(path: Path, *content: bytes | memoryview, mode: int = 0o666) ->
     sync_folder(path.parent)
 
 
-def atomic_write_json(path: Path, value: Any) -> None:
+def atomic_write_json(path: Path, value: Any, mode: int = 0o666) -> None:
     """Writes `value` as indented JSON; NaN and infinities become null, because JSON has none."""
-    atomic_write(path, (json.dumps(finite(value), indent=2) + "\n").encode())
+    atomic_write(path, (json.dumps(finite(value), indent=2) + "\n").encode(), mode=mode)
 
 
 def finite(value: Any) -> Any:

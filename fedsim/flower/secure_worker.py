@@ -5,7 +5,7 @@ node (which a client's worker keeps in its owner's folder), never in a message o
 """
 
 from collections.abc import Sequence
-from math import isnan
+from math import isfinite, isnan
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from fedsim.core.dropout import Stage, heard
 from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, upload_grid
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
-from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_numbers
+from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_number, whole_numbers
+from fedsim.flower.requests import number_above_zero
 from fedsim.local_round import VALUES, ClientReply
 from fedsim.seeding import numpy_generator
 from fedsim.session import Session
@@ -117,7 +118,7 @@ def weight_of(session: Session, request: ConfigRecord, client: int) -> float:
     """Returns the client's weight in the sum, 1 for the largest. Raises ValueError if the server knows of no client that is as large."""
     if session.config.federation.weighting is Weighting.uniform:
         return 1.0
-    own, largest = len(session.client_data(client).examples), int(request["largest"])  # type: ignore[arg-type]
+    own, largest = len(session.client_data(client).examples), whole_number(request, "largest")
     if own > largest:
         raise ValueError(f"Expected at most {largest} examples, got the {own} of client {client}.")
     return own / largest
@@ -134,10 +135,10 @@ def masked_update(session: Session, request: ConfigRecord, context: Context, rep
 
     With client-level privacy it is the clipped change with the client's part of the noise, and no counters.
     """
-    client, clients = reply.result.client, int(request["contributors"])  # type: ignore[arg-type]
+    client, clients = reply.result.client, _contributors(session, request)
     kinds = session.method.uploaded(int(request["round"]))  # type: ignore[arg-type]
     start = session.spec.pack(factors(session.model, kinds), kinds).cpu()
-    grid = upload_grid(session.config, clients, float(request.get("clip_norm", 0)) or None)  # type: ignore[arg-type]
+    grid = upload_grid(session.config, clients, number_above_zero(request, "clip_norm") if "clip_norm" in request else None)
     values = (reply.arrays[VALUES].double() - start.double()).numpy()
     if session.config.privacy.unit is PrivacyUnit.client:
         return masked(context, client, grid, _noised(session, request, client, grid, values))
@@ -149,7 +150,10 @@ def masked_update(session: Session, request: ConfigRecord, context: Context, rep
 def _noised(session: Session, request: ConfigRecord, client: int, grid: Grid, update: NDArray[np.float64]) -> NDArray[np.int64]:
     options, server_round = session.config.secure, int(request["round"])  # type: ignore[arg-type]
     fewest = fewest_survivors(grid.clients, options.threshold)
-    variance = share_of_variance(float(request["noise_multiplier"]), grid, fewest)  # type: ignore[arg-type]
+    noise = request.get("noise_multiplier")
+    if not isinstance(noise, (int, float)) or not isfinite(noise) or noise < 0:
+        raise ValueError(f"Expected a noise multiplier of at least 0, got {noise!r:.60}.")
+    variance = share_of_variance(noise, grid, fewest)
     generator = session.noise_key.numpy("client noise", server_round, client)
     integers = clipped_integers(update, grid, rounding_generator(session, request, client))
     return integers + skellam_noise(len(integers), variance, generator)
@@ -157,9 +161,17 @@ def _noised(session: Session, request: ConfigRecord, client: int, grid: Grid, up
 
 def masked_gradient(session: Session, request: ConfigRecord, context: Context, client: int, gradient: Tensor) -> ArrayRecord:
     """Returns a client's masked initial gradient with its counter of clipped entries."""
-    grid = gradient_grid(float(request["gradient_range"]), int(request["contributors"]))  # type: ignore[arg-type]
+    grid = gradient_grid(number_above_zero(request, "gradient_range"), _contributors(session, request))
     integers, clipped = grid.rounded(gradient.double().numpy(), 1.0, rounding_generator(session, request, client))
     return masked(context, client, grid, with_counters(grid, integers, (clipped,)))
+
+
+def _contributors(session: Session, request: ConfigRecord) -> int:
+    """Raises ValueError for a sum over less than two clients, or more than there are: it sizes the grid and each part of the noise."""
+    count = whole_number(request, "contributors")
+    if not 2 <= count <= session.config.federation.clients:
+        raise ValueError(f"Expected 2 to {session.config.federation.clients} contributors, got {count}.")
+    return count
 
 
 def with_counters(grid: Grid, values: NDArray[np.int64], counters: Sequence[float]) -> NDArray[np.int64]:

@@ -61,6 +61,12 @@ def test_paths_are_relative_to_the_file_and_hub_names_stay(tmp_path):
     assert (owner.data_path, owner.model_path) == (str(tmp_path / "mine.jsonl"), "org/model")
 
 
+def test_a_path_that_begins_with_a_tilde_is_in_the_owners_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    owner = load_owner(written(tmp_path, "client: 0\ndata_path: ~/mine.jsonl\nfolder: ~/worker"))
+    assert (owner.data_path, owner.folder) == ("/home/somebody/mine.jsonl", "/home/somebody/worker")
+
+
 def test_data_model_and_device_of_the_server_are_not_looked_at():
     theirs = replace(
         CONFIG,

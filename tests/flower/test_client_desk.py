@@ -1,6 +1,7 @@
 """Rounds whose clients are workers of a deployment, each with its owner, its memory and its accountant; only the wires are missing."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -120,6 +121,8 @@ def test_other_clients_and_other_configurations_are_refused(tmp_path):
         ({"config": text, "clients": [0, 1]}, "names clients [0, 1], this is client 1"),
         ({"config": text.replace('"seed"', '"sed"'), "clients": [1]}, "is not one of fedsim"),
         ({"config": "no json", "clients": [1]}, "is not one of fedsim"),
+        ({"config": text.replace('"clients": 3', '"clients": 0'), "clients": [1]}, "Expected federation.clients"),
+        ({"config": text.replace('"network": "none"', '"network": "/etc/passwd"'), "clients": [1]}, "no message opens a file here"),
     ):
         error = deployed.ask(1, "train", **request).error
         assert error.code == REFUSED
@@ -241,3 +244,24 @@ def test_an_upload_over_other_data_than_the_noise_was_planned_for_is_refused(tmp
     deployed.session.hear({1: 18})
     assert not deployed.next().strategy.facts.missing
     deployed.session.hear({})
+
+
+@pytest.mark.parametrize(("noise", "refused"), [(0.0, True), (float("nan"), True), (-1.0, True), (1.0, False)])
+def test_a_masked_upload_without_noise_is_refused_where_its_owner_asks_for_privacy(noise, refused, tmp_path):
+    privacy = {"unit": PrivacyUnit.client, "secure_aggregation": True, "noise_multiplier": 1.0}
+    config = of_method("fed_sb", privacy=privacy, federation={"weighting": Weighting.uniform})
+    deployed = Deployed(config, tmp_path, {1: {"min_privacy": "client"}})
+    text = json.dumps(to_dict(config))
+    error = deployed.ask(1, "train", config=text, clients=[1], round=1, noise_multiplier=noise, contributors=3).error
+    assert ("would leave without the noise" in error.reason) == refused
+
+
+def test_what_a_client_keeps_is_for_its_owners_eyes_only(tmp_path):
+    before = os.umask(0o022)
+    try:
+        Deployed(privately(), tmp_path).next()
+    finally:
+        os.umask(before)
+    kept = [path for path in (tmp_path / "1").rglob("*") if path.is_file()]
+    assert {path.name for path in kept} >= {"noise.key", "privacy.json"}
+    assert {oct(path.stat().st_mode & 0o777) for path in kept} == {"0o600"}
