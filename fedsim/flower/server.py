@@ -7,6 +7,7 @@ so a run that was killed at any moment goes on from the last checkpoint and ends
 import errno
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -271,7 +272,7 @@ class Run:
                 found = evaluate(
                     session.model, session.tokenizer, examples, self._config.evaluation, self._config.data, self._progress.done
                 )
-                tasks[task] = {"accuracy": found.accuracy, "loss": found.loss, "num_examples": found.num_examples}
+                tasks[task] = asdict(found)
         return tasks
 
     def _evaluate_personally(self, state: State) -> dict[str, dict[str, Any]]:
