@@ -68,7 +68,7 @@ def test_bounds_are_where_they_should_be(key, refused, allowed):
 def test_a_bound_is_written_out_and_what_is_infinite_is_told_so():
     with pytest.raises(UserError, match=r"Expected federation.rounds >= 1 and <= 1,000,000, got 1000000000000\."):
         check(config_with(federation__rounds=10**12))
-    with pytest.raises(UserError, match="Expected training.learning_rate > 0 and finite, got inf"):
+    with pytest.raises(UserError, match=r"Expected training\.learning_rate > 0 and finite, got inf"):
         check(config_with(training__learning_rate=float("inf")))
 
 
