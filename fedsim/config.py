@@ -279,7 +279,7 @@ class EvaluationConfig:
     every: int = 0
     """Evaluate after every k-th round as well; 0 evaluates before the first and after the last only."""
     max_new_tokens: int = 96
-    """Longest generated answer in tokens."""
+    """Longest generated answer in tokens; one that has not ended by then is right only if it has named its result ("####", a box)."""
     tokens_per_pass: int = 16384
     """Most tokens (prompt, answer and padding) in one generation batch."""
     diagnosis: bool = True

@@ -25,10 +25,18 @@ class Bounds:
         return math.isfinite(value) and above and below
 
     def __str__(self) -> str:
-        lower = f"{'>' if self.low_open else '>='} {self.low:g}"
-        return lower if self.high == math.inf else f"{lower} and {'<' if self.high_open else '<='} {self.high:g}"
+        lower = f"{'>' if self.low_open else '>='} {_written(self.low)}"
+        return lower if self.high == math.inf else f"{lower} and {'<' if self.high_open else '<='} {_written(self.high)}"
 
 
+def _written(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:g}"
+
+
+MOST = 1_000_000
+"""Most rounds, clients, and local steps or epochs: many more than are ever run, few enough to be counted through."""
+
+_COUNT = Bounds(1, MOST)
 _AT_LEAST_ONE, _NOT_NEGATIVE, _POSITIVE, _DECAY = Bounds(1), Bounds(0), Bounds(0, low_open=True), Bounds(0, 1, high_open=True)
 
 MAY_BE_AUTO = ("training.tokens_per_pass",)
@@ -46,8 +54,8 @@ BOUNDS = {
     "data.test_examples": _AT_LEAST_ONE,
     "data.max_length": Bounds(8),
     "data.owner": _NOT_NEGATIVE,
-    "federation.clients": _AT_LEAST_ONE,
-    "federation.rounds": _AT_LEAST_ONE,
+    "federation.clients": _COUNT,
+    "federation.rounds": _COUNT,
     "federation.fraction": Bounds(0, 1, low_open=True),
     "federation.alpha": _POSITIVE,
     "federation.quantity_sigma": _NOT_NEGATIVE,
@@ -69,8 +77,8 @@ BOUNDS = {
     "training.warmup_ratio": _DECAY,
     "training.batch_size": _AT_LEAST_ONE,
     "training.accumulation": _AT_LEAST_ONE,
-    "training.local_steps": _AT_LEAST_ONE,
-    "training.local_epochs": _AT_LEAST_ONE,
+    "training.local_steps": _COUNT,
+    "training.local_epochs": _COUNT,
     "training.tokens_per_pass": _AT_LEAST_ONE,
     "training.proximal_mu": _NOT_NEGATIVE,
     "server.trimmed": Bounds(0, 0.5, high_open=True),
@@ -117,7 +125,8 @@ def check(config: Config) -> None:
         if isinstance(value, str):
             raise UserError(f"Expected {key} to be {AUTO} or a number {bounds}, got {value!r}. Give {key}= one of them.")
         if value is not None and value not in bounds:
-            raise UserError(f"Expected {key} {bounds}, got {value}. Give {key}= a value in that range.")
+            finite = "" if math.isfinite(value) else " and finite"
+            raise UserError(f"Expected {key} {bounds}{finite}, got {value}. Give {key}= a value in that range.")
     for key in ("data.train", "data.test", "adapter.target_modules"):
         _check_names(key, _value(config, key))
     for key in ("model.path", "data.path", "run_dir"):

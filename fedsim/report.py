@@ -48,6 +48,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"{summary['method']}: {run}, seed {summary['seed']}",
         "",
         table(head, rows),
+        *_cut_off_lines(summary["evaluation"]),
         "",
         f"sent by clients   {size(moved['uplink_bytes']):>9}   {moved['uplink_parameters']:,} parameters",
         f"sent to clients   {size(moved['downlink_bytes']):>9}   {moved['downlink_parameters']:,} parameters",
@@ -62,6 +63,17 @@ def summary_table(summary: dict[str, Any]) -> str:
         f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/adapter")',
     ]
     return "\n".join(lines)
+
+
+def _cut_off_lines(evaluation: dict[str, Any]) -> list[str]:
+    counts = {
+        name: sum(found[name].get("num_cut_off", 0) for found in evaluation.values())  # a run of an earlier version did not count
+        for name in ("base", "final")
+    }
+    if not any(counts.values()):
+        return []
+    told = f"{counts['base']:,} of the base model, {counts['final']:,} of the final one"
+    return [f"cut off: {told}: answers without an end, right only where they had named their result (evaluation.max_new_tokens)"]
 
 
 def _missing_lines(counts: dict[str, int]) -> list[str]:

@@ -70,6 +70,7 @@ class RunFolder:
         self._checkpoints = Store(folder / CHECKPOINTS, keep)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None  # the checkpoint that is under way
+        self._may_go: list[Path] | None = None  # folders made for a run that has begun here and has no checkpoint yet, the inner first
 
     @classmethod
     def open(cls, config: Config, now: datetime | None = None, keep: int = 2) -> "RunFolder":
@@ -82,27 +83,37 @@ class RunFolder:
         if it holds other files, or if the configuration of the resumption would change the result.
         """
         now = now or datetime.now().astimezone()
-        folder = Path(config.run_dir) if config.run_dir else None
-        if config.resume and (folder is None or _stage(folder) is _Stage.foreign or not (folder / LOCK).exists()):
-            raise UserError(
-                f"Expected run_dir= to name the interrupted run to resume, got {folder or 'none'}. Give the folder of that run."
-            )
-        if folder is None:
-            folder = next(folder for folder in dated_folders(now, config.method.name) if _made(folder))
-        _refuse_foreign(folder)
+        _refuse_foreign(config)
+        given = Path(config.run_dir) if config.run_dir else None
+        made = _missing(given or next(dated_folders(now, config.method.name)).parent)
+        folder = given or next(folder for folder in dated_folders(now, config.method.name) if _made(folder))
         run = cls(folder, _locked(folder), keep)
         try:
             run._prepare(config, now)
         except BaseException:
             run.close()
             raise
+        if run._may_go is not None:
+            run._may_go = made if given else [folder, *made]
         return run
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None and issubclass(kind, UserError):
+            self._give_up()
         self.close()
+
+    def _give_up(self) -> None:
+        """Removes what a run has written that a mistake ended before its first checkpoint: the corrected run needs the place."""
+        if self._may_go is None:
+            return
+        _clear(self.folder)
+        (self.folder / LOCK).unlink(missing_ok=True)
+        for folder in self._may_go:
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
 
     def close(self) -> None:
         """Frees the folder for others, after the checkpoint that is under way. Harmless when called twice."""
@@ -172,7 +183,7 @@ class RunFolder:
             journal.sync()
             write()
 
-        self._writing = self._writer.submit(durably)
+        self._writing, self._may_go = self._writer.submit(durably), None
 
     def settle(self) -> None:
         """Waits until the last checkpoint is durable. Raises what went wrong with it."""
@@ -202,10 +213,7 @@ class RunFolder:
         """Decides, under the lock, between a new run and an old one."""
         stage = _stage(self.folder)  # again: another process may have been at work until the lock was free
         resumed = config.resume and stage is not _Stage.free
-        if not resumed and not config.overwrite:
-            _refuse_occupied(self.folder, stage)
-        if resumed:
-            _refuse_other_configuration(self.folder, config)
+        _refuse_unfit(self.folder, stage, config)
         if resumed and stage is _Stage.finished:
             self.finished_summary = json.loads((self.folder / SUMMARY).read_bytes())
             return
@@ -219,6 +227,7 @@ class RunFolder:
         atomic_write_json(self.folder / MANIFEST, manifest(config.seed, now))
         atomic_write(self.folder / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
         self._log, self._journal = EventLog(self.folder / EVENTS), Journal(self.folder / JOURNAL)
+        self._may_go = []
 
     def _resume(self, config: Config, now: datetime) -> None:
         """Cuts the events after the last checkpoint off and adds this session to the manifest: versions may have changed since."""
@@ -246,6 +255,29 @@ class RunFolder:
         return None
 
 
+def check(config: Config) -> None:
+    """Raises UserError where the folder that the configuration asks for cannot be taken, as far as that is seen without taking it."""
+    _refuse_foreign(config)
+    if config.run_dir is None:
+        return
+    folder = Path(config.run_dir)
+    if (folder / LOCK).exists():
+        os.close(_lock_of(folder))  # or says who has it
+    _refuse_unfit(folder, _stage(folder), config)
+
+
+def _refuse_unfit(folder: Path, stage: _Stage, config: Config) -> None:
+    if config.resume and stage is not _Stage.free:
+        _refuse_other_configuration(folder, config)
+    elif not config.overwrite:
+        _refuse_occupied(folder, stage)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Returns which of the folder and those around it do not exist, the inner first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
 def _stage(folder: Path) -> _Stage:
     if not folder.is_dir():
         return _Stage.foreign if folder.exists() else _Stage.free
@@ -257,8 +289,11 @@ def _stage(folder: Path) -> _Stage:
     return _Stage.finished if SUMMARY in names else _Stage.interrupted
 
 
-def _refuse_foreign(folder: Path) -> None:
-    if _stage(folder) is not _Stage.foreign:
+def _refuse_foreign(config: Config) -> None:
+    folder = Path(config.run_dir) if config.run_dir else None
+    if config.resume and (folder is None or _stage(folder) is _Stage.foreign or not (folder / LOCK).exists()):
+        raise UserError(f"Expected run_dir= to name the interrupted run to resume, got {folder or 'none'}. Give the folder of that run.")
+    if folder is None or _stage(folder) is not _Stage.foreign:
         return
     others = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry)) if folder.is_dir() else []
     what = f"other files ({others[0]!r})" if others else "something else"
@@ -326,6 +361,14 @@ def _taken(lock: int) -> bool:
 def _locked(folder: Path) -> int:
     """Makes the folder if need be and returns the descriptor that holds its lock, which goes when the process does, however it ends."""
     _made(folder)
+    lock = _lock_of(folder)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    return lock
+
+
+def _lock_of(folder: Path) -> int:
+    """Takes the lock of a folder and returns its descriptor. Raises UserError where another process has it."""
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -334,8 +377,6 @@ def _locked(folder: Path) -> int:
         owner = os.read(lock, 100).decode().strip()
         os.close(lock)
         raise UserError(f"Expected a free run folder, but {folder} is in use by {owner}. Wait for it or choose another run_dir=.")
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     return lock
 
 

@@ -52,6 +52,10 @@ def test_no_number_is_negative_or_infinite(key, value):
         ("evaluation.max_new_tokens", 0, 1),
         ("engine.cohort_size", -1, 0),
         ("seed", -1, 0),
+        ("federation.rounds", 10**12, 10**6),
+        ("federation.clients", 10**6 + 1, 1000),
+        ("training.local_steps", 10**9, 10**6),
+        ("training.local_epochs", 10**6 + 1, 10**6),
     ],
 )
 def test_bounds_are_where_they_should_be(key, refused, allowed):
@@ -59,6 +63,13 @@ def test_bounds_are_where_they_should_be(key, refused, allowed):
     check(config_with(**{name: allowed}))
     with pytest.raises(UserError, match=f"Expected {key} .*got {refused}"):
         check(config_with(**{name: refused}))
+
+
+def test_a_bound_is_written_out_and_what_is_infinite_is_told_so():
+    with pytest.raises(UserError, match=r"Expected federation.rounds >= 1 and <= 1,000,000, got 1000000000000\."):
+        check(config_with(federation__rounds=10**12))
+    with pytest.raises(UserError, match=r"Expected training\.learning_rate > 0 and finite, got inf"):
+        check(config_with(training__learning_rate=float("inf")))
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,17 @@ def test_the_summary_shows_accuracies_gains_bytes_and_time():
     assert "runs/mine/adapter" in text
 
 
+def test_the_summary_tells_how_many_answers_were_cut_off_where_any_were():
+    def lines(base, final):
+        sums = {"base": {"accuracy": 0.0, "loss": 1.0} | base, "final": {"accuracy": 0.0, "loss": 1.0} | final, "num_examples": 4}
+        text = summary_table(SUMMARY | {"evaluation": SUMMARY["evaluation"] | {"sums": sums, "more": sums}})
+        return [line for line in text.splitlines() if line.startswith("cut off")]
+
+    (line,) = lines({"num_cut_off": 600}, {"num_cut_off": 1})
+    assert line.startswith("cut off: 1,200 of the base model, 2 of the final one")
+    assert lines({"num_cut_off": 0}, {"num_cut_off": 0}) == lines({}, {}) == []
+
+
 def test_holdings_are_shown_with_totals_and_long_ones_are_cut():
     text = holdings_table([{"a": 1, "b": 2}, {"a": 30, "b": 0}])
     rows = [line.split() for line in text.splitlines()]

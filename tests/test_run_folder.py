@@ -24,7 +24,7 @@ from fedsim.errors import UserError
 from fedsim.events import read_events
 from fedsim.files import TEMPORARY, atomic_write
 from fedsim.plain import to_dict
-from fedsim.run_folder import RunFolder
+from fedsim.run_folder import RunFolder, check
 
 fork = multiprocessing.get_context("fork")
 
@@ -122,6 +122,56 @@ def test_a_folder_with_other_peoples_files_is_never_touched(tmp_path: Path, name
         with pytest.raises(UserError):
             RunFolder.open(config_of(tmp_path, **options))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def make_a_mistake(config: Config, play: Callable[[RunFolder], None] = lambda folder: None) -> None:
+    with RunFolder.open(config) as folder:
+        folder.event("started")
+        folder.record("started")
+        play(folder)
+        raise UserError("too short")
+
+
+def test_a_mistake_before_the_first_checkpoint_leaves_nothing_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for config in (config_of(tmp_path / "new" / "run"), config_of(tmp_path / "empty"), Config()):
+        with pytest.raises(UserError, match="too short"):
+            make_a_mistake(config)
+        assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_a_mistake_removes_nothing_that_the_run_has_not_made(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    with pytest.raises(UserError, match="too short"):
+        make_a_mistake(config_of(run), lambda folder: (folder.folder / "notes.txt").touch())
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+
+
+def test_a_mistake_after_the_first_checkpoint_or_of_a_resumption_leaves_the_run(interrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too short"):
+        make_a_mistake(config_of(tmp_path / "late"), lambda folder: play_rounds(folder, range(1, 2)))
+    assert len(saved(tmp_path / "late" / "checkpoints")) == 1
+    with pytest.raises(UserError, match="too short"):
+        make_a_mistake(config_of(interrupted, resume=True))
+    assert rounds_of(interrupted) == [1, 2, 3]
+
+
+def test_a_folder_is_checked_without_being_taken(interrupted: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    check(config_of(tmp_path / "new"))
+    check(config_of(interrupted, resume=True))
+    check(config_of(interrupted, overwrite=True, seed=5))
+    for config, told in (
+        (config_of(interrupted), "interrupted run"),
+        (config_of(interrupted, resume=True, seed=5), "seed=5"),
+        (config_of(tmp_path / "new", resume=True), "to resume"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check(config)
+    with RunFolder.open(config_of(interrupted, resume=True)), pytest.raises(UserError, match="in use by process"):
+        check(config_of(interrupted))
+    assert tree(tmp_path).keys() == before.keys()
 
 
 def test_a_foreign_file_laid_into_a_run_folder_stops_overwrite(interrupted: Path) -> None:

@@ -33,7 +33,7 @@ def measure(case: Case, settings: Settings) -> Found:
     answers: dict[str, list[list[int]]] = {}
 
     def ours() -> float:
-        answers["ours"] = generate(
+        found = generate(
             model,
             prompts,
             eos_id=tokenizer.eos_token_id,
@@ -41,6 +41,7 @@ def measure(case: Case, settings: Settings) -> Found:
             max_new_tokens=NEW_TOKENS,
             tokens_per_pass=EvaluationConfig().tokens_per_pass,
         )
+        answers["ours"] = [answer.tokens for answer in found]
         return sum(map(len, answers["ours"]))
 
     def theirs() -> float:

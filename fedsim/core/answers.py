@@ -1,8 +1,9 @@
 r"""Reading an answer out of a generated text, and comparing it with the gold answer.
 
 Arithmetic, in the order of precedence: after "####" (GSM8K), after the last "The answer is:" (MetaMathQA), in the last \boxed{} (MATH),
-else the last number. Numbers are compared by value, other expressions as normalised text. Multiple choice: the first of the options that
-the prompt's "Answer format" names, as the evaluation of LLM-Adapters (arXiv 2304.01933) does. Nothing is ever evaluated as code.
+else the last number, as evaluations of GSM8K do, of a text that has ended: the last number of one that was cut off is wherever it was cut.
+Numbers are compared by value, other expressions as normalised text. Multiple choice: the first of the options that the prompt's
+"Answer format" names, as the evaluation of LLM-Adapters (arXiv 2304.01933) does. Nothing is ever evaluated as code.
 """
 
 import re
@@ -35,8 +36,8 @@ def options(prompt: str) -> list[str]:
     return found[-1].rstrip(".").split("/") if found else []
 
 
-def extract(text: str, example: Example) -> str | None:
-    """Returns the answer that `text` gives to the example, or None where it gives none."""
+def extract(text: str, example: Example, *, ended: bool = True) -> str | None:
+    """Returns the answer that `text` gives to the example, or None where it gives none; `ended` is False where it was cut off."""
     if example.family is Family.commonsense:
         return _first_option(text, options(example.prompt))
     text = _normalize(text)
@@ -46,13 +47,13 @@ def extract(text: str, example: Example) -> str | None:
     if stated is not None:
         alone = _ALONE.fullmatch(stated)
         return alone[1] if alone else stated or None
-    numbers = _ANY.findall(text)
+    numbers = _ANY.findall(text) if ended else []
     return numbers[-1] if numbers else None
 
 
-def is_correct(text: str, example: Example) -> bool:
+def is_correct(text: str, example: Example, *, ended: bool = True) -> bool:
     """Whether the answer in `text` is the gold answer: the same option, the same number, or else the same expression."""
-    given = extract(text, example)
+    given = extract(text, example, ended=ended)
     if given is None or example.family is Family.commonsense:
         return given == example.answer
     gold = value(example.answer)

@@ -15,6 +15,9 @@ from fedsim.report import curves_png, diagnosis_png, holdings_table, network_png
 from fedsim.run_folder import RunFolder
 from fedsim.session import Session
 
+MEASURED = ("accuracy", "loss", "num_cut_off")
+"""What the summary tells of an evaluation; clients that answer with models of their own do not count what was cut off."""
+
 
 def finish(session: Session, given: Config, state: State, memories: dict[str, Tensor], folder: RunFolder) -> dict[str, Any]:
     """Writes all that a finished run leaves, summary.json last, and returns the summary.
@@ -82,8 +85,8 @@ def _evaluation(state: State) -> dict[str, Any]:
     base, final = state.evaluations[0], state.evaluations[state.round]
     return {
         task: {
-            "base": {key: base[task][key] for key in ("accuracy", "loss")},
-            "final": {key: final[task][key] for key in ("accuracy", "loss")},
+            "base": {key: base[task][key] for key in MEASURED if key in base[task]},
+            "final": {key: final[task][key] for key in MEASURED if key in final[task]},
             "num_examples": final[task]["num_examples"],
         }
         for task in final

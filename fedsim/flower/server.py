@@ -1,12 +1,14 @@
 """The server: sets a run up, carries its rounds out over any Flower Grid, evaluates, and leaves a checkpoint after each step.
 
-Everything that can be wrong with the input is found before the run folder is made. The state is a value that a checkpoint holds whole,
-so a run that was killed at any moment goes on from the last checkpoint and ends with the same adapter, bit for bit.
+What can be wrong with the options and the run folder is found before model and data are loaded, and most of the rest before the folder is
+made; a mistake that is found later, but before the first checkpoint, leaves no folder behind. The state is a value that a checkpoint holds
+whole, so a run that was killed at any moment goes on from the last checkpoint and ends with the same adapter, bit for bit.
 """
 
 import errno
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -14,6 +16,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedsim import run_folder
 from fedsim.choices import Init, NoiseSource, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.adapters import merged, unadapted
@@ -22,6 +25,7 @@ from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.participation import givers
 from fedsim.core.traffic import needed_for_gradients, refresh_due
+from fedsim.effective import effective
 from fedsim.errors import RunStopped
 from fedsim.flower.asking import keeps_memory
 from fedsim.flower.chronicle import Chronicle
@@ -62,6 +66,8 @@ def serve(
     Raises UserError for what the user can mend, and RunStopped for a run that cannot go on now. A KeyboardInterrupt is raised again with
     the run folder as its argument. The last checkpoint there stays for `resume=true`.
     """
+    effective(config)  # says what contradicts itself before seconds are spent on loading
+    run_folder.check(config)
     evaluations = [number for number in range(config.federation.rounds + 1) if _evaluated_after(number, config)]
     with display(config.federation.rounds, evaluations, quiet=quiet) as progress:
         progress.phase("loading model and data")
@@ -290,7 +296,7 @@ class Run:
                 found = evaluate(
                     session.model, session.tokenizer, examples, self._config.evaluation, self._config.data, self._progress.done
                 )
-                tasks[task] = {"accuracy": found.accuracy, "loss": found.loss, "num_examples": found.num_examples}
+                tasks[task] = asdict(found)
         return tasks
 
     def _evaluate_personally(self, state: State) -> dict[str, dict[str, Any]]:

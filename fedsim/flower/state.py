@@ -34,7 +34,7 @@ FORMAT = 2
 
 @dataclass
 class State:
-    """The whole state of a run after `round`. `evaluations` is {round: {task: {accuracy, loss, num_examples}}}."""
+    """The whole state of a run after `round`. `evaluations` is {round: {task: {accuracy, loss, num_examples, num_cut_off}}}."""
 
     round: int
     shared: GlobalState

@@ -34,6 +34,15 @@ class TaskResult:
     accuracy: float  # part of all examples that are answered correctly, 0 to 1
     loss: float  # mean over examples of the mean over the response's tokens; nan where every response was cut away
     num_examples: int
+    num_cut_off: int = 0  # generated answers without an end: the limit or the model's context came first
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer: its tokens without the end-of-sequence, and whether that came."""
+
+    tokens: list[int]
+    ended: bool
 
 
 def evaluate(
@@ -47,8 +56,8 @@ def evaluate(
     """Answers every example and compares with the gold answers; `on_progress(done, total)` counts answered examples.
 
     Guarantees: no gradient, no change of the model; the result does not depend on the order of the examples, beyond float tolerance. A
-    prompt that fills the model's context counts as answered wrongly; a response that `data.max_length` cuts away has no loss. No examples
-    give accuracy 0 and loss nan.
+    prompt that fills the model's context counts as answered wrongly, and so does an answer that is cut off before it says that it is the
+    final one; a response that `data.max_length` cuts away has no loss. No examples give accuracy 0 and loss nan.
     """
     if not examples:
         return TaskResult(0.0, float("nan"), 0)
@@ -99,11 +108,12 @@ def _answer(
             tokens_per_pass=config.tokens_per_pass,
             on_progress=on_progress,
         )
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
         encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
         loss = mean_loss(model, encoded, pad_id=tokenizer.pad_token_id, tokens_per_pass=max(1, config.tokens_per_pass // LOSS_SHARE))
-    correct = sum(is_correct(text, example) for text, example in zip(texts, examples, strict=True))
-    return TaskResult(correct / len(examples), loss, len(examples))
+    read = zip(texts, examples, answers, strict=True)
+    correct = sum(is_correct(text, example, ended=answer.ended) for text, example, answer in read)
+    return TaskResult(correct / len(examples), loss, len(examples), sum(not answer.ended for answer in answers))
 
 
 def mean_loss(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: int, tokens_per_pass: int) -> float:
@@ -128,24 +138,29 @@ def generate(
     max_new_tokens: int,
     tokens_per_pass: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[list[int]]:
-    """Returns the greedy continuation of each prompt, up to and without the end-of-sequence token, in the order of the prompts.
+) -> list[Answer]:
+    """Returns the greedy continuation of each prompt, up to the end-of-sequence token, in the order of the prompts.
 
     Guarantees: equal to generating one prompt at a time, to float tolerance. No sequence grows beyond the model's context; a prompt that
-    fills it gets an empty answer.
+    fills it gets an empty answer, which has not ended.
     """
     context = getattr(model.config, "max_position_embeddings", None) or max(map(len, prompts), default=0) + max_new_tokens
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers = [Answer([], ended=False)] * len(prompts)
     fitting = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < context), key=lambda i: (len(prompts[i]), i))
     done = len(prompts) - len(fitting)
     with torch.no_grad():
         for rows in _batches(fitting, prompts, max_new_tokens, tokens_per_pass):
             batch = [prompts[i] for i in rows]
             for i, answer in zip(rows, _generate_batch(model, batch, eos_id, pad_id, max_new_tokens, context), strict=True):
-                answers[i] = answer[: context - len(prompts[i])]
+                answers[i] = _answer_in(answer[: context - len(prompts[i])], eos_id)
             done += len(rows)
             on_progress(done, len(prompts))
     return answers
+
+
+def _answer_in(tokens: list[int], eos_id: int) -> Answer:
+    ended = eos_id in tokens
+    return Answer(tokens[: tokens.index(eos_id)] if ended else tokens, ended)
 
 
 def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, tokens_per_pass: int) -> Iterator[list[int]]:
@@ -163,7 +178,10 @@ def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tok
 def _generate_batch(
     model: Any, prompts: Sequence[Sequence[int]], eos_id: int, pad_id: int, max_new_tokens: int, context: int
 ) -> list[list[int]]:
-    """Generates for prompts in order of length, until the shortest one fills the context; what a row gets beyond its own is meaningless."""
+    """Generates for prompts in order of length, until the shortest one fills the context; what a row gets beyond its own is meaningless.
+
+    A row that has ended is filled with end-of-sequence tokens.
+    """
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
@@ -190,7 +208,7 @@ def _generate_batch(
         input_ids = tokens[alive, step].unsqueeze(1)
         positions = (positions[:, -1:] + 1).clamp(max=context - 1)  # a learnt position beyond the context does not exist
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in tokens.tolist()]
+    return tokens.tolist()
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,26 @@ def test_an_arithmetic_answer_is_read_in_order_of_precedence(text, expected):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4 x 5 = 20 . 20 - 12 = 8 .\n8\n\nstory : Ann has 32", None),
+        ("16 - 7 = 9, 9 * 2 = 18", None),
+        ("9 * 2 = 18\n#### 18\n\nstory : Ann has 32", "18"),
+        ("The answer is: 18. Ann has 32", "18"),
+        (r"so $\boxed{18}$ of 24", "18"),
+        (r"so 18 $\boxed{1", None),
+    ],
+)
+def test_the_last_number_of_an_answer_that_was_cut_off_is_no_answer(text, expected):
+    assert extract(text, arithmetic(), ended=False) == expected
+    assert is_correct(text, arithmetic(), ended=False) is (expected is not None)
+
+
+def test_the_first_option_of_an_answer_that_was_cut_off_counts_because_more_text_would_not_change_it():
+    assert is_correct("the correct answer is answer2 , and", choice(), ended=False)
+
+
+@pytest.mark.parametrize(
     ("written", "number"),
     [
         ("18", Fraction(18)),

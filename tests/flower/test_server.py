@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from clients.app import app
 from fedsim import checkpoints
 from fedsim.cli.compose import compose
+from fedsim.errors import UserError
+from fedsim.events import read_events
 from fedsim.experiment import run
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
@@ -50,9 +52,34 @@ def test_the_summary_has_all_that_others_rely_on(finished):
     assert set(summary["evaluation"]) == {"arithmetic", "commonsense"}
     for task in summary["evaluation"].values():
         assert task["num_examples"] == 8
-        assert {*task["base"], *task["final"]} == {"accuracy", "loss"}
+        assert {*task["base"], *task["final"]} == {"accuracy", "loss", "num_cut_off"}
     training = summary["training"]
     assert training["tokens_per_second"] == pytest.approx(training["tokens"] / training["wall_seconds"])
+
+
+def test_the_event_of_an_evaluation_tells_how_many_answers_were_cut_off(finished):
+    folder, summary = finished
+    told = [event for event in read_events(folder / "events.jsonl") if event["kind"] == "evaluated" and event["round"] == 0]
+    assert {event["task"]: event["num_cut_off"] for event in told} == {
+        task: found["base"]["num_cut_off"] for task, found in summary["evaluation"].items()
+    }
+    assert all(0 <= event["num_cut_off"] <= 8 for event in told)
+
+
+def test_a_mistake_that_the_clients_find_leaves_the_folder_to_the_corrected_run(tmp_path):
+    with pytest.raises(UserError, match=r"data\.max_length: expected room"):
+        run_in(tmp_path / "run", "data.max_length=8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [(["resume=true"], "to resume"), (["privacy=client", "privacy.secure_aggregation=true", "compression=int8"], "compression")],
+)
+def test_what_is_wrong_with_the_folder_and_the_options_is_said_before_anything_is_loaded(tmp_path, monkeypatch, overrides, told):
+    monkeypatch.setattr("fedsim.flower.server.open_session", lambda config: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=told):
+        run_in(tmp_path / "run", *overrides)
 
 
 def test_the_file_of_transfers_adds_up_to_the_summary(finished):

@@ -56,7 +56,8 @@ def ends_often(model, prompts, max_new_tokens):
 
 
 def batched(model, prompts, eos_id, max_new_tokens, tokens_per_pass=10_000):
-    return generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=max_new_tokens, tokens_per_pass=tokens_per_pass)
+    answers = generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=max_new_tokens, tokens_per_pass=tokens_per_pass)
+    return [answer.tokens for answer in answers]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -94,6 +95,17 @@ def test_an_answer_may_be_empty_and_a_batch_may_end_at_once():
     for eos_id in first:
         assert batched(model, prompts, eos_id, 5) == one_by_one(model, prompts, eos_id, 5)
     assert batched(model, [], VOCABULARY, 5) == []
+
+
+def test_an_answer_has_ended_when_the_end_of_sequence_came_within_the_limit_and_the_context():
+    model, prompts = chatty(tiny_model("llama")), prompts_of([4, 9, 60, 70])  # a context of 64
+    eos_id = one_by_one(model, [prompts[0]], VOCABULARY, 3)[0][2]
+    short, exact = (generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=n, tokens_per_pass=100) for n in (2, 3))
+    assert [answer.ended for answer in short] == [False] * 4
+    assert exact[0].ended
+    assert (exact[3].tokens, exact[3].ended) == ([], False)  # a prompt that fills the context
+    for answer, expected in zip(exact, one_by_one(model, prompts[:3], eos_id, 3), strict=False):
+        assert (answer.tokens, answer.ended) == (expected, len(expected) < 3)
 
 
 def sizes_of_passes(model):
@@ -168,14 +180,16 @@ def questions():
 def test_accuracy_and_loss_are_those_of_single_questions(embedded, questions):
     model, tokenizer = embedded
     result = evaluate(model, tokenizer, questions, EvaluationConfig(max_new_tokens=24), DataConfig())
-    correct, losses = 0, []
+    correct, cut_off, losses = 0, 0, []
     for question in questions:
         prompt = tokenizer(question.prompt)["input_ids"]
         answer = one_by_one(model, [prompt], tokenizer.eos_token_id, 24)[0]
-        correct += is_correct(tokenizer.decode(answer, skip_special_tokens=True), question)
+        ended = len(answer) < 24
+        correct += is_correct(tokenizer.decode(answer, skip_special_tokens=True), question, ended=ended)
+        cut_off += not ended
         response = tokenizer(question.response, add_special_tokens=False)["input_ids"]
         losses.append(by_hand(model, EncodedExample((*prompt, *response, tokenizer.eos_token_id), len(prompt))))
-    assert (result.accuracy, result.num_examples) == (correct / 12, 12)
+    assert (result.accuracy, result.num_examples, result.num_cut_off) == (correct / 12, 12, cut_off)
     assert result.loss == pytest.approx(sum(losses) / 12, rel=1e-5)
 
 
@@ -185,16 +199,23 @@ def answered(embedded):
     model, tokenizer = embedded
     asked = Example("sum", Family.arithmetic, "Tom has 5 apples . Tom gets 3 more . Now Tom has", "5 + 3 = 8", "")
     prompt = tokenizer(asked.prompt)["input_ids"]
-    text = tokenizer.decode(one_by_one(model, [prompt], tokenizer.eos_token_id, 16)[0], skip_special_tokens=True)
+    text = tokenizer.decode(one_by_one(model, [prompt], tokenizer.eos_token_id, 48)[0], skip_special_tokens=True)
     gold = extract(text, asked)
     assert gold is not None
     return replace(asked, answer=gold)
 
 
 def test_an_answer_counts_when_it_is_the_gold_one(embedded, answered):
-    config, wrong = EvaluationConfig(max_new_tokens=16), replace(answered, answer=answered.answer + "1")
+    config, wrong = EvaluationConfig(max_new_tokens=48), replace(answered, answer=answered.answer + "1")
     assert evaluate(*embedded, [answered], config, DataConfig()).accuracy == 1
     assert evaluate(*embedded, [answered, wrong, wrong, wrong], config, DataConfig()).accuracy == 0.25
+
+
+def test_a_number_that_an_answer_passes_when_it_is_cut_off_does_not_count(embedded, answered):
+    passed = replace(answered, answer="18")  # "18 apples . How many apples" are its first tokens
+    found = evaluate(*embedded, [passed], EvaluationConfig(max_new_tokens=8), DataConfig())
+    assert (found.accuracy, found.num_cut_off) == (0, 1)
+    assert evaluate(*embedded, [answered], EvaluationConfig(max_new_tokens=48), DataConfig()).num_cut_off == 0
 
 
 def test_the_order_of_the_examples_and_the_size_of_the_batches_do_not_matter(embedded, questions):
@@ -220,6 +241,6 @@ def test_evaluation_leaves_the_model_as_it_was(embedded, questions):
 def test_a_model_in_training_mode_with_checkpointed_activations_answers_the_same(embedded, answered):
     model, tokenizer = load_model(ModelConfig(), activation_checkpointing=True)
     assert model.training
-    config = EvaluationConfig(max_new_tokens=16)
+    config = EvaluationConfig(max_new_tokens=48)
     assert evaluate(model, tokenizer, [answered], config, DataConfig()) == evaluate(*embedded, [answered], config, DataConfig())
     assert evaluate(*embedded, [answered], config, DataConfig()).accuracy == 1
