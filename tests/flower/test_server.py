@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
 
 from clients.app import app
-from fedsim import checkpoints
+from fedsim import __version__, checkpoints
 from fedsim.cli.compose import compose
 from fedsim.errors import UserError
 from fedsim.events import read_events
@@ -176,7 +176,7 @@ def checkpoints_seen_by_the_clients(folder, monkeypatch, *, deployed):
         request = message.content.config_records["request"]
         if message.metadata.message_type == JOIN:
             digest = open_session(config).base_digest
-            return Message(Member(context.node_id - 1, 6, digest, "1", True).to_records(), reply_to=message)
+            return Message(Member(context.node_id - 1, 6, digest, __version__, True).to_records(), reply_to=message)
         if message.metadata.message_type == "train":
             seen.setdefault(request["round"], [int(path.stem[-4:]) for path in checkpoints.saved(folder / "checkpoints")])
         return app(message, context)
@@ -206,7 +206,7 @@ def test_a_deployment_asks_clients_only_when_it_is_durable_that_they_are_asked(i
     def handle(message, context):
         if message.metadata.message_type == JOIN:
             digest = open_session(config).base_digest
-            return Message(Member(context.node_id - 1, 6, digest, "1", True).to_records(), reply_to=message)
+            return Message(Member(context.node_id - 1, 6, digest, __version__, True).to_records(), reply_to=message)
         seen.setdefault(message.content.config_records["request"]["round"], list(durable))
         return app(message, context)
 
