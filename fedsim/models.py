@@ -25,6 +25,9 @@ ENCODERS = {"bert", "roberta", "electra", "albert", "distilbert"}
 CLASSIFIERS = {"bert", "roberta", "distilbert"}
 """Encoders whose classification head is trained here: linear layers outside the body, each an affine map."""
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+"""Files of which a tokenizer has one at least."""
+
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
@@ -166,8 +169,33 @@ def _guarded(path: str, load: Any) -> Any:
     try:
         return load()
     except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path={path}: the model or its tokenizer cannot be loaded: {reason}") from error
+        raise UserError(f"model.path={path}: the model or its tokenizer cannot be loaded: {_reason(path, error)}") from error
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Returns what is wrong, as far as the files tell it better than the library, and what to do."""
+    from safetensors import SafetensorError
+
+    told = str(error).strip().splitlines()[0].rstrip(" :.") if str(error).strip() else type(error).__name__
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{told}. Without network, download the model elsewhere and give its folder: model.path=<folder>."
+    if isinstance(error, SafetensorError):
+        broken = [file.name for file in sorted(folder.glob("*.safetensors")) if not _is_whole(file)]
+        return f"{', '.join(broken) or 'a .safetensors file'} is damaged or cut off ({told}); copy or download it again."
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return f"the folder has no tokenizer, such as {TOKENIZERS[0]}; copy it there from where the model came."
+    return told
+
+
+def _is_whole(file: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def looks_local(path: str) -> bool:

@@ -65,9 +65,17 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path):
 def test_a_broken_weight_file_is_refused_in_one_line(tmp_path):
     config = save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(UserError, match="cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut off .*copy or download it again") as caught:
         load_model(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(tmp_path):
+    config = save(tmp_path)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer, such as tokenizer\.json"):
+        load_model(config)
 
 
 def test_weights_that_are_missing_are_never_made_up(tmp_path):
