@@ -1,6 +1,7 @@
 """Loading a base model and its tokenizer: the one inside the package, a local folder, an installed package, or a Hugging Face model id."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -39,9 +40,9 @@ def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_ch
     Raises UserError where the path or architecture does not serve.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as told
 
-    logging.disable_progress_bar()  # the run has a display of its own
+    told.disable_progress_bar()  # the run has a display of its own
     path = source(config)
     settings = _guarded(path, lambda: AutoConfig.from_pretrained(path))
     _check_architecture(path, settings, labels)
@@ -101,14 +102,14 @@ def head_paths(model: nn.Module) -> list[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps back transformers' report on a head that the checkpoint lacks: that is as it should be."""
-    from transformers.utils import logging
+    from transformers.utils import logging as told
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = told.get_verbosity()
+    told.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        told.set_verbosity(level)
 
 
 def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
@@ -166,10 +167,15 @@ def _guarded(path: str, load: Any) -> Any:
         )
     from safetensors import SafetensorError
 
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # a line for each of its attempts; what they come to is told here
     try:
         return load()
     except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"model.path={path}: the model or its tokenizer cannot be loaded: {_reason(path, error)}") from error
+    finally:
+        hub.setLevel(level)
 
 
 def _reason(path: str, error: Exception) -> str:

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -68,6 +69,18 @@ def test_a_broken_weight_file_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut off .*copy or download it again") as caught:
         load_model(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_once_with_what_to_do(monkeypatch, caplog):
+    def unreachable(path):
+        for attempt in range(5):
+            logging.getLogger("huggingface_hub.utils._http").warning("Retrying %s", attempt)
+        raise OSError("We couldn't connect to the hub.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(UserError, match=r"connect to the hub\. Without network, download the model elsewhere"):
+        load_model(ModelConfig(path="nobody/nothing"))
+    assert caplog.records == []
 
 
 def test_a_folder_without_a_tokenizer_is_told_so(tmp_path):
