@@ -1,6 +1,7 @@
 """Loading a base model and its tokenizer: the one inside the package, a local folder, an installed package, or a Hugging Face model id."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
@@ -25,6 +26,9 @@ ENCODERS = {"bert", "roberta", "electra", "albert", "distilbert"}
 CLASSIFIERS = {"bert", "roberta", "distilbert"}
 """Encoders whose classification head is trained here: linear layers outside the body, each an affine map."""
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+"""Files of which a tokenizer has one at least."""
+
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
@@ -36,9 +40,9 @@ def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_ch
     Raises UserError where the path or architecture does not serve.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as told
 
-    logging.disable_progress_bar()  # the run has a display of its own
+    told.disable_progress_bar()  # the run has a display of its own
     path = source(config)
     settings = _guarded(path, lambda: AutoConfig.from_pretrained(path))
     _check_architecture(path, settings, labels)
@@ -98,14 +102,14 @@ def head_paths(model: nn.Module) -> list[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps back transformers' report on a head that the checkpoint lacks: that is as it should be."""
-    from transformers.utils import logging
+    from transformers.utils import logging as told
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = told.get_verbosity()
+    told.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        told.set_verbosity(level)
 
 
 def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
@@ -163,11 +167,41 @@ def _guarded(path: str, load: Any) -> Any:
         )
     from safetensors import SafetensorError
 
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # a line for each of its attempts; what they come to is told here
     try:
         return load()
     except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.path={path}: the model or its tokenizer cannot be loaded: {reason}") from error
+        raise UserError(f"model.path={path}: the model or its tokenizer cannot be loaded: {_reason(path, error)}") from error
+    finally:
+        hub.setLevel(level)
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Returns what is wrong, as far as the files tell it better than the library, and what to do."""
+    from safetensors import SafetensorError
+
+    told = str(error).strip().splitlines()[0].rstrip(" :.") if str(error).strip() else type(error).__name__
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{told}. Without network, download the model elsewhere and give its folder: model.path=<folder>."
+    if isinstance(error, SafetensorError):
+        broken = [file.name for file in sorted(folder.glob("*.safetensors")) if not _is_whole(file)]
+        return f"{', '.join(broken) or 'a .safetensors file'} is damaged or cut off ({told}); copy or download it again."
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        return f"the folder has no tokenizer, such as {TOKENIZERS[0]}; copy it there from where the model came."
+    return told
+
+
+def _is_whole(file: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except SafetensorError:
+        return False
 
 
 def looks_local(path: str) -> bool:

@@ -39,6 +39,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _clients(number: int) -> str:
+    return f"{number} client{'' if number == 1 else 's'}"
+
+
 class Progress:
     """The display of one run, on stderr unless told otherwise. As a context manager it leaves the terminal as it was, however the run ends.
 
@@ -100,7 +104,7 @@ class Progress:
         self._begun = time.monotonic()
         if self._live:
             self._bars.update(self._whole, completed=number - 1)
-            self._show_part(f"training {num_clients} clients", 1.0)
+            self._show_part(f"training {_clients(num_clients)}", 1.0)
 
     def step(self, num_tokens: int, loss: "Tensor", fraction: float) -> None:
         """Counts one pass in this process; `fraction` of the round is done. Costs a microsecond unless it is time to read the loss."""
@@ -125,7 +129,7 @@ class Progress:
         private = "epsilon" in report  # clients then tell neither their loss nor their tokens
         facts = f"epsilon {report['epsilon']:.3f}" if private else f"loss {report['train_loss']:.4f}  {rate:,.0f} tokens/s"
         missing = told(report.get("missing", {}))
-        clients = f"{self._clients} clients{f', {missing}' if missing else ''}"
+        clients = f"{_clients(self._clients)}{f', {missing}' if missing else ''}"
         self._line(f"{self._heading(number)}  {clients}  {facts}{self._sent_so_far()}{self._left()}")
         if self._live:
             self._bars.update(self._whole, completed=number)

@@ -43,7 +43,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     rows = [_task_row(task, found) for task, found in summary["evaluation"].items()]
     moved, training, folder = summary["communication"], summary["training"], summary["run_dir"]
     speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s" if training["tokens"] else "tokens withheld"
-    run = f"{_count(summary['clients'], 'client')}, {_count(summary['rounds'], 'round')}, rank {summary['rank']}"
+    run = f"{counted(summary['clients'], 'client')}, {counted(summary['rounds'], 'round')}, rank {summary['rank']}"
     lines = [
         f"{summary['method']}: {run}, seed {summary['seed']}",
         "",
@@ -109,7 +109,8 @@ def _task_row(task: str, found: dict[str, Any]) -> list[str]:
     return [task, f"{found['num_examples']:,}", *accuracies, f"{100 * (final['accuracy'] - base['accuracy']):+.1f}", *losses]
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Returns "1 round" or "1,000 rounds"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -273,8 +274,8 @@ def holdings_bars(holdings: Holdings) -> "Figure":
         else:  # one outline: ten thousand bars take half a minute
             axes.stairs(top, [client - 0.5 for client in range(len(top) + 1)], baseline=bottom, fill=True, label=task, color=color)
         bottom = top
-    title = f"who holds what: {_count(len(holdings), 'client')}, {_count(sum(bottom), 'training example')}"
-    middle, half = (len(holdings) - 1) / 2, max(len(holdings), 8) / 2 + 0.2  # a single bar does not fill the picture
+    title = f"who holds what: {counted(len(holdings), 'client')}, {counted(sum(bottom), 'training example')}"
+    middle, half = (len(holdings) - 1) / 2, max(len(holdings), 2) / 2 + 0.2  # a single bar does not fill the picture
     axes.set(title=title, xlabel="client", ylabel="training examples", xlim=(middle - half, middle + half))
     if len(holdings) <= MOST_NAMED:
         axes.set_xticks(clients)
@@ -339,7 +340,7 @@ def _dress(axes: "Axes", title: str, last_round: float) -> None:
 
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("round", fontsize=9)
-    axes.set_xlim(0, max(1, last_round))
+    axes.set_xlim(0, max(1, last_round) if last_round != 1 else 1.5)  # the only round does not lie on the edge
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)

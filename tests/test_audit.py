@@ -8,9 +8,10 @@ import torch
 
 import fedsim.training.private
 from fedsim.audit import Auditor, check, separated
-from fedsim.cli.audit import audit_table, audited
+from fedsim.cli.audit import CANARIES, audit_table, audited
 from fedsim.cli.compose import compose
 from fedsim.cli.main import main
+from fedsim.cli.options import options
 from fedsim.errors import UserError
 from fedsim.privacy.plan import ClientPlan
 from fedsim.training.stack import accumulate
@@ -69,6 +70,10 @@ def add_unclipped(optimizer):
 def test_what_cannot_be_audited_is_refused(overrides, reason):
     with pytest.raises(UserError, match=reason):
         check(compose(["experiment=audit", *overrides]))
+
+
+def test_the_help_says_with_how_many_canaries_an_audit_without_a_number_is_made():
+    assert f"0: none, {CANARIES} in fedsim audit" in options()["audit.canaries"].meaning
 
 
 def test_a_run_without_any_client_that_has_canaries_proves_nothing():

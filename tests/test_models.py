@@ -1,4 +1,5 @@
 import json
+import logging
 
 import pytest
 import torch
@@ -65,9 +66,29 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tmp_path):
 def test_a_broken_weight_file_is_refused_in_one_line(tmp_path):
     config = save(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(UserError, match="cannot be loaded") as caught:
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut off .*copy or download it again") as caught:
         load_model(config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_once_with_what_to_do(monkeypatch, caplog):
+    def unreachable(path):
+        for attempt in range(5):
+            logging.getLogger("huggingface_hub.utils._http").warning("Retrying %s", attempt)
+        raise OSError("We couldn't connect to the hub.")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(UserError, match=r"connect to the hub\. Without network, download the model elsewhere"):
+        load_model(ModelConfig(path="nobody/nothing"))
+    assert caplog.records == []
+
+
+def test_a_folder_without_a_tokenizer_is_told_so(tmp_path):
+    config = save(tmp_path)
+    for file in tmp_path.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer, such as tokenizer\.json"):
+        load_model(config)
 
 
 def test_weights_that_are_missing_are_never_made_up(tmp_path):

@@ -1,13 +1,18 @@
 """The display on a terminal, in a pipe, and when nobody wants it."""
 
 import io
+import os
 import re
 import shlex
+import signal
+import sys
+import time
 
 import pytest
 import torch
 
 import fedsim.progress
+from fedsim.cli.calling import command
 from fedsim.cli.compose import compose
 from fedsim.cli.main import main
 from fedsim.experiment import run
@@ -173,6 +178,35 @@ def test_sizes_are_decimal(value, text):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (725, "12:05"), (3723, "1:02:03")])
 def test_durations_read_like_a_clock(seconds, text):
     assert duration(seconds) == text
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does_with_an_exit_code_of_its_own(monkeypatch, capsys):
+    def terminated(config):
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "the signal would end the tests"
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("runs/mine") from None
+
+    monkeypatch.setattr("fedsim.experiment.run", terminated)
+    assert main(["run", "seed=1"]) == 143
+    assert capsys.readouterr().err.strip() == "Stopped. Go on with: fedsim run seed=1 run_dir=runs/mine resume=true"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("argv0", "orig", "told"),
+    [
+        ("my env/bin/fedsim", ["my env/bin/python", "my env/bin/fedsim"], "'my env/bin/fedsim'"),
+        ("/x/fedsim/__main__.py", [".venv/bin/python", "-m", "fedsim"], ".venv/bin/python -m fedsim"),
+        ("/x/pytest", ["python"], "fedsim"),
+    ],
+)
+def test_the_hint_calls_the_command_as_it_was_called(monkeypatch, argv0, orig, told):
+    monkeypatch.setattr(sys, "argv", [argv0])
+    monkeypatch.setattr(sys, "orig_argv", orig)
+    assert command() == told
 
 
 def test_ctrl_c_tells_how_to_go_on_with_the_words_of_the_user(monkeypatch, capsys):

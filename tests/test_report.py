@@ -177,6 +177,18 @@ def test_the_partition_shows_every_example_once(clients):
     assert png_size(partition_png(holdings)) == (1320, 480)
 
 
+def test_the_bars_of_few_clients_take_the_whole_width():
+    (axes,) = holdings_bars([{"a": 1}] * 3).axes
+    low, high = axes.get_xlim()
+    assert 3 / (high - low) > 0.85
+
+
+def test_the_only_round_does_not_lie_on_the_edge_of_its_picture():
+    one = [{"kind": "round", "round": 1, "train_loss": 1.0, "uplink_bytes": 1000, "downlink_bytes": 900, "setup_bytes": 0}]
+    assert {axes.get_xlim() for axes in curves(one).axes} == {(0, 1.5)}
+    assert {axes.get_xlim() for axes in curves(EVENTS).axes} == {(0, 2)}
+
+
 def test_the_partition_of_many_clients_is_drawn_as_outlines():
     holdings = [{f"task{t}": (i + t) % 7 for t in range(3)} for i in range(10_000)]
     (axes,) = holdings_bars(holdings).axes

@@ -12,7 +12,7 @@ from fedsim.files import atomic_write_json
 from fedsim.report import table
 
 CANARIES = 128
-"""Canaries of an audit that names no number."""
+"""Canaries of an audit that names no number: the default of a run, 0, would leave nothing to look for."""
 
 
 def audited(config: Config, *, quiet: bool = False) -> dict[str, Any]:

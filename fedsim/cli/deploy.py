@@ -41,7 +41,7 @@ def deploy(words: list[str]) -> int:
     """Does what the words after `fedsim deploy` ask for and returns the exit code. Raises UserError."""
     part, rest = (words[0], words[1:]) if words else ("", [])
     if part not in PARTS:
-        raise UserError(f"Expected fedsim deploy {' | '.join(PARTS)}, got {part or 'nothing'!r}.{nearest(part, list(PARTS))}")
+        raise UserError(f"Expected fedsim deploy {' | '.join(PARTS)}, got {repr(part) if part else 'nothing'}.{nearest(part, list(PARTS))}")
     return {"init": _init, "up": _up, "status": _status}[part](rest)
 
 

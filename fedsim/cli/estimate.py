@@ -24,7 +24,7 @@ from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.models import DTYPES, EMBEDDED, device, looks_local
 from fedsim.progress import size
-from fedsim.report import table
+from fedsim.report import counted, table
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import layer_shapes, model_shape, skeleton
 from fedsim.training.budget import chosen, chosen_for
@@ -212,7 +212,7 @@ def estimate_table(answer: Answer) -> str:
     rank = f", rank {answer.spec.rank}" if answer.spec.form.low_rank else ""
     title = (
         f"{answer.config.method.name}, {answer.config.model.name} ({answer.shape.parameters / 1e6:,.1f} M parameters){rank}, "
-        f"{federation.clients:,} clients, {drawn:,} in a round, {federation.rounds} rounds"
+        f"{counted(federation.clients, 'client')}, {drawn:,} in a round, {counted(federation.rounds, 'round')}"
     )
     phases = [[phase.name, rough_duration(phase.seconds), phase.detail] for phase in found.phases]
     memory = [[name, size(round(number)), ""] for name, number in found.memory.items()]

@@ -1,6 +1,6 @@
 """The command `fedsim`: reads the verb, answers questions for help at once, and imports what a run needs only for a run.
 
-Exit codes: 0 done, 1 failed, 2 a mistake in what was asked (one line says which), 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 a mistake in what was asked (one line says which), 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import json
@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import fedsim
+from fedsim.cli.calling import STOPPED, TERMINATED, command, terminated_as_interrupted
 from fedsim.errors import LeftRunningError, RunFailedError, RunStopped, UserError, nearest
 
 if TYPE_CHECKING:
@@ -37,8 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("flwr").propagate = False  # it has a handler of its own: with a second one at the root each line came twice
+    with terminated_as_interrupted() as came:
+        code = _exit_code(sys.argv[1:] if argv is None else argv)
+    return TERMINATED if came and code == STOPPED else code
+
+
+def _exit_code(words: list[str]) -> int:
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        return _dispatch(words)
     except UserError as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return 2
@@ -46,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fedsim: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return STOPPED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -119,15 +126,15 @@ def _run(words: list[str]) -> int:
         run(config)
     except LeftRunningError as left:
         print(f"\n{left}", file=sys.stderr)
-        return 130
+        return STOPPED
     except KeyboardInterrupt as interrupt:
         if interrupt.args:  # the run had begun: it names its folder
             again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]
             again += [f"run_dir={interrupt.args[0]}", "resume=true"]
-            print(f"\nStopped. Go on with: fedsim run {shlex.join(again)}", file=sys.stderr)
+            print(f"\nStopped. Go on with: {command()} run {shlex.join(again)}", file=sys.stderr)
         else:
             print("\nStopped before the run began.", file=sys.stderr)
-        return 130
+        return STOPPED
     return 0
 
 

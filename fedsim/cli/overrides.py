@@ -81,7 +81,10 @@ def _values(override: Override) -> list[Any]:
 
 def _check_choice(override: Override, choices: dict[str, str]) -> None:
     if override.is_delete():
-        return
+        key = override.key_or_group
+        raise UserError(
+            f"Expected a choice of {key}, got {override.input_line!r}: a group always has one. Write {key}=... or leave it out."
+        )
     for value in map(plain, _values(override)):
         if value not in choices:
             allowed = ", ".join(choices) or "none yet"

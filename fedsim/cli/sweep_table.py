@@ -37,11 +37,17 @@ def _results(summary: dict[str, Any]) -> Row:
     if summary.get("privacy"):
         row["epsilon"] = _number(summary["privacy"]["epsilon"], "{:.2f}".format)
     return row | {
-        "MB up": f"{communication['uplink_bytes'] / 1e6:,.1f}",
-        "MB down": f"{communication['downlink_bytes'] / 1e6:,.1f}",
-        "MB set-up": f"{communication['setup_bytes'] / 1e6:,.1f}",
+        "MB up": _megabytes(communication["uplink_bytes"]),
+        "MB down": _megabytes(communication["downlink_bytes"]),
+        "MB set-up": _megabytes(communication["setup_bytes"]),
         "seconds": _number(training["wall_seconds"], "{:.0f}".format),
     }
+
+
+def _megabytes(num_bytes: int) -> str:
+    """Returns megabytes to a tenth, less than one with three digits that count: little is not nothing."""
+    megabytes = num_bytes / 1e6
+    return f"{megabytes:,.1f}" if megabytes >= 1 else f"{megabytes:.3g}"
 
 
 def _percent(measured: dict[str, Any]) -> str:

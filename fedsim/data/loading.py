@@ -12,7 +12,7 @@ from typing import Any
 from fedsim.choices import OnError
 from fedsim.config import DataConfig
 from fedsim.data.hub import Address, Hub
-from fedsim.data.rows import READERS, Malformed, Row, read
+from fedsim.data.rows import READERS, Malformed, Row, Unreadable, read
 from fedsim.data.sets import COMMONSENSE, SETS, DataSet
 from fedsim.errors import UserError, nearest
 from fedsim.models import looks_local
@@ -252,7 +252,8 @@ def _converted(reading: _Reading, each: DataSet, task: str, where: str, unit: st
         except Malformed as error:
             fault = f"{where}, {unit} {number}: {error}"
             if reading.config.on_error is OnError.stop:
-                raise UserError(f"{fault}. Mend it, or leave such rows out with data.on_error=skip.") from None
+                skip = "" if isinstance(error, Unreadable) else ", or leave such rows out with data.on_error=skip"
+                raise UserError(f"{fault}. Mend {'the file' if isinstance(error, Unreadable) else 'it'}{skip}.") from None
             num_left_out += 1
             if num_left_out <= MOST_NOTES:
                 reading.notes.append(fault)

@@ -5,6 +5,7 @@ goes through pyarrow. All are read piece by piece in little memory, and reading 
 decided elsewhere.
 """
 
+import codecs
 import csv
 import json
 import re
@@ -25,6 +26,10 @@ class Malformed(ValueError):
     """What is wrong with one row."""
 
 
+class Unreadable(Malformed):
+    """What is wrong with a file as a whole: leaving rows out does not help."""
+
+
 def read(path: Path) -> Iterator[Row]:
     """Yields the rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file in its order; one without rows yields one `Malformed`.
 
@@ -35,13 +40,21 @@ def read(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: expected a file that ends in {', '.join(READERS)}, got {path.suffix or 'no ending'!r}. Convert it.")
     empty = True
     try:
+        if _is_utf_16(path):
+            yield 1, Unreadable("expected UTF-8, got UTF-16; save the file as UTF-8")
+            return
         for row in reader(path):
             empty = False
             yield row
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}. Check data.path.") from error
     if empty:
-        yield 1, Malformed("expected rows, got none" if path.stat().st_size else "expected rows, but the file is empty")
+        yield 1, Unreadable("expected rows, got none" if path.stat().st_size else "expected rows, but the file is empty")
+
+
+def _is_utf_16(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
@@ -195,7 +208,8 @@ def _parquet(path: Path) -> Iterator[Row]:
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # it cannot be opened
-        yield number + 1, Malformed(f"no Parquet: {str(error).splitlines()[0]}")
+        fault = Malformed if number else Unreadable  # the rows before the fault are there
+        yield number + 1, fault(f"no Parquet: {str(error).splitlines()[0].rstrip('.')}")
 
 
 def batch_rows(batch: Any) -> Iterator[Any]:

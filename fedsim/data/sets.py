@@ -55,6 +55,8 @@ def _field(row: Row, name: str) -> str:
     """Returns a text field. Raises Malformed where it is missing, no text, or blank."""
     if not isinstance(row, Mapping):
         raise Malformed(f"expected an object with fields, got {type(row).__name__}")
+    if name not in row and len(row) == 1 and isinstance(next(iter(row.values())), list):
+        raise Malformed(f"expected a list of rows, got an object that holds one in {next(iter(row))!r}; write that list alone")
     if name not in row:
         raise Malformed(f"expected the field {name!r}, got {', '.join(map(repr, row)) or 'none'}")
     if not isinstance(row[name], str) or not row[name].strip():

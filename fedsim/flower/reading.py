@@ -19,6 +19,7 @@ from fedsim.flower.records import arrays_from_record, from_record, numbers, reco
 from fedsim.flower.worker import METRICS, client_key, control_key
 from fedsim.session import Session
 
+DIVERGED = "Expected a finite training loss"
 MOST = 2**53  # no count is larger: beyond it float64 has no whole numbers
 SHORT = 1 << 20  # numbers whose squares float32 sums well enough to tell what is far below a bound, three times as fast as float64
 CLEARLY = 0.9  # of a bound: norms above this part of it are always taken in float64
@@ -113,7 +114,7 @@ class Reader:
         if not 0 <= claim.num_tokens <= MOST:
             raise ValueError(f"Expected a number of tokens, got {claim.num_tokens}.")
         if not isfinite(claim.loss) and self._config.privacy.unit is PrivacyUnit.none:
-            raise ValueError(f"Expected a finite training loss, got {claim.loss}.")
+            raise ValueError(f"{DIVERGED}, got {claim.loss}.")
 
     def _flat(self, client: int, own: dict[str, ArrayRecord], start: Tensor) -> Tensor:
         """Returns a client's flat upload, decompressed, and charges it."""

@@ -37,7 +37,7 @@ from fedsim.flower.strategy import FedsimStrategy
 from fedsim.initial_gradient import factors_from_gradients, summed_gradients
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import Progress
-from fedsim.report import summary_table
+from fedsim.report import counted, summary_table
 from fedsim.run_folder import NOISE_KEY, RunFolder
 from fedsim.seeding import NoiseKey
 from fedsim.session import Session, open_session
@@ -140,7 +140,7 @@ class Run:
         """In a deployment, waits for the clients; what they or the server say against it is told."""
         if self._roster is None:
             return
-        self._progress.phase(f"waiting for {self._config.federation.clients} clients")
+        self._progress.phase(f"waiting for {counted(self._config.federation.clients, 'client')}")
         self._roster.muster(self._session, self._chronicle.member)
 
     def _initial(self) -> State:

@@ -1,6 +1,7 @@
 """The strategy: one round after the other over any Flower Grid; what is asked, gathered, read and combined meets here."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from fedsim.flower.charging import Charges
 from fedsim.flower.combining import Combining
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.gathering import Failure, gathered, read
+from fedsim.flower.reading import DIVERGED
 from fedsim.flower.records import numbers
 from fedsim.flower.requests import REQUEST
 from fedsim.flower.rounds import GradientSum, Taking, TrainingRound
@@ -307,8 +309,12 @@ class FedsimStrategy(Strategy):
 
 def too_few(replied: int, least: int, missing: Sequence[Missing]) -> str:
     """Returns the line with which a run stops that too few clients reply to."""
-    reasons = "; ".join(f"client {each.client} {each.reason.name}: {each.detail}" for each in missing[:3])
-    return (
-        f"Expected replies of at least {least} clients (federation.min_replies), got {replied}, {told(counted(missing))}: {reasons}. "
-        "The rounds before are in the last checkpoint: mend it and go on with resume=true."
+    details = Counter(each.detail.rstrip(".") for each in missing)
+    reasons = "; ".join(f"{detail} ({number} {'client' if number == 1 else 'clients'})" for detail, number in details.most_common(3))
+    diverged = all(DIVERGED in each.detail for each in missing)
+    remedy = (
+        "Training has diverged: lower training.learning_rate and begin anew, in another run_dir= or with overwrite=true."
+        if missing and diverged
+        else "The rounds before are in the last checkpoint: mend it and go on with resume=true."
     )
+    return f"Expected replies of at least {least} clients (federation.min_replies), got {replied}, {told(counted(missing))}: {reasons}. {remedy}"

@@ -16,8 +16,8 @@ MISTAKES = {
     "hydra/launcher=joblb": "expected one of basic, joblib. Did you mean 'joblib'?",
     "hydra/sweeper=other": "Unknown option 'hydra/sweeper'",
     "hydra.sweep.dir=x": "Expected run_dir",
-    "federation.clients=abc": r"Expected federation.clients \(integer >= 1\), got 'abc'",
-    "federation.clients=2.5": r"\(integer >= 1\), got '2.5'",
+    "federation.clients=abc": r"Expected federation.clients \(integer >= 1 and <= 1,000,000\), got 'abc'",
+    "federation.clients=2.5": r"\(integer >= 1 and <= 1,000,000\), got '2.5'",
     "federation.clients=null": "got 'null'",
     "seed=true": r"Expected seed \(integer >= 0\), got 'true'",
     "resume=maybe": r"\(true or false\), got 'maybe'",
@@ -50,6 +50,12 @@ def test_nested_mistakes_point_to_the_help():
         parse(["training.lerning_rate=1"])
 
 
+@pytest.mark.parametrize("word", ["~method", "~training", "~data=embedded"])
+def test_a_group_cannot_be_left_without_a_choice(word):
+    with pytest.raises(UserError, match="a group always has one"):
+        parse([word])
+
+
 TAKEN = ["seed=1", "method=fed_sb", "data.train=[a,b]", "data.path=null", "training.learning_rate=1e-3", "training.optimizer=sgd"]
 TAKEN += [
     "model.name=${data.name}",
@@ -57,7 +63,6 @@ TAKEN += [
     "hydra.launcher.n_jobs=2",
     "training.local_epochs=null",
     "resume=yes",
-    "~method",
 ]
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedsim.cli.main import main
+from fedsim.cli.sweep_table import _megabytes
 from fedsim.errors import UserError
 from fedsim.plain import to_dict
 
@@ -66,7 +67,7 @@ def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, 
     assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves nothing
     table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
     assert table[0].split() == ["job", "seed", "adapter.rank", "sums", "MB", "up", "MB", "down", "MB", "set-up", "seconds", "status"]
-    assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "1.2", "7.7", "0.1", "12", "finished"]
+    assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "1.2", "7.7", "0.05", "12", "finished"]
 
 
 def test_sweep_json_tells_all_about_the_jobs(runs):
@@ -94,6 +95,10 @@ def test_a_failed_job_does_not_lose_the_others(runs, capsys, error, told):
     assert [job["status"] for job in jobs_of("all")] == ["failed", "finished"]
     assert jobs_of("all")[0]["error"] == told
     assert f"failed  {told}" in capsys.readouterr().out
+
+
+def test_few_bytes_are_not_shown_as_none():
+    assert [_megabytes(n) for n in (0, 4_210, 1_234_567, 45_678_900, 2_345_678_900)] == ["0", "0.00421", "1.2", "45.7", "2,345.7"]
 
 
 def test_resume_runs_only_what_has_not_finished(runs):

@@ -77,6 +77,24 @@ def test_of_a_single_file_a_part_is_held_out(tmp_path):
     assert "5 of 50 rows are held out" in data.skipped[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("train.jsonl", b""), ("train.jsonl", '{"question": "1"}'.encode("utf-16")), ("train.parquet", b"PAR1 this is none PAR1")],
+)
+def test_of_a_file_that_cannot_be_read_at_all_no_rows_are_to_be_left_out(tmp_path, name, content):
+    write(tmp_path / "test.jsonl", range(3))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"[^.]\. Mend the file\.$"):
+        load(gsm8k(path=str(tmp_path)), 0)
+
+
+def test_an_object_around_the_rows_is_told_to_be_one(tmp_path):
+    write(tmp_path / "test.jsonl", range(3))
+    (tmp_path / "train.json").write_text('{"data": [{"question": "a", "answer": "#### 1"}]}')
+    with pytest.raises(UserError, match="expected a list of rows, got an object that holds one in 'data'"):
+        load(gsm8k(path=str(tmp_path)), 0)
+
+
 def test_a_malformed_row_ends_with_file_line_and_reason_or_is_counted(tmp_path):
     path = write(tmp_path / "train.jsonl", range(40), odd=(3, 7))
     write(tmp_path / "test.jsonl", range(5))

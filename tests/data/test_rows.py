@@ -81,7 +81,7 @@ def test_a_csv_row_carries_the_line_where_it_begins(tmp_path):
         ("data.json", b"[]", 1, "expected rows, got none"),
         ("data.csv", b"a,b\n", 1, "expected rows, got none"),
         ("data.parquet", b"PAR1 this is none", 1, "no Parquet: "),
-        ("data.jsonl", '[\n{"a": 1}\n]'.encode("utf-16"), 1, "expected UTF-8, got the byte 0xff; save the file as UTF-8"),
+        ("data.jsonl", '[\n{"a": 1}\n]'.encode("utf-16"), 1, "expected UTF-8, got UTF-16; save the file as UTF-8"),
         ("data.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", 1, "no JSON: "),
         ("data.jsonl", b'{"a": ' + b"1" * 10_000 + b"}\n", 1, "no JSON: "),
         ("data.json", b"{" + b'"a": {' * 100_000, 1, "no JSON: "),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from clients.app import app
 from fedsim import __version__, checkpoints
 from fedsim.cli.compose import compose
-from fedsim.errors import UserError
+from fedsim.errors import RunStopped, UserError
 from fedsim.events import read_events
 from fedsim.experiment import run
 from fedsim.flower.grid import InProcessGrid
@@ -222,3 +222,13 @@ def test_in_one_process_a_checkpoint_is_written_while_the_next_round_trains(tmp_
     seen = checkpoints_seen_by_the_clients(tmp_path / "run", monkeypatch, deployed=False)
     assert seen[2] == [0], "the first round's is under way"
     assert seen[3] == [0, 1]
+
+
+def test_a_run_that_diverges_says_so_once_for_all_clients_and_what_to_change(tmp_path):
+    with pytest.raises(RunStopped) as stopped:
+        run_in(tmp_path / "run", "training.learning_rate=1e30", "training.local_steps=2", "adapter.init=orthogonal")
+    line = str(stopped.value)
+    assert line.count("Expected a finite training loss, got nan (") == 1
+    assert "lower training.learning_rate" in line
+    assert "resume=true" not in line
+    assert ".." not in line
