@@ -317,4 +317,5 @@ def too_few(replied: int, least: int, missing: Sequence[Missing]) -> str:
         if missing and diverged
         else "The rounds before are in the last checkpoint: mend it and go on with resume=true."
     )
-    return f"Expected replies of at least {least} clients (federation.min_replies), got {replied}, {told(counted(missing))}: {reasons}. {remedy}"
+    found = f"got {replied}, {told(counted(missing))}: {reasons}"
+    return f"Expected replies of at least {least} clients (federation.min_replies), {found}. {remedy}"
