@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsim.choices import Init, Mode
+from fedsim.choices import Init, Mode, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
@@ -19,7 +19,7 @@ from fedsim.core.missing import Missing, Reason, counted, told
 from fedsim.core.network import Ending
 from fedsim.core.participation import givers, least_replies
 from fedsim.core.traffic import needed_for_gradients
-from fedsim.errors import RunStopped
+from fedsim.errors import RunStopped, UserError
 from fedsim.flower.asking import Ask, Asking, Homes
 from fedsim.flower.buffered import BufferedRound
 from fedsim.flower.charging import Charges
@@ -141,7 +141,14 @@ class FedsimStrategy(Strategy):
             facts.num_attempts += 1
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterator[Message]:
-        """Yields one message per cohort, made when it is asked for. The state is the strategy's own, so `arrays` is not looked at."""
+        """Yields one message per cohort, made when it is asked for. The state is the strategy's own, so `arrays` is not looked at.
+
+        Raises UserError in a private run: Flower's own loop over rounds would charge nobody's epsilon. `exchange` does.
+        """
+        if self._session.config.privacy.unit is not PrivacyUnit.none:
+            raise UserError(
+                "Expected a private round to be carried out by `exchange`, which charges it, got Flower's own loop over rounds."
+            )
         self._asked = []
         for ask in self.asking.to_train(server_round, self._packer(), grid, self.participants(server_round)):
             self._asked.append(ask)

@@ -9,6 +9,7 @@ import torch
 from clients.app import app
 from fedsim.cli.compose import compose
 from fedsim.core.communication import CommunicationLedger
+from fedsim.core.participation import draw_by_coin
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
@@ -117,7 +118,7 @@ def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other(unit, tm
     assert seeded["adapter_digest"] != whole["adapter_digest"]
 
 
-def server_step(noise, *overrides, clip=0.05):
+def server_step(noise, *overrides, clip=0.05, plain=()):
     """The mean of clipped updates of a round, what the server made of it, and its state."""
     config = compose(
         [*SMALL, *CLIENT, f"privacy.clip_norm={clip}", f"privacy.noise_multiplier={noise}", "privacy.epsilon=null", *overrides]
@@ -126,9 +127,9 @@ def server_step(noise, *overrides, clip=0.05):
     state = session.initial_state(session.derived_factors(1))
     session.install_state(state)
     start = session.spec.pack(state.factors, ("R",))
-    plain = open_session(effective(compose([*SMALL, "adapter.init=orthogonal"])))
-    plain.install_state(plain.initial_state(plain.derived_factors(1)))
-    updates = [train_clients(plain, [client], 1, {})[0].arrays["values"] - start for client in range(3)]
+    without = open_session(effective(compose([*SMALL, "adapter.init=orthogonal", *plain])))
+    without.install_state(without.initial_state(without.derived_factors(1)))
+    updates = [train_clients(without, [client], 1, {})[0].arrays["values"] - start for client in range(3)]
     clipped = [update * min(1.0, clip / float(update.norm())) for update in updates]
     session = open_session(config)
     state = session.initial_state(session.derived_factors(1))
@@ -140,6 +141,33 @@ def test_client_level_privacy_averages_clipped_updates_with_equal_weights():
     mean, found, _, updates = server_step(0.0)
     assert all(float(update.norm()) > 0.05 for update in updates), "nothing would be clipped"
     torch.testing.assert_close(found, mean, rtol=0, atol=1e-6)
+
+
+def seeds_that_draw():
+    """A seed for each number of clients that a round of three can draw at half."""
+    found = {}
+    for seed in range(100):
+        found.setdefault(len(draw_by_coin(3, 0.5, seed, 1)), seed)
+    return sorted(found.items())
+
+
+@pytest.mark.parametrize(("number", "seed"), seeds_that_draw())
+def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_drawn(number, seed):
+    """Divided by how many came, a client would change the weight of the others: the sensitivity would be larger than is charged."""
+    _, step, _, updates = server_step(0.0, "federation.fraction=0.5", f"seed={seed}", plain=(f"seed={seed}",))
+    drawn = draw_by_coin(3, 0.5, seed, 1)
+    assert len(drawn) == number
+    clipped = [update * min(1.0, 0.05 / float(update.norm())) for update in updates]
+    expected = sum((clipped[client] for client in drawn), start=torch.zeros_like(step)) / 1.5
+    torch.testing.assert_close(step, expected, rtol=0, atol=1e-7)
+
+
+def test_flowers_own_loop_which_charges_nobody_is_refused_to_a_private_run():
+    config = compose([*SMALL, *CLIENT, "privacy.noise_multiplier=1.0", "privacy.epsilon=null"])
+    session = open_session(config)
+    strategy = FedsimStrategy(session, config, CommunicationLedger(), session.initial_state(session.derived_factors(1)))
+    with pytest.raises(UserError, match="carried out by `exchange`"):
+        list(strategy.configure_train(1, None, None, InProcessGrid(app)))
 
 
 def test_the_servers_noise_has_its_standard_deviation_and_not_two_thirds_or_three_halves():
