@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from math import log
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ import torch
 from clients.app import app
 from fedsim.cli.compose import compose
 from fedsim.core.communication import CommunicationLedger
-from fedsim.core.participation import draw_by_coin
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
+from fedsim.flower.combining import Combining
+from fedsim.flower.facts import RoundFacts
 from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.reading import Upload
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.local_round import train_clients
 from fedsim.session import open_session
@@ -118,7 +121,7 @@ def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other(unit, tm
     assert seeded["adapter_digest"] != whole["adapter_digest"]
 
 
-def server_step(noise, *overrides, clip=0.05, plain=()):
+def server_step(noise, *overrides, clip=0.05):
     """The mean of clipped updates of a round, what the server made of it, and its state."""
     config = compose(
         [*SMALL, *CLIENT, f"privacy.clip_norm={clip}", f"privacy.noise_multiplier={noise}", "privacy.epsilon=null", *overrides]
@@ -127,7 +130,7 @@ def server_step(noise, *overrides, clip=0.05, plain=()):
     state = session.initial_state(session.derived_factors(1))
     session.install_state(state)
     start = session.spec.pack(state.factors, ("R",))
-    without = open_session(effective(compose([*SMALL, "adapter.init=orthogonal", *plain])))
+    without = open_session(effective(compose([*SMALL, "adapter.init=orthogonal"])))
     without.install_state(without.initial_state(without.derived_factors(1)))
     updates = [train_clients(without, [client], 1, {})[0].arrays["values"] - start for client in range(3)]
     clipped = [update * min(1.0, clip / float(update.norm())) for update in updates]
@@ -141,25 +144,6 @@ def test_client_level_privacy_averages_clipped_updates_with_equal_weights():
     mean, found, _, updates = server_step(0.0)
     assert all(float(update.norm()) > 0.05 for update in updates), "nothing would be clipped"
     torch.testing.assert_close(found, mean, rtol=0, atol=1e-6)
-
-
-def seeds_that_draw():
-    """A seed for each number of clients that a round of three can draw at half."""
-    found = {}
-    for seed in range(100):
-        found.setdefault(len(draw_by_coin(3, 0.5, seed, 1)), seed)
-    return sorted(found.items())
-
-
-@pytest.mark.parametrize(("number", "seed"), seeds_that_draw())
-def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_drawn(number, seed):
-    """Divided by how many came, a client would change the weight of the others: the sensitivity would be larger than is charged."""
-    _, step, _, updates = server_step(0.0, "federation.fraction=0.5", f"seed={seed}", plain=(f"seed={seed}",))
-    drawn = draw_by_coin(3, 0.5, seed, 1)
-    assert len(drawn) == number
-    clipped = [update * min(1.0, 0.05 / float(update.norm())) for update in updates]
-    expected = sum((clipped[client] for client in drawn), start=torch.zeros_like(step)) / 1.5
-    torch.testing.assert_close(step, expected, rtol=0, atol=1e-7)
 
 
 def test_flowers_own_loop_which_charges_nobody_is_refused_to_a_private_run():
@@ -186,6 +170,50 @@ def test_an_adaptive_clip_norm_moves_towards_the_quantile():
     )
     assert small > 1.2  # every update is longer: the norm grows
     assert large < 0.85  # every update is shorter: it falls
+
+
+def combining_of(noise, *overrides, number=1):
+    """A round of four clients of whom two are drawn on average, before any upload, with its state and start."""
+    half = ("federation.clients=4", "federation.fraction=0.5", "privacy.clip_norm=0.1", f"privacy.noise_multiplier={noise}")
+    session = open_session(effective(compose([*SMALL, *CLIENT, *half, "privacy.epsilon=null", *overrides])))
+    state = session.initial_state(session.derived_factors(1))
+    start = session.spec.pack(state.factors, ("R",))
+    return Combining(session, state, number, RoundFacts()), state, start
+
+
+@pytest.mark.parametrize("drawn", [1, 2, 3, 4])
+def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_drawn(drawn):
+    combining, state, start = combining_of(0.0)
+    update = torch.linspace(-1, 1, len(start)) / len(start)
+    for client in range(drawn):
+        combining.add(Upload(client, 10, 0, 0.0, True, start + update))
+    combining.finish()
+    torch.testing.assert_close(combining._session.spec.pack(state.factors, ("R",)) - start, update * drawn / 2, rtol=1e-4, atol=1e-7)
+
+
+def test_a_round_in_which_nobody_is_drawn_is_noise_over_the_expected_number():
+    def sigma(noise):
+        combining, state, start = combining_of(noise)
+        combining.finish()
+        return float((combining._session.spec.pack(state.factors, ("R",)) - start).std()) * 2 / 0.1
+
+    assert sigma(1.2) == pytest.approx(1.2, rel=0.15)
+    for factor in (2 / 3, 3 / 2):
+        assert sigma(1.2 * factor) != pytest.approx(1.2, rel=0.15)
+
+
+def test_the_count_behind_an_adaptive_clip_norm_has_its_noise_and_not_two_thirds_or_three_halves():
+    """In a round in which nobody is drawn the count is its noise, over the two clients that are expected."""
+    combining, state, start = combining_of(1.2, "privacy.adaptive_clip=true", "privacy.clip_rate=0.5", "privacy.clip_quantile=0.5")
+    counts = []
+    for number in range(1, 401):
+        state.clip_norm, combining._round = 0.1, number
+        combining._noised(start, start)
+        counts.append(-2 * log(state.clip_norm / 0.1) / 0.5)
+    sigma = torch.tensor(counts).std().item()
+    assert sigma == pytest.approx(1.2, rel=0.15)
+    for factor in (2 / 3, 3 / 2):
+        assert sigma != pytest.approx(1.2 * factor, rel=0.15)
 
 
 REFUSED = [
