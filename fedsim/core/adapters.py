@@ -5,7 +5,8 @@ carry a leading axis of groups (see `fedsim.core.products`). One group is a sing
 per row, an expanded view, the gradients are per example.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 from weakref import WeakKeyDictionary
@@ -110,6 +111,7 @@ def adapt(
     model.requires_grad_(False)
     head = put_in(model, classification_head)
     layers = {name: matrix_shape(model.get_submodule(name)) for name in target_layers(model, target_modules)}
+    _refuse_tied(model, layers)
     spec = adapter_spec(layers, form, rank, heads, scaling, head)
     for name in spec.layers:
         parent, _, child = name.rpartition(".")
@@ -138,6 +140,19 @@ def adapter_spec(
     return AdapterSpec(form, layers, fitting_rank(form, rank, heads, layers), heads, scaling if form.low_rank else 1.0, head or {})
 
 
+def _refuse_tied(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raises UserError for a layer whose weight another module shares: what is added to it would change that one too."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for layer in layers:
+        shared = names[id(model.get_submodule(layer).weight)]
+        if len(shared) > 1:
+            raise UserError(
+                f"adapter.target_modules: {layer!r} shares its weight ({', '.join(shared)}), an update would change both; leave it out."
+            )
+
+
 def matrix_shape(base: nn.Module) -> tuple[int, int]:
     """Returns (out, in) of a linear layer."""
     out_features, in_features = weight_matrix(base).shape
@@ -149,6 +164,9 @@ def fitting_rank(form: Form, rank: int | None, heads: int, shapes: dict[str, tup
 
     Raises UserError where rank x heads exceeds the smaller side of a layer.
     """
+    smallest = min((min(shape) for shape in shapes.values()), default=heads)
+    if form.low_rank and heads > smallest:
+        raise UserError(f"method.heads: expected at most {smallest}, the smallest side of a layer, got {heads}.")
     if rank is None:
         return max(1, min(DEFAULT_RANK, *(side for shape in shapes.values() for side in shape)) // heads)
     for name, shape in shapes.items():

@@ -154,8 +154,8 @@ class Collector:
 
     def _trimmed(self, client: Adapter) -> Adapter:
         """Returns A and B without the ranks that a client of smaller rank does not have: rows of A that are all zero in every layer."""
-        layer = next(iter(self._spec.layers))
-        rank = int(client[f"{layer}.A"].any(dim=1).nonzero().max()) + 1
+        used = torch.stack([client[f"{layer}.A"].any(dim=1) for layer in self._spec.layers]).any(dim=0)
+        rank = int(used.nonzero().max()) + 1 if used.any() else 1
         own = self._spec.pick(client, self._spec.form_kinds)
         return {name: tensor[:rank] if name.endswith(".A") else tensor[:, :rank] for name, tensor in own.items()}
 

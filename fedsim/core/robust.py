@@ -5,6 +5,7 @@ examples is its own claim. They need all updates at once, [clients, parameters];
 """
 
 from collections.abc import Iterator
+from math import floor
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def trimmed_mean(stack: Tensor, beta: float) -> Tensor:
     """
     if not 0 <= beta < 0.5:
         raise ValueError(f"Expected 0 <= beta < 0.5, the part that is cut off at each end, got {beta}.")
-    cut = int(beta * len(stack))
+    cut = floor(beta * len(stack) + 1e-9)  # 0.29 of 100 is 29
     kept = (chunk.sort(dim=0).values[cut : len(stack) - cut] for chunk in _chunks(stack))
     return torch.cat([values.mean(dim=0, dtype=torch.float64).to(torch.float32) for values in kept])
 

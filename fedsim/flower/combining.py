@@ -13,6 +13,7 @@ from fedsim.core.diagnosis import diagnose
 from fedsim.core.exchange import CONTROL
 from fedsim.core.global_state import GlobalState
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
+from fedsim.errors import RunStopped
 from fedsim.flower.asking import clip_norm
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.reading import Upload
@@ -22,7 +23,9 @@ from fedsim.session import Session
 
 RULES = {
     ServerRule.median: lambda options: lambda updates, weights: robust.median(updates),
-    ServerRule.trimmed_mean: lambda options: lambda updates, weights: robust.trimmed_mean(updates, options.trimmed),
+    ServerRule.trimmed_mean: lambda options: (
+        lambda updates, weights: robust.trimmed_mean(updates, max(options.trimmed, 1 / len(updates)))  # of few that come one as well
+    ),
     ServerRule.krum: lambda options: (
         lambda updates, weights: robust.krum(updates, options.malicious, options.kept or len(updates) - options.malicious)
     ),
@@ -68,7 +71,7 @@ class Combining:
         """Makes the next global state of what was taken in; of nothing, the mean is the start."""
         state, method, config = self._state, self._session.method, self._config
         start = state.flat(self._kinds)
-        mean = self._collector.mean() if self.facts.clients else start
+        mean = self._mean() if self.facts.clients else start
         if config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation:  # there the clients add the noise
             mean = self._noised(start, mean)
         new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
@@ -83,6 +86,16 @@ class Combining:
             state.exchange.changed([CONTROL], self._round)
         if config.evaluation.diagnosis:
             self.facts.diagnosis = diagnose(method, config.method, self._collector, collected, state)
+
+    def _mean(self) -> Tensor:
+        """Raises RunStopped where fewer clients have come than the server's rule can do with."""
+        try:
+            return self._collector.mean()
+        except ValueError as error:
+            raise RunStopped(
+                f"server.rule: round {self._round} has too few clients for {self._config.server.rule.name}: {error} The rounds before are "
+                "in the last checkpoint; begin anew with a larger federation.min_replies or another rule, or try again with resume=true."
+            ) from None
 
     def _noised(self, start: Tensor, mean: Tensor) -> Tensor:
         """Client-level privacy: the sum of clipped updates with noise, over the number of clients that are drawn on average.

@@ -13,7 +13,7 @@ from fedsim.core.adapters import (
     unadapted,
     weight_matrix,
 )
-from fedsim.core.forms import LORA_SB
+from fedsim.core.forms import LORA_SB, RAVAN
 from fedsim.errors import UserError
 
 
@@ -111,3 +111,15 @@ def test_what_is_folded_is_added_to_the_loaded_weight_however_often_that_is_done
         dense.get_submodule(name).weight.data += update.T if architecture == "gpt2" else update
     with unadapted(model):
         torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_whose_weight_another_shares_is_no_target():
+    model = tiny_model("llama")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(UserError, match=r"'lm_head' shares its weight \(.*embed_tokens.*lm_head"):
+        adapt(model, LORA_SB, 4, 1, 1.0, ["lm_head"])
+
+
+def test_more_heads_than_a_layer_has_sides_are_refused_by_their_own_name():
+    with pytest.raises(UserError, match=r"method\.heads: expected at most \d+"):
+        adapt(tiny_model("llama"), RAVAN, None, 10**4, 1.0, [])

@@ -3,7 +3,9 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from fedsim.core.collecting import WeightedMean
+from fedsim.config import MethodConfig
+from fedsim.core.collecting import Collector, WeightedMean
+from fedsim.core.forms import LORA, AdapterSpec
 
 
 def weighted_mean(updates):
@@ -50,3 +52,18 @@ def test_an_entry_is_averaged_over_the_clients_that_sent_it_and_stays_where_nobo
 def test_no_client_is_an_error():
     with pytest.raises(ValueError, match="at least one client"):
         WeightedMean(3).result(torch.zeros(3))
+
+
+def test_a_client_that_sends_nothing_but_zeros_or_zeros_in_the_first_layer_does_not_end_the_round():
+    spec = AdapterSpec(LORA, {"one": (6, 8), "two": (6, 8)}, 4)
+    start = {f"{layer}.{kind}": torch.zeros(shape) for layer in spec.layers for kind, shape in spec.shapes(layer).items()}
+    for layers, rank in (((), 1), (("two",), 3)):
+        client = {name: tensor.clone() for name, tensor in start.items()}
+        for layer in layers:
+            client[f"{layer}.A"][:3], client[f"{layer}.B"][:, :3] = 1.0, 1.0
+        collector = Collector(spec, ("B", "A"), start, MethodConfig(), keep_products=False, keep_clients=True)
+        layout = spec.layout(("B", "A"))
+        collector.add(1.0, layout.pack(client), torch.arange(layout.num_parameters))
+        found = collector.collected(layout.pack(start), 0, 1)
+        torch.testing.assert_close(found.product("two"), spec.update(client, "two"))
+        assert found.clients[0]["two.A"].shape[0] == rank

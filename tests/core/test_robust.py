@@ -7,8 +7,11 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, Krum, MultiKrum
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedsim.choices import ServerRule
+from fedsim.config import ServerConfig
 from fedsim.core import robust
 from fedsim.core.robust import krum, krum_selection, median, trimmed_mean
+from fedsim.flower.combining import RULES
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +142,19 @@ def test_updates_that_are_not_finite_are_refused(aggregate, value):
 def test_only_a_float32_stack_with_clients_is_aggregated(aggregate, stack):
     with pytest.raises(ValueError, match="Expected"):
         aggregate(stack)
+
+
+@pytest.mark.parametrize("clients", [3, 5, 9, 49])
+def test_the_rule_trims_one_client_also_of_fewer_than_were_drawn(clients):
+    """A tenth of nine is nobody: without that one the mean would follow whoever sends the largest values."""
+    stack = updates(clients)
+    stack[0] = 1e4
+    found = RULES[ServerRule.trimmed_mean](ServerConfig(trimmed=0.1))(stack, torch.ones(clients))
+    honest = stack[1:]
+    assert ((found >= honest.min(dim=0).values) & (found <= honest.max(dim=0).values)).all()
+
+
+def test_a_part_that_is_a_whole_number_of_clients_is_that_number_whatever_floats_make_of_it():
+    stack = torch.arange(100.0).unsqueeze(1)
+    stack[71:] = 1e6  # 29 attackers
+    assert float(trimmed_mean(stack, 0.29)) == float(stack[29:71].mean())

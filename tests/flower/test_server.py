@@ -232,3 +232,9 @@ def test_a_run_that_diverges_says_so_once_for_all_clients_and_what_to_change(tmp
     assert "lower training.learning_rate" in line
     assert "resume=true" not in line
     assert ".." not in line
+
+
+def test_a_round_with_too_few_clients_for_its_robust_rule_stops_the_run_in_one_line(tmp_path):
+    rule = ("server.rule=krum", "server.malicious=1", "federation.dropout=0.5", "adapter.init=orthogonal")
+    with pytest.raises(RunStopped, match=r"round \d has too few clients for krum: Expected .* at least 2 num_malicious \+ 3 clients"):
+        run_in(tmp_path / "run", *rule)

@@ -111,6 +111,12 @@ def test_robust_rules_are_unweighted(server, oracle):
 
 SGD = ("training.optimizer=sgd", "training.momentum=0")
 REFUSED = [
+    (("training.scaffold=true", "training.optimizer=sgd", "server.rule=median"), "control variates are averaged as they come"),
+    (("method=ravan", "method.client_heads=1", "server.optimizer=fedadam"), "an entry may lack an update in a round"),
+    (
+        ("federation.mode=fedbuff", "federation.network=broadband", "federation.buffer=2", "server.rule=krum"),
+        "server.malicious: krum needs",
+    ),
     (["compression.name=int7"], "compression.name: expected one of none, bfloat16"),
     (["server.optimizer=fedadm"], "server.optimizer: expected one of fedavg.*'fedadm'.*fedadam"),
     (["method=fedit", "adapter.init=orthogonal"], "method=fedit starts from lora, got orthogonal; .* for lora"),

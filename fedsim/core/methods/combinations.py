@@ -68,15 +68,19 @@ def _server(config: Config, method: Method) -> Iterator[str]:
     optimizer, rate = config.server.optimizer, config.server.learning_rate
     if optimizer != "fedavg" and not method.lasting:
         yield f"server.optimizer: {method.name} gives the factors a new meaning every round, so moments mean nothing; use fedavg."
-    if optimizer != "fedavg" and config.federation.ranks:
-        yield "server.optimizer: with federation.ranks an entry may lack an update in a round; use fedavg."
+    if optimizer != "fedavg" and (config.federation.ranks or config.method.client_heads):
+        given = "federation.ranks" if config.federation.ranks else "method.client_heads"
+        yield f"server.optimizer: with {given} an entry may lack an update in a round; use fedavg."
     if rate != 1 and method.products:
         yield f"server.learning_rate: {method.name} takes the mean of the clients' updates as it is, got {rate:g}; leave it out."
 
 
 def _robust(config: Config, method: Method) -> Iterator[str]:
     server, rule = config.server, config.server.rule
-    clients = round_size(config.federation.clients, config.federation.fraction)
+    buffered = config.federation.mode is Mode.fedbuff and config.federation.buffer
+    clients = buffered or round_size(config.federation.clients, config.federation.fraction)
+    if config.training.scaffold and rule is not ServerRule.mean:
+        yield f"training.scaffold: control variates are averaged as they come, which {rule.name} does not protect; leave it out."
     if rule is not ServerRule.mean and (method.products or config.federation.ranks or config.method.client_heads):
         yield f"server.rule: {rule.name} compares whole uploads entry by entry, which {method.name} as configured has none of; use mean."
     if rule is not ServerRule.mean and method.pooled:
