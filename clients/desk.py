@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +26,10 @@ from fedsim.core.network import POPULATIONS
 from fedsim.core.participation import steps_per_round
 from fedsim.errors import UserError
 from fedsim.flower.records import numbers, whole_numbers
-from fedsim.flower.requests import texts
+from fedsim.flower.requests import REQUEST, number_above_zero, texts
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD
-from fedsim.flower.worker import NEEDS_STATE, REFUSED, handle
+from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, REFUSED, handle
 from fedsim.links import NONE
 from fedsim.plain import from_text, to_dict
 from fedsim.privacy.accounting import Mechanism
@@ -41,7 +40,6 @@ from fedsim.types import AnyEncoded
 
 log = logging.getLogger("fedsim.worker")
 
-INITIAL_GRADIENT = "train.initial_gradient"
 FAILED = 4
 """Flower's code of an exception in the ClientApp."""
 
@@ -77,7 +75,7 @@ class Desk:
         return reply
 
     def _carried_out(self, message: Message) -> Message:
-        request = message.content.config_records["request"]
+        request = message.content.config_records[REQUEST]
         asked = self._acceptable(request)
         here = own_view(self._owner, asked)
         session = self._opened(here)
@@ -85,12 +83,12 @@ class Desk:
             return Message(self._joined(session), reply_to=message)
         mechanism = self._acceptable_work(message.metadata.message_type, request, session)
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, self._store.load(experiment_key(asked)), {})
-        own = RecordDict({**message.content, "request": ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
+        own = RecordDict({**message.content, REQUEST: ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
         if here.privacy.unit is not PrivacyUnit.none:
             session.noise_key = self._noise_key_of(message, here, session)
         reply = handle(Message(own, metadata=message.metadata), context)  # type: ignore[call-overload]  # as Flower itself rebuilds them
         if NEEDS_STATE in reply.content:
-            reply.content["request"] = request  # as it came: it has none of the owner's paths
+            reply.content[REQUEST] = request  # as it came: it has none of the owner's paths
             return reply
         if mechanism is not None:
             self._budget.charge(mechanism, self._num_examples(session))
@@ -117,11 +115,15 @@ class Desk:
         steps = steps_per_round(size, config.training)
         if kind == "train" and steps > self._owner.max_local_steps:
             raise RefusedError(f"{steps} local steps are more than the {self._owner.max_local_steps} accepted")
-        if kind == "evaluate" and not self._owner.shard and self._promised(config):
+        if kind == EVALUATE and not self._owner.shard and self._promised(config):
             raise RefusedError("its test rows are the owner's, and how many are answered right would leave without noise")
         masked = config.privacy.unit is PrivacyUnit.client and config.privacy.secure_aggregation and kind == "train"
-        if masked and self._owner.min_privacy != PrivacyUnit.none.name and not _positive(request.get("noise_multiplier")):
-            raise RefusedError(f"{kind} would leave without the noise that min_privacy={self._owner.min_privacy} asks for")
+        if masked and self._owner.min_privacy != PrivacyUnit.none.name:
+            try:
+                number_above_zero(request, "noise_multiplier")
+            except ValueError:
+                asked = f"min_privacy={self._owner.min_privacy}"
+                raise RefusedError(f"{kind} would leave without the noise that {asked} asks for") from None
         if config.privacy.unit is PrivacyUnit.client and kind == INITIAL_GRADIENT:
             raise RefusedError("an initial gradient would leave as it is, which privacy.unit=client does not cover")
         if config.privacy.unit is not PrivacyUnit.example or not kind.startswith("train"):
@@ -146,7 +148,7 @@ class Desk:
 
         So a repetition tells nothing new, and no two replies hold the same noise around different values, whatever a server asks.
         """
-        request = message.content.config_records["request"]
+        request = message.content.config_records[REQUEST]
         asked = {name: value for name, value in request.items() if name not in ("config", ADAPTER, BASES, FOLD, "fold_shapes", "fold_on")}
         named = texts(request, "digests") if "digests" in request else {}
         installed = {part: value for part, value in session.digests.items() if part not in named}  # what it does not name stays as it is
@@ -167,10 +169,6 @@ class Desk:
     def _joined(self, session: Session) -> RecordDict:
         member = Member(self._owner.client, self._num_examples(session), session.base_digest, fedsim.__version__, self._owner.shard)
         return member.to_records()
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
 def digest_of(examples: Sequence[AnyEncoded]) -> bytes:

@@ -16,6 +16,7 @@ import fedsim
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.flower.requests import REQUEST
 from fedsim.plain import to_dict
 from fedsim.session import Session
 
@@ -114,22 +115,32 @@ class Roster:
     def _planned_for(self, member: Member) -> bool:
         """Whether the noise of this client was planned for as much data as it has; who comes in mid-round may have to wait for the next."""
         private = self._config.privacy.unit is PrivacyUnit.example and self._mustered
-        return not private or member.shard or self._session.own_data.get(member.client) == member.num_examples
+        return not private or self._heard_of(member)
 
     def _hear(self) -> None:
         """Tells the session the sizes of data of the clients' own. Who brings too little for the privacy that is promised is refused."""
-        session, self._mustered = self._session, True
-        for node, member in list(self._members.items()):
-            before = dict(session.own_data)
-            if member.shard or before.get(member.client) == member.num_examples:
-                continue
-            session.hear({**before, member.client: member.num_examples})
-            try:
-                _ = session.privacy_plan
-            except UserError as error:
-                session.hear(before)
+        self._mustered = True
+        new = {node: member for node, member in self._members.items() if not self._heard_of(member)}
+        if not new or self._unplannable(new.values()) is None:
+            return
+        for node, member in new.items():  # whose fault it is; a plan takes seconds, so this is not where to begin
+            if (reason := self._unplannable([member])) is not None:
                 del self._members[node]
-                self._refuse(node, str(error))
+                self._refuse(node, reason)
+
+    def _heard_of(self, member: Member) -> bool:
+        return member.shard or self._session.own_data.get(member.client) == member.num_examples
+
+    def _unplannable(self, members: Iterable[Member]) -> str | None:
+        """Tells the session the sizes of these. Returns None, or why no privacy can be planned for them, and then nothing is told."""
+        before = self._session.own_data
+        self._session.hear({**before, **{member.client: member.num_examples for member in members}})
+        try:
+            _ = self._session.privacy_plan
+        except UserError as error:
+            self._session.hear(before)
+            return str(error)
+        return None
 
     def _look(self) -> None:
         """Forgets nodes that are gone, asks those that have come, and takes the answers that are there."""
@@ -140,7 +151,7 @@ class Roster:
             if gone is not None:
                 self._tell("left", client=gone.client, node=str(node))
         for node in sorted(present - self._known):
-            request = RecordDict({"request": ConfigRecord({"config": self._text})})
+            request = RecordDict({REQUEST: ConfigRecord({"config": self._text})})
             for message_id in self._grid.push_messages([Message(request, node, JOIN)]):
                 self._asked[message_id] = node
         self._known = present

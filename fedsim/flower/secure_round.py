@@ -14,6 +14,7 @@ from fedsim.core.global_state import GlobalState
 from fedsim.core.quantization import LOSS_UNITS, gradient_grid, num_counters, upload_grid
 from fedsim.flower.secure import Protocol, Summed, Wanted, Work
 from fedsim.flower.secure_worker import SETUP
+from fedsim.flower.worker import INITIAL_GRADIENT
 from fedsim.session import Session
 
 ROOM_FOR_NOISE = 8
@@ -61,7 +62,7 @@ def secure_gradients(session: Session, protocol: Protocol, work: Work, noise: fl
     reach = max(session.config.secure.gradient_range, ROOM_FOR_NOISE * noise)
     protocol.told = {SETUP: True, "gradient_range": reach}
     grid, size = gradient_grid(reach, len(protocol.clients)), session.gradient_layout.num_parameters
-    wanted = Wanted("train.initial_gradient", Purpose.initial_gradient, grid, size, 1, work)
+    wanted = Wanted(INITIAL_GRADIENT, Purpose.initial_gradient, grid, size, 1, work)
     summed = protocol.carry_out(wanted)
     protocol.count(clipped=_counted(wanted, summed)[0])
     return torch.from_numpy(summed.values[:size] * grid.step)

@@ -21,7 +21,7 @@ from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, 
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
 from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_number, whole_numbers
-from fedsim.flower.requests import number_above_zero
+from fedsim.flower.requests import REQUEST, number_above_zero
 from fedsim.local_round import VALUES, ClientReply
 from fedsim.seeding import numpy_generator
 from fedsim.session import Session
@@ -42,7 +42,7 @@ def party_key(client: int) -> str:
 
 def keys(session: Session, message: Message, context: Context) -> Message:
     """Makes each named client's keys of the round and returns the public ones, with its number of examples."""
-    request = message.content.config_records["request"]
+    request = message.content.config_records[REQUEST]
     clients = present(session, request, Stage.keys)
     content = RecordDict()
     for client in clients:
@@ -56,7 +56,7 @@ def keys(session: Session, message: Message, context: Context) -> Message:
 
 def shares(session: Session, message: Message, context: Context) -> Message:
     """Returns each client's shares of its secrets, sealed for the neighbours whose keys came."""
-    request = message.content.config_records["request"]
+    request = message.content.config_records[REQUEST]
     thresholds = dict(zip(whole_numbers(request, "clients"), whole_numbers(request, "thresholds"), strict=True))
     content = RecordDict()
     for client in present(session, request, Stage.shares):
@@ -73,7 +73,7 @@ def shares(session: Session, message: Message, context: Context) -> Message:
 def take_shares(message: Message, context: Context) -> None:
     """Keeps the sealed shares that a request for uploads brings."""
     records = message.content.array_records  # made anew by Flower at each look
-    for client in whole_numbers(message.content.config_records["request"], "clients"):
+    for client in whole_numbers(message.content.config_records[REQUEST], "clients"):
         record = records.get(secure_key(client))
         if record is not None:
             peers = identifiers(record, "peers")
@@ -93,7 +93,7 @@ def masked(context: Context, client: int, grid: Grid, integers: NDArray[np.int64
 
 def unmask(session: Session, message: Message, context: Context) -> Message:
     """Returns each client's shares of the survivors' seeds and the vanished ones' masking keys, in that order, and forgets the round."""
-    request = message.content.config_records["request"]
+    request = message.content.config_records[REQUEST]
     content = RecordDict()
     for client in present(session, request, Stage.unmasking):
         record, party = record_of(message.content.array_records, secure_key(client)), _party(context, client)

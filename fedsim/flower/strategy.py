@@ -34,7 +34,7 @@ from fedsim.flower.secure import Protocol, SumRefused
 from fedsim.flower.secure_round import secure_gradients, secure_round
 from fedsim.flower.simulated import Simulation
 from fedsim.flower.transfer import Packer
-from fedsim.flower.worker import METRICS
+from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, METRICS
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
 from fedsim.types import Adapter
@@ -246,7 +246,7 @@ class FedsimStrategy(Strategy):
     def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid, samples: dict[int, int]) -> Iterator[Ask]:
         for client, node in self.asking.nodes(list(samples), grid).items():
             content = self._gradient_request(server_round, packer, client, samples[client])
-            yield Ask(Message(content, node, "train.initial_gradient", group_id=str(server_round)), (client,))
+            yield Ask(Message(content, node, INITIAL_GRADIENT, group_id=str(server_round)), (client,))
 
     def _gradient_request(self, server_round: int, packer: Packer, client: int, samples: int, **told: Any) -> RecordDict:
         mechanism = self._session.privacy_plan[client].initialization if self._session.privacy_plan else None
@@ -300,7 +300,7 @@ class FedsimStrategy(Strategy):
         records, told = packer.pack(versions, versions, increment=False)
         for node, clients in self.cohorts(range(self._session.config.federation.clients), grid):
             content = RecordDict({**records, REQUEST: self.asking.request(clients, server_round, told)})
-            yield Ask(Message(content, node, "evaluate", group_id=str(server_round)), tuple(clients))
+            yield Ask(Message(content, node, EVALUATE, group_id=str(server_round)), tuple(clients))
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Evaluation is no part of a round: the server does it on held-out data, or asks for it by `personal_evaluation`."""
