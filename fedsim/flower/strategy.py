@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from fedsim.choices import Init, Mode, PrivacyUnit
+from fedsim.choices import Init, Mode
 from fedsim.config import Config
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
@@ -19,13 +18,13 @@ from fedsim.core.missing import Missing, Reason, counted, told
 from fedsim.core.network import Ending
 from fedsim.core.participation import givers, least_replies
 from fedsim.core.traffic import needed_for_gradients
-from fedsim.errors import RunStopped, UserError
+from fedsim.errors import RunStopped
 from fedsim.flower.asking import Ask, Asking, Homes
 from fedsim.flower.buffered import BufferedRound
 from fedsim.flower.charging import Charges
 from fedsim.flower.combining import Combining
 from fedsim.flower.facts import RoundFacts
-from fedsim.flower.gathering import Failure, gathered, read
+from fedsim.flower.gathering import Failure, gathered
 from fedsim.flower.reading import DIVERGED
 from fedsim.flower.records import numbers
 from fedsim.flower.requests import REQUEST
@@ -45,10 +44,11 @@ RETRY_SECONDS = 5.0
 Replies = Iterator[tuple[Ask, Message | Failure]]
 
 
-class FedsimStrategy(Strategy):
+class FedsimStrategy:
     """Federated training of one `GlobalState` by any method of `fedsim.core.methods`; every transfer goes into the ledger.
 
-    `homes` are the clients' own nodes in a deployment.
+    It is no Strategy of Flower's, whose own loop would ask clients without charging their privacy, spares, a least number of replies and
+    masks: `exchange` is the one way to carry a round out. `homes` are the clients' own nodes in a deployment.
     """
 
     def __init__(
@@ -64,7 +64,6 @@ class FedsimStrategy(Strategy):
         self._charges = Charges(session, state, ledger)
         self.asking = Asking(session, config, state, self._charges, privacy, homes)
         self._simulation = Simulation(session, state, self._charges, session.links) if session.links else None
-        self._asked: list[Ask] = []  # by Flower's own loop, in this round
         self.facts = RoundFacts()
 
     def participants(self, server_round: int) -> list[int]:
@@ -139,31 +138,6 @@ class FedsimStrategy(Strategy):
                 raise RunStopped(too_few(len(facts.clients), least, missing))
             time.sleep(RETRY_SECONDS)
             facts.num_attempts += 1
-
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterator[Message]:
-        """Yields one message per cohort, made when it is asked for. The state is the strategy's own, so `arrays` is not looked at.
-
-        Raises UserError in a private run: Flower's own loop over rounds would charge nobody's epsilon. `exchange` does.
-        """
-        if self._session.config.privacy.unit is not PrivacyUnit.none:
-            raise UserError(
-                "Expected a private round to be carried out by `exchange`, which charges it, got Flower's own loop over rounds."
-            )
-        self._asked = []
-        for ask in self.asking.to_train(server_round, self._packer(), grid, self.participants(server_round)):
-            self._asked.append(ask)
-            yield ask.message
-
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Combines the clients' uploads as they come into the global state; holds one reply at a time. What answers nothing is not used."""
-        by_id = {ask.message.metadata.message_id: ask for ask in self._asked}
-        known = ((by_id.pop(reply.metadata.reply_to_message_id, None), reply) for reply in replies)
-        round_ = self._opened(server_round)
-        self.facts = round_.facts
-        round_.take((ask, read(reply)) for ask, reply in known if ask is not None)
-        round_.note_absent(self.participants(server_round))
-        round_.finish()
-        return None, MetricRecord({"loss": self.facts.mean_loss, "num_tokens": self.facts.num_tokens})
 
     def _combine_secretly(self, server_round: int, packer: Packer, grid: Grid) -> None:
         """Combines the sum over the clients that stay; with too few of them the round changes nothing."""
@@ -301,17 +275,6 @@ class FedsimStrategy(Strategy):
         for node, clients in self.cohorts(range(self._session.config.federation.clients), grid):
             content = RecordDict({**records, REQUEST: self.asking.request(clients, server_round, told)})
             yield Ask(Message(content, node, EVALUATE, group_id=str(server_round)), tuple(clients))
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Evaluation is no part of a round: the server does it on held-out data, or asks for it by `personal_evaluation`."""
-        return []
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing is evaluated within a round."""
-        return None
-
-    def summary(self) -> None:
-        """The run's own display and log tell what Flower would print here."""
 
 
 def too_few(replied: int, least: int, missing: Sequence[Missing]) -> str:

@@ -62,6 +62,12 @@ class Rounds:
             self.strategy.exchange(self.number, self.grid)
         return self
 
+    def messages(self, number):
+        """The requests of a round, as `exchange` makes them."""
+        strategy = self.strategy
+        clients = strategy.participants(number)
+        return [ask.message for ask in strategy.asking.to_train(number, strategy._packer(), self.grid, clients)]
+
     @property
     def spec(self):
         return self.session.spec

@@ -191,14 +191,3 @@ def moved_by(values, norm):
     """The start of R is zero, so what is sent is the update; its direction keeps every entry far from float32's rounding."""
     direction = np.random.default_rng(0).normal(size=values.shape)
     return (direction * (norm / np.linalg.norm(direction))).astype(np.float32)
-
-
-def test_a_reply_to_nothing_is_not_used_by_flowers_own_loop():
-    run = faulty(CONFIG, {})
-    messages = list(run.strategy.configure_train(1, None, None, run.grid))
-    replies = list(run.grid.send_and_receive(messages))
-    stray = Message(replies[0].content, metadata=replies[0].metadata)
-    stray.metadata.__dict__["_reply_to_message_id"] = "nothing"
-    run.strategy.aggregate_train(1, [stray, *replies[1:]])
-    assert run.strategy.facts.clients == [1, 2, 3]
-    assert [each.client for each in run.strategy.facts.missing] == [0]

@@ -174,7 +174,7 @@ def test_replies(count):
 
 def _asked(run):
     """A request to client 0 and its valid reply."""
-    message = next(iter(run.strategy.configure_train(1, None, None, run.grid)))
+    message = run.messages(1)[0]
     (reply,) = run.grid.send_and_receive([message])
     return Ask(message, (0,)), rebuilt(reply)
 
@@ -184,7 +184,7 @@ def _asked(run):
 def test_requests(count, method, monkeypatch):
     run = faulty(of_method(method, federation={"clients": 3}), {})
     run.next()
-    message = next(iter(run.strategy.configure_train(2, None, None, run.grid)))
+    message = run.messages(2)[0]
     session = run.session
     valid = from_text(str(message.content.config_records["request"]["config"]))
     trained = []

@@ -146,14 +146,6 @@ def test_client_level_privacy_averages_clipped_updates_with_equal_weights():
     torch.testing.assert_close(found, mean, rtol=0, atol=1e-6)
 
 
-def test_flowers_own_loop_which_charges_nobody_is_refused_to_a_private_run():
-    config = compose([*SMALL, *CLIENT, "privacy.noise_multiplier=1.0", "privacy.epsilon=null"])
-    session = open_session(config)
-    strategy = FedsimStrategy(session, config, CommunicationLedger(), session.initial_state(session.derived_factors(1)))
-    with pytest.raises(UserError, match="carried out by `exchange`"):
-        list(strategy.configure_train(1, None, None, InProcessGrid(app)))
-
-
 def test_the_servers_noise_has_its_standard_deviation_and_not_two_thirds_or_three_halves():
     def sigma(noise):
         return float((server_step(noise)[1] - mean).std()) * 3 / 0.05

@@ -167,7 +167,7 @@ def test_the_server_keeps_no_secret_and_workers_forget_theirs():
 
 def test_a_worker_never_answers_with_an_unmasked_upload():
     secure = secure_rounds(of_method("fed_sb", **SECURE))
-    plain_request = next(iter(secure.strategy.configure_train(1, None, None, secure.grid)))
+    plain_request = secure.messages(1)[0]
     with pytest.raises(Exception, match=r"a round of secure aggregation under way|contributors"):
         app(Message(RecordDict(dict(plain_request.content)), metadata=plain_request.metadata), secure.grid.contexts[1])
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from flwr.serverapp.strategy import Strategy
 
 from clients.app import app
 from fedsim.choices import Init, Weighting
@@ -133,9 +134,14 @@ def test_a_worker_that_lacks_the_bases_is_sent_everything():
 def test_factors_that_do_not_fit_their_digest_are_refused():
     _, state, strategy, _ = opened()
     state._digests[("R", 0)] = "0" * 64
-    message = next(iter(strategy.configure_train(1, None, None, InProcessGrid(app))))
     with pytest.raises(ValueError, match="Expected R with digest 0000"):
-        list(InProcessGrid(app).send_and_receive([message]))
+        strategy.exchange(1, InProcessGrid(app))
+
+
+def test_there_is_no_other_loop_that_would_ask_clients_without_charging_them():
+    _, _, strategy, _ = opened()
+    assert not isinstance(strategy, Strategy)
+    assert not {"start", "configure_train", "aggregate_train"} & set(dir(strategy))
 
 
 def test_facts_of_a_round_are_averages_by_examples():
