@@ -100,6 +100,14 @@ class Session:
         self.__dict__.pop("privacy_plan", None)
         self.__dict__.pop("holdings", None)
 
+    def check_num_examples(self, client: int, count: int) -> None:
+        """Raises ValueError for a client's own number of examples if it is not to be believed: weights and noise hang on it."""
+        most = self.config.federation.max_examples
+        if not 1 <= count <= most:
+            raise ValueError(f"Expected 1 to {most} examples (federation.max_examples), got {count}.")
+        if self.config.privacy.unit is PrivacyUnit.example and count != (planned := self.privacy_plan[client].num_examples):
+            raise ValueError(f"Expected {planned} examples, for which the noise was planned, got {count}.")
+
     @cached_property
     def base_digest(self) -> str:
         """Digest of the base model, equal where server and client hold the same one in the same type.

@@ -104,13 +104,7 @@ class Reader:
         return replace(claim, flat=bounded, positions=positions, control=control, clipped=bounded is not flat)
 
     def _check_counts(self, claim: Upload) -> None:
-        most = self._config.federation.max_examples
-        if not 1 <= claim.num_examples <= most:
-            raise ValueError(f"Expected 1 to {most} examples (federation.max_examples), got {claim.num_examples}.")
-        if self._config.privacy.unit is PrivacyUnit.example:
-            planned = self._session.privacy_plan[claim.client].num_examples
-            if claim.num_examples != planned:
-                raise ValueError(f"Expected {planned} examples, for which the noise was planned, got {claim.num_examples}.")
+        self._session.check_num_examples(claim.client, claim.num_examples)
         if not 0 <= claim.num_tokens <= MOST:
             raise ValueError(f"Expected a number of tokens, got {claim.num_tokens}.")
         if not isfinite(claim.loss) and self._config.privacy.unit is PrivacyUnit.none:

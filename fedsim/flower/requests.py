@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
@@ -18,6 +18,9 @@ from fedsim.plain import from_text
 
 REQUEST = "request"
 LIMIT = 2**31
+Value = TypeVar("Value")
+SETUP = "setup"
+"""In a request: the sum is no part of a round's training, so no simulated drop-out is due."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class Request:
     noise: list[float]
     rates: list[float]  # at which the samples are drawn, where their sum is noised
     clip_norm: float | None
+    setup: bool  # it is no part of a round's training, so no simulated drop-out is due
+    # with secure aggregation, in a request for uploads:
+    largest: int | None  # most examples that a client of the sum has
+    contributors: int | None  # clients of the sum
+    gradient_range: float | None
+    noise_multiplier: float | None  # of the sum, which the clients add with client-level privacy; never 0
 
     @classmethod
     def of(cls, content: RecordDict) -> "Request":
@@ -50,11 +59,15 @@ class Request:
         number = whole_number(record, "round")
         if not all(0 <= count < LIMIT for count in (number, *accepted.values(), *samples.values())):
             raise ValueError(f"Expected rounds and numbers of samples from 0 to {LIMIT - 1}, got {number} and others.")
-        clip_norm = number_above_zero(record, "clip_norm") if "clip_norm" in record else None
+        clip_norm, reach, multiplier = (_if_told(record, each) for each in ("clip_norm", "gradient_range", "noise_multiplier"))
+        largest = _count(record, "largest", 1, config.federation.max_examples)
+        contributors = _count(record, "contributors", 2, config.federation.clients)
         if not all(isfinite(each) and each >= 0 for each in noise.values()) or not all(0 <= each <= 1 for each in rates.values()):
             raise ValueError("Expected noise multipliers of at least 0 and sampling rates from 0 to 1.")
         digests = texts(record, "digests") if "digests" in record else {}
-        return cls(record, config, clients, number, digests, accepted, [*samples.values()], [*noise.values()], [*rates.values()], clip_norm)
+        lists = [*samples.values()], [*noise.values()], [*rates.values()]
+        setup = SETUP in record
+        return cls(record, config, clients, number, digests, accepted, *lists, clip_norm, setup, largest, contributors, reach, multiplier)
 
 
 @lru_cache(maxsize=1)
@@ -76,6 +89,25 @@ def _for_each(clients: list[int], values: list[Any]) -> dict[int, Any]:
     if len(values) != len(clients):
         raise ValueError(f"Expected a value for each of {len(clients)} clients, got {len(values)}.")
     return dict(zip(clients, values, strict=True))
+
+
+def _if_told(record: ConfigRecord, key: str) -> float | None:
+    return number_above_zero(record, key) if key in record else None
+
+
+def _count(record: ConfigRecord, key: str, least: int, most: int) -> int | None:
+    if key not in record:
+        return None
+    if not least <= (value := whole_number(record, key)) <= most:
+        raise ValueError(f"Expected {key!r} to be from {least} to {most}, got {value}.")
+    return value
+
+
+def needed(value: Value | None, key: str) -> Value:
+    """Returns the value that a request told under `key`. Raises ValueError where it told none."""
+    if value is None:
+        raise ValueError(f"Expected {key!r} in the request, got none.")
+    return value
 
 
 def text(record: ConfigRecord, key: str) -> str:

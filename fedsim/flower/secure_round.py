@@ -12,8 +12,8 @@ from fedsim.choices import PrivacyUnit, Weighting
 from fedsim.core.communication import Purpose
 from fedsim.core.global_state import GlobalState
 from fedsim.core.quantization import LOSS_UNITS, gradient_grid, num_counters, upload_grid
+from fedsim.flower.requests import SETUP
 from fedsim.flower.secure import Protocol, Summed, Wanted, Work
-from fedsim.flower.secure_worker import SETUP
 from fedsim.flower.worker import INITIAL_GRADIENT
 from fedsim.session import Session
 

@@ -5,7 +5,7 @@ node (which a client's worker keeps in its owner's folder), never in a message o
 """
 
 from collections.abc import Sequence
-from math import isfinite, isnan
+from math import isnan
 
 import numpy as np
 import torch
@@ -14,20 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.choices import PrivacyUnit, Weighting
+from fedsim.config import Config
 from fedsim.core.adapters import factors
 from fedsim.core.distributed_noise import clipped_integers, share_of_variance, skellam_noise
 from fedsim.core.dropout import Stage, heard
 from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, upload_grid
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
-from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_number, whole_numbers
-from fedsim.flower.requests import REQUEST, number_above_zero
+from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_numbers
+from fedsim.flower.requests import Request, needed
 from fedsim.local_round import VALUES, ClientReply
 from fedsim.seeding import numpy_generator
 from fedsim.session import Session
-
-SETUP = "setup"
-"""In a request: the sum is no part of a round's training, so no simulated drop-out is due."""
 
 
 def secure_key(client: int) -> str:
@@ -40,9 +38,8 @@ def party_key(client: int) -> str:
     return f"party-{client}"
 
 
-def keys(session: Session, message: Message, context: Context) -> Message:
+def keys(session: Session, request: Request, message: Message, context: Context) -> Message:
     """Makes each named client's keys of the round and returns the public ones, with its number of examples."""
-    request = message.content.config_records[REQUEST]
     clients = present(session, request, Stage.keys)
     content = RecordDict()
     for client in clients:
@@ -54,10 +51,9 @@ def keys(session: Session, message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def shares(session: Session, message: Message, context: Context) -> Message:
+def shares(session: Session, request: Request, message: Message, context: Context) -> Message:
     """Returns each client's shares of its secrets, sealed for the neighbours whose keys came."""
-    request = message.content.config_records[REQUEST]
-    thresholds = dict(zip(whole_numbers(request, "clients"), whole_numbers(request, "thresholds"), strict=True))
+    thresholds = dict(zip(request.clients, whole_numbers(request.record, "thresholds"), strict=True))
     content = RecordDict()
     for client in present(session, request, Stage.shares):
         party, record = _party(context, client), record_of(message.content.array_records, secure_key(client))
@@ -70,10 +66,10 @@ def shares(session: Session, message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-def take_shares(message: Message, context: Context) -> None:
+def take_shares(request: Request, message: Message, context: Context) -> None:
     """Keeps the sealed shares that a request for uploads brings."""
     records = message.content.array_records  # made anew by Flower at each look
-    for client in whole_numbers(message.content.config_records[REQUEST], "clients"):
+    for client in request.clients:
         record = records.get(secure_key(client))
         if record is not None:
             peers = identifiers(record, "peers")
@@ -91,54 +87,67 @@ def masked(context: Context, client: int, grid: Grid, integers: NDArray[np.int64
     return arrays_to_record({"masked": torch.from_numpy(grid.to_wire(sent))})
 
 
-def unmask(session: Session, message: Message, context: Context) -> Message:
+def unmask(session: Session, request: Request, message: Message, context: Context) -> Message:
     """Returns each client's shares of the survivors' seeds and the vanished ones' masking keys, in that order, and forgets the round."""
-    request = message.content.config_records[REQUEST]
     content = RecordDict()
     for client in present(session, request, Stage.unmasking):
         record, party = record_of(message.content.array_records, secure_key(client)), _party(context, client)
         survivors, vanished = (identifiers(record, name) for name in ("survivors", "vanished"))
         revealed = party.reveal(survivors, vanished)
         del context.state[party_key(client)]
-        content[secure_key(client)] = arrays_to_record({"shares": _rows([revealed[c] for c in [*survivors, *vanished]], SHARE_BYTES)})
+        content[secure_key(client)] = arrays_to_record({"shares": _rows([*revealed.values()], SHARE_BYTES)})
     return Message(content, reply_to=message)
 
 
-def present(session: Session, request: ConfigRecord, stage: Stage) -> list[int]:
+def present(session: Session, request: Request, stage: Stage) -> list[int]:
     """Returns those of the named clients that are still there, by the simulation's coins."""
-    clients = whole_numbers(request, "clients")
-    return clients if SETUP in request else _heard(session, clients, int(request["round"]), stage)  # type: ignore[arg-type]
+    return request.clients if request.setup else heard(session.config, request.round, request.clients, stage, session.dropouts)
 
 
-def _heard(session: Session, clients: list[int], server_round: int, stage: Stage) -> list[int]:
-    return heard(session.config, server_round, clients, stage, session.dropouts)
+def check_upload(config: Config, request: Request) -> None:
+    """Raises ValueError for a request that lacks what a masked upload takes, before anything is trained for it."""
+    if not config.privacy.secure_aggregation:
+        return
+    needed(request.contributors, "contributors")
+    if config.privacy.unit is PrivacyUnit.client:
+        needed(request.noise_multiplier, "noise_multiplier")
+        needed(request.clip_norm, "clip_norm")
+    elif config.federation.weighting is Weighting.examples:
+        needed(request.largest, "largest")
 
 
-def weight_of(session: Session, request: ConfigRecord, client: int) -> float:
+def check_gradient(config: Config, request: Request) -> None:
+    """The same for a masked initial gradient."""
+    if config.privacy.secure_aggregation:
+        needed(request.contributors, "contributors")
+        needed(request.gradient_range, "gradient_range")
+
+
+def weight_of(session: Session, request: Request, client: int) -> float:
     """Returns the client's weight in the sum, 1 for the largest. Raises ValueError if the server knows of no client that is as large."""
     if session.config.federation.weighting is Weighting.uniform:
         return 1.0
-    own, largest = len(session.client_data(client).examples), whole_number(request, "largest")
+    own, largest = len(session.client_data(client).examples), needed(request.largest, "largest")
     if own > largest:
         raise ValueError(f"Expected at most {largest} examples, got the {own} of client {client}.")
     return own / largest
 
 
-def rounding_generator(session: Session, request: ConfigRecord, client: int) -> np.random.Generator:
+def rounding_generator(session: Session, request: Request, client: int) -> np.random.Generator:
     """Returns the generator of a client's stochastic rounding."""
-    words = ("setup",) if SETUP in request else ()
-    return numpy_generator(session.config.seed, "quantization", *words, int(request["round"]), client)  # type: ignore[arg-type]
+    words = ("setup",) if request.setup else ()
+    return numpy_generator(session.config.seed, "quantization", *words, request.round, client)
 
 
-def masked_update(session: Session, request: ConfigRecord, context: Context, reply: ClientReply) -> ArrayRecord:
+def masked_update(session: Session, request: Request, context: Context, reply: ClientReply) -> ArrayRecord:
     """Returns the masked change of a client's factors, weighted, with its counters: clipped entries, tokens, and loss times examples.
 
     With client-level privacy it is the clipped change with the client's part of the noise, and no counters.
     """
-    client, clients = reply.result.client, _contributors(session, request)
-    kinds = session.method.uploaded(int(request["round"]))  # type: ignore[arg-type]
+    client, clients = reply.result.client, needed(request.contributors, "contributors")
+    kinds = session.method.uploaded(request.round)
     start = session.spec.pack(factors(session.model, kinds), kinds).cpu()
-    grid = upload_grid(session.config, clients, number_above_zero(request, "clip_norm") if "clip_norm" in request else None)
+    grid = upload_grid(session.config, clients, request.clip_norm)
     values = (reply.arrays[VALUES].double() - start.double()).numpy()
     if session.config.privacy.unit is PrivacyUnit.client:
         return masked(context, client, grid, _noised(session, request, client, grid, values))
@@ -147,31 +156,20 @@ def masked_update(session: Session, request: ConfigRecord, context: Context, rep
     return masked(context, client, grid, with_counters(grid, integers, (clipped, reply.result.num_tokens, loss)))
 
 
-def _noised(session: Session, request: ConfigRecord, client: int, grid: Grid, update: NDArray[np.float64]) -> NDArray[np.int64]:
-    options, server_round = session.config.secure, int(request["round"])  # type: ignore[arg-type]
+def _noised(session: Session, request: Request, client: int, grid: Grid, update: NDArray[np.float64]) -> NDArray[np.int64]:
+    options, server_round = session.config.secure, request.round
     fewest = fewest_survivors(grid.clients, options.threshold)
-    noise = request.get("noise_multiplier")
-    if not isinstance(noise, (int, float)) or not isfinite(noise) or noise < 0:
-        raise ValueError(f"Expected a noise multiplier of at least 0, got {noise!r:.60}.")
-    variance = share_of_variance(noise, grid, fewest)
+    variance = share_of_variance(needed(request.noise_multiplier, "noise_multiplier"), grid, fewest)
     generator = session.noise_key.numpy("client noise", server_round, client)
     integers = clipped_integers(update, grid, rounding_generator(session, request, client))
     return integers + skellam_noise(len(integers), variance, generator)
 
 
-def masked_gradient(session: Session, request: ConfigRecord, context: Context, client: int, gradient: Tensor) -> ArrayRecord:
+def masked_gradient(session: Session, request: Request, context: Context, client: int, gradient: Tensor) -> ArrayRecord:
     """Returns a client's masked initial gradient with its counter of clipped entries."""
-    grid = gradient_grid(number_above_zero(request, "gradient_range"), _contributors(session, request))
+    grid = gradient_grid(needed(request.gradient_range, "gradient_range"), needed(request.contributors, "contributors"))
     integers, clipped = grid.rounded(gradient.double().numpy(), 1.0, rounding_generator(session, request, client))
     return masked(context, client, grid, with_counters(grid, integers, (clipped,)))
-
-
-def _contributors(session: Session, request: ConfigRecord) -> int:
-    """Raises ValueError for a sum over less than two clients, or more than there are: it sizes the grid and each part of the noise."""
-    count = whole_number(request, "contributors")
-    if not 2 <= count <= session.config.federation.clients:
-        raise ValueError(f"Expected 2 to {session.config.federation.clients} contributors, got {count}.")
-    return count
 
 
 def with_counters(grid: Grid, values: NDArray[np.int64], counters: Sequence[float]) -> NDArray[np.int64]:

@@ -168,6 +168,7 @@ class FedsimStrategy:
             ask=lambda asks: self._confirmed(self._gathered(grid, asks, packer)),
             request=lambda asked, **told: self.asking.request(asked, server_round, {}, **told),
             charges=self._charges,
+            check_num_examples=self._session.check_num_examples,
             came=lambda client: self.facts.clients.append(client),
         )
 

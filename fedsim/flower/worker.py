@@ -66,12 +66,13 @@ def initial_gradient(message: Message, context: Context) -> Message:
     """Returns the weight gradients of each named client over its share of the initialisation samples."""
 
     def gradients(session: Session, request: Request) -> RecordDict:
+        secure_worker.check_gradient(session.config, request)
         content = RecordDict()
         noise: list[float | None] = [*request.noise] if request.noise else [None] * len(request.clients)
         for client, samples, own, rate in zip(request.clients, request.samples, noise, request.rates, strict=True):
             gradient = client_gradient(session, client, samples, own, request.round, rate)
             if session.config.privacy.secure_aggregation:
-                content[client_key(client)] = secure_worker.masked_gradient(session, request.record, context, client, gradient)
+                content[client_key(client)] = secure_worker.masked_gradient(session, request, context, client, gradient)
             else:
                 content[client_key(client)] = to_record(gradient)
         return content
@@ -114,18 +115,15 @@ def write_memory(context: Context, memory: Memory, round: int, accepted: Accepte
 def _with_state(message: Message, context: Context, work: Callable[[Session, Request], RecordDict]) -> Message:
     request = Request.of(message.content)
     session = open_session(request.config)
-    secure_worker.take_shares(message, context)
+    secure_worker.take_shares(request, message, context)
     if not take_in(session, message.content, request):
         return Message(RecordDict({NEEDS_STATE: ConfigRecord()}), reply_to=message)
     return Message(work(session, request), reply_to=message)
 
 
-def _session_of(message: Message) -> Session:
-    return open_session(Request.of(message.content).config)
-
-
 def _train(session: Session, request: Request, content: RecordDict, context: Context) -> RecordDict:
-    clients = secure_worker.present(session, request.record, Stage.upload)
+    secure_worker.check_upload(session.config, request)
+    clients = secure_worker.present(session, request, Stage.upload)
     if not clients:
         return RecordDict({METRICS: _metrics(request.round, [])})
     noise = dict(zip(request.clients, request.noise, strict=True)) if request.noise else {}
@@ -134,7 +132,7 @@ def _train(session: Session, request: Request, content: RecordDict, context: Con
     replies = train_clients(session, clients, request.round, memory, control, noise=own_noise, clip_norm=request.clip_norm)
     write_memory(context, memory, request.round, request.accepted)
     if session.config.privacy.secure_aggregation:
-        return RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request.record, context, r) for r in replies})
+        return RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request, context, r) for r in replies})
     answer = RecordDict({client_key(reply.result.client): arrays_to_record(reply.arrays) for reply in replies})
     for reply in replies:
         if reply.control is not None:
@@ -178,8 +176,12 @@ def _evaluate(session: Session, request: Request, context: Context) -> RecordDic
     return RecordDict({METRICS: MetricRecord(metrics)})
 
 
-def _secure(stage: Callable[[Session, Message, Context], Message]) -> Callable[[Message, Context], Message]:
-    return lambda message, context: stage(_session_of(message), message, context)
+def _secure(stage: Callable[[Session, Request, Message, Context], Message]) -> Callable[[Message, Context], Message]:
+    def answer(message: Message, context: Context) -> Message:
+        request = Request.of(message.content)
+        return stage(open_session(request.config), request, message, context)
+
+    return answer
 
 
 HANDLERS: dict[str, Callable[[Message, Context], Message]] = {

@@ -51,6 +51,8 @@ def _client_reasons(config: Config, method: Method) -> Iterator[str]:
         yield f"privacy.unit=client: noise belongs to a mean of updates, which {method.name} does not form; use privacy.unit=example."
     if config.federation.ranks or config.method.client_heads or config.training.scaffold:
         yield "privacy.unit=client: expected every client to send all factors and nothing else; leave out ranks, client_heads and scaffold."
+    if privacy.secure_aggregation and privacy.noise_multiplier == 0:
+        yield "privacy.noise_multiplier=0: with privacy.secure_aggregation the clients add the noise, and refuse to add none; give some."
     if privacy.secure_aggregation and privacy.adaptive_clip:
         yield "privacy.adaptive_clip: its counts have no price in discrete noise; leave it out with privacy.secure_aggregation."
     if config.server.rule is not ServerRule.mean or config.compression.name != "none":

@@ -232,15 +232,17 @@ def test_rows_of_an_owner_are_never_evaluated_on_where_privacy_is_promised(promi
     assert trusting.strategy.personal_evaluation(1, trusting.grid), "without a promise the clients' own models are evaluated"
 
 
-def test_an_upload_over_other_data_than_the_noise_was_planned_for_is_refused(tmp_path):
+@pytest.mark.parametrize("secure", [False, True])
+def test_an_upload_over_other_data_than_the_noise_was_planned_for_is_refused(secure, tmp_path):
     lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(20)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     own = {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"]}
-    deployed = Deployed(privately(), tmp_path, {1: own})
+    config = privately(secure_aggregation=secure)
+    deployed = Deployed(config, tmp_path, {1: own})
     (missing,) = deployed.next().strategy.facts.missing
     assert (missing.client, missing.reason) == (1, Reason.refused_by_server)
     assert "for which the noise was planned, got 18" in missing.detail
-    deployed = Deployed(privately(), tmp_path / "heard", {1: own})
+    deployed = Deployed(config, tmp_path / "heard", {1: own})
     deployed.session.hear({1: 18})
     assert not deployed.next().strategy.facts.missing
     deployed.session.hear({})

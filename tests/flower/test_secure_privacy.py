@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flower.rounds import Rounds, changed, of_method
+from flwr.app import RecordDict
 
 from fedsim.choices import Accountant, NoiseSource, PrivacyUnit, Weighting
 from fedsim.cli.compose import compose
@@ -15,6 +16,8 @@ from fedsim.core.secure_aggregation import fewest_survivors
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
+from fedsim.flower.requests import Request
+from fedsim.flower.secure_worker import check_upload
 from fedsim.local_round import train_clients
 from fedsim.privacy.accounting import epsilon
 from fedsim.seeding import NoiseKey
@@ -45,7 +48,7 @@ def clipped_updates(clients):
 
 
 def test_without_noise_the_mean_is_that_of_the_clipped_updates_to_one_step_of_the_grid():
-    found, rounds = step_of(config_of(0.0))
+    found, rounds = step_of(config_of(1e-9))
     step = CLIP / (2**15 - 1)
     assert rounds.strategy.facts.secure["step"] == pytest.approx(step)
     torch.testing.assert_close(found, sum(clipped_updates(5)) / 5, rtol=0, atol=step + 1e-7)
@@ -97,6 +100,48 @@ def test_nothing_but_the_noised_integers_leaves_a_client():
     assert rounds.moved("payload_bytes", purpose="adapter", direction="uplink") == 5 * 4 * rounds.spec.num_parameters(("R",))
 
 
+def told(**facts):
+    """Uploads' request as clients of a private sum get it, with some facts in place of the server's; None leaves one out."""
+    rounds = Rounds(config_of(1.0))
+    told = {"contributors": 5, "largest": 9, "clip_norm": CLIP, "noise_multiplier": 1.0, **facts}
+    kept = {name: value for name, value in told.items() if value is not None}
+    return RecordDict({"request": rounds.strategy.asking.request([0], 1, {}, **kept)})
+
+
+@pytest.mark.parametrize("noise", [0, 0.0, -1.0, float("nan"), float("inf"), "1", [1.0], True])
+def test_a_client_refuses_noise_that_is_none(noise):
+    with pytest.raises(ValueError, match="'noise_multiplier' to be a number above 0"):
+        Request.of(told(noise_multiplier=noise))
+    assert Request.of(told()).noise_multiplier == 1.0
+
+
+@pytest.mark.parametrize("missing", ["noise_multiplier", "clip_norm", "contributors"])
+def test_a_request_that_leaves_out_what_the_noise_is_sized_by_is_refused_before_anything_is_trained(missing):
+    request = Request.of(told(**{missing: None}))
+    with pytest.raises(ValueError, match=f"Expected '{missing}' in the request"):
+        check_upload(request.config, request)
+    check_upload(request.config, Request.of(told()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("contributors", 1),
+        ("contributors", 10**6),
+        ("contributors", 5.0),
+        ("largest", 0),
+        ("largest", 2**62),
+        ("largest", "9"),
+        ("gradient_range", 0.0),
+        ("gradient_range", float("nan")),
+        ("gradient_range", -1.0),
+    ],
+)
+def test_what_sizes_a_sum_is_read_within_bounds(name, value):
+    with pytest.raises(ValueError, match=name):
+        Request.of(told(**{name: value}))
+
+
 SMALL = (
     *("data.train_examples=60", "data.test_examples=2", "federation.clients=5", "federation.rounds=3", "training.batch_size=3"),
     *("training.local_steps=1", "adapter.rank=4", "evaluation.max_new_tokens=2", "adapter.target_modules=[layers.1.self_attn.q_proj]"),
@@ -134,6 +179,7 @@ def test_the_calculator_tells_the_epsilon_of_the_run():
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
+        (("privacy.noise_multiplier=0", "privacy.epsilon=null"), "refuse to add none"),
         (("privacy.adaptive_clip=true",), "its counts have no price in discrete noise"),
         (("federation.weighting=examples",), "set federation.weighting=uniform"),
         (("adapter.init=gradient_dp",), "with unit=client it has no price"),
