@@ -6,6 +6,7 @@ without it "overrides" are composed as `fedsim run` does its own: `flwr run . --
 
 import json
 import shlex
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -16,6 +17,8 @@ from fedsim.errors import UserError
 from fedsim.plain import from_dict
 
 DEPLOYMENT = "deployment"
+REGISTERED = Path("registered")
+"""What register.sh has written, where the SuperLink runs."""
 
 app = ServerApp()
 
@@ -45,6 +48,7 @@ def _configuration(context: Context) -> Config:
 
 
 def _carry_out(grid: Grid, config: Config) -> None:
+    from fedsim.deploy.status import registered_clients
     from fedsim.flower.roster import Roster
     from fedsim.flower.server import serve
     from fedsim.flower.streaming import StreamingGrid
@@ -54,5 +58,6 @@ def _carry_out(grid: Grid, config: Config) -> None:
     if config.engine.name != DEPLOYMENT:
         serve(streaming, config)
         return
-    summary = serve(streaming, config, roster=Roster(streaming, config), quiet=True, display=TellingProgress)
+    roster = Roster(streaming, config, registered_clients(REGISTERED))
+    summary = serve(streaming, config, roster=roster, quiet=True, display=TellingProgress)
     tell(SUMMARY, summary)

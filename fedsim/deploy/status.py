@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.deploy.flower import FLWR, flwr
+from fedsim.errors import UserError
 from fedsim.flower.telling import MARK
 
 SHOW_SECONDS = 30.0
@@ -13,10 +14,10 @@ SHOW_SECONDS = 30.0
 
 def status(superlink: str, registered: Path | None = None) -> dict[str, Any]:
     """Returns {"nodes": [...], "runs": [...]}; the latest runs come first. `registered` is the folder of register.sh's answers."""
-    names = _names(registered) if registered else {}
+    names = registered_names(registered) if registered else {}
     nodes = [
         {
-            "client": names.get(str(node["node-id"]), ""),
+            "client": names.get(int(node["node-id"]), ""),
             "node": node["node-id"],
             "status": node["status"],
             "since": node["online-at"] if node["status"] == "online" else node["offline-at"],
@@ -39,13 +40,22 @@ def status_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _names(registered: Path) -> dict[str, str]:
-    """Returns the clients' names by node."""
+def registered_names(registered: Path) -> dict[int, str]:
+    """Returns the clients' names by node: the SuperLink gives a node to each public key that register.sh has it admit."""
     names = {}
     for path in registered.glob("*.json"):
         text = path.read_text()
-        names[str(json.loads(text[text.find("{") :])["node-id"])] = path.stem
+        try:
+            names[int(json.loads(text[text.find("{") :])["node-id"])] = path.stem
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: expected the SuperLink's answer with a node-id, got {text!r:.60}. Run register.sh anew.") from error
     return names
+
+
+def registered_clients(registered: Path) -> dict[int, int]:
+    """Returns the clients' numbers by node, of those that are registered as client-<number>."""
+    numbers = ((node, name.removeprefix("client-")) for node, name in registered_names(registered).items() if name.startswith("client-"))
+    return {node: int(number) for node, number in numbers if number.isdecimal()}
 
 
 def _round(run_id: str, superlink: str) -> str:

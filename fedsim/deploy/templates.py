@@ -203,7 +203,7 @@ Made by `fedsim deploy init`. Every machine needs fedsim of the same version: `m
 |---|---|---|
 | `ca/ca.key` | offline, with whoever runs the federation | signs server certificates; needed again only for a new one |
 | `server/server.key` | the server | TLS |
-| `clients/client-<i>/key` | client i | proves that it belongs to the federation; which client it is, it says itself |
+| `clients/client-<i>/key` | client i | proves that it is client i, by `server/registered/client-<i>.json` of step 3 |
 
 All of them have mode 0600. `fedsim deploy init` run again keeps them and says so; `--new-keys` replaces them.
 Certificates: server valid for $hosts; the server's for 825 days, the authority's for ten years.

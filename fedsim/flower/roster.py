@@ -1,12 +1,13 @@
 """A deployment's clients: which node each has, and whether it takes part.
 
 To Flower a node is a number that says nothing of who it is, so every new node is asked once; its answer names the client that it is
-(the partition-id of its SuperNode), how much data that client has, and a digest of its base model.
+(the partition-id of its SuperNode), how much data that client has, its fedsim and a digest of its base model. Where the server knows for
+which client a node's key was registered, a node is not believed to be another.
 """
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -54,8 +55,9 @@ class Member:
 class Roster:
     """Asks nodes to join and remembers who they are; a node that is gone, or comes back, is noticed before each round."""
 
-    def __init__(self, grid: Grid, config: Config) -> None:
-        self._grid, self._config = grid, config
+    def __init__(self, grid: Grid, config: Config, registered: Mapping[int, int] | None = None) -> None:
+        """`registered` are the clients whose keys the SuperLink has admitted, by node: they are believed, not what a node says it is."""
+        self._grid, self._config, self._registered = grid, config, dict(registered or {})
         self._text = json.dumps(to_dict(config))
         self._asked: dict[str, int] = {}  # nodes that have not answered yet, by message
         self._members: dict[int, Member] = {}  # by node
@@ -167,7 +169,7 @@ class Roster:
         else:
             try:
                 member = Member.from_records(reply.content)
-                reason = self._unfit(member)
+                reason = self._unfit(node, member)
             except ValueError as error:
                 reason = str(error)
         if reason is not None or member is None:
@@ -180,7 +182,7 @@ class Roster:
         self._reasons[node] = reason
         self._tell("refused", node=str(node), reason=reason)
 
-    def _unfit(self, member: Member) -> str | None:
+    def _unfit(self, node: int, member: Member) -> str | None:
         """Returns why a client cannot take part, None if it can."""
         most = self._config.federation.max_examples
         if member.version != fedsim.__version__:
@@ -189,6 +191,9 @@ class Roster:
             return f"client {member.client} tells of {member.num_examples} examples, federation.max_examples is {most}"
         if not 0 <= member.client < self._config.federation.clients:
             return f"there is no client {member.client} among {self._config.federation.clients}"
+        if self._registered.get(node) != member.client and (node in self._registered or member.client in self._registered.values()):
+            holder = f"client {self._registered[node]}" if node in self._registered else "no client"
+            return f"node {node} says that it is client {member.client}, but its key is registered for {holder}"
         if member.client in [other.client for other in self._members.values()]:
             return f"client {member.client} has another node already"
         if member.base_digest != self._session.base_digest:

@@ -336,6 +336,18 @@ def started_by(home):
     return found
 
 
+def test_a_client_that_says_it_is_another_than_its_key_was_registered_for_does_not_take_part(tmp_path):
+    with local_federation(CLIENTS, tmp_path / "federation") as local:
+        one, other = (local.folder / "server" / "registered" / f"client-{client}.json" for client in range(CLIENTS))
+        texts = one.read_text(), other.read_text()
+        one.write_text(texts[1])
+        other.write_text(texts[0])
+        options = ["engine=deployment", f"engine.superlink={NAME}", *SMALL, "engine.wait_seconds=40"]
+        done = run(["run", *options, f"run_dir={tmp_path / 'run'}"], local.flwr_home)
+    assert done.returncode != 0
+    assert "says that it is client 0, but its key is registered for client 1" in done.stderr
+
+
 def test_a_local_federation_that_is_broken_off_leaves_no_process(tmp_path):
     words = ("deploy", "up", "--local", "2", "--dir", str(tmp_path / "federation"), *SMALL, f"run_dir={tmp_path / 'run'}")
     with open(tmp_path / "log", "w") as log:

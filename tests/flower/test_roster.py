@@ -9,6 +9,7 @@ from rounds import BASE, changed
 
 import fedsim
 from fedsim.choices import Accountant, PrivacyUnit
+from fedsim.deploy.status import registered_clients
 from fedsim.errors import UserError
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
@@ -135,6 +136,29 @@ def test_who_has_too_little_data_for_the_privacy_that_is_promised_is_refused_and
     assert roster.homes([0, 1]) == {0: 1}
     ((_, reason),) = [event for event in nodes.events if event[0] == "refused"]
     assert "delta" in reason
+
+
+def test_a_node_whose_key_is_registered_for_one_client_does_not_join_as_another():
+    nodes = Nodes()
+    nodes.answers = {1: nodes.member(1), 2: nodes.member(0), 3: nodes.member(1), 4: nodes.member(2)}
+    nodes.present([1, 2, 3, 4])
+    roster = Roster(nodes.grid, CONFIG, {1: 0, 3: 1})
+    roster.muster(nodes.session, nodes.tell)
+    assert roster.homes([0, 1, 2]) == {1: 3, 2: 4}, "client 2 is registered nowhere that the server knows of"
+    assert [reason for kind, reason in nodes.events if kind == "refused"] == [
+        "node 1 says that it is client 1, but its key is registered for client 0",
+        "node 2 says that it is client 0, but its key is registered for no client",
+    ]
+
+
+def test_what_register_sh_has_written_tells_which_client_a_node_is(tmp_path):
+    assert registered_clients(tmp_path / "none") == {}
+    (tmp_path / "client-3.json").write_text('a line before\n{"success": true, "node-id": "3733465847505234999"}\n')
+    (tmp_path / "somebody.json").write_text('{"success": true, "node-id": "5"}')
+    assert registered_clients(tmp_path) == {3733465847505234999: 3}
+    (tmp_path / "client-4.json").write_text("{}")
+    with pytest.raises(UserError, match="expected the SuperLink's answer with a node-id"):
+        registered_clients(tmp_path)
 
 
 def test_nobody_at_all_is_an_error_that_says_why():
