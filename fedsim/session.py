@@ -159,9 +159,11 @@ class Session:
 
     @cached_property
     def holdings(self) -> list[dict[str, int]]:
-        """Number of examples of each client by task."""
+        """Number of examples of each client by task, 0 of those that others have."""
         dealt = holdings(self.pool, self.shards)
-        return [{OWN_DATA: self.own_data[client]} if client in self.own_data else held for client, held in enumerate(dealt)]
+        found = [{OWN_DATA: self.own_data[client]} if client in self.own_data else held for client, held in enumerate(dealt)]
+        tasks = dict.fromkeys(task for held in found for task in held)
+        return [{task: held.get(task, 0) for task in tasks} for held in found]
 
     @property
     def total_steps(self) -> int:

@@ -14,6 +14,7 @@ from fedsim.errors import UserError
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
 from fedsim.flower.streaming import StreamingGrid
+from fedsim.report import holdings_table
 from fedsim.session import open_session
 
 CONFIG = changed(BASE, engine={"wait_seconds": 0.3})  # three clients
@@ -54,7 +55,8 @@ def test_clients_are_found_at_the_nodes_that_say_who_they_are():
     roster.muster(nodes.session, nodes.tell)
     assert roster.homes([0, 2]) == {0: 3, 2: 1}
     assert nodes.session.own_data == {1: 11, 2: 12}
-    assert [held.get("own data") for held in nodes.session.holdings] == [None, 11, 12]
+    assert [held["own data"] for held in nodes.session.holdings] == [0, 11, 12]
+    assert holdings_table(nodes.session.holdings).count("own data") == 1
     nodes.session.hear({})
     assert all("own data" not in held for held in nodes.session.holdings)
     assert sorted(nodes.events) == [("joined", 0), ("joined", 1), ("joined", 2)]
