@@ -71,7 +71,7 @@ def _connection(owner: Owner) -> socket.socket | None:
 def _started(path: Path, owner: Owner) -> socket.socket:
     """Starts the worker in a session of its own, so that it outlives this app, and waits until it listens."""
     log = private_folder(owner) / LOG
-    with open(log, "ab") as output:
+    with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "clients.worker", str(path)],
             stdin=subprocess.DEVNULL,

@@ -114,7 +114,9 @@ def transfers(folder):
 
 
 def worker_log(federation, client):
-    return (federation.client_folder(client) / "worker" / "worker.log").read_text()
+    log = federation.client_folder(client) / "worker" / "worker.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    return log.read_text()
 
 
 def same_adapter(one, other, tolerance):
