@@ -245,7 +245,7 @@ class PrivacyConfig:
     clip_rate: float = 0.2
     """unit=client, adaptive_clip: learning rate of the clip norm's logarithm."""
     noise: NoiseSource = NoiseSource.seed
-    """What noise and the coins of examples are drawn from; who takes part comes from the seed. A deployment always takes system."""
+    """What noise and the coins of examples and, with unit=client, of clients are drawn from. A deployment always takes system."""
     unsafe_init: bool = False
     """Allow adapter.init=gradient, which leaks, with privacy: for audits only; no epsilon is claimed then."""
     secure_aggregation: bool = False

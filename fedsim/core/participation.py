@@ -1,16 +1,18 @@
-"""Who takes part, and with how many steps: functions of seed and round, never of node ids or of the order in which anything arrives."""
+"""Who takes part, and with how many steps: functions of seed, or key, and round, never of node ids or of the order of arrival."""
 
 from math import ceil
 
 from fedsim.choices import Init, PrivacyUnit, ServerRule
 from fedsim.config import Config, TrainingConfig
-from fedsim.seeding import numpy_generator
+from fedsim.seeding import NoiseKey, numpy_generator
 
 
-def drawn(config: Config, server_round: int) -> list[int]:
-    """Returns the clients of a round, in ascending order."""
-    draw = draw_by_coin if by_coin(config) else draw_participants
-    return draw(config.federation.clients, config.federation.fraction, config.seed, server_round)
+def drawn(config: Config, server_round: int, key: NoiseKey | None = None) -> list[int]:
+    """Returns the clients of a round, in ascending order; coins of their own are drawn from `key`, by default the seed's."""
+    clients, fraction = config.federation.clients, config.federation.fraction
+    if by_coin(config):
+        return draw_by_coin(clients, fraction, key or NoiseKey.of_seed(config.seed), server_round)
+    return draw_participants(clients, fraction, config.seed, server_round)
 
 
 def by_coin(config: Config) -> bool:
@@ -55,9 +57,12 @@ def draw_participants(clients: int, fraction: float, seed: int, server_round: in
     return sorted(numpy_generator(seed, "participants", server_round).choice(clients, count, replace=False).tolist())
 
 
-def draw_by_coin(clients: int, fraction: float, seed: int, server_round: int) -> list[int]:
-    """Returns the clients of a round, each drawn by its own coin, as amplification by subsampling needs; there may be none."""
-    coins = numpy_generator(seed, "participants", server_round).random(clients)
+def draw_by_coin(clients: int, fraction: float, key: NoiseKey, server_round: int) -> list[int]:
+    """Returns the clients of a round, each drawn by its own coin, as amplification by subsampling needs; there may be none.
+
+    Nothing is amplified against those who know the key: clients are told the seed, so a deployment has a secret one.
+    """
+    coins = key.numpy("participants", server_round).random(clients)
     return [client for client, coin in enumerate(coins) if coin < fraction]
 
 

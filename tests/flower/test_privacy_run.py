@@ -10,6 +10,7 @@ import torch
 from clients.app import app
 from fedsim.cli.compose import compose
 from fedsim.core.communication import CommunicationLedger
+from fedsim.core.participation import drawn
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
@@ -19,6 +20,7 @@ from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Upload
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.local_round import train_clients
+from fedsim.seeding import NoiseKey
 from fedsim.session import open_session
 
 SMALL = (
@@ -121,6 +123,17 @@ def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other(unit, tm
     assert seeded["adapter_digest"] != whole["adapter_digest"]
 
 
+def test_who_takes_part_in_a_private_round_is_drawn_from_a_key_and_not_from_the_seed_that_clients_are_told():
+    config = compose([*SMALL, *CLIENT, "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "federation.fraction=0.5"])
+    session = open_session(config)
+    session.noise_key = key = NoiseKey.secret()
+    strategy = FedsimStrategy(session, config, CommunicationLedger(), session.initial_state(session.derived_factors(1)))
+    told = [strategy.participants(number) for number in range(1, 31)]
+    assert told == [drawn(config, number, key) for number in range(1, 31)]
+    assert told != [drawn(config, number) for number in range(1, 31)]
+    assert 20 < sum(map(len, told)) < 70, "each of three clients in half of the rounds"
+
+
 def server_step(noise, *overrides, clip=0.05):
     """The mean of clipped updates of a round, what the server made of it, and its state."""
     config = compose(
@@ -173,14 +186,14 @@ def combining_of(noise, *overrides, number=1):
     return Combining(session, state, number, RoundFacts()), state, start
 
 
-@pytest.mark.parametrize("drawn", [1, 2, 3, 4])
-def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_drawn(drawn):
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_drawn(count):
     combining, state, start = combining_of(0.0)
     update = torch.linspace(-1, 1, len(start)) / len(start)
-    for client in range(drawn):
+    for client in range(count):
         combining.add(Upload(client, 10, 0, 0.0, True, start + update))
     combining.finish()
-    torch.testing.assert_close(combining._session.spec.pack(state.factors, ("R",)) - start, update * drawn / 2, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(combining._session.spec.pack(state.factors, ("R",)) - start, update * count / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_a_round_in_which_nobody_is_drawn_is_noise_over_the_expected_number():
