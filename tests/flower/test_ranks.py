@@ -12,6 +12,7 @@ from test_methods import Oracle, by_layer, exact_mean, lora_dense, lora_rule, sb
 from fedsim.checkpoints import load, saved
 from fedsim.choices import Init, Residual
 from fedsim.cli.compose import compose
+from fedsim.core.collecting import Collected
 from fedsim.core.initialization import lora
 from fedsim.core.methods import METHODS
 from fedsim.effective import effective
@@ -122,6 +123,23 @@ def test_flexlora_hands_every_client_the_leading_part_of_the_truncated_svd():
             sign = torch.diag(u[u.abs().argmax(0)[:RANK], range(RANK)].sign())
             factors[layer] = {"B": (u[:, :RANK] * s[:RANK]) @ sign / SCALING, "A": sign @ vt[:RANK]}
     assert_agrees(run.change(), {layer: lora_dense(own) for layer, own in factors.items()})
+
+
+def test_flexlora_goes_on_from_a_mean_of_lower_rank_the_same_whatever_the_last_bits_are():
+    spec = Rounds(with_ranks("flexlora")).spec
+    generator = torch.Generator().manual_seed(0)
+    exact = {name: torch.randn(m, 1, generator=generator) @ torch.randn(1, n, generator=generator) for name, (m, n) in spec.layers.items()}
+
+    def handed_out(round_):
+        noisy = {name: (dense.double() * (1 + 1e-8 * torch.randn(dense.shape))).float() for name, dense in exact.items()}
+        return METHODS["flexlora"].finish(Collected(spec, {}, 0, round_, None, [1.0], noisy)).factors
+
+    one, again, other = handed_out(1), handed_out(1), handed_out(2)
+    for name, dense in exact.items():
+        torch.testing.assert_close(one[f"{name}.A"], again[f"{name}.A"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(one[f"{name}.A"] @ one[f"{name}.A"].T, torch.eye(RANK), rtol=0, atol=1e-5)
+        torch.testing.assert_close(spec.update(one, name), dense, rtol=0, atol=1e-5)
+        assert float((one[f"{name}.A"][1:] - other[f"{name}.A"][1:]).abs().max()) > 0.01, "fresh rows in every round"
 
 
 def test_fed_sb_charges_a_client_the_square_of_its_own_rank_and_its_part_of_the_bases():
