@@ -118,8 +118,10 @@ def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: boo
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010  # a plain number, which nn.Module has no type for
+        for holder in (module, getattr(module, "config", None)):  # probabilities that are given to a function
+            for name, value in vars(holder).items() if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
     if activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model.train(activation_checkpointing)

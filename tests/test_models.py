@@ -5,12 +5,19 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, LABELS, save_classifier, tiny_classifier, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig, OPTConfig, PreTrainedTokenizerFast, XGLMConfig
 
 from fedsim.choices import Dtype
 from fedsim.config import ModelConfig
 from fedsim.errors import UserError
-from fedsim.models import head_paths, load_model, source
+from fedsim.models import head_paths, load_model, prepare, source
+
+FUNCTIONAL_DROPOUT = (
+    OPTConfig(vocab_size=50, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.5),
+    XGLMConfig(vocab_size=50, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, dropout=0.5, layerdrop=0.5),
+    FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, hidden_dropout=0.5, attention_dropout=0.5),
+    BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.5, attention_dropout=0.5),
+)
 
 
 def save(folder, architecture="llama", *, eos="</s>", **changes):
@@ -30,6 +37,19 @@ def test_every_architecture_loads_frozen_and_without_dropout(architecture, tmp_p
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
     assert tokenizer.pad_token_id is not None
+
+
+@pytest.mark.parametrize("settings", FUNCTIONAL_DROPOUT, ids=lambda settings: settings.model_type)
+def test_dropout_that_is_given_to_a_function_is_off_too_with_activation_checkpointing(settings):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fresh = AutoModelForCausalLM.from_config(settings)
+    ids = torch.arange(1, 13)[None]
+    fresh.train()
+    assert not torch.equal(fresh(ids).logits, fresh(ids).logits), "in training mode the model drops out"
+    model = prepare(fresh, torch.device("cpu"), activation_checkpointing=True)
+    assert model.training
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_the_base_can_be_held_in_bfloat16(tmp_path):
