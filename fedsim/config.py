@@ -177,7 +177,8 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass to save memory."""
     tokens_per_pass: Union[int, str] = AUTO
-    """Most tokens (padding included) in one forward and backward pass, to which a cohort's step is cut; auto chooses for the device."""
+    """Most tokens, with padding to the longest row, in one forward and backward pass, to which a cohort's step is cut; auto chooses for
+    the device."""
     proximal_mu: float = 0.0
     """FedProx: weight mu of the pull mu/2 |x - x_start|^2 towards the start of the round."""
     scaffold: bool = False

@@ -24,7 +24,10 @@ SMALLEST = 16  # tokens; a budget is not halved below
 
 
 class TokenBudget:
-    """The most tokens of a pass, padding included, in this process; it may shrink while the process runs."""
+    """The most tokens of a pass, padded to its longest row, in this process; it may shrink while the process runs.
+
+    Rows get up to 7 positions more (`padded_width`), which no memory is chosen so closely for.
+    """
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
