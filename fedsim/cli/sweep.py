@@ -1,4 +1,4 @@
-"""A sweep: every combination of the given values, each a run in a folder of its own, and one table at the end.
+"""A sweep: every combination of the given values, each a run in a folder of its own, and one table and picture at the end.
 
 Hydra expands the values and launches the jobs (basic or joblib). All jobs are composed and checked before the first starts. What a sweep
 is about lies in sweep.json in its folder, so that `resume=true` can go on with the jobs that have not finished.
@@ -34,10 +34,11 @@ from fedsim.cli.sweep_table import sweep_table
 from fedsim.config import Config
 from fedsim.config_check import check
 from fedsim.errors import UserError
-from fedsim.files import atomic_write_json, dated_folders
+from fedsim.events import read_events
+from fedsim.files import atomic_write, atomic_write_json, dated_folders
 from fedsim.plain import to_dict, with_a_result
 
-SWEEP, SUMMARY, LOCK = "sweep.json", "summary.json", "run.lock"
+SWEEP, PICTURE, SUMMARY, LOCK = "sweep.json", "comparison.png", "summary.json", "run.lock"
 
 
 @dataclass
@@ -64,7 +65,7 @@ def is_sweep(overrides: list[str]) -> bool:
 
 
 def sweep(overrides: list[str]) -> int:
-    """Runs all jobs, prints their table and writes sweep.json; returns 0, 1 if a job failed, or 130 after Ctrl-C.
+    """Runs all jobs, prints their table, writes sweep.json and comparison.png; returns 0, 1 if a job failed, or 130 after Ctrl-C.
 
     A failed job does not stop the others. Raises UserError, before anything has been written, if any job does not compose or
     contradicts itself, or if the folder belongs to something else.
@@ -78,7 +79,8 @@ def sweep(overrides: list[str]) -> int:
         _save(folder, jobs)
         code = _launch(master, jobs, folder)
     _save(folder, jobs)
-    print(f"\n{sweep_table([asdict(job) for job in jobs])}\n\n{folder / SWEEP}")
+    drawn = _draw(folder, jobs)
+    print(f"\n{sweep_table([asdict(job) for job in jobs])}\n\n{folder}: {', '.join([SWEEP, *drawn])}")
     if code == 130:
         again = [word for word in overrides if not word.startswith(("resume=", "overwrite="))]
         again += [] if options.run_dir else [f"run_dir={folder}"]
@@ -216,6 +218,23 @@ def _outcome(config: Config) -> str | None:
         traceback.print_exc()
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None
+
+
+def _draw(folder: Path, jobs: list[Job]) -> list[str]:
+    """Draws the jobs that have finished, where there are several to compare; returns the names of the files."""
+    finished = [job for job in jobs if job.summary is not None]
+    if len(finished) < 2:
+        return []
+    from fedsim.pictures import Finished, comparison_png
+    from fedsim.run_folder import EVENTS
+
+    alone = len(finished[0].varied) == 1
+    labels = [job.varied[0].partition("=")[2] if alone else " ".join(job.varied) for job in finished]
+    shown = [
+        Finished(label, list(read_events(job.folder / EVENTS)), job.summary or {}) for label, job in zip(labels, finished, strict=True)
+    ]
+    atomic_write(folder / PICTURE, comparison_png(shown))
+    return [PICTURE]
 
 
 def _save(folder: Path, jobs: list[Job]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsim.config import MethodConfig
 from fedsim.core.collecting import Collected, Collector
 from fedsim.core.forms import LORA_SB, AdapterSpec, Factors
 from fedsim.core.global_state import GlobalState
@@ -17,13 +16,18 @@ from fedsim.types import Adapter
 DENSE_SVD_LIMIT = 2048  # above this smaller side the singular values of a dense update are not computed
 
 
-def diagnose(method: Method, options: MethodConfig, collector: Collector, collected: Collected, state: GlobalState) -> dict[str, Any]:
-    """Returns {drift, effective_rank, deviation} of a round; `deviation` is {layer: |mean of updates - update of the mean| / |mean of
-    updates|} where the mean of the clients' dense updates is known, otherwise it is absent. Effective rank is a mean over the layers."""
+def diagnose(method: Method, collector: Collector, collected: Collected, state: GlobalState, *, exact: bool) -> dict[str, Any]:
+    """Returns {drift, effective_rank, deviation} of a round. Effective rank is a mean over the layers.
+
+    `deviation` is {layer: |mean of updates - update of the mean| / |mean of updates|} where the mean of the clients' dense updates is
+    known. Otherwise it is {} where the average is `exact` by construction, and absent where it is not.
+    """
     found: dict[str, Any] = {"drift": collector.drift(), "effective_rank": _mean_effective_rank(state)}
     if collected.products or collected.clients:
         missed = state.factors if method.name == "flexlora" else collected.factors
         found["deviation"] = {layer: _deviation(collected, missed, layer) for layer in collected.spec.layers}
+    elif exact:
+        found["deviation"] = {}
     return found
 
 

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from fedsim.choices import PrivacyUnit, ServerRule, Weighting
-from fedsim.config import ServerConfig
+from fedsim.config import Config, ServerConfig
 from fedsim.core import robust
 from fedsim.core.collecting import Collector, Rule, keeps_clients
 from fedsim.core.diagnosis import diagnose
 from fedsim.core.exchange import CONTROL
 from fedsim.core.global_state import GlobalState
+from fedsim.core.methods.method import Method
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.errors import RunStopped
 from fedsim.flower.asking import clip_norm
@@ -85,7 +86,7 @@ class Combining:
             state.control = state.control + self._control_change
             state.exchange.changed([CONTROL], self._round)
         if config.evaluation.diagnosis:
-            self.facts.diagnosis = diagnose(method, config.method, self._collector, collected, state)
+            self.facts.diagnosis = diagnose(method, self._collector, collected, state, exact=averages_exactly(config, method))
 
     def _mean(self) -> Tensor:
         """Raises RunStopped where fewer clients have come than the server's rule can do with."""
@@ -128,6 +129,13 @@ class Combining:
             keep_clients=keep_clients,
             rule=rule,
         )
+
+
+def averages_exactly(config: Config, method: Method) -> bool:
+    """Whether a round's global update is the weighted mean of the clients' updates, by construction: no robust rule, no entry that only
+    clients of higher rank send."""
+    of_some = bool(config.federation.ranks) and method.linear
+    return method.exact and not of_some and config.server.rule is ServerRule.mean
 
 
 def _server_options(server: ServerConfig) -> ServerOptions:

@@ -11,7 +11,8 @@ from fedsim.export import peft_files
 from fedsim.flower.state import State
 from fedsim.local_round import PERSONAL
 from fedsim.models import source
-from fedsim.report import curves_png, diagnosis_png, holdings_table, network_png, partition_png, privacy_png, transfers_csv
+from fedsim.pictures import curves_png, diagnosis_png, network_png, partition_png, privacy_png
+from fedsim.report import holdings_table, transfers_csv
 from fedsim.run_folder import RunFolder
 from fedsim.session import Session
 

@@ -63,7 +63,7 @@ def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, 
     assert {config.federation.clients for config in runs.configs} == {3}
     expected = [f"all/{i}-seed={s},adapter.rank={r}" for i, (s, r) in enumerate([(0, 8), (0, 16), (1, 8), (1, 16)])]
     assert [config.run_dir for config in runs.configs] == expected
-    assert {path.name for path in Path("all").iterdir()} == {"sweep.json", *(Path(name).name for name in expected)}
+    assert {path.name for path in Path("all").iterdir()} == {"sweep.json", "comparison.png", *(Path(name).name for name in expected)}
     assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves nothing
     table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
     assert table[0].split() == ["job", "seed", "adapter.rank", "sums", "MB", "up", "MB", "down", "MB", "set-up", "seconds", "status"]

@@ -48,7 +48,7 @@ def collected(name, options=None, *, ranks=(None,) * 3, **keep):
     state = GlobalState(spec, outcome.factors, Exchange(dict.fromkeys((*spec.kinds, "W"), 0), frozenset()))
     if outcome.fold:
         state.fold(outcome.fold, 1)
-    facts = diagnose(method, options, collector, found, state)
+    facts = diagnose(method, collector, found, state, exact=method.exact)
     return spec, start, flats, places, state, facts
 
 
@@ -107,8 +107,9 @@ def test_deviation_of_flexlora_is_what_the_truncation_cuts_off():
         assert facts["deviation"][layer] == pytest.approx(expected, rel=1e-4)
 
 
-def test_methods_that_average_one_factor_have_no_deviation_to_tell():
-    assert "deviation" not in collected("fed_sb", keep_products=False)[-1]
+def test_an_average_that_is_exact_has_no_layer_that_deviates_and_one_that_was_not_measured_tells_nothing():
+    assert collected("fed_sb", keep_products=False)[-1]["deviation"] == {}
+    assert "deviation" not in collected("fedit", keep_products=False)[-1]
 
 
 def entropy_rank(matrix):
