@@ -51,13 +51,11 @@ def _carry_out(grid: Grid, config: Config) -> None:
     from fedsim.deploy.status import registered_clients
     from fedsim.flower.roster import Roster
     from fedsim.flower.server import serve
-    from fedsim.flower.streaming import StreamingGrid
     from fedsim.flower.telling import SUMMARY, TellingProgress, tell
 
-    streaming = StreamingGrid(grid)
     if config.engine.name != DEPLOYMENT:
-        serve(streaming, config)
+        serve(grid, config)
         return
-    roster = Roster(streaming, config, registered_clients(REGISTERED))
-    summary = serve(streaming, config, roster=roster, quiet=True, display=TellingProgress)
+    roster = Roster(grid, config, registered_clients(REGISTERED))
+    summary = serve(grid, config, roster=roster, quiet=True, display=TellingProgress)
     tell(SUMMARY, summary)

@@ -7,9 +7,9 @@ from fedsim.core.communication import CommunicationLedger
 from fedsim.core.fedbuff import Flush, Job, Queue, Update, staleness_weight
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing
+from fedsim.flower.aggregation import Aggregation
 from fedsim.flower.asking import Ask, Asking
 from fedsim.flower.charging import Charges
-from fedsim.flower.combining import Combining
 from fedsim.flower.reading import Reader, Upload
 from fedsim.flower.rounds import Taking
 from fedsim.session import Session
@@ -52,14 +52,14 @@ class BufferedRound(Taking):
     def finish(self) -> None:
         """Makes the next version of the updates that have arrived."""
         self._state.buffer.queue, start = self._queue, self._start()
-        combining = Combining(self._session, self._state, self._round, self.facts)
+        aggregation = Aggregation(self._session, self._state, self._round, self.facts)
         for job in self._flush.arrived:
             update = self._state.buffer.updates.pop(job.number, None)
             if update is not None:  # refused ones were never put there
-                combining.add(self._upload(job, update, start))
+                aggregation.add(self._upload(job, update, start))
                 self._ledger.add_rows([row | {"round": self._round} for row in update.sent])
                 self.facts.staleness.append(self._age(job))
-        combining.finish()
+        aggregation.finish()
 
     def _upload(self, job: Job, update: Update, start: Tensor) -> Upload:
         positions = self._session.sent_positions(job.version + 1, job.client)

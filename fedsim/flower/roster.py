@@ -155,7 +155,8 @@ class Roster:
         for node in sorted(present - self._known):
             request = RecordDict({REQUEST: ConfigRecord({"config": self._text})})
             for message_id in self._grid.push_messages([Message(request, node, JOIN)]):
-                self._asked[message_id] = node
+                if message_id:  # Flower's Grid gives none where a message could not be sent
+                    self._asked[message_id] = node
         self._known = present
         self._asked = {message_id: node for message_id, node in self._asked.items() if node in present}
         while self._asked and (replies := list(self._grid.pull_messages(list(self._asked)))):

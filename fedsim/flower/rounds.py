@@ -8,9 +8,9 @@ from flwr.app import Message
 from fedsim.core.communication import Purpose
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing, Reason
+from fedsim.flower.aggregation import Aggregation
 from fedsim.flower.asking import Ask, Asking
 from fedsim.flower.charging import Charges
-from fedsim.flower.combining import Combining
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.gathering import Failure
 from fedsim.flower.reading import Reader
@@ -81,7 +81,7 @@ class TrainingRound(Taking):
         super().__init__(asking, server_round, wanted)
         self._in_time = in_time
         self._reader = Reader(session, state, charges, server_round)
-        self._combining = Combining(session, state, server_round, self.facts)
+        self._aggregation = Aggregation(session, state, server_round, self.facts)
 
     def _use(self, ask: Ask, reply: Message) -> None:
         for upload in self._reader.uploads(ask, reply):
@@ -92,11 +92,11 @@ class TrainingRound(Taking):
             elif self.full:
                 self._miss([upload.client], Reason.timeout, "not needed: enough others have replied")
             else:
-                self._combining.add(upload)
+                self._aggregation.add(upload)
 
     def finish(self) -> None:
         """Makes the next global state."""
-        self._combining.finish()
+        self._aggregation.finish()
 
 
 class GradientSum(Taking):

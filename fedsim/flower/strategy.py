@@ -19,10 +19,10 @@ from fedsim.core.network import Ending
 from fedsim.core.participation import givers, least_replies
 from fedsim.core.traffic import needed_for_gradients
 from fedsim.errors import RunStopped
+from fedsim.flower.aggregation import Aggregation
 from fedsim.flower.asking import Ask, Asking, Homes
 from fedsim.flower.buffered import BufferedRound
 from fedsim.flower.charging import Charges
-from fedsim.flower.combining import Combining
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.gathering import Failure, gathered
 from fedsim.flower.reading import DIVERGED
@@ -142,20 +142,20 @@ class FedsimStrategy:
     def _combine_secretly(self, server_round: int, packer: Packer, grid: Grid) -> None:
         """Combines the sum over the clients that stay; with too few of them the round changes nothing."""
         self.facts = facts = RoundFacts()
-        combining = Combining(self._session, self._state, server_round, facts)
+        aggregation = Aggregation(self._session, self._state, server_round, facts)
         protocol = self._protocol(server_round, packer, grid, self.participants(server_round))
 
         def work(clients: list[int], told: dict[str, Any]) -> RecordDict:
             return self.asking.brought_up(server_round, clients, packer, **self.asking.private_facts(clients), **told)
 
         try:
-            combining.add_sum(secure_round(self._session, self._state, protocol, work))
+            aggregation.add_sum(secure_round(self._session, self._state, protocol, work))
         except SumRefused as refused:
             facts.secure = {"refused": str(refused)}
             facts.clients.clear()
         facts.secure |= protocol.facts()
         facts.missing = protocol.missing()
-        combining.finish()
+        aggregation.finish()
 
     def _protocol(self, server_round: int, packer: Packer, grid: Grid, clients: Sequence[int], *, alone: bool = False) -> Protocol:
         """Returns the stages of secure aggregation over these clients; `alone` asks each in a message of its own."""

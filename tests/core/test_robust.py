@@ -11,7 +11,7 @@ from fedsim.choices import ServerRule
 from fedsim.config import ServerConfig
 from fedsim.core import robust
 from fedsim.core.robust import krum, krum_selection, median, trimmed_mean
-from fedsim.flower.combining import RULES
+from fedsim.flower.aggregation import RULES
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from fedsim.core.participation import drawn
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
-from fedsim.flower.combining import Combining
+from fedsim.flower.aggregation import Aggregation
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Upload
@@ -177,30 +177,30 @@ def test_an_adaptive_clip_norm_moves_towards_the_quantile():
     assert large < 0.85  # every update is shorter: it falls
 
 
-def combining_of(noise, *overrides, number=1):
+def aggregation_of(noise, *overrides, number=1):
     """A round of four clients of whom two are drawn on average, before any upload, with its state and start."""
     half = ("federation.clients=4", "federation.fraction=0.5", "privacy.clip_norm=0.1", f"privacy.noise_multiplier={noise}")
     session = open_session(effective(compose([*SMALL, *CLIENT, *half, "privacy.epsilon=null", *overrides])))
     state = session.initial_state(session.derived_factors(1))
     start = session.spec.pack(state.factors, ("R",))
-    return Combining(session, state, number, RoundFacts()), state, start
+    return Aggregation(session, state, number, RoundFacts()), state, start
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_drawn(count):
-    combining, state, start = combining_of(0.0)
+    aggregation, state, start = aggregation_of(0.0)
     update = torch.linspace(-1, 1, len(start)) / len(start)
     for client in range(count):
-        combining.add(Upload(client, 10, 0, 0.0, True, start + update))
-    combining.finish()
-    torch.testing.assert_close(combining._session.spec.pack(state.factors, ("R",)) - start, update * count / 2, rtol=1e-4, atol=1e-7)
+        aggregation.add(Upload(client, 10, 0, 0.0, True, start + update))
+    aggregation.finish()
+    torch.testing.assert_close(aggregation._session.spec.pack(state.factors, ("R",)) - start, update * count / 2, rtol=1e-4, atol=1e-7)
 
 
 def test_a_round_in_which_nobody_is_drawn_is_noise_over_the_expected_number():
     def sigma(noise):
-        combining, state, start = combining_of(noise)
-        combining.finish()
-        return float((combining._session.spec.pack(state.factors, ("R",)) - start).std()) * 2 / 0.1
+        aggregation, state, start = aggregation_of(noise)
+        aggregation.finish()
+        return float((aggregation._session.spec.pack(state.factors, ("R",)) - start).std()) * 2 / 0.1
 
     assert sigma(1.2) == pytest.approx(1.2, rel=0.15)
     for factor in (2 / 3, 3 / 2):
@@ -209,11 +209,11 @@ def test_a_round_in_which_nobody_is_drawn_is_noise_over_the_expected_number():
 
 def test_the_count_behind_an_adaptive_clip_norm_has_its_noise_and_not_two_thirds_or_three_halves():
     """In a round in which nobody is drawn the count is its noise, over the two clients that are expected."""
-    combining, state, start = combining_of(1.2, "privacy.adaptive_clip=true", "privacy.clip_rate=0.5", "privacy.clip_quantile=0.5")
+    aggregation, state, start = aggregation_of(1.2, "privacy.adaptive_clip=true", "privacy.clip_rate=0.5", "privacy.clip_quantile=0.5")
     counts = []
     for number in range(1, 401):
-        state.clip_norm, combining._round = 0.1, number
-        combining._noised(start, start)
+        state.clip_norm, aggregation._round = 0.1, number
+        aggregation._noised(start, start)
         counts.append(-2 * log(state.clip_norm / 0.1) / 0.5)
     sigma = torch.tensor(counts).std().item()
     assert sigma == pytest.approx(1.2, rel=0.15)

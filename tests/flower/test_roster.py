@@ -1,10 +1,9 @@
 """Who is there in a deployment, and replies as they come, over a Grid whose nodes come, go and answer when a test says so."""
 
-import time
 from dataclasses import replace
 
 import pytest
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Error, Message
 from rounds import BASE, changed
 
 import fedsim
@@ -13,7 +12,6 @@ from fedsim.deploy.status import registered_clients
 from fedsim.errors import UserError
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
-from fedsim.flower.streaming import StreamingGrid
 from fedsim.report import holdings_table
 from fedsim.session import open_session
 
@@ -171,39 +169,3 @@ def test_nobody_at_all_is_an_error_that_says_why():
     nodes.present([1])
     with pytest.raises(UserError, match="not on Sundays"):
         Roster(nodes.grid, CONFIG).muster(nodes.session, nodes.tell)
-
-
-class Slow(InProcessGrid):
-    """Replies are there only after some looks for them, the last one that was sent first; one node never answers."""
-
-    def __init__(self):
-        super().__init__(lambda message, context: Message(RecordDict(), reply_to=message), workers=3)
-        self.looks, self.sizes = 0, []
-
-    def push_messages(self, messages):
-        messages = list(messages)
-        self.sizes.append(len(messages))
-        return super().push_messages(messages)
-
-    def pull_messages(self, message_ids):
-        self.looks += 1
-        ready = [each for each in reversed(list(message_ids)) if each in self._pending and self._pending[each].metadata.dst_node_id != 3]
-        return super().pull_messages(ready[:1]) if self.looks % 3 == 0 else []
-
-
-def test_messages_are_sent_when_made_and_replies_come_as_they_are_until_the_time_is_up():
-    slow, made = Slow(), []
-
-    def messages():
-        for node in (1, 2, 3):
-            made.append(node)
-            yield Message(RecordDict(), node, "train")
-
-    begun = time.monotonic()
-    replies = StreamingGrid(slow).send_and_receive(messages(), timeout=0.8)
-    first = next(iter(replies)).metadata.src_node_id
-    rest = [reply.metadata.src_node_id for reply in replies]
-    assert sorted([first, *rest]) == [1, 2]
-    assert slow.sizes == [1, 1, 1]
-    assert 0.8 <= time.monotonic() - begun < 5
-    assert isinstance(slow.contexts[1], Context)

@@ -33,7 +33,7 @@ RULES = {
 }
 
 
-class Combining:
+class Aggregation:
     """One round's aggregation. `add` takes uploads in as they come and holds one at a time; `finish` brings the state forward."""
 
     def __init__(self, session: Session, state: GlobalState, server_round: int, facts: RoundFacts) -> None:
