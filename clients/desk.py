@@ -115,8 +115,8 @@ class Desk:
         steps = steps_per_round(size, config.training)
         if kind == "train" and steps > self._owner.max_local_steps:
             raise RefusedError(f"{steps} local steps are more than the {self._owner.max_local_steps} accepted")
-        if kind == EVALUATE and not self._owner.shard and self._promised(config):
-            raise RefusedError("its test rows are the owner's, and how many are answered right would leave without noise")
+        if kind == EVALUATE and not self._owner.shard and (self._promised(config) or self._owner.masked_only):
+            raise RefusedError("its test rows are the owner's, and how many are answered right would leave without noise or mask")
         masked = config.privacy.unit is PrivacyUnit.client and config.privacy.secure_aggregation and kind == "train"
         if masked and self._owner.min_privacy != PrivacyUnit.none.name:
             try:

@@ -232,6 +232,16 @@ def test_rows_of_an_owner_are_never_evaluated_on_where_privacy_is_promised(promi
     assert trusting.strategy.personal_evaluation(1, trusting.grid), "without a promise the clients' own models are evaluated"
 
 
+def test_rows_of_an_owner_who_sends_behind_masks_only_are_never_evaluated_on(tmp_path):
+    lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(10)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    own = {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"], "masked_only": True}
+    config = of_method("fed_sb", privacy={"secure_aggregation": True})
+    deployed = Deployed(config, tmp_path, {1: own})
+    error = deployed.ask(1, "evaluate", config=json.dumps(to_dict(config)), clients=[1], round=1).error
+    assert (error.code, "test rows are the owner's" in error.reason) == (REFUSED, True)
+
+
 @pytest.mark.parametrize("secure", [False, True])
 def test_an_upload_over_other_data_than_the_noise_was_planned_for_is_refused(secure, tmp_path):
     lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(20)]
