@@ -50,7 +50,8 @@ class Owner:
     min_privacy: str = "none"
     """Weakest unit of privacy accepted: none, client (noise added by the server, or here if masked) or example (noise added here)."""
     masked_only: bool = False
-    """Send uploads only behind masks, which takes privacy.secure_aggregation=true: the server then sees sums of several clients."""
+    """Send uploads only behind masks, which takes privacy.secure_aggregation=true: the server then sees sums of several clients.
+    No evaluation on the owner's own rows is answered either."""
     max_epsilon: Optional[float] = None
     """Example-level budget over all runs that this client ever takes part in; null sets no limit."""
     delta: Optional[float] = None

@@ -86,7 +86,7 @@ class Weighting(Enum):
 
 class Optimizer(Enum):
     adamw = "AdamW"
-    sgd = "SGD with momentum"
+    sgd = "SGD, with training.momentum"
 
 
 class Schedule(Enum):

@@ -63,7 +63,8 @@ class AdapterConfig:
     rank: Optional[int] = None
     """Rank r: the trained matrix R of each adapted layer is r x r; null takes 64, or the smallest side of the layers if that is less."""
     init: Optional[Init] = None
-    """Where the factors start, and with them the common bases B and A; null takes the method's own: gradient for Fed-SB."""
+    """Where the factors start, and with them the common bases B and A; null takes the method's own: gradient for
+    Fed-SB, weight_svd with privacy."""
     refresh_every: int = 0
     """Fed-SB: after every k-th round add B R A to the base weights and compute new bases; 0 keeps the first ones."""
     init_samples: int = 100
@@ -246,7 +247,7 @@ class PrivacyConfig:
     clip_rate: float = 0.2
     """unit=client, adaptive_clip: learning rate of the clip norm's logarithm."""
     noise: NoiseSource = NoiseSource.seed
-    """What noise and the coins of examples and, with unit=client, of clients are drawn from. A deployment always takes system."""
+    """What noise is drawn from, and the coins of examples or, with unit=client, of clients. A deployment always takes system."""
     unsafe_init: bool = False
     """Allow adapter.init=gradient, which leaks, with privacy: for audits only; no epsilon is claimed then."""
     secure_aggregation: bool = False
@@ -264,7 +265,7 @@ class SecureConfig:
     threshold: float = 0.6
     """Part of the round's clients that must stay to the end; with fewer the round is given up. unit=client: sized to give all the noise."""
     neighbours: int = 0
-    """Clients with which each shares masks and secrets (an even number); 0 takes all others."""
+    """Clients with which each shares masks and secrets (an odd number is made even); 0 takes all others."""
 
 
 @dataclass
@@ -300,7 +301,7 @@ class EngineConfig:
     address: Optional[str] = None
     """ray: address of a Ray cluster that is running (auto finds one on this machine); null starts Ray here, for this run."""
     cohort_size: int = 0
-    """Clients that a worker trains together in one message; 0 takes all of the round's clients."""
+    """Clients that a worker trains together in one message; 0 deals the round's clients to the workers in equal parts."""
 
 
 @dataclass

@@ -119,8 +119,8 @@ def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: boo
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):  # probabilities that are given to a function
-            for name, value in vars(holder).items() if holder is not None else ():
-                if "drop" in name and isinstance(value, float):
+            for name, value in getattr(holder, "__dict__", {}).items():
+                if ("drop" in name or "jitter" in name) and isinstance(value, float):
                     setattr(holder, name, 0.0)
     if activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from fedsim.progress import UNITS, size
@@ -24,6 +25,9 @@ MOST_BARS = 60
 
 MOST_TASKS = 3
 """Tasks that have a panel each in the comparison of a sweep; of more the mean is shown."""
+
+LABELS_IN_COLUMN, MOST_LABELS = 20, 60
+"""Jobs of a sweep that the legend of its comparison names in a column, and in all."""
 
 MARKERS = "osD^vP*X"
 """Of the jobs of a sweep, in turn: colours alone do not tell a dozen apart."""
@@ -158,13 +162,16 @@ def comparison_png(jobs: Sequence[Finished]) -> bytes:
 
 
 def comparison(jobs: Sequence[Finished]) -> "Figure":
-    """Draws the jobs' training loss by round, and beside it the final accuracy of each task over the bytes that all clients sent.
+    """Draws the jobs' training loss by round, and beside it the final accuracy of each task over all bytes, the set-up included.
 
-    A job that sends nothing is a line across; of more tasks than `MOST_TASKS` the mean accuracy is shown.
+    A job that sends nothing is a line across; of more tasks than `MOST_TASKS` the mean accuracy is shown. Of more jobs than `MOST_LABELS`
+    none is named.
     """
     tasks = list(dict.fromkeys(task for job in jobs for task in job.summary["evaluation"]))
     panels = {task: [task] for task in tasks} if len(tasks) <= MOST_TASKS else {f"mean of {len(tasks)} tasks": tasks}
-    figure = _figure(4.0 * (1 + len(panels)) + 2.0, 4.2)
+    columns = ceil(len(jobs) / LABELS_IN_COLUMN) if len(jobs) <= MOST_LABELS else 0
+    width_of_label = 0.5 + 0.075 * max((len(job.label) for job in jobs), default=0)
+    figure = _figure(4.0 * (1 + len(panels)) + columns * width_of_label, 4.2)
     training, *others = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
     styles: list[dict[str, Any]] = [
         {"color": color, "marker": MARKERS[number % len(MARKERS)], "label": job.label}
@@ -179,16 +186,17 @@ def comparison(jobs: Sequence[Finished]) -> "Figure":
     for axes, (title, shown) in zip(others, panels.items(), strict=True):
         _draw_accuracies(axes, jobs, styles, shown)
         axes.set_title(f"{title}, final accuracy (%)", fontsize=10)
-    _legend_outside((training, *others)[-1])
+    if columns:
+        _legend_outside((training, *others)[-1], columns)
     return figure
 
 
 def _draw_accuracies(axes: "Axes", jobs: Sequence[Finished], styles: Sequence[dict[str, Any]], tasks: Sequence[str]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    sent = [job.summary["communication"]["uplink_bytes"] for job in jobs]
-    unit = size(min(filter(None, sent), default=0)).split()[1]
-    for job, style, num_bytes in zip(jobs, styles, sent, strict=True):
+    moved = [sum(job.summary["communication"][f"{way}_bytes"] for way in ("uplink", "downlink", "setup")) for job in jobs]
+    unit = size(min(filter(None, moved), default=0)).split()[1]
+    for job, style, num_bytes in zip(jobs, styles, moved, strict=True):
         found = [job.summary["evaluation"].get(task) for task in tasks]
         values = [100 * _number(each["final"]["accuracy"]) if each else math.nan for each in found]
         accuracy = sum(values) / len(values)
@@ -196,9 +204,9 @@ def _draw_accuracies(axes: "Axes", jobs: Sequence[Finished], styles: Sequence[di
             axes.plot([num_bytes / UNITS[unit]], [accuracy], linestyle="", markersize=8, alpha=0.85, **style)
         else:
             axes.axhline(accuracy, color=style["color"], label=job.label, linestyle="--", linewidth=1.2)
-    axes.set_xlabel(f"sent by all clients ({unit})", fontsize=9)
+    axes.set_xlabel(f"moved in all, set-up included ({unit})", fontsize=9)
     axes.margins(0.12)
-    if any(sent):
+    if any(moved):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
@@ -301,9 +309,9 @@ def _plain(axes: "Axes") -> None:
         axes.spines[side].set_visible(False)
 
 
-def _legend_outside(axes: "Axes") -> None:
+def _legend_outside(axes: "Axes", columns: int = 1) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8, ncols=columns)
 
 
 def _number(value: float | None) -> float:

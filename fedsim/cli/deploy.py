@@ -92,7 +92,8 @@ def _status(words: list[str]) -> int:
     from fedsim.deploy.status import status, status_table
 
     if rest:
-        federation, server = load(Path(rest[0])), Path(rest[0]).resolve() / "server"
+        federation, folder = load(Path(rest[0])), Path(rest[0]).resolve()
+        server = folder / "server" if (folder / "server").is_dir() else folder  # which is copied to its machine alone
         os.environ["FLWR_HOME"] = str(server / "flwr")
         found = status(federation.name, server / "registered")
     elif "--superlink" in options:

@@ -56,6 +56,6 @@ def _carry_out(grid: Grid, config: Config) -> None:
     if config.engine.name != DEPLOYMENT:
         serve(grid, config)
         return
-    roster = Roster(grid, config, registered_clients(REGISTERED))
+    roster = Roster(grid, config, lambda: registered_clients(REGISTERED))
     summary = serve(grid, config, roster=roster, quiet=True, display=TellingProgress)
     tell(SUMMARY, summary)

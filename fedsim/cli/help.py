@@ -11,7 +11,8 @@ VERBS = {
     "run": "fine-tune and evaluate: fedsim run [option=value ...]",
     "data": "show who holds what, without training: fedsim data [option=value ...]",
     "cost": "compare what methods send, without weights or data: fedsim cost [option=value,... ...] [--json | --csv]",
-    "estimate": "estimate time, memory and bytes: fedsim estimate [option=value ...] [--tokens=N] [--megabits=N] [--json] [--again]",
+    "estimate": "estimate time, memory and bytes: fedsim estimate [option=value ...] [--json]\n"
+    "                 [--tokens=N, of an example] [--megabits=N, of a client's line] [--again, to measure this machine anew]",
     "privacy": "compute noise and epsilon, without training: fedsim privacy privacy=example [option=value ...] [--json]",
     "deploy": "a real federation: fedsim deploy init DIR | up --local N [option=value ...] | status [DIR]",
     "worker": "what works for one client: fedsim worker client.yaml [--stop]",

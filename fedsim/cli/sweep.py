@@ -65,10 +65,10 @@ def is_sweep(overrides: list[str]) -> bool:
 
 
 def sweep(overrides: list[str]) -> int:
-    """Runs all jobs, prints their table, writes sweep.json and comparison.png; returns 0, 1 if a job failed, or 130 after Ctrl-C.
+    """Runs all jobs, prints their table, writes sweep.json and, of two jobs or more, comparison.png.
 
-    A failed job does not stop the others. Raises UserError, before anything has been written, if any job does not compose or
-    contradicts itself, or if the folder belongs to something else.
+    Returns 0, 1 if a job failed, or 130 after Ctrl-C. A failed job does not stop the others. Raises UserError, before anything has been
+    written, if any job does not compose or contradicts itself, or if the folder belongs to something else.
     """
     with initialized():
         master, jobs, options = plan(overrides)
@@ -79,8 +79,8 @@ def sweep(overrides: list[str]) -> int:
         _save(folder, jobs)
         code = _launch(master, jobs, folder)
     _save(folder, jobs)
-    drawn = _draw(folder, jobs)
-    print(f"\n{sweep_table([asdict(job) for job in jobs])}\n\n{folder}: {', '.join([SWEEP, *drawn])}")
+    print(f"\n{sweep_table([asdict(job) for job in jobs])}\n\n{folder / SWEEP}")
+    _draw(folder, jobs)
     if code == 130:
         again = [word for word in overrides if not word.startswith(("resume=", "overwrite="))]
         again += [] if options.run_dir else [f"run_dir={folder}"]
@@ -220,21 +220,26 @@ def _outcome(config: Config) -> str | None:
     return None
 
 
-def _draw(folder: Path, jobs: list[Job]) -> list[str]:
-    """Draws the jobs that have finished, where there are several to compare; returns the names of the files."""
+def _draw(folder: Path, jobs: list[Job]) -> None:
+    """Draws the jobs that have finished, where there are several to compare. What cannot be drawn is told and stops nothing."""
+    (folder / PICTURE).unlink(missing_ok=True)
     finished = [job for job in jobs if job.summary is not None]
     if len(finished) < 2:
-        return []
+        return
     from fedsim.pictures import Finished, comparison_png
     from fedsim.run_folder import EVENTS
 
     alone = len(finished[0].varied) == 1
-    labels = [job.varied[0].partition("=")[2] if alone else " ".join(job.varied) for job in finished]
-    shown = [
-        Finished(label, list(read_events(job.folder / EVENTS)), job.summary or {}) for label, job in zip(labels, finished, strict=True)
-    ]
-    atomic_write(folder / PICTURE, comparison_png(shown))
-    return [PICTURE]
+    try:
+        shown = []
+        for job in finished:
+            label = job.varied[0].partition("=")[2] if alone else " ".join(job.varied)
+            shown.append(Finished(label, list(read_events(job.folder / EVENTS)), job.summary or {}))
+        atomic_write(folder / PICTURE, comparison_png(shown))
+    except (OSError, ValueError, KeyError) as error:  # a full disk, a damaged log
+        print(f"fedsim: {folder / PICTURE}: not drawn: {error}", file=sys.stderr)
+    else:
+        print(folder / PICTURE)
 
 
 def _save(folder: Path, jobs: list[Job]) -> None:

@@ -57,7 +57,7 @@ def init(folder: Path, federation: Federation, *, new_keys: bool = False) -> lis
 
 
 def load(folder: Path) -> Federation:
-    """Returns what the folder was made of. Raises UserError if it is none of a federation."""
+    """Returns what a federation's folder, or its `server` by itself, was made of. Raises UserError if it is neither."""
     try:
         values = json.loads((folder / SETTINGS).read_text())
         return Federation(**values | {"hosts": tuple(values["hosts"])})
@@ -81,7 +81,7 @@ def _write(folder: Path, federation: Federation, *, new_keys: bool, final: Path)
         writer.keep(f"{home}/client.yaml", owner_text(Owner(client, shard=federation.shard)).encode(), PLAIN)
         _client_files(writer, federation, client, ca)
     _server_files(writer, federation, ca, final)
-    writer.put(SETTINGS, json.dumps(asdict(federation), indent=2).encode() + b"\n", PLAIN)  # last: what has it is whole
+    writer.put(SETTINGS, _settings(federation), PLAIN)  # last: what has it is whole
     return lines
 
 
@@ -97,6 +97,7 @@ def _server_files(writer: "_Writer", federation: Federation, ca: bytes, final: P
     writer.put("server/ca.crt", ca, PLAIN)
     writer.text("server/superlink.sh", templates.SUPERLINK, values, PROGRAM)
     writer.text("server/register.sh", templates.REGISTER, values, PROGRAM)
+    writer.put(f"server/{SETTINGS}", _settings(federation), PLAIN)
     writer.text("server/flwr/config.toml", templates.FLWR_CONFIG, values)
     writer.text("server/gateway.conf", templates.GATEWAY, values | {"upstream": f"127.0.0.1:{federation.port}"})
     writer.text("server/fedsim-superlink.service", templates.SUPERLINK_UNIT, values)
@@ -104,6 +105,10 @@ def _server_files(writer: "_Writer", federation: Federation, ca: bytes, final: P
     clients = [Template(templates.COMPOSE_CLIENT).substitute(client=client) for client in range(federation.clients)]
     writer.text("compose.yaml", templates.COMPOSE_HEAD + "".join(clients) + templates.COMPOSE_TAIL, values)
     writer.text("README.md", templates.README, values)
+
+
+def _settings(federation: Federation) -> bytes:
+    return json.dumps(asdict(federation), indent=2).encode() + b"\n"
 
 
 def _values(federation: Federation, client: int = 0, **others: Any) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def registered_names(registered: Path) -> dict[int, str]:
         try:
             names[int(json.loads(text[text.find("{") :])["node-id"])] = path.stem
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: expected the SuperLink's answer with a node-id, got {text!r:.60}. Run register.sh anew.") from error
+            raise UserError(
+                f"{path}: expected the SuperLink's answer with a node-id, got {text!r:.60}. Remove it and run register.sh again."
+            ) from error
     return names
 
 

@@ -8,6 +8,8 @@ set -euo pipefail
 cd "$$(dirname "$${BASH_SOURCE[0]}")"
 export FLWR_HOME="$$PWD/flwr" $quiet
 umask 077
+place="root-certificates = \\"$$PWD/ca.crt\\""
+grep -qxF "$$place" flwr/config.toml || sed -i "s|^root-certificates = .*|$$place|" flwr/config.toml  # where this folder lies now
 exec flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth \\
     --disable-runtime-dependency-installation --host "$${FEDSIM_BIND:-127.0.0.1}" --port "$${FEDSIM_PORT:-$port}" --database state.db
 """
@@ -51,12 +53,14 @@ export FLWR_HOME="$$PWD/flwr" $quiet
 mkdir -p registered
 for key in keys/*.pub; do
     name=$$(basename "$$key" .pub)
-    if [ -s "registered/$$name.json" ]; then
+    if grep -qs '"node-id"' "registered/$$name.json"; then
         echo "$$name: registered before (registered/$$name.json)"
         continue
     fi
-    if answer=$$(flwr supernode register "$$key" $name --name "$$name" --format json) && [ -n "$$answer" ]; then
-        echo "$$answer" > "registered/$$name.json"
+    answer=$$(flwr supernode register "$$key" $name --name "$$name" --format json) || true
+    if grep -q '"node-id"' <<<"$$answer"; then  # Flower's exit code is 0 for a failure too
+        echo "$$answer" > "registered/.$$name"
+        mv "registered/.$$name" "registered/$$name.json"
         echo "$$name: registered"
     else
         echo "$$name: not registered: $$answer" >&2
@@ -188,14 +192,15 @@ README = """\
 
 Made by `fedsim deploy init`. Every machine needs fedsim of the same version: `make setup` in a checkout, its .venv/bin in PATH.
 
-1. Server: copy `server/` there and start it: `server/superlink.sh` (or `fedsim-superlink.service`). It listens on loopback.
+1. Server: copy `server/` there and start it: `server/superlink.sh` (or `fedsim-superlink.service`). It listens on loopback. The steps
+   below are carried out where `server/` lies.
 2. Server: put `gateway.conf` before it, so that clients reach the Fleet API and nothing else; or, on a network where everybody
    may submit runs, start it with `FEDSIM_BIND=0.0.0.0` instead.
 3. Server: `server/register.sh` admits the clients' public keys (`server/keys/`).
 4. Client i: copy `clients/client-<i>/` to its machine and to nobody else, for it holds the private key. Its owner edits `client.yaml`:
    where the data and the base model lie, and what is acceptable. Then `supernode.sh` (or `fedsim-supernode.service`).
-5. Server: `fedsim deploy status <this folder>` shows who is there.
-6. Server: `export FLWR_HOME=<this folder>/server/flwr`, then
+5. Server: `fedsim deploy status server` shows who is there.
+6. Server: `export FLWR_HOME=$$PWD/server/flwr`, then
    `fedsim run engine=deployment engine.superlink=$name federation.clients=$clients ...`.
    Run folders lie on the server, under `server/runs` unless run_dir= says otherwise.
 

@@ -132,10 +132,11 @@ class Aggregation:
 
 
 def averages_exactly(config: Config, method: Method) -> bool:
-    """Whether a round's global update is the weighted mean of the clients' updates, by construction: no robust rule, no entry that only
-    clients of higher rank send."""
-    of_some = bool(config.federation.ranks) and method.linear
-    return method.exact and not of_some and config.server.rule is ServerRule.mean
+    """Whether a round's global update is the weighted mean of the clients' updates, by construction: with no robust rule, no other step
+    of the server, and no entry that only clients of higher rank send."""
+    server, of_some = config.server, bool(config.federation.ranks) and method.linear
+    as_it_is = server.rule is ServerRule.mean and server.optimizer == "fedavg" and server.learning_rate == 1
+    return method.exact and as_it_is and not of_some
 
 
 def _server_options(server: ServerConfig) -> ServerOptions:

@@ -67,8 +67,8 @@ class Asking:
     def participants(self, server_round: int) -> list[int]:
         """Returns the clients that a round wants, in ascending order; a function of seed and round.
 
-        With client-level privacy each is drawn by its own coin, from the noise key; with example-level privacy a client stops before its
-        budget is exceeded. Raises UserError where every client's budget is spent.
+        With client-level privacy, unless sums are secure, each is drawn by its own coin, from the noise key instead; with example-level
+        privacy a client stops before its budget is exceeded. Raises UserError where every client's budget is spent.
         """
         if server_round not in self._participants:
             clients = drawn(self._session.config, server_round, self._session.noise_key)

@@ -141,7 +141,7 @@ def _started(engine: EngineConfig) -> Any:
         import ray
     except ImportError:
         raise UserError(
-            "engine=ray: expected Ray, which is not installed; pip install 'fedsim[simulation]', or use engine=inprocess."
+            "engine=ray: expected Ray, which is not installed; pip install -e '.[simulation]', or use engine=inprocess."
         ) from None
     if engine.address:
         _check_reachable(engine.address)

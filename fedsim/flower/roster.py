@@ -55,9 +55,13 @@ class Member:
 class Roster:
     """Asks nodes to join and remembers who they are; a node that is gone, or comes back, is noticed before each round."""
 
-    def __init__(self, grid: Grid, config: Config, registered: Mapping[int, int] | None = None) -> None:
-        """`registered` are the clients whose keys the SuperLink has admitted, by node: they are believed, not what a node says it is."""
-        self._grid, self._config, self._registered = grid, config, dict(registered or {})
+    def __init__(self, grid: Grid, config: Config, registered: Callable[[], Mapping[int, int]] = dict) -> None:
+        """`registered` returns the clients whose keys the SuperLink has admitted, by node: they are believed, not what a node says it is.
+
+        It is looked at whenever nodes have come; where it names neither a node nor the client that the node says it is, that is believed.
+        """
+        self._grid, self._config, self._read_registered = grid, config, registered
+        self._registered: Mapping[int, int] = {}  # as it was read last
         self._text = json.dumps(to_dict(config))
         self._asked: dict[str, int] = {}  # nodes that have not answered yet, by message
         self._members: dict[int, Member] = {}  # by node
@@ -147,7 +151,7 @@ class Roster:
     def _look(self) -> None:
         """Forgets nodes that are gone, asks those that have come, and takes the answers that are there."""
         present = set(self._grid.get_node_ids())
-        for node in self._known - present:
+        for node in sorted(self._known - present):
             gone = self._members.pop(node, None)
             self._reasons.pop(node, None)
             if gone is not None:
@@ -155,10 +159,13 @@ class Roster:
         for node in sorted(present - self._known):
             request = RecordDict({REQUEST: ConfigRecord({"config": self._text})})
             for message_id in self._grid.push_messages([Message(request, node, JOIN)]):
-                if message_id:  # Flower's Grid gives none where a message could not be sent
+                if message_id:  # Flower's Grid gives none where a message could not be sent: it is asked at the next look
                     self._asked[message_id] = node
-        self._known = present
+                    self._known.add(node)
+        self._known &= present
         self._asked = {message_id: node for message_id, node in self._asked.items() if node in present}
+        if self._asked:
+            self._registered = self._read_registered()
         while self._asked and (replies := list(self._grid.pull_messages(list(self._asked)))):
             for reply in replies:
                 self._answered(self._asked.pop(reply.metadata.reply_to_message_id), reply)
@@ -177,7 +184,8 @@ class Roster:
             self._refuse(node, str(reason))
             return
         self._members[node] = member
-        self._tell("joined", client=member.client, node=str(node), num_examples=member.num_examples, version=member.version)
+        facts = {"num_examples": member.num_examples, "version": member.version, "registered": node in self._registered}
+        self._tell("joined", client=member.client, node=str(node), **facts)
 
     def _refuse(self, node: int, reason: str) -> None:
         self._reasons[node] = reason

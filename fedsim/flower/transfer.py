@@ -74,7 +74,8 @@ class Packer:
 def take_in(session: Session, content: RecordDict, request: Request) -> bool:
     """Brings the session to the global state of the message. Returns False if it lacks something that was not sent and cannot be derived.
 
-    Raises ValueError if what was sent does not have its digest, names, sizes or finite values.
+    What this process holds already, as one that the server shares does, is not looked at. Raises ValueError if what is taken in does not
+    have its digest, names, sizes or finite values.
     """
     digests = request.digests
     known = {ADAPTER, BASES, FOLD, CONTROL_RECORD, *map(secure_key, request.clients)}
@@ -106,7 +107,7 @@ def _take_factors(session: Session, record: ArrayRecord, kinds: list[str], diges
     if len(set(kinds)) != len(kinds) or not set(kinds) <= {*session.spec.kinds} & {*digests}:
         raise ValueError(f"Expected kinds of factors among {session.spec.kinds}, each once and with a digest, got {kinds[:5]}.")
     if all(session.digests.get(kind) == digests[kind] for kind in kinds):
-        return  # as for what is folded
+        return  # a worker that shares its process with the server has them already
     layout = session.spec.layout(kinds)
     adapter = layout.unpack(from_record(record, layout.num_parameters))
     for kind in kinds:

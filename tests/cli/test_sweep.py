@@ -97,6 +97,17 @@ def test_a_failed_job_does_not_lose_the_others(runs, capsys, error, told):
     assert f"failed  {told}" in capsys.readouterr().out
 
 
+def test_a_picture_that_cannot_be_drawn_loses_no_table_and_an_old_one_does_not_stay(runs, capsys):
+    assert main(["run", "-m", "seed=0,1", "run_dir=all"]) == 0
+    assert Path("all/comparison.png").read_bytes().startswith(b"\x89PNG")
+    runs.on_run = lambda config: (Path(config.run_dir) / "events.jsonl").write_text("{damaged}\n")
+    assert main(["run", "-m", "seed=0,1", "run_dir=all", "overwrite=true"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("finished") == 4
+    assert "comparison.png: not drawn" in err
+    assert not Path("all/comparison.png").exists()
+
+
 def test_few_bytes_are_not_shown_as_none():
     assert [_megabytes(n) for n in (0, 4_210, 1_234_567, 45_678_900, 2_345_678_900)] == ["0", "0.00421", "1.2", "45.7", "2,345.7"]
 

@@ -1,8 +1,10 @@
 """The folder of a federation: whole or absent, keys kept, secrets for their owners only."""
 
+import shutil
 import stat
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ import yaml
 from clients.owner import load_owner
 from fedsim.cli.main import main
 from fedsim.deploy.folder import Federation, init, load
+from fedsim.deploy.local import environment
 from fedsim.errors import UserError
 
 FEDERATION = Federation("trial", 2, ("server.example",))
@@ -38,6 +41,30 @@ def test_everything_that_the_machines_need_is_there(folder):
     link = tomllib.loads((folder / "server" / "flwr" / "config.toml").read_text())["superlink"]
     assert link["trial"] == {"address": "127.0.0.1:9092", "root-certificates": str(folder / "server" / "ca.crt")}
     assert load_owner(folder / "clients" / "client-1" / "client.yaml").client == 1
+
+
+def test_a_server_folder_that_was_copied_elsewhere_names_its_own_certificate_and_tells_its_status(folder, tmp_path, capsys):
+    server = Path(shutil.copytree(folder / "server", tmp_path / "elsewhere" / "server"))
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "flower-superlink").write_text("#!/bin/sh\n")
+    (programs / "flower-superlink").chmod(0o700)
+    for _ in range(2):
+        subprocess.run([server / "superlink.sh"], env={"PATH": f"{programs}:/usr/bin:/bin"}, check=True)
+        link = tomllib.loads((server / "flwr" / "config.toml").read_text())["superlink"]
+        assert link["trial"] == {"address": "127.0.0.1:9092", "root-certificates": str(server / "ca.crt")}
+    assert load(server) == FEDERATION
+    assert main(["deploy", "status", str(server)]) == 2
+    assert "expected the server's folder" not in (told := capsys.readouterr().err)
+    assert "flwr" in told, "nothing but the SuperLink, which does not run here, is missing"
+
+
+def test_keys_that_no_superlink_has_admitted_are_not_taken_for_registered(folder):
+    script = folder / "server" / "register.sh"
+    done = subprocess.run([script], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "client-0: not registered" in done.stderr
+    assert not list((folder / "server" / "registered").iterdir())
 
 
 def test_secrets_have_mode_0600_and_lie_where_they_belong(folder):

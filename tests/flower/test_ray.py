@@ -39,7 +39,7 @@ KINDS = {
 def test_without_ray_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["run", "engine=ray"]) == 2
-    assert "pip install 'fedsim[simulation]'" in capsys.readouterr().err
+    assert "pip install -e '.[simulation]'" in capsys.readouterr().err
 
 
 def run_in_process(*overrides):

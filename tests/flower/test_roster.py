@@ -140,15 +140,20 @@ def test_who_has_too_little_data_for_the_privacy_that_is_promised_is_refused_and
 
 def test_a_node_whose_key_is_registered_for_one_client_does_not_join_as_another():
     nodes = Nodes()
-    nodes.answers = {1: nodes.member(1), 2: nodes.member(0), 3: nodes.member(1), 4: nodes.member(2)}
+    nodes.answers = {1: nodes.member(1), 2: nodes.member(0), 3: nodes.member(1), 4: nodes.member(2), 5: nodes.member(0)}
+    registered = {1: 0, 3: 1}
     nodes.present([1, 2, 3, 4])
-    roster = Roster(nodes.grid, CONFIG, {1: 0, 3: 1})
+    roster = Roster(nodes.grid, CONFIG, lambda: registered)
     roster.muster(nodes.session, nodes.tell)
     assert roster.homes([0, 1, 2]) == {1: 3, 2: 4}, "client 2 is registered nowhere that the server knows of"
     assert [reason for kind, reason in nodes.events if kind == "refused"] == [
         "node 1 says that it is client 1, but its key is registered for client 0",
         "node 2 says that it is client 0, but its key is registered for no client",
     ]
+    registered[5] = 2  # while the run is under way
+    nodes.present([3, 4, 5])
+    roster.homes([0])
+    assert ("refused", "node 5 says that it is client 0, but its key is registered for client 2") in nodes.events
 
 
 def test_what_register_sh_has_written_tells_which_client_a_node_is(tmp_path):
@@ -169,3 +174,22 @@ def test_nobody_at_all_is_an_error_that_says_why():
     nodes.present([1])
     with pytest.raises(UserError, match="not on Sundays"):
         Roster(nodes.grid, CONFIG).muster(nodes.session, nodes.tell)
+
+
+def test_a_node_to_which_no_message_could_go_is_asked_at_the_next_look(monkeypatch):
+    nodes = Nodes()
+    nodes.answers = {1: nodes.member(0), 2: nodes.member(1)}
+    nodes.present([1, 2])
+    push, failing = nodes.grid.push_messages, {2}
+
+    def pushed(messages):
+        (message,) = messages
+        node = message.metadata.dst_node_id
+        return [""] if node in failing else push([message])
+
+    monkeypatch.setattr(nodes.grid, "push_messages", pushed)
+    roster = Roster(nodes.grid, CONFIG)
+    roster.muster(nodes.session, nodes.tell)
+    assert roster.homes([0, 1]) == {0: 1}
+    failing.clear()
+    assert roster.homes([0, 1]) == {0: 1, 1: 2}

@@ -8,8 +8,10 @@ from rounds import Rounds, of_method
 from clients.app import app
 from fedsim.choices import ServerRule
 from fedsim.cli.compose import compose_with_hydra, initialized, to_config
+from fedsim.core.methods import METHODS
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.errors import UserError
+from fedsim.flower.aggregation import averages_exactly
 from fedsim.flower.records import from_record, to_record
 from fedsim.session import effective
 
@@ -188,3 +190,19 @@ ACCEPTED = [
 @pytest.mark.parametrize("overrides", ACCEPTED, ids=" ".join)
 def test_what_goes_together_is_not_refused(overrides, composed):
     effective(composed(overrides))
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "exact"),
+    [
+        ("fed_sb", {}, True),
+        ("flora", {"adapter": {"rank": None}, "federation": {"ranks": {2: 1.0, 3: 1.0}}}, True),
+        ("fed_sb", {"adapter": {"rank": None}, "federation": {"ranks": {2: 1.0, 3: 1.0}}}, False),
+        ("fed_sb", {"server": {"rule": ServerRule.median}}, False),
+        ("fed_sb", {"server": {"optimizer": "fedadam"}}, False),
+        ("fed_sb", {"server": {"learning_rate": 0.5}}, False),
+        ("fedit", {}, False),
+    ],
+)
+def test_an_average_is_called_exact_where_nothing_but_the_mean_is_taken(name, sections, exact):
+    assert averages_exactly(of_method(name, **sections), METHODS[name]) == exact
