@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from fedsim.config import TrainingConfig
@@ -20,6 +21,8 @@ from fedsim.training.cohort import ClientData, LocalResult, train_cohort
 from fedsim.training.private import PrivateRule
 from fedsim.types import EncodedExample, EncodedPair
 
+settings.register_profile("fedsim", deadline=None)  # machines are loaded, and time is no property that is tested here
+settings.load_profile("fedsim")
 torch.set_num_threads(1)  # the models are so small that two threads cost more than they bring
 
 VOCABULARY = 50

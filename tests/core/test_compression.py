@@ -64,7 +64,7 @@ def test_the_mean_of_many_clients_loses_the_error_that_each_has():
 
 
 @pytest.mark.parametrize("name", UNBIASED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(flat=vectors)
 def test_what_comes_back_is_one_of_the_two_grid_points_around_each_value(name, flat):
     decoded = round_trip(name, flat)
@@ -74,7 +74,7 @@ def test_what_comes_back_is_one_of_the_two_grid_points_around_each_value(name, f
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(flat=vectors, density=st.floats(0.001, 1.0))
 def test_the_arrays_are_what_shapes_says_whatever_the_values(name, flat, density):
     codec = CODECS[name]
@@ -89,7 +89,7 @@ def test_bytes_of_a_million_parameters():
     assert sizes == pytest.approx({"bfloat16": 2, "int8": 1 + 1 / 64, "int4": 0.5 + 1 / 64, "top_k": 0.08}, rel=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(flat=vectors, density=st.floats(0.001, 1.0))
 def test_top_k_keeps_the_largest_exactly_and_nothing_else(flat, density):
     decoded = round_trip("top_k", flat, density=density)
@@ -269,7 +269,7 @@ def test_a_client_cannot_send_more_entries_than_the_density_allows():
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_bytes_of_the_right_shapes_give_finite_values_or_an_error(name, data):
     codec, arrays = CODECS[name], {}

@@ -1,4 +1,4 @@
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.core.ranks import deal_ranks
@@ -7,7 +7,6 @@ SHARES = st.dictionaries(st.integers(1, 64), st.floats(0.01, 10.0), min_size=1, 
 
 
 @given(st.integers(1, 60), SHARES, st.integers(0, 100))
-@settings(deadline=None)
 def test_every_client_gets_a_rank_and_the_shares_are_met_to_one_client(clients, shares, seed):
     dealt = deal_ranks(clients, shares, seed)
     assert len(dealt) == clients

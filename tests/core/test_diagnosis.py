@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.choices import Residual
@@ -147,14 +147,12 @@ def test_a_dense_update_that_is_too_large_for_an_svd_has_no_effective_rank(monke
 
 
 @given(st.integers(1, 8), st.floats(1e-3, 1e3))
-@settings(deadline=None)
 def test_equal_singular_values_count_one_each_at_any_scale(count, scale):
     values = torch.cat([torch.full((count,), scale), torch.zeros(3)])
     assert float(effective_ranks(values)) == pytest.approx(count, rel=1e-5)
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_effective_rank_is_at_least_one_and_at_most_the_number_of_values(values):
     found = float(effective_ranks(torch.tensor(values)))
     assert 1 - 1e-6 <= found <= len(values) + 1e-6

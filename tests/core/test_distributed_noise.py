@@ -17,7 +17,7 @@ def grid_of(bits=8, clip_norm=0.5, clients=5):
 
 
 @given(arrays.arrays(np.float64, st.integers(1, 300), elements=st.floats(-9, 9)), st.integers(0, 99), st.sampled_from([7, 8, 12, 16]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_no_update_makes_integers_longer_than_the_limit(update, seed, bits):
     grid = grid_of(bits)
     found = clipped_integers(update, grid, np.random.default_rng(seed))

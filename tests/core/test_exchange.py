@@ -1,7 +1,7 @@
 """Who holds what, against clients that really hold values."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.choices import Init
@@ -56,7 +56,6 @@ KINDS = st.sets(st.sampled_from(["B", "R", "A"]))
 
 
 @given(st.data(), KINDS, st.sampled_from([(), ("B", "A"), ("B", "R", "A")]))
-@settings(deadline=None)
 def test_the_books_are_those_of_clients_that_really_hold_values(data, derived, rederived):
     world = World({"W", *derived}, rederived)
     for number in range(1, data.draw(st.integers(1, 6)) + 1):

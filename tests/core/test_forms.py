@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.core.forms import DENSE, LORA, LORA_SB, RAVAN, AdapterSpec
@@ -45,7 +45,6 @@ def leading(spec, name, tensor, rank):
 
 
 @given(specs_and_kinds((LORA_SB, LORA)), st.integers(1, 6))
-@settings(deadline=None)
 def test_a_block_is_the_leading_part_of_every_factor(spec_and_kinds, rank):
     spec, kinds = spec_and_kinds
     expected = [leading(spec, name, places, rank).flatten() for name, places in numbered(spec, kinds).items()]
@@ -58,7 +57,6 @@ def test_a_block_is_the_leading_part_of_every_factor(spec_and_kinds, rank):
 
 
 @given(specs((LORA_SB, LORA)), st.integers(1, 4))
-@settings(deadline=None)
 def test_a_block_with_zeros_around_it_is_the_adapter_of_the_smaller_rank(spec, rank):
     factors, positions = random_factors(spec), spec.block(spec.kinds, rank)
     layout = spec.layout(spec.kinds)
@@ -72,7 +70,6 @@ def test_a_block_with_zeros_around_it_is_the_adapter_of_the_smaller_rank(spec, r
 
 
 @given(specs((RAVAN,)), st.data())
-@settings(deadline=None)
 def test_head_positions_are_the_entries_of_these_heads(spec, data):
     kinds = data.draw(st.sampled_from([("H",), ("H", "s"), ("s",)]))
     heads = data.draw(st.sets(st.integers(0, spec.heads - 1), min_size=1))
@@ -84,7 +81,6 @@ def test_head_positions_are_the_entries_of_these_heads(spec, data):
 
 
 @given(specs_and_kinds(), st.data())
-@settings(deadline=None)
 def test_within_is_where_some_kinds_are(spec_and_kinds, data):
     spec, kinds = spec_and_kinds
     some = data.draw(st.sets(st.sampled_from(kinds)))
@@ -107,7 +103,6 @@ FORMULAS = {
 
 
 @given(specs())
-@settings(deadline=None)
 def test_the_update_is_the_formula_of_the_form(spec):
     factors = random_factors(spec)
     for layer, shape in spec.layers.items():
@@ -117,7 +112,6 @@ def test_the_update_is_the_formula_of_the_form(spec):
 
 
 @given(specs(), st.integers(1, 3))
-@settings(deadline=None)
 def test_a_stack_of_factors_has_a_stack_of_chains(spec, groups):
     stacked = [random_factors(spec, seed) for seed in range(groups)]
     for layer in spec.layers:
@@ -128,7 +122,6 @@ def test_a_stack_of_factors_has_a_stack_of_chains(spec, groups):
 
 
 @given(specs_and_kinds())
-@settings(deadline=None)
 def test_packing_keeps_the_models_order_whatever_the_order_of_the_adapter(spec_and_kinds):
     spec, kinds = spec_and_kinds
     factors = random_factors(spec)

@@ -19,7 +19,7 @@ def examples(*counts, labels=3):
     return [Example(f"task{t}", Family.arithmetic, "q", "r", str(i % labels)) for t, n in enumerate(counts) for i in range(n)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 80), min_size=1, max_size=4),
     st.integers(1, 12),

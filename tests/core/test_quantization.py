@@ -17,7 +17,7 @@ def grid_of(bits, clients, range_=1.0):
 
 
 @given(VALUES, st.integers(2, 24), st.floats(1e-3, 1), st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_rounded_value_is_within_one_step_and_clipped_values_are_counted(values, bits, weight, seed):
     grid = grid_of(bits, 2, range_=1.5)
     integers, clipped = grid.rounded(values, weight, np.random.default_rng(seed))
@@ -36,7 +36,7 @@ def test_rounding_is_right_on_average_and_a_function_of_the_generator():
 
 
 @given(st.integers(2, 20), st.integers(2, 40), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_sum_over_the_wire_is_the_sum_even_when_all_are_at_the_limit(bits, clients, data):
     grid = grid_of(bits, clients)
     signs = data.draw(st.sampled_from([-1, 1]))
@@ -50,7 +50,7 @@ def test_a_sum_over_the_wire_is_the_sum_even_when_all_are_at_the_limit(bits, cli
 
 
 @given(st.integers(2, 20), st.lists(st.integers(0, (1 << COUNTER_BITS) - 1), min_size=2, max_size=9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_counters_are_summed_exactly_as_digits_of_the_grid(bits, counts):
     grid = grid_of(bits, len(counts))
     digits = [grid.counter(count) for count in counts]

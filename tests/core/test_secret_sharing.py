@@ -10,7 +10,7 @@ from fedsim.core.secret_sharing import PRIME, SHARE_BYTES, combine, split
 
 
 @given(st.binary(min_size=32, max_size=32), st.integers(1, 12), st.integers(0, 8), st.randoms())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_threshold_of_the_shares_gives_the_secret(secret, threshold, more, random):
     shares = split(secret, threshold, random.sample(range(1, 1000), threshold + more))
     assert {len(share) for share in shares.values()} == {SHARE_BYTES}

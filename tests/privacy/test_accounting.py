@@ -79,7 +79,7 @@ def test_rounds_with_changing_participation_and_an_initialization_agree_with_dp_
     assert epsilon(history, DELTA, "rdp") == pytest.approx(rdp_epsilon(parts(history), DELTA), rel=0.001)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0.3, 100), st.integers(1, 1000), st.floats(-8, -1))
 def test_without_subsampling_epsilon_lies_just_above_the_closed_form(noise, steps, exponent):
     delta = 10**exponent

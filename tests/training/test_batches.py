@@ -17,7 +17,7 @@ def example(length: int, start: int = 2) -> EncodedExample:
 
 
 @given(n=st.integers(1, 40), batch=st.integers(1, 5), accumulation=st.integers(1, 3), epochs=st.integers(1, 3), grouped=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_epoch_visits_each_example_once(n, batch, accumulation, epochs, grouped):
     training = TrainingConfig(batch_size=batch, accumulation=accumulation, local_epochs=epochs, group_by_length=grouped)
     batches = local_batches([i % 7 + 2 for i in range(n)], training, seed=0, round=1, client=0)
@@ -58,7 +58,7 @@ def test_grouping_by_length_saves_padding():
     batch=st.integers(1, 4),
     budget=st.integers(20, 200),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_passes_hold_every_row_once_within_the_budget_and_in_equal_groups(lengths, batch, budget):
     rows = {slot: [example(n) for n in of_client] for slot, of_client in enumerate(lengths)}
     passes = list(pack(rows, batch, budget))
@@ -86,7 +86,7 @@ def all_cuts(stop):
 
 
 @given(units=st.lists(st.tuples(st.integers(1, 3), st.integers(3, 60)), min_size=1, max_size=7), budget=st.integers(30, 400))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_no_other_cut_within_the_budget_has_fewer_positions(units, budget):
     sizes, lengths = zip(*sorted(units, reverse=True), strict=True)
 
