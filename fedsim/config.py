@@ -68,7 +68,8 @@ class AdapterConfig:
     refresh_every: int = 0
     """Fed-SB: after every k-th round add B R A to the base weights and compute new bases; 0 keeps the first ones."""
     init_samples: int = 100
-    """Examples in all from which the initial gradient is estimated (gradient, gradient_public)."""
+    """Examples in all from which the initial gradient is estimated (gradient, gradient_public); clients give equal shares, one with
+    fewer examples than its share all that it has."""
     scaling: float = 1.0
     """Scaling s of the update s B R A."""
     target_modules: list[str] = field(default_factory=list)
