@@ -4,12 +4,13 @@ Hydra finds the same mistakes, but in several lines and without the nearest name
 """
 
 import re
+from functools import cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsim.cli.groups import groups
@@ -101,11 +102,17 @@ def _unknown(key: str, override: Override) -> str:
     return f"Unknown option {key!r} in {override.input_line!r}: {allowed}.{hint} {HELP}"
 
 
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Config)
+
+
 def _check_value(option: Option, value: Any) -> None:
     """Tries the value on the typed schema, which is what Hydra merges it with later."""
     if isinstance(value, str) and "${" in value:
         return  # an interpolation has its value only after composition
-    schema = OmegaConf.structured(Config)
+    section, _, name = option.key.partition(".")
+    schema = OmegaConf.masked_copy(_schema(), [section]) if name else OmegaConf.structured(Config)  # the whole takes longest
     try:
         OmegaConf.update(schema, option.key, value)
         OmegaConf.to_object(schema)
