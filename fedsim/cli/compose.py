@@ -5,6 +5,7 @@ Hydra merges the chosen files over the dataclasses of fedsim/config.py; nothing 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import hydra
@@ -58,13 +59,19 @@ def to_config(composed: DictConfig) -> Config:
 @contextmanager
 def initialized() -> Iterator[None]:
     """Hydra over conf/, with the schema and the presets, for the time of the block."""
+    _store()
+    with hydra.initialize_config_dir(str(conf_folder()), job_name="fedsim", version_base="1.3"):
+        yield
+
+
+@cache
+def _store() -> None:
+    """Gives Hydra what does not lie in conf/, once for the process: it hands out copies."""
     store = ConfigStore.instance()
     store.store(name="schema", node=_schema())
     for path in presets_folder().glob("*.yaml"):
         with one_line(f"{path.name}: "):
             store.store(group="experiment", name=path.stem, node=OmegaConf.load(path), package="_global_")
-    with hydra.initialize_config_dir(str(conf_folder()), job_name="fedsim", version_base="1.3"):
-        yield
 
 
 def _schema() -> DictConfig:

@@ -3,6 +3,7 @@
 A file's first comment line says what the choice means.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def presets_folder() -> Path:
     return _folder("experiments")
 
 
+@cache
 def groups() -> dict[str, dict[str, str]]:
     """Returns {group: {choice: meaning}}, groups in the order of the defaults list, choices by name."""
     found = {group: _choices(conf_folder() / group) for group in default_choices()}
