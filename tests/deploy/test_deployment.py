@@ -84,9 +84,9 @@ def federation(tmp_path_factory):
             proxy.close()
 
 
-def run(words, home, **options):
+def run(words, home, timeout=240):
     return subprocess.run(
-        [*FEDSIM, *words], env=environment() | {"FLWR_HOME": str(home)}, capture_output=True, text=True, timeout=240, check=False, **options
+        [*FEDSIM, *words], env=environment() | {"FLWR_HOME": str(home)}, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -240,10 +240,11 @@ def test_what_an_owner_does_not_accept_is_refused_told_and_not_averaged(federati
 
 @pytest.mark.timeout(900)
 def test_a_client_that_is_cut_off_is_missed_and_is_back_when_the_network_is(federation, tmp_path):
-    words = ("adapter=orthogonal", "federation.rounds=60", "federation.round_timeout=8", "federation.min_replies=1")
+    words = ("adapter=orthogonal", "federation.rounds=60", "federation.round_timeout=20", "federation.min_replies=1")
     told, cut = [], federation.proxies[1].open
 
     def strike():
+        wait_for_round(tmp_path / "run", 1)
         wait_for(lambda: any(sorted(event["clients"]) == [0, 1] for event in events(tmp_path / "run", "round")))  # both workers are warm
         told.append(len(events(tmp_path / "run", "round")))
         cut.clear()
@@ -261,7 +262,7 @@ def test_a_client_that_is_cut_off_is_missed_and_is_back_when_the_network_is(fede
     thread = threading.Thread(target=strike)
     thread.start()
     command = ["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, *words, f"run_dir={tmp_path / 'run'}"]
-    run(command, federation.flwr_home)
+    run(command, federation.flwr_home, timeout=800)
     thread.join()
     before, status, back = told
     assert back == "back"
