@@ -190,7 +190,8 @@ def test_the_noise_of_a_client_is_not_that_of_the_seed_which_the_server_knows(tm
     start = simulated.flat("R")
     with_the_seeds_noise = train_clients(simulated.session, [1], 1, {}, noise=[1.0])[0].arrays["values"] - start
     found = private_upload(tmp_path, 1.0)
-    assert float((found - with_the_seeds_noise).norm()) > float(found.norm()), "the server could take the noise off"
+    gap = float((found - with_the_seeds_noise).norm())  # 0 with the same noise; the two share their step, so chance may make it small
+    assert gap > 0.1 * float(found.norm()), "the server could take the noise off"
 
 
 def test_a_request_that_is_asked_again_is_answered_with_the_same_noise_also_by_a_new_process(tmp_path):
