@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from fedsim.progress import UNITS, size
@@ -169,7 +168,7 @@ def comparison(jobs: Sequence[Finished]) -> "Figure":
     """
     tasks = list(dict.fromkeys(task for job in jobs for task in job.summary["evaluation"]))
     panels = {task: [task] for task in tasks} if len(tasks) <= MOST_TASKS else {f"mean of {len(tasks)} tasks": tasks}
-    columns = ceil(len(jobs) / LABELS_IN_COLUMN) if len(jobs) <= MOST_LABELS else 0
+    columns = math.ceil(len(jobs) / LABELS_IN_COLUMN) if len(jobs) <= MOST_LABELS else 0
     width_of_label = 0.5 + 0.075 * max((len(job.label) for job in jobs), default=0)
     figure = _figure(4.0 * (1 + len(panels)) + columns * width_of_label, 4.2)
     training, *others = figure.subplots(1, 1 + len(panels), squeeze=False)[0]

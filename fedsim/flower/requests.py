@@ -59,15 +59,27 @@ class Request:
         number = whole_number(record, "round")
         if not all(0 <= count < LIMIT for count in (number, *accepted.values(), *samples.values())):
             raise ValueError(f"Expected rounds and numbers of samples from 0 to {LIMIT - 1}, got {number} and others.")
-        clip_norm, reach, multiplier = (_if_told(record, each) for each in ("clip_norm", "gradient_range", "noise_multiplier"))
         largest = _count(record, "largest", 1, config.federation.max_examples)
         contributors = _count(record, "contributors", 2, config.federation.clients)
         if not all(isfinite(each) and each >= 0 for each in noise.values()) or not all(0 <= each <= 1 for each in rates.values()):
             raise ValueError("Expected noise multipliers of at least 0 and sampling rates from 0 to 1.")
-        digests = texts(record, "digests") if "digests" in record else {}
-        lists = [*samples.values()], [*noise.values()], [*rates.values()]
-        setup = SETUP in record
-        return cls(record, config, clients, number, digests, accepted, *lists, clip_norm, setup, largest, contributors, reach, multiplier)
+        return cls(
+            record=record,
+            config=config,
+            clients=clients,
+            round=number,
+            digests=texts(record, "digests") if "digests" in record else {},
+            accepted=accepted,
+            samples=[*samples.values()],
+            noise=[*noise.values()],
+            rates=[*rates.values()],
+            clip_norm=_if_told(record, "clip_norm"),
+            setup=SETUP in record,
+            largest=largest,
+            contributors=contributors,
+            gradient_range=_if_told(record, "gradient_range"),
+            noise_multiplier=_if_told(record, "noise_multiplier"),
+        )
 
 
 @lru_cache(maxsize=1)

@@ -58,7 +58,7 @@ class Roster:
     def __init__(self, grid: Grid, config: Config, registered: Callable[[], Mapping[int, int]] = dict) -> None:
         """`registered` returns the clients whose keys the SuperLink has admitted, by node: they are believed, not what a node says it is.
 
-        It is looked at whenever nodes have come; where it names neither a node nor the client that the node says it is, that is believed.
+        It is asked whenever nodes have answered; where it names neither a node nor the client that the node says it is, that is believed.
         """
         self._grid, self._config, self._read_registered = grid, config, registered
         self._registered: Mapping[int, int] = {}  # as it was read last
@@ -164,9 +164,8 @@ class Roster:
                     self._known.add(node)
         self._known &= present
         self._asked = {message_id: node for message_id, node in self._asked.items() if node in present}
-        if self._asked:
-            self._registered = self._read_registered()
         while self._asked and (replies := list(self._grid.pull_messages(list(self._asked)))):
+            self._registered = self._read_registered()
             for reply in replies:
                 self._answered(self._asked.pop(reply.metadata.reply_to_message_id), reply)
 

@@ -22,7 +22,7 @@ from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, 
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
 from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_numbers
-from fedsim.flower.requests import Request, needed
+from fedsim.flower.requests import SETUP, Request, needed
 from fedsim.local_round import VALUES, ClientReply
 from fedsim.seeding import numpy_generator
 from fedsim.session import Session
@@ -135,7 +135,7 @@ def weight_of(session: Session, request: Request, client: int) -> float:
 
 def rounding_generator(session: Session, request: Request, client: int) -> np.random.Generator:
     """Returns the generator of a client's stochastic rounding."""
-    words = ("setup",) if request.setup else ()
+    words = (SETUP,) if request.setup else ()
     return numpy_generator(session.config.seed, "quantization", *words, request.round, client)
 
 

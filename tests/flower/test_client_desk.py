@@ -173,6 +173,13 @@ def test_a_failure_tells_the_server_nothing_of_the_data(tmp_path):
     assert "UserError" in error.reason
 
 
+def own_rows(folder, count):
+    """An owner's options for a file of so many rows."""
+    lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(count)]
+    (folder / "mine.jsonl").write_text("\n".join(lines))
+    return {"shard": False, "data_path": str(folder / "mine.jsonl"), "data_sets": ["gsm8k"]}
+
+
 def private_upload(folder, noise, round=1, **owner):
     """The change of R that client 1 sends, privately, in answer to one request, over a desk that starts anew."""
     config = privately(noise_multiplier=noise)
@@ -206,22 +213,15 @@ def test_no_two_different_requests_are_answered_with_the_same_noise(tmp_path):
 
 
 def test_other_data_is_never_answered_about_with_the_same_noise(tmp_path):
-    def of(rows):
-        lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(rows)]
-        (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-        return {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"]}
-
-    first = private_upload(tmp_path, 5.0, **of(20))
-    second = private_upload(tmp_path, 5.0, **of(21))  # the same file with a row more, the same key
+    first = private_upload(tmp_path, 5.0, **own_rows(tmp_path, 20))
+    second = private_upload(tmp_path, 5.0, **own_rows(tmp_path, 21))  # the same file with a row more, the same key
     assert float((first - second).norm()) > 0.5 * float(first.norm()), "the difference would be what the new row adds"
 
 
 @pytest.mark.parametrize(("promise", "owner"), [({"unit": PrivacyUnit.none}, {"min_privacy": "example"}), ({"noise_multiplier": 1.0}, {})])
 def test_rows_of_an_owner_are_never_evaluated_on_where_privacy_is_promised(promise, owner, tmp_path):
     """The server chooses by its seed which rows are held out: exact answers about them would tell of every row."""
-    lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(10)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-    own = {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"], "methods": []}
+    own = own_rows(tmp_path, 10) | {"methods": []}
     config = of_method("fedsa_lora", privacy={"unit": PrivacyUnit.example, **promise})
     deployed = Deployed(config, tmp_path, {1: {**own, **owner}})
     request = {"config": json.dumps(to_dict(config)), "clients": [1], "round": 1}
@@ -234,9 +234,7 @@ def test_rows_of_an_owner_are_never_evaluated_on_where_privacy_is_promised(promi
 
 
 def test_rows_of_an_owner_who_sends_behind_masks_only_are_never_evaluated_on(tmp_path):
-    lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(10)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-    own = {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"], "masked_only": True}
+    own = own_rows(tmp_path, 10) | {"masked_only": True}
     config = of_method("fed_sb", privacy={"secure_aggregation": True})
     deployed = Deployed(config, tmp_path, {1: own})
     error = deployed.ask(1, "evaluate", config=json.dumps(to_dict(config)), clients=[1], round=1).error
@@ -245,9 +243,7 @@ def test_rows_of_an_owner_who_sends_behind_masks_only_are_never_evaluated_on(tmp
 
 @pytest.mark.parametrize("secure", [False, True])
 def test_an_upload_over_other_data_than_the_noise_was_planned_for_is_refused(secure, tmp_path):
-    lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(20)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-    own = {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"]}
+    own = own_rows(tmp_path, 20)
     config = privately(secure_aggregation=secure)
     deployed = Deployed(config, tmp_path, {1: own})
     (missing,) = deployed.next().strategy.facts.missing
