@@ -16,7 +16,7 @@ SMALL = (
 PLACES = {
     "broadcast": ("fedsim.flower.worker", "handle"),
     "training": ("fedsim.training.cohort", "update"),
-    "aggregation": ("fedsim.flower.reading", "from_record"),
+    "aggregation": ("fedsim.flower.reading", "unchecked_from_record"),
     "evaluation": ("fedsim.flower.server", "evaluate"),
     "checkpoint writing": ("os", "replace"),
 }

@@ -57,7 +57,9 @@ def _averaging(clients: int, settings: Settings) -> Found:
     num_bytes = 4.0 * on.layout.num_parameters * clients
 
     def average() -> float:
-        collector = Collector(on.spec, ("R",), start, MethodConfig(), keep_products=False, keep_clients=False, rule=None)
+        collector = Collector(
+            on.spec, ("R",), start, on.spec.pack(start, ("R",)), MethodConfig(), keep_products=False, keep_clients=False, rule=None
+        )
         for upload in uploads:
             collector.add(1.0, upload)
         collector.mean()

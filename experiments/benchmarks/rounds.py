@@ -89,7 +89,7 @@ def _nothing(session: Session, clients: Sequence[int], round: int, *_: Any, **__
     """Returns the factors as they came."""
     kinds = session.method.uploaded(round)
     flat = session.spec.pack(factors(session.model, kinds), kinds)
-    return [ClientReply(LocalResult(client, flat, 1, 0.0, 1, 1), {VALUES: flat.clone()}, None) for client in clients]
+    return [ClientReply(LocalResult(client, flat, 1, 0.0, 1, 1), {VALUES: flat}, None) for client in clients]
 
 
 def summary(rows: list[Found]) -> str:

@@ -103,7 +103,7 @@ class Collected:
 
 
 class Collector:
-    """Takes uploads in, one client at a time, in the round that starts from `start` (all kinds).
+    """Takes uploads in, one client at a time, in the round that starts from `start` (all kinds); `origin` is its flat array of `kinds`.
 
     `keep_products` keeps the mean of the clients' dense updates, or with `method.residual=stacked` their factors.
     """
@@ -113,15 +113,15 @@ class Collector:
         spec: AdapterSpec,
         kinds: Sequence[str],
         start: Adapter,
+        origin: Tensor,
         options: MethodConfig,
         *,
         keep_products: bool,
         keep_clients: bool = False,
         rule: Rule | None = None,
     ) -> None:
-        self._spec, self._kinds, self._start, self._options = spec, tuple(kinds), start, options
+        self._spec, self._start, self._origin, self._options = spec, start, origin, options
         self._layout = spec.layout(kinds)
-        self._origin = self._layout.pack(spec.pick(start, kinds))
         self._mean = WeightedMean(self._layout.num_parameters)
         self._rule, self._uploads = rule, []  # type: tuple[Rule | None, list[Tensor]]
         self._keep_products, self._keep_clients = keep_products, keep_clients
@@ -130,12 +130,13 @@ class Collector:
         self._weights: list[float] = []
         self._squares = 0.0  # sum_i w_i |x_i - start|^2
 
-    def add(self, weight: float, flat: Tensor, positions: Tensor | None = None) -> None:
-        """Takes in one client's upload: all entries of the uploaded kinds, or those at `positions`."""
+    def add(self, weight: float, flat: Tensor, positions: Tensor | None = None, distance: float | None = None) -> None:
+        """Takes in one client's upload: all entries of the uploaded kinds, or those at `positions`; `distance` is that from the origin."""
         self._weights.append(weight)
         self._mean.add(weight, flat, positions)
-        origin = self._origin if positions is None else self._origin[positions]
-        self._squares += weight * float(torch.dist(flat, origin)) ** 2
+        if distance is None:
+            distance = float(torch.dist(flat, self._origin if positions is None else self._origin[positions]))
+        self._squares += weight * distance**2
         if self._rule is not None:
             self._uploads.append(flat.clone())
         if self._keep_products or self._keep_clients:

@@ -46,7 +46,7 @@ class Aggregation:
         """Takes one upload in, with its client's weight."""
         weight = float(upload.num_examples) if self._config.federation.weighting is Weighting.examples else 1.0
         self._tell(upload, weight)
-        self._collector.add(weight, upload.flat, upload.positions)
+        self._collector.add(weight, upload.flat, upload.positions, upload.distance)
         if upload.control is not None:
             # SCAFFOLD: c changes by the participants' mean change times the part of all clients that they are, which is sum / clients.
             self._control_change += upload.control / self._config.federation.clients
@@ -124,6 +124,7 @@ class Aggregation:
             self._session.spec,
             self._kinds,
             self._state.factors,
+            self._state.flat(self._kinds),
             config.method,
             keep_products=wanted and not keep_clients,
             keep_clients=keep_clients,

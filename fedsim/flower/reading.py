@@ -15,7 +15,16 @@ from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing, Reason
 from fedsim.flower.asking import Ask
 from fedsim.flower.charging import Charges
-from fedsim.flower.records import arrays_from_record, from_record, numbers, record_of, whole_number, whole_numbers
+from fedsim.flower.records import (
+    arrays_from_record,
+    check_finite,
+    from_record,
+    numbers,
+    record_of,
+    unchecked_from_record,
+    whole_number,
+    whole_numbers,
+)
 from fedsim.flower.worker import METRICS, client_key, control_key
 from fedsim.session import Session
 
@@ -38,6 +47,7 @@ class Upload:
     positions: Tensor | None = None  # None for all
     control: Tensor | None = None  # change of SCAFFOLD's control variate
     clipped: bool = False  # to server.max_update_norm
+    distance: float | None = None  # of `flat` from the start of the round, where it is known
 
 
 class Reader:
@@ -99,9 +109,13 @@ class Reader:
         positions = self._session.sent_positions(self._round, claim.client)
         start = self._start if positions is None else self._start[positions]
         flat = self._flat(claim.client, own, start)
-        bounded = self._bounded(flat, start)
+        distance = _distance(flat, start)
+        self._charges.up(self._round, claim.client, Purpose.adapter, len(start), own.pop(client_key(claim.client)))
+        bounded = self._bounded(flat, start, distance)
+        if clipped := bounded is not flat:
+            distance = _distance(bounded, start)
         control = None if self._state.control is None else self._control(claim.client, own)
-        return replace(claim, flat=bounded, positions=positions, control=control, clipped=bounded is not flat)
+        return replace(claim, flat=bounded, positions=positions, control=control, clipped=clipped, distance=distance)
 
     def _check_counts(self, claim: Upload) -> None:
         self._session.check_num_examples(claim.client, claim.num_examples)
@@ -111,20 +125,17 @@ class Reader:
             raise ValueError(f"{DIVERGED}, got {claim.loss}.")
 
     def _flat(self, client: int, own: dict[str, ArrayRecord], start: Tensor) -> Tensor:
-        """Returns a client's flat upload, decompressed, and charges it."""
+        """Returns a client's flat upload, decompressed."""
         record, options = record_of(own, client_key(client)), self._config.compression
         if options.name == "none":
-            flat = from_record(record, len(start))
-        else:
-            codec = CODECS[options.name]
-            arrays = arrays_from_record(record, codec.shapes(len(start), options.density))
-            flat = start + codec.decode(arrays, len(start), options.density)
-        self._charges.up(self._round, client, Purpose.adapter, len(start), own.pop(client_key(client)))
-        return flat
+            return unchecked_from_record(record, len(start))
+        codec = CODECS[options.name]
+        arrays = arrays_from_record(record, codec.shapes(len(start), options.density))
+        return start + codec.decode(arrays, len(start), options.density)
 
-    def _bounded(self, flat: Tensor, start: Tensor) -> Tensor:
+    def _bounded(self, flat: Tensor, start: Tensor, distance: float) -> Tensor:
         most = self._config.server.max_update_norm
-        if most is None or (len(flat) <= SHORT and float(torch.dist(flat, start)) <= CLEARLY * most):
+        if most is None or (len(flat) <= SHORT and distance <= CLEARLY * most):
             return flat
         if (norm := float((flat.double() - start.double()).norm())) <= most:
             return flat
@@ -136,6 +147,15 @@ class Reader:
         change = from_record(record_of(own, control_key(client)), len(self._start))
         self._charges.up(self._round, client, Purpose.control, len(self._start), own.pop(control_key(client)))
         return change
+
+
+def _distance(flat: Tensor, start: Tensor) -> float:
+    """Returns |flat - start|, as float32 sums it. Raises ValueError if a value is not finite: then neither is the distance."""
+    distance = float(torch.dist(flat, start))
+    if not isfinite(distance):  # large values go over the edge of float32, not over that of float64
+        distance = float((flat.double() - start.double()).norm())
+        check_finite(distance)
+    return distance
 
 
 def _check_names(content: RecordDict, clients: tuple[int, ...], *, control: bool) -> None:

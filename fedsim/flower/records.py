@@ -5,6 +5,8 @@ Tensors only: NumPy's own format without pickle. What arrives is checked before 
 
 import re
 from collections.abc import Mapping
+from functools import cache
+from io import BytesIO
 from math import isfinite, prod
 
 import numpy as np
@@ -25,22 +27,48 @@ _float_sizes: dict[int, int] = {}
 
 def to_record(flat: Tensor) -> ArrayRecord:
     """Returns a record of one float32 array."""
-    return ArrayRecord({KEY: Array(flat.detach().to("cpu", torch.float32).contiguous().numpy())})
+    return arrays_to_record({KEY: flat.to(torch.float32)})
+
+
+def arrays_to_record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
+    """Returns a record of named arrays, as a compressed upload has them."""
+    return ArrayRecord({name: _array(tensor) for name, tensor in arrays.items()})
+
+
+def _array(tensor: Tensor) -> Array:
+    """Returns what Flower's `Array(values)` is, byte for byte, with one copy of the numbers in place of three."""
+    values = tensor.detach().cpu().contiguous().numpy()
+    dtype, shape = values.dtype, values.shape
+    return Array(dtype=dtype.name, shape=shape, stype=SType.NUMPY, data=b"".join((_head(dtype.str, shape), values.reshape(-1).data)))
+
+
+@cache
+def _head(descr: str, shape: tuple[int, ...]) -> bytes:
+    """Returns what stands before the numbers in NumPy's format; a run has a handful of shapes."""
+    head = BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": descr, "fortran_order": False, "shape": shape})
+    return head.getvalue()
 
 
 def from_record(record: ArrayRecord, num_parameters: int) -> Tensor:
     """Returns the flat tensor [num_parameters]. Raises ValueError for other names, types or shapes and for values that are not finite."""
-    if list(record) != [KEY]:
-        raise ValueError(f"Expected one array named {KEY!r}, got {list(record)[:3]}.")
-    values = _decoded(KEY, record[KEY], torch.float32, (num_parameters,))
-    if not _is_finite(values):
-        raise ValueError("Expected finite values, got NaN or infinity.")
+    values = unchecked_from_record(record, num_parameters)
+    if not isfinite(float(values.sum())):  # all are finite if their sum is, in float64 at the latest, where float32 goes over the edge
+        check_finite(float(values.sum(dtype=torch.float64)))
     return values
 
 
-def _is_finite(values: Tensor) -> bool:
-    """Whether all values are finite, without a copy: so is their sum then, in float64 at the latest, where float32 goes over the edge."""
-    return isfinite(float(values.sum())) or isfinite(float(values.sum(dtype=torch.float64)))
+def unchecked_from_record(record: ArrayRecord, num_parameters: int) -> Tensor:
+    """Returns what `from_record` does, raising as it does, but for values that are not finite: those are left in."""
+    if list(record) != [KEY]:
+        raise ValueError(f"Expected one array named {KEY!r}, got {list(record)[:3]}.")
+    return _decoded(KEY, record[KEY], torch.float32, (num_parameters,))
+
+
+def check_finite(sum_or_norm: float) -> None:
+    """Raises ValueError if a sum or norm over an array tells that some of its values are not finite."""
+    if not isfinite(sum_or_norm):
+        raise ValueError("Expected finite values, got NaN or infinity.")
 
 
 def _decoded(name: str, array: Array, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -91,11 +119,6 @@ def numbers(record: ConfigRecord | MetricRecord, key: str) -> list[float]:
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         raise ValueError(f"Expected {key!r} to be a list of numbers, got {values!r:.60}.")
     return [float(value) for value in values]
-
-
-def arrays_to_record(arrays: dict[str, Tensor]) -> ArrayRecord:
-    """Returns a record of named arrays, as a compressed upload has them."""
-    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in arrays.items()})
 
 
 def arrays_from_record(record: ArrayRecord, types: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def test_a_client_that_sends_nothing_but_zeros_or_zeros_in_the_first_layer_does_
         client = {name: tensor.clone() for name, tensor in start.items()}
         for layer in layers:
             client[f"{layer}.A"][:3], client[f"{layer}.B"][:, :3] = 1.0, 1.0
-        collector = Collector(spec, ("B", "A"), start, MethodConfig(), keep_products=False, keep_clients=True)
+        collector = Collector(spec, ("B", "A"), start, spec.pack(start, ("B", "A")), MethodConfig(), keep_products=False, keep_clients=True)
         layout = spec.layout(("B", "A"))
         collector.add(1.0, layout.pack(client), torch.arange(layout.num_parameters))
         found = collector.collected(layout.pack(start), 0, 1)

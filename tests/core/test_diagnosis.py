@@ -38,7 +38,7 @@ def collected(name, options=None, *, ranks=(None,) * 3, **keep):
     options, method = options or MethodConfig(), METHODS[name]
     spec, kinds = spec_of(method.form), method.uploaded(1)
     start, collector = factors_of(spec, 0), None
-    collector = Collector(spec, kinds, start, options, **keep)
+    collector = Collector(spec, kinds, start, spec.pack(start, kinds), options, **keep)
     flats = [spec.pack(factors_of(spec, seed), kinds) for seed in (1, 2, 3)]
     places = [spec.block(kinds, rank) if rank else None for rank in ranks]
     for weight, flat, positions in zip(WEIGHTS, flats, places, strict=True):
@@ -72,11 +72,13 @@ def test_equal_clients_do_not_drift_and_clients_at_rest_have_no_drift():
     spec = spec_of(LORA)
     start = factors_of(spec, 0)
     for moved, expected in ((1.0, 0.0), (0.0, math.nan)):
-        collector = Collector(spec, ("B", "A"), start, MethodConfig(), keep_products=False)
+        collector = Collector(spec, ("B", "A"), start, spec.pack(start, ("B", "A")), MethodConfig(), keep_products=False)
         for weight in WEIGHTS:
             collector.add(weight, spec.pack(start, ("B", "A")) + moved)
         assert collector.drift() == pytest.approx(expected, abs=1e-3, nan_ok=True)
-    assert math.isnan(Collector(spec, ("B",), start, MethodConfig(), keep_products=False).drift()), "nobody took part"
+    assert math.isnan(Collector(spec, ("B",), start, spec.pack(start, ("B",)), MethodConfig(), keep_products=False).drift()), (
+        "nobody took part"
+    )
 
 
 def dense_mean(spec, flats, layer):

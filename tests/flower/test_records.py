@@ -4,12 +4,19 @@ import torch
 from flwr.app import Array, ArrayRecord
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from fedsim.flower.records import KEY, from_record, serialized_bytes, to_record
+from fedsim.flower.records import KEY, arrays_to_record, from_record, serialized_bytes, to_record
 
 
 def test_a_tensor_survives_the_round_trip_bit_for_bit():
     flat = torch.randn(1000)
     assert torch.equal(from_record(to_record(flat), 1000), flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8])
+@pytest.mark.parametrize("shape", [(0,), (1,), (1000,), (3, 5), (5, 0), (12_345, 7)])
+def test_an_array_is_the_one_that_flower_makes(dtype, shape):
+    values = torch.randint(0, 100, shape).to(dtype).mT if len(shape) == 2 else torch.randint(0, 100, shape).to(dtype)
+    assert arrays_to_record({"values": values})["values"] == Array(values.contiguous().numpy())
 
 
 @pytest.mark.parametrize("size", [1, 1000, 28_672, 3_000_000])
