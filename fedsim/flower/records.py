@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from io import BytesIO
 from math import isfinite, prod
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,9 +38,23 @@ def arrays_to_record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
 
 def _array(tensor: Tensor) -> Array:
     """Returns what Flower's `Array(values)` is, byte for byte, with one copy of the numbers in place of three."""
-    values = tensor.detach().cpu().contiguous().numpy()
-    dtype, shape = values.dtype, values.shape
-    return Array(dtype=dtype.name, shape=shape, stype=SType.NUMPY, data=b"".join((_head(dtype.str, shape), values.reshape(-1).data)))
+    values, dtype = tensor.detach().cpu().contiguous().numpy(), _numpy_type(tensor.dtype)
+    data = b"".join((_head(dtype.descr, values.shape), values.reshape(-1).data))
+    return Array(dtype=dtype.name, shape=values.shape, stype=SType.NUMPY, data=data)
+
+
+class _NumpyType(NamedTuple):
+    """What NumPy calls a type of tensors; it puts names together anew whenever it is asked."""
+
+    dtype: np.dtype[Any]
+    name: str
+    descr: str
+
+
+@cache
+def _numpy_type(dtype: torch.dtype) -> _NumpyType:
+    found = torch.empty(0, dtype=dtype).numpy().dtype
+    return _NumpyType(found, found.name, found.str)
 
 
 @cache
@@ -76,18 +91,18 @@ def _decoded(name: str, array: Array, dtype: torch.dtype, shape: tuple[int, ...]
 
     NumPy's reader is not asked: it allocates what a head claims before it looks at the data.
     """
-    expected = torch.empty(0, dtype=dtype).numpy().dtype
+    expected = _numpy_type(dtype)
     data, told = array.data, (array.dtype, tuple(array.shape))
     if array.stype != SType.NUMPY or told != (expected.name, shape) or not isinstance(data, bytes):
         raise ValueError(f"Expected {name!r} to be {expected.name} of shape {shape}, got {told[0]!s:.20} {told[1]!s:.40}.")
-    size = prod(shape) * expected.itemsize
+    size = prod(shape) * dtype.itemsize
     head = data[: len(data) - size].decode("latin-1") if size <= len(data) <= size + LONGEST_HEAD else ""
     found = NUMPY_HEAD.fullmatch(head)
-    if found is None or found.groups() != (expected.str, str(shape)):
+    if found is None or found.groups() != (expected.descr, str(shape)):
         raise ValueError(
             f"Expected {size} bytes of {expected.name} under {name!r} in NumPy's format, got {len(data)} bytes of something else."
         )
-    return torch.from_numpy(np.frombuffer(data, expected, prod(shape), len(data) - size).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(data, expected.dtype, prod(shape), len(data) - size).reshape(shape).copy())
 
 
 def record_of(records: Mapping[str, ArrayRecord], name: str) -> ArrayRecord:
