@@ -43,8 +43,11 @@ def _mean_effective_rank(state: GlobalState) -> float:
 
 
 def _singular_values(state: GlobalState) -> Iterator[Tensor]:
-    """Yields those of the layers' updates, [layers, values], for layers at a time whose matrices have one shape."""
+    """Yields those of the layers' updates but for the scaling, [layers, values], for layers at a time whose matrices have one shape."""
     spec: AdapterSpec = state.spec
+    if spec.form is LORA_SB and not state.folded:  # B and A are orthonormal
+        yield torch.linalg.svdvals(state.flat(("R",)).view(-1, spec.rank, spec.rank))
+        return
     if spec.form.low_rank and not state.folded:
         cores = [_core(spec, spec.factors(state.factors, layer)) for layer in spec.layers]
         for shape in dict.fromkeys(core.shape for core in cores):
@@ -57,9 +60,7 @@ def _singular_values(state: GlobalState) -> Iterator[Tensor]:
 
 
 def _core(spec: AdapterSpec, factors: Factors) -> Tensor:
-    """Returns a small matrix with the singular values of a layer's update."""
-    if spec.form is LORA_SB:
-        return spec.scaling * factors["R"]  # B and A are orthonormal
+    """Returns a small matrix with the singular values of a layer's update, but for the scaling."""
     left, *middle, right = spec.form.chain(factors)
     core = torch.linalg.qr(left).R
     for matrix in middle:
