@@ -123,6 +123,8 @@ def own_view(owner: Owner, config: Config) -> Config:
         token_cache=owner.token_cache,
         owner=None if owner.shard else owner.client,
         train_examples=config.data.train_examples if owner.shard else None,
+        client_column=config.data.client_column if owner.shard else None,
+        task_column=config.data.task_column if owner.shard else None,
     )
     return dataclasses.replace(config, model=model, data=data, run_dir=None, resume=False, overwrite=False)
 

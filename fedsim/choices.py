@@ -67,6 +67,7 @@ class Partition(Enum):
     iid = "every client draws from the same distribution"
     task = "each client holds examples of one task only"
     dirichlet = "each client's mixture is drawn from a Dirichlet distribution"
+    natural = "each client holds all of one owner whom data.client_column names, or of several where there are fewer clients"
 
 
 class DirichletOver(Enum):

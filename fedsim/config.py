@@ -94,6 +94,10 @@ class DataConfig:
     """Longest sequence in tokens; a longer training example is cut at its end."""
     train_on: TrainOn = TrainOn.response
     """Which tokens carry the loss."""
+    client_column: Optional[str] = None
+    """Column of the training rows that names their owner, for federation.partition=natural; null where none does."""
+    task_column: Optional[str] = None
+    """Column of the rows that names their task, which is a row of the results and what partitions skew; null takes the set's name."""
     on_error: OnError = OnError.stop
     """What a malformed row does."""
     token_cache: bool = True

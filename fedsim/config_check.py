@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.choices import AUTO
+from fedsim.choices import AUTO, Partition
 from fedsim.config import Config
 from fedsim.errors import UserError
 
@@ -129,7 +129,7 @@ def check(config: Config) -> None:
             raise UserError(f"Expected {key} {bounds}{finite}, got {value}. Give {key}= a value in that range.")
     for key in ("data.train", "data.test", "adapter.target_modules"):
         _check_names(key, _value(config, key))
-    for key in ("model.path", "data.path", "run_dir"):
+    for key in ("model.path", "data.path", "data.client_column", "data.task_column", "run_dir"):
         if _value(config, key) == "":
             raise UserError(f"Expected {key} to name something, got an empty text. Write {key}=null for none.")
     _check_contradictions(config)
@@ -160,6 +160,10 @@ def _check_contradictions(config: Config) -> None:
         raise UserError(
             f"Expected at least one training example for each client, got data.train_examples={examples} and "
             f"federation.clients={config.federation.clients}. Raise the first or lower the second."
+        )
+    if config.federation.partition is Partition.natural and config.federation.quantity_sigma:
+        raise UserError(
+            "federation.partition=natural: clients hold what their owners have, so federation.quantity_sigma says nothing; leave it out."
         )
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.model.device):
         raise UserError(f"Expected model.device auto, cpu, cuda, cuda:<number> or mps, got {config.model.device!r}. Choose one of them.")

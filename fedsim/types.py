@@ -19,6 +19,7 @@ class Family(Enum):
 
     arithmetic = "a number, compared by value"
     commonsense = "one of the options that the prompt names, compared exactly"
+    text = "a whole text, compared word by word"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Example:
     """One prompt with its reference response.
 
     `task` is the row of the results table that the example belongs to ("gsm8k", "boolq"); `answer` is the gold answer
-    ("18", "answer3", "true") that an answer read from a generated text is compared with.
+    ("18", "answer3", "true") that an answer read from a generated text is compared with. `client` is the owner that the data names.
     """
 
     task: str
@@ -34,13 +35,15 @@ class Example:
     prompt: str
     response: str
     answer: str
+    client: str | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
     """Two texts, and which of `labels` tells how the second relates to the first: for a model that classifies and generates nothing.
 
-    `labels` are all of the set's, in the order of the classification head's outputs; `answer` is the gold one.
+    `labels` are all of the set's, in the order of the classification head's outputs; `answer` is the gold one. `client` is the owner that
+    the data names.
     """
 
     task: str
@@ -48,6 +51,7 @@ class Pair:
     hypothesis: str
     answer: str
     labels: tuple[str, ...]
+    client: str | None = None
 
 
 AnyExample = Example | Pair

@@ -3,7 +3,8 @@ r"""Reading an answer out of a generated text, and comparing it with the gold an
 Arithmetic, in the order of precedence: after "####" (GSM8K), after the last "The answer is:" (MetaMathQA), in the last \boxed{} (MATH),
 else the last number, as evaluations of GSM8K do, of a text that has ended: the last number of one that was cut off is wherever it was cut.
 Numbers are compared by value, other expressions as normalised text. Multiple choice: the first of the options that the prompt's
-"Answer format" names, as the evaluation of LLM-Adapters (arXiv 2304.01933) does. Nothing is ever evaluated as code.
+"Answer format" names, as the evaluation of LLM-Adapters (arXiv 2304.01933) does. Free text: the whole of it, if it has ended, whatever
+the white space between its words. Nothing is ever evaluated as code.
 """
 
 import re
@@ -40,6 +41,8 @@ def extract(text: str, example: Example, *, ended: bool = True) -> str | None:
     """Returns the answer that `text` gives to the example, or None where it gives none; `ended` is False where it was cut off."""
     if example.family is Family.commonsense:
         return _first_option(text, options(example.prompt))
+    if example.family is Family.text:
+        return " ".join(text.split()) if ended else None
     text = _normalize(text)
     if "####" in text:
         return _first_number(text.split("####")[1]) or _line(text.split("####")[1]) or None
@@ -52,10 +55,12 @@ def extract(text: str, example: Example, *, ended: bool = True) -> str | None:
 
 
 def is_correct(text: str, example: Example, *, ended: bool = True) -> bool:
-    """Whether the answer in `text` is the gold answer: the same option, the same number, or else the same expression."""
+    """Whether the answer in `text` is the gold answer: the same option, words or number, or else the same expression."""
     given = extract(text, example, ended=ended)
     if given is None or example.family is Family.commonsense:
         return given == example.answer
+    if example.family is Family.text:
+        return given == " ".join(example.answer.split())
     gold = value(example.answer)
     if gold is not None:
         return value(given) == gold

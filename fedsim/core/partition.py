@@ -1,7 +1,7 @@
 """Dealing training examples to clients: one index list per client, disjoint and complete.
 
 Skew in what a client holds (task, or a Dirichlet mixture drawn per client as in Hsu et al. 2019, arXiv 1909.06335) and skew in how
-much it holds (log-normal) are independent choices that compose.
+much it holds (log-normal) are independent choices that compose. A natural partition has the skew that the data's owners have.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ def partition(examples: Sequence[AnyExample], federation: FederationConfig, seed
     """Returns the ascending example indices of each client.
 
     Guarantees: every example belongs to exactly one client; every client has at least one; the same arguments give the same shards.
-    Raises UserError where there are more clients than examples, or fewer clients than tasks with partition=task.
+    Raises UserError where there are more clients than examples, fewer clients than tasks with partition=task, or more than owners with
+    partition=natural.
     """
     if federation.clients > len(examples):
         raise UserError(
@@ -29,9 +30,7 @@ def partition(examples: Sequence[AnyExample], federation: FederationConfig, seed
     generator = numpy_generator(seed, "partition")
     logs = federation.quantity_sigma * generator.standard_normal(federation.clients)
     weights = np.exp(np.maximum(logs - logs.max(), -600))  # relative to the largest: exp neither overflows nor vanishes
-    shards = {Partition.iid: _iid, Partition.task: _by_task, Partition.dirichlet: _dirichlet}[federation.partition](
-        examples, federation, weights, generator
-    )
+    shards = DEALT[federation.partition](examples, federation, weights, generator)
     return [sorted(int(i) for i in shard) for shard in shards]
 
 
@@ -106,6 +105,29 @@ def _dirichlet(
         shards[client] = np.concatenate([group[u : u + n] for group, u, n in zip(groups, used, counts, strict=True)])
         used += counts
     return shards
+
+
+def _natural(
+    examples: Sequence[AnyExample], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Deals whole owners to the clients in turn, in the order in which the data first names them."""
+    owners: dict[str | None, list[int]] = {}
+    for i, example in enumerate(examples):
+        owners.setdefault(example.client, []).append(i)
+    if None in owners:
+        raise UserError("federation.partition=natural: expected data that names its owners; name their column in data.client_column.")
+    if federation.clients > len(owners):
+        raise UserError(
+            f"federation.partition=natural: expected at most the {len(owners)} owners whom data.client_column names, "
+            f"got federation.clients={federation.clients}; use federation.clients={len(owners)} or fewer."
+        )
+    held: list[list[int]] = [[] for _ in range(federation.clients)]
+    for number, own in enumerate(owners.values()):
+        held[number % federation.clients] += own
+    return [np.array(own) for own in held]
+
+
+DEALT = {Partition.iid: _iid, Partition.task: _by_task, Partition.dirichlet: _dirichlet, Partition.natural: _natural}
 
 
 def _draw(mixture: np.ndarray, quota: int, available: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,22 @@ class Hub:
         tables = self._load(split).with_format("arrow").iter(batch_size=BATCH)
         yield from enumerate((row for table in tables for row in batch_rows(table)), 1)
 
+    @property
+    def has_test(self) -> bool:
+        """Whether there is a test split. Raises UserError where nobody answers."""
+        from datasets import get_dataset_split_names
+
+        return "test" in self._fetched("train", lambda: get_dataset_split_names(self.name, self.config))
+
     def _load(self, split: str) -> Any:
+        from datasets import load_dataset
+
+        return self._fetched(split, lambda: load_dataset(self.name, self.config, split=split))
+
+    def _fetched(self, split: str, fetch: Callable[[], Any]) -> Any:
         try:
             _ask_once(self.name)
-            from datasets import load_dataset
-
-            return load_dataset(self.name, self.config, split=split)
+            return fetch()
         except Exception as error:  # the libraries beneath raise dozens of kinds, for a wrong name and for a network that is down
             raise UserError(_not_fetched(self.place(split), error)) from error
 

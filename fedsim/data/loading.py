@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from fedsim.choices import OnError
 from fedsim.config import DataConfig
 from fedsim.data.hub import Address, Hub
 from fedsim.data.rows import READERS, Malformed, Row, Unreadable, read
-from fedsim.data.sets import COMMONSENSE, SETS, DataSet
+from fedsim.data.sets import COMMONSENSE, SETS, DataSet, named
 from fedsim.errors import UserError, nearest
 from fedsim.models import looks_local
 from fedsim.seeding import numpy_generator
-from fedsim.types import AnyExample, Family
+from fedsim.types import AnyExample
 
 EMBEDDED = "embedded"
 EMBEDDED_SIZES = {"train": 5000, "test": 500}
@@ -48,6 +48,17 @@ class _Reading:
     seed: int
     notes: list[str] = field(default_factory=list)
     divided: dict[str, dict[str, list[AnyExample]]] = field(default_factory=dict)  # files that hold train and test, by place
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where rows come from, what they are examples of, and whether each must name its owner where the configuration has a column for it."""
+
+    each: DataSet
+    task: str
+    place: str  # a file, an address, or a hub name
+    unit: str  # what rows are counted in: lines or rows
+    owned: bool = True  # not of a test set on its own
 
 
 class _MissingError(UserError):
@@ -97,6 +108,9 @@ def _check(config: DataConfig) -> None:
         raise UserError(
             f"data.path={config.path}: the embedded data reads no file. Leave out data.path, or choose a set such as data=gsm8k."
         )
+    for option, column in (("data.client_column", config.client_column), ("data.task_column", config.task_column)):
+        if column is not None and EMBEDDED in (*config.train, *config.test):
+            raise UserError(f"{option}={column}: the embedded data has no columns. Leave it out, or choose a set such as data=gsm8k.")
     if config.path is not None and not Path(config.path).exists() and looks_local(config.path):
         raise UserError(f"data.path={config.path}: there is no such file or folder. Check the path.")
 
@@ -104,41 +118,49 @@ def _check(config: DataConfig) -> None:
 def _from_single_file(reading: _Reading, path: Path) -> tuple[list[AnyExample], dict[str, list[AnyExample]]]:
     """The file is the training set; what it tells to be the test set is that, or a seeded part of it is held out."""
     name = _only_training_set(reading.config, "a single file")
-    parts = _divided(reading, SETS[name], name, str(path), _line_or_row(path), read(path))
+    parts = _divided(reading, _Source(SETS[name], name, str(path), _line_or_row(path)), read(path))
     reading.notes += [f"test set left out: {other}: data.path is a single file" for other in reading.config.test if other != name]
-    return parts["train"], {name: parts["test"]}
+    return parts["train"], _by_task(parts["test"])
 
 
-def _divided(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Iterable[Row]) -> dict[str, list[AnyExample]]:
+def _by_task(examples: Iterable[AnyExample]) -> dict[str, list[AnyExample]]:
+    found: dict[str, list[AnyExample]] = {}
+    for example in examples:
+        found.setdefault(example.task, []).append(example)
+    return found
+
+
+def _divided(reading: _Reading, source: _Source, rows: Iterable[Row]) -> dict[str, list[AnyExample]]:
     """Returns the examples of a file that holds train and test: as a column of its rows tells, or else a seeded part is held out."""
-    if where not in reading.divided:
+    if source.place not in reading.divided:
         numbered = list(rows)
-        told = {_told_split(row, each.split_column) for _, row in numbered} - {None}
+        told = {_told_split(row, source.each.split_column) for _, row in numbered} - {None}
         divide = _as_told if told else _held_out
-        reading.divided[where] = divide(reading, each, task, where, unit, numbered)
-    return reading.divided[where]
+        reading.divided[source.place] = divide(reading, source, numbered)
+    return reading.divided[source.place]
 
 
 def _told_split(row: Any, column: str | None) -> str | None:
     return str(row[column]).strip().lower() if isinstance(row, Mapping) and column in row else None
 
 
-def _as_told(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
+def _as_told(reading: _Reading, source: _Source, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
     """A row that tells nothing belongs to the training set, where its fault is found; one of a third split to neither."""
-    split_of = lambda row: _told_split(row[1], each.split_column) or "train"  # noqa: E731
+    column = source.each.split_column
+    split_of = lambda row: _told_split(row[1], column) or "train"  # noqa: E731
     parts = {split: [row for row in rows if split_of(row) == split] for split in ("train", "test")}
     left_out = len(rows) - sum(map(len, parts.values()))
     if left_out:
-        reading.notes.append(f"{where}: {left_out} of {len(rows)} rows belong to neither train nor test")
-    found = {split: _converted(reading, each, task, where, unit, part) for split, part in parts.items()}
+        reading.notes.append(f"{source.place}: {left_out} of {len(rows)} rows belong to neither train nor test")
+    found = {split: _converted(reading, replace(source, owned=split == "train"), part) for split, part in parts.items()}
     for split, examples in found.items():
         if not examples:
-            raise UserError(f"{where}: expected rows with {split} in {each.split_column!r}, got none. Give them, or leave the column out.")
+            raise UserError(f"{source.place}: expected rows with {split} in {column!r}, got none. Give them, or leave the column out.")
     return found
 
 
-def _held_out(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
-    examples = _converted(reading, each, task, where, unit, rows)
+def _held_out(reading: _Reading, source: _Source, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
+    examples, where = _converted(reading, source, rows), source.place
     count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
     if count == 0:
         least = int(1 / HELD_OUT)
@@ -160,18 +182,17 @@ def _only_training_set(config: DataConfig, what: str) -> str:
 
 
 def _tests(reading: _Reading) -> dict[str, list[AnyExample]]:
-    found: dict[str, list[AnyExample]] = {}
+    found: list[AnyExample] = []
     missing: list[str] = []
     for name in reading.config.test:
         try:
-            for example in _examples(reading, name, "test"):
-                found.setdefault(example.task, []).append(example)
+            found += _examples(reading, name, "test")
         except _MissingError as error:
             missing.append(str(error))
     if not found:
         raise UserError(missing[0])
     reading.notes += [f"test set left out: {line}" for line in missing]
-    return found
+    return _by_task(found)
 
 
 def _examples(reading: _Reading, name: str, split: str) -> list[AnyExample]:
@@ -184,28 +205,37 @@ def _examples(reading: _Reading, name: str, split: str) -> list[AnyExample]:
     else:
         remote = remote_of(reading.config, name)
         if each.in_one and remote is each.remote:
-            examples = _divided(reading, each, name, remote.place(split), "line", remote.rows(split))[split]
+            examples = _divided(reading, _Source(each, name, remote.place(split), "line"), remote.rows(split))[split]
+        elif isinstance(remote, Hub) and remote != each.remote and name in reading.config.test and not remote.has_test:
+            examples = _divided(reading, _Source(each, name, remote.place("train"), "row"), remote.rows("train"))[split]
         else:
-            examples = _converted(reading, each, name, remote.place(split), "row", remote.rows(split))
+            source = _Source(each, name, remote.place(split), "row", owned=split == "train")
+            examples = _converted(reading, source, remote.rows(split))
     if not examples:
         raise _MissingError(f"{name}: expected {split} rows, but each is malformed, first {reading.notes[num_notes]}.")
     return examples
 
 
 def remote_of(config: DataConfig, name: str) -> Hub | Address:
-    """Returns where a set is fetched from: a hub name in `data.path` is that of the training set; other sets keep their own sources."""
+    """Returns where a set is fetched from: a hub name in `data.path` is that of the training set; other sets keep their own sources.
+
+    Raises UserError for a set that has none.
+    """
     if config.path is not None and name == _only_training_set(config, "a hub name"):
         return Hub(config.path)
-    return SETS[name].remote
+    found = SETS[name].remote
+    if found is None:
+        raise UserError(f"data.path: {name} is a set of your own; say where it lies: a file, a folder, or a hub name.")
+    return found
 
 
 def _embedded(reading: _Reading, split: str) -> list[AnyExample]:
-    from fedsim.embedded import examples
+    from fedsim.embedded import FAMILIES, examples
 
     in_all, of_each = reading.config.train_examples, reading.config.test_examples
-    asked = of_each if split == "test" else in_all and ceil(in_all / len(Family))
+    asked = of_each if split == "test" else in_all and ceil(in_all / len(FAMILIES))
     each = asked or EMBEDDED_SIZES[split]
-    return [example for family in Family for example in examples(family, split, each, reading.seed)]
+    return [example for family in FAMILIES for example in examples(family, split, each, reading.seed)]
 
 
 def _from_folder(reading: _Reading, each: DataSet, folder: Path, split: str) -> list[AnyExample]:
@@ -213,10 +243,8 @@ def _from_folder(reading: _Reading, each: DataSet, folder: Path, split: str) -> 
     examples: list[AnyExample] = []
     for file in _files(each, folder, split):
         task = file.parent.name if file.parent.name in COMMONSENSE else each.name
-        if each.in_one:
-            examples += _divided(reading, each, task, str(file), _line_or_row(file), read(file))[split]
-        else:
-            examples += _converted(reading, each, task, str(file), _line_or_row(file), read(file))
+        source = _Source(each, task, str(file), _line_or_row(file), owned=each.in_one or split == "train")
+        examples += _divided(reading, source, read(file))[split] if each.in_one else _converted(reading, source, read(file))
     return examples
 
 
@@ -236,21 +264,22 @@ def _line_or_row(path: Path) -> str:
     return "row" if path.suffix.lower() == ".parquet" else "line"
 
 
-def _converted(reading: _Reading, each: DataSet, task: str, where: str, unit: str, rows: Iterable[Row]) -> list[AnyExample]:
+def _converted(reading: _Reading, source: _Source, rows: Iterable[Row]) -> list[AnyExample]:
     """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says. Rows without a label are counted."""
     found: list[AnyExample] = []
     num_left_out = num_unlabelled = 0
+    where = source.place
     for number, row in rows:
         try:
             if isinstance(row, Malformed):
                 raise row
-            example = each.example(row, task)
+            example = _example(reading.config, source, row)
             if example is None:
                 num_unlabelled += 1
             else:
                 found.append(example)
         except Malformed as error:
-            fault = f"{where}, {unit} {number}: {error}"
+            fault = f"{where}, {source.unit} {number}: {error}"
             if reading.config.on_error is OnError.stop:
                 skip = "" if isinstance(error, Unreadable) else ", or leave such rows out with data.on_error=skip"
                 raise UserError(f"{fault}. Mend {'the file' if isinstance(error, Unreadable) else 'it'}{skip}.") from None
@@ -260,8 +289,17 @@ def _converted(reading: _Reading, each: DataSet, task: str, where: str, unit: st
     if num_left_out:
         reading.notes.append(f"{where}: {num_left_out} of {num_left_out + len(found)} rows left out")
     if num_unlabelled:
-        reading.notes.append(f"{where}: {num_unlabelled} rows have no label and are left out, as {each.name} means them to be")
+        reading.notes.append(f"{where}: {num_unlabelled} rows have no label and are left out, as {source.each.name} means them to be")
     return found
+
+
+def _example(config: DataConfig, source: _Source, row: Any) -> AnyExample | None:
+    """Returns the row as an example of its set, with the task and the owner that it names where the configuration has columns for them."""
+    task = source.task if config.task_column is None else named(row, config.task_column)
+    example = source.each.example(row, task)
+    if example is None or config.client_column is None or not source.owned:
+        return example
+    return replace(example, client=named(row, config.client_column))
 
 
 def _at_most(examples: Sequence[AnyExample], count: int | None, seed: int, purpose: str) -> list[AnyExample]:

@@ -3,6 +3,7 @@
 Prompts have Alpaca's form, as MetaMath (arXiv 2309.12284) and LLM-Adapters (arXiv 2304.01933) use it, at training and at generation
 alike. Left out are the spaces that LLM-Adapters' source puts before every line, and MetaMath's "Let's think step by step." in test
 questions only. SNLI (arXiv 1508.05326) and SICK (Marelli et al., LREC 2014) have pairs that are classified, and no prompt.
+`instructions` is whatever texts a user has, in the columns that public sets of instructions use.
 """
 
 import re
@@ -41,7 +42,7 @@ class DataSet:
     example: Callable[[Row, str], AnyExample | None]
     train: tuple[str, ...]
     test: tuple[str, ...]
-    remote: Hub | Address
+    remote: Hub | Address | None  # None for a set of the user's own
     labels: tuple[str, ...] = ()  # of pairs that are classified, in the order of the head's outputs
     in_one: bool = False  # train and test are one file, here and at `remote`
     split_column: str | None = None  # where a file tells the split of a row
@@ -51,14 +52,20 @@ class DataSet:
         return self.train if split == "train" else self.test
 
 
-def _field(row: Row, name: str) -> str:
-    """Returns a text field. Raises Malformed where it is missing, no text, or blank."""
+def _column(row: Row, *names: str) -> str:
+    """Returns the first of the columns that the row has. Raises Malformed where it has none of them, or is no row."""
     if not isinstance(row, Mapping):
         raise Malformed(f"expected an object with fields, got {type(row).__name__}")
-    if name not in row and len(row) == 1 and isinstance(next(iter(row.values())), list):
+    if found := next((name for name in names if name in row), None):
+        return found
+    if len(row) == 1 and isinstance(next(iter(row.values())), list):
         raise Malformed(f"expected a list of rows, got an object that holds one in {next(iter(row))!r}; write that list alone")
-    if name not in row:
-        raise Malformed(f"expected the field {name!r}, got {', '.join(map(repr, row)) or 'none'}")
+    raise Malformed(f"expected the field {' or '.join(map(repr, names))}, got {', '.join(map(repr, row)) or 'none'}")
+
+
+def _field(row: Row, *names: str) -> str:
+    """Returns the text in the first of the columns that the row has. Raises Malformed where that is missing, no text, or blank."""
+    name = _column(row, *names)
     if not isinstance(row[name], str) or not row[name].strip():
         raise Malformed(f"expected text in {name!r}, got {row[name]!r:.40}")
     if _HALF_PAIR.search(row[name]):
@@ -97,15 +104,45 @@ def _arithmetic(name: str, question: str, response: str, answer: str) -> Example
 
 def _commonsense(row: Row, name: str) -> Example:
     instruction, response, answer = (_field(row, field).strip() for field in ("instruction", "output", "answer"))
-    extra = row.get("input")
-    if extra is not None and not isinstance(extra, str):
-        raise Malformed(f"expected text in 'input', got {extra!r:.40}")
     choices = options(instruction)
     if answer not in choices:
         raise Malformed(f"expected 'answer' to be one of the options {'/'.join(choices) or '(none named)'}, got {answer!r:.40}")
-    template = ALPACA_INPUT if extra and extra.strip() else ALPACA
-    prompt = template.format(instruction=instruction, input=(extra or "").strip()) + "\n"  # LLM-Adapters answers on a line of its own
+    prompt = _alpaca(instruction, row.get("input")) + "\n"  # LLM-Adapters answers on a line of its own
     return Example(name, Family.commonsense, prompt, response, answer)
+
+
+def _alpaca(instruction: str, extra: Any) -> str:
+    """Returns the prompt for an instruction, and for what it is about where that is told. Raises Malformed where that is no text."""
+    if extra is not None and not isinstance(extra, str):
+        raise Malformed(f"expected text as the input of an instruction, got {extra!r:.40}")
+    told = (extra or "").strip()
+    return (ALPACA_INPUT if told else ALPACA).format(instruction=instruction, input=told)
+
+
+ASKED, EXTRA, ANSWERED = ("instruction", "question", "query"), ("input", "context"), ("output", "response", "answer", "completion")
+"""Columns of a user's own set as Alpaca, Dolly and others have them: what is asked, about what, the answer. Of each the first counts."""
+
+PROMPT, CONTINUED = "prompt", ("completion", "response", "output")
+"""Columns of a prompt that is taken as it is, and of what follows it."""
+
+
+def _instructions(row: Row, name: str) -> Example:
+    """An instruction, with or without an input, in Alpaca's form; or a prompt as it is."""
+    if _column(row, *ASKED, PROMPT) == PROMPT:
+        response = _field(row, *CONTINUED)
+        return Example(name, Family.text, _field(row, PROMPT), response, response)
+    instruction, response = _field(row, *ASKED).strip(), _field(row, *ANSWERED).strip()
+    extra = next((row[column] for column in EXTRA if column in row), None)
+    return Example(name, Family.text, _alpaca(instruction, extra), response, response)
+
+
+def named(row: Row, column: str) -> str:
+    """Returns what a row names in a column, a text or a number. Raises Malformed where that is missing, blank, or anything else."""
+    value = row[_column(row, column)]
+    told = str(value).strip()
+    if isinstance(value, bool) or not isinstance(value, str | int) or not told:
+        raise Malformed(f"expected a name in {column!r}, got {value!r:.40}")
+    return told
 
 
 INFERENCE = ("entailment", "neutral", "contradiction")
@@ -114,11 +151,7 @@ INFERENCE = ("entailment", "neutral", "contradiction")
 
 def _label(row: Row, *names: str) -> str | None:
     """Returns the label in the first of the columns that is there, by name or number; None for what SNLI marks as without a label."""
-    if not isinstance(row, Mapping):
-        raise Malformed(f"expected an object with fields, got {type(row).__name__}")
-    column = next((name for name in names if name in row), None)
-    if column is None:
-        raise Malformed(f"expected the field {' or '.join(map(repr, names))}, got {', '.join(map(repr, row)) or 'none'}")
+    column = _column(row, *names)
     told = str(row[column]).strip().lower()
     if told in ("-1", "-"):
         return None
@@ -188,6 +221,7 @@ SETS: dict[str, DataSet] = {
             Address(f"{_LLM_ADAPTERS}/ft-training_set/commonsense_170k.json"),
         ),
         *map(_one_of_eight, COMMONSENSE),
+        DataSet("instructions", _instructions, _files("train", "instructions"), _files("test", "instructions"), None),
         DataSet("snli", _snli, _files("train", "snli"), _files("test", "snli"), Hub("stanfordnlp/snli"), INFERENCE),
         DataSet("sick", _sick, _SICK_FILES, _SICK_FILES, Address(_SICK), INFERENCE, in_one=True, split_column="SemEval_set"),
     ]

@@ -8,6 +8,9 @@ from fedsim.types import Example, Family
 BASE_MODEL = Path(__file__).parent / "base_model"
 """Folder of the embedded base model with its tokenizer, in Hugging Face form."""
 
+FAMILIES = (Family.arithmetic, Family.commonsense)
+"""What the embedded examples are of."""
+
 
 def examples(family: Family, split: str, count: int, seed: int) -> list[Example]:
     """Returns `count` different examples of the split "train" or "test".

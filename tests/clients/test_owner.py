@@ -71,19 +71,21 @@ def test_data_model_and_device_of_the_server_are_not_looked_at():
     theirs = replace(
         CONFIG,
         model=ModelConfig(path="/etc", device="cuda:7"),
-        data=DataConfig(path="/home/somebody", train=["gsm8k"], train_examples=5, owner=2),
+        data=DataConfig(path="/home/somebody", train=["gsm8k"], train_examples=5, owner=2, client_column="user", task_column="kind"),
         run_dir="/tmp/x",
         overwrite=True,
     )
     here = own_view(Owner(1, data_path="/mine", data_sets=["math"], model_path="/base", device="cpu"), theirs)
     assert (here.model.path, here.model.device, here.data.path, here.data.train) == ("/base", "cpu", "/mine", ["math"])
     assert (here.data.owner, here.data.train_examples, here.run_dir, here.overwrite) == (1, None, None, False)
+    assert (here.data.client_column, here.data.task_column) == (None, None), "columns are those of the server's file"
     assert (theirs.data.token_cache, here.data.token_cache) == (True, False), (
         "no copies outside of the owner's folder, unless it is asked for"
     )
     assert own_view(Owner(1, token_cache=True), theirs).data.token_cache
     trial = own_view(Owner(1, shard=True), theirs)
     assert (trial.data.owner, trial.data.train_examples, trial.data.path) == (None, 5, None)
+    assert (trial.data.client_column, trial.data.task_column) == ("user", "kind")
 
 
 @pytest.mark.parametrize(

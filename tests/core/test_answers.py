@@ -22,6 +22,22 @@ def choice(answer="answer2", choices="answer1/answer2/answer3"):
 
 
 @pytest.mark.parametrize(
+    ("text", "ended", "right"),
+    [
+        ("Paris, of course.", True, True),
+        ("\n Paris,  of\ncourse. ", True, True),
+        ("Paris, of course.", False, False),  # it went on
+        ("Paris, of course", True, False),
+        ("paris, of course.", True, False),
+        ("It is Paris, of course.", True, False),
+        ("", True, False),
+    ],
+)
+def test_a_text_is_right_as_a_whole(text, ended, right):
+    assert is_correct(text, Example("own", Family.text, "Where?", "", "Paris, of course. "), ended=ended) is right
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("9 * 2 = 18\n#### 18", "18"),

@@ -19,11 +19,15 @@ def examples(*counts, labels=3):
     return [Example(f"task{t}", Family.arithmetic, "q", "r", str(i % labels)) for t, n in enumerate(counts) for i in range(n)]
 
 
+SKEWED = [kind for kind in Partition if kind is not Partition.natural]
+"""Partitions that are drawn; the natural one is what the data says."""
+
+
 @settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 80), min_size=1, max_size=4),
     st.integers(1, 12),
-    st.sampled_from(Partition),
+    st.sampled_from(SKEWED),
     st.sampled_from(DirichletOver),
     st.floats(0.01, 100),
     st.floats(0, 3),
@@ -44,7 +48,7 @@ def test_another_seed_deals_otherwise():
     assert partition(examples(50), federation, 0) != partition(examples(50), federation, 1)
 
 
-@pytest.mark.parametrize("kind", Partition)
+@pytest.mark.parametrize("kind", SKEWED)
 def test_which_of_its_tasks_examples_a_client_gets_is_random(kind):
     shards = partition(examples(200), FederationConfig(clients=4, partition=kind), 0)
     assert all(max(shard) - min(shard) > 2 * len(shard) for shard in shards)
@@ -119,13 +123,34 @@ def test_a_small_alpha_separates_and_a_large_one_mixes(over, groups):
     assert mixed < middling < skewed
 
 
-@pytest.mark.parametrize("kind", Partition)
+@pytest.mark.parametrize("kind", SKEWED)
 def test_quantity_skew_is_log_normal(kind):
     federation = FederationConfig(clients=400, partition=kind, quantity_sigma=0.5)
     sizes = [len(shard) for shard in partition(examples(40_000, 40_000), federation, 0)]
     assert 0.42 < np.std(np.log(sizes)) < 0.58
     even = [len(shard) for shard in partition(examples(40_000, 40_000), FederationConfig(clients=400, partition=kind), 0)]
     assert set(even) == {200}
+
+
+@given(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=40), st.integers(1, 7), st.integers(0, 3))
+def test_a_natural_partition_gives_every_owner_to_one_client(owners, clients, seed):
+    pool = [Example("task", Family.text, "q", "r", "r", owner) for owner in owners]
+    clients = min(clients, len(set(owners)))
+    shards = partition(pool, FederationConfig(clients=clients, partition=Partition.natural), seed)
+    assert sorted(i for shard in shards for i in shard) == list(range(len(pool)))
+    held = [{owners[i] for i in shard} for shard in shards]
+    assert sum(map(len, held)) == len(set(owners)), "no owner's data is torn apart"
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+    if clients == len(set(owners)):
+        assert held == [{owner} for owner in dict.fromkeys(owners)], "the clients are the owners, as the data first names them"
+
+
+def test_a_natural_partition_without_enough_owners_is_one_clear_line():
+    natural = FederationConfig(clients=3, partition=Partition.natural)
+    with pytest.raises(UserError, match=r"expected data that names its owners; name their column in data.client_column"):
+        partition(examples(5), natural, 0)
+    with pytest.raises(UserError, match=r"at most the 2 owners .* got federation.clients=3; use federation.clients=2 or fewer"):
+        partition([Example("task", Family.text, "q", "r", "r", owner) for owner in "abab"], natural, 0)
 
 
 def test_holdings_count_by_task():

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from fedsim.config import DataConfig
-from fedsim.data import load
+from fedsim.data import load, loading
 from fedsim.data.hub import Address, Hub
 from fedsim.data.loading import remote_of
 from fedsim.data.sets import SETS
@@ -62,6 +62,16 @@ def site(tmp_path):
 def test_rows_of_a_data_set_are_numbered_from_one(hub_folder):
     assert list(Hub(str(hub_folder)).rows("train")) == list(enumerate(ROWS, 1))
     assert len(list(Hub(str(hub_folder)).rows("test"))) == 5
+
+
+def test_of_ones_own_data_set_without_a_test_split_a_part_is_held_out(hub_folder, monkeypatch):
+    (hub_folder / "data/test-00000-of-00001.parquet").unlink()
+    (hub_folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/train-*\n---\n")
+    monkeypatch.setattr(loading, "remote_of", lambda config, name: Hub(str(hub_folder)))  # the folder in place of the hub
+    data = load(DataConfig(train=["gsm8k"], test=["gsm8k"], path="someone/else"), 0)
+    assert (len(data.train), len(data.test["gsm8k"])) == (2700, 300)
+    assert {example.answer for example in (*data.train, *data.test["gsm8k"])} == {str(n) for n in range(3000)}
+    assert data.skipped == [f"{hub_folder} (train): 300 of 3000 rows are held out as the test set"]
 
 
 def test_a_split_that_a_data_set_lacks_is_one_clear_line(hub_folder):
@@ -132,6 +142,6 @@ def test_a_hub_name_is_that_of_the_training_set_alone():
 
 
 def test_every_split_of_every_set_has_a_source_of_its_own():
-    divided = [each for each in SETS.values() if not each.in_one]
+    divided = [each for each in SETS.values() if not each.in_one and each.remote is not None]
     places = [each.remote.place(split) for each in divided for split in ("train", "test") if each.patterns(split)]
     assert len(set(places)) == len(places) == 2 * (len(divided) - 2) + 2  # two sets are for training only

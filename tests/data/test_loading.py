@@ -57,6 +57,51 @@ def test_a_folder_gives_train_and_test_in_the_order_of_the_files(tmp_path):
     assert data.skipped == []
 
 
+def own(tmp_path, *rows, name="mine.jsonl"):
+    """A configuration for a file of these rows, each with a question and an answer besides."""
+    (tmp_path / name).write_text("".join(f"{json.dumps({'question': f'{i}?', 'answer': str(i)} | row)}\n" for i, row in enumerate(rows)))
+    return {"train": ["instructions"], "test": ["instructions"], "path": str(tmp_path / name)}
+
+
+def test_columns_name_the_task_and_the_owner_of_a_row(tmp_path):
+    rows = [{"kind": "sum" if i % 3 else "product", "user": i % 4} for i in range(60)]
+    data = load(DataConfig(**own(tmp_path, *rows), task_column="kind", client_column="user"), 0)
+    assert set(data.test) == {"sum", "product"}
+    assert len(data.train) + sum(map(len, data.test.values())) == 60
+    for example in data.train:
+        row = rows[int(example.answer)]
+        assert (example.task, example.client) == (row["kind"], str(row["user"]))
+    plain = load(DataConfig(**own(tmp_path, *rows)), 0)
+    assert {(example.task, example.client) for example in plain.train} == {("instructions", None)}
+
+
+def test_a_test_set_of_its_own_names_no_owners(tmp_path):
+    own(tmp_path, *({"user": "ann"} for _ in range(5)), name="train.jsonl")
+    own(tmp_path, *({} for _ in range(5)), name="test.jsonl")
+    data = load(DataConfig(train=["instructions"], test=["instructions"], path=str(tmp_path), client_column="user"), 0)
+    assert {example.client for example in data.train} == {"ann"}
+    assert {example.client for example in data.test["instructions"]} == {None}
+
+
+@pytest.mark.parametrize("name", [None, "", "  ", 1.5, True, ["ann"]])
+def test_a_row_that_names_no_owner_is_malformed(tmp_path, name):
+    config = own(tmp_path, *({"user": "ann"} for _ in range(20)), {"user": name})
+    with pytest.raises(UserError, match=r"mine.jsonl, line 21: expected a name in 'user', got"):
+        load(DataConfig(**config, client_column="user"), 0)
+    with pytest.raises(UserError, match=r"mine.jsonl, line 1: expected the field 'owner', got 'question', 'answer', 'user'"):
+        load(DataConfig(**config, client_column="owner"), 0)
+
+
+def test_a_set_of_ones_own_lies_nowhere_unless_it_is_told_where():
+    with pytest.raises(UserError, match=r"data.path: instructions is a set of your own; say where it lies"):
+        load(DataConfig(train=["instructions"], test=["instructions"]), 0)
+
+
+def test_the_embedded_data_has_no_columns():
+    with pytest.raises(UserError, match=r"data.task_column=kind: the embedded data has no columns"):
+        load(DataConfig(task_column="kind"), 0)
+
+
 def test_a_choice_of_examples_is_seeded_and_keeps_the_order(tmp_path):
     write(tmp_path / "train.jsonl", range(30))
     write(tmp_path / "test.jsonl", range(30))

@@ -34,6 +34,32 @@ def test_a_row_becomes_an_example(name, row, instruction, response, answer):
     assert example.family is (Family.commonsense if instruction == CHOICE else Family.arithmetic)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Translate. ", "input": "", "output": " Bonjour."},
+        {"instruction": "Translate.", "output": "Bonjour."},
+        {"instruction": "Translate.", "context": None, "response": "Bonjour.", "category": "open_qa"},  # as Dolly has it
+        {"question": "Translate.", "answer": "Bonjour."},
+        {"query": "Translate.", "response": "Bonjour.", "prompt": "not this"},
+    ],
+)
+def test_texts_of_ones_own_are_read_in_the_columns_of_public_sets(row):
+    example = SETS["instructions"].example(row, "mine")
+    assert example.prompt == f"{HEAD}Translate.\n\n### Response:"
+    assert (example.response, example.answer, example.task, example.family) == ("Bonjour.", "Bonjour.", "mine", Family.text)
+
+
+def test_a_prompt_of_ones_own_is_taken_as_it_is():
+    example = SETS["instructions"].example({"prompt": "<|user|>Hello?\n<|bot|>", "completion": " Yes.\n"}, "mine")
+    assert (example.prompt, example.response, example.answer) == ("<|user|>Hello?\n<|bot|>", " Yes.\n", " Yes.\n")
+
+
+def test_an_instruction_of_ones_own_has_its_context():
+    example = SETS["instructions"].example({"instruction": "Sum up.", "context": "A story.", "response": "Short."}, "mine")
+    assert example.prompt.endswith("### Instruction:\nSum up.\n\n### Input:\nA story.\n\n### Response:")
+
+
 def test_an_input_has_a_part_of_its_own():
     example = SETS["commonsense_170k"].example(COMMONSENSE | {"input": "A story. "}, "x")
     assert example.prompt.endswith(f"### Instruction:\n{CHOICE}\n\n### Input:\nA story.\n\n### Response:\n")
@@ -56,7 +82,13 @@ def test_an_input_has_a_part_of_its_own():
         ("math", MATH | {"solution": "\\boxed{2"}, "boxed"),
         ("boolq", COMMONSENSE | {"answer": "answer3"}, "one of the options answer1/answer2, got 'answer3'"),
         ("boolq", COMMONSENSE | {"instruction": "why?"}, "(none named)"),
-        ("boolq", COMMONSENSE | {"input": 1}, "expected text in 'input'"),
+        ("boolq", COMMONSENSE | {"input": 1}, "expected text as the input of an instruction, got 1"),
+        ("instructions", {"text": "a"}, "expected the field 'instruction' or 'question' or 'query' or 'prompt', got 'text'"),
+        ("instructions", {"instruction": "a"}, "expected the field 'output' or 'response' or 'answer' or 'completion', got 'instruction'"),
+        ("instructions", {"prompt": "a", "answer": "b"}, "expected the field 'completion' or 'response' or 'output'"),
+        ("instructions", {"instruction": "a", "output": " "}, "expected text in 'output'"),
+        ("instructions", {"instruction": "a", "context": ["b"], "output": "c"}, "expected text as the input of an instruction, got ['b']"),
+        ("instructions", ["a", "b"], "expected an object with fields, got list"),
     ],
 )
 def test_a_row_that_does_not_serve_is_malformed_with_a_reason(name, row, message):

@@ -4,11 +4,9 @@ import re
 
 import pytest
 
-from fedsim.embedded import examples
+from fedsim.embedded import FAMILIES, examples
 from fedsim.errors import UserError
 from fedsim.types import Example, Family
-
-FAMILIES = list(Family)
 
 
 def question_of(example: Example) -> tuple[str, str]:

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.embedded import BASE_MODEL, examples
-from fedsim.types import Family
+from fedsim.embedded import BASE_MODEL, FAMILIES, examples
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def test_any_text_encodes_and_decodes_exactly(words, text):
 
 
 def test_every_word_of_the_tasks_is_one_token_and_every_digit_is_one(words):
-    for family in Family:
+    for family in FAMILIES:
         for example in examples(family, "test", 200, 5):
             text = example.prompt + example.response
             pieces = words.convert_ids_to_tokens(words(text, add_special_tokens=False)["input_ids"])
@@ -60,7 +59,7 @@ def test_the_files_stay_below_ten_megabytes():
 
 
 def test_before_fine_tuning_the_model_does_not_write_in_the_tasks_forms(words, model):
-    for family in Family:
+    for family in FAMILIES:
         for example in examples(family, "test", 3, 0):
             ids = words(example.prompt, return_tensors="pt")["input_ids"]
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)

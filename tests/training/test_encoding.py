@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.choices import TrainOn
-from fedsim.embedded import BASE_MODEL, examples
+from fedsim.embedded import BASE_MODEL, FAMILIES, examples
 from fedsim.training.encoding import encode, encode_prompts, has_response
 from fedsim.types import Example, Family
 
@@ -128,7 +128,7 @@ def test_the_limit_of_the_tokenizer_holds_too():
 
 def test_the_tokens_of_embedded_examples_give_their_text_back():
     tokenizer = from_folder(BASE_MODEL)
-    for family in Family:
+    for family in FAMILIES:
         chosen = examples(family, "test", 20, 0)
         for example, encoded in zip(chosen, encode(chosen, tokenizer, 1000, TrainOn.response), strict=True):
             assert tokenizer.unk_token_id not in encoded.input_ids
