@@ -21,7 +21,7 @@ from fedsim.training.batches import collate, pack
 from fedsim.training.encoding import encode, encode_prompts, has_response
 from fedsim.training.loss import row_losses
 from fedsim.training.pairs import collate_pairs, encode_pairs, label_logits
-from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Pair
+from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Family, Pair
 
 LOSS_SHARE = 4
 """A loss pass has this part of a generation batch's tokens, because it keeps the logits of every position."""
@@ -34,7 +34,7 @@ class TaskResult:
     accuracy: float  # part of all examples that are answered correctly, 0 to 1
     loss: float  # mean over examples of the mean over the response's tokens; nan where every response was cut away
     num_examples: int
-    num_cut_off: int = 0  # generated answers without an end: the limit or the model's context came first
+    num_cut_off: int = 0  # generated answers without an end: evaluation.max_new_tokens or the model's context came first
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def evaluate(
 
     Guarantees: no gradient, no change of the model; the result does not depend on the order of the examples, beyond float tolerance. A
     prompt that fills the model's context counts as answered wrongly, and so does an answer that is cut off before it says that it is the
-    final one; a response that `data.max_length` cuts away has no loss. No examples give accuracy 0 and loss nan.
+    final one; one that must equal a whole text is not written on beyond the longest reference. A response that `data.max_length` cuts
+    away has no loss. No examples give accuracy 0 and loss nan.
     """
     if not examples:
         return TaskResult(0.0, float("nan"), 0)
@@ -99,21 +100,30 @@ def _answer(
 ) -> TaskResult:
     with _inference(model):
         prompts = list(encode_prompts(examples, tokenizer))
+        encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
+        longest = _longest_right(examples, encoded, config.max_new_tokens)
         answers = generate(
             model,
             prompts,
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=longest,
             tokens_per_pass=config.tokens_per_pass,
             on_progress=on_progress,
         )
         texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
-        encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
         loss = mean_loss(model, encoded, pad_id=tokenizer.pad_token_id, tokens_per_pass=max(1, config.tokens_per_pass // LOSS_SHARE))
     read = zip(texts, examples, answers, strict=True)
     correct = sum(is_correct(text, example, ended=answer.ended) for text, example, answer in read)
-    return TaskResult(correct / len(examples), loss, len(examples), sum(not answer.ended for answer in answers))
+    num_cut_off = sum(not answer.ended for answer in answers) if longest == config.max_new_tokens else 0
+    return TaskResult(correct / len(examples), loss, len(examples), num_cut_off)
+
+
+def _longest_right(examples: Sequence[Example], encoded: Sequence[EncodedExample], limit: int) -> int:
+    """Returns how many tokens an answer may need to be right: of whole texts no more than the longest reference, with its end."""
+    if any(example.family is not Family.text for example in examples):
+        return limit
+    return min(limit, max(1, *(each.num_tokens - each.loss_start for each in encoded)))
 
 
 def mean_loss(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: int, tokens_per_pass: int) -> float:

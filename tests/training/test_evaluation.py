@@ -218,6 +218,22 @@ def test_a_number_that_an_answer_passes_when_it_is_cut_off_does_not_count(embedd
     assert evaluate(*embedded, [answered], EvaluationConfig(max_new_tokens=48), DataConfig()).num_cut_off == 0
 
 
+def test_a_text_that_must_be_right_as_a_whole_is_not_written_on_beyond_the_longest_reference(embedded, answered):
+    model, tokenizer = embedded
+    prompt = tokenizer(answered.prompt)["input_ids"]
+    text = tokenizer.decode(one_by_one(model, [prompt], tokenizer.eos_token_id, 48)[0], skip_special_tokens=True)
+    right, wrong = (replace(answered, family=Family.text, response=each, answer=each) for each in (text, "7"))
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    both = evaluate(model, tokenizer, [right, wrong], EvaluationConfig(max_new_tokens=48), DataConfig())
+    assert (both.accuracy, both.num_cut_off) == (0.5, 0)
+    calls.clear()
+    short = evaluate(model, tokenizer, [wrong], EvaluationConfig(max_new_tokens=48), DataConfig())
+    handle.remove()
+    assert (short.accuracy, short.num_cut_off) == (0, 0)
+    assert len(calls) == len(tokenizer("7", add_special_tokens=False)["input_ids"]) + 1 + 1  # its end, and the pass for the loss
+
+
 def test_the_order_of_the_examples_and_the_size_of_the_batches_do_not_matter(embedded, questions):
     model, tokenizer = embedded
     few = EvaluationConfig(max_new_tokens=8, tokens_per_pass=200)
