@@ -21,7 +21,7 @@ from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
 from fedsim.core.participation import drawn, givers, round_size
-from fedsim.core.quantization import gradient_grid, num_counters, upload_grid
+from fedsim.core.quantization import gradient_quantizer, num_counters, upload_quantizer
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.secure_aggregation import neighbour_graph
 from fedsim.core.secure_traffic import protocol_traffic
@@ -159,8 +159,8 @@ class _Walk:
         clients, size = list(givers(self._config)), 4 * self._whole
         yield from self._attending(number, clients, 0)
         if self._secure:
-            grid = gradient_grid(self._config.secure.gradient_range, len(clients))
-            size = grid.width * (self._whole + grid.digits)
+            quantizer = gradient_quantizer(self._config.secure.gradient_range, len(clients))
+            size = quantizer.width * (self._whole + quantizer.digits)
         for client in clients:
             yield from self._down(number, client, needed_for_gradients(self._exchange))
             yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._whole, size)
@@ -204,8 +204,8 @@ class _Walk:
     def _payload(self, size: int) -> int:
         options = self._config.compression
         if self._secure:
-            grid = upload_grid(self._config, round_size(self._clients, self._config.federation.fraction))
-            return grid.width * (size + num_counters(self._config) * grid.digits)
+            quantizer = upload_quantizer(self._config, round_size(self._clients, self._config.federation.fraction))
+            return quantizer.width * (size + num_counters(self._config) * quantizer.digits)
         if options.name == "none":
             return 4 * size
         try:

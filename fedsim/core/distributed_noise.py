@@ -3,9 +3,9 @@
 A Skellam number is the difference of two Poisson numbers, and the sum of Skellam numbers is one, with the sum of their variances. So each
 of c clients adds a part, any `fewest` of them together give all the noise, and the server never sees a sum without it.
 
-Sensitivity: an update is clipped to `grid.range`, shrunk a little so that stochastic rounding keeps its L2 norm within grid.limit with
-probability 0.39 at least (arXiv 2102.06387, Proposition 26), and rounded again until it is. So the integers of one client have an L2
-norm of at most grid.limit, rounding included, whatever the update; their L1 norm is at most the square of it.
+Sensitivity: an update is clipped to `quantizer.range`, shrunk a little so that stochastic rounding keeps its L2 norm within
+quantizer.limit with probability 0.39 at least (arXiv 2102.06387, Proposition 26), and rounded again until it is. So the integers of one
+client have an L2 norm of at most quantizer.limit, rounding included, whatever the update; their L1 norm is at most the square of it.
 """
 
 from math import sqrt
@@ -13,20 +13,20 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.core.quantization import Grid, round_at_random
+from fedsim.core.quantization import Quantizer, round_at_random
 from fedsim.errors import UserError
 
 TRIALS = 200
 """Roundings before an update is rounded towards zero instead, which is always short enough; it takes 0.61^200 of luck to get there."""
 
 
-def clipped_integers(update: NDArray[np.float64], grid: Grid, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Returns the clipped update in steps of the grid. Guarantees: the L2 norm is at most grid.limit. Raises UserError if too fine."""
+def clipped_integers(update: NDArray[np.float64], quantizer: Quantizer, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Returns the clipped update in steps of the quantizer, of an L2 norm of at most its limit. Raises UserError if they are too fine."""
     norm = float(np.linalg.norm(update))
-    exact = update * (_reach(len(update), grid.limit) / max(norm, grid.range))
+    exact = update * (_reach(len(update), quantizer.limit) / max(norm, quantizer.range))
     for _ in range(TRIALS):
         found = round_at_random(exact, generator)
-        if int(np.dot(found, found)) <= grid.limit**2:
+        if int(np.dot(found, found)) <= quantizer.limit**2:
             return found
     return np.trunc(exact).astype(np.int64)
 
@@ -36,9 +36,9 @@ def skellam_noise(size: int, variance: float, generator: np.random.Generator) ->
     return generator.poisson(variance / 2, size) - generator.poisson(variance / 2, size)
 
 
-def share_of_variance(noise_multiplier: float, grid: Grid, fewest: int) -> float:
-    """Returns the variance of one client's noise, of which `fewest` give a deviation of noise_multiplier * grid.limit together."""
-    return (noise_multiplier * grid.limit) ** 2 / fewest
+def share_of_variance(noise_multiplier: float, quantizer: Quantizer, fewest: int) -> float:
+    """Returns the variance of one client's noise, of which `fewest` give a deviation of noise_multiplier * quantizer.limit together."""
+    return (noise_multiplier * quantizer.limit) ** 2 / fewest
 
 
 def _reach(size: int, limit: int) -> float:

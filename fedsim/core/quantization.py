@@ -1,4 +1,4 @@
-"""Numbers as integers that can be masked and summed: a grid, stochastic rounding, and how many bytes a sum of them takes.
+"""Numbers as integers that can be masked and summed: a quantizer, stochastic rounding, and how many bytes a sum of them takes.
 
 Of a client's value x with weight w in (0, 1], w x / step is rounded up or down at random so that its mean is right; integers lie between
 -limit and limit. Sums are taken modulo 256^width, which is larger than twice the largest sum, so they are read back exactly: the error of
@@ -20,14 +20,14 @@ Integers = NDArray[np.uint32]
 """Residues modulo 2^32; what travels is each entry modulo 256^width, which sums of residues respect."""
 
 COUNTER_BITS = 48
-"""Size of a counter, such as the clipped entries, which travels in the same sum as digits of the grid."""
+"""Size of a counter, such as the clipped entries, which travels in the same sum as digits of the quantizer."""
 
 LOSS_UNITS = 1 << 16
 """A loss is counted in parts of one."""
 
 
 @dataclass(frozen=True)
-class Grid:
+class Quantizer:
     """Multiples of `step` from -limit to limit, for the sum of `clients` vectors modulo 256^width."""
 
     range: float
@@ -114,17 +114,17 @@ def round_at_random(exact: NDArray[np.float64], generator: np.random.Generator) 
     return np.floor(exact + generator.random(exact.shape)).astype(np.int64)
 
 
-def upload_grid(config: Config, clients: int, clip_norm: float | None = None) -> Grid:
-    """Returns the grid of the uploads of a round of so many clients; with client-level noise on `clip_norm`, with room for the noise."""
+def upload_quantizer(config: Config, clients: int, clip_norm: float | None = None) -> Quantizer:
+    """Returns that of the uploads of a round of so many clients; with client-level noise on `clip_norm`, with room for the noise."""
     limit = limit_of(config.secure.bits)
     if config.privacy.unit is PrivacyUnit.client:
-        return Grid(clip_norm or config.privacy.clip_norm, limit, clients, 4)
-    return Grid(config.secure.range, limit, clients, smallest_width(clients, limit))
+        return Quantizer(clip_norm or config.privacy.clip_norm, limit, clients, 4)
+    return Quantizer(config.secure.range, limit, clients, smallest_width(clients, limit))
 
 
-def gradient_grid(range: float, clients: int) -> Grid:
-    """Returns the grid of initial gradients, as fine as 32 bits allow."""
-    return Grid(range, ((1 << 31) - 1) // clients, clients, 4)
+def gradient_quantizer(range: float, clients: int) -> Quantizer:
+    """Returns the quantizer of initial gradients, as fine as 32 bits allow."""
+    return Quantizer(range, ((1 << 31) - 1) // clients, clients, 4)
 
 
 def num_counters(config: Config) -> int:

@@ -11,11 +11,11 @@ from fedsim.flower.aggregation import Aggregation
 from fedsim.flower.asking import Ask, Asking
 from fedsim.flower.charging import Charges
 from fedsim.flower.reading import Reader, Upload
-from fedsim.flower.rounds import Taking
+from fedsim.flower.rounds import Round
 from fedsim.session import Session
 
 
-class BufferedRound(Taking):
+class BufferedRound(Round):
     """The step from one version to the next. What a client sends is charged when it arrives."""
 
     def __init__(

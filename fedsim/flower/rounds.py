@@ -23,7 +23,7 @@ COMES_BACK = (Reason.timeout, Reason.died)
 """Reasons for which asking a client again makes sense; who has refused or was refused would only do the same again."""
 
 
-class Taking:
+class Round:
     """Takes in replies until `wanted` clients are in the result."""
 
     def __init__(self, asking: Asking, server_round: int, wanted: int) -> None:
@@ -62,7 +62,7 @@ class Taking:
         self.facts.missing += [Missing(client, self._round, reason, detail) for client in clients]
 
 
-class TrainingRound(Taking):
+class TrainingRound(Round):
     """One round of training; weights are renormalised over the clients that are in its result.
 
     `in_time` are those whose replies come in time on a simulated network; None without one.
@@ -99,7 +99,7 @@ class TrainingRound(Taking):
         self._aggregation.finish()
 
 
-class GradientSum(Taking):
+class GradientRound(Round):
     """The sum of the clients' weight gradients, in float64, one client at a time."""
 
     def __init__(self, session: Session, asking: Asking, charges: Charges, server_round: int, wanted: int) -> None:

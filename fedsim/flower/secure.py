@@ -22,7 +22,7 @@ from fedsim.config import Config
 from fedsim.core.communication import Direction, Purpose
 from fedsim.core.dropout import Stage
 from fedsim.core.missing import Missing, Reason
-from fedsim.core.quantization import Grid
+from fedsim.core.quantization import Quantizer
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import (
     KEY_BYTES,
@@ -57,11 +57,11 @@ class SumRefused(UserError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is summed: `parameters` numbers on the grid, and counters after them."""
+    """What is summed: `parameters` numbers of its quantizer, and counters after them."""
 
     kind: str  # of the message that asks for an upload
     purpose: Purpose
-    grid: Grid
+    quantizer: Quantizer
     parameters: int
     counters: int
     work: Work
@@ -69,12 +69,12 @@ class Wanted:
     @property
     def entries(self) -> int:
         """Number of integers in an upload."""
-        return self.parameters + self.counters * self.grid.digits
+        return self.parameters + self.counters * self.quantizer.digits
 
 
 @dataclass(frozen=True)
 class Summed:
-    """A sum over the survivors, in the order of arrival, as integers of the grid."""
+    """A sum over the survivors, in the order of arrival, as integers of the quantizer."""
 
     values: NDArray[np.int64]
     survivors: list[int]
@@ -104,7 +104,7 @@ class Protocol:
 
     def carry_out(self, wanted: Wanted) -> Summed:
         """Returns the sum of what the clients answer. Raises SumRefused if fewer than the threshold stay to the end."""
-        self._counted = {"step": wanted.grid.step, "modulus_bits": 8 * wanted.grid.width}
+        self._counted = {"step": wanted.quantizer.step, "modulus_bits": 8 * wanted.quantizer.width}
         publics, counts = self._keys()
         self._check(Stage.keys, publics, publics)
         sealed = self._shares(publics)
@@ -119,7 +119,7 @@ class Protocol:
             found = total.unmasked(publics, masked_with, shares, thresholds)
         except ValueError as error:
             raise SumRefused(f"secure aggregation: the shares of round {self.server_round} do not open the sum: {error}") from error
-        return Summed(wanted.grid.signed(found), total.survivors, counts)
+        return Summed(wanted.quantizer.signed(found), total.survivors, counts)
 
     def count(self, **counts: int) -> None:
         """Adds what the sum told to the facts."""
@@ -178,7 +178,7 @@ class Protocol:
 
     def _uploads(self, wanted: Wanted, sealed: Mapping[int, Mapping[int, bytes]], largest: int) -> MaskedSum:
         total = MaskedSum(wanted.entries)
-        types: Types = {"masked": (torch.uint8, (wanted.entries, wanted.grid.width))}
+        types: Types = {"masked": (torch.uint8, (wanted.entries, wanted.quantizer.width))}
 
         def content(clients: list[int]) -> dict[str, Any]:
             peers = {client: [peer for peer in self._graph[client] if peer in sealed] for client in clients}
@@ -191,7 +191,7 @@ class Protocol:
             record = reply.content.array_records[client_key(client)]
             masked = self._read(client, wanted.purpose, record, types)["masked"].numpy()
             self.charges.up(self.server_round, client, wanted.purpose, wanted.parameters, record)
-            total.add(client, wanted.grid.from_wire(masked))
+            total.add(client, wanted.quantizer.from_wire(masked))
             self.came(client)
 
         self._gather(wanted.kind, sealed, content, take)

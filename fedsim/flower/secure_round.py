@@ -11,7 +11,7 @@ from torch import Tensor
 from fedsim.choices import PrivacyUnit, Weighting
 from fedsim.core.communication import Purpose
 from fedsim.core.global_state import GlobalState
-from fedsim.core.quantization import LOSS_UNITS, gradient_grid, num_counters, upload_grid
+from fedsim.core.quantization import LOSS_UNITS, gradient_quantizer, num_counters, upload_quantizer
 from fedsim.flower.requests import SETUP
 from fedsim.flower.secure import Protocol, Summed, Wanted, Work
 from fedsim.flower.worker import INITIAL_GRADIENT
@@ -40,14 +40,14 @@ def secure_round(session: Session, state: GlobalState, protocol: Protocol, work:
     """
     config, kinds = session.config, session.method.uploaded(protocol.server_round)
     start = state.flat(kinds).double()
-    grid = upload_grid(config, len(protocol.clients))
-    wanted = Wanted("train", Purpose.adapter, grid, len(start), num_counters(config), work)
+    quantizer = upload_quantizer(config, len(protocol.clients))
+    wanted = Wanted("train", Purpose.adapter, quantizer, len(start), num_counters(config), work)
     summed = protocol.carry_out(wanted)
     counts = [summed.num_examples[client] for client in summed.survivors]
     by_examples = config.federation.weighting is Weighting.examples
     weights = [float(count) if by_examples else 1.0 for count in counts]
     largest = max(summed.num_examples.values()) if by_examples else 1
-    mean = start + torch.from_numpy(summed.values[: len(start)] * (grid.step * largest / sum(weights)))
+    mean = start + torch.from_numpy(summed.values[: len(start)] * (quantizer.step * largest / sum(weights)))
     clipped, tokens, loss = _counted(wanted, summed) or (0, 0, 0)
     protocol.count(clipped=clipped)
     mean_loss = nan if config.privacy.unit is not PrivacyUnit.none else loss / LOSS_UNITS / sum(counts)
@@ -61,14 +61,14 @@ def secure_gradients(session: Session, protocol: Protocol, work: Work, noise: fl
     """
     reach = max(session.config.secure.gradient_range, ROOM_FOR_NOISE * noise)
     protocol.told = {SETUP: True, "gradient_range": reach}
-    grid, size = gradient_grid(reach, len(protocol.clients)), session.gradient_layout.num_parameters
-    wanted = Wanted(INITIAL_GRADIENT, Purpose.initial_gradient, grid, size, 1, work)
+    quantizer, size = gradient_quantizer(reach, len(protocol.clients)), session.gradient_layout.num_parameters
+    wanted = Wanted(INITIAL_GRADIENT, Purpose.initial_gradient, quantizer, size, 1, work)
     summed = protocol.carry_out(wanted)
     protocol.count(clipped=_counted(wanted, summed)[0])
-    return torch.from_numpy(summed.values[:size] * grid.step)
+    return torch.from_numpy(summed.values[:size] * quantizer.step)
 
 
 def _counted(wanted: Wanted, summed: Summed) -> Sequence[int]:
     if not wanted.counters:
         return []
-    return [wanted.grid.counted(digits) for digits in np.split(summed.values[wanted.parameters :], wanted.counters)]
+    return [wanted.quantizer.counted(digits) for digits in np.split(summed.values[wanted.parameters :], wanted.counters)]

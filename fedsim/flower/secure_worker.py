@@ -18,7 +18,7 @@ from fedsim.config import Config
 from fedsim.core.adapters import factors
 from fedsim.core.distributed_noise import clipped_integers, share_of_variance, skellam_noise
 from fedsim.core.dropout import Stage, heard
-from fedsim.core.quantization import LOSS_UNITS, Grid, gradient_grid, residues, upload_grid
+from fedsim.core.quantization import LOSS_UNITS, Quantizer, gradient_quantizer, residues, upload_quantizer
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
 from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_numbers
@@ -79,12 +79,12 @@ def take_shares(request: Request, message: Message, context: Context) -> None:
             _keep(context, party)
 
 
-def masked(context: Context, client: int, grid: Grid, integers: NDArray[np.int64]) -> ArrayRecord:
+def masked(context: Context, client: int, quantizer: Quantizer, integers: NDArray[np.int64]) -> ArrayRecord:
     """Returns the record of a client's masked integers: all that leaves it of its values."""
     party = _party(context, client)
     sent = party.masked(residues(integers))
     _keep(context, party)
-    return arrays_to_record({"masked": torch.from_numpy(grid.to_wire(sent))})
+    return arrays_to_record({"masked": torch.from_numpy(quantizer.to_wire(sent))})
 
 
 def unmask(session: Session, request: Request, message: Message, context: Context) -> Message:
@@ -147,34 +147,34 @@ def masked_update(session: Session, request: Request, context: Context, reply: C
     client, clients = reply.result.client, needed(request.contributors, "contributors")
     kinds = session.method.uploaded(request.round)
     start = session.spec.pack(factors(session.model, kinds), kinds).cpu()
-    grid = upload_grid(session.config, clients, request.clip_norm)
+    quantizer = upload_quantizer(session.config, clients, request.clip_norm)
     values = (reply.arrays[VALUES].double() - start.double()).numpy()
     if session.config.privacy.unit is PrivacyUnit.client:
-        return masked(context, client, grid, _noised(session, request, client, grid, values))
-    integers, clipped = grid.rounded(values, weight_of(session, request, client), rounding_generator(session, request, client))
+        return masked(context, client, quantizer, _noised(session, request, client, quantizer, values))
+    integers, clipped = quantizer.rounded(values, weight_of(session, request, client), rounding_generator(session, request, client))
     loss = 0.0 if isnan(reply.result.loss) else reply.result.loss * reply.result.num_examples * LOSS_UNITS
-    return masked(context, client, grid, with_counters(grid, integers, (clipped, reply.result.num_tokens, loss)))
+    return masked(context, client, quantizer, with_counters(quantizer, integers, (clipped, reply.result.num_tokens, loss)))
 
 
-def _noised(session: Session, request: Request, client: int, grid: Grid, update: NDArray[np.float64]) -> NDArray[np.int64]:
+def _noised(session: Session, request: Request, client: int, quantizer: Quantizer, update: NDArray[np.float64]) -> NDArray[np.int64]:
     options, server_round = session.config.secure, request.round
-    fewest = fewest_survivors(grid.clients, options.threshold)
-    variance = share_of_variance(needed(request.noise_multiplier, "noise_multiplier"), grid, fewest)
+    fewest = fewest_survivors(quantizer.clients, options.threshold)
+    variance = share_of_variance(needed(request.noise_multiplier, "noise_multiplier"), quantizer, fewest)
     generator = session.noise_key.numpy("client noise", server_round, client)
-    integers = clipped_integers(update, grid, rounding_generator(session, request, client))
+    integers = clipped_integers(update, quantizer, rounding_generator(session, request, client))
     return integers + skellam_noise(len(integers), variance, generator)
 
 
 def masked_gradient(session: Session, request: Request, context: Context, client: int, gradient: Tensor) -> ArrayRecord:
     """Returns a client's masked initial gradient with its counter of clipped entries."""
-    grid = gradient_grid(needed(request.gradient_range, "gradient_range"), needed(request.contributors, "contributors"))
-    integers, clipped = grid.rounded(gradient.double().numpy(), 1.0, rounding_generator(session, request, client))
-    return masked(context, client, grid, with_counters(grid, integers, (clipped,)))
+    quantizer = gradient_quantizer(needed(request.gradient_range, "gradient_range"), needed(request.contributors, "contributors"))
+    integers, clipped = quantizer.rounded(gradient.double().numpy(), 1.0, rounding_generator(session, request, client))
+    return masked(context, client, quantizer, with_counters(quantizer, integers, (clipped,)))
 
 
-def with_counters(grid: Grid, values: NDArray[np.int64], counters: Sequence[float]) -> NDArray[np.int64]:
+def with_counters(quantizer: Quantizer, values: NDArray[np.int64], counters: Sequence[float]) -> NDArray[np.int64]:
     """Returns the integers with counters as digits at their end."""
-    return np.concatenate([values, *(grid.counter(count) for count in counters)])
+    return np.concatenate([values, *(quantizer.counter(count) for count in counters)])
 
 
 def _bytes(parts: Sequence[bytes]) -> Tensor:

@@ -28,7 +28,7 @@ from fedsim.flower.gathering import Failure, gathered
 from fedsim.flower.reading import DIVERGED
 from fedsim.flower.records import numbers
 from fedsim.flower.requests import REQUEST
-from fedsim.flower.rounds import GradientSum, Taking, TrainingRound
+from fedsim.flower.rounds import GradientRound, Round, TrainingRound
 from fedsim.flower.secure import Protocol, SumRefused
 from fedsim.flower.secure_round import secure_gradients, secure_round
 from fedsim.flower.simulated import Simulation
@@ -124,16 +124,16 @@ class FedsimStrategy:
         round_.finish()
         round_.facts.simulated_seconds = queue.time - before
 
-    def _until_enough(self, taking: Taking, asked: list[int], least: int, replies: Callable[[list[int]], Replies]) -> None:
+    def _until_enough(self, round_: Round, asked: list[int], least: int, replies: Callable[[list[int]], Replies]) -> None:
         """Asks until at least so many are in the result: all, then those that may yet reply, `federation.retries` times at most."""
-        self.facts = facts = taking.facts
+        self.facts = facts = round_.facts
         while True:
-            taking.take(replies(asked))
-            taking.note_absent(asked)
+            round_.take(replies(asked))
+            round_.note_absent(asked)
             dropped = sum(each.reason is Reason.dropped_out for each in facts.missing)  # as a simulation has it: no failure of this run
             if len(facts.clients) >= min(least, len(facts.clients) + len(facts.missing) - dropped):
                 return
-            missing, asked = list(facts.missing), taking.asked_again()
+            missing, asked = list(facts.missing), round_.asked_again()
             if not asked or facts.num_attempts > self._session.config.federation.retries:
                 raise RunStopped(too_few(len(facts.clients), least, missing))
             time.sleep(RETRY_SECONDS)
@@ -181,13 +181,13 @@ class FedsimStrategy:
     def _packer(self) -> Packer:
         return Packer(self._state, self._session.method.moving)
 
-    def _gathered(self, grid: Grid, asks: Iterable[Ask], packer: Packer, taking: Taking | None = None) -> Replies:
+    def _gathered(self, grid: Grid, asks: Iterable[Ask], packer: Packer, round_: Round | None = None) -> Replies:
         return gathered(
             grid,
             asks,
             lambda ask: self.asking.again(ask, packer),
             timeout=self._session.config.federation.round_timeout,
-            enough=lambda: taking is not None and taking.full,
+            enough=lambda: round_ is not None and round_.full,
         )
 
     # ---- setting up
@@ -200,17 +200,17 @@ class FedsimStrategy:
         packer, samples = self._packer(), givers(self._session.config)
         if self._session.config.privacy.secure_aggregation:
             return self._session.gradient_layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
-        taking = GradientSum(self._session, self.asking, self._charges, server_round, len(samples))
+        round_ = GradientRound(self._session, self.asking, self._charges, server_round, len(samples))
         self._charge_initialization(samples)
         self._until_enough(
-            taking,
+            round_,
             list(samples),
             min(len(samples), least_replies(self._session.config, len(samples))),
             lambda clients: self._gathered(
-                grid, self._gradient_asks(server_round, packer, grid, {client: samples[client] for client in clients}), packer, taking
+                grid, self._gradient_asks(server_round, packer, grid, {client: samples[client] for client in clients}), packer, round_
             ),
         )
-        return taking.result()
+        return round_.result()
 
     def _charge_initialization(self, clients: Iterable[int]) -> None:
         for client in clients if self._privacy is not None else ():

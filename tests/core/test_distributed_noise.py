@@ -8,47 +8,47 @@ from hypothesis.extra import numpy as arrays
 from scipy import stats
 
 from fedsim.core.distributed_noise import clipped_integers, share_of_variance, skellam_noise
-from fedsim.core.quantization import Grid, limit_of
+from fedsim.core.quantization import Quantizer, limit_of
 from fedsim.errors import UserError
 
 
-def grid_of(bits=8, clip_norm=0.5, clients=5):
-    return Grid(clip_norm, limit_of(bits), clients, 4)
+def quantizer_of(bits=8, clip_norm=0.5, clients=5):
+    return Quantizer(clip_norm, limit_of(bits), clients, 4)
 
 
 @given(arrays.arrays(np.float64, st.integers(1, 300), elements=st.floats(-9, 9)), st.integers(0, 99), st.sampled_from([7, 8, 12, 16]))
 @settings(max_examples=80)
 def test_no_update_makes_integers_longer_than_the_limit(update, seed, bits):
-    grid = grid_of(bits)
-    found = clipped_integers(update, grid, np.random.default_rng(seed))
+    quantizer = quantizer_of(bits)
+    found = clipped_integers(update, quantizer, np.random.default_rng(seed))
     assert found.dtype == np.int64
-    assert int((found**2).sum()) <= grid.limit**2
+    assert int((found**2).sum()) <= quantizer.limit**2
     assert np.abs(found).sum() <= (found**2).sum(), "the L1 norm of integers is at most the square of their L2 norm"
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
 def test_the_integers_are_the_clipped_update_on_average(scale):
-    grid, generator = grid_of(10), np.random.default_rng(0)
+    quantizer, generator = quantizer_of(10), np.random.default_rng(0)
     update = np.random.default_rng(1).normal(size=200)
     update *= scale * 0.5 / np.linalg.norm(update)
     expected = update * min(1.0, 0.5 / np.linalg.norm(update))
-    found = np.mean([clipped_integers(update, grid, generator) for _ in range(400)], axis=0) * grid.step
-    assert np.abs(found - expected).max() < 0.15 * grid.step + 2e-3 * np.abs(expected).max()
+    found = np.mean([clipped_integers(update, quantizer, generator) for _ in range(400)], axis=0) * quantizer.step
+    assert np.abs(found - expected).max() < 0.15 * quantizer.step + 2e-3 * np.abs(expected).max()
 
 
 def test_what_would_drown_in_rounding_is_refused():
     with pytest.raises(UserError, match=r"secure.bits: rounding 100,000 parameters"):
-        clipped_integers(np.zeros(100_000), grid_of(8), np.random.default_rng(0))
+        clipped_integers(np.zeros(100_000), quantizer_of(8), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0])
 def test_the_fewest_survivors_have_all_the_noise_and_not_two_thirds_or_three_halves(noise_multiplier):
-    grid, fewest = grid_of(), 3
+    quantizer, fewest = quantizer_of(), 3
 
     def sigma(factor):
-        variance = share_of_variance(noise_multiplier * factor, grid, fewest)
+        variance = share_of_variance(noise_multiplier * factor, quantizer, fewest)
         total = sum(skellam_noise(20_000, variance, np.random.default_rng(client)) for client in range(fewest))
-        return total.std() / grid.limit
+        return total.std() / quantizer.limit
 
     assert sigma(1.0) == pytest.approx(noise_multiplier, rel=0.03)
     for factor in (2 / 3, 3 / 2):
@@ -67,4 +67,4 @@ def test_the_sum_of_the_clients_noise_is_a_skellam_number(clients):
 
 
 def test_without_noise_there_is_none():
-    assert not skellam_noise(100, share_of_variance(0.0, grid_of(), 2), np.random.default_rng(0)).any()
+    assert not skellam_noise(100, share_of_variance(0.0, quantizer_of(), 2), np.random.default_rng(0)).any()
