@@ -13,6 +13,7 @@ BASE = {"fedsim"} | {
 }
 ENTRY = (
     "fedsim.__main__",
+    "fedsim.api",
     "fedsim.cli",
     "fedsim.experiment",
     "fedsim.deploy",

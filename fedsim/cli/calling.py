@@ -1,5 +1,6 @@
 """How the command was called, so that a hint can be typed as it stands, and how it is told to end."""
 
+import logging
 import os
 import shlex
 import shutil
@@ -11,6 +12,24 @@ from contextlib import contextmanager
 
 STOPPED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes after Ctrl-C and after SIGTERM, as a shell tells them."""
+
+
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def keep_libraries_quiet() -> None:
+    """Libraries neither phone home nor print beside the run's own display; a value that the user has set stays."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("flwr").propagate = False  # it has a handler of its own: with a second one at the root each line came twice
 
 
 def command() -> str:

@@ -18,6 +18,7 @@ from yaml import YAMLError
 from fedsim.cli.groups import conf_folder, presets_folder
 from fedsim.cli.overrides import HELP, parse, swept
 from fedsim.config import Config
+from fedsim.config_check import check
 from fedsim.errors import UserError
 
 _UNNAMED = ("embedded", "local")
@@ -34,6 +35,13 @@ def compose(overrides: list[str]) -> Config:
         raise UserError(f"Expected one value, got {several[0].input_line!r}. Add --multirun for a sweep, or write [..] for a list.")
     with initialized():
         return to_config(compose_with_hydra(overrides))
+
+
+def composed(overrides: list[str]) -> Config:
+    """Returns the configuration that `overrides` choose, checked. Raises UserError for what is wrong with it."""
+    config = compose(overrides)
+    check(config)
+    return config
 
 
 def compose_with_hydra(overrides: list[str]) -> DictConfig:

@@ -4,29 +4,17 @@ Exit codes: 0 done, 1 failed, 2 a mistake in what was asked (one line says which
 """
 
 import json
-import logging
 import os
 import shlex
 import sys
 from typing import TYPE_CHECKING
 
 import fedsim
-from fedsim.cli.calling import STOPPED, TERMINATED, command, terminated_as_interrupted
+from fedsim.cli.calling import STOPPED, TERMINATED, command, keep_libraries_quiet, terminated_as_interrupted
 from fedsim.errors import LeftRunningError, RunFailedError, RunStopped, UserError, nearest
 
 if TYPE_CHECKING:
     from fedsim.config import Config
-
-_QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
-"""Libraries neither phone home nor print beside the run's own display; a value that the user has set stays."""
 
 _HELP = ("--help", "-h")
 _MULTIRUN = ("--multirun", "-m")
@@ -35,9 +23,7 @@ _CFG = ("--cfg", "-c")
 
 def main(argv: list[str] | None = None) -> int:
     """Does what the words of the command line ask for and returns the exit code."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("flwr").propagate = False  # it has a handler of its own: with a second one at the root each line came twice
+    keep_libraries_quiet()
     with terminated_as_interrupted() as came:
         code = _exit_code(sys.argv[1:] if argv is None else argv)
     return TERMINATED if came and code == STOPPED else code
@@ -116,7 +102,7 @@ def _run(words: list[str]) -> int:
         raise UserError("Expected --multirun or --cfg, got both. Print the configuration of one job at a time.")
     if not show and (flags or is_sweep(overrides)):
         return sweep(overrides)
-    config = _checked(overrides)
+    config = _composed(overrides)
     if show:
         _print_configuration(config)
         return 0
@@ -140,7 +126,7 @@ def _run(words: list[str]) -> int:
 
 def _data(words: list[str]) -> int:
     _, overrides = _split(words, ())
-    config = _checked(overrides)
+    config = _composed(overrides)
     from fedsim.cli.holdings import holdings_of
     from fedsim.report import holdings_table
 
@@ -153,7 +139,7 @@ def _data(words: list[str]) -> int:
 
 def _privacy(words: list[str]) -> int:
     flags, overrides = _split(words, ("--json",))
-    config = _checked(overrides)
+    config = _composed(overrides)
     from fedsim.cli.privacy import privacy_of, privacy_table
 
     found = privacy_of(config)
@@ -164,7 +150,7 @@ def _privacy(words: list[str]) -> int:
 def _audit(words: list[str]) -> int:
     """An audit that refutes the claim has failed, as a test does."""
     flags, overrides = _split(words, ("--json",))
-    config = _checked(overrides)
+    config = _composed(overrides)
     from fedsim.cli.audit import audit_table, audited
     from fedsim.files import finite
 
@@ -206,7 +192,7 @@ def _estimate(words: list[str]) -> int:
     values = [word for word in words if word.startswith("--") and "=" in word]
     flags, overrides = _split([word for word in words if word not in values], ("--json", "--again"))
     numbers = _numbers(values, ("--tokens", "--megabits"))
-    config = _checked(overrides)
+    config = _composed(overrides)
     from fedsim.cli.estimate import MEGABITS, estimate_of, estimate_table, plain
 
     tokens = round(numbers["--tokens"]) if "--tokens" in numbers else None
@@ -231,13 +217,10 @@ def _numbers(words: list[str], known: tuple[str, ...]) -> dict[str, float]:
     return found
 
 
-def _checked(overrides: list[str]) -> "Config":
-    from fedsim.cli.compose import compose
-    from fedsim.config_check import check
+def _composed(overrides: list[str]) -> "Config":
+    from fedsim.cli.compose import composed
 
-    config = compose(overrides)
-    check(config)
-    return config
+    return composed(overrides)
 
 
 def _print_configuration(config: "Config") -> None:

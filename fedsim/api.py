@@ -1,0 +1,46 @@
+"""fedsim from Python, for notebooks and scripts: a run as `fedsim run` does it, and methods of one's own.
+
+A method is a value. `add_method` makes another one known, and `run("method=<its name>")` carries it out in this process, through the same
+trainer, ledger, checks and checkpoints as fedsim's own.
+"""
+
+from typing import Any
+
+from fedsim.cli.calling import keep_libraries_quiet
+from fedsim.core.methods import METHODS, Method
+from fedsim.errors import RunFailedError, RunStopped, UserError
+
+__all__ = ["METHODS", "Method", "RunFailedError", "RunStopped", "UserError", "add_method", "run"]
+
+_OWN = frozenset(METHODS)
+
+
+def run(*overrides: str, quiet: bool = False) -> dict[str, Any]:
+    """Carries one run out and returns its summary, which summary.json holds too; `overrides` are the words after `fedsim run`.
+
+    `quiet` shows and prints nothing. Accuracies are parts of one, sizes are bytes; "run_dir" names the folder of the run.
+
+    Raises UserError for what can be mended in the options, RunStopped and RunFailedError for a run that cannot go on, and
+    KeyboardInterrupt with the run folder, from which `resume=true` goes on.
+    """
+    keep_libraries_quiet()
+    from fedsim.cli.compose import composed
+    from fedsim.experiment import run as carry_out
+
+    return carry_out(composed(list(overrides)), quiet=quiet)
+
+
+def add_method(method: Method, meaning: str = "added by this program") -> None:
+    """Makes a method a choice of `method=` in this process, or puts it in the place of one that was added under its name.
+
+    Raises UserError for the name of one of fedsim's own.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    from fedsim.cli.groups import groups
+
+    if method.name in _OWN:
+        raise UserError(f"Expected a name that no method of fedsim has, got {method.name!r}. Choose another name.")
+    METHODS[method.name] = method
+    groups()["method"][method.name] = meaning
+    ConfigStore.instance().store(group="method", name=method.name, node={"name": method.name})

@@ -1,0 +1,72 @@
+"""A run from Python is the run of the command, and a method from outside is a method."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fedsim.api import METHODS, UserError, add_method, run
+from fedsim.cli.groups import groups
+from fedsim.cli.main import main
+
+BRIEF = [
+    *("federation.clients=3", "federation.rounds=2", "data.train_examples=60", "data.test_examples=2", "adapter.rank=4"),
+    *("training.local_steps=1", "training.batch_size=2", "evaluation.max_new_tokens=2"),
+]
+
+
+def parameters_of(folder, kind):
+    """Numbers in the factors of one kind of an adapter in PEFT's form."""
+    return sum(tensor.numel() for name, tensor in load_file(folder / "adapter_model.safetensors").items() if kind in name)
+
+
+def test_a_run_from_python_is_the_run_of_the_command(tmp_path, capsys):
+    from_python = run(*BRIEF, f"run_dir={tmp_path}/python", quiet=True)
+    assert capsys.readouterr() == ("", "")
+    assert main(["run", *BRIEF, f"run_dir={tmp_path}/command"]) == 0
+    from_command = json.loads((tmp_path / "command/summary.json").read_text())
+    assert from_python["adapter_digest"] == from_command["adapter_digest"]
+    assert from_python["communication"] == from_command["communication"]
+    assert Path(from_python["run_dir"]) == tmp_path / "python"
+
+
+@pytest.fixture
+def added():
+    """Adds methods that differ from ffa_lora, for one test."""
+    names = []
+
+    def add(name, **changes):
+        names.append(name)
+        add_method(replace(METHODS["ffa_lora"], name=name, **changes))
+
+    yield add
+    for name in set(names):
+        del METHODS[name], groups()["method"][name]
+
+
+def test_a_method_of_ones_own_trains_and_sends_what_it_says(tmp_path, added):
+    added("mine", trained=lambda round: ("A",))
+    added("mine")  # in the place of the first
+    added("other", trained=lambda round: ("A",) if round == 2 else ("B",))
+    ffa, mine, other = (run(*BRIEF, f"method={name}", f"run_dir={tmp_path}/{name}", quiet=True) for name in ("ffa_lora", "mine", "other"))
+    assert (mine["method"], mine["adapter_digest"]) == ("mine", ffa["adapter_digest"])
+    assert mine["communication"] == ffa["communication"]
+    assert other["adapter_digest"] != ffa["adapter_digest"]
+    of_b, of_a = (3 * parameters_of(tmp_path / "other/adapter", kind) for kind in ("lora_B", "lora_A"))
+    assert ffa["communication"]["uplink_parameters"] == 2 * of_b
+    assert other["communication"]["uplink_parameters"] == of_b + of_a
+
+
+def test_the_methods_of_fedsim_stay_what_they_are():
+    with pytest.raises(UserError, match=r"Expected a name that no method of fedsim has, got 'fed_sb'"):
+        add_method(METHODS["fed_sb"])
+
+
+def test_a_mistake_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"Unknown method 'mine': expected one of centralized, .*"):
+        run(*BRIEF, "method=mine", f"run_dir={tmp_path}/run", quiet=True)
+    with pytest.raises(UserError, match=r"Expected federation.rounds >= 1"):
+        run("federation.rounds=0")
+    assert not (tmp_path / "run").exists()
