@@ -85,7 +85,7 @@ class DataConfig:
     test: list[str] = field(default_factory=lambda: ["embedded"])
     """Test sets, by name."""
     path: Optional[str] = None
-    """Local file or folder, or hub name; null takes each set's own hub name."""
+    """Local file or folder, or hub name; null takes each set's own hub name, which instructions has not."""
     train_examples: Optional[int] = None
     """Keep at most this many training examples in all; null keeps all."""
     test_examples: Optional[int] = None
@@ -286,7 +286,7 @@ class EvaluationConfig:
     every: int = 0
     """Evaluate after every k-th round as well; 0 evaluates before the first and after the last only."""
     max_new_tokens: int = 96
-    """Longest generated answer in tokens; one that has not ended by then is right only if it has named its result ("####", a box)."""
+    """Longest generated answer in tokens; one without its end is right only if it has named its result ("####", a box)."""
     tokens_per_pass: int = 16384
     """Most tokens (prompt, answer and padding) in one generation batch."""
     diagnosis: bool = True

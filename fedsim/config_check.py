@@ -150,6 +150,24 @@ def _check_names(key: str, names: list[str]) -> None:
         raise UserError(f"Expected each name in {key} once, got {repeated[0]!r} more than once. Leave out the repetition.")
 
 
+def _check_natural(config: Config) -> None:
+    column, sigma, kind = config.data.client_column, config.federation.quantity_sigma, config.federation.partition
+    if kind is not Partition.natural and column is not None:
+        raise UserError(
+            f"Expected federation.partition=natural with data.client_column={column}, got {kind.name}, which looks at no owners. "
+            "Give federation.partition=natural, or leave the column out."
+        )
+    if kind is Partition.natural and column is None:
+        raise UserError(
+            "Expected data.client_column with federation.partition=natural, got none. Name the column in which rows tell their owner."
+        )
+    if kind is Partition.natural and sigma:
+        raise UserError(
+            f"Expected federation.quantity_sigma=0 with federation.partition=natural, where clients hold what owners have, got {sigma:g}. "
+            "Write federation.quantity_sigma=0."
+        )
+
+
 def _check_contradictions(config: Config) -> None:
     if config.resume and config.overwrite:
         raise UserError("Expected resume=true or overwrite=true, got both. Resume goes on with a run, overwrite starts it anew: drop one.")
@@ -161,9 +179,6 @@ def _check_contradictions(config: Config) -> None:
             f"Expected at least one training example for each client, got data.train_examples={examples} and "
             f"federation.clients={config.federation.clients}. Raise the first or lower the second."
         )
-    if config.federation.partition is Partition.natural and config.federation.quantity_sigma:
-        raise UserError(
-            "federation.partition=natural: clients hold what their owners have, so federation.quantity_sigma says nothing; leave it out."
-        )
+    _check_natural(config)
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.model.device):
         raise UserError(f"Expected model.device auto, cpu, cuda, cuda:<number> or mps, got {config.model.device!r}. Choose one of them.")

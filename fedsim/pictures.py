@@ -2,10 +2,10 @@
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedsim.progress import UNITS, size
 from fedsim.report import Holdings, counted
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Event = dict[str, Any]
+Shown = TypeVar("Shown")
 
 MOST_NAMED = 30
 """Clients that the picture of holdings numbers one by one, and rounds that the curves mark one by one."""
@@ -43,12 +44,12 @@ class Finished:
 
 def curves_png(events: Iterable[Event]) -> bytes:
     """Returns the picture of `curves` as a file."""
-    return _png(curves(events))
+    return _png(curves, events)
 
 
 def partition_png(holdings: Holdings) -> bytes:
     """Returns the picture of `holdings_bars` as a file."""
-    return _png(holdings_bars(holdings))
+    return _png(holdings_bars, holdings)
 
 
 def curves(events: Iterable[Event]) -> "Figure":
@@ -79,7 +80,7 @@ def curves(events: Iterable[Event]) -> "Figure":
 
 def diagnosis_png(events: Iterable[Event]) -> bytes:
     """Returns the picture of `diagnosis` as a file."""
-    return _png(diagnosis(events))
+    return _png(diagnosis, events)
 
 
 def diagnosis(events: Iterable[Event]) -> "Figure":
@@ -107,7 +108,7 @@ def diagnosis(events: Iterable[Event]) -> "Figure":
 
 def network_png(events: Iterable[Event]) -> bytes:
     """Returns the picture of `network_curves` as a file."""
-    return _png(network_curves(events))
+    return _png(network_curves, events)
 
 
 def network_curves(events: Iterable[Event]) -> "Figure":
@@ -135,7 +136,7 @@ def network_curves(events: Iterable[Event]) -> "Figure":
 
 def privacy_png(events: Iterable[Event]) -> bytes:
     """Returns the picture of `privacy_curve` as a file."""
-    return _png(privacy_curve(events))
+    return _png(privacy_curve, events)
 
 
 def privacy_curve(events: Iterable[Event]) -> "Figure":
@@ -157,7 +158,7 @@ def privacy_curve(events: Iterable[Event]) -> "Figure":
 
 def comparison_png(jobs: Sequence[Finished]) -> bytes:
     """Returns the picture of `comparison` as a file."""
-    return _png(comparison(jobs))
+    return _png(comparison, jobs)
 
 
 def comparison(jobs: Sequence[Finished]) -> "Figure":
@@ -243,9 +244,12 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _png(figure: "Figure") -> bytes:
+def _png(draw: "Callable[[Shown], Figure]", shown: Shown) -> bytes:
+    from matplotlib import rc_context
+
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    with rc_context({"text.parse_math": False}):  # a task may be named $5
+        draw(shown).savefig(content, format="png")
     return content.getvalue()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsim import token_cache
-from fedsim.choices import Init, NoiseSource, PrivacyUnit
+from fedsim.choices import NoiseSource, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.adapters import adapt, adapted_layers, base_weights, install
 from fedsim.core.bi_encoder import BiEncoder
@@ -30,6 +30,7 @@ from fedsim.core.payload import Layout
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, labels, load
+from fedsim.data.public import split_public
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.links import links_of
@@ -67,7 +68,7 @@ class Session:
         self.config = config = effective(config)
         self.on_pass: Callable[[PassFacts], None] = lambda facts: None
         self.data: Dataset = load(config.data, config.seed)
-        self.pool, self.public = self._split_public(self.data.train)
+        self.pool, self.public = split_public(config, self.data.train)
         self.shards = self._dealt()
         classes, checkpointing = labels(config.data), config.training.activation_checkpointing
         if classes and config.audit.canaries:
@@ -145,17 +146,6 @@ class Session:
         special = set(self.tokenizer.all_special_ids)
         vocabulary = [token for token in range(len(self.tokenizer)) if token not in special]
         return canaries(self.config.audit.canaries, len(self.shards), vocabulary, self.config.seed)
-
-    def _split_public(self, train: list[AnyExample]) -> tuple[list[AnyExample], list[AnyExample]]:
-        """With public initialisation the server holds a sample that no client owns."""
-        if self.config.adapter.init is not Init.gradient_public:
-            return train, []
-        order = numpy_generator(self.config.seed, "public").permutation(len(train))
-        count = self.config.adapter.init_samples
-        if count >= len(train):
-            raise UserError(f"adapter.init_samples: expected fewer than the {len(train)} training examples, got {count}.")
-        public = set(order[:count].tolist())
-        return [e for i, e in enumerate(train) if i not in public], [train[i] for i in sorted(public)]
 
     @cached_property
     def holdings(self) -> list[dict[str, int]]:

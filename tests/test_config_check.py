@@ -1,5 +1,6 @@
 import pytest
 
+from fedsim.choices import Partition
 from fedsim.cli.options import options
 from fedsim.config import Config
 from fedsim.config_check import BOUNDS, check
@@ -93,3 +94,21 @@ def test_a_contradiction_is_one_line_that_says_what_to_do(values, line):
 
 def test_what_belongs_together_is_allowed():
     check(config_with(resume=True, run_dir="x", model__device="cuda:1", data__train_examples=25))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data__client_column": "user"}, "Expected federation.partition=natural with data.client_column=user, got iid"),
+        ({"federation__partition": Partition.natural}, "Expected data.client_column with federation.partition=natural, got none"),
+        (
+            {"federation__partition": Partition.natural, "data__client_column": "user", "federation__quantity_sigma": 1.0},
+            "Expected federation.quantity_sigma=0 with federation.partition=natural, where clients hold what owners have, got 1",
+        ),
+        ({"data__task_column": ""}, "Expected data.task_column to name something, got an empty text"),
+    ],
+)
+def test_owners_and_their_partition_go_together(values, message):
+    with pytest.raises(UserError, match=message):
+        check(config_with(**values))
+    check(config_with(federation__partition=Partition.natural, data__client_column="user"))

@@ -76,6 +76,13 @@ def test_curves_are_drawn_from_whatever_has_happened(events):
     assert png_size(curves_png(events)) == (1320, 840)
 
 
+@pytest.mark.parametrize("task", ["$\\foo$", "$a_$", "_hidden", "{x}", "%s", "a\\b"])
+def test_a_task_may_have_any_name(task):
+    events = [{"kind": "evaluated", "round": 0, "task": task, "accuracy": 1.0, "loss": 2.0}]
+    assert png_size(curves_png(events)) == (1320, 840)
+    assert png_size(partition_png([{task: 3, "b": 1}, {task: 1, "b": 0}])) == (1320, 480)
+
+
 @pytest.mark.parametrize("clients", [1, 25, 60])
 def test_the_partition_shows_every_example_once(clients):
     holdings = [{f"task{t}": (i + t) % 7 for t in range(3)} for i in range(clients)]

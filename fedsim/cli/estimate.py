@@ -107,7 +107,7 @@ def _assumptions(config: Config, rates: Calibration) -> list[str]:
         f"Error: against runs of models of up to 87 M parameters on a CPU, total time was off by up to {TIME_FACTOR:g} times and memory by "
         f"up to {MEMORY_FACTOR:g} times (docs/performance.md); a GPU is not in these figures.",
         "One process is server and worker. Start-up, the reading of data and the loading of weights come in addition.",
-        "The base model's answers run to evaluation.max_new_tokens; after training they are as long as the references.",
+        "The base model's answers run to evaluation.max_new_tokens (whole texts to less), later ones to the length of the references.",
         "Clients have equal shares; a step is as long as its mean; padding adds a twelfth to the time of training.",
     ]
     if config.privacy.secure_aggregation:

@@ -13,6 +13,7 @@ from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.partition import partition
 from fedsim.data import load
+from fedsim.data.public import split_public
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.privacy.accounting import Mechanism, epsilon
@@ -34,7 +35,8 @@ def privacy_of(config: Config) -> dict[str, Any]:
     config = effective(config)
     accountant = config.privacy.accountant.name
     names = COMPARED if accountant in COMPARED else (accountant,)
-    sizes = [len(shard) for shard in partition(load(config.data, config.seed).train, config.federation, config.seed)]
+    pool, _ = split_public(config, load(config.data, config.seed).train)
+    sizes = [len(shard) for shard in partition(pool, config.federation, config.seed)]
     kinds = Counter(plan(config, sizes))
     by_size = sorted(kinds.items(), key=lambda item: item[0].num_examples)
     worst = max(kinds, key=lambda each: epsilon(each.mechanisms, each.delta, accountant))

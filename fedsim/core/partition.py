@@ -12,7 +12,7 @@ from fedsim.choices import DirichletOver, Partition
 from fedsim.config import FederationConfig
 from fedsim.errors import UserError
 from fedsim.seeding import numpy_generator
-from fedsim.types import AnyExample
+from fedsim.types import AnyExample, Example, Family
 
 
 def partition(examples: Sequence[AnyExample], federation: FederationConfig, seed: int) -> list[list[int]]:
@@ -92,7 +92,14 @@ def _dirichlet(
     """Each client draws its mixture around the overall one, then its examples without replacement.
 
     The concentration is alpha for each of several equally large groups. A group that is used up leaves the mixtures of later clients.
+    Raises UserError for a mixture over the answers of free text, of which no two are alike.
     """
+    if federation.dirichlet_over is DirichletOver.label and any(
+        isinstance(each, Example) and each.family is Family.text for each in examples
+    ):
+        raise UserError(
+            "federation.dirichlet_over=label: free text has no labels to mix; use federation.dirichlet_over=task and data.task_column=."
+        )
     groups = [generator.permutation(group) for group in _groups(examples, federation.dirichlet_over)]
     sizes = np.array([len(group) for group in groups])
     used = np.zeros(len(groups), dtype=np.int64)

@@ -5,6 +5,7 @@ import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,9 +34,9 @@ class Hub:
         tables = self._load(split).with_format("arrow").iter(batch_size=BATCH)
         yield from enumerate((row for table in tables for row in batch_rows(table)), 1)
 
-    @property
+    @cache  # noqa: B019  # it is asked for each split, and a Hub is a name
     def has_test(self) -> bool:
-        """Whether there is a test split. Raises UserError where nobody answers."""
+        """Asks whether there is a test split. Raises UserError where nobody answers."""
         from datasets import get_dataset_split_names
 
         return "test" in self._fetched("train", lambda: get_dataset_split_names(self.name, self.config))

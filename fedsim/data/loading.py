@@ -206,7 +206,7 @@ def _examples(reading: _Reading, name: str, split: str) -> list[AnyExample]:
         remote = remote_of(reading.config, name)
         if each.in_one and remote is each.remote:
             examples = _divided(reading, _Source(each, name, remote.place(split), "line"), remote.rows(split))[split]
-        elif isinstance(remote, Hub) and remote != each.remote and name in reading.config.test and not remote.has_test:
+        elif isinstance(remote, Hub) and remote != each.remote and name in reading.config.test and not remote.has_test():
             examples = _divided(reading, _Source(each, name, remote.place("train"), "row"), remote.rows("train"))[split]
         else:
             source = _Source(each, name, remote.place(split), "row", owned=split == "train")
@@ -295,11 +295,12 @@ def _converted(reading: _Reading, source: _Source, rows: Iterable[Row]) -> list[
 
 def _example(config: DataConfig, source: _Source, row: Any) -> AnyExample | None:
     """Returns the row as an example of its set, with the task and the owner that it names where the configuration has columns for them."""
-    task = source.task if config.task_column is None else named(row, config.task_column)
-    example = source.each.example(row, task)
-    if example is None or config.client_column is None or not source.owned:
-        return example
-    return replace(example, client=named(row, config.client_column))
+    example = source.each.example(row, source.task)
+    if example is not None and config.task_column is not None:
+        example = replace(example, task=named(row, config.task_column))
+    if example is not None and config.client_column is not None and source.owned:
+        example = replace(example, client=named(row, config.client_column))
+    return example
 
 
 def _at_most(examples: Sequence[AnyExample], count: int | None, seed: int, purpose: str) -> list[AnyExample]:

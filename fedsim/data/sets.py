@@ -68,9 +68,14 @@ def _field(row: Row, *names: str) -> str:
     name = _column(row, *names)
     if not isinstance(row[name], str) or not row[name].strip():
         raise Malformed(f"expected text in {name!r}, got {row[name]!r:.40}")
-    if _HALF_PAIR.search(row[name]):
+    return _unicode(row[name], name)
+
+
+def _unicode(text: str, name: str) -> str:
+    """Returns the text of a column. Raises Malformed where it is none that can be encoded."""
+    if _HALF_PAIR.search(text):
         raise Malformed(f"expected Unicode text in {name!r}, got half of a surrogate pair in it")
-    return str(row[name])
+    return text
 
 
 def _gsm8k(row: Row, name: str) -> Example:
@@ -107,22 +112,27 @@ def _commonsense(row: Row, name: str) -> Example:
     choices = options(instruction)
     if answer not in choices:
         raise Malformed(f"expected 'answer' to be one of the options {'/'.join(choices) or '(none named)'}, got {answer!r:.40}")
-    prompt = _alpaca(instruction, row.get("input")) + "\n"  # LLM-Adapters answers on a line of its own
+    prompt = _alpaca(instruction, row, "input") + "\n"  # LLM-Adapters answers on a line of its own
     return Example(name, Family.commonsense, prompt, response, answer)
 
 
-def _alpaca(instruction: str, extra: Any) -> str:
-    """Returns the prompt for an instruction, and for what it is about where that is told. Raises Malformed where that is no text."""
-    if extra is not None and not isinstance(extra, str):
-        raise Malformed(f"expected text as the input of an instruction, got {extra!r:.40}")
-    told = (extra or "").strip()
-    return (ALPACA_INPUT if told else ALPACA).format(instruction=instruction, input=told)
+def _alpaca(instruction: str, row: Row, *inputs: str) -> str:
+    """Returns the prompt for an instruction, and for what it is about where the first of the columns that is there tells it.
+
+    Raises Malformed where that is no text.
+    """
+    name = next((name for name in inputs if row.get(name) is not None), None)
+    told = "" if name is None else row[name]
+    if not isinstance(told, str):
+        raise Malformed(f"expected text in {name!r}, got {told!r:.40}")
+    template = ALPACA_INPUT if told.strip() else ALPACA
+    return template.format(instruction=instruction, input=_unicode(told.strip(), str(name)))
 
 
 ASKED, EXTRA, ANSWERED = ("instruction", "question", "query"), ("input", "context"), ("output", "response", "answer", "completion")
 """Columns of a user's own set as Alpaca, Dolly and others have them: what is asked, about what, the answer. Of each the first counts."""
 
-PROMPT, CONTINUED = "prompt", ("completion", "response", "output")
+PROMPT, CONTINUED = "prompt", ("completion", "response", "output", "answer")
 """Columns of a prompt that is taken as it is, and of what follows it."""
 
 
@@ -132,17 +142,18 @@ def _instructions(row: Row, name: str) -> Example:
         response = _field(row, *CONTINUED)
         return Example(name, Family.text, _field(row, PROMPT), response, response)
     instruction, response = _field(row, *ASKED).strip(), _field(row, *ANSWERED).strip()
-    extra = next((row[column] for column in EXTRA if column in row), None)
-    return Example(name, Family.text, _alpaca(instruction, extra), response, response)
+    return Example(name, Family.text, _alpaca(instruction, row, *EXTRA), response, response)
 
 
 def named(row: Row, column: str) -> str:
-    """Returns what a row names in a column, a text or a number. Raises Malformed where that is missing, blank, or anything else."""
+    """Returns what a row names in a column, a text or a whole number, in one line. Raises Malformed for anything else."""
     value = row[_column(row, column)]
-    told = str(value).strip()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # numbers come so from a table in which some are missing
+    told = " ".join(str(value).split())
     if isinstance(value, bool) or not isinstance(value, str | int) or not told:
-        raise Malformed(f"expected a name in {column!r}, got {value!r:.40}")
-    return told
+        raise Malformed(f"expected a name or a whole number in {column!r}, got {value!r:.40}")
+    return _unicode(told, column)
 
 
 INFERENCE = ("entailment", "neutral", "contradiction")

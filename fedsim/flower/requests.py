@@ -37,6 +37,7 @@ class Request:
     noise: list[float]
     rates: list[float]  # at which the samples are drawn, where their sum is noised
     clip_norm: float | None
+    tasks: list[str]  # whose test questions are to be answered
     setup: bool  # it is no part of a round's training, so no simulated drop-out is due
     # with secure aggregation, in a request for uploads:
     largest: int | None  # most examples that a client of the sum has
@@ -74,6 +75,7 @@ class Request:
             noise=[*noise.values()],
             rates=[*rates.values()],
             clip_norm=_if_told(record, "clip_norm"),
+            tasks=words(record, "tasks") if "tasks" in record else [],
             setup=SETUP in record,
             largest=largest,
             contributors=contributors,

@@ -264,7 +264,8 @@ class FedsimStrategy:
                 reason = str(error)
                 continue  # so are those of a client whose own data has other tasks
             sums = {task: [one + other for one, other in zip(sums[task], found[task], strict=True)] for task in sums}
-        if not all(n for _, _, n in sums.values()):
+        if without := [task for task, (_, _, n) in sums.items() if not n]:
+            reason = f"no questions of {', '.join(without)} answered ({reason})"
             raise RunStopped(
                 f"Expected clients to evaluate their own models after round {server_round}, got {reason}; go on with resume=true."
             )
@@ -274,7 +275,7 @@ class FedsimStrategy:
         versions = self._state.exchange.versions
         records, told = packer.pack(versions, versions, increment=False)
         for node, clients in self.cohorts(range(self._session.config.federation.clients), grid):
-            content = RecordDict({**records, REQUEST: self.asking.request(clients, server_round, told)})
+            content = RecordDict({**records, REQUEST: self.asking.request(clients, server_round, told, tasks=[*self._session.data.test])})
             yield Ask(Message(content, node, EVALUATE, group_id=str(server_round)), tuple(clients))
 
 

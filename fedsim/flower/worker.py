@@ -156,15 +156,14 @@ def _metrics(round: int, replies: Sequence[ClientReply]) -> MetricRecord:
 
 
 def _evaluate(session: Session, request: Request, context: Context) -> RecordDict:
-    tasks = list(session.data.test)
     metrics: dict[str, int | float | list[int] | list[float]] = {}
     clients, all_clients = request.clients, session.config.federation.clients
     kinds = session.method.personal
     memory = read_memory(context, clients, request.accepted)
-    for task in tasks:
+    for task in request.tasks:  # the names are the server's: those in the data of a client stay there
         correct, loss, counts = [], [], []
         for client in clients:
-            examples = session.data.test[task][client::all_clients]
+            examples = session.data.test.get(task, [])[client::all_clients]
             own = memory[client].get(PERSONAL)
             personal = {} if own is None else session.spec.layout(kinds).unpack(own.to(session.device))
             with bound(session.model, personal), merged(session.model):

@@ -18,7 +18,7 @@ from fedsim.config import DataConfig, EvaluationConfig
 from fedsim.core.answers import is_correct
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
-from fedsim.training.encoding import encode, encode_prompts, has_response
+from fedsim.training.encoding import encode, encode_prompts, has_response, token_ids
 from fedsim.training.loss import row_losses
 from fedsim.training.pairs import collate_pairs, encode_pairs, label_logits
 from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Family, Pair
@@ -57,8 +57,8 @@ def evaluate(
 
     Guarantees: no gradient, no change of the model; the result does not depend on the order of the examples, beyond float tolerance. A
     prompt that fills the model's context counts as answered wrongly, and so does an answer that is cut off before it says that it is the
-    final one; one that must equal a whole text is not written on beyond the longest reference. A response that `data.max_length` cuts
-    away has no loss. No examples give accuracy 0 and loss nan.
+    final one; one that must equal a whole text is not written on when it is twice as long as the longest reference. A response that
+    `data.max_length` cuts away has no loss. No examples give accuracy 0 and loss nan.
     """
     if not examples:
         return TaskResult(0.0, float("nan"), 0)
@@ -101,7 +101,7 @@ def _answer(
     with _inference(model):
         prompts = list(encode_prompts(examples, tokenizer))
         encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
-        longest = _longest_right(examples, encoded, config.max_new_tokens)
+        longest = _longest_right(examples, tokenizer, config.max_new_tokens)
         answers = generate(
             model,
             prompts,
@@ -115,15 +115,16 @@ def _answer(
         loss = mean_loss(model, encoded, pad_id=tokenizer.pad_token_id, tokens_per_pass=max(1, config.tokens_per_pass // LOSS_SHARE))
     read = zip(texts, examples, answers, strict=True)
     correct = sum(is_correct(text, example, ended=answer.ended) for text, example, answer in read)
-    num_cut_off = sum(not answer.ended for answer in answers) if longest == config.max_new_tokens else 0
+    wrong_already = longest if longest < config.max_new_tokens else None  # the number of tokens at which it made no sense to go on
+    num_cut_off = sum(not answer.ended and len(answer.tokens) != wrong_already for answer in answers)
     return TaskResult(correct / len(examples), loss, len(examples), num_cut_off)
 
 
-def _longest_right(examples: Sequence[Example], encoded: Sequence[EncodedExample], limit: int) -> int:
-    """Returns how many tokens an answer may need to be right: of whole texts no more than the longest reference, with its end."""
+def _longest_right(examples: Sequence[Example], tokenizer: Any, limit: int) -> int:
+    """Returns how many tokens a right answer may have: of whole texts twice those of the longest reference, which is room for spaces."""
     if any(example.family is not Family.text for example in examples):
         return limit
-    return min(limit, max(1, *(each.num_tokens - each.loss_start for each in encoded)))
+    return min(limit, 2 * max(map(len, token_ids(tokenizer, [example.answer for example in examples], add_special_tokens=False))) + 1)
 
 
 def mean_loss(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: int, tokens_per_pass: int) -> float:

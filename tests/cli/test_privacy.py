@@ -1,14 +1,17 @@
 """`fedsim privacy`: the plan of a run, without the run."""
 
 import json
+from collections import Counter
 
 import pytest
 
 from fedsim.cli.compose import compose
+from fedsim.cli.holdings import holdings_of
 from fedsim.cli.main import main
 from fedsim.cli.privacy import privacy_of
 from fedsim.experiment import run
 from fedsim.privacy.accounting import Mechanism, epsilon
+from fedsim.session import open_session
 
 SMALL = (
     *("data.train_examples=60", "federation.clients=3", "federation.rounds=2", "training.batch_size=4", "training.local_steps=2"),
@@ -29,6 +32,17 @@ def test_the_calculator_says_what_the_run_then_spends(tmp_path):
         assert client["mechanisms"][0]["noise_multiplier"] == kind["noise_multiplier"]
     assert foretold["over_rounds"][-1]["epsilon_rdp"] == kind["epsilon_rdp"] <= 4
     assert foretold["over_rounds"][0]["epsilon_rdp"] == epsilon([Mechanism(kind["noise_multiplier"], 0.2, 2)], kind["delta"], "rdp")
+
+
+def test_what_is_public_belongs_to_no_client():
+    public = ["adapter.init=gradient_public", "adapter.init_samples=20", "privacy.noise_multiplier=1", "privacy.epsilon=null"]
+    config = compose([*SMALL, *public])
+    session = open_session(config)
+    sizes = [len(session.client_data(client).examples) for client in range(3)]
+    assert sum(sizes) == 40
+    found = {row["num_examples"]: row["clients"] for row in privacy_of(config)["clients"]}
+    assert found == Counter(sizes)
+    assert holdings_of(config)[0] == session.holdings
 
 
 def test_noise_gives_epsilon_and_epsilon_gives_the_noise_back(capsys):

@@ -153,6 +153,13 @@ def test_a_natural_partition_without_enough_owners_is_one_clear_line():
         partition([Example("task", Family.text, "q", "r", "r", owner) for owner in "abab"], natural, 0)
 
 
+def test_the_answers_of_free_text_are_no_labels():
+    pool = [Example("task", Family.text, "q", str(i), str(i)) for i in range(20)]
+    over_labels = FederationConfig(clients=2, partition=Partition.dirichlet, dirichlet_over=DirichletOver.label)
+    with pytest.raises(UserError, match=r"federation.dirichlet_over=label: free text has no labels to mix"):
+        partition(pool, over_labels, 0)
+
+
 def test_holdings_count_by_task():
     pool = examples(4, 2)
     assert holdings(pool, [[0, 1, 4], [2, 3, 5]]) == [{"task0": 2, "task1": 1}] * 2

@@ -83,10 +83,28 @@ def test_a_test_set_of_its_own_names_no_owners(tmp_path):
     assert {example.client for example in data.test["instructions"]} == {None}
 
 
-@pytest.mark.parametrize("name", [None, "", "  ", 1.5, True, ["ann"]])
+def test_a_row_that_a_set_leaves_out_need_not_name_anything(tmp_path):
+    (tmp_path / "snli_train.jsonl").write_text(
+        json.dumps({"premise": "a", "hypothesis": "b", "label": 1, "genre": "news"})
+        + "\n"
+        + json.dumps({"premise": "a", "hypothesis": "b", "label": -1})
+    )
+    (tmp_path / "snli_test.jsonl").write_text(json.dumps({"premise": "a", "hypothesis": "b", "label": 0, "genre": "news"}))
+    data = load(DataConfig(train=["snli"], test=["snli"], path=str(tmp_path), task_column="genre"), 0)
+    assert [example.task for example in data.train] == list(data.test) == ["news"]
+    assert "1 rows have no label" in data.skipped[0]
+
+
+@pytest.mark.parametrize(("value", "name"), [("Ann", "Ann"), (7, "7"), (7.0, "7"), (" two\nlines ", "two lines")])
+def test_an_owner_is_named_by_a_text_or_a_whole_number(tmp_path, value, name):
+    data = load(DataConfig(**own(tmp_path, *({"user": value} for _ in range(20))), client_column="user"), 0)
+    assert {example.client for example in data.train} == {name}
+
+
+@pytest.mark.parametrize("name", [None, "", "  ", 1.5, float("nan"), True, ["ann"]])
 def test_a_row_that_names_no_owner_is_malformed(tmp_path, name):
     config = own(tmp_path, *({"user": "ann"} for _ in range(20)), {"user": name})
-    with pytest.raises(UserError, match=r"mine.jsonl, line 21: expected a name in 'user', got"):
+    with pytest.raises(UserError, match=r"mine.jsonl, line 21: expected a name or a whole number in 'user', got"):
         load(DataConfig(**config, client_column="user"), 0)
     with pytest.raises(UserError, match=r"mine.jsonl, line 1: expected the field 'owner', got 'question', 'answer', 'user'"):
         load(DataConfig(**config, client_column="owner"), 0)

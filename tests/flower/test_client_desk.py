@@ -17,7 +17,7 @@ from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import from_record, record_of
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.strategy import FedsimStrategy
-from fedsim.flower.worker import REFUSED, client_key
+from fedsim.flower.worker import METRICS, REFUSED, client_key
 from fedsim.local_round import train_clients
 from fedsim.plain import to_dict
 
@@ -230,7 +230,11 @@ def test_rows_of_an_owner_are_never_evaluated_on_where_privacy_is_promised(promi
     assert "test rows are the owner's" in error.reason or "weaker than example" in error.reason
     open_config = of_method("fedsa_lora")
     trusting = Deployed(open_config, tmp_path, {1: own}).next()
+    answer, seen = trusting.desks[1].answer, []
+    trusting.desks[1].answer = lambda message: seen.append(answer(message)) or seen[-1]
     assert trusting.strategy.personal_evaluation(1, trusting.grid), "without a promise the clients' own models are evaluated"
+    named = {key.partition("/")[0] for key in seen[0].content.metric_records[METRICS]}
+    assert named == set(trusting.session.data.test), "the names of tasks are the server's: none of the owner's leaves"
 
 
 def test_rows_of_an_owner_who_sends_behind_masks_only_are_never_evaluated_on(tmp_path):

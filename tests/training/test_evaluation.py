@@ -218,7 +218,7 @@ def test_a_number_that_an_answer_passes_when_it_is_cut_off_does_not_count(embedd
     assert evaluate(*embedded, [answered], EvaluationConfig(max_new_tokens=48), DataConfig()).num_cut_off == 0
 
 
-def test_a_text_that_must_be_right_as_a_whole_is_not_written_on_beyond_the_longest_reference(embedded, answered):
+def test_a_text_that_must_be_right_as_a_whole_is_not_written_on_when_it_is_twice_as_long_as_the_longest_reference(embedded, answered):
     model, tokenizer = embedded
     prompt = tokenizer(answered.prompt)["input_ids"]
     text = tokenizer.decode(one_by_one(model, [prompt], tokenizer.eos_token_id, 48)[0], skip_special_tokens=True)
@@ -231,7 +231,11 @@ def test_a_text_that_must_be_right_as_a_whole_is_not_written_on_beyond_the_longe
     short = evaluate(model, tokenizer, [wrong], EvaluationConfig(max_new_tokens=48), DataConfig())
     handle.remove()
     assert (short.accuracy, short.num_cut_off) == (0, 0)
-    assert len(calls) == len(tokenizer("7", add_special_tokens=False)["input_ids"]) + 1 + 1  # its end, and the pass for the loss
+    assert len(calls) == 2 * len(tokenizer("7", add_special_tokens=False)["input_ids"]) + 1 + 1  # its end, and the pass for the loss
+    narrow = evaluate(model, tokenizer, [right], EvaluationConfig(max_new_tokens=48), DataConfig(max_length=len(prompt) + 1))
+    assert narrow.accuracy == 1, "what is cut from a training example is not cut from the answer"
+    asked = EvaluationConfig(max_new_tokens=4)
+    assert evaluate(model, tokenizer, [right], asked, DataConfig()).num_cut_off == 1
 
 
 def test_the_order_of_the_examples_and_the_size_of_the_batches_do_not_matter(embedded, questions):
