@@ -34,12 +34,9 @@ class Hub:
         tables = self._load(split).with_format("arrow").iter(batch_size=BATCH)
         yield from enumerate((row for table in tables for row in batch_rows(table)), 1)
 
-    @cache  # noqa: B019  # it is asked for each split, and a Hub is a name
     def has_test(self) -> bool:
-        """Asks whether there is a test split. Raises UserError where nobody answers."""
-        from datasets import get_dataset_split_names
-
-        return "test" in self._fetched("train", lambda: get_dataset_split_names(self.name, self.config))
+        """Asks, once, whether there is a test split. Raises UserError where nobody answers."""
+        return "test" in self._fetched("train", lambda: _splits(self.name, self.config))
 
     def _load(self, split: str) -> Any:
         from datasets import load_dataset
@@ -52,6 +49,13 @@ class Hub:
             return fetch()
         except Exception as error:  # the libraries beneath raise dozens of kinds, for a wrong name and for a network that is down
             raise UserError(_not_fetched(self.place(split), error)) from error
+
+
+@cache
+def _splits(name: str, config: str | None) -> tuple[str, ...]:
+    from datasets import get_dataset_split_names
+
+    return tuple(get_dataset_split_names(name, config))
 
 
 @dataclass(frozen=True)
