@@ -1,18 +1,10 @@
-"""How the command was called, so that a hint can be typed as it stands, and how it is told to end."""
+"""How the command was called, so that a hint can be typed as it stands, and what the libraries beneath are told."""
 
 import logging
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-STOPPED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-"""Exit codes after Ctrl-C and after SIGTERM, as a shell tells them."""
-
 
 _QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -41,22 +33,3 @@ def command() -> str:
     if os.path.basename(program) != "fedsim" or (found is not None and os.path.abspath(found) == os.path.abspath(program)):
         return "fedsim"
     return shlex.quote(program)
-
-
-@contextmanager
-def terminated_as_interrupted() -> Iterator[list[int]]:
-    """SIGTERM ends the block as Ctrl-C does, with a KeyboardInterrupt; yields a list that holds the signal once it has come."""
-    came: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield came  # whoever has called decides what the signal does
-        return
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

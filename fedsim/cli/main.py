@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 failed, 2 a mistake in what was asked (one line says which
 import json
 import os
 import shlex
+import signal
 import sys
 from typing import TYPE_CHECKING
 
 import fedsim
-from fedsim.cli.calling import STOPPED, TERMINATED, command, keep_libraries_quiet, terminated_as_interrupted
+from fedsim.cli.calling import command, keep_libraries_quiet
 from fedsim.errors import LeftRunningError, RunFailedError, RunStopped, UserError, nearest
+from fedsim.interruption import STOPPED, TERMINATED, interruptible
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -24,9 +26,9 @@ _CFG = ("--cfg", "-c")
 def main(argv: list[str] | None = None) -> int:
     """Does what the words of the command line ask for and returns the exit code."""
     keep_libraries_quiet()
-    with terminated_as_interrupted() as came:
+    with interruptible() as came:
         code = _exit_code(sys.argv[1:] if argv is None else argv)
-    return TERMINATED if came and code == STOPPED else code
+        return TERMINATED if code == STOPPED and came[:1] == [signal.SIGTERM] else code
 
 
 def _exit_code(words: list[str]) -> int:

@@ -24,6 +24,7 @@ from clients.owner import load_owner
 from clients.worker import stop
 from fedsim.deploy.folder import Federation, init
 from fedsim.errors import UserError
+from fedsim.interruption import interruptible
 
 NAME = "local"
 START_SECONDS = 60.0
@@ -132,7 +133,7 @@ def local_federation(clients: int, folder: Path | None = None, *, shard: bool = 
     federation = Federation(NAME, clients, ("localhost",), free_port(), shard)
     local = Local(place, federation)
     try:
-        with _terminated_as_interrupted():
+        with interruptible():  # SIGTERM too, so that the processes are ended
             init(place, federation)
             local.start_superlink()
             local.register()
@@ -162,20 +163,6 @@ def free_port() -> int:
 def tail(log: Path, lines: int = 5) -> str:
     """Returns the last lines of a log as one line."""
     return " | ".join(log.read_text(errors="replace").strip().splitlines()[-lines:]) or "(its log is empty)"
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does, so that the processes are ended."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -35,6 +35,7 @@ from fedsim.flower.simulated import set_up_seconds
 from fedsim.flower.state import State, checkpoint_of, memories_in, restored
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.initial_gradient import factors_from_gradients, summed_gradients
+from fedsim.interruption import raise_if_due
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import Progress
 from fedsim.report import counted, summary_table
@@ -108,6 +109,7 @@ class Run:
             state = self._restored() or self._initial()
             strategy = self._strategy(state.shared, state.ledger, state.privacy)
             while True:
+                raise_if_due()
                 self._evaluate_if_due(state)
                 if state.round == self._config.federation.rounds:
                     return self._finish(state)
