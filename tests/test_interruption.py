@@ -14,6 +14,14 @@ from fedsim.progress import Progress
 swallows = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
+@pytest.fixture(autouse=True)
+def _in_the_foreground():
+    """Tests that a shell has started in its background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class InterruptedInItsDestructor:
     """An object of a library that is cleaned up when Ctrl-C comes."""
 
@@ -40,14 +48,11 @@ def test_a_signal_that_a_destructor_swallows_is_kept(number):
 
 
 def test_whoever_has_decided_what_a_signal_does_keeps_it():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell's background do
-    try:
-        with interruptible() as came:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-            assert not came
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell's background do
+    with interruptible() as came:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert not came
 
 
 @swallows
