@@ -21,6 +21,7 @@ def effective(config: Config) -> Config:
     combinations.check(config, method)
     check_links(config)
     _check_pairs(config)
+    _check_tasks(config, method)
     adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
     privacy_checks.check(replace(config, adapter=adapter), method)
     if config.federation.ranks:
@@ -43,6 +44,14 @@ def _check_pairs(config: Config) -> None:
         raise UserError(
             f"model.pairs=apart: texts of a pair are read apart where they are classified, and data={config.data.name} is answered; "
             "choose data=snli or data=sick, or a model that generates."
+        )
+
+
+def _check_tasks(config: Config, method: Method) -> None:
+    if config.data.task_column is not None and method.personal and config.engine.name == "deployment":
+        raise UserError(
+            f"data.task_column={config.data.task_column}: clients of a deployment answer with models of their own (method.name="
+            f"{method.name}) about tasks of data of their own, where no column names them; leave it out, or simulate."
         )
 
 

@@ -1,0 +1,21 @@
+"""What a configuration comes to once the method has settled what it decides."""
+
+import pytest
+
+from fedsim.cli.compose import compose
+from fedsim.effective import effective
+from fedsim.errors import UserError
+
+OWN = ["data=instructions", "data.path=mine.jsonl", "data.task_column=kind"]
+
+
+def test_clients_of_a_deployment_are_not_asked_about_tasks_that_their_data_does_not_name():
+    with pytest.raises(UserError, match=r"data.task_column=kind: clients of a deployment answer with models of their own"):
+        effective(compose([*OWN, "method=fedsa_lora", "engine=deployment", "engine.address=localhost:1"]))
+    effective(compose([*OWN, "method=fedsa_lora"]))
+    effective(compose([*OWN, "engine=deployment", "engine.address=localhost:1"]))
+
+
+def test_a_pooled_method_has_one_client_with_the_batches_of_a_rounds_clients():
+    found = effective(compose(["method=centralized", "federation.clients=10", "federation.fraction=0.5", "training.batch_size=3"]))
+    assert (found.federation.clients, found.federation.fraction, found.training.batch_size) == (1, 1.0, 15)
