@@ -111,8 +111,13 @@ def _check(config: DataConfig) -> None:
     for option, column in (("data.client_column", config.client_column), ("data.task_column", config.task_column)):
         if column is not None and EMBEDDED in (*config.train, *config.test):
             raise UserError(f"{option}={column}: the embedded data has no columns. Leave it out, or choose a set such as data=gsm8k.")
-    if config.path is not None and not Path(config.path).exists() and looks_local(config.path):
+    if config.path is not None and not Path(config.path).exists() and _means_a_place_here(config.path):
         raise UserError(f"data.path={config.path}: there is no such file or folder. Check the path.")
+
+
+def _means_a_place_here(path: str) -> bool:
+    """Whether a path is no name of the hub, where no data set is called like a file."""
+    return looks_local(path) or Path(path).suffix.lower() in READERS
 
 
 def _from_single_file(reading: _Reading, path: Path) -> tuple[list[AnyExample], dict[str, list[AnyExample]]]:

@@ -265,6 +265,7 @@ def test_of_a_single_file_other_test_sets_are_reported(tmp_path):
         ({"train": ["gsm8"]}, "data.train: expected names out of embedded, gsm8k, "),
         ({"train": ["gsm8"]}, "got 'gsm8'. Did you mean 'gsm8k'"),
         ({"path": "/nowhere/at/all"}, "there is no such file or folder"),
+        ({"path": "nowhere.jsonl"}, "data.path=nowhere.jsonl: there is no such file or folder"),
         ({"test": ["metamathqa"]}, "data.test: metamathqa has no test split"),
         ({"test": ["math"]}, "math: expected a test file in "),
         ({"train": ["math"]}, "math: expected a train file in "),
