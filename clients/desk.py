@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from fedsim.core.network import POPULATIONS
 from fedsim.core.participation import steps_per_round
 from fedsim.errors import UserError
 from fedsim.flower.records import numbers, whole_numbers
-from fedsim.flower.requests import REQUEST, number_above_zero, texts
+from fedsim.flower.requests import REQUEST, texts
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD
 from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, REFUSED, handle
@@ -50,7 +51,7 @@ class Desk:
     def __init__(self, owner: Owner) -> None:
         folder = Path(owner.folder)
         self._owner = owner
-        self._store = ContextStore(folder / "memory", owner.max_message_mb * 10**6)
+        self._store = ContextStore(folder / "memory")
         self._budget = Budget(folder / "privacy.json", owner)
         self._noise_key = NoiseKey.kept_in(folder / "noise.key")
         self._session: Session | None = None
@@ -118,18 +119,15 @@ class Desk:
         if kind == EVALUATE and not self._owner.shard and (self._promised(config) or self._owner.masked_only):
             raise RefusedError("its test rows are the owner's, and how many are answered right would leave without noise or mask")
         masked = config.privacy.unit is PrivacyUnit.client and config.privacy.secure_aggregation and kind == "train"
-        if masked and self._owner.min_privacy != PrivacyUnit.none.name:
-            try:
-                number_above_zero(request, "noise_multiplier")
-            except ValueError:
-                asked = f"min_privacy={self._owner.min_privacy}"
-                raise RefusedError(f"{kind} would leave without the noise that {asked} asks for") from None
+        if masked:
+            self._check_noise(kind, request, "noise_multiplier")
         if config.privacy.unit is PrivacyUnit.client and kind == INITIAL_GRADIENT:
             raise RefusedError("an initial gradient would leave as it is, which privacy.unit=client does not cover")
         if config.privacy.unit is not PrivacyUnit.example or not kind.startswith("train"):
             return None
         if "noise" not in request:
             raise RefusedError(f"{kind} would leave without noise")
+        self._check_noise(kind, request, "noise")
         (noise,) = numbers(request, "noise")
         batch = config.training.batch_size * config.training.accumulation
         mechanism = Mechanism(noise, sampling_rate(size, batch), steps)
@@ -138,6 +136,13 @@ class Desk:
             mechanism = Mechanism(noise, rate, 1, "initialization")
         self._budget.check(mechanism, size)
         return mechanism
+
+    def _check_noise(self, kind: str, request: ConfigRecord, key: str) -> None:
+        """Raises RefusedError for noise of zero, or none at all, where the owner asks for privacy; how much is enough, max_epsilon says."""
+        values = request.get(key)
+        finite = all(isinstance(value, (int, float)) and 0 < value < inf for value in (values if isinstance(values, list) else [values]))
+        if self._owner.min_privacy != PrivacyUnit.none.name and not finite:
+            raise RefusedError(f"{kind} would leave without the noise that min_privacy={self._owner.min_privacy} asks for")
 
     def _promised(self, config: Config) -> bool:
         """Whether the run or the owner promises the people in the data any privacy."""

@@ -30,8 +30,8 @@ def experiment_key(config: Config) -> str:
 class ContextStore:
     """The state of Flower's Context of each experiment, in a file of its own."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def load(self, key: str) -> RecordDict:
@@ -40,7 +40,8 @@ class ContextStore:
         if not path.exists():
             return RecordDict()
         try:
-            return read_records(io.BytesIO(path.read_bytes()).read, self._limit)
+            content = path.read_bytes()  # as large as it was written: the owner's limit is one of messages
+            return read_records(io.BytesIO(content).read, len(content))
         except (FrameError, EOFError) as error:
             path.rename(path.with_suffix(".damaged"))
             log.error("memory %s is damaged and set aside: %s", key, error)
@@ -79,8 +80,9 @@ class Budget:
         self._ledger = ledger
 
     def _opened(self, num_examples: int) -> PrivacyLedger:
-        """Returns the ledger under the owner's present limit; delta stays what it was when the first mechanism was charged."""
+        """Returns the ledger under the owner's present limit and delta; the delta of a number of examples is that of the most there were."""
         client, delta = self._owner.client, self._owner.delta or default_delta(num_examples)
         ledger = self._ledger or PrivacyLedger("example", {client: delta})
+        ledger.hold_at(client, delta if self._owner.delta else min(delta, ledger.delta(client)))
         ledger.budget = self._owner.max_epsilon
         return ledger

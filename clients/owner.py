@@ -12,7 +12,7 @@ from typing import Any, Optional, get_type_hints
 
 import yaml
 
-from fedsim.choices import PrivacyUnit
+from fedsim.choices import Partition, PrivacyUnit
 from fedsim.config import Config
 from fedsim.docstrings import field_docstrings
 from fedsim.errors import UserError, nearest
@@ -48,14 +48,15 @@ class Owner:
     max_local_steps: int = 1000
     """Most local steps in a round."""
     min_privacy: str = "none"
-    """Weakest unit of privacy accepted: none, client (noise added by the server, or here if masked) or example (noise added here)."""
+    """Weakest unit of privacy accepted: none, client (noise added by the server, or here if masked) or example (noise added here).
+    How little noise is enough, only max_epsilon says."""
     masked_only: bool = False
     """Send uploads only behind masks, which takes privacy.secure_aggregation=true: the server then sees sums of several clients.
     No evaluation on the owner's own rows is answered either."""
     max_epsilon: Optional[float] = None
     """Example-level budget over all runs that this client ever takes part in; null sets no limit."""
     delta: Optional[float] = None
-    """Delta at which max_epsilon holds; null takes 1 / n^1.1 of the client's examples."""
+    """Delta at which max_epsilon holds; null takes 1 / n^1.1 of the most examples that the client ever had."""
     max_message_mb: int = 4096
     """Largest message in megabytes (10^6 bytes), either way."""
     idle_minutes: float = 60.0
@@ -105,6 +106,8 @@ def accept(owner: Owner, config: Config) -> None:
     unit, least = config.privacy.unit, PrivacyUnit[owner.min_privacy]
     if STRENGTH.index(unit) < STRENGTH.index(least):
         raise RefusedError(f"privacy.unit={unit.name} is weaker than {least.name}, the least accepted")
+    if least is not PrivacyUnit.none and config.privacy.noise_multiplier == 0:
+        raise RefusedError(f"privacy.noise_multiplier=0 adds no noise, which min_privacy={least.name} asks for")
     if owner.masked_only and not config.privacy.secure_aggregation:
         raise RefusedError("privacy.secure_aggregation=false would send the upload as it is: masked_only takes sums of several clients")
     if owner.max_epsilon is not None and unit is not PrivacyUnit.example:
@@ -114,7 +117,10 @@ def accept(owner: Owner, config: Config) -> None:
 
 
 def own_view(owner: Owner, config: Config) -> Config:
-    """Returns the configuration that is carried out here: the server's, with the owner's data, model and device."""
+    """Returns the configuration that is carried out here: the server's, with the owner's data, model and device.
+
+    How the experiment's data is dealt is of no account for data that the owner brings, so that is left out.
+    """
     model = dataclasses.replace(config.model, path=owner.model_path, device=owner.device)
     data = dataclasses.replace(
         config.data,
@@ -126,7 +132,10 @@ def own_view(owner: Owner, config: Config) -> Config:
         client_column=config.data.client_column if owner.shard else None,
         task_column=config.data.task_column if owner.shard else None,
     )
-    return dataclasses.replace(config, model=model, data=data, run_dir=None, resume=False, overwrite=False)
+    federation = config.federation
+    if not owner.shard:
+        federation = dataclasses.replace(federation, partition=Partition.iid, quantity_sigma=0.0)
+    return dataclasses.replace(config, model=model, data=data, federation=federation, run_dir=None, resume=False, overwrite=False)
 
 
 def _checked(path: Path, values: dict[str, Any]) -> Owner:

@@ -104,14 +104,29 @@ def _loss(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
-def holdings_table(holdings: Holdings, max_clients: int | None = 40) -> str:
-    """Returns who holds how many examples of each task, with totals; of more than `max_clients` clients only the first are shown."""
+def holdings_table(holdings: Holdings, max_clients: int | None = 40, owners: Sequence[Sequence[str]] = ()) -> str:
+    """Returns who holds how many examples of each task, with totals; of more than `max_clients` clients only the first are shown.
+
+    `owners` are the names, in the data, of those whose examples each client holds, where it has any.
+    """
     tasks = list(holdings[0])
     rows = [[f"client {i}", *_with_total([held[task] for task in tasks])] for i, held in enumerate(holdings[:max_clients])]
     if len(rows) < len(holdings):
         rows.append([f"... {len(holdings) - len(rows):,} more", *[""] * (len(tasks) + 1)])
-    totals = [sum(held[task] for held in holdings) for task in tasks]
-    return table(["", *tasks, "all"], [*rows, ["all", *_with_total(totals)]])
+    rows.append(["all", *_with_total([sum(held[task] for held in holdings) for task in tasks])])
+    head = ["", *tasks, "all"]
+    if owners:
+        head.append("owners")
+        for row, names in zip(rows, owners[:max_clients], strict=False):
+            row.append(_some(names))
+        rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    return table(head, rows)
+
+
+def _some(names: Sequence[str]) -> str:
+    """Returns the first three names, without what a terminal would take for more than letters, and how many more there are."""
+    shown = ["".join(letter if letter.isprintable() else "?" for letter in name[:24]) for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _with_total(counts: list[int]) -> list[str]:

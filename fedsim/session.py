@@ -25,12 +25,12 @@ from fedsim.core.global_state import GlobalState, folded_layout
 from fedsim.core.initialization import DERIVED, new_head
 from fedsim.core.network import Link, rates
 from fedsim.core.participation import steps_per_round
-from fedsim.core.partition import holdings, partition
+from fedsim.core.partition import holdings
 from fedsim.core.payload import Layout
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, labels, load
-from fedsim.data.public import split_public
+from fedsim.data.dealing import deal
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.links import links_of
@@ -68,8 +68,7 @@ class Session:
         self.config = config = effective(config)
         self.on_pass: Callable[[PassFacts], None] = lambda facts: None
         self.data: Dataset = load(config.data, config.seed)
-        self.pool, self.public = split_public(config, self.data.train)
-        self.shards = self._dealt()
+        self.pool, self.shards, self.public = deal(config, self.data.train)
         classes, checkpointing = labels(config.data), config.training.activation_checkpointing
         if classes and config.audit.canaries:
             raise UserError("audit.canaries: a canary is a text that is answered, and this data is classified; audit other data.")
@@ -122,13 +121,6 @@ class Session:
                 hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return hashed.hexdigest()
-
-    def _dealt(self) -> list[list[int]]:
-        """Returns the positions in the pool of each client's examples."""
-        owner, clients = self.config.data.owner, self.config.federation.clients
-        if owner is None:
-            return partition(self.pool, self.config.federation, self.config.seed)
-        return [list(range(len(self.pool))) if client == owner else [] for client in range(clients)]
 
     @cached_property
     def links(self) -> list[Link] | None:

@@ -82,6 +82,18 @@ def test_the_table_of_many_holdings_is_cut_but_its_totals_are_not():
     assert len(whole) == 2 + 50 + 1
 
 
+def test_owners_are_named_beside_what_their_client_holds():
+    text = holdings_table([{"a": 4}, {"a": 2}, {"a": 1}], 2, owners=[["ann", "b\x1b[2Job", "cy", "dee", "eve"], ["flo"], ["gus"]])
+    rows = [line.split(maxsplit=4) for line in text.splitlines()]
+    assert rows[0] == ["a", "all", "owners"]
+    assert rows[2:] == [
+        ["client", "0", "4", "4", "ann, b?[2Job, cy and 2 more"],
+        ["client", "1", "2", "2", "flo"],
+        ["...", "1", "more"],
+        ["all", "7", "7"],
+    ]
+
+
 def test_transfers_survive_the_csv():
     ledger = CommunicationLedger()
     ledger.add(Transfer(0, 3, Direction.uplink, Purpose.initial_gradient, 5, 20, 20, 91))

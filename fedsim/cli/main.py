@@ -132,10 +132,10 @@ def _data(words: list[str]) -> int:
     from fedsim.cli.holdings import holdings_of
     from fedsim.report import holdings_table
 
-    held, skipped = holdings_of(config)
-    for line in skipped:
+    held = holdings_of(config)
+    for line in held.skipped:
         print(f"left out: {line}", file=sys.stderr)
-    print(holdings_table(held))
+    print(holdings_table(held.holdings, owners=held.owners))
     return 0
 
 

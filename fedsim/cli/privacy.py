@@ -11,9 +11,8 @@ from typing import Any
 
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
-from fedsim.core.partition import partition
 from fedsim.data import load
-from fedsim.data.public import split_public
+from fedsim.data.dealing import deal
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.privacy.accounting import Mechanism, epsilon
@@ -35,9 +34,8 @@ def privacy_of(config: Config) -> dict[str, Any]:
     config = effective(config)
     accountant = config.privacy.accountant.name
     names = COMPARED if accountant in COMPARED else (accountant,)
-    pool, _ = split_public(config, load(config.data, config.seed).train)
-    sizes = [len(shard) for shard in partition(pool, config.federation, config.seed)]
-    kinds = Counter(plan(config, sizes))
+    shards = deal(config, load(config.data, config.seed).train).shards
+    kinds = Counter(plan(config, [len(shard) for shard in shards]))
     by_size = sorted(kinds.items(), key=lambda item: item[0].num_examples)
     worst = max(kinds, key=lambda each: epsilon(each.mechanisms, each.delta, accountant))
     rounds = sorted({max(1, round(worst.rounds * part / MOST_ROUNDS)) for part in range(1, MOST_ROUNDS + 1)}) if worst.rounds else []

@@ -40,8 +40,16 @@ class PrivacyLedger:
         `delta` is that of the data which the client has now; where it is the smaller one, all of its epsilon holds at it from now on.
         """
         if delta is not None:
-            self._deltas[client] = min(delta, self._deltas[client])
+            self.hold_at(client, min(delta, self._deltas[client]))
         self._histories[client] = extended(self._histories[client], mechanism)
+
+    def delta(self, client: int) -> float:
+        """Returns the delta at which the client's epsilon holds."""
+        return self._deltas[client]
+
+    def hold_at(self, client: int, delta: float) -> None:
+        """Tells all of the client's epsilon at this delta from now on: what was released is the same, whatever it is told at."""
+        self._deltas[client] = delta
 
     def history(self, client: int) -> History:
         """Returns all that was charged to the client, in order, neighbours merged."""

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -87,3 +88,15 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
     main(["--version"])
     assert os.environ["FLWR_TELEMETRY_ENABLED"] == "1"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_data_tells_who_holds_what_and_names_the_owners_of_a_natural_partition(capsys, tmp_path):
+    rows = [{"prompt": f"{i}?", "completion": str(i), "user": user} for i, user in enumerate(["ann", "bob", "ann", "cy"])]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["data=instructions", "data.path=mine.jsonl", "data.client_column=user", "federation.clients=2"]
+    assert main(["data", *own, "federation.partition=natural"]) == 0
+    lines = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["instructions", "all", "owners"]
+    assert lines[2:4] == [["client", "0", "3", "3", "ann, cy"], ["client", "1", "1", "1", "bob"]]
+    assert main(["data", "data=instructions", "data.path=mine.jsonl", "federation.clients=2"]) == 0
+    assert "owners" not in capsys.readouterr().out

@@ -8,21 +8,27 @@ from flwr.app import ConfigRecord, RecordDict
 from clients.memory import Budget, ContextStore, experiment_key
 from clients.owner import Owner, RefusedError
 from fedsim.config import Config, EngineConfig
-from fedsim.privacy.accounting import Mechanism, epsilon
+from fedsim.privacy.accounting import Mechanism, default_delta, epsilon
 
 STEP = Mechanism(1.0, 0.1, 10)
 
 
 def test_a_state_is_there_after_a_restart_and_a_damaged_one_is_set_aside(tmp_path):
-    store = ContextStore(tmp_path, 10**6)
+    store = ContextStore(tmp_path)
     assert not store.load("a")
     store.save("a", RecordDict({"secret": ConfigRecord({"key": b"\1\2"})}))
-    assert ContextStore(tmp_path, 10**6).load("a")["secret"]["key"] == b"\1\2"
+    assert ContextStore(tmp_path).load("a")["secret"]["key"] == b"\1\2"
     store.save("a", RecordDict())  # what was deleted is gone
-    assert not ContextStore(tmp_path, 10**6).load("a")
+    assert not ContextStore(tmp_path).load("a")
     (tmp_path / "a.state").write_bytes(b"fedsim1\nnonsense")
-    assert not ContextStore(tmp_path, 10**6).load("a")
+    assert not ContextStore(tmp_path).load("a")
     assert (tmp_path / "a.damaged").exists()
+
+
+def test_a_state_is_read_back_however_large_it_is(tmp_path):
+    store = ContextStore(tmp_path)
+    store.save("a", RecordDict({f"memory-{i}": ConfigRecord({"key": bytes(200_000)}) for i in range(10)}))
+    assert len(store.load("a")) == 10
 
 
 def test_a_resumed_run_is_the_same_experiment_and_another_seed_is_another():
@@ -44,6 +50,26 @@ def test_the_budget_counts_over_restarts_and_refuses_what_is_too_much(tmp_path):
     Budget(tmp_path / "privacy.json", replace(owner, max_epsilon=None)).check(STEP, 100)  # the owner may think again
     with pytest.raises(RefusedError):
         Budget(tmp_path / "privacy.json", owner).check(replace(STEP, noise_multiplier=0.0), 100)
+
+
+def test_a_budget_holds_at_the_owners_present_delta(tmp_path):
+    spent = epsilon([replace(STEP, steps=20)], 1e-3)
+    owner = Owner(4, max_epsilon=spent * 1.01, delta=1e-3)
+    Budget(tmp_path / "privacy.json", owner).charge(STEP, 100)
+    Budget(tmp_path / "privacy.json", owner).check(STEP, 100)
+    with pytest.raises(RefusedError, match="epsilon would exceed"):
+        Budget(tmp_path / "privacy.json", replace(owner, delta=1e-6)).check(STEP, 100)
+
+
+def test_a_budget_without_a_delta_holds_at_that_of_the_most_examples(tmp_path):
+    def left(num_examples):
+        budget = Budget(tmp_path / "privacy.json", Owner(4))
+        budget.charge(STEP, num_examples)
+        return budget._ledger.delta(4)
+
+    assert left(100) == default_delta(100)
+    assert left(1000) == default_delta(1000)
+    assert left(50) == default_delta(1000)
 
 
 def test_what_was_only_asked_is_not_charged(tmp_path):

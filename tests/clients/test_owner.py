@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from clients.owner import Owner, RefusedError, accept, load_owner, own_view, owner_text
-from fedsim.choices import PrivacyUnit
+from fedsim.choices import Partition, PrivacyUnit
 from fedsim.config import Config, DataConfig, FederationConfig, MethodConfig, ModelConfig, PrivacyConfig
+from fedsim.config_check import check
 from fedsim.errors import UserError
 
 CONFIG = Config(federation=FederationConfig(clients=3))
@@ -88,6 +89,14 @@ def test_data_model_and_device_of_the_server_are_not_looked_at():
     assert (trial.data.client_column, trial.data.task_column) == ("user", "kind")
 
 
+def test_how_the_experiments_data_is_dealt_is_of_no_account_for_data_that_an_owner_brings():
+    natural = FederationConfig(clients=3, partition=Partition.natural)
+    theirs = replace(CONFIG, federation=natural, data=DataConfig(path="all.jsonl", train=["instructions"], client_column="user"))
+    check(theirs)
+    check(own_view(Owner(1, data_path="mine.jsonl"), theirs))
+    assert own_view(Owner(1, shard=True), theirs).federation == natural
+
+
 @pytest.mark.parametrize(
     ("owner", "config", "reason"),
     [
@@ -99,6 +108,11 @@ def test_data_model_and_device_of_the_server_are_not_looked_at():
             "unit=client is weaker than example",
         ),
         (Owner(0, max_epsilon=3.0), replace(CONFIG, privacy=PrivacyConfig(unit=PrivacyUnit.client)), "max_epsilon takes"),
+        (
+            Owner(0, min_privacy="client"),
+            replace(CONFIG, privacy=PrivacyConfig(unit=PrivacyUnit.client, noise_multiplier=0.0)),
+            "noise_multiplier=0 adds no noise, which min_privacy=client asks for",
+        ),
         (Owner(3), CONFIG, "no client 3"),
     ],
 )

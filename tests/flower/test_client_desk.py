@@ -156,6 +156,16 @@ def test_training_without_noise_is_refused_where_the_configuration_promises_it(t
     assert "train would leave without noise" in error.reason
 
 
+@pytest.mark.parametrize(("noise", "least", "refused"), [(0.0, "example", True), (0.0, "none", False), (1.0, "example", False)])
+def test_noise_of_zero_is_refused_where_the_owner_asks_for_privacy(noise, least, refused, tmp_path):
+    deployed = Deployed(privately(), tmp_path, {0: {"min_privacy": least}})
+    request = {"config": json.dumps(to_dict(privately())), "clients": [0], "round": 1, "noise": [noise], "clip_norm": 1.0}
+    for kind, rest in (("train", {}), ("train.initial_gradient", {"samples": [2], "rates": [0.5]})):
+        reply = deployed.ask(0, kind, **request, **rest)
+        told = reply.error.reason if reply.has_error() else ""
+        assert (f"{kind} would leave without the noise that min_privacy=example asks for" in told) == refused
+
+
 def test_an_initial_gradient_is_refused_where_only_updates_are_private(tmp_path):
     config = of_method("fed_sb", privacy={"unit": PrivacyUnit.client, "noise_multiplier": 1.0}, federation={"weighting": Weighting.uniform})
     deployed = Deployed(config, tmp_path)

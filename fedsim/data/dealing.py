@@ -1,0 +1,40 @@
+"""Who gets what of the training examples: a public sample that no client owns, where the server takes one, and the clients' shards."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fedsim.choices import Init
+from fedsim.config import Config
+from fedsim.core.partition import partition
+from fedsim.errors import UserError
+from fedsim.seeding import numpy_generator
+from fedsim.types import AnyExample
+
+
+class Dealt(NamedTuple):
+    """The training examples, each in one place."""
+
+    pool: list[AnyExample]  # those of the clients, in their order
+    shards: list[list[int]]  # positions in the pool of each client's examples
+    public: list[AnyExample]  # those that the server holds for `adapter.init=gradient_public`, in their order
+
+
+def deal(config: Config, train: Sequence[AnyExample]) -> Dealt:
+    """Returns what the server and each client hold; where `data.owner` is set, all of it is that client's, for it brought it.
+
+    Raises UserError where nothing would be left to deal, and where `partition` cannot deal it.
+    """
+    if (owner := config.data.owner) is not None:
+        return Dealt(list(train), [list(range(len(train))) if i == owner else [] for i in range(config.federation.clients)], [])
+    pool, public = _split(config, train)
+    return Dealt(pool, partition(pool, config.federation, config.seed), public)
+
+
+def _split(config: Config, train: Sequence[AnyExample]) -> tuple[list[AnyExample], list[AnyExample]]:
+    if config.adapter.init is not Init.gradient_public:
+        return list(train), []
+    count = config.adapter.init_samples
+    if count >= len(train):
+        raise UserError(f"adapter.init_samples: expected fewer than the {len(train)} training examples, got {count}.")
+    public = set(numpy_generator(config.seed, "public").permutation(len(train))[:count].tolist())
+    return [example for i, example in enumerate(train) if i not in public], [train[i] for i in sorted(public)]
