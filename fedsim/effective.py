@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fedsim.choices import Accountant, PrivacyUnit, Reading
+from fedsim.choices import Accountant, Partition, PrivacyUnit, Reading
 from fedsim.config import Config
 from fedsim.core.methods import METHODS, Method, combinations, with_head
 from fedsim.core.participation import round_size
@@ -15,7 +15,7 @@ from fedsim.privacy import checks as privacy_checks
 def effective(config: Config) -> Config:
     """Returns the configuration that is carried out, with nothing left open that the method decides.
 
-    A pooled method has one client, whose batch is the union of the batches of a round's clients.
+    A pooled method has one client, who has everything, whatever the partition, and whose batch is the union of those of a round's clients.
     """
     method = method_of(config)
     combinations.check(config, method)
@@ -33,7 +33,7 @@ def effective(config: Config) -> Config:
         config = replace(config, privacy=replace(config.privacy, accountant=Accountant.skellam))
     if not method.pooled:
         return config
-    federation = replace(config.federation, clients=1, fraction=1.0)
+    federation = replace(config.federation, clients=1, fraction=1.0, partition=Partition.iid, quantity_sigma=0.0)
     of_a_round = round_size(config.federation.clients, config.federation.fraction)
     training = replace(config.training, batch_size=config.training.batch_size * of_a_round)
     return replace(config, federation=federation, training=training)

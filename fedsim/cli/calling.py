@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 
-_QUIET = {
+QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -15,11 +15,12 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+"""Environment variables under which libraries neither phone home nor print beside the run's own display."""
 
 
 def keep_libraries_quiet() -> None:
-    """Libraries neither phone home nor print beside the run's own display; a value that the user has set stays."""
-    for name, value in _QUIET.items():
+    """Sets what `QUIET` names; a value that the user has set stays."""
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("flwr").propagate = False  # it has a handler of its own: with a second one at the root each line came twice
 

@@ -1,4 +1,4 @@
-"""`fedsim deploy init | up | status`: reads the words; the work is in fedsim.deploy."""
+"""`fedsim deploy init | register | status | up`: reads the words; the work is in fedsim.deploy."""
 
 import json
 import os
@@ -7,17 +7,24 @@ from pathlib import Path
 
 from fedsim.errors import UserError, nearest
 
-PARTS = ("init", "up", "status")
+PARTS = ("init", "register", "status", "up")
 USAGE = {
     "init": "fedsim deploy init DIR [--clients N] [--host NAME ...] [--port P] [--name NAME] [--new-keys]",
-    "up": "fedsim deploy up --local N [--dir DIR] [option=value ...]",
+    "register": "fedsim deploy register DIR",
     "status": "fedsim deploy status [DIR] [--superlink NAME] [--json]",
+    "up": "fedsim deploy up --local N [--dir DIR] [option=value ...]",
 }
 _INIT = """\
   writes all that the machines of a federation need: certificates, one key pair and one client.yaml per client, start scripts,
-  systemd units, a compose file, a README with the order of steps. Run again it keeps keys and says so.
+  systemd units, a compose file, a README with the order of steps. Run again it keeps the keys, and what is not said anew.
+  --clients  number of clients (2)
   --host     names or addresses of the server, the first being the one that clients use (localhost)
-  --new-keys replaces every key and certificate
+  --port     port of the server (9092)
+  --name     name of the federation's SuperLink in Flower's configuration (federation)
+  --new-keys replaces every key and certificate; `fedsim deploy register` then admits the new keys and turns the old ones away
+"""
+_REGISTER = """\
+  has the running SuperLink admit the clients' public keys. DIR is the folder of a federation, or its `server` alone
 """
 _UP = """\
   starts a SuperLink and N SuperNodes on loopback, with TLS and node authentication, runs the experiment, and ends all of it
@@ -34,7 +41,8 @@ A client's worker:       fedsim worker client.yaml [--stop]
 
 def usage() -> str:
     """Returns the help of `fedsim deploy`."""
-    return f"{USAGE['init']}\n{_INIT}\n{USAGE['up']}\n{_UP}\n{USAGE['status']}\n{_STATUS}\n{_AFTER}"
+    texts = {"init": _INIT, "register": _REGISTER, "status": _STATUS, "up": _UP}
+    return "".join(f"{USAGE[part]}\n{texts[part]}\n" for part in PARTS) + _AFTER
 
 
 def deploy(words: list[str]) -> int:
@@ -42,24 +50,48 @@ def deploy(words: list[str]) -> int:
     part, rest = (words[0], words[1:]) if words else ("", [])
     if part not in PARTS:
         raise UserError(f"Expected fedsim deploy {' | '.join(PARTS)}, got {repr(part) if part else 'nothing'}.{nearest(part, list(PARTS))}")
-    return {"init": _init, "up": _up, "status": _status}[part](rest)
+    return {"init": _init, "register": _register, "status": _status, "up": _up}[part](rest)
 
 
 def _init(words: list[str]) -> int:
     options, rest = _options("init", words, {"--clients": 1, "--host": 1, "--port": 1, "--name": 1, "--new-keys": 0})
     if len(rest) != 1:
         raise UserError(f"Expected one folder, got {len(rest)}. Usage: {USAGE['init']}")
-    from fedsim.deploy.folder import Federation, init
+    from fedsim.deploy.folder import SETTINGS, Federation, init, load
 
-    hosts = tuple(options.get("--host", ["localhost"]))
-    clients, port = _number(options, "--clients", 2, 1, 10_000), _number(options, "--port", 9092, 1, 65_535)
-    name = options.get("--name", ["federation"])[-1]
+    folder = Path(rest[0])
+    before = load(folder) if (folder / SETTINGS).is_file() else Federation("federation", 2, ("localhost",))
+    hosts = tuple(options.get("--host", before.hosts))
+    clients, port = _number(options, "--clients", before.clients, 1, 10_000), _number(options, "--port", before.port, 1, 65_535)
+    name = options.get("--name", [before.name])[-1]
     if not name.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"Expected --name of letters, digits, - and _, got {name!r}.")
-    for line in init(Path(rest[0]), Federation(name, clients, hosts, port), new_keys="--new-keys" in options):
+    for line in init(folder, Federation(name, clients, hosts, port, before.shard), new_keys="--new-keys" in options):
         print(line)
-    print(f"Read {Path(rest[0]) / 'README.md'} for the next steps.")
+    print(f"Read {folder / 'README.md'} for the next steps.")
     return 0
+
+
+def _register(words: list[str]) -> int:
+    _, rest = _options("register", words, {})
+    if len(rest) != 1:
+        raise UserError(f"Expected the folder of a federation, got {len(rest)}. Usage: {USAGE['register']}")
+    from fedsim.deploy.registering import register
+
+    server, superlink = _opened(Path(rest[0]))
+    for line in register(server, superlink):
+        print(line, flush=True)
+    return 0
+
+
+def _opened(folder: Path) -> tuple[Path, str]:
+    """Has Flower's programs use the configuration of a federation; returns its server's folder and the name of its SuperLink."""
+    from fedsim.deploy.folder import load
+
+    federation, folder = load(folder), folder.resolve()
+    server = folder / "server" if (folder / "server").is_dir() else folder  # which is copied to its machine alone
+    os.environ["FLWR_HOME"] = str(server / "flwr")
+    return server, federation.name
 
 
 def _up(words: list[str]) -> int:
@@ -80,22 +112,19 @@ def _up(words: list[str]) -> int:
     config = replace(config, run_dir=str(Path(str(config.run_dir)).resolve()))
     folder = Path(options["--dir"][-1]).resolve() if "--dir" in options else None
     print(f"starting a SuperLink and {clients} SuperNodes on loopback", file=sys.stderr)
-    with local_federation(clients, folder) as local:
-        os.environ["FLWR_HOME"] = str(local.flwr_home)
+    with local_federation(clients, folder):
         run(config)
     return 0
 
 
 def _status(words: list[str]) -> int:
     options, rest = _options("status", words, {"--superlink": 1, "--json": 0})
-    from fedsim.deploy.folder import load
+    from fedsim.deploy.registering import REGISTERED
     from fedsim.deploy.status import status, status_table
 
     if rest:
-        federation, folder = load(Path(rest[0])), Path(rest[0]).resolve()
-        server = folder / "server" if (folder / "server").is_dir() else folder  # which is copied to its machine alone
-        os.environ["FLWR_HOME"] = str(server / "flwr")
-        found = status(federation.name, server / "registered")
+        server, superlink = _opened(Path(rest[0]))
+        found = status(superlink, server / REGISTERED)
     elif "--superlink" in options:
         found = status(options["--superlink"][-1])
     else:

@@ -13,25 +13,23 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsim.config import Config
 from fedsim.config_check import check
-from fedsim.errors import UserError
+from fedsim.errors import RunStopped, UserError
 from fedsim.plain import from_dict
 
 DEPLOYMENT = "deployment"
-REGISTERED = Path("registered")
-"""What register.sh has written, where the SuperLink runs."""
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Carries the experiment out over Flower's own Grid. Raises UserError; one who follows the run is told its line."""
-    from fedsim.flower.telling import MISTAKE, tell
+    """Carries the experiment out over Flower's own Grid. Raises UserError and RunStopped; one who follows the run is told their line."""
+    from fedsim.flower.telling import MISTAKE, STOPPED, tell
 
     try:
         _carry_out(grid, _configuration(context))
-    except UserError as error:
-        tell(MISTAKE, str(error))
+    except (UserError, RunStopped) as error:
+        tell(MISTAKE if isinstance(error, UserError) else STOPPED, str(error))
         raise
 
 
@@ -48,7 +46,7 @@ def _configuration(context: Context) -> Config:
 
 
 def _carry_out(grid: Grid, config: Config) -> None:
-    from fedsim.deploy.status import registered_clients
+    from fedsim.deploy.registering import REGISTERED, registered_clients
     from fedsim.flower.roster import Roster
     from fedsim.flower.server import serve
     from fedsim.flower.telling import SUMMARY, TellingProgress, tell
@@ -56,6 +54,6 @@ def _carry_out(grid: Grid, config: Config) -> None:
     if config.engine.name != DEPLOYMENT:
         serve(grid, config)
         return
-    roster = Roster(grid, config, lambda: registered_clients(REGISTERED))
+    roster = Roster(grid, config, lambda: registered_clients(Path(REGISTERED)))  # where the SuperLink runs
     summary = serve(grid, config, roster=roster, quiet=True, display=TellingProgress)
     tell(SUMMARY, summary)

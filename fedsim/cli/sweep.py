@@ -33,7 +33,7 @@ from fedsim.cli.overrides import parse, quote, swept
 from fedsim.cli.sweep_table import sweep_table
 from fedsim.config import Config
 from fedsim.config_check import check
-from fedsim.errors import UserError
+from fedsim.errors import RunStopped, UserError
 from fedsim.events import read_events
 from fedsim.files import atomic_write, atomic_write_json, dated_folders
 from fedsim.plain import to_dict, with_a_result
@@ -127,8 +127,16 @@ def _place(jobs: list[Job], folder: Path, options: Config) -> None:
         job.config = to_config(compose_with_hydra(job.overrides))
         try:
             check(job.config)
+            _refuse_deployed(job.config)
         except UserError as error:
             raise UserError(f"job {job.number} ({' '.join(job.varied)}): {error}") from None
+
+
+def _refuse_deployed(config: Config) -> None:
+    if config.engine.name == "deployment":
+        raise UserError(
+            "Expected a simulation in a sweep, got engine=deployment, whose run folders lie at the server. Give one run at a time."
+        )
 
 
 def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
@@ -211,7 +219,7 @@ def _outcome(config: Config) -> str | None:
         from fedsim.experiment import run
 
         run(config)
-    except UserError as error:
+    except (UserError, RunStopped) as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return str(error)
     except Exception as error:

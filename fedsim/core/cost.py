@@ -15,12 +15,12 @@ from fedsim.config import Config
 from fedsim.core.collecting import keeps_clients
 from fedsim.core.communication import SETUP, Direction, Purpose
 from fedsim.core.compression import CODECS
-from fedsim.core.dropout import Stage, attendance, heard
+from fedsim.core.dropout import Stage, attendance, enough_heard, heard
 from fedsim.core.exchange import CONTROL
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
-from fedsim.core.participation import drawn, givers, round_size
+from fedsim.core.participation import by_coin, drawn, givers, round_size, spares
 from fedsim.core.quantization import gradient_quantizer, num_counters, upload_quantizer
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.secure_aggregation import neighbour_graph
@@ -137,13 +137,14 @@ class _Walk:
             return
         yield from self._gradients(0)
         for number in range(1, self._config.federation.rounds + 1):
-            told, sending = yield from self._attending(number, drawn(self._config, number), number)
+            asked = [*drawn(self._config, number), *spares(self._config, number)]
+            told, sending, summed = yield from self._attending(number, asked, number)
             observers = range(self._clients, len(self._rank))
             for client in (*told, *observers):
                 yield from self._down(number, client, self._exchange.versions)
             for client in (*sending, *observers):
                 yield from self._up(number, client)
-            self._combine(number, sending)
+            self._combine(number, summed)
             if refresh_due(self._config, number):
                 yield from self._refresh(number)
 
@@ -165,13 +166,13 @@ class _Walk:
             yield from self._down(number, client, needed_for_gradients(self._exchange))
             yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._whole, size)
 
-    def _attending(self, number: int, clients: list[int], dropouts: int) -> Generator[Charge, None, tuple[list[int], list[int]]]:
-        """Yields what secure aggregation itself sends, and returns who is asked for an upload and who sends one.
+    def _attending(self, number: int, clients: list[int], dropouts: int) -> Generator[Charge, None, tuple[list[int], list[int], list[int]]]:
+        """Yields what secure aggregation itself sends, and returns who is asked for an upload, who sends one and who is in the result.
 
         `dropouts` is the round of which the simulated ones are, 0 for none. Observers are as clients of a round in which all stay.
         """
         if not self._secure:
-            return clients, heard(self._config, dropouts, clients)
+            return clients, (sending := heard(self._config, dropouts, clients)), sending
         options, seed = self._config.secure, self._config.seed
         graph = neighbour_graph(clients, options.neighbours, seed, number)
         present = attendance(self._config, dropouts, graph)
@@ -182,7 +183,8 @@ class _Walk:
             sent += [each._replace(client=client) for client in range(self._clients, len(self._rank)) for each in alike]
         for each in sent:
             yield Charge(number, each.client, each.direction, Purpose.secure_aggregation, 0, each.payload_bytes)
-        return present.get(Stage.shares, []) if Stage.upload in present else [], present.get(Stage.upload, [])
+        told, sending = present.get(Stage.shares, []) if Stage.upload in present else [], present.get(Stage.upload, [])
+        return told, sending, sending if enough_heard(self._config, graph, present, Stage.unmasking) else []
 
     def _down(self, number: int, client: int, needed: Collection[str]) -> Iterator[Charge]:
         lacking = [part for part in self._exchange.lacking(client) if part in needed]
@@ -214,7 +216,9 @@ class _Walk:
             raise UserError(f"compression.name={options.name}: {error} Send less, or do not compress.") from error
 
     def _combine(self, number: int, clients: Sequence[int]) -> None:
-        """Notes what the server changes at the end of a round."""
+        """Notes what the server changes at the end of a round, which is nothing where nobody was heard, but for noise."""
+        if not clients and not by_coin(self._config):
+            return
         self._exchange.changed(self._method.changed(number), number)
         if self._method.folds and clients:
             self._increment = self._fold(clients)

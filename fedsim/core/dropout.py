@@ -54,7 +54,12 @@ def attendance(config: Config, server_round: int, graph: Graph) -> Attendance:
     left = list(graph)
     for stage in Stage:
         left = found[stage] = heard(config, server_round, left, stage)
-        owners = left if stage <= Stage.shares else found[Stage.shares]
-        if not complete(graph, owners, left, config.secure.threshold):
+        if not enough_heard(config, graph, found, stage):
             break
     return found
+
+
+def enough_heard(config: Config, graph: Graph, found: Attendance, stage: Stage) -> bool:
+    """Returns whether a round goes on after a stage, or after the last one, has its sum."""
+    owners = found.get(stage if stage <= Stage.shares else Stage.shares)
+    return stage in found and complete(graph, owners or [], found[stage], config.secure.threshold)

@@ -3,7 +3,7 @@
 from math import ceil
 
 from fedsim.choices import Init, PrivacyUnit, ServerRule
-from fedsim.config import Config, TrainingConfig
+from fedsim.config import Config, FederationConfig, TrainingConfig
 from fedsim.seeding import NoiseKey, numpy_generator
 
 
@@ -49,6 +49,16 @@ def givers(config: Config) -> dict[int, int]:
 def round_size(clients: int, fraction: float) -> int:
     """Returns the number of clients in a round, at least one."""
     return max(1, round(fraction * clients))
+
+
+def buffer_size(federation: FederationConfig) -> int:
+    """Returns how many updates fill the buffer of `federation.mode=fedbuff`: by default half of those that train at once."""
+    return federation.buffer or max(1, concurrency(federation) // 2)
+
+
+def concurrency(federation: FederationConfig) -> int:
+    """Returns how many clients train at once with `federation.mode=fedbuff`."""
+    return federation.concurrency or round_size(federation.clients, federation.fraction)
 
 
 def draw_participants(clients: int, fraction: float, seed: int, server_round: int) -> list[int]:

@@ -11,8 +11,8 @@ FLWR = (sys.executable, "-m", "flwr.cli.app")
 
 
 def flwr(*words: str, timeout: float = 120.0) -> dict[str, Any]:
-    """Returns the JSON that `flwr WORDS --format json` prints. Raises UserError with its reason where it fails."""
-    done = subprocess.run([*FLWR, *words, "--format", "json"], capture_output=True, text=True, timeout=timeout, check=False)
+    """Returns the JSON that `flwr WORDS --format json` prints. Raises UserError with its reason where it fails or takes too long."""
+    done = _called(*words, "--format", "json", timeout=timeout)
     start, end = done.stdout.find("{"), done.stdout.rfind("}")
     try:
         found: dict[str, Any] = json.loads(done.stdout[start : end + 1])
@@ -22,6 +22,18 @@ def flwr(*words: str, timeout: float = 120.0) -> dict[str, Any]:
         reason = found.get("error-message") or done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise UserError(f"flwr {words[0]}: {' '.join(str(reason).split())[:500]}")
     return found
+
+
+def log_of(run_id: str, superlink: str, timeout: float = 30.0) -> str:
+    """Returns the log of a run so far. Raises UserError where it does not come."""
+    return _called("log", run_id, superlink, "--show", timeout=timeout).stdout
+
+
+def _called(*words: str, timeout: float) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run([*FLWR, *words], capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"flwr {words[0]}: expected an answer of the SuperLink within {timeout:g} s, got none.") from error
 
 
 def following(run_id: str, superlink: str) -> "subprocess.Popen[str]":

@@ -9,13 +9,13 @@ from string import Template
 from typing import Any
 
 from clients.owner import Owner, owner_text
+from fedsim.cli.calling import QUIET
 from fedsim.deploy import templates
 from fedsim.deploy.certificates import authority, client_key, server_certificate
 from fedsim.errors import UserError
 from fedsim.files import atomic_write
 
 SETTINGS = "federation.json"
-QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 TOKENIZERS_PARALLELISM=false"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # the ServerApp reaches the SuperLink there
 FIRST_RUNTIME_PORT = 9094
 
@@ -96,7 +96,6 @@ def _server_files(writer: "_Writer", federation: Federation, ca: bytes, final: P
     values = _values(federation, certificate=json.dumps(str((final / "server" / "ca.crt").resolve())))
     writer.put("server/ca.crt", ca, PLAIN)
     writer.text("server/superlink.sh", templates.SUPERLINK, values, PROGRAM)
-    writer.text("server/register.sh", templates.REGISTER, values, PROGRAM)
     writer.put(f"server/{SETTINGS}", _settings(federation), PLAIN)
     writer.text("server/flwr/config.toml", templates.FLWR_CONFIG, values)
     writer.text("server/gateway.conf", templates.GATEWAY, values | {"upstream": f"127.0.0.1:{federation.port}"})
@@ -120,7 +119,7 @@ def _values(federation: Federation, client: int = 0, **others: Any) -> dict[str,
         "port": federation.port,
         "client": client,
         "runtime_port": FIRST_RUNTIME_PORT + client,
-        "quiet": QUIET,
+        "quiet": " ".join(f"{name}={value}" for name, value in QUIET.items()),
         **others,
     }
 

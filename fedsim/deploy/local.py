@@ -22,7 +22,8 @@ import psutil
 
 from clients.owner import load_owner
 from clients.worker import stop
-from fedsim.deploy.folder import Federation, init
+from fedsim.deploy.folder import SETTINGS, Federation, init, load
+from fedsim.deploy.registering import register
 from fedsim.errors import UserError
 from fedsim.interruption import interruptible
 
@@ -68,10 +69,8 @@ class Local:
 
     def register(self) -> None:
         """Has the SuperLink admit the keys of the clients."""
-        script = self.folder / "server" / "register.sh"
-        done = subprocess.run([str(script)], env=environment(), capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode:
-            raise UserError(f"Expected the clients' keys to be registered, but: {' '.join((done.stdout + done.stderr).split())[-500:]}")
+        for _ in register(self.folder / "server", self.federation.name):
+            pass
 
     def start_client(self, client: int, **variables: str) -> None:
         """Starts the SuperNode of a client; its worker starts with the first message."""
@@ -118,23 +117,28 @@ class Local:
         for name in list(self.processes)[::-1]:
             self.end(name)
         for client in range(self.federation.clients):
-            stop(load_owner(self.client_folder(client) / "client.yaml"))
+            with suppress(UserError):  # without an owner's file that can be read no worker was started
+                stop(load_owner(self.client_folder(client) / "client.yaml"))
 
 
 @contextmanager
 def local_federation(clients: int, folder: Path | None = None, *, shard: bool = True, connect: bool = True) -> Iterator[Local]:
     """A running federation of so many clients; its folder is a temporary one unless `folder` is given, which stays.
 
-    `shard` has them train on their shards of the experiment's data; without `connect` their SuperNodes are the caller's to start.
+    `shard` has them train on their shards of the experiment's data; without `connect` their SuperNodes are the caller's to start. Flower's
+    programs use the federation's configuration in the block (FLWR_HOME).
 
-    Guarantees: when the block is left, however, nothing that was started runs any more.
+    Guarantees: when the block is left, however, nothing that was started runs any more. Raises UserError for a folder that is not its own.
     """
+    if folder is not None and (folder / SETTINGS).is_file() and (name := load(folder).name) != NAME:
+        raise UserError(f"Expected {folder} to be new or of an earlier trial, got the folder of the federation {name}. Choose another one.")
     place = folder or Path(tempfile.mkdtemp(prefix="fedsim-"))
     federation = Federation(NAME, clients, ("localhost",), free_port(), shard)
-    local = Local(place, federation)
+    local, home = Local(place, federation), os.environ.get("FLWR_HOME")
     try:
         with interruptible():  # SIGTERM too, so that the processes are ended
             init(place, federation)
+            os.environ["FLWR_HOME"] = str(local.flwr_home)
             local.start_superlink()
             local.register()
             for client in range(clients if connect else 0):
@@ -142,9 +146,14 @@ def local_federation(clients: int, folder: Path | None = None, *, shard: bool = 
             yield local
     finally:
         with _undisturbed():
-            local.end_all()
-            if folder is None:
-                shutil.rmtree(place, ignore_errors=True)
+            try:
+                local.end_all()
+            finally:
+                os.environ.pop("FLWR_HOME", None)
+                if home is not None:
+                    os.environ["FLWR_HOME"] = home
+                if folder is None:
+                    shutil.rmtree(place, ignore_errors=True)
 
 
 def environment() -> dict[str, str]:

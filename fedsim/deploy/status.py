@@ -1,19 +1,15 @@
 """`fedsim deploy status`: which clients are there, since when, and how far the run has come."""
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
-from fedsim.deploy.flower import FLWR, flwr
-from fedsim.errors import UserError
-from fedsim.flower.telling import MARK
-
-SHOW_SECONDS = 30.0
+from fedsim.deploy.flower import flwr, log_of
+from fedsim.deploy.registering import registered_names
+from fedsim.flower.telling import STARTED, told
 
 
 def status(superlink: str, registered: Path | None = None) -> dict[str, Any]:
-    """Returns {"nodes": [...], "runs": [...]}; the latest runs come first. `registered` is the folder of register.sh's answers."""
+    """Returns {"nodes": [...], "runs": [...]}; the latest runs come first. `registered` is the folder that `register` writes."""
     names = registered_names(registered) if registered else {}
     nodes = [
         {
@@ -40,34 +36,11 @@ def status_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def registered_names(registered: Path) -> dict[int, str]:
-    """Returns the clients' names by node: the SuperLink gives a node to each public key that register.sh has it admit."""
-    names = {}
-    for path in registered.glob("*.json"):
-        text = path.read_text()
-        try:
-            names[int(json.loads(text[text.find("{") :])["node-id"])] = path.stem
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: expected the SuperLink's answer with a node-id, got {text!r:.60}. Remove it and run register.sh again."
-            ) from error
-    return names
-
-
-def registered_clients(registered: Path) -> dict[int, int]:
-    """Returns the clients' numbers by node, of those that are registered as client-<number>."""
-    numbers = ((node, name.removeprefix("client-")) for node, name in registered_names(registered).items() if name.startswith("client-"))
-    return {node: int(number) for node, number in numbers if number.isdecimal()}
-
-
 def _round(run_id: str, superlink: str) -> str:
     """Returns "3/12" where a run of fedsim has come to its third round, "-" where its log tells no round."""
-    command = [*FLWR, "log", run_id, superlink, "--show"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SHOW_SECONDS, check=False)
     rounds, current = "?", ""
-    for line in done.stdout.splitlines():
-        _, mark, told = line.partition(MARK)
-        name, *arguments = json.loads(told) if mark else ("",)
-        rounds = str(arguments[0]) if name == "started" else rounds
+    for line in log_of(run_id, superlink).splitlines():
+        name, arguments = told(line)
+        rounds = str(arguments[0]) if name == STARTED else rounds
         current = str(arguments[0]) if name in ("round_started", "round_finished") else current
     return f"{current}/{rounds}" if current else "-"

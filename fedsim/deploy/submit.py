@@ -17,7 +17,7 @@ import fedsim
 from fedsim.config import Config
 from fedsim.deploy.flower import flwr, following, run_facts
 from fedsim.effective import effective
-from fedsim.errors import LeftRunningError, RunFailedError, UserError
+from fedsim.errors import LeftRunningError, RunFailedError, RunStopped, UserError
 from fedsim.files import dated_folders
 from fedsim.flower.telling import Following
 from fedsim.plain import to_dict
@@ -49,7 +49,8 @@ ABSENCE_SECONDS, LOOK_SECONDS = 60.0, 2.0
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
     """Submits the run, shows how it goes, and returns its summary.
 
-    Raises UserError for a mistake, also one that the server finds, RunFailedError if the run fails, LeftRunningError on Ctrl-C: it goes on.
+    Raises UserError for a mistake and RunStopped for a run that cannot go on, also where the server finds that, RunFailedError if the run
+    fails, LeftRunningError on Ctrl-C: it goes on.
     """
     if not config.engine.superlink:
         raise UserError("Expected engine.superlink with engine=deployment, got none. Name a SuperLink of `flwr config list`.")
@@ -93,7 +94,10 @@ def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
     again = f"Go on with the same options and run_dir={config.run_dir} resume=true"
     try:
         for _ in range(RECONNECTS + 1):
-            taken = _follow(run_id, superlink, shown, taken)
+            try:
+                taken = _follow(run_id, superlink, shown, taken)
+            except RunStopped as stopped:
+                raise RunStopped(f"{stopped} {again}.") from None
             if shown.summary is not None:
                 return shown.summary
             facts = _patient_facts(run_id, superlink, again, quiet=quiet)

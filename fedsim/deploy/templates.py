@@ -44,31 +44,6 @@ while true; do
 done
 """
 
-REGISTER = """\
-#!/usr/bin/env bash
-# Tells the running SuperLink which public keys it admits; a client that is not registered is turned away.
-set -euo pipefail
-cd "$$(dirname "$${BASH_SOURCE[0]}")"
-export FLWR_HOME="$$PWD/flwr" $quiet
-mkdir -p registered
-for key in keys/*.pub; do
-    name=$$(basename "$$key" .pub)
-    if grep -qs '"node-id"' "registered/$$name.json"; then
-        echo "$$name: registered before (registered/$$name.json)"
-        continue
-    fi
-    answer=$$(flwr supernode register "$$key" $name --name "$$name" --format json) || true
-    if grep -q '"node-id"' <<<"$$answer"; then  # Flower's exit code is 0 for a failure too
-        echo "$$answer" > "registered/.$$name"
-        mv "registered/.$$name" "registered/$$name.json"
-        echo "$$name: registered"
-    else
-        echo "$$name: not registered: $$answer" >&2
-        exit 1
-    fi
-done
-"""
-
 FLWR_CONFIG = """\
 # Flower's configuration on the server: `export FLWR_HOME=<this folder>` for flwr, and for fedsim run engine=deployment.
 [superlink]
@@ -114,6 +89,7 @@ Wants=network-online.target
 [Service]
 User=fedsim
 Environment=PATH=/opt/fedsim/.venv/bin:/usr/bin:/bin
+Environment=XDG_CACHE_HOME=/opt/fedsim/$name/server/cache
 ExecStart=/opt/fedsim/$name/server/superlink.sh
 Restart=on-failure
 RestartSec=5
@@ -137,6 +113,7 @@ Wants=network-online.target
 [Service]
 User=fedsim
 Environment=PATH=/opt/fedsim/.venv/bin:/usr/bin:/bin
+Environment=XDG_CACHE_HOME=/opt/fedsim/client-$client/cache
 ExecStart=/opt/fedsim/client-$client/supernode.sh
 Restart=on-failure
 RestartSec=5
@@ -151,11 +128,11 @@ WantedBy=multi-user.target
 """
 
 DOCKERFILE = """\
-# The image of server and clients. Build it in a checkout of fedsim: docker build -f Dockerfile -t fedsim .
+# The image of server and clients. Build it in a checkout of fedsim: docker build -t fedsim -f THIS/FOLDER/Dockerfile .
 FROM python:3.11-slim
 WORKDIR /opt/fedsim
 COPY . .
-RUN PYTHON=python3 .ci/setup "" && useradd --create-home --uid 1000 fedsim
+RUN PYTHON=python3 .ci/setup && useradd --create-home --uid 1000 fedsim
 ENV PATH=/opt/fedsim/.venv/bin:$$PATH
 USER fedsim
 """
@@ -163,6 +140,7 @@ USER fedsim
 COMPOSE_HEAD = """\
 # The whole federation in containers, to try it out; in earnest each client runs its service on its own machine.
 # The folders must belong to user 1000: chown -R 1000 server clients
+# Clients are turned away until their keys are registered: docker compose exec superlink fedsim deploy register /federation
 services:
   superlink:
     image: fedsim
@@ -196,7 +174,7 @@ Made by `fedsim deploy init`. Every machine needs fedsim of the same version: `m
    below are carried out where `server/` lies.
 2. Server: put `gateway.conf` before it, so that clients reach the Fleet API and nothing else; or, on a network where everybody
    may submit runs, start it with `FEDSIM_BIND=0.0.0.0` instead.
-3. Server: `server/register.sh` admits the clients' public keys (`server/keys/`).
+3. Server: `fedsim deploy register server` admits the clients' public keys (`server/keys/`); a client that is not registered is turned away.
 4. Client i: copy `clients/client-<i>/` to its machine and to nobody else, for it holds the private key. Its owner edits `client.yaml`:
    where the data and the base model lie, and what is acceptable. Then `supernode.sh` (or `fedsim-supernode.service`).
 5. Server: `fedsim deploy status server` shows who is there.
@@ -210,6 +188,8 @@ Made by `fedsim deploy init`. Every machine needs fedsim of the same version: `m
 | `server/server.key` | the server | TLS |
 | `clients/client-<i>/key` | client i | proves that it is client i, by `server/registered/client-<i>.json` of step 3 |
 
-All of them have mode 0600. `fedsim deploy init` run again keeps them and says so; `--new-keys` replaces them.
+All of them have mode 0600. `fedsim deploy init` run again keeps them, and whatever else is not said anew. `--new-keys` replaces them:
+then copy the folders over the old ones, but not `client.yaml`, which is its owner's, and start everything again; step 3 admits the new keys
+and turns the old ones away.
 Certificates: server valid for $hosts; the server's for 825 days, the authority's for ten years.
 """

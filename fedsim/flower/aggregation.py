@@ -5,7 +5,7 @@ from math import exp
 import torch
 from torch import Tensor
 
-from fedsim.choices import PrivacyUnit, ServerRule, Weighting
+from fedsim.choices import ServerRule, Weighting
 from fedsim.config import Config, ServerConfig
 from fedsim.core import robust
 from fedsim.core.collecting import Collector, Rule, keeps_clients
@@ -13,6 +13,7 @@ from fedsim.core.diagnosis import diagnose
 from fedsim.core.exchange import CONTROL
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods.method import Method
+from fedsim.core.participation import by_coin
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.errors import RunStopped
 from fedsim.flower.asking import clip_norm
@@ -69,11 +70,14 @@ class Aggregation:
         facts.num_clipped += upload.clipped
 
     def finish(self) -> None:
-        """Makes the next global state of what was taken in; of nothing, the mean is the start."""
+        """Makes the next global state of what was taken in; nothing at all leaves it as it is, moments and all."""
         state, method, config = self._state, self._session.method, self._config
+        noised = by_coin(config)  # with secure aggregation the clients add the noise
+        if not self.facts.clients and not noised:
+            return
         start = state.flat(self._kinds)
         mean = self._mean() if self.facts.clients else start
-        if config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation:  # there the clients add the noise
+        if noised:
             mean = self._noised(start, mean)
         new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
         collected = self._collector.collected(new, config.seed, self._round)
@@ -134,8 +138,9 @@ class Aggregation:
 
 def averages_exactly(config: Config, method: Method) -> bool:
     """Whether a round's global update is the weighted mean of the clients' updates, by construction: with no robust rule, no other step
-    of the server, and no entry that only clients of higher rank send."""
-    server, of_some = config.server, bool(config.federation.ranks) and method.linear
+    of the server, and no entry that only some of the clients send."""
+    server, heads = config.server, config.method.heads
+    of_some = method.linear and (bool(config.federation.ranks) or (config.method.client_heads or heads) < heads)
     as_it_is = server.rule is ServerRule.mean and server.optimizer == "fedavg" and server.learning_rate == 1
     return method.exact and as_it_is and not of_some
 

@@ -71,14 +71,15 @@ class Asking:
         privacy a client stops before its budget is exceeded. Raises UserError where every client's budget is spent.
         """
         if server_round not in self._participants:
-            clients = drawn(self._session.config, server_round, self._session.noise_key)
-            left = self._within_budget(clients)
-            if clients and not left and self._privacy is not None:
+            coins, clients = by_coin(self._session.config), drawn(self._session.config, server_round, self._session.noise_key)
+            asked = [0] if coins else clients  # by coins all are charged, drawn or not, and have spent the same
+            left = self._within_budget(asked)
+            if asked and not left and self._privacy is not None:
                 raise UserError(
-                    f"privacy.epsilon: round {server_round} would exceed the budget of {self._privacy.budget:g} of every client that was "
-                    "drawn; allow more epsilon, more noise or fewer rounds. The rounds before it are in the last checkpoint."
+                    f"privacy.epsilon: round {server_round} would exceed the budget of {self._privacy.budget:g} of every client that is "
+                    "charged; allow more epsilon, more noise or fewer rounds. The rounds before it are in the last checkpoint."
                 )
-            self._participants[server_round] = left
+            self._participants[server_round] = clients if coins else left
         return self._participants[server_round]
 
     def spares(self, server_round: int) -> list[int]:
@@ -91,8 +92,6 @@ class Asking:
         if self._privacy is None:
             return clients
         plan, ledger = self._session.privacy_plan, self._privacy
-        if by_coin(self._session.config):
-            return [] if ledger.would_exceed(0, plan[0].round_mechanism) else clients
         return [client for client in clients if not ledger.would_exceed(client, plan[client].round_mechanism)]
 
     def charge_privacy(self, server_round: int) -> None:
@@ -132,7 +131,7 @@ class Asking:
                 size = self._cohort_size or max(1, len(mine))
                 yield from ((node, mine[start : start + size]) for start in range(0, len(mine), size))
             return
-        size = self._cohort_size or ceil(len(clients) / len(nodes))
+        size = self._cohort_size or max(1, ceil(len(clients) / len(nodes)))  # a round by coins may have nobody
         for node, start in zip(cycle(nodes), range(0, len(clients), size), strict=False):
             yield node, list(clients[start : start + size])
 

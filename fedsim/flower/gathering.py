@@ -7,7 +7,7 @@ pushed and replies pulled in a loop; where there will be no reply, that is told 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -35,14 +35,16 @@ def gathered(
     *,
     timeout: float | None = None,
     enough: Callable[[], bool] = lambda: False,
+    in_turn: bool = False,
 ) -> Iterator[tuple[Ask, Message | Failure]]:
     """Yields each request with its reply, as they come; a request is made only when its turn comes.
 
     A worker process that lacks something of the global state is sent its request again, as `again` makes it, once. After `timeout` seconds,
     or as soon as `enough` says so, what is still waited for is told as a failure, and what was not sent yet is not sent.
-    Replies to anything else, such as an earlier round, are never looked at.
+    Replies to anything else, such as an earlier round, are never looked at. With `in_turn` a reply waits for those to earlier requests, so
+    that sums in floating point, and who is among the first, are the same whichever worker is the faster one.
     """
-    return _Gathering(grid, iter(asks), again, timeout, enough).replies()
+    return _Gathering(grid, iter(asks), again, timeout, enough, in_turn=in_turn).replies()
 
 
 def read(reply: Message) -> Message | Failure:
@@ -55,14 +57,22 @@ def read(reply: Message) -> Message | Failure:
 
 class _Gathering:
     def __init__(
-        self, grid: Grid, coming: Iterator[Ask], again: Callable[[Ask], Ask], timeout: float | None, enough: Callable[[], bool]
+        self,
+        grid: Grid,
+        coming: Iterator[Ask],
+        again: Callable[[Ask], Ask],
+        timeout: float | None,
+        enough: Callable[[], bool],
+        *,
+        in_turn: bool,
     ) -> None:
-        self._grid, self._coming, self._again, self._enough = grid, coming, again, enough
+        self._grid, self._coming, self._again, self._enough, self._in_turn = grid, enumerate(coming), again, enough, in_turn
         self._ends = None if timeout is None else time.monotonic() + timeout
         self._window = PER_NODE * max(1, len(list(grid.get_node_ids())))
-        self._waiting: dict[str, Ask] = {}
+        self._waiting: dict[str, tuple[int, Ask]] = {}  # turn and request by message id
         self._resent: set[str] = set()
-        self._unsent: list[Ask] = []
+        self._settled: dict[int, tuple[Ask, Message | Failure]] = {}  # what is not yielded yet, by its turn, in the order in which it came
+        self._turn = 0  # the first that is not yielded yet
 
     def replies(self) -> Iterator[tuple[Ask, Message | Failure]]:
         pause = FIRST_PAUSE
@@ -70,11 +80,21 @@ class _Gathering:
             looked = time.monotonic()
             found = list(self._grid.pull_messages(list(self._waiting)))
             for reply in found:
-                yield from self._taken(reply)
+                self._take(reply)
+                yield from self._due()
             pause = FIRST_PAUSE if found else self._slept(looked, pause)
-        yield from ((ask, Failure(Reason.died, "the message could not be sent")) for ask in self._unsent)
         late = "not waited for: enough others have replied" if self._enough() else "no reply within federation.round_timeout"
-        yield from ((ask, Failure(Reason.timeout, late)) for ask in self._waiting.values())
+        for turn, ask in self._waiting.values():
+            self._settled[turn] = ask, Failure(Reason.timeout, late)
+        yield from (self._settled[turn] for turn in (sorted(self._settled) if self._in_turn else [*self._settled]))
+
+    def _due(self) -> Iterator[tuple[Ask, Message | Failure]]:
+        """Yields what may be yielded now, and lets go of it."""
+        for turn in [*self._settled] if not self._in_turn else count(self._turn):
+            if turn not in self._settled:
+                return
+            self._turn = turn + 1
+            yield self._settled.pop(turn)
 
     @property
     def _over(self) -> bool:
@@ -83,29 +103,29 @@ class _Gathering:
     def _filled(self) -> bool:
         """Sends what there is room for. Returns whether anything is waited for."""
         if not self._over:
-            for ask in islice(self._coming, self._window - len(self._waiting)):
-                self._push(ask)
+            for turn, ask in islice(self._coming, max(0, self._window - len(self._waiting) - len(self._settled))):
+                self._push(turn, ask)
         return bool(self._waiting)
 
-    def _push(self, ask: Ask) -> str | None:
+    def _push(self, turn: int, ask: Ask) -> str | None:
         if self._ends is not None:  # a late reply is refused by the SuperLink as well
             ask.message.metadata.ttl = max(1.0, self._ends - time.monotonic())
         for message_id in self._grid.push_messages([ask.message]):
             if message_id:
-                self._waiting[message_id] = ask
+                self._waiting[message_id] = turn, ask
                 return message_id
-        self._unsent.append(ask)
+        self._settled[turn] = ask, Failure(Reason.died, "the message could not be sent")
         return None
 
-    def _taken(self, reply: Message) -> Iterator[tuple[Ask, Message | Failure]]:
-        ask = self._waiting.pop(reply.metadata.reply_to_message_id, None)
+    def _take(self, reply: Message) -> None:
+        turn, ask = self._waiting.pop(reply.metadata.reply_to_message_id, (0, None))
         if ask is None:
             return
         if reply.has_error() or NEEDS_STATE not in reply.content:
-            yield ask, read(reply)
+            self._settled[turn] = ask, read(reply)
         elif reply.metadata.reply_to_message_id in self._resent:
-            yield ask, Failure(Reason.died, "it lacks something of the global state that it was sent")
-        elif sent := self._push(self._again(ask)):
+            self._settled[turn] = ask, Failure(Reason.died, "it lacks something of the global state that it was sent")
+        elif sent := self._push(turn, self._again(ask)):
             self._resent.add(sent)
 
     def _slept(self, looked: float, pause: float) -> float:

@@ -13,7 +13,7 @@ from fedsim.core.dropout import vanishes
 from fedsim.core.fedbuff import Flush, Queue, advance
 from fedsim.core.global_state import GlobalState
 from fedsim.core.network import Ending, Link, ending
-from fedsim.core.participation import round_size, steps_per_round
+from fedsim.core.participation import buffer_size, concurrency, steps_per_round
 from fedsim.flower.charging import Charges
 from fedsim.session import Session
 from fedsim.training.batches import local_batches
@@ -54,13 +54,12 @@ class Simulation:
         """Returns what happens until the next flush of the buffer, and the queue after it. Changes nothing."""
         if self._peeked is None or self._peeked[0] != server_round:
             federation, queue = self._config.federation, deepcopy(self._state.buffer.queue)
-            concurrency = federation.concurrency or round_size(federation.clients, federation.fraction)
             flush = advance(
                 queue,
                 server_round - 1,
                 range(federation.clients),
-                concurrency,
-                federation.buffer or max(1, concurrency // 2),
+                concurrency(federation),
+                buffer_size(federation),
                 lambda client: self.seconds(server_round, client),
                 lambda client: not self.stays(server_round, client),
                 self._config.seed,

@@ -18,7 +18,7 @@ from fedsim.core.missing import Missing, Reason, counted, told
 from fedsim.core.network import Ending
 from fedsim.core.participation import givers, least_replies
 from fedsim.core.traffic import needed_for_gradients
-from fedsim.errors import RunStopped
+from fedsim.errors import RunStopped, UserError
 from fedsim.flower.aggregation import Aggregation
 from fedsim.flower.asking import Ask, Asking, Homes
 from fedsim.flower.buffered import BufferedRound
@@ -34,6 +34,7 @@ from fedsim.flower.secure_round import secure_gradients, secure_round
 from fedsim.flower.simulated import Simulation
 from fedsim.flower.transfer import Packer
 from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, METRICS
+from fedsim.privacy.accounting import Mechanism
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
 from fedsim.types import Adapter
@@ -188,6 +189,7 @@ class FedsimStrategy:
             lambda ask: self.asking.again(ask, packer),
             timeout=self._session.config.federation.round_timeout,
             enough=lambda: round_ is not None and round_.full,
+            in_turn=self.asking.homes is None,  # in a simulation nothing hangs on which process is faster
         )
 
     # ---- setting up
@@ -197,7 +199,7 @@ class FedsimStrategy:
 
         Goes on and stops as a round does, see `exchange`.
         """
-        packer, samples = self._packer(), givers(self._session.config)
+        packer, samples = self._packer(), self._within_budget(givers(self._session.config))
         if self._session.config.privacy.secure_aggregation:
             return self._session.gradient_layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
         round_ = GradientRound(self._session, self.asking, self._charges, server_round, len(samples))
@@ -212,11 +214,27 @@ class FedsimStrategy:
         )
         return round_.result()
 
+    def _within_budget(self, samples: dict[int, int]) -> dict[int, int]:
+        """Returns those who may give initial gradients once more. Raises UserError where that would exceed everybody's budget."""
+        ledger, left = self._privacy, samples
+        if ledger is not None:
+            once = {client: self._initialization(client) for client in samples}
+            left = {client: n for client, n in samples.items() if not (each := once[client]) or not ledger.would_exceed(client, each)}
+        if ledger is not None and samples and not left:
+            raise UserError(
+                f"privacy.epsilon: the initial gradients would exceed the budget of {ledger.budget:g} of every client; allow more epsilon, "
+                "a larger privacy.init_noise_multiplier, or choose adapter.init=orthogonal."
+            )
+        return left
+
+    def _initialization(self, client: int) -> Mechanism | None:
+        planned = self._session.privacy_plan[client].initialization
+        return None if planned is None else replace(planned, steps=1)
+
     def _charge_initialization(self, clients: Iterable[int]) -> None:
         for client in clients if self._privacy is not None else ():
-            planned = self._session.privacy_plan[client]
-            if planned.initialization is not None:
-                self._privacy.charge(client, replace(planned.initialization, steps=1), planned.delta)  # type: ignore[union-attr]
+            if mechanism := self._initialization(client):
+                self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
 
     def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid, samples: dict[int, int]) -> Iterator[Ask]:
         for client, node in self.asking.nodes(list(samples), grid).items():

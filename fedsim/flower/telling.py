@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from fedsim.errors import UserError
+from fedsim.errors import RunStopped, UserError
 from fedsim.progress import Progress
 
 MARK = "@fedsim "
 CALLS = ("phase", "done", "evaluated", "note", "round_started", "round_finished")
-SUMMARY, STARTED, MISTAKE = "summary", "started", "mistake"
+SUMMARY, STARTED, MISTAKE, STOPPED = "summary", "started", "mistake", "stopped"
 
 
 class TellingProgress(Progress):
@@ -35,6 +35,16 @@ def tell(name: str, *arguments: Any) -> None:
     sys.stdout.flush()
 
 
+def told(line: str) -> tuple[str, list[Any]]:
+    """Returns name and arguments of a marked line, and no name for any other line, also one of somebody else's that has the mark in it."""
+    _, mark, text = line.partition(MARK)
+    try:
+        name, *arguments = json.loads(text) if mark else ("",)
+        return str(name), arguments
+    except (ValueError, TypeError):
+        return "", []
+
+
 class Following:
     """Shows a run from the text of its log, which may come in any pieces; lines that are not marked are left out."""
 
@@ -45,7 +55,7 @@ class Following:
         self.others: list[str] = []  # the last lines that are not marked: what is of interest if the run fails
 
     def take(self, text: str) -> None:
-        """Shows what the next piece of the log tells. Raises UserError for a mistake that the server has found."""
+        """Shows what the next piece of the log tells. Raises the UserError or RunStopped with which the server has ended the run."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._line(line)
@@ -57,13 +67,11 @@ class Following:
             self._progress = None
 
     def _line(self, line: str) -> None:
-        _, mark, told = line.partition(MARK)
         try:
-            name, *arguments = json.loads(told) if mark else ("",)
-            known = self._shown(name, arguments)
-        except UserError:
+            known = self._shown(*told(line))
+        except (UserError, RunStopped):
             raise
-        except Exception:  # a line of somebody else's that has the mark in it, or of another version
+        except Exception:  # a line of another version
             known = False
         if not known and line.strip():
             self.others = [*self.others[-30:], line]
@@ -76,6 +84,8 @@ class Following:
             self.summary = dict(arguments[0])
         elif name == MISTAKE:
             raise UserError(str(arguments[0]))
+        elif name == STOPPED:
+            raise RunStopped(str(arguments[0]))
         elif name in CALLS and self._progress is not None:
             getattr(self._progress, name)(*arguments)
         else:

@@ -6,10 +6,12 @@ What clients keep for themselves from round to round lies in the node's Context.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite, isnan
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
+from fedsim.choices import PrivacyUnit
 from fedsim.core.adapters import bound, merged
 from fedsim.core.dropout import Stage
 from fedsim.flower import secure_worker
@@ -17,7 +19,7 @@ from fedsim.flower.records import arrays_to_record, to_record
 from fedsim.flower.requests import Request
 from fedsim.flower.transfer import control_of, take_in
 from fedsim.initial_gradient import client_gradient
-from fedsim.local_round import PERSONAL, ClientReply, Memory, train_clients
+from fedsim.local_round import PERSONAL, VALUES, ClientReply, Memory, train_clients
 from fedsim.session import Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
 
@@ -72,7 +74,8 @@ def initial_gradient(message: Message, context: Context) -> Message:
         for client, samples, own, rate in zip(request.clients, request.samples, noise, request.rates, strict=True):
             gradient = client_gradient(session, client, samples, own, request.round, rate)
             if session.config.privacy.secure_aggregation:
-                content[client_key(client)] = secure_worker.masked_gradient(session, request, context, client, gradient)
+                if gradient.isfinite().all():
+                    content[client_key(client)] = secure_worker.masked_gradient(session, request, context, client, gradient)
             else:
                 content[client_key(client)] = to_record(gradient)
         return content
@@ -132,13 +135,26 @@ def _train(session: Session, request: Request, content: RecordDict, context: Con
     replies = train_clients(session, clients, request.round, memory, control, noise=own_noise, clip_norm=request.clip_norm)
     write_memory(context, memory, request.round, request.accepted)
     if session.config.privacy.secure_aggregation:
-        return RecordDict({client_key(r.result.client): secure_worker.masked_update(session, request, context, r) for r in replies})
+        return RecordDict(
+            {
+                client_key(r.result.client): secure_worker.masked_update(session, request, context, r)
+                for r in replies
+                if _may_be_summed(session, r)
+            }
+        )
     answer = RecordDict({client_key(reply.result.client): arrays_to_record(reply.arrays) for reply in replies})
     for reply in replies:
         if reply.control is not None:
             answer[control_key(reply.result.client)] = to_record(reply.control)
     answer[METRICS] = _metrics(request.round, replies)
     return answer
+
+
+def _may_be_summed(session: Session, reply: ClientReply) -> bool:
+    """Whether an upload has not diverged. Behind masks the server could not tell, so its client leaves it out."""
+    loss = reply.result.loss
+    told = isfinite(loss) or (isnan(loss) and session.config.privacy.unit is not PrivacyUnit.none)  # NaN is what privacy withholds
+    return told and bool(reply.arrays[VALUES].isfinite().all())
 
 
 def _metrics(round: int, replies: Sequence[ClientReply]) -> MetricRecord:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from fedsim.choices import Init, PrivacyUnit, ServerRule, Weighting
+from fedsim.choices import Init, NoiseSource, PrivacyUnit, ServerRule, Weighting
 from fedsim.config import Config
 from fedsim.core.methods import Method
 from fedsim.errors import UserError
@@ -37,6 +37,8 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
             "adapter.init=gradient: the bases would be computed from private data without noise, which no epsilon covers; "
             f"choose one of {names}. For an audit of the leak add privacy.unsafe_init=true."
         )
+    if privacy.noise is NoiseSource.system and config.engine.name == "ray":
+        yield "privacy.noise=system: processes of engine=ray would have keys of their own, others after resume; use engine=inprocess."
     if privacy.unit is PrivacyUnit.client:
         yield from _client_reasons(config, method)
 

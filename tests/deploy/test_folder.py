@@ -12,7 +12,6 @@ import yaml
 from clients.owner import load_owner
 from fedsim.cli.main import main
 from fedsim.deploy.folder import Federation, init, load
-from fedsim.deploy.local import environment
 from fedsim.errors import UserError
 
 FEDERATION = Federation("trial", 2, ("server.example",))
@@ -31,8 +30,8 @@ def secrets(folder):
 
 def test_everything_that_the_machines_need_is_there(folder):
     assert load(folder) == FEDERATION
-    programs = [folder / "server" / "superlink.sh", folder / "server" / "register.sh", *folder.glob("clients/*/supernode.sh")]
-    assert len(programs) == 4
+    programs = [folder / "server" / "superlink.sh", *folder.glob("clients/*/supernode.sh")]
+    assert len(programs) == 3
     for program in programs:
         assert program.stat().st_mode & stat.S_IXUSR
         subprocess.run(["bash", "-n", str(program)], check=True)
@@ -57,14 +56,6 @@ def test_a_server_folder_that_was_copied_elsewhere_names_its_own_certificate_and
     assert main(["deploy", "status", str(server)]) == 2
     assert "expected the server's folder" not in (told := capsys.readouterr().err)
     assert "flwr" in told, "nothing but the SuperLink, which does not run here, is missing"
-
-
-def test_keys_that_no_superlink_has_admitted_are_not_taken_for_registered(folder):
-    script = folder / "server" / "register.sh"
-    done = subprocess.run([script], env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "client-0: not registered" in done.stderr
-    assert not list((folder / "server" / "registered").iterdir())
 
 
 def test_secrets_have_mode_0600_and_lie_where_they_belong(folder):
@@ -121,7 +112,7 @@ def test_a_folder_that_cannot_be_finished_does_not_appear(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["deploy"], "Expected fedsim deploy init | up | status"),
+        (["deploy"], "Expected fedsim deploy init | register | status | up"),
         (["deploy", "int"], "Did you mean 'init'?"),
         (["deploy", "init"], "Expected one folder, got 0"),
         (["deploy", "init", "x", "--clients", "none"], "Expected --clients to be a whole number from 1"),

@@ -8,7 +8,6 @@ from rounds import BASE, changed
 
 import fedsim
 from fedsim.choices import Accountant, PrivacyUnit
-from fedsim.deploy.status import registered_clients
 from fedsim.errors import UserError
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
@@ -154,16 +153,6 @@ def test_a_node_whose_key_is_registered_for_one_client_does_not_join_as_another(
     nodes.present([3, 4, 5])
     roster.homes([0])
     assert ("refused", "node 5 says that it is client 0, but its key is registered for client 2") in nodes.events
-
-
-def test_what_register_sh_has_written_tells_which_client_a_node_is(tmp_path):
-    assert registered_clients(tmp_path / "none") == {}
-    (tmp_path / "client-3.json").write_text('a line before\n{"success": true, "node-id": "3733465847505234999"}\n')
-    (tmp_path / "somebody.json").write_text('{"success": true, "node-id": "5"}')
-    assert registered_clients(tmp_path) == {3733465847505234999: 3}
-    (tmp_path / "client-4.json").write_text("{}")
-    with pytest.raises(UserError, match="expected the SuperLink's answer with a node-id"):
-        registered_clients(tmp_path)
 
 
 def test_nobody_at_all_is_an_error_that_says_why():

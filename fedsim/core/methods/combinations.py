@@ -6,7 +6,7 @@ from fedsim.choices import Init, Mode, Optimizer, OverNorm, PrivacyUnit, ServerR
 from fedsim.config import Config
 from fedsim.core.compression import CODECS
 from fedsim.core.methods.method import Method
-from fedsim.core.participation import round_size
+from fedsim.core.participation import buffer_size, concurrency, round_size
 from fedsim.core.quantization import limit_of
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS
 from fedsim.errors import UserError, nearest
@@ -77,8 +77,8 @@ def _server(config: Config, method: Method) -> Iterator[str]:
 
 def _robust(config: Config, method: Method) -> Iterator[str]:
     server, rule = config.server, config.server.rule
-    buffered = config.federation.mode is Mode.fedbuff and config.federation.buffer
-    clients = buffered or round_size(config.federation.clients, config.federation.fraction)
+    buffered = config.federation.mode is Mode.fedbuff
+    clients = buffer_size(config.federation) if buffered else round_size(config.federation.clients, config.federation.fraction)
     if config.training.scaffold and rule is not ServerRule.mean:
         yield f"training.scaffold: control variates are averaged as they come, which {rule.name} does not protect; leave it out."
     if rule is not ServerRule.mean and (method.products or config.federation.ranks or config.method.client_heads):
@@ -136,11 +136,10 @@ def _buffered(config: Config, method: Method) -> Iterator[str]:
         yield "federation.mode=fedbuff: updates come late, to other bases and variates; leave out refresh_every, scaffold, error_feedback."
     if federation.deadline is not None or federation.over_selection:
         yield "federation.mode=fedbuff: nobody is too late; leave out federation.deadline and over_selection."
-    concurrency = federation.concurrency or round_size(federation.clients, federation.fraction)
-    if not (federation.buffer or 1) <= concurrency <= federation.clients:
+    if not (federation.buffer or 1) <= (at_once := concurrency(federation)) <= federation.clients:
         yield (
             f"federation.concurrency: expected at least federation.buffer={federation.buffer or 1} and at most the {federation.clients} "
-            f"clients, got {concurrency}."
+            f"clients, got {at_once}."
         )
 
 

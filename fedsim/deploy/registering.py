@@ -1,0 +1,90 @@
+"""`fedsim deploy register`: which public keys the SuperLink admits, and whose they are.
+
+The folder `registered` beside the keys remembers, for each client, the node that the SuperLink has given to its key, and that key.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from flwr.common.constant import PUBLIC_KEY_ALREADY_IN_USE_MESSAGE
+
+from fedsim.deploy.flower import flwr
+from fedsim.errors import UserError
+from fedsim.files import atomic_write_json
+
+KEYS, REGISTERED = "keys", "registered"
+NODE, KEY = "node-id", "public-key"
+
+
+def register(server: Path, superlink: str) -> Iterator[str]:
+    """Has the running SuperLink admit the keys of a federation's `server` folder, and yields a line for each client.
+
+    A key that another one has taken the place of is turned away from then on. May be broken off and begun again at any point.
+    Raises UserError where the SuperLink does not answer or does not admit a key.
+    """
+    folder = server / REGISTERED
+    folder.mkdir(exist_ok=True)
+    keys = sorted((server / KEYS).glob("*.pub"))
+    if not keys:
+        raise UserError(f"Expected public keys in {server / KEYS}, got none. Give the server's folder of a federation.")
+    for path in keys:
+        yield f"{path.stem}: {_registered(path, folder, superlink)}"
+
+
+def registered_names(registered: Path) -> dict[int, str]:
+    """Returns the clients' names by node, as `register` has written them down."""
+    return {node: name for name, (node, _) in _answers(registered).items()}
+
+
+def registered_clients(registered: Path) -> dict[int, int]:
+    """Returns the clients' numbers by node, of those that are registered as client-<number>."""
+    numbers = ((node, name.removeprefix("client-")) for node, name in registered_names(registered).items() if name.startswith("client-"))
+    return {node: int(number) for node, number in numbers if number.isdecimal()}
+
+
+def _registered(path: Path, folder: Path, superlink: str) -> str:
+    """Registers one key and returns what was done."""
+    name, key = path.stem, path.read_text()
+    node, known = _answers(folder).get(name, (None, None))
+    if known == key:
+        return "registered before"
+    if node is not None and node in _live(superlink):
+        flwr("supernode", "unregister", str(node), superlink)
+    try:
+        new = int(flwr("supernode", "register", str(path), superlink, "--name", name)["node-id"])
+    except UserError as error:
+        if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):
+            raise
+        new = _unnamed_node(name, folder, superlink)
+    atomic_write_json(folder / f"{name}.json", {NODE: str(new), KEY: key})
+    return "registered" if node is None else "registered; its earlier key is turned away from now on"
+
+
+def _unnamed_node(name: str, folder: Path, superlink: str) -> int:
+    """Returns the node whose key the SuperLink has admitted without that it was written down: the only one that belongs to nobody."""
+    unnamed = sorted(_live(superlink) - registered_names(folder).keys())
+    if len(unnamed) != 1:
+        nodes = ", ".join(map(str, unnamed)) or "none"
+        raise UserError(
+            f"{name}: the SuperLink has admitted its key before, and it is not written down as which node (of no client here: {nodes}). "
+            f"Unregister that node with `flwr supernode unregister NODE {superlink}` and register again."
+        )
+    return unnamed[0]
+
+
+def _live(superlink: str) -> set[int]:
+    """Returns the nodes that the SuperLink admits."""
+    return {int(node["node-id"]) for node in flwr("supernode", "list", superlink)["nodes"] if node["status"] != "unregistered"}
+
+
+def _answers(registered: Path) -> dict[str, tuple[int, str]]:
+    """Returns node and key by the name of the client. Raises UserError for a file that tells neither."""
+    found = {}
+    for path in registered.glob("*.json"):
+        try:
+            values = json.loads(path.read_bytes())
+            found[path.stem] = int(values[NODE]), str(values[KEY])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: expected {NODE} and {KEY}. Remove it and run `fedsim deploy register` again.") from error
+    return found

@@ -1,0 +1,57 @@
+"""Which keys a SuperLink admits, whatever became of the files that say so."""
+
+import json
+
+import pytest
+
+from fedsim.cli.main import main
+from fedsim.deploy.flower import flwr
+from fedsim.deploy.folder import init
+from fedsim.deploy.local import local_federation
+from fedsim.deploy.registering import registered_clients, registered_names
+from fedsim.errors import UserError
+
+
+def nodes(superlink):
+    """The nodes that the SuperLink admits, as it says itself."""
+    return {int(node["node-id"]) for node in flwr("supernode", "list", superlink)["nodes"] if node["status"] != "unregistered"}
+
+
+def test_a_key_is_admitted_once_found_again_when_that_was_not_written_down_and_turned_away_when_it_is_replaced(tmp_path, capsys):
+    with local_federation(2, tmp_path / "federation", connect=False) as local:
+        server, superlink = local.folder / "server", local.federation.name
+        registered = server / "registered"
+        first = registered_names(registered)
+        assert set(first.values()) == {"client-0", "client-1"}
+        assert nodes(superlink) == set(first)
+        (registered / "client-1.json").unlink()  # as if it had been killed before it wrote that down
+        assert main(["deploy", "register", str(local.folder)]) == 0
+        assert capsys.readouterr().out.splitlines() == ["client-0: registered before", "client-1: registered"]
+        assert registered_names(registered) == first
+        init(local.folder, local.federation, new_keys=True)
+        local.end("superlink")
+        local.start_superlink()  # with its new certificate, and the clients that it knew
+        assert main(["deploy", "register", str(server)]) == 0
+        assert capsys.readouterr().out.splitlines() == [
+            f"client-{client}: registered; its earlier key is turned away from now on" for client in range(2)
+        ]
+        second = registered_names(registered)
+        assert nodes(superlink) == set(second)
+        assert not set(first) & set(second)
+
+
+def test_keys_that_no_superlink_admits_are_not_taken_for_registered(tmp_path, capsys):
+    assert main(["deploy", "init", str(tmp_path / "federation")]) == 0
+    assert main(["deploy", "register", str(tmp_path / "federation")]) == 2
+    assert "fedsim: flwr supernode" in capsys.readouterr().err
+    assert not list((tmp_path / "federation" / "server" / "registered").iterdir())
+
+
+def test_what_was_registered_tells_which_client_a_node_is(tmp_path):
+    assert registered_clients(tmp_path / "none") == {}
+    (tmp_path / "client-3.json").write_text(json.dumps({"node-id": "3733465847505234999", "public-key": "a"}))
+    (tmp_path / "somebody.json").write_text(json.dumps({"node-id": "5", "public-key": "b"}))
+    assert registered_clients(tmp_path) == {3733465847505234999: 3}
+    (tmp_path / "client-4.json").write_text("{}")
+    with pytest.raises(UserError, match=r"client-4.json: expected node-id and public-key. Remove it and run"):
+        registered_clients(tmp_path)
