@@ -3,6 +3,8 @@
 import pytest
 
 from fedsim.cli.compose import compose
+from fedsim.data import load
+from fedsim.data.dealing import deal
 from fedsim.effective import effective
 from fedsim.errors import UserError
 
@@ -19,3 +21,11 @@ def test_clients_of_a_deployment_are_not_asked_about_tasks_that_their_data_does_
 def test_a_pooled_method_has_one_client_with_the_batches_of_a_rounds_clients():
     found = effective(compose(["method=centralized", "federation.clients=10", "federation.fraction=0.5", "training.batch_size=3"]))
     assert (found.federation.clients, found.federation.fraction, found.training.batch_size) == (1, 1.0, 15)
+
+
+def test_a_pooled_method_has_all_of_the_data_whatever_the_partition():
+    config = effective(
+        compose(["method=centralized", "federation.partition=task", "federation.quantity_sigma=1", "data.train_examples=20"])
+    )
+    (shard,) = deal(config, load(config.data, config.seed).train).shards
+    assert shard == list(range(20))

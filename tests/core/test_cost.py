@@ -49,6 +49,8 @@ RUNS = [
     *(f"federation.dropout={rate} method={name}" for rate, name in ((0.4, "flora"), (0.9, "fedex_lora"), (0.9, "flexlora"))),
     *(f"{SECURE} {options}" for options in ("method=fedit secure.bits=7", "federation.dropout=0.2", "adapter.refresh_every=1")),
     f"{SECURE} privacy=client privacy.noise_multiplier=1 method=fedit federation.weighting=uniform federation.fraction=0.6",
+    f"federation.over_selection=0.5 {PARTIAL}",
+    f"federation.over_selection=0.5 federation.dropout=0.5 {PARTIAL} method=flora",
     f"{SECURE} method=rolora federation.clients=7 federation.dropout=0.15 secure.neighbours=4 federation.rounds=6",
 ]
 

@@ -89,6 +89,39 @@ def test_a_run_stops_before_its_budget_is_exceeded_and_keeps_what_was_reached(tm
     assert list((tmp_path / "two/checkpoints").glob("round_0001*"))
 
 
+def test_initial_gradients_are_not_asked_of_those_whose_budget_they_would_exceed(tmp_path):
+    options = ("privacy=example", "privacy.noise_multiplier=1", "privacy.init_noise_multiplier=0.3", "adapter.init=gradient_dp")
+    with pytest.raises(UserError, match=r"privacy.epsilon: the initial gradients would exceed the budget of 1 of every client"):
+        run_in(tmp_path / "none", *options, "privacy.epsilon=1")
+    uneven = ("federation.quantity_sigma=1.2", "adapter.refresh_every=1", "privacy.delta=1e-3")
+    free = run_in(tmp_path / "free", *options, *uneven, "privacy.epsilon=1e6")
+    spent = sorted(client["epsilon"] for client in free["privacy"]["per_client"])
+    budget = (spent[0] + spent[-1]) / 2
+    found = run_in(tmp_path / "some", *options, *uneven, f"privacy.epsilon={budget}")["privacy"]
+    assert spent[0] < budget, "otherwise all would stop at once"
+    assert max(client["epsilon"] for client in found["per_client"]) <= budget
+
+
+def test_rounds_in_which_no_coin_draws_anybody_go_on_and_cost_the_same(tmp_path):
+    options = (*CLIENT, "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "federation.fraction=0.2", "federation.rounds=6")
+    summary = run_in(tmp_path / "run", *options)
+    clients = [event["clients"] for event in events_of(tmp_path / "run", "round")]
+    assert clients == [drawn(compose([*SMALL, *options]), number) for number in range(1, 7)]
+    assert [] in clients
+    assert any(clients)
+    assert {client["mechanisms"][0]["steps"] for client in summary["privacy"]["per_client"]} == {6}
+
+
+def test_a_budget_ends_a_round_also_if_its_coins_draw_nobody(tmp_path):
+    options = (*CLIENT, "privacy.noise_multiplier=1.0", "federation.fraction=0.2", "federation.rounds=6", "privacy.delta=1e-3")
+    spent = run_in(tmp_path / "free", *options, "privacy.epsilon=null")
+    empty = next(event["round"] for event in events_of(tmp_path / "free", "round") if event["round"] > 1 and not event["clients"])
+    before = run_in(tmp_path / "before", *options, "privacy.epsilon=null", f"federation.rounds={empty - 1}")["privacy"]["epsilon"]
+    assert before < spent["privacy"]["epsilon"]
+    with pytest.raises(UserError, match=rf"round {empty} would exceed the budget"):
+        run_in(tmp_path / "run", *options, f"privacy.epsilon={before * 1.001}")
+
+
 def test_a_resumed_run_has_spent_what_the_uninterrupted_one_has(tmp_path):
     options = ("privacy=example", "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "adapter.init=orthogonal")
     whole = run_in(tmp_path / "whole", *options)

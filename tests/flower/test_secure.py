@@ -1,7 +1,9 @@
 """Whole rounds of secure aggregation: equal to plain ones, survived drop-outs, and nothing on the wire but masks and sums."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
+from math import inf, nan
 
 import numpy as np
 import pytest
@@ -200,6 +202,42 @@ def test_below_the_threshold_a_round_changes_nothing_and_says_why(monkeypatch, s
     lost = [(each.client, each.reason) for each in facts.missing]
     assert lost == ([] if stage is Stage.unmasking else [(1, Reason.dropped_out), (2, Reason.dropped_out)]), "client 0 was there"
     assert largest_gap(secure, Rounds(of_method("fed_sb"))) == 0
+
+
+@pytest.mark.parametrize("spoilt", ["values", "loss"])
+def test_a_client_that_has_diverged_is_left_out_of_the_sum(monkeypatch, spoilt):
+    def diverging(*arguments, **named):
+        replies = train_clients(*arguments, **named)
+        if spoilt == "loss":
+            return [replace(r, result=replace(r.result, loss=inf)) if r.result.client == 1 else r for r in replies]
+        return [replace(r, arrays={"values": r.arrays["values"] * nan}) if r.result.client == 1 else r for r in replies]
+
+    monkeypatch.setattr("fedsim.flower.worker.train_clients", diverging)
+    secure = secure_rounds(of_method("fedit", **SECURE)).next()
+    plain = Rounds(of_method("fedit")).next()  # which refuses what is not finite
+    assert secure.strategy.facts.clients == plain.strategy.facts.clients == [0, 2]
+    assert largest_gap(plain, secure) <= bound(plain.counts, 8.0 / (2 ** (BITS - 1) - 1), [0, 2]) + 1e-6
+
+
+def test_a_run_that_diverges_behind_masks_does_not_end_as_if_it_had_trained():
+    secure = secure_rounds(of_method("fed_sb", training={"learning_rate": 1e30}, **SECURE)).next()
+    assert secure.strategy.facts.clients == []
+    assert "got 0 that sent their upload" in secure.strategy.facts.secure["refused"]
+    assert largest_gap(secure, Rounds(of_method("fed_sb"))) == 0
+
+
+def test_a_round_without_a_sum_leaves_the_moments_of_the_server_as_they_are(monkeypatch):
+    gone = lambda config, server_round, client, *rates: Stage.upload if server_round == 2 else None  # noqa: E731
+    monkeypatch.setattr("fedsim.core.dropout.vanishes", gone)
+    for options in (SECURE, {}):
+        rounds = secure_rounds(of_method("fed_sb", server={"optimizer": "fedavgm", "momentum": 0.9}, **options)).next()
+        before, moments, versions = rounds.flat("R").clone(), deepcopy(rounds.state.moments), dict(rounds.state.exchange.versions)
+        assert moments
+        rounds.next()
+        assert rounds.strategy.facts.clients == []
+        assert torch.equal(rounds.flat("R"), before)
+        assert {name: value.tolist() for name, value in moments.items()} == {n: v.tolist() for n, v in rounds.state.moments.items()}
+        assert rounds.state.exchange.versions == versions
 
 
 @pytest.mark.parametrize(("cohort_size", "workers", "neighbours"), [(1, 1, 0), (2, 2, 0), (0, 3, 0), (2, 2, 2)])

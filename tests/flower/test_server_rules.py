@@ -119,6 +119,10 @@ REFUSED = [
         ("federation.mode=fedbuff", "federation.network=broadband", "federation.buffer=2", "server.rule=krum"),
         "server.malicious: krum needs",
     ),
+    (
+        ("federation.mode=fedbuff", "federation.network=broadband", "federation.clients=10", "server.rule=krum", "server.malicious=3"),
+        "krum needs 2 x malicious \\+ 3 clients in a round, got 3 of 5",
+    ),
     (["compression.name=int7"], "compression.name: expected one of none, bfloat16"),
     (["server.optimizer=fedadm"], "server.optimizer: expected one of fedavg.*'fedadm'.*fedadam"),
     (["method=fedit", "adapter.init=orthogonal"], "method=fedit starts from lora, got orthogonal; .* for lora"),
@@ -202,6 +206,9 @@ def test_what_goes_together_is_not_refused(overrides, composed):
         ("fed_sb", {"server": {"optimizer": "fedadam"}}, False),
         ("fed_sb", {"server": {"learning_rate": 0.5}}, False),
         ("fedit", {}, False),
+        ("ravan", {}, True),
+        ("ravan", {"method": {"client_heads": 2}}, True),
+        ("ravan", {"method": {"client_heads": 1}}, False),
     ],
 )
 def test_an_average_is_called_exact_where_nothing_but_the_mean_is_taken(name, sections, exact):

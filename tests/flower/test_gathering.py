@@ -1,0 +1,57 @@
+"""Replies come in any order, and what is made of them is the same."""
+
+import pytest
+from rounds import Rounds, of_method
+
+from clients.app import app
+from fedsim.core.payload import digest
+from fedsim.flower.grid import InProcessGrid
+
+
+class BackwardsGrid(InProcessGrid):
+    """Of the messages that wait, the last is answered first; tells how many waited or were answered out of turn at once."""
+
+    def __init__(self, workers):
+        super().__init__(app, workers)
+        self.order, self.most = [], 0
+
+    def pull_messages(self, message_ids):
+        waiting = [message_id for message_id in message_ids if message_id in self._pending]
+        self.most = max(self.most, len(waiting))
+        self.order += [self._pending[message_id].content["request"]["clients"][0] for message_id in waiting[-1:]]
+        return super().pull_messages(waiting[-1:])
+
+
+def rounds_of(config, grid, homes=None):
+    rounds = Rounds(config, workers=2)
+    rounds.grid = grid(2)
+    rounds.strategy.asking.homes = homes
+    return rounds.next(2)
+
+
+@pytest.mark.parametrize(
+    ("method", "federation"),
+    [("flora", {"clients": 7}), ("fed_sb", {"clients": 8, "fraction": 0.5, "over_selection": 0.75}), ("fed_sb", {"clients": 7})],
+)
+def test_in_a_simulation_nothing_hangs_on_the_order_in_which_workers_answer(method, federation):
+    config = of_method(method, federation=federation, engine={"cohort_size": 1})
+    straight = rounds_of(config, lambda workers: InProcessGrid(app, workers))
+    backwards = rounds_of(config, BackwardsGrid)
+    assert backwards.grid.order != sorted(backwards.grid.order), "otherwise this would tell nothing"
+    assert backwards.strategy.facts.clients == straight.strategy.facts.clients
+    assert digest(backwards.state.factors) == digest(straight.state.factors)
+    assert backwards.state.digests() == straight.state.digests()
+
+
+def test_replies_that_wait_for_their_turn_count_as_sent():
+    """Otherwise one slow worker would fill the server's memory with the uploads of all the others."""
+    config = of_method("fed_sb", federation={"clients": 12}, engine={"cohort_size": 1})
+    backwards = rounds_of(config, BackwardsGrid)
+    assert backwards.grid.order[:4] == [3, 2, 1, 0], "no fifth message before the first is answered"
+    assert backwards.grid.most == 4
+
+
+def test_in_a_deployment_who_answers_first_is_taken_in_first():
+    config = of_method("fed_sb", federation={"clients": 4})
+    found = rounds_of(config, BackwardsGrid, homes=lambda clients: {client: 1 + client % 2 for client in clients})
+    assert found.strategy.facts.clients == [3, 2, 1, 0]
