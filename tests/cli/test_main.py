@@ -38,6 +38,7 @@ def test_the_package_run_as_a_module_is_the_command():
         (["run", "--multirun", "method=fed_sb,fedsb"], "Unknown method 'fedsb'"),
         (["run", "--multirun", "run_dir=a,b"], "Expected one value of run_dir"),
         (["run", "--multirun", "seed=0,1", "resume=true"], "Expected run_dir"),
+        (["run", "--multirun", "seed=0,1", "engine=deployment", "engine.superlink=x"], "job 0 (seed=0): Expected a simulation in a sweep"),
         (["data", "federation.alpha=0"], "Expected federation.alpha > 0"),
         (["data", "--multirun"], "Unknown flag"),
         (["help", "run", "trainig"], "Did you mean 'training'?"),
@@ -92,11 +93,12 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
 
 def test_data_tells_who_holds_what_and_names_the_owners_of_a_natural_partition(capsys, tmp_path):
     rows = [{"prompt": f"{i}?", "completion": str(i), "user": user} for i, user in enumerate(["ann", "bob", "ann", "cy"])]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = ["data=instructions", "data.path=mine.jsonl", "data.client_column=user", "federation.clients=2"]
-    assert main(["data", *own, "federation.partition=natural"]) == 0
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["data=instructions", f"data.path={tmp_path}", "federation.clients=2"]
+    assert main(["data", *own, "federation.partition=natural", "data.client_column=user"]) == 0
     lines = [line.split(maxsplit=4) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["instructions", "all", "owners"]
     assert lines[2:4] == [["client", "0", "3", "3", "ann, cy"], ["client", "1", "1", "1", "bob"]]
-    assert main(["data", "data=instructions", "data.path=mine.jsonl", "federation.clients=2"]) == 0
+    assert main(["data", *own]) == 0
     assert "owners" not in capsys.readouterr().out

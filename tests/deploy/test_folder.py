@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from clients.owner import load_owner
+from fedsim.cli.calling import QUIET
 from fedsim.cli.main import main
 from fedsim.deploy.folder import Federation, init, load
 from fedsim.errors import UserError
@@ -92,6 +93,21 @@ def test_new_keys_are_made_when_asked_for_and_only_then(folder):
     assert all(content != before[name] for name, content in secrets(folder).items())
 
 
+def test_what_is_not_said_anew_stays_as_it_was(folder, capsys):
+    assert main(["deploy", "init", str(folder), "--clients", "3"]) == 0
+    assert load(folder) == Federation("trial", 3, ("server.example",))
+    assert "replaced" not in capsys.readouterr().out
+    assert main(["deploy", "init", str(folder), "--new-keys", "--port", "9999"]) == 0
+    assert load(folder) == Federation("trial", 3, ("server.example",), 9999)
+    assert "server.example:9999" in (folder / "clients/client-2/supernode.sh").read_text()
+    assert {line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]} == {"replaced"}
+
+
+def test_programs_of_a_federation_neither_phone_home_nor_print_progress(folder):
+    for script in (folder / "server/superlink.sh", folder / "clients/client-0/supernode.sh"):
+        assert all(f"{name}={value}" in script.read_text() for name, value in QUIET.items())
+
+
 def test_another_folder_is_left_alone(tmp_path):
     (tmp_path / "letters.txt").write_text("dear")
     with pytest.raises(UserError, match="holds other files"):
@@ -121,6 +137,8 @@ def test_a_folder_that_cannot_be_finished_does_not_appear(tmp_path, monkeypatch)
         (["deploy", "init", "x", "--hots", "a"], "Did you mean '--host'?"),
         (["deploy", "up"], "Expected --local N"),
         (["deploy", "up", "--local", "2", "sed=1"], "Unknown option 'sed'"),
+        (["deploy", "register"], "Expected the folder of a federation, got 0"),
+        (["deploy", "register", "nowhere"], "Expected nowhere to be a federation's folder"),
         (["deploy", "status"], "Expected the folder of a federation"),
         (["deploy", "status", "nowhere"], "Expected nowhere to be a federation's folder"),
         (["run", "engine=deployment"], "Expected engine.superlink with engine=deployment"),

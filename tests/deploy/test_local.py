@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from fedsim.deploy.folder import Federation
+from fedsim.deploy.folder import Federation, init
 from fedsim.deploy.local import Local, local_federation
 from fedsim.errors import UserError
 
@@ -42,6 +42,42 @@ def test_a_program_that_does_not_start_is_told_with_the_end_of_its_log(local, tm
     with pytest.raises(UserError, match="Expected program to start, but it did not: no such port"):
         local.wait_for(lambda: False, "program")
     local.end("program")
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        (lambda folder: (folder / "letters.txt").write_text("dear"), "holds other files. Choose another folder"),
+        (
+            lambda folder: init(folder, Federation("ours", 2, ("server.example",))),
+            "got the folder of the federation ours. Choose another one",
+        ),
+    ],
+)
+def test_a_folder_of_somebody_elses_is_left_as_it_is_and_told(others, told, tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    others(place)
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    with pytest.raises(UserError, match=told), local_federation(2, place):
+        pytest.fail("it must not begin")
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_a_federation_that_cannot_begin_leaves_no_folder_with_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.deploy.local.tempfile.mkdtemp", lambda prefix: str(tmp_path / "keys"))
+    monkeypatch.setenv("FLWR_HOME", "mine")
+
+    def interrupted(self):
+        assert (tmp_path / "keys/server/server.key").exists()
+        (tmp_path / "keys/clients/client-0/client.yaml").write_text("no: owner")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Local, "start_superlink", interrupted)
+    with pytest.raises(KeyboardInterrupt), local_federation(2):
+        pytest.fail("it must not begin")
+    assert list(tmp_path.iterdir()) == []
+    assert os.environ["FLWR_HOME"] == "mine"
 
 
 def test_sigterm_ends_a_federation_as_ctrl_c_does(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from fedsim.errors import UserError
+from fedsim.errors import RunStopped, UserError
 from fedsim.flower import telling
 from fedsim.flower.telling import MARK, Following, TellingProgress, tell
 from fedsim.progress import Progress
@@ -43,6 +43,12 @@ def test_the_same_lines_are_shown_as_on_the_spot_however_the_log_is_cut(capsys, 
 def test_a_mistake_that_the_server_finds_is_the_users_mistake_here(capsys):
     tell("mistake", "Expected more.")
     with pytest.raises(UserError, match=r"Expected more\."):
+        Following().take(capsys.readouterr().out)
+
+
+def test_what_stops_the_server_stops_the_one_who_follows(capsys):
+    tell("stopped", "No room.")
+    with pytest.raises(RunStopped, match=r"No room\."):
         Following().take(capsys.readouterr().out)
 
 
