@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verd
         verdict.problems.append(f"line {torn} cannot be read")
     verdict.problems += _heads(checkpoints, end, hashes, verdict.head)
     return verdict
+
+
+def lines_after(path: Path, number: int) -> list[dict[str, Any]]:
+    """Returns the entries after so many lines, without those that cannot be read."""
+    entries = [_entry(line) for line, whole in islice(_lines(path), number, None) if whole]
+    return [entry for entry in entries if entry is not None]
 
 
 def _links(entry: dict[str, Any], number: int, before: Head, torn: int) -> Iterator[str]:

@@ -27,7 +27,7 @@ from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import EventLog, cut_events, read_events
 from fedsim.files import TEMPORARY, atomic_write, atomic_write_json, dated_folders
-from fedsim.journal import Head, Journal
+from fedsim.journal import Head, Journal, lines_after
 from fedsim.manifest import manifest
 from fedsim.plain import to_dict, with_a_result
 
@@ -64,6 +64,8 @@ class RunFolder:
         self.folder = folder
         self.finished_summary: dict[str, Any] | None = None
         """The summary, if `resume=true` was asked of a run that is already finished; nothing is to be done then."""
+        self.superseded: list[dict[str, Any]] = []
+        """Lines of the journal after the checkpoint from which a resumed run goes on."""
         self._lock = lock
         self._log: EventLog | None = None
         self._journal: Journal | None = None
@@ -240,6 +242,7 @@ class RunFolder:
         cut_events(self.folder / EVENTS, size, lambda event: event["kind"] in KEPT_ON_RESUME)
         self._log, self._journal = EventLog(self.folder / EVENTS), Journal(self.folder / JOURNAL)
         lines = checkpoint.state.get("journal", self._journal.head.to_json())["lines"] if checkpoint else 0
+        self.superseded = lines_after(self.folder / JOURNAL, lines)
         self.record("resumed", round=checkpoint.round if checkpoint else None, goes_on_from=lines)
         facts = json.loads((self.folder / MANIFEST).read_bytes())
         facts.setdefault("resumed", []).append(manifest(config.seed, now))

@@ -28,6 +28,7 @@ from fedsim.flower.secure_worker import secure_key
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD, Packer
 from fedsim.flower.worker import EVALUATE
 from fedsim.plain import to_dict
+from fedsim.privacy.accounting import Mechanism
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
 
@@ -99,18 +100,16 @@ class Asking:
 
         A client that is asked again in the same round gives the same noised values again, from the same key, which costs nothing more.
         """
-        if self._privacy is not None:
-            for client in self.charged(server_round):
-                planned = self._session.privacy_plan[client]
-                self._privacy.charge(client, planned.round_mechanism, planned.delta)
+        for client, mechanism in self.charged(server_round).items():
+            self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
 
-    def charged(self, server_round: int) -> list[int]:
-        """Returns the clients whose privacy a round costs something; none where nothing is claimed."""
+    def charged(self, server_round: int) -> dict[int, Mechanism]:
+        """Returns what a round costs the clients whose privacy it costs something; nothing where nothing is claimed."""
         if self._privacy is None:
-            return []
-        if by_coin(self._session.config):
-            return list(range(self._session.config.federation.clients))
-        return [*self.participants(server_round), *self.spares(server_round)]
+            return {}
+        everybody = range(self._session.config.federation.clients)
+        clients = everybody if by_coin(self._session.config) else [*self.participants(server_round), *self.spares(server_round)]
+        return {client: self._session.privacy_plan[client].round_mechanism for client in clients}
 
     # ---- who is asked for whom
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,11 @@ from fedsim.config import Config
 from fedsim.core.communication import Totals
 from fedsim.core.missing import counted
 from fedsim.flower.facts import RoundFacts
+from fedsim.flower.in_flight import CHARGED, GRADIENT, TRAINING, told
 from fedsim.flower.state import State
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.plain import to_dict
+from fedsim.privacy.accounting import Mechanism
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
 from fedsim.session import Session
@@ -48,20 +50,20 @@ class Chronicle:
         elif kind != "joined":
             self._progress.note(f"{kind}: client {facts.get('client', facts.get('clients'))}")
 
-    def asked_for_gradients(self, number: int, clients: Sequence[int], *, private: bool) -> None:
-        """Writes down, before anything leaves a client, who is asked for an initial gradient, and whether that costs privacy."""
-        self._folder.record("asked", round=number, what="initial gradient", clients=clients)
-        if private:
-            self._folder.record("charged", round=number, what="initial gradient", clients=clients)
+    def asked_for_gradients(self, number: int, clients: Sequence[int], charged: Mapping[int, Mechanism]) -> None:
+        """Writes down, before anything leaves a client, who is asked for an initial gradient, and what that costs in privacy."""
+        self._folder.record("asked", round=number, what=GRADIENT, clients=clients)
+        self._charged(number, GRADIENT, charged)
 
     def asked(self, number: int, strategy: FedsimStrategy, adapter_digest: str) -> None:
-        """Writes down, before anything leaves a client, who is asked to train, and whose privacy it costs something."""
+        """Writes down, before anything leaves a client, who is asked to train, and what that costs in privacy."""
         clients = [*strategy.participants(number), *strategy.asking.spares(number)]
-        self._folder.record("asked", round=number, what="training", clients=clients, adapter_digest=adapter_digest)
-        charged = strategy.asking.charged(number)
-        if charged:
-            noise = [self._session.privacy_plan[client].noise_multiplier for client in charged]
-            self._folder.record("charged", round=number, what="training", clients=charged, noise_multipliers=noise)
+        self._folder.record("asked", round=number, what=TRAINING, clients=clients, adapter_digest=adapter_digest)
+        self._charged(number, TRAINING, strategy.asking.charged(number))
+
+    def _charged(self, number: int, what: str, mechanisms: Mapping[int, Mechanism]) -> None:
+        if mechanisms:
+            self._folder.record(CHARGED, round=number, what=what, **told(mechanisms))
 
     def taken(self, number: int, facts: RoundFacts) -> None:
         """Writes down who is in the result, and who is not and why."""
@@ -74,8 +76,8 @@ class Chronicle:
         number, after = state.round, state.ledger.totals()
         report = _report(state, facts, {name: total - before[name] for name, total in after.items()}, wall_seconds)
         absent = [each.to_json() for each in facts.missing]
-        told = {"clients": facts.clients, "weights": facts.shares, "missing": absent, **_if_any(facts), **report, **facts.diagnosis}
-        self._folder.event("round", round=number, **told)
+        found = {"clients": facts.clients, "weights": facts.shares, "missing": absent, **_if_any(facts), **report, **facts.diagnosis}
+        self._folder.event("round", round=number, **found)
         self.taken(number, facts)
         self._folder.record("released", round=number, adapter_digest=report["adapter_digest"])
         if "refused" in facts.secure:

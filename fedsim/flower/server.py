@@ -30,6 +30,7 @@ from fedsim.errors import RunStopped
 from fedsim.flower.asking import keeps_memory
 from fedsim.flower.chronicle import Chronicle
 from fedsim.flower.ending import finish
+from fedsim.flower.in_flight import GRADIENT, TRAINING, InFlight
 from fedsim.flower.roster import Roster
 from fedsim.flower.simulated import set_up_seconds
 from fedsim.flower.state import State, checkpoint_of, memories_in, restored
@@ -100,6 +101,7 @@ class Run:
         self._session, self._config, self._grid, self._contexts, self._roster = session, session.config, grid, contexts, roster
         self._given, self._folder, self._progress = config, folder, progress
         self._chronicle = Chronicle(session, folder, progress)
+        self._in_flight = InFlight([] if roster is None else folder.superseded)  # in a simulation nothing has left anybody
 
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
@@ -199,8 +201,13 @@ class Run:
         return factors_from_gradients(session, gradients, steps)
 
     def _gathered_gradients(self, strategy: FedsimStrategy, privacy: PrivacyLedger | None, number: int) -> Adapter:
-        clients = list(givers(self._config))
-        self._chronicle.asked_for_gradients(number, clients, private=privacy is not None)
+        if privacy is not None:
+            self._in_flight.settle(privacy, GRADIENT, number, strategy.gradient_costs(givers(self._config)))
+        clients = strategy.givers()
+        costs = strategy.gradient_costs(clients)
+        if privacy is not None:  # of those who are not asked again
+            self._in_flight.settle(privacy, GRADIENT, number, costs)
+        self._chronicle.asked_for_gradients(number, list(clients), costs)
         self._settle_if_deployed()
         gradients = strategy.initial_gradients(self._grid, number)
         self._chronicle.taken(number, strategy.facts)
@@ -260,6 +267,10 @@ class Run:
         number, before = state.round + 1, state.ledger.totals()
         if self._roster is not None:
             self._roster.round_begins()
+        if state.privacy is not None:
+            everybody = enumerate(self._session.privacy_plan)
+            self._in_flight.settle(state.privacy, TRAINING, number, {client: planned.round_mechanism for client, planned in everybody})
+            self._in_flight.settle(state.privacy, TRAINING, number, strategy.asking.charged(number))  # of those who are not asked again
         self._progress.round_started(number, len(strategy.participants(number)), before)
         begun = time.perf_counter()
         self._session.install_state(state.shared)

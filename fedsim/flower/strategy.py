@@ -199,7 +199,7 @@ class FedsimStrategy:
 
         Goes on and stops as a round does, see `exchange`.
         """
-        packer, samples = self._packer(), self._within_budget(givers(self._session.config))
+        packer, samples = self._packer(), self.givers()
         if self._session.config.privacy.secure_aggregation:
             return self._session.gradient_layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
         round_ = GradientRound(self._session, self.asking, self._charges, server_round, len(samples))
@@ -214,27 +214,28 @@ class FedsimStrategy:
         )
         return round_.result()
 
-    def _within_budget(self, samples: dict[int, int]) -> dict[int, int]:
-        """Returns those who may give initial gradients once more. Raises UserError where that would exceed everybody's budget."""
-        ledger, left = self._privacy, samples
-        if ledger is not None:
-            once = {client: self._initialization(client) for client in samples}
-            left = {client: n for client, n in samples.items() if not (each := once[client]) or not ledger.would_exceed(client, each)}
-        if ledger is not None and samples and not left:
+    def givers(self) -> dict[int, int]:
+        """Returns the clients that may give initial gradients once more, with their samples. Raises UserError where none may."""
+        ledger, samples = self._privacy, givers(self._session.config)
+        if ledger is None:
+            return samples
+        costs = self.gradient_costs(samples)
+        left = {client: n for client, n in samples.items() if client not in costs or not ledger.would_exceed(client, costs[client])}
+        if samples and not left:
             raise UserError(
                 f"privacy.epsilon: the initial gradients would exceed the budget of {ledger.budget:g} of every client; allow more epsilon, "
                 "a larger privacy.init_noise_multiplier, or choose adapter.init=orthogonal."
             )
         return left
 
-    def _initialization(self, client: int) -> Mechanism | None:
-        planned = self._session.privacy_plan[client].initialization
-        return None if planned is None else replace(planned, steps=1)
+    def gradient_costs(self, clients: Iterable[int]) -> dict[int, Mechanism]:
+        """Returns what an initial gradient costs those of the clients whose privacy it costs something."""
+        planned = {client: self._session.privacy_plan[client].initialization for client in clients if self._privacy is not None}
+        return {client: replace(mechanism, steps=1) for client, mechanism in planned.items() if mechanism is not None}
 
     def _charge_initialization(self, clients: Iterable[int]) -> None:
-        for client in clients if self._privacy is not None else ():
-            if mechanism := self._initialization(client):
-                self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
+        for client, mechanism in self.gradient_costs(clients).items():
+            self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
 
     def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid, samples: dict[int, int]) -> Iterator[Ask]:
         for client, node in self.asking.nodes(list(samples), grid).items():

@@ -63,7 +63,12 @@ def test_who_is_asked_is_written_before_anything_is_sent(resumed):
 def test_what_privacy_costs_is_written_before_anything_is_sent(resumed):
     kinds = [entry["kind"] for entry in resumed[1]]
     assert all(kinds[place + 1] == "charged" for place, kind in enumerate(kinds) if kind == "asked")
-    assert of_kind(resumed[1], "charged")[0]["noise_multipliers"] == [1.0] * 4
+    found = of_kind(resumed[1], "charged")[0]["mechanisms"]
+    assert sorted(client for each in found for client in each["clients"]) == [0, 1, 2, 3]
+    plan = open_session(CONFIG).privacy_plan
+    for each in found:
+        expected = {"noise_multiplier": 1.0, "steps": 2, "name": "training", "sampling_rate": plan[each["clients"][0]].rate}
+        assert each == expected | {"clients": each["clients"]}
 
 
 def test_who_is_accepted_and_who_is_missing_is_written_with_the_reason(resumed):

@@ -1,0 +1,97 @@
+"""What leaves a client of a deployment before its server dies is charged, whatever the resumed run asks it for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from rounds import CLIENTS, of_method
+
+from clients.desk import Desk
+from clients.owner import Owner
+from fedsim.choices import Accountant, Init, PrivacyUnit
+from fedsim.config import EvaluationConfig
+from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.in_flight import InFlight, told
+from fedsim.flower.roster import Roster
+from fedsim.flower.server import serve
+from fedsim.privacy.accounting import Mechanism
+from fedsim.privacy.ledger import PrivacyLedger
+
+ROUND, OTHER = Mechanism(1.0, 0.1, 4), Mechanism(1.0, 0.2, 4)
+
+
+def lines(number, mechanisms, what="training"):
+    return [{"kind": "asked", "round": number}, {"kind": "charged", "round": number, "what": what, **told(mechanisms)}]
+
+
+def test_what_is_asked_for_again_costs_nothing_more_and_what_is_not_was_spent():
+    journal = json.loads(json.dumps([*lines(3, {0: ROUND, 1: ROUND, 2: OTHER}), *lines(3, {0: ROUND}), *lines(4, {0: OTHER})]))
+    flying, ledger = InFlight(journal), PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
+    flying.settle(ledger, "training", 3, dict.fromkeys(range(3), ROUND))
+    assert [ledger.history(client) for client in range(3)] == [(), (), (OTHER,)], "client 2 is asked for something else"
+    flying.settle(ledger, "training", 3, {0: ROUND})
+    assert [ledger.history(client) for client in range(3)] == [(), (ROUND,), (OTHER,)], "client 1 is not asked any more"
+    flying.settle(ledger, "initial gradient", 4, {})
+    flying.settle(ledger, "training", 5, {})
+    assert ledger.history(0) == (), "nothing of other rounds, or for something else"
+
+
+def rows(folder, count):
+    texts = [{"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"} for n in range(count)]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, texts)))
+
+
+class Deployment:
+    """A server and desks; client 1 has rows of its own. The server does not live to see the reply of `dies_at`: type, round, node."""
+
+    def __init__(self, folder, **sections):
+        self.folder, self.dies_at = folder, None
+        private = {"unit": PrivacyUnit.example, "noise_multiplier": 1.0, "accountant": Accountant.rdp, **sections.pop("privacy", {})}
+        config = of_method("fed_sb", privacy=private, data={"train_examples": 24, "test_examples": 2}, **sections)
+        self.config = replace(config, run_dir=str(folder / "run"), evaluation=EvaluationConfig(max_new_tokens=1))
+
+    def run(self, **options):
+        own = {"shard": False, "data_path": str(self.folder / "mine.jsonl"), "data_sets": ["gsm8k"]}
+        owners = [
+            Owner(client, folder=str(self.folder / str(client)), **(own if client == 1 else {"shard": True})) for client in range(CLIENTS)
+        ]
+        desks = [Desk(owner) for owner in owners]
+
+        def handle(message, context):
+            reply = desks[context.node_id - 1].answer(message)
+            if (message.metadata.message_type, message.metadata.group_id, context.node_id) == self.dies_at:
+                raise KeyboardInterrupt
+            return reply
+
+        grid = InProcessGrid(handle, workers=CLIENTS)
+        config = replace(self.config, **options)
+        summary = serve(grid, config, grid.contexts, roster=Roster(grid, config), quiet=True)
+        self.own = [desk._budget._ledger.history(client) for client, desk in enumerate(desks)]
+        return [each["mechanisms"] for each in summary["privacy"]["per_client"]]
+
+
+@pytest.mark.parametrize(
+    ("dies_at", "init"), [(("train", "2", 3), Init.orthogonal), (("train.initial_gradient", "0", 3), Init.gradient_dp)]
+)
+@pytest.mark.parametrize("after", [20, 30])
+def test_a_resumed_deployment_charges_what_its_clients_may_have_answered_before(dies_at, init, after, tmp_path):
+    rows(tmp_path, 20)
+    deployment = Deployment(
+        tmp_path, adapter={"init": init, "init_samples": 9}, privacy={"init_noise_multiplier": 1.0} if init is Init.gradient_dp else {}
+    )
+    deployment.dies_at = dies_at
+    with pytest.raises(KeyboardInterrupt):
+        deployment.run()
+    rows(tmp_path, after)
+    deployment.dies_at = None
+    told_by_server = deployment.run(resume=True)
+    steps = {client: sum(each["steps"] for each in mechanisms) for client, mechanisms in enumerate(told_by_server)}
+    once = 2 * 2 + (init is Init.gradient_dp)
+    again = 1 if init is Init.gradient_dp else 2
+    if after == 20:
+        assert steps == dict.fromkeys(range(3), once), "the same request is answered with the same noise"
+    else:
+        rates = {each["sampling_rate"] for each in told_by_server[1] if each["name"] == ("training" if again == 2 else "initialization")}
+        assert len(rates) == 2, "those of 18 and of 27 examples"
+        assert steps[1] == once + again
+        assert sum(mechanism.steps for mechanism in deployment.own[1]) == steps[1], "as the client's own accountant has it"
