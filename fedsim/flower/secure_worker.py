@@ -4,6 +4,7 @@ Every client is a party of its own also where one worker holds a cohort: its sec
 node (which a client's worker keeps in its owner's folder), never in a message or a checkpoint, and are gone after the unmasking.
 """
 
+import hashlib
 from collections.abc import Sequence
 from math import isnan
 
@@ -88,15 +89,34 @@ def masked(context: Context, client: int, quantizer: Quantizer, integers: NDArra
 
 
 def unmask(session: Session, request: Request, message: Message, context: Context) -> Message:
-    """Returns each client's shares of the survivors' seeds and the vanished ones' masking keys, in that order, and forgets the round."""
+    """Returns each client's shares of the survivors' seeds and the vanished ones' masking keys, in that order, and forgets the round.
+
+    Raises ValueError where the client has helped to unmask the sum of this round before, and of others.
+    """
     content = RecordDict()
     for client in present(session, request, Stage.unmasking):
         record, party = record_of(message.content.array_records, secure_key(client)), _party(context, client)
         survivors, vanished = (identifiers(record, name) for name in ("survivors", "vanished"))
+        _unmask_once(context, client, f"{request.round} {request.setup}", survivors)
         revealed = party.reveal(survivors, vanished)
         del context.state[party_key(client)]
         content[secure_key(client)] = arrays_to_record({"shares": _rows([*revealed.values()], SHARE_BYTES)})
     return Message(content, reply_to=message)
+
+
+def _unmask_once(context: Context, client: int, what: str, survivors: Sequence[int]) -> None:
+    """Raises ValueError for a second sum of the same round over others.
+
+    A round that is done again, by a server that was resumed, has the same uploads: two sums would differ by those of single clients.
+    """
+    kept, key = context.state.config_records, f"unmasked-{client}"
+    digest = hashlib.sha256(repr(sorted(survivors)).encode()).hexdigest()
+    if key in kept and kept[key]["what"] == what and kept[key]["survivors"] != digest:
+        raise ValueError(
+            f"Expected the survivors of the sum that client {client} has helped to unmask before, got others: the difference of the two "
+            "sums would show single uploads. A run that begins anew takes another seed."
+        )
+    context.state[key] = ConfigRecord({"what": what, "survivors": digest})
 
 
 def present(session: Session, request: Request, stage: Stage) -> list[int]:

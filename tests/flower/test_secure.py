@@ -167,6 +167,21 @@ def test_the_server_keeps_no_secret_and_workers_forget_theirs():
     assert len(set(keys)) == 2 * 3, "new keys in each round"
 
 
+def test_two_sums_of_one_round_over_others_are_never_unmasked(monkeypatch):
+    gone = []
+    moments = lambda config, server_round, client, *rates: Stage.upload if client in gone else None  # noqa: E731
+    monkeypatch.setattr("fedsim.core.dropout.vanishes", moments)
+    secure = secure_rounds(of_method("fed_sb", **SECURE)).next()
+    secure.number = 0  # as a server that was resumed from before the round
+    secure.next()
+    secure.number, gone[:] = 0, [1]
+    with pytest.raises(ValueError, match="the survivors of the sum that client 0 has helped to unmask before, got others"):
+        secure.next()
+    secure.number = 1
+    secure.next()
+    assert secure.strategy.facts.clients == [0, 2], "another round is another matter"
+
+
 def test_a_worker_never_answers_with_an_unmasked_upload():
     secure = secure_rounds(of_method("fed_sb", **SECURE))
     plain_request = secure.messages(1)[0]
