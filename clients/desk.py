@@ -140,8 +140,8 @@ class Desk:
     def _check_noise(self, kind: str, request: ConfigRecord, key: str) -> None:
         """Raises RefusedError for noise of zero, or none at all, where the owner asks for privacy; how much is enough, max_epsilon says."""
         values = request.get(key)
-        finite = all(isinstance(value, (int, float)) and 0 < value < inf for value in (values if isinstance(values, list) else [values]))
-        if self._owner.min_privacy != PrivacyUnit.none.name and not finite:
+        given = all(isinstance(value, (int, float)) and 0 < value < inf for value in (values if isinstance(values, list) else [values]))
+        if self._owner.min_privacy != PrivacyUnit.none.name and not given:
             raise RefusedError(f"{kind} would leave without the noise that min_privacy={self._owner.min_privacy} asks for")
 
     def _promised(self, config: Config) -> bool:

@@ -80,7 +80,7 @@ class Budget:
         self._ledger = ledger
 
     def _opened(self, num_examples: int) -> PrivacyLedger:
-        """Returns the ledger under the owner's present limit and delta; one of a number of examples is that of the most there were."""
+        """Returns the ledger under the owner's present limit and delta; one that is taken from the number of examples only shrinks."""
         client, delta = self._owner.client, self._owner.delta or default_delta(num_examples)
         ledger = self._ledger or PrivacyLedger("example", {client: delta})
         ledger.hold_at(client, delta if self._owner.delta else min(delta, ledger.delta(client)))

@@ -56,7 +56,7 @@ class Owner:
     max_epsilon: Optional[float] = None
     """Example-level budget over all runs that this client ever takes part in; null sets no limit."""
     delta: Optional[float] = None
-    """Delta at which max_epsilon holds; null takes 1 / n^1.1 of the most examples that the client ever had."""
+    """Delta at which max_epsilon holds; null takes 1 / n^1.1 of the client's examples, or what was taken before where that is smaller."""
     max_message_mb: int = 4096
     """Largest message in megabytes (10^6 bytes), either way."""
     idle_minutes: float = 60.0

@@ -11,6 +11,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsim.choices import NoiseSource
 from fedsim.config import Config
 from fedsim.config_check import check
 from fedsim.errors import RunStopped, UserError
@@ -52,6 +53,10 @@ def _carry_out(grid: Grid, config: Config) -> None:
     from fedsim.flower.telling import SUMMARY, TellingProgress, tell
 
     if config.engine.name != DEPLOYMENT:
+        if config.privacy.noise is NoiseSource.system:
+            raise UserError(
+                "privacy.noise=system: Flower's processes would have keys of their own; take `fedsim run`, or engine=deployment."
+            )
         serve(grid, config)
         return
     roster = Roster(grid, config, lambda: registered_clients(Path(REGISTERED)))  # where the SuperLink runs

@@ -14,7 +14,7 @@ VERBS = {
     "estimate": "estimate time, memory and bytes: fedsim estimate [option=value ...] [--json]\n"
     "                 [--tokens=N, of an example] [--megabits=N, of a client's line] [--again, to measure this machine anew]",
     "privacy": "compute noise and epsilon, without training: fedsim privacy privacy=example [option=value ...] [--json]",
-    "deploy": "a real federation: fedsim deploy init DIR | up --local N [option=value ...] | status [DIR]",
+    "deploy": "a real federation: fedsim deploy init DIR | register DIR | status [DIR] | up --local N [option=value ...]",
     "worker": "what works for one client: fedsim worker client.yaml [--stop]",
     "audit": "run with canaries in the data and prove what leaks: fedsim audit [option=value ...] [--json]",
     "verify": "check the audit log of a run: fedsim verify RUN_FOLDER",

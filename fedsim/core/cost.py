@@ -2,7 +2,8 @@
 
 All rounds are gone through with the `Exchange`, the draws and the sizes that a run itself uses, so that parameters and payload bytes are
 those that the ledger of the run will hold, transfer by transfer. Drop-outs of a simulated network are left out; those of
-`federation.dropout` are not.
+`federation.dropout` are not. With `federation.over_selection` all that are asked count, as in a run that asks them in one message; where
+cohorts are smaller, some are not asked any more once enough have replied.
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence

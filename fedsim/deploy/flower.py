@@ -25,7 +25,7 @@ def flwr(*words: str, timeout: float = 120.0) -> dict[str, Any]:
 
 
 def log_of(run_id: str, superlink: str, timeout: float = 30.0) -> str:
-    """Returns the log of a run so far. Raises UserError where it does not come."""
+    """Returns the log of a run so far, nothing where there is none. Raises UserError where Flower does not answer in time."""
     return _called("log", run_id, superlink, "--show", timeout=timeout).stdout
 
 

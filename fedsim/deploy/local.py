@@ -117,8 +117,11 @@ class Local:
         for name in list(self.processes)[::-1]:
             self.end(name)
         for client in range(self.federation.clients):
-            with suppress(UserError):  # without an owner's file that can be read no worker was started
-                stop(load_owner(self.client_folder(client) / "client.yaml"))
+            try:
+                owner = load_owner(self.client_folder(client) / "client.yaml")
+            except UserError:  # without an owner's file that can be read no worker was started
+                continue
+            stop(owner)
 
 
 @contextmanager

@@ -20,16 +20,27 @@ NODE, KEY = "node-id", "public-key"
 def register(server: Path, superlink: str) -> Iterator[str]:
     """Has the running SuperLink admit the keys of a federation's `server` folder, and yields a line for each client.
 
-    A key that another one has taken the place of is turned away from then on. May be broken off and begun again at any point.
-    Raises UserError where the SuperLink does not answer or does not admit a key.
+    A key that another one has taken the place of is turned away from then on; a SuperLink that has lost its database is told all again. May
+    be broken off and begun again at any point. Raises UserError where the SuperLink does not answer or does not admit a key.
     """
     folder = server / REGISTERED
     folder.mkdir(exist_ok=True)
     keys = sorted((server / KEYS).glob("*.pub"))
     if not keys:
         raise UserError(f"Expected public keys in {server / KEYS}, got none. Give the server's folder of a federation.")
+    live, answers = _live(superlink), _answers(folder)
     for path in keys:
-        yield f"{path.stem}: {_registered(path, folder, superlink)}"
+        name, key = path.stem, path.read_text()
+        node, known = answers.get(name, (None, None))
+        if known == key and node in live:
+            yield f"{name}: registered before"
+            continue
+        if node in live:
+            flwr("supernode", "unregister", str(node), superlink)
+        new = _admitted(path, superlink, {node for node, _ in answers.values()})
+        answers[name] = new, key
+        atomic_write_json(folder / f"{name}.json", {NODE: str(new), KEY: key})
+        yield f"{name}: registered{'; its earlier key is turned away from now on' if node in live else ''}"
 
 
 def registered_names(registered: Path) -> dict[int, str]:
@@ -43,34 +54,20 @@ def registered_clients(registered: Path) -> dict[int, int]:
     return {node: int(number) for node, number in numbers if number.isdecimal()}
 
 
-def _registered(path: Path, folder: Path, superlink: str) -> str:
-    """Registers one key and returns what was done."""
-    name, key = path.stem, path.read_text()
-    node, known = _answers(folder).get(name, (None, None))
-    if known == key:
-        return "registered before"
-    if node is not None and node in _live(superlink):
-        flwr("supernode", "unregister", str(node), superlink)
+def _admitted(path: Path, superlink: str, named: set[int]) -> int:
+    """Returns the node of a key, which is registered if it is not. `named` are the nodes of which it is known whose they are."""
     try:
-        new = int(flwr("supernode", "register", str(path), superlink, "--name", name)["node-id"])
+        return int(flwr("supernode", "register", str(path), superlink, "--name", path.stem)["node-id"])
     except UserError as error:
         if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):
             raise
-        new = _unnamed_node(name, folder, superlink)
-    atomic_write_json(folder / f"{name}.json", {NODE: str(new), KEY: key})
-    return "registered" if node is None else "registered; its earlier key is turned away from now on"
-
-
-def _unnamed_node(name: str, folder: Path, superlink: str) -> int:
-    """Returns the node whose key the SuperLink has admitted without that it was written down: the only one that belongs to nobody."""
-    unnamed = sorted(_live(superlink) - registered_names(folder).keys())
-    if len(unnamed) != 1:
-        nodes = ", ".join(map(str, unnamed)) or "none"
-        raise UserError(
-            f"{name}: the SuperLink has admitted its key before, and it is not written down as which node (of no client here: {nodes}). "
-            f"Unregister that node with `flwr supernode unregister NODE {superlink}` and register again."
-        )
-    return unnamed[0]
+    unnamed = sorted(_live(superlink) - named)  # it was registered, and that was not written down
+    if len(unnamed) == 1:
+        return unnamed[0]
+    raise UserError(
+        f"{path.stem}: the SuperLink knows its key, but as which node is not written down ({len(unnamed)} are of no client here), and takes no "
+        f"key twice. Remove {path} and the client's own key, run `fedsim deploy init` again for new ones, and hand them out."
+    )
 
 
 def _live(superlink: str) -> set[int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from fedsim.deploy.flower import flwr, log_of
 from fedsim.deploy.registering import registered_names
-from fedsim.flower.telling import STARTED, told
+from fedsim.flower.telling import STARTED, marked
 
 
 def status(superlink: str, registered: Path | None = None) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _round(run_id: str, superlink: str) -> str:
     """Returns "3/12" where a run of fedsim has come to its third round, "-" where its log tells no round."""
     rounds, current = "?", ""
     for line in log_of(run_id, superlink).splitlines():
-        name, arguments = told(line)
-        rounds = str(arguments[0]) if name == STARTED else rounds
-        current = str(arguments[0]) if name in ("round_started", "round_finished") else current
+        name, arguments = marked(line)
+        rounds = str(arguments[0]) if name == STARTED and arguments else rounds
+        current = str(arguments[0]) if name in ("round_started", "round_finished") and arguments else current
     return f"{current}/{rounds}" if current else "-"

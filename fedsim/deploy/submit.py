@@ -97,7 +97,7 @@ def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
             try:
                 taken = _follow(run_id, superlink, shown, taken)
             except RunStopped as stopped:
-                raise RunStopped(f"{stopped} {again}.") from None
+                raise RunStopped(f"{stopped} Its run folder there: {config.run_dir}.") from None
             if shown.summary is not None:
                 return shown.summary
             facts = _patient_facts(run_id, superlink, again, quiet=quiet)

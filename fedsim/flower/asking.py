@@ -5,7 +5,7 @@ the run's seed and the round, never from node ids.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from math import ceil
@@ -23,6 +23,7 @@ from fedsim.core.methods import Method
 from fedsim.core.participation import by_coin, drawn, spares
 from fedsim.errors import UserError
 from fedsim.flower.charging import Charges
+from fedsim.flower.in_flight import TRAINING, InFlight
 from fedsim.flower.requests import REQUEST
 from fedsim.flower.secure_worker import secure_key
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD, Packer
@@ -55,8 +56,10 @@ class Asking:
         charges: Charges,
         privacy: PrivacyLedger | None = None,
         homes: Homes | None = None,
+        in_flight: InFlight | None = None,
     ) -> None:
         self._session, self._state, self._charges, self._privacy, self.homes = session, state, charges, privacy, homes
+        self._in_flight = in_flight or InFlight()
         self._config_text = json.dumps(to_dict(config))
         self._cohort_size = config.engine.cohort_size
         self._unit = session.config.privacy.unit
@@ -74,7 +77,7 @@ class Asking:
         if server_round not in self._participants:
             coins, clients = by_coin(self._session.config), drawn(self._session.config, server_round, self._session.noise_key)
             asked = [0] if coins else clients  # by coins all are charged, drawn or not, and have spent the same
-            left = self._within_budget(asked)
+            left = self._within_budget(server_round, asked)
             if asked and not left and self._privacy is not None:
                 raise UserError(
                     f"privacy.epsilon: round {server_round} would exceed the budget of {self._privacy.budget:g} of every client that is "
@@ -86,14 +89,27 @@ class Asking:
     def spares(self, server_round: int) -> list[int]:
         """Returns the clients that are asked beyond need, `federation.over_selection`; a function of seed and round."""
         if server_round not in self._spares:
-            self._spares[server_round] = self._within_budget(spares(self._session.config, server_round))
+            self._spares[server_round] = self._within_budget(server_round, spares(self._session.config, server_round))
         return self._spares[server_round]
 
-    def _within_budget(self, clients: list[int]) -> list[int]:
+    def _within_budget(self, server_round: int, clients: list[int]) -> list[int]:
+        costs, ledger = self._costs(server_round, clients), self._privacy
+        return [client for client in clients if ledger is None or client not in costs or not ledger.would_exceed(client, costs[client])]
+
+    def _costs(self, server_round: int, clients: Iterable[int]) -> dict[int, Mechanism]:
+        """Returns what a round costs each of the clients, without those that are asked again what they were charged for."""
         if self._privacy is None:
-            return clients
-        plan, ledger = self._session.privacy_plan, self._privacy
-        return [client for client in clients if not ledger.would_exceed(client, plan[client].round_mechanism)]
+            return {}
+        return self.not_in_flight(
+            TRAINING, server_round, {client: self._session.privacy_plan[client].round_mechanism for client in clients}
+        )
+
+    def not_in_flight(self, what: str, server_round: int, costs: dict[int, Mechanism]) -> dict[int, Mechanism]:
+        """Returns the costs without those of requests that a run which was resumed has been charged for before; see `InFlight`."""
+        if self._session.config.privacy.secure_aggregation or not self._in_flight.concerns(what, server_round):
+            return costs
+        digest = self._state.adapter_digest()
+        return {client: cost for client, cost in costs.items() if not self._in_flight.covers(what, server_round, digest, client, cost)}
 
     def charge_privacy(self, server_round: int) -> None:
         """Writes the round down before anything of it leaves a client; who is drawn by a coin is charged, drawn or not.
@@ -109,7 +125,7 @@ class Asking:
             return {}
         everybody = range(self._session.config.federation.clients)
         clients = everybody if by_coin(self._session.config) else [*self.participants(server_round), *self.spares(server_round)]
-        return {client: self._session.privacy_plan[client].round_mechanism for client in clients}
+        return self._costs(server_round, clients)
 
     # ---- who is asked for whom
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from fedsim.config import Config
 from fedsim.core.communication import Totals
 from fedsim.core.missing import counted
 from fedsim.flower.facts import RoundFacts
-from fedsim.flower.in_flight import CHARGED, GRADIENT, TRAINING, told
+from fedsim.flower.in_flight import CHARGED, GRADIENT, TRAINING, line_of
 from fedsim.flower.state import State
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.plain import to_dict
@@ -50,20 +50,25 @@ class Chronicle:
         elif kind != "joined":
             self._progress.note(f"{kind}: client {facts.get('client', facts.get('clients'))}")
 
-    def asked_for_gradients(self, number: int, clients: Sequence[int], charged: Mapping[int, Mechanism]) -> None:
+    def asked_for_gradients(self, number: int, clients: Sequence[int], charged: Mapping[int, Mechanism], adapter_digest: str) -> None:
         """Writes down, before anything leaves a client, who is asked for an initial gradient, and what that costs in privacy."""
         self._folder.record("asked", round=number, what=GRADIENT, clients=clients)
-        self._charged(number, GRADIENT, charged)
+        self._charged(GRADIENT, number, adapter_digest, charged)
 
     def asked(self, number: int, strategy: FedsimStrategy, adapter_digest: str) -> None:
         """Writes down, before anything leaves a client, who is asked to train, and what that costs in privacy."""
         clients = [*strategy.participants(number), *strategy.asking.spares(number)]
         self._folder.record("asked", round=number, what=TRAINING, clients=clients, adapter_digest=adapter_digest)
-        self._charged(number, TRAINING, strategy.asking.charged(number))
+        self._charged(TRAINING, number, adapter_digest, strategy.asking.charged(number))
 
-    def _charged(self, number: int, what: str, mechanisms: Mapping[int, Mechanism]) -> None:
+    def charged_again(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Writes down what a run that goes on was charged for after the checkpoint that it goes on from."""
+        for line in lines:
+            self._folder.record(CHARGED, **line)
+
+    def _charged(self, what: str, number: int, adapter_digest: str, mechanisms: Mapping[int, Mechanism]) -> None:
         if mechanisms:
-            self._folder.record(CHARGED, round=number, what=what, **told(mechanisms))
+            self._folder.record(CHARGED, **line_of(what, number, adapter_digest, mechanisms))
 
     def taken(self, number: int, facts: RoundFacts) -> None:
         """Writes down who is in the result, and who is not and why."""
@@ -76,8 +81,8 @@ class Chronicle:
         number, after = state.round, state.ledger.totals()
         report = _report(state, facts, {name: total - before[name] for name, total in after.items()}, wall_seconds)
         absent = [each.to_json() for each in facts.missing]
-        found = {"clients": facts.clients, "weights": facts.shares, "missing": absent, **_if_any(facts), **report, **facts.diagnosis}
-        self._folder.event("round", round=number, **found)
+        told = {"clients": facts.clients, "weights": facts.shares, "missing": absent, **_if_any(facts), **report, **facts.diagnosis}
+        self._folder.event("round", round=number, **told)
         self.taken(number, facts)
         self._folder.record("released", round=number, adapter_digest=report["adapter_digest"])
         if "refused" in facts.secure:

@@ -298,6 +298,7 @@ class Protocol:
         raise SumRefused(
             f"secure.threshold: round {self.server_round} needs {of_all} to the end, got {len(present)} that sent their "
             f"{stage.name}; nothing was unmasked. Lower secure.threshold (above 0.5), or take more clients into a round."
+            + (" A client that has diverged sends none: a lower training.learning_rate helps there." if stage is Stage.upload else "")
         )
 
 

@@ -23,14 +23,14 @@ from fedsim.core.adapters import merged, unadapted
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
-from fedsim.core.participation import givers
+from fedsim.core.participation import by_coin
 from fedsim.core.traffic import needed_for_gradients, refresh_due
 from fedsim.effective import effective
 from fedsim.errors import RunStopped
 from fedsim.flower.asking import keeps_memory
 from fedsim.flower.chronicle import Chronicle
 from fedsim.flower.ending import finish
-from fedsim.flower.in_flight import GRADIENT, TRAINING, InFlight
+from fedsim.flower.in_flight import InFlight
 from fedsim.flower.roster import Roster
 from fedsim.flower.simulated import set_up_seconds
 from fedsim.flower.state import State, checkpoint_of, memories_in, restored
@@ -101,7 +101,10 @@ class Run:
         self._session, self._config, self._grid, self._contexts, self._roster = session, session.config, grid, contexts, roster
         self._given, self._folder, self._progress = config, folder, progress
         self._chronicle = Chronicle(session, folder, progress)
-        self._in_flight = InFlight([] if roster is None else folder.superseded)  # in a simulation nothing has left anybody
+        released = roster is not None and not by_coin(
+            session.config
+        )  # in a simulation nothing has left anybody, nor the server before a checkpoint
+        self._in_flight = InFlight(folder.superseded if released else ())
 
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
@@ -129,7 +132,7 @@ class Run:
 
     def _strategy(self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None) -> FedsimStrategy:
         homes = None if self._roster is None else self._roster.homes
-        return FedsimStrategy(self._session, self._given, ledger, shared, privacy, homes)
+        return FedsimStrategy(self._session, self._given, ledger, shared, privacy, homes, self._in_flight)
 
     def _noise_key(self) -> NoiseKey:
         """Returns that of the server's noise and coins; a secret one lies in the run folder, so that a resumed run draws the same again."""
@@ -182,7 +185,9 @@ class Run:
         deltas = {client: each.delta for client, each in enumerate(plan)}
         noise = sorted({round(each.noise_multiplier, 4) for each in plan})
         self._folder.event("privacy_planned", unit=options.unit.name, budget=options.epsilon, noise_multipliers=noise)
-        return PrivacyLedger(options.unit.name, deltas, options.accountant.name, None if options.unsafe_init else options.epsilon)
+        ledger = PrivacyLedger(options.unit.name, deltas, options.accountant.name, None if options.unsafe_init else options.epsilon)
+        self._chronicle.charged_again(self._in_flight.charge(ledger))
+        return ledger
 
     def _factors_from_gradients(
         self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None, number: int
@@ -194,20 +199,15 @@ class Run:
             gradients = summed_gradients(session, session.encode(session.public))
         else:
             strategy = self._strategy(shared, ledger, privacy)
-            gradients = self._gathered_gradients(strategy, privacy, number)
+            gradients = self._gathered_gradients(strategy, shared, number)
             if strategy.facts.secure:
                 self._folder.event("secure_gradients", round=number, **strategy.facts.secure)
         steps = number * session.total_steps // self._config.federation.rounds
         return factors_from_gradients(session, gradients, steps)
 
-    def _gathered_gradients(self, strategy: FedsimStrategy, privacy: PrivacyLedger | None, number: int) -> Adapter:
-        if privacy is not None:
-            self._in_flight.settle(privacy, GRADIENT, number, strategy.gradient_costs(givers(self._config)))
-        clients = strategy.givers()
-        costs = strategy.gradient_costs(clients)
-        if privacy is not None:  # of those who are not asked again
-            self._in_flight.settle(privacy, GRADIENT, number, costs)
-        self._chronicle.asked_for_gradients(number, list(clients), costs)
+    def _gathered_gradients(self, strategy: FedsimStrategy, shared: GlobalState, number: int) -> Adapter:
+        clients = list(strategy.givers_within_budget(number))
+        self._chronicle.asked_for_gradients(number, clients, strategy.gradient_costs(number, clients), shared.adapter_digest())
         self._settle_if_deployed()
         gradients = strategy.initial_gradients(self._grid, number)
         self._chronicle.taken(number, strategy.facts)
@@ -241,6 +241,8 @@ class Run:
         tokens = checkpoint.state.get("tokens_per_pass") or TokenBudget.of(self._config.training, self._session.model).tokens
         self._session.budget, self._chronicle.tokens_per_pass = TokenBudget(tokens), tokens
         self._folder.event("resumed", round=checkpoint.round, tokens_per_pass=tokens)
+        if state.privacy is not None:
+            self._chronicle.charged_again(self._in_flight.charge(state.privacy))
         self._progress.note(f"going on after round {checkpoint.round}")
         return state
 
@@ -267,10 +269,6 @@ class Run:
         number, before = state.round + 1, state.ledger.totals()
         if self._roster is not None:
             self._roster.round_begins()
-        if state.privacy is not None:
-            everybody = enumerate(self._session.privacy_plan)
-            self._in_flight.settle(state.privacy, TRAINING, number, {client: planned.round_mechanism for client, planned in everybody})
-            self._in_flight.settle(state.privacy, TRAINING, number, strategy.asking.charged(number))  # of those who are not asked again
         self._progress.round_started(number, len(strategy.participants(number)), before)
         begun = time.perf_counter()
         self._session.install_state(state.shared)

@@ -25,6 +25,7 @@ from fedsim.flower.buffered import BufferedRound
 from fedsim.flower.charging import Charges
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.gathering import Failure, gathered
+from fedsim.flower.in_flight import GRADIENT, InFlight
 from fedsim.flower.reading import DIVERGED
 from fedsim.flower.records import numbers
 from fedsim.flower.requests import REQUEST
@@ -49,7 +50,8 @@ class FedsimStrategy:
     """Federated training of one `GlobalState` by any method of `fedsim.core.methods`; every transfer goes into the ledger.
 
     It is no Strategy of Flower's, whose own loop would ask clients without charging their privacy, spares, a least number of replies and
-    masks: `exchange` is the one way to carry a round out. `homes` are the clients' own nodes in a deployment.
+    masks: `exchange` is the one way to carry a round out. `homes` are the clients' own nodes in a deployment, `in_flight` what was charged
+    before it was resumed.
     """
 
     def __init__(
@@ -60,10 +62,11 @@ class FedsimStrategy:
         state: GlobalState,
         privacy: PrivacyLedger | None = None,
         homes: Homes | None = None,
+        in_flight: InFlight | None = None,
     ) -> None:
         self._session, self._state, self._ledger, self._privacy = session, state, ledger, privacy
         self._charges = Charges(session, state, ledger)
-        self.asking = Asking(session, config, state, self._charges, privacy, homes)
+        self.asking = Asking(session, config, state, self._charges, privacy, homes, in_flight)
         self._simulation = Simulation(session, state, self._charges, session.links) if session.links else None
         self.facts = RoundFacts()
 
@@ -199,11 +202,11 @@ class FedsimStrategy:
 
         Goes on and stops as a round does, see `exchange`.
         """
-        packer, samples = self._packer(), self.givers()
+        packer, samples = self._packer(), self.givers_within_budget(server_round)
         if self._session.config.privacy.secure_aggregation:
             return self._session.gradient_layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
         round_ = GradientRound(self._session, self.asking, self._charges, server_round, len(samples))
-        self._charge_initialization(samples)
+        self._charge_initialization(server_round, samples)
         self._until_enough(
             round_,
             list(samples),
@@ -214,27 +217,29 @@ class FedsimStrategy:
         )
         return round_.result()
 
-    def givers(self) -> dict[int, int]:
+    def givers_within_budget(self, server_round: int) -> dict[int, int]:
         """Returns the clients that may give initial gradients once more, with their samples. Raises UserError where none may."""
         ledger, samples = self._privacy, givers(self._session.config)
         if ledger is None:
             return samples
-        costs = self.gradient_costs(samples)
+        costs = self.gradient_costs(server_round, samples)
         left = {client: n for client, n in samples.items() if client not in costs or not ledger.would_exceed(client, costs[client])}
         if samples and not left:
+            after = f"after round {server_round}" if server_round else "at the beginning"
             raise UserError(
-                f"privacy.epsilon: the initial gradients would exceed the budget of {ledger.budget:g} of every client; allow more epsilon, "
-                "a larger privacy.init_noise_multiplier, or choose adapter.init=orthogonal."
+                f"privacy.epsilon: initial gradients {after} would exceed the budget of {ledger.budget:g} of every client; allow more, give "
+                "a larger privacy.init_noise_multiplier, or choose adapter.init=orthogonal. The rounds before are in the last checkpoint."
             )
         return left
 
-    def gradient_costs(self, clients: Iterable[int]) -> dict[int, Mechanism]:
+    def gradient_costs(self, server_round: int, clients: Iterable[int]) -> dict[int, Mechanism]:
         """Returns what an initial gradient costs those of the clients whose privacy it costs something."""
         planned = {client: self._session.privacy_plan[client].initialization for client in clients if self._privacy is not None}
-        return {client: replace(mechanism, steps=1) for client, mechanism in planned.items() if mechanism is not None}
+        once = {client: replace(mechanism, steps=1) for client, mechanism in planned.items() if mechanism is not None}
+        return self.asking.not_in_flight(GRADIENT, server_round, once)
 
-    def _charge_initialization(self, clients: Iterable[int]) -> None:
-        for client, mechanism in self.gradient_costs(clients).items():
+    def _charge_initialization(self, server_round: int, clients: Iterable[int]) -> None:
+        for client, mechanism in self.gradient_costs(server_round, clients).items():
             self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
 
     def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid, samples: dict[int, int]) -> Iterator[Ask]:
@@ -250,7 +255,7 @@ class FedsimStrategy:
         return self.asking.brought_up(server_round, [client], packer, needed, samples=[samples], **told)
 
     def _masked_gradients(self, server_round: int, packer: Packer, samples: dict[int, int], grid: Grid) -> Tensor:
-        self._charge_initialization(samples)
+        self._charge_initialization(server_round, samples)
         protocol = self._protocol(server_round, packer, grid, list(samples), alone=True)
 
         def work(clients: list[int], told: dict[str, Any]) -> RecordDict:

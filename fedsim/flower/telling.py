@@ -35,7 +35,7 @@ def tell(name: str, *arguments: Any) -> None:
     sys.stdout.flush()
 
 
-def told(line: str) -> tuple[str, list[Any]]:
+def marked(line: str) -> tuple[str, list[Any]]:
     """Returns name and arguments of a marked line, and no name for any other line, also one of somebody else's that has the mark in it."""
     _, mark, text = line.partition(MARK)
     try:
@@ -68,7 +68,7 @@ class Following:
 
     def _line(self, line: str) -> None:
         try:
-            known = self._shown(*told(line))
+            known = self._shown(*marked(line))
         except (UserError, RunStopped):
             raise
         except Exception:  # a line of another version

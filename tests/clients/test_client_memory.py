@@ -61,7 +61,7 @@ def test_a_budget_holds_at_the_owners_present_delta(tmp_path):
         Budget(tmp_path / "privacy.json", replace(owner, delta=1e-6)).check(STEP, 100)
 
 
-def test_a_budget_without_a_delta_holds_at_that_of_the_most_examples(tmp_path):
+def test_a_delta_of_the_number_of_examples_only_shrinks(tmp_path):
     def left(num_examples):
         budget = Budget(tmp_path / "privacy.json", Owner(4))
         budget.charge(STEP, num_examples)

@@ -28,6 +28,13 @@ def test_a_key_is_admitted_once_found_again_when_that_was_not_written_down_and_t
         assert main(["deploy", "register", str(local.folder)]) == 0
         assert capsys.readouterr().out.splitlines() == ["client-0: registered before", "client-1: registered"]
         assert registered_names(registered) == first
+        local.end("superlink")
+        (server / "state.db").rename(tmp_path / "state.db")  # a SuperLink that has lost what it knew
+        local.start_superlink()
+        assert main(["deploy", "register", str(local.folder)]) == 0
+        assert capsys.readouterr().out.splitlines() == ["client-0: registered", "client-1: registered"]
+        first = registered_names(registered)
+        assert nodes(superlink) == set(first)
         init(local.folder, local.federation, new_keys=True)
         local.end("superlink")
         local.start_superlink()  # with its new certificate, and the clients that it knew

@@ -11,7 +11,7 @@ from clients.owner import Owner
 from fedsim.choices import Accountant, Init, PrivacyUnit
 from fedsim.config import EvaluationConfig
 from fedsim.flower.grid import InProcessGrid
-from fedsim.flower.in_flight import InFlight, told
+from fedsim.flower.in_flight import InFlight, line_of
 from fedsim.flower.roster import Roster
 from fedsim.flower.server import serve
 from fedsim.privacy.accounting import Mechanism
@@ -20,20 +20,26 @@ from fedsim.privacy.ledger import PrivacyLedger
 ROUND, OTHER = Mechanism(1.0, 0.1, 4), Mechanism(1.0, 0.2, 4)
 
 
-def lines(number, mechanisms, what="training"):
-    return [{"kind": "asked", "round": number}, {"kind": "charged", "round": number, "what": what, **told(mechanisms)}]
+def lines(number, mechanisms, digest="a"):
+    return [{"kind": "asked", "round": number}, {"kind": "charged", **line_of("training", number, digest, mechanisms)}]
 
 
-def test_what_is_asked_for_again_costs_nothing_more_and_what_is_not_was_spent():
-    journal = json.loads(json.dumps([*lines(3, {0: ROUND, 1: ROUND, 2: OTHER}), *lines(3, {0: ROUND}), *lines(4, {0: OTHER})]))
-    flying, ledger = InFlight(journal), PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
-    flying.settle(ledger, "training", 3, dict.fromkeys(range(3), ROUND))
-    assert [ledger.history(client) for client in range(3)] == [(), (), (OTHER,)], "client 2 is asked for something else"
-    flying.settle(ledger, "training", 3, {0: ROUND})
-    assert [ledger.history(client) for client in range(3)] == [(), (ROUND,), (OTHER,)], "client 1 is not asked any more"
-    flying.settle(ledger, "initial gradient", 4, {})
-    flying.settle(ledger, "training", 5, {})
-    assert ledger.history(0) == (), "nothing of other rounds, or for something else"
+def test_all_that_was_asked_is_charged_once_and_the_same_again_is_covered():
+    asked = [*lines(3, {0: ROUND, 1: ROUND, 2: OTHER}), *lines(3, {0: ROUND, 1: OTHER}), *lines(3, {0: ROUND}, "b")]
+    flying, ledger = InFlight(json.loads(json.dumps(asked))), PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
+    told = flying.charge(ledger)
+    assert ledger.history(0) == (replace(ROUND, steps=8),), "from two global states"
+    assert ledger.history(1) == (ROUND, OTHER)
+    assert ledger.history(2) == (OTHER,)
+    again = PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
+    InFlight([{"kind": "charged", **line} for line in told]).charge(again)
+    assert again.to_json() == ledger.to_json(), "the lines that tell of it say the same"
+    assert flying.covers("training", 3, "a", 0, ROUND)
+    for other in (("initial gradient", 3, "a", 0, ROUND), ("training", 4, "a", 0, ROUND), ("training", 3, "c", 0, ROUND)):
+        assert not flying.covers(*other)
+    assert not flying.covers("training", 3, "a", 0, OTHER)
+    assert flying.concerns("training", 3)
+    assert not flying.concerns("training", 4)
 
 
 def rows(folder, count):
@@ -90,6 +96,12 @@ def test_a_resumed_deployment_charges_what_its_clients_may_have_answered_before(
     again = 1 if init is Init.gradient_dp else 2
     if after == 20:
         assert steps == dict.fromkeys(range(3), once), "the same request is answered with the same noise"
+        journal = [json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
+        (start,) = [place for place, line in enumerate(journal) if line["kind"] == "resumed"]
+        standing = journal[: journal[start]["goes_on_from"]] + journal[start:]
+        ledger = PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
+        InFlight(standing).charge(ledger)
+        assert sum(mechanism.steps for mechanism in ledger.history(1)) == once, "the audit log adds up to the same"
     else:
         rates = {each["sampling_rate"] for each in told_by_server[1] if each["name"] == ("training" if again == 2 else "initialization")}
         assert len(rates) == 2, "those of 18 and of 27 examples"

@@ -25,6 +25,7 @@ from fedsim.flower import secure_worker
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import arrays_to_record, serialized_bytes
 from fedsim.flower.strategy import FedsimStrategy
+from fedsim.initial_gradient import client_gradient
 from fedsim.local_round import train_clients
 from fedsim.session import _open
 
@@ -234,10 +235,26 @@ def test_a_client_that_has_diverged_is_left_out_of_the_sum(monkeypatch, spoilt):
     assert largest_gap(plain, secure) <= bound(plain.counts, 8.0 / (2 ** (BITS - 1) - 1), [0, 2]) + 1e-6
 
 
-def test_a_run_that_diverges_behind_masks_does_not_end_as_if_it_had_trained():
+def test_an_initial_gradient_that_is_not_finite_is_left_out_of_the_sum(monkeypatch):
+    def gradients(session, client, *arguments):
+        return client_gradient(session, client, *arguments) * (nan if client == 1 else 1)
+
+    config = of_method("fed_sb", adapter={"init": Init.gradient}, **SECURE)
+    whole = secure_rounds(config)
+    expected = whole.strategy.initial_gradients(whole.grid)
+    monkeypatch.setattr("fedsim.flower.worker.client_gradient", gradients)
+    secure = secure_rounds(config)
+    found = secure.strategy.initial_gradients(secure.grid)
+    assert secure.strategy.facts.secure["vanished"] == {"1": "upload"}
+    assert all(tensor.isfinite().all() and 0 < tensor.norm() for tensor in found.values())
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_rounds_in_which_all_diverge_behind_masks_change_nothing_and_say_what_helps():
     secure = secure_rounds(of_method("fed_sb", training={"learning_rate": 1e30}, **SECURE)).next()
     assert secure.strategy.facts.clients == []
     assert "got 0 that sent their upload" in secure.strategy.facts.secure["refused"]
+    assert "a lower training.learning_rate helps" in secure.strategy.facts.secure["refused"]
     assert largest_gap(secure, Rounds(of_method("fed_sb"))) == 0
 
 
