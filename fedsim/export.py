@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from fedsim.core.adapters import AdaptedLinear, adapted_layers, is_transposed, weight_matrix
+from fedsim.core.adapters import AdaptedLinear, adapted_layers, is_transposed
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.heads import HeadLinear, head_layers
 
@@ -65,13 +65,13 @@ def _affine(layer: HeadLinear) -> dict[str, torch.Tensor]:
 def _pair(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns B' [out, k] and A' [k, in] with the product of the layer's whole change, the scaling in B'."""
     left, *others = layer.form.chain(layer.factors)
-    if others and layer.original is None:
+    if others and layer.folded is None:
         for matrix in others[:-1]:
             left = left @ matrix
         return layer.scaling * left, others[-1]
     change = layer.update().double()
-    if layer.original is not None:
-        change = change + (weight_matrix(layer.base).double() - layer.original.double())
-    u, s, vt = torch.linalg.svd(change.cpu(), full_matrices=False)
+    if layer.folded is not None:
+        change = change + layer.folded.to(change.device)
+    u, s, vt = torch.linalg.svd(change, full_matrices=False)
     kept = max(1, int((s > s[0] * torch.finfo(torch.float32).eps).sum()))
     return (u[:, :kept] * s[:kept]).float(), vt[:kept].float()

@@ -70,7 +70,7 @@ def train_clients(
         budget=session.budget,
         on_pass=session.on_pass,
     )
-    return [_upload(session, result, row, round, memory, control, clip_norm) for result, row in zip(results, start.cpu(), strict=True)]
+    return [_upload(session, result, row, round, memory, control, clip_norm) for result, row in zip(results, start, strict=True)]
 
 
 def _starts(session: Session, kinds: Sequence[str], clients: Sequence[int], memory: Memory) -> Tensor:
@@ -114,11 +114,12 @@ def _shift(clients: Sequence[int], memory: Memory, control: Tensor | None) -> Te
 def _upload(
     session: Session, result: LocalResult, start: Tensor, round: int, memory: Memory, control: Tensor | None, clip_norm: float | None
 ) -> ClientReply:
+    """Returns what leaves the client of a result; `start`, on the model's device, is looked at only where the upload depends on it."""
     kinds, uploaded = session.method.trained(round), session.method.uploaded(round)
     layout, own = session.spec.layout(kinds), memory.setdefault(result.client, {})
     if session.method.personal:
         own[PERSONAL] = result.factors[session.spec.within(kinds, session.method.personal)]
-    change = None if control is None else _control_change(session, result, start, round, control, own)
+    change = None if control is None else _control_change(session, result, start.cpu(), round, control, own)
     flat = result.factors
     if uploaded != kinds or session.method.before_upload:
         factors_ = layout.unpack(flat)
@@ -127,7 +128,7 @@ def _upload(
     flat = flat if positions is None else flat[positions]
     if session.config.privacy.unit is not PrivacyUnit.client and session.config.compression.name == "none":
         return ClientReply(result, {VALUES: flat}, change)
-    origin = session.spec.pack(layout.unpack(start), uploaded)
+    origin = session.spec.pack(layout.unpack(start.cpu()), uploaded)
     update = flat - (origin if positions is None else origin[positions])
     if session.config.privacy.unit is PrivacyUnit.client:
         assert clip_norm is not None

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CLASSIFIERS, adapted_classifier, adapted_model, tiny_classifier, tiny_model
 
+from fedsim.core.adapters import adapted_layers, matrix_shape
 from fedsim.export import peft_files
 
 
@@ -54,3 +55,23 @@ def test_peft_loads_an_adapter_with_its_classification_head_and_gives_the_same_l
 
 def test_an_adapter_of_a_model_that_generates_names_no_module_to_save():
     assert "modules_to_save" not in json.loads(peft_files(adapted_model(), "base")["adapter_config.json"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_folded_is_exported_at_its_own_rank(dtype):
+    from safetensors.torch import load
+
+    model, generator = adapted_model(rank=4).to(dtype), torch.Generator().manual_seed(0)
+    expected = {}
+    for name, layer in adapted_layers(model).items():
+        for kind in layer.shapes:
+            layer._buffers[kind] = layer._buffers[kind].float()
+        rows, columns = matrix_shape(layer.base)
+        folded = 1e-4 * torch.randn(rows, 3, generator=generator) @ torch.randn(3, columns, generator=generator)
+        layer.fold(folded)
+        expected[name] = layer.update() + folded
+    tensors = load(peft_files(model, "base")["adapter_model.safetensors"])
+    for name, change in expected.items():
+        left, right = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "BA")
+        assert left.shape[1] == 7, "4 of the adapter and 3 of the fold"
+        torch.testing.assert_close(left @ right, change, rtol=1e-4, atol=1e-7)

@@ -30,11 +30,11 @@ def require(*modules: str) -> None:
 
 
 def call(module: str, arguments: dict[str, Any], *, timeout: float = 600.0, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Runs `python -m module JSON` and returns the JSON after `MARK` in its output.
+    """Runs `python -m module JSON` and returns the JSON after `MARK` in its output; without `environment` it sees no GPU.
 
     Raises RuntimeError with the end of what it said where it fails, and subprocess.TimeoutExpired.
     """
-    given = environment or {}
+    given = {"CUDA_VISIBLE_DEVICES": ""} | (environment or {})  # all but section g compare what a CPU does
     path = os.pathsep.join(filter(None, [given.get("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, json.dumps(arguments)],

@@ -34,9 +34,9 @@ def measure(case: Case, settings: Settings) -> Found:
     on = workloads.subject(workload.model, workload.rank)
     clients = workload.all_clients(on.vocabulary)
     workloads.train(on, clients, workload.training)
-    with torch.profiler.profile(activities=_activities()) as profile, torch.profiler.record_function("everything"):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.profiler.record_function("everything"):
         workloads.train(on, clients, workload.training)
-    return shares({event.key: _microseconds(event) for event in profile.key_averages()})
+    return shares({event.key: float(event.self_cpu_time_total) for event in profile.key_averages()})
 
 
 def shares(times: dict[str, float]) -> Found:
@@ -59,15 +59,6 @@ def _kind(name: str) -> str:
         if any(word in parts for word in words) and not (kind == "matrix products" and "comm" in parts):
             return kind
     return "other elementwise"
-
-
-def _activities() -> list[torch.profiler.ProfilerActivity]:
-    kinds = torch.profiler.ProfilerActivity
-    return [kinds.CPU, kinds.CUDA] if torch.cuda.is_available() else [kinds.CPU]
-
-
-def _microseconds(event: torch.autograd.profiler_util.FunctionEventAvg) -> float:
-    return float(event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total)
 
 
 SECTION = Section(

@@ -16,8 +16,8 @@ from fedsim.flower import worker
 from fedsim.local_round import ClientReply
 from fedsim.session import Session
 
-BRIEF = ("data.test_examples=1", "evaluation.max_new_tokens=1")
-"""Overrides of a run that hardly evaluates."""
+BRIEF = ("data.test_examples=1", "evaluation.max_new_tokens=1", "model.device=cpu")
+"""Overrides of a run on the CPU that hardly evaluates."""
 
 Log = list[dict[str, Any]]
 """The events of a run."""

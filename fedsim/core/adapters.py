@@ -37,7 +37,9 @@ class AdaptedLinear(nn.Module):
         self.form = form
         self.scaling = scaling
         self.merged: Tensor | None = None  # takes the place of W and its update while `merged` or `unadapted` is in force
-        self.original: Tensor | None = None  # W before `fold`
+        self.folded: Tensor | None = None  # what `fold` has added to W, as it was given
+        self.original: Tensor | None = None  # W before `fold`, where that has changed it
+        self.beside: Tensor | None = None  # what `fold` adds where W is too coarse to hold it, in the type of W
         self.shapes = form.shapes(*matrix_shape(base), rank, heads)
         for kind, shape in self.shapes.items():
             self.register_buffer(kind, torch.zeros(shape, device=matrix.device), persistent=False)
@@ -51,22 +53,36 @@ class AdaptedLinear(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.merged is not None:
             return affine(x, self.merged, bias)
-        return affine(x, weight_matrix(self.base), bias, self.form.chain(self.factors), self.scaling)
+        y = affine(x, weight_matrix(self.base), bias, self.form.chain(self.factors), self.scaling)
+        return y if self.beside is None else y + affine(x, self.beside)
+
+    def weight(self) -> Tensor:
+        """Returns W [out, in] with what is folded in."""
+        matrix = weight_matrix(self.base)
+        return matrix if self.beside is None or self.folded is None else matrix.float() + self.folded.to(matrix.device)
 
     def update(self) -> Tensor:
         """Returns the update as float32 [out, in]."""
         return product(self.form, self.factors, self.scaling)
 
     def fold(self, update: Tensor | None) -> None:
-        """Makes W + update [out, in] the base weight, W being the one that the model was loaded with; None makes it W again."""
+        """Makes W + update [out, in] the base weight, W being the one that the model was loaded with; None makes it W again.
+
+        A W in bfloat16 stays as it is, with the update in a matrix of its own beside it: of a sum, what is less than half of the last digit
+        of an entry of W would be lost, which for small updates is nearly all of it.
+        """
         matrix = weight_matrix(self.base)
+        self.folded = update
+        if _is_coarse(matrix):
+            self.beside = None if update is None else update.to(matrix.device, matrix.dtype)
+            return
         if self.original is None:
             self.original = matrix.clone()
         if update is None:
             matrix.copy_(self.original)
             self.original = None
         else:
-            matrix.copy_((self.original.float() + update.to(matrix.device)).to(matrix.dtype))
+            matrix.copy_(self.original + update.to(matrix.device))
 
 
 class FrozenLinear(nn.Linear):
@@ -74,6 +90,11 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return affine(x, self.weight, self.bias)
+
+
+def _is_coarse(matrix: Tensor) -> bool:
+    """Whether a sum with a small update would lose it."""
+    return matrix.dtype in (torch.bfloat16, torch.float16)
 
 
 def weight_matrix(base: nn.Module) -> Tensor:
@@ -215,8 +236,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def base_weights(model: nn.Module) -> Adapter:
-    """Returns the present base weight [out, in] of every adapted layer."""
-    return {name: weight_matrix(layer.base) for name, layer in adapted_layers(model).items()}
+    """Returns the present base weight [out, in] of every adapted layer, with what is folded in."""
+    return {name: layer.weight() for name, layer in adapted_layers(model).items()}
 
 
 def factors(model: nn.Module, kinds: Sequence[str]) -> Adapter:
@@ -266,14 +287,11 @@ def bound(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 def merged(model: nn.Module) -> Iterator[None]:
     """Runs the block with every update folded into a dense weight, for inference at the speed of the base model.
 
-    The base weights are not touched, so the state afterwards is bit for bit the one before. Costs one copy of the adapted weights.
+    The base weights are not touched, so the state afterwards is bit for bit the one before. Costs one copy of the adapted weights. Where
+    the base is in bfloat16 nothing is folded: most of a small update would be lost, and another model than the trained one evaluated.
     """
-
-    def dense(layer: AdaptedLinear) -> Tensor:
-        matrix = weight_matrix(layer.base)
-        return (matrix.float() + layer.update()).to(matrix.dtype)
-
-    with _in_place_of(adapted_layers(model), dense):
+    fine = {name: layer for name, layer in adapted_layers(model).items() if not _is_coarse(weight_matrix(layer.base))}
+    with _in_place_of(fine, lambda layer: weight_matrix(layer.base) + layer.update()):
         yield
 
 

@@ -29,6 +29,14 @@ class BiEncoder(nn.Module):
         self.classifier = nn.Linear(width, self.config.num_labels, device=first.device, dtype=first.dtype).requires_grad_(False)
         self.train(whole.training)
 
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether the blocks of the body keep nothing but their inputs for the backward pass, as any model of transformers tells."""
+        return bool(getattr(self, self.base_model_prefix).is_activation_checkpointing)
+
+    def get_output_embeddings(self) -> None:
+        """Returns None, as a model of transformers that has no logits over a vocabulary."""
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         """Returns the `logits` [rows, labels] of tokens [rows, 2, tokens]; the mask is 1 where there is a token."""
         mask = attention_mask.flatten(0, 1)

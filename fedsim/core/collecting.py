@@ -180,9 +180,10 @@ class Collector:
         return sqrt(spread / float(steps.sum())) if steps.any() else nan
 
     def collected(self, new: Tensor, seed: int, round: int) -> Collected:
-        """Returns what a method's `finish` needs; `new` are the flat uploaded factors that take the place of the start's."""
+        """Returns what a method's `finish` needs, once; `new` are the flat uploaded factors that take the place of the start's."""
         total = sum(self._weights)
-        products = {layer: dense / total for layer, dense in self._products.items()}
+        products = {layer: dense.div_(total) for layer, dense in self._products.items()}  # as large as the model: no second copy
+        self._products = {}
         shares = [weight / total for weight in self._weights]
         factors = self._start | {name: tensor.clone() for name, tensor in self._layout.unpack(new).items()}
         return Collected(self._spec, factors, seed, round, self._options, shares, products, self._clients)

@@ -65,8 +65,8 @@ def _admitted(path: Path, superlink: str, named: set[int]) -> int:
     if len(unnamed) == 1:
         return unnamed[0]
     raise UserError(
-        f"{path.stem}: the SuperLink knows its key, but as which node is not written down ({len(unnamed)} are of no client here), and takes no "
-        f"key twice. Remove {path} and the client's own key, run `fedsim deploy init` again for new ones, and hand them out."
+        f"{path.stem}: the SuperLink knows its key, but as which node is not written down ({len(unnamed)} are of no client here). It takes "
+        f"no key twice: remove {path} and the client's own key, run `fedsim deploy init` again for new ones, and hand them out."
     )
 
 

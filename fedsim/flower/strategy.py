@@ -227,8 +227,8 @@ class FedsimStrategy:
         if samples and not left:
             after = f"after round {server_round}" if server_round else "at the beginning"
             raise UserError(
-                f"privacy.epsilon: initial gradients {after} would exceed the budget of {ledger.budget:g} of every client; allow more, give "
-                "a larger privacy.init_noise_multiplier, or choose adapter.init=orthogonal. The rounds before are in the last checkpoint."
+                f"privacy.epsilon: initial gradients {after} would exceed the budget of {ledger.budget:g} of every client; allow more, "
+                "give a larger privacy.init_noise_multiplier, or take adapter.init=orthogonal. What was before is in the last checkpoint."
             )
         return left
 

@@ -6,7 +6,8 @@ client's own generator and with its own standard deviation; and a row is divided
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from fedsim.core.payload import Layout
 from fedsim.seeding import NoiseKey
 from fedsim.training.stack import Place, accumulate, on_device
 from fedsim.types import Adapter
+
+MANY = 1 << 20
+"""Numbers of a client for whose noise it pays to begin a thread; a normal one takes ten nanoseconds."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +113,22 @@ class CohortDPOptimizer(DPOptimizer):
         accumulate(self._sum, self._layout, self._where, sums)
 
     def add_noise(self) -> None:
-        drawn = torch.empty(self._sum.shape[1:])  # on the CPU, as the generators: noise is the same on every device
-        for slot, total in enumerate(self._sum):
+        reference = torch.empty(self._sum.shape[1:])  # on the CPU, as the generators: noise is the same on every device
+
+        def drawn(slot: int) -> Tensor:
             std = self._noise_multipliers[slot] * self.max_grad_norm
-            total.add_(on_device(_generate_noise(std=std, reference=drawn, generator=self._generators[slot]), total.device))
+            return _generate_noise(std=std, reference=reference, generator=self._generators[slot])
+
+        def add(noises: Iterable[Tensor]) -> None:
+            for total, noise in zip(self._sum, noises, strict=True):
+                total.add_(on_device(noise, total.device))
+
+        slots = range(len(self._sum))
+        if self._sum.shape[1] < MANY:
+            add(map(drawn, slots))
+            return
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each client has a generator of its own
+            add(pool.map(drawn, slots))
 
     def scale_grad(self) -> None:
         self._stack_optimizer.gradients = self._sum.div_(self._expected[: len(self._sum)])

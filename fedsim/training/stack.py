@@ -23,7 +23,7 @@ def place(slots: Sequence[int], device: torch.device) -> Place:
 def accumulate(stack: Tensor, layout: Layout, where: Place, parts: Adapter) -> None:
     """Adds stacked factors [groups, ...], in the order of the layout, to the rows of the stack at `where`; a row may be named twice."""
     if isinstance(where, slice):
-        torch._foreach_add_(list(layout.unpack(stack[where]).values()), list(parts.values()))  # one call, on a GPU one kernel
+        torch._foreach_add_(list(layout.unpack(stack[where]).values()), list(parts.values()))  # one call
     else:
         stack.index_add_(0, where, torch.cat([part.flatten(1) for part in parts.values()], dim=1))
 

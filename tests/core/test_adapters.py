@@ -9,6 +9,7 @@ from fedsim.core.adapters import (
     adapted_layers,
     bound,
     factors,
+    matrix_shape,
     merged,
     unadapted,
     weight_matrix,
@@ -123,3 +124,53 @@ def test_a_layer_whose_weight_another_shares_is_no_target():
 def test_more_heads_than_a_layer_has_sides_are_refused_by_their_own_name():
     with pytest.raises(UserError, match=r"method\.heads: expected at most \d+"):
         adapt(tiny_model("llama"), RAVAN, None, 10**4, 1.0, [])
+
+
+def coarse_model(size):
+    """A model in bfloat16 whose updates, of this size, are far below the last digit of most weights, and its layers' low-rank updates."""
+    model = adapted_model().to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    updates = {}
+    for name, layer in adapted_layers(model).items():
+        for kind in layer.shapes:  # factors are float32, whatever the base
+            layer._buffers[kind] = layer._buffers[kind].float()
+        layer.R.mul_(size)
+        rows, columns = matrix_shape(layer.base)
+        updates[name] = torch.randn(rows, 2, generator=generator) @ torch.randn(2, columns, generator=generator) * size * 1e-2
+    return model, updates
+
+
+def of_layer(layer, change):
+    """What a change of W [out, in] adds to a layer's output, by its inputs in float64, and the inputs in bfloat16."""
+    x = torch.randn(5, change.shape[1], generator=torch.Generator().manual_seed(4)).bfloat16()
+    return x, x.double() @ change.double().T
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-2])
+def test_small_updates_of_a_bfloat16_base_are_not_lost_when_they_are_folded_or_evaluated(size):
+    """A sum in bfloat16 keeps nothing of an entry below half of the last digit of W."""
+    model, updates = coarse_model(size)
+    for name, layer in adapted_layers(model).items():
+        base = weight_matrix(layer.base).clone()
+        plain = layer.update()
+        layer.fold(updates[name])
+        assert torch.equal(weight_matrix(layer.base), base)
+        torch.testing.assert_close(layer.weight(), base.float() + updates[name], rtol=0, atol=1e-7)
+        x, expected = of_layer(layer, plain + updates[name])
+        weight_matrix(layer.base).zero_()  # so that the output's own last digit is that of the update
+        with merged(model):
+            found = layer(x)
+        assert float((found.double() - expected).norm()) < 0.01 * float(expected.norm())
+        layer.fold(None)
+        x, expected = of_layer(layer, plain)
+        assert float((layer(x).double() - expected).norm()) < 0.01 * float(expected.norm())
+
+
+def test_what_is_folded_beside_a_bfloat16_base_has_its_part_in_the_gradient_of_the_input():
+    model, updates = coarse_model(1.0)
+    name, layer = next(iter(adapted_layers(model).items()))
+    layer.fold(updates[name])
+    x = of_layer(layer, updates[name])[0].requires_grad_()
+    layer(x).sum().backward()
+    whole = (layer.weight() + layer.update()).double()
+    assert float((x.grad.double() - whole.sum(0)).norm()) < 0.02 * float(whole.sum(0).norm()) * len(x) ** 0.5

@@ -74,9 +74,15 @@ def test_only_what_trains_has_a_gradient_and_it_is_the_same(trained):
 @pytest.mark.parametrize("axes", KINDS)
 def test_a_layer_computes_in_the_type_of_its_input_and_its_factors_keep_theirs(axes):
     x, factor = torch.randn(6, 3, IN).bfloat16().requires_grad_(True), leading((OUT, IN), axes).requires_grad_(True)
-    y = affine(x, torch.randn(OUT, IN).bfloat16(), None, [factor])
-    of_x, of_factor = torch.autograd.grad(y.float().sum(), [x, factor])
-    assert (y.dtype, of_x.dtype, of_factor.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    weight, upstream = torch.randn(OUT, IN).bfloat16(), torch.randn(6, 3, OUT).bfloat16()
+    y = affine(x, weight, None, [factor])
+    found = [y, *torch.autograd.grad(y, [x, factor], upstream)]
+    assert [each.dtype for each in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    exact = [x.detach().double().requires_grad_(True), factor.detach().bfloat16().double().requires_grad_(True)]
+    wanted = by_hand(exact[0], weight.double(), None, [exact[1]], 1.0)
+    wanted = [wanted, *torch.autograd.grad(wanted, exact, upstream.double())]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert float((mine.detach().double() - theirs.detach()).norm()) < 0.01 * float(theirs.detach().norm())
 
 
 def test_a_layer_takes_no_tokens_too():

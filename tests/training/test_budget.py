@@ -1,15 +1,17 @@
 """The budget of a pass: what memory it assumes against what autograd keeps, and how it gives way."""
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import ARCHITECTURES, adapted_model, tiny_model
+from conftest import ARCHITECTURES, CLASSIFIERS, adapted_model, tiny_classifier, tiny_model
 
 from fedsim.config import TrainingConfig
 from fedsim.core.adapters import factors
 from fedsim.core.payload import Layout
 from fedsim.seeding import NoiseKey
 from fedsim.training.batches import collate
-from fedsim.training.budget import SMALLEST, TokenBudget, bytes_per_token, chosen
+from fedsim.training.budget import GPU_SHARE, SMALLEST, TokenBudget, bytes_per_token, chosen, chosen_for
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.loss import group_gradients
 from fedsim.training.private import PrivateRule
@@ -59,6 +61,17 @@ def test_a_number_is_taken_and_auto_is_chosen():
     assert TokenBudget.of(TrainingConfig(tokens_per_pass=77), model).tokens == 77
     assert TokenBudget.of(TrainingConfig(), model).tokens == chosen(model) >= 1024
     assert chosen(model).bit_count() == 1
+
+
+@pytest.mark.parametrize(
+    "model", [*(partial(tiny_model, name) for name in ARCHITECTURES), *(partial(tiny_classifier, name) for name in CLASSIFIERS)]
+)
+def test_the_tokens_of_a_pass_on_a_gpu_follow_from_its_memory_for_every_kind_of_model(model):
+    plain, sparing = model(), model(activation_checkpointing=True)
+    free = 10_000 * bytes_per_token(plain) / GPU_SHARE
+    assert chosen_for(plain, int(1.01 * free)) == 8192
+    assert chosen_for(plain, int(2.02 * free)) == 16384
+    assert bytes_per_token(sparing) < bytes_per_token(plain)
 
 
 def assumed_and_kept(model, batch):

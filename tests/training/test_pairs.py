@@ -176,7 +176,9 @@ def test_checkpointing_changes_nothing_and_a_bfloat16_base_trains_a_float32_head
     with bound(half, kept):
         found = train_pairs(half, cohort(pairs))[2].factors
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, usual, rtol=0, atol=5e-2)
+    layout = Layout.of(factors(half, ("R", HEAD)))
+    moved, wanted = (each - layout.pack({name: kept[name] for name in layout.names}) for each in (found, usual))
+    assert float((moved - wanted).norm()) < 0.3 * float(wanted.norm()), "AdamW's steps follow the signs of small gradients"
 
 
 def test_both_texts_are_encoded_as_the_tokenizer_means_them_and_the_longer_one_is_cut(tmp_path):

@@ -217,7 +217,10 @@ def test_checkpointing_and_a_bfloat16_base_train_privately(sequences):
     half.to(torch.bfloat16)
     for layer in adapted_layers(half).values():
         layer.R, layer.A, layer.B = layer.R.float(), layer.A.float(), layer.B.float()
-    torch.testing.assert_close(train(half, clients(sequences))[0].factors, plain, rtol=0, atol=2e-2)
+    cohort, still = clients(sequences), (0.0,) * len(clients(sequences))
+    start = Layout.of(factors(half, ("R",))).pack(factors(half, ("R",)))
+    exact, coarse = (train(model, cohort, noise=still)[0].factors - start for model in (adapted_model(), half))
+    assert float((coarse - exact).norm()) < 0.3 * float(exact.norm())
 
 
 def test_the_initial_gradient_is_clipped_per_example_over_all_layers(sequences):
