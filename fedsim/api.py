@@ -26,7 +26,9 @@ def run(*overrides: str, quiet: bool = False) -> dict[str, Any]:
     keep_libraries_quiet()
     from fedsim.cli.compose import composed
     from fedsim.experiment import run as carry_out
+    from fedsim.session import forget_session
 
+    forget_session()  # a program may have written its data anew, or added a method in the place of another
     return carry_out(composed(list(overrides)), quiet=quiet)
 
 

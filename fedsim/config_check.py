@@ -180,5 +180,5 @@ def _check_contradictions(config: Config) -> None:
             f"federation.clients={config.federation.clients}. Raise the first or lower the second."
         )
     _check_natural(config)
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.model.device):
-        raise UserError(f"Expected model.device auto, cpu, cuda, cuda:<number> or mps, got {config.model.device!r}. Choose one of them.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.model.device):
+        raise UserError(f"Expected model.device auto, cpu, cuda or cuda:<number>, got {config.model.device!r}. Choose one of them.")

@@ -158,6 +158,10 @@ def device(config: ModelConfig) -> torch.device:
         raise UserError(f"model.device: expected auto, cpu, cuda or cuda:0, got {config.device!r}.") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"model.device: got {config.device!r}, but this machine has no usable CUDA device; use model.device=cpu.")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"model.device: got {config.device!r}, but this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on."
+        )
     return chosen
 
 
@@ -174,7 +178,9 @@ def _guarded(path: str, load: Any) -> Any:
     hub.setLevel(logging.ERROR)  # a line for each of its attempts; what they come to is told here
     try:
         return load()
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"model.path={path}: the model or its tokenizer cannot be loaded: {_reason(path, error)}") from error
     finally:
         hub.setLevel(level)

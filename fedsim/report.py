@@ -28,7 +28,10 @@ def summary_table(summary: dict[str, Any]) -> str:
     rows = [_task_row(task, found) for task, found in summary["evaluation"].items()]
     moved, training, folder = summary["communication"], summary["training"], summary["run_dir"]
     speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s" if training["tokens"] else "tokens withheld"
-    run = f"{counted(summary['clients'], 'client')}, {counted(summary['rounds'], 'round')}, rank {summary['rank']}"
+    rank = "" if summary["rank"] is None else f", rank {summary['rank']}"
+    run = f"{counted(summary['clients'], 'client')}, {counted(summary['rounds'], 'round')}{rank}"
+    adapter = summary.get("adapter", "adapter")  # of methods with models of the clients' own the first, where they are in this process
+    loaded = [f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/{adapter}")'] if adapter else []
     lines = [
         f"{summary['method']}: {run}, seed {summary['seed']}",
         "",
@@ -44,8 +47,10 @@ def summary_table(summary: dict[str, Any]) -> str:
         *_privacy_lines(summary["privacy"]),
         "",
         f"files     {folder}: summary.json, curves.png, diagnosis.png, partition.png, holdings.txt, communication.csv, events.jsonl",
-        f"adapter   {folder}/adapter, digest {summary['adapter_digest'][:16]}...",
-        f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/adapter")',
+        f"adapter   {folder}/adapter, digest {summary['adapter_digest'][:16]}..."
+        if adapter
+        else "adapter   with each client, at its own worker",
+        *loaded,
     ]
     return "\n".join(lines)
 

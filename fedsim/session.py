@@ -54,6 +54,11 @@ def open_session(config: Config) -> "Session":
     return _open(json.dumps(to_dict(replace(config, run_dir=None, resume=False, overwrite=False))))
 
 
+def forget_session() -> None:
+    """Has the next session read model, data and methods anew: what a configuration names may have changed since."""
+    _open.cache_clear()
+
+
 @lru_cache(maxsize=1)
 def _open(text: str) -> "Session":
     return Session(from_dict(Config, json.loads(text)))

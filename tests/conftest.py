@@ -1,5 +1,6 @@
 """Tiny models of every architecture, and seeded token sequences."""
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import nn
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the oracles are on the CPU, and a process that has looked for a GPU cannot be forked
 
 from fedsim.config import TrainingConfig
 from fedsim.core.adapters import adapt, factors, install

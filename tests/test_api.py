@@ -32,6 +32,18 @@ def test_a_run_from_python_is_the_run_of_the_command(tmp_path, capsys):
     assert Path(from_python["run_dir"]) == tmp_path / "python"
 
 
+def test_data_that_was_written_anew_is_read_anew(tmp_path):
+    def rows(first):
+        texts = [{"prompt": f"{first + i}?", "completion": f"{first + i}"} for i in range(20)]
+        (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, texts)))
+
+    own = ["data=instructions", f"data.path={tmp_path}/mine.jsonl", "data.train_examples=null", "overwrite=true", f"run_dir={tmp_path}/run"]
+    rows(0)
+    before = [run(*BRIEF, *own, quiet=True)["adapter_digest"] for _ in range(2)]
+    rows(500)
+    assert before[0] == before[1] != run(*BRIEF, *own, quiet=True)["adapter_digest"]
+
+
 @pytest.fixture
 def added():
     """Adds methods that differ from ffa_lora, for one test."""
@@ -48,7 +60,8 @@ def added():
 
 def test_a_method_of_ones_own_trains_and_sends_what_it_says(tmp_path, added):
     added("mine", trained=lambda round: ("A",))
-    added("mine")  # in the place of the first
+    run(*BRIEF, "method=mine", f"run_dir={tmp_path}/first", quiet=True)
+    added("mine")  # in the place of the first, which has been used
     added("other", trained=lambda round: ("A",) if round == 2 else ("B",))
     ffa, mine, other = (run(*BRIEF, f"method={name}", f"run_dir={tmp_path}/{name}", quiet=True) for name in ("ffa_lora", "mine", "other"))
     assert (mine["method"], mine["adapter_digest"]) == ("mine", ffa["adapter_digest"])

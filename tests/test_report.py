@@ -55,6 +55,15 @@ def test_the_summary_shows_accuracies_gains_bytes_and_time():
     assert "runs/mine/adapter" in text
 
 
+def test_the_summary_names_an_adapter_that_is_there_and_a_rank_where_there_is_one():
+    personal = summary_table(SUMMARY | {"adapter": "adapter/client_3", "rank": None})
+    assert '"runs/mine/adapter/client_3")' in personal
+    assert "rank" not in personal
+    nowhere = summary_table(SUMMARY | {"adapter": None})
+    assert "PeftModel" not in nowhere
+    assert "at its own worker" in nowhere
+
+
 def test_the_summary_tells_how_many_answers_were_cut_off_where_any_were():
     def lines(base, final):
         sums = {"base": {"accuracy": 0.0, "loss": 1.0} | base, "final": {"accuracy": 0.0, "loss": 1.0} | final, "num_examples": 4}

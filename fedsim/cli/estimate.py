@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedsim.calibration import calibrated
-from fedsim.choices import AUTO
+from fedsim.choices import AUTO, TrainOn
 from fedsim.config import Config, DataConfig
 from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import forecast
@@ -97,8 +97,9 @@ def _pass_tokens(config: Config) -> int:
     bare, on = skeleton(config.model), device(config.model)
     if on.type != "cuda":
         return chosen(bare)
-    free = torch.cuda.mem_get_info(on)[0] - model_shape(config.model).parameters * DTYPES[config.model.dtype].itemsize
-    return chosen_for(bare, max(0, free))
+    element = DTYPES[config.model.dtype].itemsize
+    free = torch.cuda.mem_get_info(on)[0] - model_shape(config.model).parameters * element
+    return chosen_for(bare, max(0, free), element=element, checkpointing=config.training.activation_checkpointing)
 
 
 def _assumptions(config: Config, rates: Calibration) -> list[str]:
@@ -124,8 +125,9 @@ def _work(config: Config, tokens: int | None) -> tuple[Work, list[str]]:
     """Returns the examples and their lengths, and what was assumed of them."""
     if _at_hand(config.data):
         return _counted(config, load(config.data, config.seed))
-    names = [*config.data.train, *config.data.test]
-    unknown = [name for name in names if name not in {**TRAIN_SIZES, **TEST_SIZES}]
+    unknown = [name for name in config.data.train if name not in TRAIN_SIZES] + [
+        name for name in config.data.test if name not in TEST_SIZES
+    ]
     if unknown:
         raise UserError(f"data: {unknown[0]!r} is not on this machine and its size is not known. Name its folder: data.path=...")
     length = tokens or config.data.max_length // 2
@@ -147,7 +149,8 @@ def _at_hand(data: DataConfig) -> bool:
 def _counted(config: Config, data: Dataset) -> tuple[Work, list[str]]:
     tests = [example for examples in data.test.values() for example in examples]
     tokenizer = _tokenizer(config)
-    train, questions = (_lengths(config, examples, tokenizer) for examples in (data.train, tests))
+    train = _lengths(config, data.train, tokenizer, config.data.train_on)
+    questions = _lengths(config, tests, tokenizer, TrainOn.response)
     told = [] if tokenizer else [f"Tokens of the data: {TOKENS_A_WORD} for each word, as the model's tokenizer is not on this machine."]
     work = Work(
         tokens=mean(whole for whole, _ in train),
@@ -160,15 +163,15 @@ def _counted(config: Config, data: Dataset) -> tuple[Work, list[str]]:
     return work, told
 
 
-def _lengths(config: Config, examples: Sequence[AnyExample], tokenizer: Any) -> list[tuple[float, float]]:
-    """Returns length and length of the prompt of a seeded sample of the examples, cut as for training."""
+def _lengths(config: Config, examples: Sequence[AnyExample], tokenizer: Any, train_on: TrainOn) -> list[tuple[float, float]]:
+    """Returns length and length of what has no loss of a seeded sample of the examples, cut as for training."""
     count, limit = min(SAMPLED, len(examples)), config.data.max_length
     drawn = [examples[i] for i in numpy_generator(config.seed, "estimate").choice(len(examples), count, replace=False)]
     chosen = [example for example in drawn if isinstance(example, Example)]
     if tokenizer is None:
         pairs = [(len(example.prompt.split()), len(example.response.split())) for example in chosen]
         return [(min(limit, TOKENS_A_WORD * (prompt + response)), min(limit, TOKENS_A_WORD * prompt)) for prompt, response in pairs]
-    return [(each.num_tokens, each.loss_start) for each in encode(chosen, tokenizer, limit, config.data.train_on)]
+    return [(each.num_tokens, each.loss_start) for each in encode(chosen, tokenizer, limit, train_on)]
 
 
 def _tokenizer(config: Config) -> Any:

@@ -276,13 +276,15 @@ class _Plan:
             1, min(self._work.questions, int(config.evaluation.tokens_per_pass // (self._work.prompt + config.evaluation.max_new_tokens)))
         )
         length = self._work.prompt + config.evaluation.max_new_tokens
-        cache = (
-            2.0 * rows * length * shape.layers * shape.key_value_width * number + number * self._whole
-        )  # answers come from merged weights
+        cache = 2.0 * rows * length * shape.layers * shape.key_value_width * number + (
+            number * self._whole if number >= 4 else 0
+        )  # answers come from merged weights, where those are in float32
+        folds = self._method.folds or config.adapter.refresh_every > 0
         return {
             "process": float(self._rates.process_bytes),
             "base model": float(number * shape.parameters),
             "common factors": 2.0 * 4 * whole,
+            "what is folded into the base model": float((number + 4) * self._whole if folds else 0),
             "clients' factors, gradients, moments and uploads": 4.0 * self._trained * self._cohort * (4 + moments + private),
             "largest of a training pass, initial gradients and generation": max(pass_bytes, float(gradients), cache),
         }

@@ -25,9 +25,9 @@ def finish(session: Session, given: Config, state: State, memories: dict[str, Te
 
     `given` is the configuration before the method settled anything; `memories` are those of `fedsim.flower.state.memories_in`.
     """
-    for name, content in _adapter_files(session, state, memories):
-        folder.write_bytes(f"adapter/{name}", content)
-    summary = _summary(session, given, state, folder)
+    written = [folder.write_bytes(f"adapter/{name}", content) for name, content in _adapter_files(session, state, memories)]
+    adapters = [str(path.parent.relative_to(folder.folder)) for path in written if path.name == "adapter_config.json"]
+    summary = _summary(session, given, state, folder) | {"adapter": adapters[0] if adapters else None}
     folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
     summary["journal"] = folder.record("finished", round=state.round, adapter_digest=summary["adapter_digest"]).to_json()
     folder.write_bytes("communication.csv", transfers_csv(state.ledger.rows()))
@@ -66,7 +66,7 @@ def _summary(session: Session, given: Config, state: State, folder: RunFolder) -
         "rounds": state.round,
         "clients": given.federation.clients,
         "seed": session.config.seed,
-        "rank": session.spec.rank,
+        "rank": session.spec.rank if session.spec.form.low_rank else None,
         "adapter_digest": state.shared.adapter_digest(),
         "evaluation": _evaluation(state),
         "communication": state.ledger.totals(),

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
+import torch
 from flwr.app import Context
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -122,6 +123,12 @@ class Run:
         except KeyboardInterrupt:
             self._folder.event("interrupted")
             raise KeyboardInterrupt(str(self._folder.folder)) from None
+        except torch.OutOfMemoryError as error:
+            raise RunStopped(
+                f"Expected memory for the model and a pass of the fewest tokens, but: {str(error).splitlines()[0][:200]} The last good "
+                "checkpoint is kept: lower evaluation.tokens_per_pass or engine.cohort_size, add training.activation_checkpointing=true, "
+                "and go on with resume=true."
+            ) from error
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import nan
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -270,12 +271,13 @@ class FedsimStrategy:
     # ---- personal models
 
     def personal_evaluation(self, server_round: int, grid: Grid) -> dict[str, dict[str, Any]]:
-        """Returns {task: {accuracy, loss, num_examples}} over the clients' own models; the test questions are dealt out among them.
+        """Returns {task: {accuracy, loss, num_examples, num_losses}} over the clients' own models, among whom the questions are dealt out.
 
         Not charged: it belongs to the experiment, not to what is simulated.
         """
         packer = self._packer()
-        sums: dict[str, list[float]] = {task: [0.0, 0.0, 0.0] for task in self._session.data.test}
+        names = ("correct", "loss", "num_examples", "num_losses")
+        sums: dict[str, list[float]] = {task: [0.0] * len(names) for task in self._session.data.test}
         reason = "no reply"
         for _, reply in self._gathered(grid, self._evaluation_asks(server_round, packer, grid), packer):
             if isinstance(reply, Failure):
@@ -283,17 +285,20 @@ class FedsimStrategy:
                 continue  # the questions of those that do not reply are left out
             try:
                 metrics = reply.content.metric_records[METRICS]
-                found = {task: [sum(numbers(metrics, f"{task}/{name}")) for name in ("correct", "loss", "num_examples")] for task in sums}
+                found = {task: [sum(numbers(metrics, f"{task}/{name}")) for name in names] for task in sums}
             except (KeyError, ValueError) as error:
                 reason = str(error)
                 continue  # so are those of a client whose own data has other tasks
             sums = {task: [one + other for one, other in zip(sums[task], found[task], strict=True)] for task in sums}
-        if without := [task for task, (_, _, n) in sums.items() if not n]:
+        if without := [task for task, (_, _, n, _) in sums.items() if not n]:
             reason = f"no questions of {', '.join(without)} answered ({reason})"
             raise RunStopped(
                 f"Expected clients to evaluate their own models after round {server_round}, got {reason}; go on with resume=true."
             )
-        return {task: {"accuracy": right / n, "loss": loss / n, "num_examples": int(n)} for task, (right, loss, n) in sums.items()}
+        return {
+            task: {"accuracy": right / n, "loss": loss / losses if losses else nan, "num_examples": int(n), "num_losses": int(losses)}
+            for task, (right, loss, n, losses) in sums.items()
+        }
 
     def _evaluation_asks(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Ask]:
         versions = self._state.exchange.versions

@@ -177,7 +177,7 @@ def _evaluate(session: Session, request: Request, context: Context) -> RecordDic
     kinds = session.method.personal
     memory = read_memory(context, clients, request.accepted)
     for task in request.tasks:  # the names are the server's: those in the data of a client stay there
-        correct, loss, counts = [], [], []
+        correct, loss, counts, losses = [], [], [], []
         for client in clients:
             examples = session.data.test.get(task, [])[client::all_clients]
             own = memory[client].get(PERSONAL)
@@ -185,9 +185,10 @@ def _evaluate(session: Session, request: Request, context: Context) -> RecordDic
             with bound(session.model, personal), merged(session.model):
                 found = evaluate_examples(session.model, session.tokenizer, examples, session.config.evaluation, session.config.data)
             correct.append(found.accuracy * len(examples))
-            loss.append(found.loss * len(examples) if examples else 0.0)
+            loss.append(found.loss * found.num_losses if found.num_losses else 0.0)
             counts.append(len(examples))
-        metrics |= {f"{task}/correct": correct, f"{task}/loss": loss, f"{task}/num_examples": counts}
+            losses.append(found.num_losses)
+        metrics |= {f"{task}/correct": correct, f"{task}/loss": loss, f"{task}/num_examples": counts, f"{task}/num_losses": losses}
     return RecordDict({METRICS: MetricRecord(metrics)})
 
 

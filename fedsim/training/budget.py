@@ -63,9 +63,9 @@ def chosen(model: nn.Module) -> int:
     return chosen_for(model, free)
 
 
-def chosen_for(model: nn.Module, free_bytes: int) -> int:
-    """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there."""
-    return _within(int(GPU_SHARE * free_bytes / bytes_per_token(model)), GPU_RANGE)
+def chosen_for(model: nn.Module, free_bytes: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
+    """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there; see `bytes_per_token`."""
+    return _within(int(GPU_SHARE * free_bytes / bytes_per_token(model, element=element, checkpointing=checkpointing)), GPU_RANGE)
 
 
 def _within(tokens: int, limits: tuple[int, int]) -> int:
@@ -73,16 +73,17 @@ def _within(tokens: int, limits: tuple[int, int]) -> int:
     return 1 << max(low, min(high, tokens)).bit_length() - 1
 
 
-def bytes_per_token(model: Any) -> int:
+def bytes_per_token(model: Any, *, element: int | None = None, checkpointing: bool | None = None) -> int:
     """Returns about how many bytes one token of a pass takes: what the backward pass keeps, and the logits with their gradient.
 
     A linear layer keeps its input, and what is done with its output keeps as much again. With activation checkpointing only the inputs
-    of the blocks are kept, and what one block keeps.
+    of the blocks are kept, and what one block keeps. `element` is the size of a number in bytes, and `checkpointing` whether that is done;
+    by default they are the model's own.
     """
-    element, output = next(model.parameters()).element_size(), model.get_output_embeddings()
+    element, output = element or next(model.parameters()).element_size(), model.get_output_embeddings()
     weights = [module.weight for module in model.modules() if is_linear(module) and module is not output]
     kept = 2 * element * sum(sum(weight.shape) for weight in weights)
-    if model.is_activation_checkpointing:
+    if model.is_activation_checkpointing if checkpointing is None else checkpointing:
         blocks = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList))
         kept = kept // blocks + blocks * model.config.hidden_size * element
     logits = 0 if output is None else len(output.weight)

@@ -34,6 +34,7 @@ class TaskResult:
     accuracy: float  # part of all examples that are answered correctly, 0 to 1
     loss: float  # mean over examples of the mean over the response's tokens; nan where every response was cut away
     num_examples: int
+    num_losses: int = 0  # examples of whose response something is left: those in the loss
     num_cut_off: int = 0  # generated answers without an end: evaluation.max_new_tokens or the model's context came first
 
 
@@ -87,7 +88,7 @@ def _classify(
             correct += int((logits.argmax(1) == batch.labels).sum())
             done += len(rows)
             on_progress(done, len(pairs))
-    return TaskResult(correct / len(pairs), loss / len(pairs), len(pairs))
+    return TaskResult(correct / len(pairs), loss / len(pairs), len(pairs), len(pairs))
 
 
 def _answer(
@@ -117,7 +118,7 @@ def _answer(
     correct = sum(is_correct(text, example, ended=answer.ended) for text, example, answer in read)
     wrong_already = longest if longest < config.max_new_tokens else None  # the number of tokens at which it made no sense to go on
     num_cut_off = sum(not answer.ended and len(answer.tokens) != wrong_already for answer in answers)
-    return TaskResult(correct / len(examples), loss, len(examples), num_cut_off)
+    return TaskResult(correct / len(examples), loss, len(examples), sum(map(has_response, encoded)), num_cut_off)
 
 
 def _longest_right(examples: Sequence[Example], tokenizer: Any, limit: int) -> int:

@@ -6,9 +6,11 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from rounds import Rounds, of_method
 
 from fedsim.choices import Optimizer
+from fedsim.core.adapters import merged
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import arrays_to_record
 from fedsim.flower.worker import handle, memory_key, read_memory, write_memory
+from fedsim.training.evaluation import evaluate
 
 
 def context():
@@ -84,3 +86,22 @@ def test_clients_with_homes_are_asked_there_and_nowhere_else():
 def messages_of(run):
     run.session.install_state(run.state)
     return run.messages(1)
+
+
+@pytest.mark.parametrize("max_length", [36, 512])
+def test_clients_answer_for_their_own_models_what_one_evaluation_over_all_questions_does(max_length):
+    """Of some clients no question has a reference that is left within max_length: they have no part in the mean loss."""
+    rounds = Rounds(of_method("fedsa_lora", data={"train_examples": 24, "test_examples": 8, "max_length": max_length}))
+    session = rounds.session
+    found = rounds.strategy.personal_evaluation(0, rounds.grid)
+    for task, questions in session.data.test.items():
+        with merged(session.model):
+            whole = evaluate(session.model, session.tokenizer, questions, session.config.evaluation, session.config.data)
+        told = found[task]
+        assert (told["num_examples"], told["num_losses"]) == (len(questions), whole.num_losses)
+        assert told["accuracy"] == pytest.approx(whole.accuracy)
+        assert told["loss"] == pytest.approx(whole.loss, rel=1e-5, nan_ok=True)
+        if max_length == 512:
+            assert whole.num_losses == len(questions)
+    if max_length < 512:
+        assert any(0 < each["num_losses"] < each["num_examples"] for each in found.values())

@@ -170,6 +170,14 @@ def test_noise_has_its_standard_deviation_and_not_two_thirds_or_three_halves_of_
         assert not any(accepted(sigma, claimed) for sigma, claimed in zip(wrong, NOISE, strict=True))
 
 
+def test_noise_of_large_adapters_is_drawn_by_several_threads_and_is_the_same(sequences, monkeypatch):
+    cohort = clients(sequences)
+    one_after_another = [result.factors for result in train(adapted_model(), cohort)]
+    monkeypatch.setattr("fedsim.training.private.MANY", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all(torch.equal(a.factors, b) for a, b in zip(train(adapted_model(), cohort), one_after_another, strict=True))
+
+
 def test_examples_are_drawn_at_the_sampling_rate_and_not_at_another():
     draws = np.array([len(batch) for batch in poisson_batches(200, 0.1, 400, KEY.torch("poisson"))])
     standard_error = np.sqrt(200 * 0.1 * 0.9 / 400)

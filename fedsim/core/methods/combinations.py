@@ -18,6 +18,7 @@ def check(config: Config, method: Method) -> None:
         _unknown,
         _initialisation,
         _ranks,
+        _pooled,
         _server,
         _robust,
         _failures,
@@ -62,6 +63,14 @@ def _ranks(config: Config, method: Method) -> Iterator[str]:
         yield f"federation.ranks: expected ranks of at least 1 and positive shares, got {ranks}."
     if config.adapter.rank not in (None, max(ranks)):
         yield f"adapter.rank: expected the largest of federation.ranks, {max(ranks)}, or null, got {config.adapter.rank}."
+
+
+def _pooled(config: Config, method: Method) -> Iterator[str]:
+    if method.pooled and config.training.local_epochs is not None and config.federation.fraction < 1:
+        yield (
+            f"training.local_epochs: an epoch of {method.name} is over all of the data, of a round with federation.fraction="
+            f"{config.federation.fraction:g} over its clients' part; use training.local_steps."
+        )
 
 
 def _server(config: Config, method: Method) -> Iterator[str]:
