@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedsim
-from clients.memory import Budget, ContextStore, experiment_key
+from clients.memory import Answers, Budget, ContextStore, experiment_key
 from clients.owner import Owner, RefusedError, accept, own_view
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
@@ -52,6 +52,7 @@ class Desk:
         folder = Path(owner.folder)
         self._owner = owner
         self._store = ContextStore(folder / "memory")
+        self._answers = Answers(folder / "answers")
         self._budget = Budget(folder / "privacy.json", owner)
         self._noise_key = NoiseKey.kept_in(folder / "noise.key")
         self._session: Session | None = None
@@ -87,6 +88,11 @@ class Desk:
         own = RecordDict({**message.content, REQUEST: ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
         if here.privacy.unit is not PrivacyUnit.none:
             session.noise_key = self._noise_key_of(message, here, session)
+        repeats = mechanism is not None and not here.privacy.secure_aggregation  # behind masks no two answers are the same
+        if repeats and (said := self._answers.said(experiment_key(asked), session.noise_key)) is not None:
+            return Message(said, reply_to=message)
+        if mechanism is not None:
+            self._budget.check(mechanism, self._num_examples(session))
         reply = handle(Message(own, metadata=message.metadata), context)  # type: ignore[call-overload]  # as Flower itself rebuilds them
         if NEEDS_STATE in reply.content:
             reply.content[REQUEST] = request  # as it came: it has none of the owner's paths
@@ -94,6 +100,8 @@ class Desk:
         if mechanism is not None:
             self._budget.charge(mechanism, self._num_examples(session))
         self._store.save(experiment_key(asked), context.state)
+        if repeats:
+            self._answers.keep(experiment_key(asked), session.noise_key, reply.content)
         return reply
 
     def _acceptable(self, request: ConfigRecord) -> Config:
@@ -134,7 +142,6 @@ class Desk:
         if kind == INITIAL_GRADIENT:
             (rate,) = numbers(request, "rates")
             mechanism = Mechanism(noise, rate, 1, "initialization")
-        self._budget.check(mechanism, size)
         return mechanism
 
     def _check_noise(self, kind: str, request: ConfigRecord, key: str) -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 from pathlib import Path
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from clients.framing import FrameError, read_records, write_records
 from clients.owner import Owner, RefusedError
@@ -18,6 +18,7 @@ from fedsim.files import atomic_write, atomic_write_json
 from fedsim.plain import to_dict, with_a_result
 from fedsim.privacy.accounting import Mechanism, default_delta
 from fedsim.privacy.ledger import PrivacyLedger
+from fedsim.seeding import NoiseKey
 
 log = logging.getLogger("fedsim.worker")
 
@@ -55,6 +56,36 @@ class ContextStore:
         buffer = io.BytesIO()
         write_records(buffer.write, state)
         atomic_write(path, buffer.getvalue(), mode=0o600)
+
+
+class Answers:
+    """The last noised answer of each experiment: a client that is asked the same again says the very same again.
+
+    To train anew with the same noise would not do: on a GPU no two runs are equal to the last bit, and how much memory is free decides how
+    examples are packed. The difference of two such answers would have no noise in it.
+    """
+
+    WHICH, KEY = "answers", "digest"
+
+    def __init__(self, folder: Path) -> None:
+        self._store = ContextStore(folder)
+
+    def said(self, experiment: str, key: NoiseKey) -> RecordDict | None:
+        """Returns what was answered with the noise of this key, None where that was not the last answer."""
+        kept = self._store.load(experiment)
+        if self.WHICH not in kept.config_records or kept.config_records[self.WHICH][self.KEY] != _digest(key):
+            return None
+        del kept[self.WHICH]
+        return kept
+
+    def keep(self, experiment: str, key: NoiseKey, content: RecordDict) -> None:
+        """Makes this the last answer, also after a power cut."""
+        self._store.save(experiment, RecordDict({**content, self.WHICH: ConfigRecord({self.KEY: _digest(key)})}))
+
+
+def _digest(key: NoiseKey) -> str:
+    """Returns what tells keys apart and tells nothing of them."""
+    return hashlib.sha256(b"answer" + key.key).hexdigest()
 
 
 class Budget:

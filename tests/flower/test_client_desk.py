@@ -20,6 +20,8 @@ from fedsim.flower.strategy import FedsimStrategy
 from fedsim.flower.worker import METRICS, REFUSED, client_key
 from fedsim.local_round import train_clients
 from fedsim.plain import to_dict
+from fedsim.privacy.accounting import epsilon
+from fedsim.session import open_session
 
 
 class Deployed(Rounds):
@@ -213,6 +215,29 @@ def test_the_noise_of_a_client_is_not_that_of_the_seed_which_the_server_knows(tm
 
 def test_a_request_that_is_asked_again_is_answered_with_the_same_noise_also_by_a_new_process(tmp_path):
     assert torch.equal(private_upload(tmp_path, 1.0), private_upload(tmp_path, 1.0))
+
+
+def test_what_is_asked_again_is_not_computed_again_and_costs_nothing_more(tmp_path, monkeypatch):
+    config = privately(noise_multiplier=1.0)
+    once = open_session(config).privacy_plan[1]
+    spent = epsilon([once.round_mechanism], once.delta)
+    deployed = Deployed(config, tmp_path, {1: {"max_epsilon": 1.01 * spent}})
+    (ask,) = deployed.strategy.asking.to_train(1, deployed.strategy._packer(), deployed.grid, [1])
+    first = deployed.desks[1].answer(ask.message)
+    deployed.restart()
+
+    def otherwise(*arguments, **named):
+        raise AssertionError("a GPU would not give the same bits")
+
+    monkeypatch.setattr("fedsim.flower.worker.train_clients", otherwise)
+    again = deployed.desks[1].answer(ask.message)
+    start = deployed.flat("R")
+    assert torch.equal(*(from_record(record_of(reply.content.array_records, client_key(1)), len(start)) for reply in (first, again)))
+    assert repr(again.content.metric_records) == repr(first.content.metric_records)
+    assert not again.content.config_records
+    assert deployed.desks[1]._budget._ledger.history(1) == (deployed.session.privacy_plan[1].round_mechanism,)
+    (other,) = deployed.strategy.asking.to_train(2, deployed.strategy._packer(), deployed.grid, [1])
+    assert "epsilon would exceed" in deployed.desks[1].answer(other.message).error.reason, "what is not the same costs more"
 
 
 def test_no_two_different_requests_are_answered_with_the_same_noise(tmp_path):

@@ -96,6 +96,7 @@ def test_a_resumed_deployment_charges_what_its_clients_may_have_answered_before(
     again = 1 if init is Init.gradient_dp else 2
     if after == 20:
         assert steps == dict.fromkeys(range(3), once), "the same request is answered with the same noise"
+        assert sum(mechanism.steps for mechanism in deployment.own[1]) == once
         journal = [json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
         (start,) = [place for place, line in enumerate(journal) if line["kind"] == "resumed"]
         standing = journal[: journal[start]["goes_on_from"]] + journal[start:]
