@@ -106,7 +106,8 @@ class Asking:
 
     def not_in_flight(self, what: str, server_round: int, costs: dict[int, Mechanism]) -> dict[int, Mechanism]:
         """Returns the costs without those of requests that a run which was resumed has been charged for before; see `InFlight`."""
-        if self._session.config.privacy.secure_aggregation or not self._in_flight.concerns(what, server_round):
+        another = self._session.config.privacy.secure_aggregation and self._unit is PrivacyUnit.example  # it names the largest client there
+        if another or not self._in_flight.concerns(what, server_round):
             return costs
         digest = self._state.adapter_digest()
         return {client: cost for client, cost in costs.items() if not self._in_flight.covers(what, server_round, digest, client, cost)}

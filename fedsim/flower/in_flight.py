@@ -2,7 +2,8 @@
 
 A client that is asked the same again answers with the same noise, which costs nothing more. Where the request is another one, because
 the global state is another, other clients are there or one has more data, there are two answers, and both are charged. That a client has
-other data of the same size only its own accountant can know, which counts every answer; and behind masks every request is another one.
+other data of the same size only its own accountant can know, which counts every answer. Behind masks a round is unmasked over the same
+clients or not at all (`fedsim.flower.secure_worker`), but with privacy=example the request names what those who came have.
 """
 
 from collections.abc import Iterable, Mapping
