@@ -91,7 +91,9 @@ def test_a_run_stops_before_its_budget_is_exceeded_and_keeps_what_was_reached(tm
 
 def test_initial_gradients_are_not_asked_of_those_whose_budget_they_would_exceed(tmp_path):
     options = ("privacy=example", "privacy.noise_multiplier=1", "privacy.init_noise_multiplier=0.3", "adapter.init=gradient_dp")
-    with pytest.raises(UserError, match=r"privacy.epsilon: the initial gradients would exceed the budget of 1 of every client"):
+    with pytest.raises(
+        UserError, match=r"privacy.epsilon: initial gradients at the beginning would exceed the budget of 1 of every client"
+    ):
         run_in(tmp_path / "none", *options, "privacy.epsilon=1")
     uneven = ("federation.quantity_sigma=1.2", "adapter.refresh_every=1", "privacy.delta=1e-3")
     free = run_in(tmp_path / "free", *options, *uneven, "privacy.epsilon=1e6")
