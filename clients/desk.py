@@ -86,11 +86,11 @@ class Desk:
         mechanism = self._acceptable_work(message.metadata.message_type, request, session)
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, self._store.load(experiment_key(asked)), {})
         own = RecordDict({**message.content, REQUEST: ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
-        if here.privacy.unit is not PrivacyUnit.none:
-            session.noise_key = self._noise_key_of(message, here, session)
-        repeats = mechanism is not None and not here.privacy.secure_aggregation  # behind masks no two answers are the same
-        if repeats and (said := self._answers.said(experiment_key(asked), session.noise_key)) is not None:
+        experiment, kept = experiment_key(asked), mechanism is not None and not here.privacy.secure_aggregation
+        key = self._noise_key_of(message, here, session) if here.privacy.unit is not PrivacyUnit.none else session.noise_key
+        if kept and (said := self._answers.said(experiment, key)) is not None:
             return Message(said, reply_to=message)
+        session.noise_key = self._answers.unused(experiment, key) if kept else key
         if mechanism is not None:
             self._budget.check(mechanism, self._num_examples(session))
         reply = handle(Message(own, metadata=message.metadata), context)  # type: ignore[call-overload]  # as Flower itself rebuilds them
@@ -99,9 +99,9 @@ class Desk:
             return reply
         if mechanism is not None:
             self._budget.charge(mechanism, self._num_examples(session))
-        self._store.save(experiment_key(asked), context.state)
-        if repeats:
-            self._answers.keep(experiment_key(asked), session.noise_key, reply.content)
+        self._store.save(experiment, context.state)
+        if kept:
+            self._answers.keep(experiment, key, reply.content)
         return reply
 
     def _acceptable(self, request: ConfigRecord) -> Config:
@@ -145,7 +145,7 @@ class Desk:
         return mechanism
 
     def _check_noise(self, kind: str, request: ConfigRecord, key: str) -> None:
-        """Raises RefusedError for noise of zero, or none at all, where the owner asks for privacy; how much is enough, max_epsilon says."""
+        """Raises RefusedError for noise of zero, or none at all, where the owner asks for privacy."""
         values = request.get(key)
         given = all(isinstance(value, (int, float)) and 0 < value < inf for value in (values if isinstance(values, list) else [values]))
         if self._owner.min_privacy != PrivacyUnit.none.name and not given:

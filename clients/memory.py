@@ -62,10 +62,10 @@ class Answers:
     """The last noised answer of each experiment: a client that is asked the same again says the very same again.
 
     To train anew with the same noise would not do: on a GPU no two runs are equal to the last bit, and how much memory is free decides how
-    examples are packed. The difference of two such answers would have no noise in it.
+    examples are packed. The difference of two such answers would have no noise in it. So what is not kept any more gets other noise.
     """
 
-    WHICH, KEY = "answers", "digest"
+    RECORD, LAST, USED = "answers", "last", "used"
 
     def __init__(self, folder: Path) -> None:
         self._store = ContextStore(folder)
@@ -73,14 +73,24 @@ class Answers:
     def said(self, experiment: str, key: NoiseKey) -> RecordDict | None:
         """Returns what was answered with the noise of this key, None where that was not the last answer."""
         kept = self._store.load(experiment)
-        if self.WHICH not in kept.config_records or kept.config_records[self.WHICH][self.KEY] != _digest(key):
+        if self.RECORD not in kept.config_records or kept.config_records[self.RECORD][self.LAST] != _digest(key):
             return None
-        del kept[self.WHICH]
+        del kept[self.RECORD]
         return kept
 
+    def unused(self, experiment: str, key: NoiseKey) -> NoiseKey:
+        """Returns the key itself, or one that is made of it where answers with its noise have left that are not kept any more."""
+        times = self._used(experiment).count(_digest(key))
+        return key.under("again", times) if times else key
+
     def keep(self, experiment: str, key: NoiseKey, content: RecordDict) -> None:
-        """Makes this the last answer, also after a power cut."""
-        self._store.save(experiment, RecordDict({**content, self.WHICH: ConfigRecord({self.KEY: _digest(key)})}))
+        """Makes this the last answer to the request of this key, also after a power cut."""
+        told = ConfigRecord({self.LAST: _digest(key), self.USED: [*self._used(experiment), _digest(key)]})
+        self._store.save(experiment, RecordDict({**content, self.RECORD: told}))
+
+    def _used(self, experiment: str) -> list[str]:
+        record = self._store.load(experiment).config_records.get(self.RECORD)
+        return [] if record is None else list(record[self.USED])  # type: ignore[arg-type]
 
 
 def _digest(key: NoiseKey) -> str:

@@ -49,7 +49,7 @@ class Owner:
     """Most local steps in a round."""
     min_privacy: str = "none"
     """Weakest unit of privacy accepted: none, client (noise added by the server, or here if masked) or example (noise added here).
-    How little noise is enough, only max_epsilon says."""
+    Noise of zero is refused. How much is enough only max_epsilon decides, which takes example."""
     masked_only: bool = False
     """Send uploads only behind masks, which takes privacy.secure_aggregation=true: the server then sees sums of several clients.
     No evaluation on the owner's own rows is answered either."""
@@ -62,7 +62,7 @@ class Owner:
     idle_minutes: float = 60.0
     """The worker ends after so long without work; the next message starts it again."""
     folder: str = "worker"
-    """Where the worker keeps its socket, log, memory and accountant."""
+    """Where the worker keeps its socket, log, memory, last answers, accountant and noise key."""
 
 
 def owner_text(owner: Owner) -> str:

@@ -252,7 +252,8 @@ class PrivacyConfig:
     clip_rate: float = 0.2
     """unit=client, adaptive_clip: learning rate of the clip norm's logarithm."""
     noise: NoiseSource = NoiseSource.seed
-    """What noise is drawn from, and the coins of examples or, with unit=client, of clients. A deployment always takes system."""
+    """What noise is drawn from, and the coins of examples or, with unit=client, of clients. A deployment always takes system; of
+    simulations only engine=inprocess does."""
     unsafe_init: bool = False
     """Allow adapter.init=gradient, which leaks, with privacy: for audits only; no epsilon is claimed then."""
     secure_aggregation: bool = False

@@ -16,7 +16,8 @@ USAGE = {
 }
 _INIT = """\
   writes all that the machines of a federation need: certificates, one key pair and one client.yaml per client, start scripts,
-  systemd units, a compose file, a README with the order of steps. Run again it keeps the keys, and what is not said anew.
+  systemd units, a compose file, a README with the order of steps. Run again it keeps keys, client.yaml and
+  options that are not given again; other files are written anew. Defaults, in brackets, are those of a new folder.
   --clients  number of clients (2)
   --host     names or addresses of the server, the first being the one that clients use (localhost)
   --port     port of the server (9092)
@@ -24,11 +25,12 @@ _INIT = """\
   --new-keys replaces every key and certificate; `fedsim deploy register` then admits the new keys and turns the old ones away
 """
 _REGISTER = """\
-  has the running SuperLink admit the clients' public keys. DIR is the folder of a federation, or its `server` alone
+  run on the server's machine: has the running SuperLink admit the clients' public keys, and turn away those that they replace.
+  DIR is the folder of a federation, or its `server` alone. May be repeated
 """
 _UP = """\
   starts a SuperLink and N SuperNodes on loopback, with TLS and node authentication, runs the experiment, and ends all of it
-  --dir      keeps the folder with keys and logs; otherwise it is a temporary one
+  --dir      keeps the folder with keys and logs; otherwise it is a temporary one. The folder of another federation is refused
 """
 _STATUS = """\
   shows the clients, since when they are there or gone, and the round of the latest runs
@@ -79,8 +81,7 @@ def _register(words: list[str]) -> int:
     from fedsim.deploy.registering import register
 
     server, superlink = _opened(Path(rest[0]))
-    for line in register(server, superlink):
-        print(line, flush=True)
+    register(server, superlink, lambda line: print(line, flush=True))
     return 0
 
 

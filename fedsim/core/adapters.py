@@ -66,10 +66,10 @@ class AdaptedLinear(nn.Module):
         return product(self.form, self.factors, self.scaling)
 
     def fold(self, update: Tensor | None) -> None:
-        """Makes W + update [out, in] the base weight, W being the one that the model was loaded with; None makes it W again.
+        """Has the layer compute with W + update [out, in], W being the one that the model was loaded with; None makes it W again.
 
-        A W in bfloat16 stays as it is, with the update in a matrix of its own beside it: of a sum, what is less than half of the last digit
-        of an entry of W would be lost, which for small updates is nearly all of it.
+        A W in bfloat16 or float16 is not changed: the update lies beside it, since of a sum all that is less than half of the last digit of
+        an entry of W would be lost, which for small updates is nearly all.
         """
         matrix = weight_matrix(self.base)
         self.folded = update
@@ -288,7 +288,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     """Runs the block with every update folded into a dense weight, for inference at the speed of the base model.
 
     The base weights are not touched, so the state afterwards is bit for bit the one before. Costs one copy of the adapted weights. Where
-    the base is in bfloat16 nothing is folded: most of a small update would be lost, and another model than the trained one evaluated.
+    the base is in bfloat16 or float16 nothing is folded: most of a small update would be lost, and the evaluated model not be the trained one.
     """
     fine = {name: layer for name, layer in adapted_layers(model).items() if not _is_coarse(weight_matrix(layer.base))}
     with _in_place_of(fine, lambda layer: weight_matrix(layer.base) + layer.update()):

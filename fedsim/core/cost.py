@@ -2,8 +2,8 @@
 
 All rounds are gone through with the `Exchange`, the draws and the sizes that a run itself uses, so that parameters and payload bytes are
 those that the ledger of the run will hold, transfer by transfer. Drop-outs of a simulated network are left out; those of
-`federation.dropout` are not. With `federation.over_selection` all that are asked count, as in a run that asks them in one message; where
-cohorts are smaller, some are not asked any more once enough have replied.
+`federation.dropout` are not. With `federation.over_selection` the bytes of all that are asked count, as in a run that asks them in one
+message; where cohorts are smaller, some are not asked any more once enough have replied.
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -21,7 +21,7 @@ from fedsim.core.exchange import CONTROL
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
-from fedsim.core.participation import by_coin, drawn, givers, round_size, spares
+from fedsim.core.participation import drawn, givers, round_size, server_adds_noise, spares
 from fedsim.core.quantization import gradient_quantizer, num_counters, upload_quantizer
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.secure_aggregation import neighbour_graph
@@ -138,14 +138,15 @@ class _Walk:
             return
         yield from self._gradients(0)
         for number in range(1, self._config.federation.rounds + 1):
-            asked = [*drawn(self._config, number), *spares(self._config, number)]
+            wanted = drawn(self._config, number)
+            asked = [*wanted, *spares(self._config, number)]
             told, sending, summed = yield from self._attending(number, asked, number)
             observers = range(self._clients, len(self._rank))
             for client in (*told, *observers):
                 yield from self._down(number, client, self._exchange.versions)
             for client in (*sending, *observers):
                 yield from self._up(number, client)
-            self._combine(number, summed)
+            self._combine(number, summed[: len(wanted)])
             if refresh_due(self._config, number):
                 yield from self._refresh(number)
 
@@ -218,7 +219,7 @@ class _Walk:
 
     def _combine(self, number: int, clients: Sequence[int]) -> None:
         """Notes what the server changes at the end of a round, which is nothing where nobody was heard, but for noise."""
-        if not clients and not by_coin(self._config):
+        if not clients and not server_adds_noise(self._config):
             return
         self._exchange.changed(self._method.changed(number), number)
         if self._method.folds and clients:

@@ -60,6 +60,6 @@ def attendance(config: Config, server_round: int, graph: Graph) -> Attendance:
 
 
 def enough_heard(config: Config, graph: Graph, found: Attendance, stage: Stage) -> bool:
-    """Returns whether a round goes on after a stage, or after the last one, has its sum."""
+    """Returns whether enough clients are heard at a stage; after the last one, whether there is a sum."""
     owners = found.get(stage if stage <= Stage.shares else Stage.shares)
     return stage in found and complete(graph, owners or [], found[stage], config.secure.threshold)

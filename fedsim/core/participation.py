@@ -23,6 +23,11 @@ def by_coin(config: Config) -> bool:
     return config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation
 
 
+def server_adds_noise(config: Config) -> bool:
+    """Whether the server adds the noise of client-level privacy, to every round, whoever takes part; behind masks the clients do."""
+    return by_coin(config)
+
+
 def spares(config: Config, server_round: int) -> list[int]:
     """Returns the clients that a round draws beyond need, in ascending order: `federation.over_selection` of its size, of the others."""
     others = sorted({*range(config.federation.clients)} - {*drawn(config, server_round)})

@@ -69,8 +69,7 @@ class Local:
 
     def register(self) -> None:
         """Has the SuperLink admit the keys of the clients."""
-        for _ in register(self.folder / "server", self.federation.name):
-            pass
+        register(self.folder / "server", self.federation.name)
 
     def start_client(self, client: int, **variables: str) -> None:
         """Starts the SuperNode of a client; its worker starts with the first message."""

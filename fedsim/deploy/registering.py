@@ -4,7 +4,7 @@ The folder `registered` beside the keys remembers, for each client, the node tha
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.common.constant import PUBLIC_KEY_ALREADY_IN_USE_MESSAGE
@@ -17,8 +17,8 @@ KEYS, REGISTERED = "keys", "registered"
 NODE, KEY = "node-id", "public-key"
 
 
-def register(server: Path, superlink: str) -> Iterator[str]:
-    """Has the running SuperLink admit the keys of a federation's `server` folder, and yields a line for each client.
+def register(server: Path, superlink: str, tell: Callable[[str], None] = lambda line: None) -> None:
+    """Has the running SuperLink admit the keys of a federation's `server` folder, and tells a line for each client.
 
     A key that another one has taken the place of is turned away from then on; a SuperLink that has lost its database is told all again. May
     be broken off and begun again at any point. Raises UserError where the SuperLink does not answer or does not admit a key.
@@ -28,24 +28,24 @@ def register(server: Path, superlink: str) -> Iterator[str]:
     keys = sorted((server / KEYS).glob("*.pub"))
     if not keys:
         raise UserError(f"Expected public keys in {server / KEYS}, got none. Give the server's folder of a federation.")
-    live, answers = _live(superlink), _answers(folder)
+    live, written = _live(superlink), _written(folder)
     for path in keys:
         name, key = path.stem, path.read_text()
-        node, known = answers.get(name, (None, None))
+        node, known = written.get(name, (None, None))
         if known == key and node in live:
-            yield f"{name}: registered before"
+            tell(f"{name}: registered before")
             continue
         if node in live:
             flwr("supernode", "unregister", str(node), superlink)
-        new = _admitted(path, superlink, {node for node, _ in answers.values()})
-        answers[name] = new, key
+        new = _admit(path, superlink, {node for node, _ in written.values()})
+        written[name] = new, key
         atomic_write_json(folder / f"{name}.json", {NODE: str(new), KEY: key})
-        yield f"{name}: registered{'; its earlier key is turned away from now on' if node in live else ''}"
+        tell(f"{name}: registered{'; its earlier key is turned away from now on' if node in live else ''}")
 
 
 def registered_names(registered: Path) -> dict[int, str]:
     """Returns the clients' names by node, as `register` has written them down."""
-    return {node: name for name, (node, _) in _answers(registered).items()}
+    return {node: name for name, (node, _) in _written(registered).items()}
 
 
 def registered_clients(registered: Path) -> dict[int, int]:
@@ -54,7 +54,7 @@ def registered_clients(registered: Path) -> dict[int, int]:
     return {node: int(number) for node, number in numbers if number.isdecimal()}
 
 
-def _admitted(path: Path, superlink: str, named: set[int]) -> int:
+def _admit(path: Path, superlink: str, named: set[int]) -> int:
     """Returns the node of a key, which is registered if it is not. `named` are the nodes of which it is known whose they are."""
     try:
         return int(flwr("supernode", "register", str(path), superlink, "--name", path.stem)["node-id"])
@@ -65,8 +65,9 @@ def _admitted(path: Path, superlink: str, named: set[int]) -> int:
     if len(unnamed) == 1:
         return unnamed[0]
     raise UserError(
-        f"{path.stem}: the SuperLink knows its key, but as which node is not written down ({len(unnamed)} are of no client here). It takes "
-        f"no key twice: remove {path} and the client's own key, run `fedsim deploy init` again for new ones, and hand them out."
+        f"{path.stem}: the SuperLink knows its key, but as which node is not written down ({len(unnamed)} are of no client here), and it "
+        f"takes no key twice. In the folder of `fedsim deploy init` remove server/keys/{path.name} and clients/{path.stem}/key, run it "
+        "again, and copy both to their machines."
     )
 
 
@@ -75,7 +76,7 @@ def _live(superlink: str) -> set[int]:
     return {int(node["node-id"]) for node in flwr("supernode", "list", superlink)["nodes"] if node["status"] != "unregistered"}
 
 
-def _answers(registered: Path) -> dict[str, tuple[int, str]]:
+def _written(registered: Path) -> dict[str, tuple[int, str]]:
     """Returns node and key by the name of the client. Raises UserError for a file that tells neither."""
     found = {}
     for path in registered.glob("*.json"):

@@ -188,7 +188,8 @@ Made by `fedsim deploy init`. Every machine needs fedsim of the same version: `m
 | `server/server.key` | the server | TLS |
 | `clients/client-<i>/key` | client i | proves that it is client i, by `server/registered/client-<i>.json` of step 3 |
 
-All of them have mode 0600. `fedsim deploy init` run again keeps them, and whatever else is not said anew. `--new-keys` replaces them:
+All of them have mode 0600. `fedsim deploy init` run again keeps them, every `client.yaml`, and options that are not given again; all other
+files are written anew, so PUBLIC_ADDRESS belongs into `gateway.conf` again. `--new-keys` replaces keys and certificates:
 then copy the folders over the old ones, but not `client.yaml`, which is its owner's, and start everything again; step 3 admits the new keys
 and turns the old ones away.
 Certificates: server valid for $hosts; the server's for 825 days, the authority's for ten years.

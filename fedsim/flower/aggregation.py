@@ -13,7 +13,7 @@ from fedsim.core.diagnosis import diagnose
 from fedsim.core.exchange import CONTROL
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods.method import Method
-from fedsim.core.participation import by_coin
+from fedsim.core.participation import server_adds_noise
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.errors import RunStopped
 from fedsim.flower.asking import clip_norm
@@ -72,7 +72,7 @@ class Aggregation:
     def finish(self) -> None:
         """Makes the next global state of what was taken in; nothing at all leaves it as it is, moments and all."""
         state, method, config = self._state, self._session.method, self._config
-        noised = by_coin(config)  # with secure aggregation the clients add the noise
+        noised = server_adds_noise(config)
         if not self.facts.clients and not noised:
             return
         start = state.flat(self._kinds)

@@ -12,7 +12,7 @@ from fedsim.config import Config
 from fedsim.core.communication import Totals
 from fedsim.core.missing import counted
 from fedsim.flower.facts import RoundFacts
-from fedsim.flower.in_flight import CHARGED, GRADIENT, TRAINING, line_of
+from fedsim.flower.in_flight import CHARGED, GRADIENT, TRAINING, charge_line
 from fedsim.flower.state import State
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.plain import to_dict
@@ -61,14 +61,14 @@ class Chronicle:
         self._folder.record("asked", round=number, what=TRAINING, clients=clients, adapter_digest=adapter_digest)
         self._charged(TRAINING, number, adapter_digest, strategy.asking.charged(number))
 
-    def charged_again(self, lines: Iterable[dict[str, Any]]) -> None:
+    def charged_before(self, lines: Iterable[dict[str, Any]]) -> None:
         """Writes down what a run that goes on was charged for after the checkpoint that it goes on from."""
         for line in lines:
             self._folder.record(CHARGED, **line)
 
     def _charged(self, what: str, number: int, adapter_digest: str, mechanisms: Mapping[int, Mechanism]) -> None:
         if mechanisms:
-            self._folder.record(CHARGED, **line_of(what, number, adapter_digest, mechanisms))
+            self._folder.record(CHARGED, **charge_line(what, number, adapter_digest, mechanisms))
 
     def taken(self, number: int, facts: RoundFacts) -> None:
         """Writes down who is in the result, and who is not and why."""

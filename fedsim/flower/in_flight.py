@@ -1,6 +1,6 @@
 """What a deployment was charged after the checkpoint from which it goes on: its clients may have answered before the server died.
 
-A client that is asked the same again answers with the same noise, which costs nothing more. Where the request is another one, because
+A client that is asked the same again sends its kept answer, which costs nothing more. Where the request is another one, because
 the global state is another, other clients are there or one has more data, there are two answers, and both are charged. That a client has
 other data of the same size only its own accountant can know, which counts every answer. Behind masks a round is unmasked over the same
 clients or not at all (`fedsim.flower.secure_worker`), but with privacy=example the request names what those who came have.
@@ -18,7 +18,7 @@ GRADIENT, TRAINING = "initial gradient", "training"
 """What clients are asked for."""
 
 
-def line_of(what: str, number: int, adapter_digest: str, mechanisms: Mapping[int, Mechanism]) -> dict[str, Any]:
+def charge_line(what: str, number: int, adapter_digest: str, mechanisms: Mapping[int, Mechanism]) -> dict[str, Any]:
     """Returns what the audit log says of a round's charges; clients with the same mechanism are named together."""
     alike: dict[Mechanism, list[int]] = {}
     for client, each in mechanisms.items():
@@ -46,7 +46,7 @@ class InFlight:
         for (what, number, digest), charged in self._rounds.items():
             for client, mechanism in charged:
                 ledger.charge(client, mechanism)
-                lines.append(line_of(what, number, digest, {client: mechanism}))
+                lines.append(charge_line(what, number, digest, {client: mechanism}))
         return lines
 
     def concerns(self, what: str, number: int) -> bool:

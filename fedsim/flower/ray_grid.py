@@ -176,9 +176,9 @@ def _room(ray: Any, engine: EngineConfig) -> tuple[int, dict[str, float]]:
     if actors > cpus:
         ray.shutdown()
         raise UserError(f"engine.actors: expected at most the {cpus} cores of the Ray cluster, got {actors}; lower it or leave it out.")
-    return actors, {"num_cpus": 1, "num_gpus": part_of_a_gpu(actors, gpus)}
+    return actors, {"num_cpus": 1, "num_gpus": gpu_share(actors, gpus)}
 
 
-def part_of_a_gpu(actors: int, gpus: int) -> float:
+def gpu_share(actors: int, gpus: int) -> float:
     """Returns what each actor takes of a GPU so that all of them find room: Ray gives no actor a bit of one GPU and a bit of another."""
     return 1 / ceil(actors / gpus) if gpus else 0.0

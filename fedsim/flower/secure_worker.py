@@ -114,7 +114,7 @@ def _unmask_once(context: Context, client: int, what: str, survivors: Sequence[i
     if key in kept and kept[key]["what"] == what and kept[key]["survivors"] != digest:
         raise ValueError(
             f"Expected the survivors of the sum that client {client} has helped to unmask before, got others: the difference of the two "
-            "sums would show single uploads. A run that begins anew takes another seed."
+            "sums would show single uploads. Start a new run with another seed."
         )
     context.state[key] = ConfigRecord({"what": what, "survivors": digest})
 

@@ -24,7 +24,7 @@ from fedsim.core.adapters import merged, unadapted
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
-from fedsim.core.participation import by_coin
+from fedsim.core.participation import server_adds_noise
 from fedsim.core.traffic import needed_for_gradients, refresh_due
 from fedsim.effective import effective
 from fedsim.errors import RunStopped
@@ -102,10 +102,9 @@ class Run:
         self._session, self._config, self._grid, self._contexts, self._roster = session, session.config, grid, contexts, roster
         self._given, self._folder, self._progress = config, folder, progress
         self._chronicle = Chronicle(session, folder, progress)
-        released = roster is not None and not by_coin(
-            session.config
-        )  # in a simulation nothing has left anybody, nor the server before a checkpoint
-        self._in_flight = InFlight(folder.superseded if released else ())
+        # only clients of a deployment outlive their server, and noise that the server adds has not left it before a checkpoint
+        may_have_answered = roster is not None and not server_adds_noise(session.config)
+        self._in_flight = InFlight(folder.superseded if may_have_answered else ())
 
     def carry_out(self) -> dict[str, Any]:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
@@ -193,7 +192,7 @@ class Run:
         noise = sorted({round(each.noise_multiplier, 4) for each in plan})
         self._folder.event("privacy_planned", unit=options.unit.name, budget=options.epsilon, noise_multipliers=noise)
         ledger = PrivacyLedger(options.unit.name, deltas, options.accountant.name, None if options.unsafe_init else options.epsilon)
-        self._chronicle.charged_again(self._in_flight.charge(ledger))
+        self._chronicle.charged_before(self._in_flight.charge(ledger))
         return ledger
 
     def _factors_from_gradients(
@@ -249,7 +248,7 @@ class Run:
         self._session.budget, self._chronicle.tokens_per_pass = TokenBudget(tokens), tokens
         self._folder.event("resumed", round=checkpoint.round, tokens_per_pass=tokens)
         if state.privacy is not None:
-            self._chronicle.charged_again(self._in_flight.charge(state.privacy))
+            self._chronicle.charged_before(self._in_flight.charge(state.privacy))
         self._progress.note(f"going on after round {checkpoint.round}")
         return state
 

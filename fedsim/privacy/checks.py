@@ -38,7 +38,7 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
             f"choose one of {names}. For an audit of the leak add privacy.unsafe_init=true."
         )
     if privacy.noise is NoiseSource.system and config.engine.name == "ray":
-        yield "privacy.noise=system: processes of engine=ray would have keys of their own, others after resume; use engine=inprocess."
+        yield "privacy.noise=system: each process of engine=ray would have its own key, and a new one after resume; use engine=inprocess."
     if privacy.unit is PrivacyUnit.client:
         yield from _client_reasons(config, method)
 

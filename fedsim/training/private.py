@@ -22,7 +22,7 @@ from fedsim.seeding import NoiseKey
 from fedsim.training.stack import Place, accumulate, on_device
 from fedsim.types import Adapter
 
-MANY = 1 << 20
+THREADED_FROM = 1 << 20
 """Numbers of a client for whose noise it pays to begin a thread; a normal one takes ten nanoseconds."""
 
 
@@ -124,7 +124,7 @@ class CohortDPOptimizer(DPOptimizer):
                 total.add_(on_device(noise, total.device))
 
         slots = range(len(self._sum))
-        if self._sum.shape[1] < MANY:
+        if self._sum.shape[1] < THREADED_FROM:
             add(map(drawn, slots))
             return
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each client has a generator of its own

@@ -217,6 +217,23 @@ def test_a_request_that_is_asked_again_is_answered_with_the_same_noise_also_by_a
     assert torch.equal(private_upload(tmp_path, 1.0), private_upload(tmp_path, 1.0))
 
 
+def test_what_is_asked_again_when_its_answer_is_not_kept_any_more_has_other_noise(tmp_path):
+    deployed = Deployed(privately(noise_multiplier=1.0), tmp_path)
+    size = len(deployed.flat("R"))
+
+    def answered(round):
+        (ask,) = deployed.strategy.asking.to_train(round, deployed.strategy._packer(), deployed.grid, [1])
+        deployed.restart()
+        return from_record(record_of(deployed.desks[1].answer(ask.message).content.array_records, client_key(1)), size)
+
+    first, second, again, twice = (answered(round) for round in (1, 2, 1, 1))
+    assert torch.equal(again, twice)
+    assert not torch.equal(first, again), "a new run of the same configuration"
+    assert len(deployed.desks[1]._budget._ledger.history(1)) == 1
+    assert deployed.desks[1]._budget._ledger.history(1)[0].steps == 3 * deployed.session.privacy_plan[1].round_mechanism.steps
+    assert not torch.equal(second, again)
+
+
 def test_what_is_asked_again_is_not_computed_again_and_costs_nothing_more(tmp_path, monkeypatch):
     config = privately(noise_multiplier=1.0)
     once = open_session(config).privacy_plan[1]

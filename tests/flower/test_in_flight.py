@@ -11,7 +11,7 @@ from clients.owner import Owner
 from fedsim.choices import Accountant, Init, PrivacyUnit
 from fedsim.config import EvaluationConfig
 from fedsim.flower.grid import InProcessGrid
-from fedsim.flower.in_flight import InFlight, line_of
+from fedsim.flower.in_flight import InFlight, charge_line
 from fedsim.flower.roster import Roster
 from fedsim.flower.server import serve
 from fedsim.privacy.accounting import Mechanism
@@ -21,7 +21,7 @@ ROUND, OTHER = Mechanism(1.0, 0.1, 4), Mechanism(1.0, 0.2, 4)
 
 
 def lines(number, mechanisms, digest="a"):
-    return [{"kind": "asked", "round": number}, {"kind": "charged", **line_of("training", number, digest, mechanisms)}]
+    return [{"kind": "asked", "round": number}, {"kind": "charged", **charge_line("training", number, digest, mechanisms)}]
 
 
 def test_all_that_was_asked_is_charged_once_and_the_same_again_is_covered():

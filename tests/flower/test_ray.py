@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fedsim.cli.main import main
-from fedsim.flower.ray_grid import part_of_a_gpu
+from fedsim.flower.ray_grid import gpu_share
 
 SMALL = (
     *("data.train_examples=30", "data.test_examples=4", "federation.clients=5", "federation.rounds=3", "training.batch_size=2"),
@@ -52,7 +52,7 @@ def run_in_process(*overrides):
     ("actors", "gpus", "part"), [(1, 0, 0), (2, 2, 1), (1, 4, 1), (3, 2, 1 / 2), (12, 8, 1 / 2), (16, 8, 1 / 2), (3, 1, 1 / 3)]
 )
 def test_every_actor_finds_room_on_one_of_the_gpus(actors, gpus, part):
-    found = part_of_a_gpu(actors, gpus)
+    found = gpu_share(actors, gpus)
     assert found == part
     assert not found or int(1 / found + 1e-9) * gpus >= actors
 

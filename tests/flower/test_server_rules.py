@@ -144,7 +144,7 @@ REFUSED = [
         ["method=centralized", "federation.fraction=0.1", "training.local_epochs=1"],
         "an epoch of centralized is over all of the data, .*fraction=0.1 over its clients' part; use training.local_steps",
     ),
-    (["engine=ray", "privacy=example", "privacy.noise=system"], "processes of engine=ray would have keys of their own"),
+    (["engine=ray", "privacy=example", "privacy.noise=system"], "each process of engine=ray would have its own key"),
     (["server.rule=trimmed_mean", "federation.clients=9"], "0.1 of the 9 clients of a round is nobody"),
     (["server.rule=trimmed_mean", "federation.clients=25", "federation.fraction=0.2"], "0.1 of the 5 clients"),
     (["server.rule=krum", "server.malicious=2", "federation.clients=6"], "needs 2 x malicious \\+ 3 clients in a round, got 2 of 6"),

@@ -173,7 +173,7 @@ def test_noise_has_its_standard_deviation_and_not_two_thirds_or_three_halves_of_
 def test_noise_of_large_adapters_is_drawn_by_several_threads_and_is_the_same(sequences, monkeypatch):
     cohort = clients(sequences)
     one_after_another = [result.factors for result in train(adapted_model(), cohort)]
-    monkeypatch.setattr("fedsim.training.private.MANY", 1)
+    monkeypatch.setattr("fedsim.training.private.THREADED_FROM", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert all(torch.equal(a.factors, b) for a, b in zip(train(adapted_model(), cohort), one_after_another, strict=True))
 
