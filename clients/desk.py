@@ -54,7 +54,6 @@ class Desk:
         self._store = ContextStore(folder / "memory")
         self._answers = Answers(folder / "answers")
         self._budget = Budget(folder / "privacy.json", owner)
-        self._noise_key = NoiseKey.kept_in(folder / "noise.key")
         self._session: Session | None = None
         self._data_digest = b""  # of the session's data
         self._loads = 0
@@ -86,11 +85,13 @@ class Desk:
         mechanism = self._acceptable_work(message.metadata.message_type, request, session)
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, self._store.load(experiment_key(asked)), {})
         own = RecordDict({**message.content, REQUEST: ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
-        experiment, kept = experiment_key(asked), mechanism is not None and not here.privacy.secure_aggregation
-        key = self._noise_key_of(message, here, session) if here.privacy.unit is not PrivacyUnit.none else session.noise_key
-        if kept and (said := self._answers.said(experiment, key)) is not None:
-            return Message(said, reply_to=message)
-        session.noise_key = self._answers.unused(experiment, key) if kept else key
+        kind, digest = message.metadata.message_type, ""
+        if mechanism is not None and not here.privacy.secure_aggregation:  # behind masks no answer is of any use a second time
+            digest = self._digest_of(message, here, session)
+            if (said := self._answers.said(kind, digest)) is not None:
+                return Message(said, reply_to=message)
+        if here.privacy.unit is not PrivacyUnit.none:
+            session.noise_key = NoiseKey.secret()  # of this answer and no other
         if mechanism is not None:
             self._budget.check(mechanism, self._num_examples(session))
         reply = handle(Message(own, metadata=message.metadata), context)  # type: ignore[call-overload]  # as Flower itself rebuilds them
@@ -99,9 +100,9 @@ class Desk:
             return reply
         if mechanism is not None:
             self._budget.charge(mechanism, self._num_examples(session))
-        self._store.save(experiment, context.state)
-        if kept:
-            self._answers.keep(experiment, key, reply.content)
+        self._store.save(experiment_key(asked), context.state)
+        if digest:
+            self._answers.keep(kind, digest, reply.content)
         return reply
 
     def _acceptable(self, request: ConfigRecord) -> Config:
@@ -155,18 +156,15 @@ class Desk:
         """Whether the run or the owner promises the people in the data any privacy."""
         return config.privacy.unit is not PrivacyUnit.none or self._owner.min_privacy != PrivacyUnit.none.name
 
-    def _noise_key_of(self, message: Message, here: Config, session: Session) -> NoiseKey:
-        """Returns the key of the noise of this request: the same when it is asked again, another for any other request or other data.
-
-        So a repetition tells nothing new, and no two replies hold the same noise around different values, whatever a server asks.
-        """
+    def _digest_of(self, message: Message, here: Config, session: Session) -> str:
+        """Returns what tells a request, and the data and the model that it is answered from, from any other."""
         request = message.content.config_records[REQUEST]
         asked = {name: value for name, value in request.items() if name not in ("config", ADAPTER, BASES, FOLD, "fold_shapes", "fold_on")}
         named = texts(request, "digests") if "digests" in request else {}
         installed = {part: value for part, value in session.digests.items() if part not in named}  # what it does not name stays as it is
         self._data_digest = self._data_digest or digest_of(session.client_data(self._owner.client).examples)
         words = (message.metadata.message_type, repr(sorted(asked.items())), repr(sorted(installed.items())))
-        return self._noise_key.under(experiment_key(here), self._data_digest, *words)
+        return hashlib.sha256(repr((experiment_key(here), self._data_digest, *words)).encode()).hexdigest()
 
     def _opened(self, config: Config) -> Session:
         begun, session = time.perf_counter(), open_session(config)

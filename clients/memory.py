@@ -8,6 +8,7 @@ import io
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
@@ -18,7 +19,6 @@ from fedsim.files import atomic_write, atomic_write_json
 from fedsim.plain import to_dict, with_a_result
 from fedsim.privacy.accounting import Mechanism, default_delta
 from fedsim.privacy.ledger import PrivacyLedger
-from fedsim.seeding import NoiseKey
 
 log = logging.getLogger("fedsim.worker")
 
@@ -59,43 +59,28 @@ class ContextStore:
 
 
 class Answers:
-    """The last noised answer of each experiment: a client that is asked the same again says the very same again.
+    """The last noised answer of each kind: a client that is asked the same again says the very same again, and it costs nothing more.
 
-    To train anew with the same noise would not do: on a GPU no two runs are equal to the last bit, and how much memory is free decides how
-    examples are packed. The difference of two such answers would have no noise in it. So what is not kept any more gets other noise.
+    Everything else has noise that nothing else ever has. To train anew with the same noise would not do: on a GPU no two runs are equal to
+    the last bit, and how much memory is free decides how examples are packed. The difference of two such answers would have no noise in it.
     """
 
-    RECORD, LAST, USED = "answers", "last", "used"
+    RECORD, DIGEST = "answers", "digest"
 
     def __init__(self, folder: Path) -> None:
         self._store = ContextStore(folder)
 
-    def said(self, experiment: str, key: NoiseKey) -> RecordDict | None:
-        """Returns what was answered with the noise of this key, None where that was not the last answer."""
-        kept = self._store.load(experiment)
-        if self.RECORD not in kept.config_records or kept.config_records[self.RECORD][self.LAST] != _digest(key):
+    def said(self, kind: str, digest: str) -> RecordDict | None:
+        """Returns what was answered to the request of this digest, None where that was not the last of its kind."""
+        kept = self._store.load(kind)
+        if self.RECORD not in kept.config_records or kept.config_records[self.RECORD][self.DIGEST] != digest:
             return None
         del kept[self.RECORD]
         return kept
 
-    def unused(self, experiment: str, key: NoiseKey) -> NoiseKey:
-        """Returns the key itself, or one that is made of it where answers with its noise have left that are not kept any more."""
-        times = self._used(experiment).count(_digest(key))
-        return key.under("again", times) if times else key
-
-    def keep(self, experiment: str, key: NoiseKey, content: RecordDict) -> None:
-        """Makes this the last answer to the request of this key, also after a power cut."""
-        told = ConfigRecord({self.LAST: _digest(key), self.USED: [*self._used(experiment), _digest(key)]})
-        self._store.save(experiment, RecordDict({**content, self.RECORD: told}))
-
-    def _used(self, experiment: str) -> list[str]:
-        record = self._store.load(experiment).config_records.get(self.RECORD)
-        return [] if record is None else list(record[self.USED])  # type: ignore[arg-type]
-
-
-def _digest(key: NoiseKey) -> str:
-    """Returns what tells keys apart and tells nothing of them."""
-    return hashlib.sha256(b"answer" + key.key).hexdigest()
+    def keep(self, kind: str, digest: str, content: RecordDict) -> None:
+        """Makes this the last answer of its kind, also after a power cut."""
+        self._store.save(kind, RecordDict({**content, self.RECORD: ConfigRecord({self.DIGEST: digest})}))
 
 
 class Budget:
@@ -103,7 +88,7 @@ class Budget:
 
     def __init__(self, path: Path, owner: Owner) -> None:
         self._path, self._owner = path, owner
-        self._ledger = PrivacyLedger.from_json(json.loads(path.read_bytes())) if path.exists() else None
+        self._ledger = PrivacyLedger.from_json(_renumbered(json.loads(path.read_bytes()), owner.client)) if path.exists() else None
 
     def check(self, mechanism: Mechanism, num_examples: int) -> None:
         """Raises RefusedError if the client's epsilon would be above its owner's limit after the mechanism."""
@@ -127,3 +112,8 @@ class Budget:
         ledger.hold_at(client, delta if self._owner.delta else min(delta, ledger.delta(client)))
         ledger.budget = self._owner.max_epsilon
         return ledger
+
+
+def _renumbered(ledger: dict[str, Any], client: int) -> dict[str, Any]:
+    """Returns the history under the client's present number: what was spent was spent, whatever the number was then."""
+    return ledger | {"clients": [[client, *history] for _, *history in ledger["clients"]]}

@@ -62,7 +62,7 @@ class Owner:
     idle_minutes: float = 60.0
     """The worker ends after so long without work; the next message starts it again."""
     folder: str = "worker"
-    """Where the worker keeps its socket, log, memory, last answers, accountant and noise key."""
+    """Where the worker keeps its socket, log, memory, last answers and accountant."""
 
 
 def owner_text(owner: Owner) -> str:

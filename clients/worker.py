@@ -23,6 +23,7 @@ from fedsim.errors import UserError
 LOG, LOCK, START_LOCK = "worker.log", "worker.lock", "start.lock"
 LONGEST_SOCKET_PATH = 100  # Linux takes 107 bytes, macOS 103
 STALLED_SECONDS = 60.0
+LEAVING_SECONDS = 20.0  # how long a worker that ends may take until it is gone
 """A client app that has begun a message and sends nothing more for so long is given up."""
 
 log = logging.getLogger("fedsim.worker")
@@ -94,7 +95,9 @@ def stop(owner: Owner, seconds: float = 20.0) -> bool:
 def serve(owner: Owner) -> int:
     """Answers messages until the worker has been idle for long, or is told to end. Returns the exit code."""
     folder = private_folder(owner)
-    lock = take_lock(folder / LOCK)
+    ends = time.monotonic() + LEAVING_SECONDS
+    while (lock := take_lock(folder / LOCK)) is None and time.monotonic() < ends and not socket_path(owner).exists():
+        time.sleep(0.05)  # one that is ending has no socket any more, and its lock until it is gone
     if lock is None:
         raise UserError(f"Expected no worker in {folder}, but process {running_pid(owner)} is one. Stop it: fedsim worker FILE --stop")
     os.ftruncate(lock, 0)

@@ -212,7 +212,7 @@ class ServerConfig:
     tau: float = 1e-3
     """Adaptivity: term added to the denominator of the adaptive ones."""
     max_update_norm: Optional[float] = 1e6
-    """Largest L2 norm of a client's update that is believed; null believes all that are finite."""
+    """Largest L2 norm of a client's update, and of a change of its control variate, that is believed; null believes all that are finite."""
     over_norm: OverNorm = OverNorm.refuse
     """What is done with an update beyond max_update_norm."""
 

@@ -288,7 +288,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     """Runs the block with every update folded into a dense weight, for inference at the speed of the base model.
 
     The base weights are not touched, so the state afterwards is bit for bit the one before. Costs one copy of the adapted weights. Where
-    the base is in bfloat16 or float16 nothing is folded: most of a small update would be lost, and the evaluated model not be the trained one.
+    the base is in bfloat16 or float16 nothing is folded: most of a small update would be lost, and another model evaluated.
     """
     fine = {name: layer for name, layer in adapted_layers(model).items() if not _is_coarse(weight_matrix(layer.base))}
     with _in_place_of(fine, lambda layer: weight_matrix(layer.base) + layer.update()):

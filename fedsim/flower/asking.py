@@ -106,8 +106,7 @@ class Asking:
 
     def not_in_flight(self, what: str, server_round: int, costs: dict[int, Mechanism]) -> dict[int, Mechanism]:
         """Returns the costs without those of requests that a run which was resumed has been charged for before; see `InFlight`."""
-        names_others = self._session.config.privacy.secure_aggregation and self._unit is PrivacyUnit.example  # the largest that came
-        if names_others or not self._in_flight.concerns(what, server_round):
+        if self._session.config.privacy.secure_aggregation or not self._in_flight.concerns(what, server_round):
             return costs
         digest = self._state.adapter_digest()
         return {client: cost for client, cost in costs.items() if not self._in_flight.covers(what, server_round, digest, client, cost)}
@@ -115,7 +114,7 @@ class Asking:
     def charge_privacy(self, server_round: int) -> None:
         """Writes the round down before anything of it leaves a client; who is drawn by a coin is charged, drawn or not.
 
-        A client that is asked the same again sends its kept answer, or behind masks trains with the same noise, which costs nothing more.
+        A client that is asked the same again in a round sends its kept answer, which costs nothing more.
         """
         for client, mechanism in self.charged(server_round).items():
             self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ from fedsim.core.communication import CommunicationLedger
 from fedsim.core.fedbuff import Flush, Job, Queue, Update, staleness_weight
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing
+from fedsim.errors import RunStopped
 from fedsim.flower.aggregation import Aggregation
 from fedsim.flower.asking import Ask, Asking
 from fedsim.flower.charging import Charges
@@ -59,6 +60,12 @@ class BufferedRound(Round):
                 aggregation.add(self._upload(job, update, start))
                 self._ledger.add_rows([row | {"round": self._round} for row in update.sent])
                 self.facts.staleness.append(self._age(job))
+        if self._flush.arrived and not self.facts.clients:
+            details = sorted({each.detail for each in self.facts.missing})
+            raise RunStopped(
+                f"Expected updates in the buffer of round {self._round}, but all that arrived were refused{': ' if details else ''}"
+                f"{'; '.join(details)[:300]}. Where training has diverged, lower training.learning_rate and begin anew."
+            )
         aggregation.finish()
 
     def _upload(self, job: Job, update: Update, start: Tensor) -> Upload:

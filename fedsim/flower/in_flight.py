@@ -1,9 +1,8 @@
 """What a deployment was charged after the checkpoint from which it goes on: its clients may have answered before the server died.
 
-A client that is asked the same again sends its kept answer, which costs nothing more. Where the request is another one, because
-the global state is another, other clients are there or one has more data, there are two answers, and both are charged. That a client has
-other data of the same size only its own accountant can know, which counts every answer. Behind masks a round is unmasked over the same
-clients or not at all (`fedsim.flower.secure_worker`), but with privacy=example the request names what those who came have.
+A client that is asked the same again sends its kept answer, the last of its kind, which costs nothing more. Any other request is answered
+with other noise, and both are charged; so is every request behind masks, of which no answer is kept. That a client has other data of the
+same size, and so gives another answer, only its own accountant can know.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,8 @@ from fedsim.privacy.ledger import PrivacyLedger
 
 CHARGED = "charged"
 """Kind of the audit log's lines of what privacy costs."""
+BEFORE = "before"
+"""Marks lines that repeat, after a resumption, what lines before it have said."""
 GRADIENT, TRAINING = "initial gradient", "training"
 """What clients are asked for."""
 
@@ -31,28 +32,27 @@ class InFlight:
     """Charges that have no checkpoint yet, out of the lines of an audit log that a resumption supersedes."""
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._rounds: dict[tuple[str, int, str], dict[tuple[int, Mechanism], None]] = {}  # the keys are what was charged, in order
+        self._charges: list[tuple[str, int, str, int, Mechanism]] = []  # what, round, digest of the adapter, client and mechanism
         for line in lines:
-            if line.get("kind") != CHARGED or "mechanisms" not in line:
+            if line.get("kind") != CHARGED or line.get(BEFORE) or "mechanisms" not in line:
                 continue
-            charged = self._rounds.setdefault((line["what"], line["round"], line["adapter_digest"]), {})
             for each in line["mechanisms"]:
                 mechanism = Mechanism(each["noise_multiplier"], each["sampling_rate"], each["steps"], each["name"])
-                charged |= dict.fromkeys((client, mechanism) for client in each["clients"])
+                request = line["what"], line["round"], line["adapter_digest"]
+                self._charges += [(*request, client, mechanism) for client in each["clients"]]
+        self._last = {(what, client): (number, digest, mechanism) for what, number, digest, client, mechanism in self._charges}
 
     def charge(self, ledger: PrivacyLedger) -> list[dict[str, Any]]:
-        """Charges all of it, what was asked several times in the same words once, and returns the lines that say so in the audit log."""
-        lines = []
-        for (what, number, digest), charged in self._rounds.items():
-            for client, mechanism in charged:
-                ledger.charge(client, mechanism)
-                lines.append(charge_line(what, number, digest, {client: mechanism}))
-        return lines
+        """Charges all of it, and returns the lines that say so in the audit log."""
+        for *_, client, mechanism in self._charges:
+            ledger.charge(client, mechanism)
+        told = [charge_line(what, number, digest, {client: each}) for what, number, digest, client, each in self._charges]
+        return [{**line, BEFORE: True} for line in told]
 
     def concerns(self, what: str, number: int) -> bool:
         """Whether anything of this kind was asked for in the round, so that it pays to know the digest of the global state."""
-        return any(key[:2] == (what, number) for key in self._rounds)
+        return any(each[:2] == (what, number) for each in self._charges)
 
     def covers(self, what: str, number: int, adapter_digest: str, client: int, mechanism: Mechanism) -> bool:
-        """Whether the client was charged for this very request: it costs nothing more."""
-        return (client, mechanism) in self._rounds.get((what, number, adapter_digest), {})
+        """Whether the client was charged for this very request, the last of its kind, whose answer it keeps: it costs nothing more."""
+        return self._last.get((what, client)) == (number, adapter_digest, mechanism)

@@ -146,6 +146,9 @@ class Reader:
     def _control(self, client: int, own: dict[str, ArrayRecord]) -> Tensor:
         change = from_record(record_of(own, control_key(client)), len(self._start))
         self._charges.up(self._round, client, Purpose.control, len(self._start), own.pop(control_key(client)))
+        most, norm = self._config.server.max_update_norm, float(change.double().norm())
+        if most is not None and norm > most:
+            raise ValueError(f"Expected a change of the control variate of norm {most:g} at most (server.max_update_norm), got {norm:.3g}.")
         return change
 
 

@@ -61,6 +61,12 @@ def shares(session: Session, request: Request, message: Message, context: Contex
         peers = identifiers(record, "peers")
         arrays = arrays_from_record(record, {"peers": (torch.int64, (len(peers),)), "keys": (torch.uint8, (len(peers), 2 * KEY_BYTES))})
         publics = [(bytes(row[:KEY_BYTES]), bytes(row[KEY_BYTES:])) for row in arrays["keys"].numpy()]
+        least = max(2, fewest_survivors(len(peers) + 1, session.config.secure.threshold))
+        if not peers or thresholds[client] < least:
+            raise ValueError(
+                f"Expected neighbours and a threshold of {least} or more (secure.threshold), got {len(peers)} and {thresholds[client]}: "
+                "too few could open the sum."
+            )
         sealed = party.share(dict(zip(peers, publics, strict=True)), thresholds[client])
         _keep(context, party)
         content[secure_key(client)] = arrays_to_record({"sealed": _rows([sealed[peer] for peer in peers], SEALED_BYTES)})
@@ -109,14 +115,14 @@ def _unmask_once(context: Context, client: int, what: str, survivors: Sequence[i
 
     A round that is done again, by a server that was resumed, has the same uploads: two sums would differ by those of single clients.
     """
-    kept, key = context.state.config_records, f"unmasked-{client}"
-    digest = hashlib.sha256(repr(sorted(survivors)).encode()).hexdigest()
-    if key in kept and kept[key]["what"] == what and kept[key]["survivors"] != digest:
+    key, digest = f"unmasked-{client}", hashlib.sha256(repr(sorted(survivors)).encode()).hexdigest()[:32]
+    kept = context.state.config_records.get(key, ConfigRecord())
+    if kept.setdefault(what, digest) != digest:
         raise ValueError(
             f"Expected the survivors of the sum that client {client} has helped to unmask before, got others: the difference of the two "
             "sums would show single uploads. Start a new run with another seed."
         )
-    context.state[key] = ConfigRecord({"what": what, "survivors": digest})
+    context.state[key] = ConfigRecord(dict(kept))
 
 
 def present(session: Session, request: Request, stage: Stage) -> list[int]:

@@ -7,7 +7,8 @@ whole, so a run that was killed at any moment goes on from the last checkpoint a
 
 import errno
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -27,7 +28,7 @@ from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.participation import server_adds_noise
 from fedsim.core.traffic import needed_for_gradients, refresh_due
 from fedsim.effective import effective
-from fedsim.errors import RunStopped
+from fedsim.errors import RunStopped, UserError
 from fedsim.flower.asking import keeps_memory
 from fedsim.flower.chronicle import Chronicle
 from fedsim.flower.ending import finish
@@ -75,7 +76,7 @@ def serve(
     with display(config.federation.rounds, evaluations, quiet=quiet) as progress:
         progress.phase("loading model and data")
         session = open_session(config)
-        with RunFolder.open(config) as folder:
+        with _room_told(config), RunFolder.open(config) as folder:
             if folder.finished_summary is not None:
                 progress.note(f"{folder.folder} holds a finished run: nothing is left to do")
                 summary = folder.finished_summary | {"run_dir": str(folder.folder)}  # it may have been moved since
@@ -84,6 +85,20 @@ def serve(
     if not quiet:
         print(f"\n{summary_table(summary)}")
     return summary
+
+
+@contextmanager
+def _room_told(config: Config) -> Iterator[None]:
+    """Turns a disk without room into RunStopped."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise RunStopped(
+            f"Expected room for the files of the run{f' in {config.run_dir}' if config.run_dir else ''}, but: {error.strerror}. "
+            "The last good checkpoint is kept: free some space and go on with resume=true."
+        ) from None
 
 
 class Run:
@@ -120,7 +135,8 @@ class Run:
                     return self._finish(state)
                 self._next_round(state, strategy)
         except KeyboardInterrupt:
-            self._folder.event("interrupted")
+            with suppress(OSError):  # no room for it: that it was stopped is what matters
+                self._folder.event("interrupted")
             raise KeyboardInterrupt(str(self._folder.folder)) from None
         except torch.OutOfMemoryError as error:
             raise RunStopped(
@@ -128,13 +144,6 @@ class Run:
                 "checkpoint is kept: lower evaluation.tokens_per_pass or engine.cohort_size, add training.activation_checkpointing=true, "
                 "and go on with resume=true."
             ) from error
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            raise RunStopped(
-                f"Expected room for the files of the run in {self._folder.folder}, but: {error.strerror}. "
-                "The last good checkpoint is kept: free some space and go on with resume=true."
-            ) from None
 
     def _strategy(self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None) -> FedsimStrategy:
         homes = None if self._roster is None else self._roster.homes
@@ -243,6 +252,11 @@ class Run:
         checkpoint = self._folder.last_checkpoint()
         if checkpoint is None:
             return None
+        if self._roster is None and not self._contexts and keeps_memory(self._config, self._session.method):
+            raise UserError(
+                "Expected resume=true where clients' memories are kept with the run, got Flower's own simulation, which forgets them. "
+                "Begin anew with `fedsim run`, in one process or on Ray."
+            )
         state = restored(checkpoint, self._session, self._contexts)
         tokens = checkpoint.state.get("tokens_per_pass") or TokenBudget.of(self._config.training, self._session.model).tokens
         self._session.budget, self._chronicle.tokens_per_pass = TokenBudget(tokens), tokens

@@ -114,9 +114,12 @@ def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Co
             "Go on with that version, or begin anew with overwrite=true."
         )
     shared = _shared(session.initial_state(tensors[FACTOR]), facts, tensors)
-    for node, context in contexts.items():
-        for client, own in _by_client(tensors[MEMORY], node).items():
-            write_memory(context, {client: own}, shared.accepted[client], shared.accepted)
+    nodes = sorted(contexts)
+    for client, own in _by_client(tensors[MEMORY]).items():
+        if not nodes:
+            raise UserError("Expected to go on in one process or on Ray, where clients' memories are kept with the run. Use `fedsim run`.")
+        context = contexts[nodes[client % len(nodes)]]  # as `Asking.cohorts` has it, whatever the number of nodes was
+        write_memory(context, {client: own}, shared.accepted[client], shared.accepted)
     if facts["adapter_digest"] != shared.adapter_digest():
         raise ValueError(f"Expected a state with digest {facts['adapter_digest'][:16]}..., got {shared.adapter_digest()[:16]}....")
     return State(
@@ -164,11 +167,10 @@ def _by_first_part(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def _by_client(tensors: dict[str, Tensor], node: int) -> Memory:
-    """Returns the memories of a node's clients, of tensors named node/client/name."""
+def _by_client(tensors: dict[str, Tensor]) -> Memory:
+    """Returns the memories of clients, of tensors named node/client/name."""
     memory: Memory = {}
     for name, tensor in tensors.items():
-        owner, client, what = name.split("/")
-        if int(owner) == node:
-            memory.setdefault(int(client), {})[what] = tensor
+        _, client, what = name.split("/")
+        memory.setdefault(int(client), {})[what] = tensor
     return memory

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -27,7 +27,7 @@ from fedsim.flower.charging import Charges
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.gathering import Failure, gathered
 from fedsim.flower.in_flight import GRADIENT, InFlight
-from fedsim.flower.reading import DIVERGED
+from fedsim.flower.reading import DIVERGED, MOST
 from fedsim.flower.records import numbers
 from fedsim.flower.requests import REQUEST
 from fedsim.flower.rounds import GradientRound, Round, TrainingRound
@@ -286,6 +286,8 @@ class FedsimStrategy:
             try:
                 metrics = reply.content.metric_records[METRICS]
                 found = {task: [sum(numbers(metrics, f"{task}/{name}")) for name in names] for task in sums}
+                for each in found.values():
+                    _check_answers(*each)
             except (KeyError, ValueError) as error:
                 reason = str(error)
                 continue  # so are those of a client whose own data has other tasks
@@ -306,6 +308,15 @@ class FedsimStrategy:
         for node, clients in self.cohorts(range(self._session.config.federation.clients), grid):
             content = RecordDict({**records, REQUEST: self.asking.request(clients, server_round, told, tasks=[*self._session.data.test])})
             yield Ask(Message(content, node, EVALUATE, group_id=str(server_round)), tuple(clients))
+
+
+def _check_answers(correct: float, loss: float, num_examples: float, num_losses: float) -> None:
+    """Raises ValueError for what no evaluation gives."""
+    counts = (correct, num_losses, num_examples)
+    if not all(isfinite(each) for each in (*counts, loss)) or not all(0 <= each <= num_examples <= MOST for each in counts) or loss < 0:
+        raise ValueError(
+            f"Expected right answers and losses of at most all questions, got {correct}, {loss}, {num_examples} and {num_losses}."
+        )
 
 
 def too_few(replied: int, least: int, missing: Sequence[Missing]) -> str:

@@ -72,6 +72,13 @@ def test_a_delta_of_the_number_of_examples_only_shrinks(tmp_path):
     assert left(50) == default_delta(1000)
 
 
+def test_what_was_spent_was_spent_whatever_the_clients_number_was(tmp_path):
+    Budget(tmp_path / "privacy.json", Owner(4)).charge(STEP, 100)
+    renumbered = Budget(tmp_path / "privacy.json", Owner(7))
+    renumbered.charge(STEP, 100)
+    assert renumbered._ledger.history(7) == (replace(STEP, steps=20),)
+
+
 def test_what_was_only_asked_is_not_charged(tmp_path):
     budget = Budget(tmp_path / "privacy.json", Owner(0, max_epsilon=100.0))
     budget.check(STEP, 100)

@@ -9,6 +9,7 @@ from rounds import changed, of_method
 
 from fedsim.choices import Init, OverNorm
 from fedsim.core.missing import Reason
+from fedsim.flower.records import to_record
 
 CONFIG = of_method("fed_sb", federation={"clients": 4}, data={"train_examples": 32})
 
@@ -152,6 +153,16 @@ def test_a_control_variate_beside_a_refused_update_is_charged():
     mine = {"client": 2, "direction": "uplink", "purpose": "control"}
     assert run.moved("serialized_bytes", **mine) > 0
     assert run.moved("parameters", **mine) == 0
+
+
+def test_a_control_variate_beyond_the_bound_is_refused_with_its_update():
+    config = changed(CONFIG, training={"scaffold": True})
+    size = len(faulty(config, {}).flat("R"))
+    run = faulty(config, {(1, 2): lambda reply: rebuilt(reply, control_2=to_record(torch.full((size,), 1e30)))}).next()
+    (missing,) = run.strategy.facts.missing
+    assert (missing.client, missing.reason) == (2, Reason.refused_by_server)
+    assert "control variate of norm 1e+06 at most" in missing.detail
+    assert float(run.state.control.norm()) < 1e6
 
 
 def test_an_initial_gradient_that_is_refused_is_charged():

@@ -24,17 +24,20 @@ def lines(number, mechanisms, digest="a"):
     return [{"kind": "asked", "round": number}, {"kind": "charged", **charge_line("training", number, digest, mechanisms)}]
 
 
-def test_all_that_was_asked_is_charged_once_and_the_same_again_is_covered():
-    asked = [*lines(3, {0: ROUND, 1: ROUND, 2: OTHER}), *lines(3, {0: ROUND, 1: OTHER}), *lines(3, {0: ROUND}, "b")]
+def test_all_that_was_asked_is_charged_and_the_last_of_it_is_covered_if_it_is_asked_again():
+    asked = [*lines(2, {0: ROUND}), *lines(3, {0: ROUND, 1: ROUND, 2: OTHER}), *lines(3, {1: OTHER}, "b")]
     flying, ledger = InFlight(json.loads(json.dumps(asked))), PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
     told = flying.charge(ledger)
-    assert ledger.history(0) == (replace(ROUND, steps=8),), "from two global states"
+    assert ledger.history(0) == (replace(ROUND, steps=8),), "two rounds"
     assert ledger.history(1) == (ROUND, OTHER)
     assert ledger.history(2) == (OTHER,)
     again = PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
-    InFlight([{"kind": "charged", **line} for line in told]).charge(again)
-    assert again.to_json() == ledger.to_json(), "the lines that tell of it say the same"
+    InFlight([*asked, *({"kind": "charged", **line} for line in told)]).charge(again)
+    assert again.to_json() == ledger.to_json(), "lines that repeat what was said are not said twice"
     assert flying.covers("training", 3, "a", 0, ROUND)
+    assert not flying.covers("training", 3, "a", 1, ROUND), "the answer to that is not kept any more"
+    for other in (("training", 2, "a", 0, ROUND),):
+        assert not flying.covers(*other)
     for other in (("initial gradient", 3, "a", 0, ROUND), ("training", 4, "a", 0, ROUND), ("training", 3, "c", 0, ROUND)):
         assert not flying.covers(*other)
     assert not flying.covers("training", 3, "a", 0, OTHER)
@@ -100,9 +103,8 @@ def test_a_resumed_deployment_charges_what_its_clients_may_have_answered_before(
         journal = [json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
         (start,) = [place for place, line in enumerate(journal) if line["kind"] == "resumed"]
         standing = journal[: journal[start]["goes_on_from"]] + journal[start:]
-        ledger = PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
-        InFlight(standing).charge(ledger)
-        assert sum(mechanism.steps for mechanism in ledger.history(1)) == once, "the audit log adds up to the same"
+        charged = [each for line in standing if line["kind"] == "charged" for each in line["mechanisms"] if 1 in each["clients"]]
+        assert sum(each["steps"] for each in charged) == once, "the audit log adds up to the same"
     else:
         rates = {each["sampling_rate"] for each in told_by_server[1] if each["name"] == ("training" if again == 2 else "initialization")}
         assert len(rates) == 2, "those of 18 and of 27 examples"

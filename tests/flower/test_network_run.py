@@ -15,7 +15,7 @@ from fedsim.core.fedbuff import staleness_weight
 from fedsim.core.missing import Reason
 from fedsim.core.network import Link
 from fedsim.effective import effective
-from fedsim.errors import UserError
+from fedsim.errors import RunStopped, UserError
 from fedsim.experiment import run
 from fedsim.flower.simulated import set_up_seconds
 from fedsim.local_round import train_clients
@@ -197,7 +197,8 @@ def test_a_buffered_run_does_not_depend_on_cohorts_and_workers(tmp_path):
 def test_what_is_refused_fills_no_buffer_and_is_charged(tmp_path):
     rounds = Rounds(changed(buffered(tmp_path), server={"max_update_norm": 1e-9}))
     start = rounds.flat("R")
-    rounds.next(2)
+    with pytest.raises(RunStopped, match=r"buffer of round 1, but all that arrived were refused: .*max_update_norm"):
+        rounds.next()
     torch.testing.assert_close(rounds.flat("R"), start)
     assert rounds.state.buffer.updates == {}
     assert {each.reason for each in rounds.strategy.facts.missing} == {Reason.refused_by_server}

@@ -7,12 +7,15 @@ import pytest
 import torch
 from rounds import changed, of_method
 
+from clients.app import app
 from fedsim.checkpoints import Store, load, saved
 from fedsim.choices import Init, Mode
 from fedsim.errors import UserError
 from fedsim.experiment import run
 from fedsim.flower import ending
+from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Reader
+from fedsim.flower.server import serve
 from fedsim.session import _open
 from fedsim.training import loss
 from fedsim.training.loss import row_losses
@@ -62,6 +65,30 @@ def outcome(folder):
         last.tensors,
         last.state["state"]["held"],
     )
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 1), (0, 1)])
+@pytest.mark.parametrize("name", ["fedsa_lora", "scaffold", "moments and residues"])
+def test_what_clients_keep_is_found_by_another_number_of_workers(name, before, after, tmp_path, monkeypatch):
+    whole, part = (in_folder(OPTIONS[name], tmp_path / folder) for folder in ("whole", "part"))
+    grid = InProcessGrid(app)
+    serve(grid, whole, grid.contexts, quiet=True)
+    grid = InProcessGrid(app, before or 1)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2 * 3 + 1)
+        with pytest.raises(KeyboardInterrupt):
+            serve(grid, part, grid.contexts if before else None, quiet=True)
+    grid, again = InProcessGrid(app, after), replace(part, resume=True)
+    if not before:
+        with pytest.raises(UserError, match="Flower's own simulation, which forgets them"):
+            serve(grid, again, quiet=True)
+        return
+    serve(grid, again, grid.contexts, quiet=True)
+    tensors = [load(saved(tmp_path / folder / "checkpoints")[-1]).tensors for folder in ("whole", "part")]
+    tensors = [{key.rpartition("memory/")[2].partition("/")[2] or key: value for key, value in each.items()} for each in tensors]
+    assert tensors[0].keys() == tensors[1].keys()
+    for key, value in tensors[0].items():
+        torch.testing.assert_close(tensors[1][key], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flower.rounds import Rounds, changed, of_method
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from scipy import stats
 
 from clients.app import app
@@ -18,6 +18,7 @@ from fedsim.cli.compose import compose
 from fedsim.core.dropout import Stage, vanishes
 from fedsim.core.methods import METHODS
 from fedsim.core.missing import Reason
+from fedsim.core.secure_aggregation import Party
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.experiment import run
@@ -25,8 +26,10 @@ from fedsim.flower import secure_worker
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import arrays_to_record, serialized_bytes
 from fedsim.flower.strategy import FedsimStrategy
+from fedsim.flower.worker import handle
 from fedsim.initial_gradient import client_gradient
 from fedsim.local_round import train_clients
+from fedsim.plain import to_dict
 from fedsim.session import _open
 
 LINEAR = [name for name, method in METHODS.items() if method.linear and not method.pooled]
@@ -166,6 +169,29 @@ def test_the_server_keeps_no_secret_and_workers_forget_theirs():
         for record in content.array_records.values()
     ]
     assert len(set(keys)) == 2 * 3, "new keys in each round"
+
+
+@pytest.mark.parametrize(("peers", "threshold"), [((), 1), ((1, 2), 2)])
+def test_a_client_shares_no_secret_below_the_threshold_of_the_configuration(peers, threshold):
+    config = changed(of_method("fed_sb", **SECURE), secure={"threshold": 0.9})
+    secure = secure_rounds(config)
+    node = secure.grid.contexts[1]
+    told = {"config": json.dumps(to_dict(config)), "clients": [0], "round": 1}
+    handle(Message(RecordDict({"request": ConfigRecord(told)}), 1, "query.secure_keys"), node)
+    keys = [Party(peer).public for peer in peers]
+    record = arrays_to_record(
+        {
+            "peers": torch.tensor(peers, dtype=torch.int64),
+            "keys": torch.frombuffer(bytearray(b"".join(a + b for a, b in keys)), dtype=torch.uint8).view(len(peers), 64)
+            if peers
+            else torch.zeros(0, 64, dtype=torch.uint8),
+        }
+    )
+    asked = RecordDict({"request": ConfigRecord({**told, "thresholds": [threshold]}), "secure-0": record})
+    with pytest.raises(
+        ValueError, match=rf"a threshold of {3 if peers else 2} or more \(secure.threshold\), got {len(peers)} and {threshold}"
+    ):
+        handle(Message(asked, 1, "query.secure_shares"), node)
 
 
 def test_two_sums_of_one_round_over_others_are_never_unmasked(monkeypatch):

@@ -9,7 +9,7 @@ from fedsim.choices import Optimizer
 from fedsim.core.adapters import merged
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import arrays_to_record
-from fedsim.flower.worker import handle, memory_key, read_memory, write_memory
+from fedsim.flower.worker import METRICS, handle, memory_key, read_memory, write_memory
 from fedsim.training.evaluation import evaluate
 
 
@@ -105,3 +105,27 @@ def test_clients_answer_for_their_own_models_what_one_evaluation_over_all_questi
             assert whole.num_losses == len(questions)
     if max_length < 512:
         assert any(0 < each["num_losses"] < each["num_examples"] for each in found.values())
+
+
+@pytest.mark.parametrize("column", ["num_examples", "correct", "loss", "num_losses"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e9, -1.0])
+def test_what_no_evaluation_gives_is_not_believed_of_a_client(column, value):
+    rounds = Rounds(of_method("fedsa_lora", data={"train_examples": 24, "test_examples": 8}), workers=3)
+    honest = rounds.grid._app
+
+    def lying(message, context):
+        reply = honest(message, context)
+        if context.node_id == 2:
+            metrics = reply.content.metric_records[METRICS]
+            for name in [name for name in metrics if name.endswith(f"/{column}")]:
+                metrics[name] = [value] * len(metrics[name])
+        return reply
+
+    rounds.strategy.asking.homes = lambda clients: {client: client + 1 for client in clients}
+    rounds.grid._app = lying
+    found = rounds.strategy.personal_evaluation(0, rounds.grid)
+    if column in ("loss", "num_examples") and value == 1e9:
+        return  # a number that a client's own data may have
+    for each in found.values():
+        assert each["num_examples"] < 8, "its questions are left out"
+        assert 0 <= each["accuracy"] <= 1
