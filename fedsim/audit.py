@@ -102,7 +102,7 @@ class Auditor:
         delta, confidence = spent["delta"] if spent else 0.0, self._config.audit.confidence
         coins = [canary.inside for canary in self._session.canaries]
         scores = {part: self._scores(part) for part in Part if any(seen is part for seen, _ in self._seen)}
-        found = {part.name: Finding(claimed(spent, part), audit(own, coins, delta, confidence)) for part, own in scores.items()}
+        found = {part.name: Finding(self._claimed(spent, part), audit(own, coins, delta, confidence)) for part, own in scores.items()}
         if not scores:
             raise UserError(
                 "audit.canaries: no client with a canary took part in the run; use more canaries, rounds, or a larger fraction."
@@ -110,6 +110,15 @@ class Auditor:
         shared = 1 - (1 - confidence) / len(scores)
         best = max((audit(own, coins, delta, shared) for own in scores.values()), key=lambda bound: bound.epsilon)
         return found | {"together": Finding(claimed(spent), best)}
+
+    def _claimed(self, spent: dict[str, Any] | None, part: Part) -> float:
+        """Returns what a part is held against: its own claim, or that of all where what was released before is used to look at it.
+
+        Uploads are seen through bases that were made of the same canaries' gradients, and gradients for new bases through trained weights.
+        """
+        adapter = effective(self._config).adapter
+        seen_through_others = adapter.init in (Init.gradient, Init.gradient_dp) if part is Part.training else adapter.refresh_every > 0
+        return claimed(spent, None if seen_through_others else part)
 
     @property
     def init(self) -> str:
