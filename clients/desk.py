@@ -85,7 +85,7 @@ class Desk:
         mechanism = self._acceptable_work(message.metadata.message_type, request, session)
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, self._store.load(experiment_key(asked)), {})
         own = RecordDict({**message.content, REQUEST: ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
-        kind, digest = message.metadata.message_type, ""
+        kind, digest = f"{experiment_key(here)}-{message.metadata.message_type}", ""
         if mechanism is not None and not here.privacy.secure_aggregation:  # behind masks no answer is of any use a second time
             digest = self._digest_of(message, here, session)
             if (said := self._answers.said(kind, digest)) is not None:

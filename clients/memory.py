@@ -59,7 +59,7 @@ class ContextStore:
 
 
 class Answers:
-    """The last noised answer of each kind: a client that is asked the same again says the very same again, and it costs nothing more.
+    """The last noised answer of each kind in each experiment: a client that is asked the same again says the very same, at no further cost.
 
     Everything else has noise that nothing else ever has. To train anew with the same noise would not do: on a GPU no two runs are equal to
     the last bit, and how much memory is free decides how examples are packed. The difference of two such answers would have no noise in it.
