@@ -57,7 +57,10 @@ def test_every_actor_finds_room_on_one_of_the_gpus(actors, gpus, part):
     assert not found or int(1 / found + 1e-9) * gpus >= actors
 
 
-CALL = "import sys; from fedsim.cli.main import main; sys.exit(main(sys.argv[1:]))"
+CALL = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # which a shell in the background has ignored
+    "from fedsim.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 @pytest.mark.slow
