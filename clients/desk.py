@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from fedsim.core.network import POPULATIONS
 from fedsim.core.participation import steps_per_round
 from fedsim.errors import UserError
 from fedsim.flower.records import numbers, whole_numbers
-from fedsim.flower.requests import REQUEST, texts
+from fedsim.flower.requests import REQUEST, is_above_zero, texts
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD
 from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, REFUSED, handle
@@ -87,7 +86,7 @@ class Desk:
         own = RecordDict({**message.content, REQUEST: ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
         kind, digest = f"{experiment_key(here)}-{message.metadata.message_type}", ""
         if mechanism is not None and not here.privacy.secure_aggregation:  # behind masks no answer is of any use a second time
-            digest = self._digest_of(message, here, session)
+            digest = self._digest_of(request, session)
             if (said := self._answers.said(kind, digest)) is not None:
                 return Message(said, reply_to=message)
         if here.privacy.unit is not PrivacyUnit.none:
@@ -148,7 +147,7 @@ class Desk:
     def _check_noise(self, kind: str, request: ConfigRecord, key: str) -> None:
         """Raises RefusedError for noise of zero, or none at all, where the owner asks for privacy."""
         values = request.get(key)
-        given = all(isinstance(value, (int, float)) and 0 < value < inf for value in (values if isinstance(values, list) else [values]))
+        given = all(map(is_above_zero, values if isinstance(values, list) else [values]))
         if self._owner.min_privacy != PrivacyUnit.none.name and not given:
             raise RefusedError(f"{kind} would leave without the noise that min_privacy={self._owner.min_privacy} asks for")
 
@@ -156,15 +155,13 @@ class Desk:
         """Whether the run or the owner promises the people in the data any privacy."""
         return config.privacy.unit is not PrivacyUnit.none or self._owner.min_privacy != PrivacyUnit.none.name
 
-    def _digest_of(self, message: Message, here: Config, session: Session) -> str:
-        """Returns what tells a request, and the data and the model that it is answered from, from any other."""
-        request = message.content.config_records[REQUEST]
+    def _digest_of(self, request: ConfigRecord, session: Session) -> str:
+        """Returns what tells a request, and the data and the model that it is answered from, from others of its kind in its experiment."""
         asked = {name: value for name, value in request.items() if name not in ("config", ADAPTER, BASES, FOLD, "fold_shapes", "fold_on")}
         named = texts(request, "digests") if "digests" in request else {}
         installed = {part: value for part, value in session.digests.items() if part not in named}  # what it does not name stays as it is
         self._data_digest = self._data_digest or digest_of(session.client_data(self._owner.client).examples)
-        words = (message.metadata.message_type, repr(sorted(asked.items())), repr(sorted(installed.items())))
-        return hashlib.sha256(repr((experiment_key(here), self._data_digest, *words)).encode()).hexdigest()
+        return hashlib.sha256(repr((self._data_digest, sorted(asked.items()), sorted(installed.items()))).encode()).hexdigest()
 
     def _opened(self, config: Config) -> Session:
         begun, session = time.perf_counter(), open_session(config)

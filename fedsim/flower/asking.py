@@ -5,7 +5,7 @@ the run's seed and the round, never from node ids.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from math import ceil
@@ -93,8 +93,17 @@ class Asking:
         return self._spares[server_round]
 
     def _within_budget(self, server_round: int, clients: list[int]) -> list[int]:
-        costs, ledger = self._costs(server_round, clients), self._privacy
+        return self.affordable(clients, self._costs(server_round, clients))
+
+    def affordable(self, clients: Iterable[int], costs: Mapping[int, Mechanism]) -> list[int]:
+        """Returns those of the clients whose budget their cost would not exceed; who is not in `costs` pays nothing."""
+        ledger = self._privacy
         return [client for client in clients if ledger is None or client not in costs or not ledger.would_exceed(client, costs[client])]
+
+    def charge(self, costs: Mapping[int, Mechanism]) -> None:
+        """Writes down what each client is charged, at the delta of the data that it has now."""
+        for client, mechanism in costs.items():
+            self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
 
     def _costs(self, server_round: int, clients: Iterable[int]) -> dict[int, Mechanism]:
         """Returns what a round costs each of the clients, without those that are asked again what they were charged for."""
@@ -116,8 +125,7 @@ class Asking:
 
         A client that is asked the same again in a round sends its kept answer, which costs nothing more.
         """
-        for client, mechanism in self.charged(server_round).items():
-            self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
+        self.charge(self.charged(server_round))
 
     def charged(self, server_round: int) -> dict[int, Mechanism]:
         """Returns what a round costs the clients whose privacy it costs something; nothing where nothing is claimed."""

@@ -143,9 +143,14 @@ def words(record: ConfigRecord, key: str) -> list[str]:
 def number_above_zero(record: ConfigRecord, key: str) -> float:
     """Returns the finite number above 0 under `key`. Raises ValueError where there is something else."""
     value = record.get(key)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
+    if not is_above_zero(value):
         raise ValueError(f"Expected {key!r} to be a number above 0, got {value!r:.60}.")
     return float(value)  # type: ignore[arg-type]
+
+
+def is_above_zero(value: object) -> bool:
+    """Returns whether the value is a finite number above 0."""
+    return type(value) in (int, float) and 0 < value < float("inf")  # type: ignore[operator]
 
 
 def texts(record: ConfigRecord, key: str) -> dict[str, str]:

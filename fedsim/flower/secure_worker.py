@@ -113,7 +113,7 @@ def unmask(session: Session, request: Request, message: Message, context: Contex
 def _unmask_once(context: Context, client: int, what: str, survivors: Sequence[int]) -> None:
     """Raises ValueError for a second sum of the same round over others.
 
-    A round that is done again, by a server that was resumed, has the same uploads: two sums would differ by those of single clients.
+    A round that is done again, by a server that was resumed, has mostly the same uploads: two sums would differ by those of single clients.
     """
     key, digest = f"unmasked-{client}", hashlib.sha256(repr(sorted(survivors)).encode()).hexdigest()[:32]
     kept = context.state.config_records.get(key, ConfigRecord())

@@ -207,7 +207,7 @@ class FedsimStrategy:
         if self._session.config.privacy.secure_aggregation:
             return self._session.gradient_layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
         round_ = GradientRound(self._session, self.asking, self._charges, server_round, len(samples))
-        self._charge_initialization(server_round, samples)
+        self.asking.charge(self.gradient_costs(server_round, samples))
         self._until_enough(
             round_,
             list(samples),
@@ -223,8 +223,7 @@ class FedsimStrategy:
         ledger, samples = self._privacy, givers(self._session.config)
         if ledger is None:
             return samples
-        costs = self.gradient_costs(server_round, samples)
-        left = {client: n for client, n in samples.items() if client not in costs or not ledger.would_exceed(client, costs[client])}
+        left = {client: samples[client] for client in self.asking.affordable(samples, self.gradient_costs(server_round, samples))}
         if samples and not left:
             after = f"after round {server_round}" if server_round else "at the beginning"
             raise UserError(
@@ -239,10 +238,6 @@ class FedsimStrategy:
         once = {client: replace(mechanism, steps=1) for client, mechanism in planned.items() if mechanism is not None}
         return self.asking.not_in_flight(GRADIENT, server_round, once)
 
-    def _charge_initialization(self, server_round: int, clients: Iterable[int]) -> None:
-        for client, mechanism in self.gradient_costs(server_round, clients).items():
-            self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
-
     def _gradient_asks(self, server_round: int, packer: Packer, grid: Grid, samples: dict[int, int]) -> Iterator[Ask]:
         for client, node in self.asking.nodes(list(samples), grid).items():
             content = self._gradient_request(server_round, packer, client, samples[client])
@@ -256,7 +251,7 @@ class FedsimStrategy:
         return self.asking.brought_up(server_round, [client], packer, needed, samples=[samples], **told)
 
     def _masked_gradients(self, server_round: int, packer: Packer, samples: dict[int, int], grid: Grid) -> Tensor:
-        self._charge_initialization(server_round, samples)
+        self.asking.charge(self.gradient_costs(server_round, samples))
         protocol = self._protocol(server_round, packer, grid, list(samples), alone=True)
 
         def work(clients: list[int], told: dict[str, Any]) -> RecordDict:

@@ -36,8 +36,7 @@ def test_all_that_was_asked_is_charged_and_the_last_of_it_is_covered_if_it_is_as
     assert again.to_json() == ledger.to_json(), "lines that repeat what was said are not said twice"
     assert flying.covers("training", 3, "a", 0, ROUND)
     assert not flying.covers("training", 3, "a", 1, ROUND), "the answer to that is not kept any more"
-    for other in (("training", 2, "a", 0, ROUND),):
-        assert not flying.covers(*other)
+    assert not flying.covers("training", 2, "a", 0, ROUND)
     for other in (("initial gradient", 3, "a", 0, ROUND), ("training", 4, "a", 0, ROUND), ("training", 3, "c", 0, ROUND)):
         assert not flying.covers(*other)
     assert not flying.covers("training", 3, "a", 0, OTHER)
