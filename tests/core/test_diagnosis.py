@@ -12,7 +12,7 @@ from fedsim.choices import Residual
 from fedsim.config import MethodConfig
 from fedsim.core import diagnosis
 from fedsim.core.collecting import Collector
-from fedsim.core.diagnosis import diagnose, effective_ranks
+from fedsim.core.diagnosis import diagnose, effective_ranks, singular_values
 from fedsim.core.exchange import Exchange
 from fedsim.core.forms import DENSE, LORA, LORA_SB, RAVAN, AdapterSpec
 from fedsim.core.global_state import GlobalState
@@ -163,3 +163,15 @@ def test_effective_rank_is_at_least_one_and_at_most_the_number_of_values(values)
 
 def test_no_update_has_no_effective_rank():
     assert math.isnan(effective_ranks(torch.zeros(4)))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 7, 40), (40, 7)])
+@pytest.mark.parametrize("decades", [0, 3, 10])
+def test_singular_values_are_right_to_1e_8_of_the_largest_however_fast_they_fall(shape, decades):
+    generator = np.random.default_rng(0)
+    left, values, right = np.linalg.svd(generator.normal(size=shape), full_matrices=False)
+    values = values * 10.0 ** -np.linspace(0, decades, values.shape[-1])
+    matrices = ((left * values[..., None, :]) @ right).astype(np.float32)
+    exact = np.linalg.svd(matrices.astype(float), compute_uv=False)[..., ::-1]
+    found = singular_values(torch.from_numpy(matrices)).numpy()
+    assert np.abs(found - exact).max() <= 1e-8 * exact.max()
