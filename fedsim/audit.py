@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsim.choices import Init, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.adapters import factors
+from fedsim.core.gradient_parts import WHOLE, GradientParts
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.flower.grid import WatchedGrid
@@ -28,7 +29,7 @@ from fedsim.privacy.accounting import Mechanism, epsilon
 from fedsim.privacy.auditing import Bound, audit
 from fedsim.privacy.plan import INITIALIZATION, TRAINING
 from fedsim.session import Session, open_session
-from fedsim.training.gradients import example_gradients, factor_gradients
+from fedsim.training.gradients import FactoredGradients, example_gradients, factor_gradients
 from fedsim.types import EncodedExample
 
 LEAST_RIDGE, MOST_RIDGE = 1e-3, 1.0
@@ -161,9 +162,9 @@ class Auditor:
             mine = self._canaries_of(client)
             if client_key(client) not in reply.content or not mine:
                 continue
-            layout = session.gradient_layout
+            layout = session.gradient_parts.layout
             sent = layout.unpack(from_record(reply.content.array_records[client_key(client)], layout.num_parameters))
-            gradients = example_gradients(session.model, self._examples(mine), pad_id=session.tokenizer.pad_token_id)
+            gradients = self._weight_gradients(mine, session.gradient_parts)
             gram = torch.stack([each.gram() for each in gradients.values()]).sum(0)
             along = torch.stack([each.along(sent[name].to(gram.device)) for name, each in gradients.items()]).sum(0)
             plan = session.privacy_plan[client].initialization if session.privacy_plan else None
@@ -171,12 +172,16 @@ class Auditor:
             scores = separated(gram * torch.outer(clip, clip), along * clip, plan.noise_multiplier if plan else 0.0)
             self._note(Part.initial_gradient, number, mine, scores)
 
+    def _weight_gradients(self, mine: Sequence[int], parts: GradientParts = WHOLE) -> dict[str, FactoredGradients]:
+        session = self._session
+        return example_gradients(session.model, self._examples(mine), pad_id=session.tokenizer.pad_token_id, parts=parts)
+
     def _look_at_bases(self) -> None:
         """The first full step -B R A points against the gradients it was made of; without R, the bases' share of a gradient tells."""
         session, spec = self._session, self._session.spec
         mine = list(range(len(session.canaries)))
         held = {name: tensor.cpu() for name, tensor in factors(session.model, spec.kinds).items()}
-        gradients = example_gradients(session.model, self._examples(mine), pad_id=session.tokenizer.pad_token_id)
+        gradients = self._weight_gradients(mine)
         if session.config.adapter.init is Init.gradient:
             steps = {name: -spec.update(held, name).to(session.device) for name in spec.layers}
             along = torch.stack([each.along(steps[name]) for name, each in gradients.items()]).sum(0)

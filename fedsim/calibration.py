@@ -34,6 +34,7 @@ from fedsim.models import DTYPES, device
 from fedsim.plain import to_dict
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import model_shape, random_model
+from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.evaluation import generate
 from fedsim.types import EncodedExample
@@ -163,13 +164,13 @@ def _client(number: int, batch: int, tokens: int, vocabulary: int) -> ClientData
 def _generation_rates(config: Config, shape: ModelShape, model: Any, tokens: int, flops: float) -> tuple[float, float]:
     """Returns FLOP/s of decoding and seconds of a decoding step besides."""
     options, prompt = config.evaluation, max(2, tokens // 2)
-    most = max(2, min(128, options.tokens_per_pass // (prompt + options.max_new_tokens)))
+    most = max(2, min(128, int(options.tokens_per_pass) // (prompt + options.max_new_tokens)))
     rows, seconds = [], []
     for count, steps in ((most, 16), (max(1, most // 8), 16), (most, 6)):
         prompts = numpy_generator(0, "calibration", count).integers(0, shape.vocabulary, (count, prompt)).tolist()
         took = _fastest(
             lambda prompts=prompts, steps=steps: generate(  # type: ignore[misc]
-                model, prompts, eos_id=-1, pad_id=0, max_new_tokens=steps, tokens_per_pass=1 << 30
+                model, prompts, eos_id=-1, pad_id=0, max_new_tokens=steps, budget=TokenBudget(1 << 30)
             )
         )
         seconds.append(max(1e-6, took - forward_flops(shape, count * prompt, prompt, count) / flops))

@@ -39,7 +39,7 @@ MOST = 1_000_000
 _COUNT = Bounds(1, MOST)
 _AT_LEAST_ONE, _NOT_NEGATIVE, _POSITIVE, _DECAY = Bounds(1), Bounds(0), Bounds(0, low_open=True), Bounds(0, 1, high_open=True)
 
-MAY_BE_AUTO = ("training.tokens_per_pass",)
+MAY_BE_AUTO = ("training.tokens_per_pass", "evaluation.tokens_per_pass")
 """Options that are numbers or `AUTO`."""
 
 BOUNDS = {

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from fedsim.choices import Accountant, Partition, PrivacyUnit, Reading
-from fedsim.config import Config
+from fedsim.choices import FROM_GRADIENTS, Accountant, Partition, PrivacyUnit, Reading
+from fedsim.config import AdapterConfig, Config
 from fedsim.core.methods import METHODS, Method, combinations, with_head
 from fedsim.core.participation import round_size
 from fedsim.data import labels
@@ -23,6 +23,7 @@ def effective(config: Config) -> Config:
     _check_pairs(config)
     _check_tasks(config, method)
     adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
+    _check_sketch(adapter)
     privacy_checks.check(replace(config, adapter=adapter), method)
     if config.federation.ranks:
         adapter = replace(adapter, rank=max(config.federation.ranks))
@@ -37,6 +38,15 @@ def effective(config: Config) -> Config:
     of_a_round = round_size(config.federation.clients, config.federation.fraction)
     training = replace(config.training, batch_size=config.training.batch_size * of_a_round)
     return replace(config, federation=federation, training=training)
+
+
+def _check_sketch(adapter: AdapterConfig) -> None:
+    if adapter.sketch and adapter.init not in FROM_GRADIENTS:
+        names = ", ".join(init.name for init in FROM_GRADIENTS)
+        given = adapter.init.name if adapter.init else ""
+        raise UserError(
+            f"adapter.sketch: with adapter.init={given} there are no initial gradients; choose one of {names}, or leave it out."
+        )
 
 
 def _check_pairs(config: Config) -> None:

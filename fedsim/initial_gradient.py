@@ -15,16 +15,17 @@ from fedsim.types import Adapter, AnyEncoded
 
 
 def summed_gradients(session: Session, examples: Sequence[AnyEncoded]) -> Adapter:
-    """Returns the summed loss gradient of every adapted base weight over the examples, without any update."""
+    """Returns the summed loss gradient of every adapted base weight over the examples, without any update, in the session's parts."""
+    pad_id, parts = session.tokenizer.pad_token_id, session.gradient_parts
     return session.budget.within_memory(
-        lambda tokens: weight_gradients(session.model, examples, pad_id=session.tokenizer.pad_token_id, tokens_per_pass=tokens)
+        lambda tokens: weight_gradients(session.model, examples, pad_id=pad_id, tokens_per_pass=tokens, parts=parts)
     )
 
 
 def client_gradient(
     session: Session, client: int, num_samples: int, noise: float | None = None, round: int = 0, rate: float = 0.0
 ) -> Tensor:
-    """Returns the flat weight gradients of a seeded sample of the client's own examples.
+    """Returns the weight gradients of a seeded sample of the client's own examples, in the session's parts as one flat array.
 
     With `noise` it is private: every example is drawn by its own coin with probability `rate` (`num_samples` is not looked at),
     clipped, and the sum is noised.
@@ -33,20 +34,25 @@ def client_gradient(
     if noise is not None:
         return _private_gradient(session, client, noise, round, rate)
     chosen = numpy_generator(session.config.seed, "init", client).choice(len(examples), min(num_samples, len(examples)), replace=False)
-    return session.gradient_layout.pack(summed_gradients(session, [examples[i] for i in chosen])).cpu()
+    return session.gradient_parts.layout.pack(summed_gradients(session, [examples[i] for i in chosen])).cpu()
 
 
 def _private_gradient(session: Session, client: int, noise: float, round: int, rate: float) -> Tensor:
     examples, clip_norm = session.client_data(client).examples, session.config.privacy.clip_norm
     (chosen,) = poisson_batches(len(examples), rate, 1, session.noise_key.torch("init poisson", round, client))
-    gradients = clipped_weight_gradients(session.model, [examples[i] for i in chosen], clip_norm, pad_id=session.tokenizer.pad_token_id)
+    mine, pad_id, parts = [examples[i] for i in chosen], session.tokenizer.pad_token_id, session.gradient_parts
+    gradients = clipped_weight_gradients(session.model, mine, clip_norm, pad_id=pad_id, parts=parts)
     generator = session.noise_key.torch("init noise", round, client)
-    return noise_of_initial_gradient(session.gradient_layout.pack(gradients).cpu(), noise, clip_norm, generator)
+    return noise_of_initial_gradient(parts.layout.pack(gradients).cpu(), noise, clip_norm, generator)
 
 
 def factors_from_gradients(session: Session, gradients: Adapter, steps_taken: int = 0) -> Adapter:
-    """Returns B, R, A of the next full fine-tuning step along the summed gradients."""
+    """Returns B, R, A of the next full fine-tuning step along the summed gradients, given in the session's parts."""
+
+    def whole(layer: str) -> Tensor:
+        return session.gradient_parts.whole(gradients, layer)
+
     if session.config.adapter.init is Init.gradient_dp:
-        return from_noised_gradients(session.spec, gradients, session.config.seed)
+        return from_noised_gradients(session.spec, whole, session.config.seed)
     eta = learning_rate(steps_taken, session.total_steps, session.config.training)
-    return from_gradients(session.spec, gradients, eta, session.config.seed)
+    return from_gradients(session.spec, whole, eta, session.config.seed)

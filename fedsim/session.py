@@ -21,12 +21,12 @@ from fedsim.core.adapters import adapt, adapted_layers, base_weights, install
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
-from fedsim.core.global_state import GlobalState, folded_layout
+from fedsim.core.global_state import GlobalState
+from fedsim.core.gradient_parts import GradientParts
 from fedsim.core.initialization import DERIVED, new_head
 from fedsim.core.network import Link, rates
 from fedsim.core.participation import steps_per_round
 from fedsim.core.partition import holdings
-from fedsim.core.payload import Layout
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, labels, load
@@ -272,7 +272,7 @@ class Session:
         drawn = numpy_generator(self.config.seed, "heads", round, client).permutation(self.spec.heads)[:chosen]
         return self.spec.head_positions(kinds, sorted(drawn.tolist()))
 
-    @property
-    def gradient_layout(self) -> Layout:
-        """Layout of the flat weight gradients, and of what is folded into the weights."""
-        return folded_layout(self.spec)
+    @cached_property
+    def gradient_parts(self) -> GradientParts:
+        """What is sent of initial gradients."""
+        return GradientParts.of(self.spec, sketched=self.config.adapter.sketch, seed=self.config.seed)

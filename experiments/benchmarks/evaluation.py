@@ -9,6 +9,7 @@ from experiments.benchmarks.timing import Task, interleaved, medians, ratio
 from fedsim.config import DataConfig, EvaluationConfig, ModelConfig
 from fedsim.data import load
 from fedsim.models import load_model
+from fedsim.training.budget import TokenBudget
 from fedsim.training.encoding import encode_prompts
 from fedsim.training.evaluation import generate
 from fedsim.types import Example
@@ -39,7 +40,7 @@ def measure(case: Case, settings: Settings) -> Found:
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
             max_new_tokens=NEW_TOKENS,
-            tokens_per_pass=EvaluationConfig().tokens_per_pass,
+            budget=TokenBudget.of_evaluation(EvaluationConfig(), model),
         )
         answers["ours"] = [answer.tokens for answer in found]
         return sum(map(len, answers["ours"]))

@@ -42,6 +42,7 @@ CONFIGURATIONS = (
     f"{_MILLION} adapter.init=orthogonal",
     f"{_MILLION} method=fedit adapter.rank=32",
     f"{_SEVENTY} adapter.init=gradient",
+    f"{_SEVENTY} adapter.init=gradient adapter.sketch=true",
     f"{_SEVENTY} adapter.init=orthogonal",
 )
 

@@ -27,7 +27,7 @@ from fedsim.progress import size
 from fedsim.report import counted, table
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import layer_shapes, model_shape, skeleton
-from fedsim.training.budget import chosen, chosen_for
+from fedsim.training.budget import chosen, chosen_for, chosen_for_answers, chosen_for_answers_within
 from fedsim.training.encoding import encode
 from fedsim.types import AnyExample, Example
 
@@ -79,7 +79,12 @@ def estimate_of(
     """
     if labels(given.data):
         raise UserError("data: expected texts that are answered, got labels; an estimate of classification is not known. Use fedsim cost.")
-    given = replace(given, training=replace(given.training, tokens_per_pass=_pass_tokens(given)))
+    of_training, of_evaluation = _pass_tokens(given)
+    given = replace(
+        given,
+        training=replace(given.training, tokens_per_pass=of_training),
+        evaluation=replace(given.evaluation, tokens_per_pass=of_evaluation),
+    )
     config, method = effective(given), method_of(given)
     layers = layer_shapes(given.model, config.adapter.target_modules)
     spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
@@ -90,16 +95,21 @@ def estimate_of(
     return Answer(given, spec, shape, work, rates, found, megabits, (*told, *_assumptions(config, rates)))
 
 
-def _pass_tokens(config: Config) -> int:
-    """Returns the most tokens of a pass, chosen for this machine where the configuration says auto."""
-    if config.training.tokens_per_pass != AUTO:
-        return int(config.training.tokens_per_pass)
+def _pass_tokens(config: Config) -> tuple[int, int]:
+    """Returns the most tokens of a pass and of a generation batch, chosen for this machine where the configuration says auto."""
+    asked = config.training.tokens_per_pass, config.evaluation.tokens_per_pass
+    if AUTO not in asked:
+        return int(asked[0]), int(asked[1])
     bare, on = skeleton(config.model), device(config.model)
-    if on.type != "cuda":
-        return chosen(bare)
-    element = DTYPES[config.model.dtype].itemsize
-    free = torch.cuda.mem_get_info(on)[0] - model_shape(config.model).parameters * element
-    return chosen_for(bare, max(0, free), element=element, checkpointing=config.training.activation_checkpointing)
+    if on.type == "cuda":
+        element = DTYPES[config.model.dtype].itemsize
+        free = max(0, torch.cuda.mem_get_info(on)[0] - model_shape(config.model).parameters * element)
+        checkpointing = config.training.activation_checkpointing
+        found = chosen_for(bare, free, element=element, checkpointing=checkpointing), chosen_for_answers_within(bare, free, element=element)
+    else:
+        found = chosen(bare), chosen_for_answers(bare)
+    training, answers = (choice if given == AUTO else int(given) for given, choice in zip(asked, found, strict=True))
+    return training, answers
 
 
 def _assumptions(config: Config, rates: Calibration) -> list[str]:

@@ -19,6 +19,7 @@ from fedsim.core.compression import CODECS
 from fedsim.core.dropout import Stage, attendance, enough_heard, heard
 from fedsim.core.exchange import CONTROL
 from fedsim.core.forms import AdapterSpec
+from fedsim.core.gradient_parts import GradientParts
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
 from fedsim.core.participation import drawn, givers, round_size, server_adds_noise, spares
@@ -129,6 +130,7 @@ class _Walk:
         self._rank = [*_ranks(config, spec), *observers]
         self._size = cache(spec.num_parameters)
         self._whole = sum(rows * columns for rows, columns in spec.layers.values())
+        self._of_gradients = GradientParts.of(spec, sketched=config.adapter.sketch, seed=config.seed).layout.num_parameters
         self._increment = 0
         self._secure = config.privacy.secure_aggregation
 
@@ -159,14 +161,14 @@ class _Walk:
         """Yields the initial gradients after round `number`, each from a client that has the base weights as they are then."""
         if self._config.adapter.init in DERIVED or self._config.adapter.init is Init.gradient_public:
             return
-        clients, size = list(givers(self._config)), 4 * self._whole
+        clients, size = list(givers(self._config)), 4 * self._of_gradients
         yield from self._attending(number, clients, 0)
         if self._secure:
             quantizer = gradient_quantizer(self._config.secure.gradient_range, len(clients))
-            size = quantizer.width * (self._whole + quantizer.digits)
+            size = quantizer.width * (self._of_gradients + quantizer.digits)
         for client in clients:
             yield from self._down(number, client, needed_for_gradients(self._exchange))
-            yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._whole, size)
+            yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._of_gradients, size)
 
     def _attending(self, number: int, clients: list[int], dropouts: int) -> Generator[Charge, None, tuple[list[int], list[int], list[int]]]:
         """Yields what secure aggregation itself sends, and returns who is asked for an upload, who sends one and who is in the result.

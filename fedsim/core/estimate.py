@@ -14,6 +14,7 @@ from fedsim.choices import Init, Optimizer, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.cost import Forecast
 from fedsim.core.forms import AdapterSpec
+from fedsim.core.gradient_parts import GradientParts
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size, steps_per_round
@@ -211,7 +212,7 @@ class _Plan:
         tokens = samples * self._work.tokens
         flops = training_flops(self._shape, tokens, self._work.tokens, samples * self._work.responses, 0, self._shape.block_parameters)
         givers = max(1, self._cost.givers)
-        moved = 2.0 * 4 * self._whole * givers / self._rates.copy_bytes
+        moved = 2.0 * 4 * self._of_gradients * givers / self._rates.copy_bytes
         seconds = flops / self._rates.flops + givers * self._rates.pass_seconds + svd + moved
         return Phase(
             "initialisation",
@@ -222,6 +223,11 @@ class _Plan:
     @property
     def _whole(self) -> int:
         return sum(prod(sides) for sides in self._spec.layers.values())
+
+    @property
+    def _of_gradients(self) -> int:
+        adapter = self._config.adapter
+        return GradientParts.of(self._spec, sketched=adapter.sketch, seed=self._config.seed).layout.num_parameters
 
     def _svd_flops(self) -> float:
         """Of a full decomposition, about 14 m n min(m, n), or of a subspace iteration where that is less."""
@@ -247,10 +253,15 @@ class _Plan:
         tokens = work.questions * sum(answers)
         return Phase("evaluation", seconds, f"{work.questions:,} questions {1 + later} times, {tokens:,.0f} generated tokens")
 
+    @property
+    def _answers_at_once(self) -> int:
+        """Rows of a generation batch."""
+        options, work = self._config.evaluation, self._work
+        return int(max(1, min(work.questions, int(options.tokens_per_pass) // (work.prompt + options.max_new_tokens))))
+
     def _generation(self, answer: float) -> float:
         options, work, shape, rates = self._config.evaluation, self._work, self._shape, self._rates
-        rows = max(1, min(work.questions, int(options.tokens_per_pass // (work.prompt + options.max_new_tokens))))
-        batches = ceil(work.questions / rows)
+        batches = ceil(work.questions / self._answers_at_once)
         length = work.prompt + answer / 2
         flops = forward_flops(shape, work.questions * work.prompt, work.prompt, work.questions) / rates.flops
         flops += forward_flops(shape, work.questions * answer, length, work.questions * answer) / rates.decode_flops
@@ -270,13 +281,10 @@ class _Plan:
         if config.training.activation_checkpointing:
             kept = kept / shape.layers + self._pass_tokens * number * shape.layers * shape.hidden
         whole = self._spec.num_parameters(self._spec.kinds)
-        gradients = 0 if config.adapter.init in DERIVED else 3 * 4 * self._whole
+        gradients = 0 if config.adapter.init in DERIVED else 3 * 4 * self._of_gradients
         pass_bytes = kept + LOGIT_COPIES * 4 * targets * shape.vocabulary
-        rows = max(
-            1, min(self._work.questions, int(config.evaluation.tokens_per_pass // (self._work.prompt + config.evaluation.max_new_tokens)))
-        )
         length = self._work.prompt + config.evaluation.max_new_tokens
-        cache = 2.0 * rows * length * shape.layers * shape.key_value_width * number + (
+        cache = 2.0 * self._answers_at_once * length * shape.layers * shape.key_value_width * number + (
             number * self._whole if number >= 4 else 0
         )  # answers come from merged weights, where those are in float32
         folds = self._method.folds or config.adapter.refresh_every > 0

@@ -22,16 +22,19 @@ NEAR_ZERO = 1e-5  # standard deviation of R on bases from the weights, as LoRA-X
 HEAD_DEVIATION = 0.02  # standard deviation of a new classification head's weights, as BERT has it
 
 
-def from_gradients(spec: AdapterSpec, gradients: Adapter, eta: float, seed: int) -> Adapter:
-    """Returns B, R = diag(S) / s and A of every layer from the summed weight gradients {layer: [out, in]} and the first step size `eta`."""
+def from_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], eta: float, seed: int) -> Adapter:
+    """Returns B, R = diag(S) / s and A of every layer from its summed gradient(layer) [out, in] and the first step size `eta`.
+
+    One layer's gradient is held at a time.
+    """
     adapter: Adapter = {}
     for name in spec.layers:
-        left, values, right = truncated_svd(-eta * gradients[name].sign(), spec.rank, seed, name)
+        left, values, right = truncated_svd(-eta * gradient(name).sign(), spec.rank, seed, name)
         adapter |= {f"{name}.B": left, f"{name}.R": torch.diag(values) / spec.scaling, f"{name}.A": right}
     return adapter
 
 
-def from_noised_gradients(spec: AdapterSpec, gradients: Adapter, seed: int) -> Adapter:
+def from_noised_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], seed: int) -> Adapter:
     """Returns B and A of the singular vectors of the noised sum of clipped gradients, and R = 0.
 
     Without the sign of the first step: it would make every entry's noise as large as the gradient. With R = 0, since the singular values
@@ -39,7 +42,7 @@ def from_noised_gradients(spec: AdapterSpec, gradients: Adapter, seed: int) -> A
     """
     adapter: Adapter = {}
     for name in spec.layers:
-        left, _, right = truncated_svd(gradients[name], spec.rank, seed, name)
+        left, _, right = truncated_svd(gradient(name), spec.rank, seed, name)
         adapter |= {f"{name}.B": left, f"{name}.R": torch.zeros(spec.rank, spec.rank), f"{name}.A": right}
     return adapter
 

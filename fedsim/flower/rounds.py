@@ -104,7 +104,7 @@ class GradientRound(Round):
 
     def __init__(self, session: Session, asking: Asking, charges: Charges, server_round: int, wanted: int) -> None:
         super().__init__(asking, server_round, wanted)
-        self._layout, self._charges = session.gradient_layout, charges
+        self._layout, self._charges = session.gradient_parts.layout, charges
         self._total = torch.zeros(self._layout.num_parameters, dtype=torch.float64)
 
     def _use(self, ask: Ask, reply: Message) -> None:
@@ -122,5 +122,5 @@ class GradientRound(Round):
         self._charges.up(self._round, client, Purpose.initial_gradient, size, record)
 
     def result(self) -> Adapter:
-        """Returns {layer: [out, in]} float32."""
+        """Returns the sum in its parts, float32."""
         return self._layout.unpack(self._total.float())

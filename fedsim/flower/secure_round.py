@@ -61,7 +61,7 @@ def secure_gradients(session: Session, protocol: Protocol, work: Work, noise: fl
     """
     reach = max(session.config.secure.gradient_range, ROOM_FOR_NOISE * noise)
     protocol.told = {SETUP: True, "gradient_range": reach}
-    quantizer, size = gradient_quantizer(reach, len(protocol.clients)), session.gradient_layout.num_parameters
+    quantizer, size = gradient_quantizer(reach, len(protocol.clients)), session.gradient_parts.layout.num_parameters
     wanted = Wanted(INITIAL_GRADIENT, Purpose.initial_gradient, quantizer, size, 1, work)
     summed = protocol.carry_out(wanted)
     protocol.count(clipped=_counted(wanted, summed)[0])

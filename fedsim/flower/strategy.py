@@ -199,13 +199,14 @@ class FedsimStrategy:
     # ---- setting up
 
     def initial_gradients(self, grid: Grid, server_round: int = 0) -> Adapter:
-        """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in all; streaming, one client at a time.
+        """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in all, in the session's parts; streaming,
+        one client at a time.
 
         Goes on and stops as a round does, see `exchange`.
         """
         packer, samples = self._packer(), self.givers_within_budget(server_round)
         if self._session.config.privacy.secure_aggregation:
-            return self._session.gradient_layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
+            return self._session.gradient_parts.layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
         round_ = GradientRound(self._session, self.asking, self._charges, server_round, len(samples))
         self.asking.charge(self.gradient_costs(server_round, samples))
         self._until_enough(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedsim.choices import AUTO
-from fedsim.config import TrainingConfig
+from fedsim.config import EvaluationConfig, TrainingConfig
 from fedsim.core.adapters import is_linear
 
 Result = TypeVar("Result")
@@ -21,6 +21,8 @@ CPU_RANGE = (1024, 16_384)
 GPU_RANGE = (256, 65_536)
 GPU_SHARE = 0.6  # of the free memory: the rest is for gradients of the factors, for workspaces and for gaps
 SMALLEST = 16  # tokens; a budget is not halved below
+GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
+GENERATED_ON_GPU = (GENERATED, 524_288)
 
 
 class TokenBudget:
@@ -36,6 +38,11 @@ class TokenBudget:
     def of(cls, training: TrainingConfig, model: nn.Module) -> "TokenBudget":
         """Returns what `training.tokens_per_pass` says, chosen for the model and its device where it says auto."""
         return cls(chosen(model) if training.tokens_per_pass == AUTO else int(training.tokens_per_pass))
+
+    @classmethod
+    def of_evaluation(cls, evaluation: EvaluationConfig, model: nn.Module) -> "TokenBudget":
+        """Returns what `evaluation.tokens_per_pass` says, chosen for the model and its device where it says auto."""
+        return cls(chosen_for_answers(model) if evaluation.tokens_per_pass == AUTO else int(evaluation.tokens_per_pass))
 
     def within_memory(self, work: Callable[[int], Result]) -> Result:
         """Returns work(tokens). Where memory runs out, the budget is halved and the work is done anew from its beginning.
@@ -58,14 +65,45 @@ def chosen(model: nn.Module) -> int:
     device = next(model.parameters()).device
     if device.type != "cuda":
         return _within(TOKENS_PER_THREAD * torch.get_num_threads(), CPU_RANGE)
+    return chosen_for(model, _free_bytes(device))
+
+
+def chosen_for_answers(model: nn.Module) -> int:
+    """Returns the most tokens of a generation batch for a model on its device: a power of two."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return GENERATED
+    return chosen_for_answers_within(model, _free_bytes(device))
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Returns the memory of a GPU that nobody uses, what this process has reserved for later included."""
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return chosen_for(model, free)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def chosen_for(model: nn.Module, free_bytes: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
     """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there; see `bytes_per_token`."""
     return _within(int(GPU_SHARE * free_bytes / bytes_per_token(model, element=element, checkpointing=checkpointing)), GPU_RANGE)
+
+
+def chosen_for_answers_within(model: nn.Module, free_bytes: int, *, element: int | None = None) -> int:
+    """Returns the most tokens of a generation batch on a GPU that has so much memory left once the model is there."""
+    return _within(int(GPU_SHARE * free_bytes / bytes_per_answer_token(model, element=element)), GENERATED_ON_GPU)
+
+
+def bytes_per_answer_token(model: Any, *, element: int | None = None) -> int:
+    """Returns about how many bytes one token of a generation batch takes: keys and values of all blocks, and what one block makes of it.
+
+    `element` is the size of a number in bytes, by default the model's own.
+    """
+    element, settings = element or next(model.parameters()).element_size(), model.config
+    blocks, heads = settings.num_hidden_layers, settings.num_attention_heads
+    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    cached = 2 * blocks * width * (getattr(settings, "num_key_value_heads", None) or heads)
+    output = model.get_output_embeddings()
+    made = sum(sum(module.weight.shape) for module in model.modules() if is_linear(module) and module is not output) // blocks
+    return element * (cached + made)
 
 
 def _within(tokens: int, limits: tuple[int, int]) -> int:

@@ -18,6 +18,7 @@ from fedsim.config import DataConfig, EvaluationConfig
 from fedsim.core.answers import is_correct
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
+from fedsim.training.budget import TokenBudget
 from fedsim.training.encoding import encode, encode_prompts, has_response, token_ids
 from fedsim.training.loss import row_losses
 from fedsim.training.pairs import collate_pairs, encode_pairs, label_logits
@@ -80,7 +81,7 @@ def _classify(
     device, loss, correct, done = next(model.parameters()).device, 0.0, 0, 0
     encoded = encode_pairs(pairs, tokenizer, data.max_length, apart=isinstance(model, BiEncoder))
     with _inference(model), torch.no_grad():
-        for each in pack({0: encoded}, len(encoded), config.tokens_per_pass):
+        for each in pack({0: encoded}, len(encoded), TokenBudget.of_evaluation(config, model).tokens):
             rows = [row.example for row in each.rows if isinstance(row.example, EncodedPair)]
             batch = collate_pairs(rows, tokenizer.pad_token_id, device)
             logits = label_logits(model, batch)
@@ -103,17 +104,19 @@ def _answer(
         prompts = list(encode_prompts(examples, tokenizer))
         encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
         longest = _longest_right(examples, tokenizer, config.max_new_tokens)
+        budget = TokenBudget.of_evaluation(config, model)
         answers = generate(
             model,
             prompts,
             eos_id=tokenizer.eos_token_id,
             pad_id=tokenizer.pad_token_id,
             max_new_tokens=longest,
-            tokens_per_pass=config.tokens_per_pass,
+            budget=budget,
             on_progress=on_progress,
         )
         texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
-        loss = mean_loss(model, encoded, pad_id=tokenizer.pad_token_id, tokens_per_pass=max(1, config.tokens_per_pass // LOSS_SHARE))
+        pad_id = tokenizer.pad_token_id
+        loss = budget.within_memory(lambda most: mean_loss(model, encoded, pad_id=pad_id, tokens_per_pass=max(1, most // LOSS_SHARE)))
     read = zip(texts, examples, answers, strict=True)
     correct = sum(is_correct(text, example, ended=answer.ended) for text, example, answer in read)
     wrong_already = longest if longest < config.max_new_tokens else None  # the number of tokens at which it made no sense to go on
@@ -148,24 +151,31 @@ def generate(
     eos_id: int,
     pad_id: int,
     max_new_tokens: int,
-    tokens_per_pass: int,
+    budget: TokenBudget,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
     """Returns the greedy continuation of each prompt, up to the end-of-sequence token, in the order of the prompts.
 
     Guarantees: equal to generating one prompt at a time, to float tolerance. No sequence grows beyond the model's context; a prompt that
-    fills it gets an empty answer, which has not ended.
+    fills it gets an empty answer, which has not ended. Batches stay within the budget when every answer is as long as allowed; where
+    memory runs out, one is begun again with fewer rows.
     """
     context = getattr(model.config, "max_position_embeddings", None) or max(map(len, prompts), default=0) + max_new_tokens
     answers = [Answer([], ended=False)] * len(prompts)
     fitting = sorted((i for i, prompt in enumerate(prompts) if len(prompt) < context), key=lambda i: (len(prompts[i]), i))
     done = len(prompts) - len(fitting)
+
+    def next_batch(most: int) -> list[list[int]]:
+        rows = fitting[: _num_rows([len(prompts[i]) + max_new_tokens for i in fitting], most)]
+        return _generate_batch(model, [prompts[i] for i in rows], eos_id, pad_id, max_new_tokens, context)
+
     with torch.no_grad():
-        for rows in _batches(fitting, prompts, max_new_tokens, tokens_per_pass):
-            batch = [prompts[i] for i in rows]
-            for i, answer in zip(rows, _generate_batch(model, batch, eos_id, pad_id, max_new_tokens, context), strict=True):
+        while fitting:
+            found = budget.within_memory(next_batch)
+            for i, answer in zip(fitting, found, strict=False):
                 answers[i] = _answer_in(answer[: context - len(prompts[i])], eos_id)
-            done += len(rows)
+            fitting = fitting[len(found) :]
+            done += len(found)
             on_progress(done, len(prompts))
     return answers
 
@@ -175,16 +185,12 @@ def _answer_in(tokens: list[int], eos_id: int) -> Answer:
     return Answer(tokens[: tokens.index(eos_id)] if ended else tokens, ended)
 
 
-def _batches(order: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, tokens_per_pass: int) -> Iterator[list[int]]:
-    """Cuts prompts in order of length into batches that stay within the budget when every answer is as long as allowed."""
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(prompts[i]) + max_new_tokens) * (len(batch) + 1) > tokens_per_pass:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def _num_rows(lengths: Sequence[int], most: int) -> int:
+    """Returns how many of the rows, the shortest first, make a batch of at most so many tokens; one at least."""
+    rows = 1
+    while rows < len(lengths) and lengths[rows] * (rows + 1) <= most:
+        rows += 1
+    return rows
 
 
 def _generate_batch(

@@ -1,48 +1,54 @@
 """Gradients of the base weights themselves, from which LoRA-SB derives its bases, and of single examples, which an audit looks for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.core.adapters import adapted_layers, is_transposed, unadapted
+from fedsim.core.adapters import adapted_layers, matrix_shape, unadapted, weight_matrix
+from fedsim.core.gradient_parts import WHOLE, GradientParts
 from fedsim.core.payload import Layout
 from fedsim.training.batches import collate, pack
 from fedsim.training.loss import group_gradients, row_losses
 from fedsim.types import Adapter, AnyEncoded
 
 
-def weight_gradients(model: nn.Module, examples: Sequence[AnyEncoded], *, pad_id: int, tokens_per_pass: int) -> Adapter:
-    """Returns {layer: [out, in]}: the gradient of the sum of the examples' losses with respect to each adapted base weight.
+def weight_gradients(
+    model: nn.Module, examples: Sequence[AnyEncoded], *, pad_id: int, tokens_per_pass: int, parts: GradientParts = WHOLE
+) -> Adapter:
+    """Returns the gradient of the sum of the examples' losses with respect to each adapted base weight, in its `parts`.
 
-    Taken at the base weights alone, without any update. float32 on the model's device; the frozen state of the model is restored. An empty
-    sequence gives zeros.
+    Taken at the base weights alone, without any update, and summed in the backward pass, where it is formed layer by layer. float32 on the
+    model's device. An empty sequence gives zeros.
     """
-    layers = adapted_layers(model)
-    with _trained_weights(model) as weights:
-        sums = [torch.zeros(weight.shape, device=weight.device) for weight in weights]
-        for each in pack({0: list(examples)}, len(examples), tokens_per_pass) if examples else ():
-            batch = collate([row.example for row in each.rows], pad_id, next(model.parameters()).device)
-            with unadapted(model):
-                gradients = torch.autograd.grad(row_losses(model, batch).sum(), weights)
-            for total, gradient in zip(sums, gradients, strict=True):
-                total.add_(gradient)
-    return {
-        name: total.T.contiguous() if is_transposed(layer.base) else total
-        for (name, layer), total in zip(layers.items(), sums, strict=True)
-    }
+    sums: Adapter = {}
+    for name, layer in adapted_layers(model).items():
+        deltas, inputs = (torch.zeros(0, side, device=weight_matrix(layer.base).device) for side in matrix_shape(layer.base))
+        sums |= {part: left.T @ right for part, left, right in parts.factored(name, deltas, inputs)}
+
+    def add(name: str, deltas: Tensor, inputs: Tensor) -> None:
+        for part, left, right in parts.factored(name, deltas.flatten(0, -2).float(), inputs.flatten(0, -2).float()):
+            sums[part].add_(left.T @ right)
+
+    for each in pack({0: list(examples)}, len(examples), tokens_per_pass) if examples else ():
+        batch = collate([row.example for row in each.rows], pad_id, next(model.parameters()).device)
+        with unadapted(model), _watched(model, add):
+            row_losses(model, batch).sum().backward()
+    return sums
 
 
-def clipped_weight_gradients(model: nn.Module, examples: Sequence[AnyEncoded], clip_norm: float, *, pad_id: int) -> Adapter:
-    """Returns {layer: [out, in]}: the sum of the examples' gradients, each scaled to an L2 norm over all layers of at most `clip_norm`.
+def clipped_weight_gradients(
+    model: nn.Module, examples: Sequence[AnyEncoded], clip_norm: float, *, pad_id: int, parts: GradientParts = WHOLE
+) -> Adapter:
+    """Returns the sum of the examples' gradients in their `parts`, each scaled to an L2 norm over all parts of at most `clip_norm`.
 
     One example changes the result by at most `clip_norm`, whatever the others are. One backward pass per example.
     """
-    total = weight_gradients(model, [], pad_id=pad_id, tokens_per_pass=1)
+    total = weight_gradients(model, [], pad_id=pad_id, tokens_per_pass=1, parts=parts)
     for example in examples:
-        gradients = weight_gradients(model, [example], pad_id=pad_id, tokens_per_pass=example.num_tokens)
+        gradients = weight_gradients(model, [example], pad_id=pad_id, tokens_per_pass=example.num_tokens, parts=parts)
         norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
         factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
         for name, gradient in gradients.items():
@@ -87,35 +93,41 @@ class FactoredGradients:
         return FactoredGradients(self.deltas @ left, self.inputs @ right.T)
 
 
-def example_gradients(model: nn.Module, examples: Sequence[AnyEncoded], *, pad_id: int) -> dict[str, FactoredGradients]:
-    """Returns the weight gradient of every example by layer, at the base weights alone; one backward pass for all of them."""
-    layers, seen = adapted_layers(model), {}
+def example_gradients(
+    model: nn.Module, examples: Sequence[AnyEncoded], *, pad_id: int, parts: GradientParts = WHOLE
+) -> dict[str, FactoredGradients]:
+    """Returns the weight gradient of every example, in its `parts`, at the base weights alone; one backward pass for all of them."""
+    seen: dict[str, FactoredGradients] = {}
 
-    def keep(name: str, found: Tensor, output: Tensor) -> None:
-        seen[name] = (found.detach(), output)
+    def keep(name: str, deltas: Tensor, inputs: Tensor) -> None:
+        seen.update({part: FactoredGradients(*factors) for part, *factors in parts.factored(name, deltas.float(), inputs.float())})
 
-    hooks = [
-        layer.register_forward_hook(lambda module, args, output, name=name: keep(name, args[0], output)) for name, layer in layers.items()
-    ]
-    try:
-        with _trained_weights(model), unadapted(model):
-            losses = row_losses(model, collate(examples, pad_id, next(model.parameters()).device))
-            deltas = torch.autograd.grad(losses.sum(), [output for _, output in seen.values()])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: FactoredGradients(delta.float(), seen[name][0].float()) for name, delta in zip(seen, deltas, strict=True)}
+    batch = collate(examples, pad_id, next(model.parameters()).device)
+    with unadapted(model), _watched(model, keep):
+        row_losses(model, batch).sum().backward()
+    return seen
 
 
 @contextmanager
-def _trained_weights(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Lets the adapted base weights take gradients within the block."""
-    layers = adapted_layers(model).values()
-    weights = [parameter for layer in layers for name, parameter in layer.base.named_parameters() if name == "weight"]
+def _watched(model: nn.Module, saw: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Calls saw(layer, deltas, inputs) in the backward pass, for each time that an adapted layer is used in the block.
+
+    deltas [..., out] is the gradient at the layer's output, inputs [..., in] what it was given. No weight takes a gradient.
+    """
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            inputs = given[0].detach()
+            if not output.requires_grad:  # nothing before the first layers takes a gradient
+                output.requires_grad_(True)
+            output.register_hook(lambda deltas: saw(name, deltas, inputs))
+            return output
+
+        return hook
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in adapted_layers(model).items()]
     try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield weights
+        yield
     finally:
-        for weight in weights:
-            weight.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()

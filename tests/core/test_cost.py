@@ -38,6 +38,7 @@ RUNS = [
     *(f"adapter.refresh_every=1 adapter.init={init}" for init in ("gradient", "orthogonal", "weight_svd")),
     f"adapter.refresh_every=2 {PARTIAL}",
     "adapter.init=gradient_public",
+    *(f"adapter.init=gradient adapter.sketch=true adapter.rank=3 {options}" for options in ("adapter.refresh_every=1", SECURE)),
     f"method=fedit {SCAFFOLD} {PARTIAL}",
     *(f"method=fedit compression.name={name}" for name in ("bfloat16", "int8", "int4")),
     f"method=ravan method.client_heads=1 compression.name=int4 {PARTIAL}",

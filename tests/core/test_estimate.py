@@ -99,7 +99,7 @@ def test_activations_are_those_that_autograd_keeps(form, kinds):
 
 
 def foretold(overrides=(), work=WORK, rates=RATES):
-    given = compose(["training.tokens_per_pass=4096", *overrides])
+    given = compose(["training.tokens_per_pass=4096", "evaluation.tokens_per_pass=16384", *overrides])
     config, method = effective(given), method_of(given)
     layers = layer_shapes(given.model, config.adapter.target_modules)
     spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)

@@ -110,6 +110,22 @@ def test_bases_from_data_are_charged_once_to_each_client():
     assert ledger.totals()["setup_parameters"] == 5 * dense + 5 * bases
 
 
+def test_sketched_gradients_cost_less_and_tell_the_same_directions():
+    found = {}
+    for sketch in (False, True):
+        session, _, strategy, ledger = opened(replace(SMALL, adapter=replace(SMALL.adapter, init=Init.gradient, sketch=sketch)))
+        parts = strategy.initial_gradients(InProcessGrid(app))
+        found[sketch] = {layer: session.gradient_parts.whole(parts, layer).double() for layer in session.spec.layers}
+        assert ledger.totals()["setup_parameters"] == 5 * session.gradient_parts.layout.num_parameters
+    assert session.gradient_parts.layout.num_parameters < 0.2 * sum(gradient.numel() for gradient in found[False].values())
+    inside = []
+    for layer, gradient in found[False].items():
+        left, _, right = torch.linalg.svd(found[True][layer])
+        most = torch.linalg.svdvals(gradient)[:4].norm()
+        inside.append(float((left[:, :4].T @ gradient @ right[:4].T).norm() / most))
+    assert np.mean(inside) > 0.9
+
+
 def test_the_shares_of_the_initialisation_samples_add_up():
     for samples, clients in [(7, 5), (3, 5), (5, 5), (100, 5)]:
         config = replace(SMALL, adapter=replace(SMALL.adapter, init_samples=samples))

@@ -6,12 +6,22 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CLASSIFIERS, adapted_model, tiny_classifier, tiny_model
 
-from fedsim.config import TrainingConfig
+from fedsim.config import EvaluationConfig, TrainingConfig
 from fedsim.core.adapters import factors
 from fedsim.core.payload import Layout
 from fedsim.seeding import NoiseKey
 from fedsim.training.batches import collate
-from fedsim.training.budget import GPU_SHARE, SMALLEST, TokenBudget, bytes_per_token, chosen, chosen_for
+from fedsim.training.budget import (
+    GENERATED_ON_GPU,
+    GPU_SHARE,
+    SMALLEST,
+    TokenBudget,
+    bytes_per_answer_token,
+    bytes_per_token,
+    chosen,
+    chosen_for,
+    chosen_for_answers_within,
+)
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.loss import group_gradients
 from fedsim.training.private import PrivateRule
@@ -54,6 +64,26 @@ def test_a_device_without_memory_for_the_smallest_pass_is_told(sequences):
     with pytest.raises(torch.OutOfMemoryError):
         train(with_memory_for(adapted_model(), 2), [ClientData(0, sequences(4))], budget)
     assert budget.tokens < 2 * SMALLEST
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma", "gpt2"])
+def test_the_memory_that_is_assumed_for_answers_holds_keys_and_values_of_every_block(architecture):
+    model = tiny_model(architecture).eval()
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(3, 13).unsqueeze(0), use_cache=True).past_key_values
+    held = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values)) / 10
+    assert held < bytes_per_answer_token(model) < 12 * held
+    assert bytes_per_answer_token(model, element=2) == bytes_per_answer_token(model) / 2
+
+
+def test_a_generation_batch_follows_from_the_memory_of_a_gpu_and_is_fixed_on_a_cpu():
+    model = tiny_model("llama")
+    each, few, many = bytes_per_answer_token(model), *GENERATED_ON_GPU
+    assert TokenBudget.of_evaluation(EvaluationConfig(), model).tokens == few
+    assert TokenBudget.of_evaluation(EvaluationConfig(tokens_per_pass=500), model).tokens == 500
+    assert chosen_for_answers_within(model, 0) == few
+    assert chosen_for_answers_within(model, int(1.1 * 4 * few * each / GPU_SHARE)) == 4 * few
+    assert chosen_for_answers_within(model, 10**15) == many
 
 
 def test_a_number_is_taken_and_auto_is_chosen():

@@ -12,6 +12,7 @@ from fedsim.config import DataConfig, EvaluationConfig, ModelConfig
 from fedsim.core.answers import extract, is_correct
 from fedsim.embedded import examples
 from fedsim.models import load_model
+from fedsim.training.budget import TokenBudget
 from fedsim.training.evaluation import evaluate, generate, mean_loss
 from fedsim.types import EncodedExample, Example, Family
 
@@ -56,7 +57,7 @@ def ends_often(model, prompts, max_new_tokens):
 
 
 def batched(model, prompts, eos_id, max_new_tokens, tokens_per_pass=10_000):
-    answers = generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=max_new_tokens, tokens_per_pass=tokens_per_pass)
+    answers = generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=max_new_tokens, budget=TokenBudget(tokens_per_pass))
     return [answer.tokens for answer in answers]
 
 
@@ -100,7 +101,7 @@ def test_an_answer_may_be_empty_and_a_batch_may_end_at_once():
 def test_an_answer_has_ended_when_the_end_of_sequence_came_within_the_limit_and_the_context():
     model, prompts = chatty(tiny_model("llama")), prompts_of([4, 9, 60, 70])  # a context of 64
     eos_id = one_by_one(model, [prompts[0]], VOCABULARY, 3)[0][2]
-    short, exact = (generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=n, tokens_per_pass=100) for n in (2, 3))
+    short, exact = (generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=n, budget=TokenBudget(100)) for n in (2, 3))
     assert [answer.ended for answer in short] == [False] * 4
     assert exact[0].ended
     assert (exact[3].tokens, exact[3].ended) == ([], False)  # a prompt that fills the context
@@ -130,6 +131,26 @@ def test_rows_that_have_ended_leave_the_batch_when_they_are_half_of_it():
     assert len(set(expected)) > 2
 
 
+def test_where_memory_runs_out_a_batch_is_begun_again_with_fewer_rows_and_answers_stay_the_same():
+    model, prompts = chatty(tiny_model("llama")), prompts_of([4, 9, 5, 7, 6, 8, 9, 4, 5])
+    expected = batched(model, prompts, VOCABULARY, 6)
+
+    def check(module, arguments, options):
+        held = options["past_key_values"].get_seq_length() + options["input_ids"].shape[1]
+        if held * len(options["input_ids"]) > 40:
+            raise torch.OutOfMemoryError("no memory left")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    budget, done = TokenBudget(1000), []
+    found = generate(
+        model, prompts, eos_id=VOCABULARY, pad_id=PAD, max_new_tokens=6, budget=budget, on_progress=lambda count, _: done.append(count)
+    )
+    assert [answer.tokens for answer in found] == expected
+    assert budget.tokens < 63
+    assert done[-1] == len(prompts)
+    assert done == sorted(set(done)), "every batch is told once, when it has come through"
+
+
 def test_progress_counts_every_prompt_once():
     seen = []
     generate(
@@ -138,7 +159,7 @@ def test_progress_counts_every_prompt_once():
         eos_id=2,
         pad_id=PAD,
         max_new_tokens=3,
-        tokens_per_pass=10,
+        budget=TokenBudget(10),
         on_progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(2, 4), (3, 4), (4, 4)]

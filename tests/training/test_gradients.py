@@ -2,7 +2,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, adapted_model, tiny_model
 
-from fedsim.core.adapters import adapted_layers, factors
+from fedsim.core.adapters import adapted_layers, factors, matrix_shape
+from fedsim.core.gradient_parts import GradientParts, Sketch
 from fedsim.core.payload import Layout
 from fedsim.training.batches import collate
 from fedsim.training.gradients import example_gradients, factor_gradients, weight_gradients
@@ -28,6 +29,23 @@ def test_weight_gradients_equal_autograd_one_example_at_a_time(architecture, seq
 
 def test_no_examples_give_zero_gradients():
     assert not any(g.any() for g in weight_gradients(adapted_model(), [], pad_id=0, tokens_per_pass=30).values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sketches_are_taken_without_forming_the_gradients(architecture, sequences):
+    model, examples = adapted_model(architecture), sequences(4)
+    shapes = {name: matrix_shape(layer.base) for name, layer in adapted_layers(model).items()}
+    parts = GradientParts(shapes, {name: Sketch.of(shape, 4, 0) for name, shape in shapes.items()})
+    whole = weight_gradients(model, examples, pad_id=0, tokens_per_pass=30)
+    found = weight_gradients(model, examples, pad_id=0, tokens_per_pass=30, parts=parts)
+    assert tuple(found) == parts.layout.names
+    for name, gradient in whole.items():
+        omega, psi = parts.sketches[name].mixing(torch.device("cpu"))
+        torch.testing.assert_close(found[f"{name}.columns"], gradient @ omega, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found[f"{name}.rows"], psi @ gradient, rtol=1e-3, atol=1e-6)
+    each = example_gradients(model, examples, pad_id=0, parts=parts)
+    for part, value in found.items():
+        torch.testing.assert_close(each[part].along(value).sum(), value.square().sum(), rtol=1e-3, atol=1e-8)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])

@@ -8,8 +8,9 @@ from torch import nn
 
 from fedsim.choices import Optimizer, Schedule
 from fedsim.config import TrainingConfig
-from fedsim.core.adapters import adapt, adapted_layers, bound, factors, install
+from fedsim.core.adapters import adapt, adapted_layers, bound, factors, install, matrix_shape
 from fedsim.core.forms import DENSE, LORA, RAVAN
+from fedsim.core.gradient_parts import GradientParts, Sketch
 from fedsim.core.payload import Layout
 from fedsim.seeding import NoiseKey
 from fedsim.training.cohort import ClientData, LocalRule, private_batches, train_cohort
@@ -231,12 +232,15 @@ def test_checkpointing_and_a_bfloat16_base_train_privately(sequences):
     assert float((coarse - exact).norm()) < 0.3 * float(exact.norm())
 
 
-def test_the_initial_gradient_is_clipped_per_example_over_all_layers(sequences):
+@pytest.mark.parametrize("sketched", [False, True])
+def test_the_initial_gradient_is_clipped_per_example_over_all_layers(sequences, sketched):
     model, examples = adapted_model(), sequences(4)
-    found = clipped_weight_gradients(model, examples, 0.3, pad_id=0)
+    shapes = {name: matrix_shape(layer.base) for name, layer in adapted_layers(model).items()}
+    parts = GradientParts(shapes, {name: Sketch.of(shape, 4, 0) for name, shape in shapes.items()} if sketched else {})
+    found = clipped_weight_gradients(model, examples, 0.3, pad_id=0, parts=parts)
     expected = None
     for example in examples:
-        gradients = weight_gradients(model, [example], pad_id=0, tokens_per_pass=100)
+        gradients = weight_gradients(model, [example], pad_id=0, tokens_per_pass=100, parts=parts)
         flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
         clipped = flat * min(1.0, 0.3 / float(flat.norm()))
         expected = clipped if expected is None else expected + clipped
