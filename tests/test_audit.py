@@ -27,8 +27,10 @@ def audit_of(folder, *overrides, base=TINY):
     return audited(compose([*base, *overrides, f"run_dir={folder}"]), quiet=True)
 
 
-def test_an_initialisation_without_noise_leaks_more_than_training_claims(tmp_path):
-    found = audit_of(tmp_path / "run", "adapter.init=gradient", "privacy.unsafe_init=true", "privacy.epsilon=1.5")
+@pytest.mark.parametrize("sketch", ["true", "false"])
+def test_an_initialisation_without_noise_leaks_more_than_training_claims(tmp_path, sketch):
+    options = ("adapter.init=gradient", f"adapter.sketch={sketch}", "adapter.rank=8", "privacy.unsafe_init=true", "privacy.epsilon=1.5")
+    found = audit_of(tmp_path / "run", *options)
     parts = found["parts"]
     assert {each["claimed_epsilon"] for each in parts.values()} == {math.inf}, "uploads are seen through bases that leak"
     for part in ("initial_gradient", "bases", "together"):

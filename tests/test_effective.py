@@ -29,3 +29,12 @@ def test_a_pooled_method_has_all_of_the_data_whatever_the_partition():
     )
     (shard,) = deal(config, load(config.data, config.seed).train).shards
     assert shard == list(range(20))
+
+
+def test_sketches_are_of_initial_gradients_only():
+    assert effective(compose(["adapter.sketch=true"])).adapter.sketch
+    for words in (["adapter.init=orthogonal"], ["privacy=example", "privacy.noise_multiplier=1"], ["method=fedit"]):
+        with pytest.raises(
+            UserError, match=r"adapter\.sketch: with adapter\.init=\w+ there are no initial gradients; choose one of gradient, "
+        ):
+            effective(compose(["adapter.sketch=true", *words]))

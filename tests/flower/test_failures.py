@@ -197,7 +197,7 @@ def test_initial_gradients_go_on_without_the_dead():
     run = faulty(config, {(0, 3): "died"})
     gradients = run.strategy.initial_gradients(run.grid)
     expected = sum(client_gradient(run.session, client, 2).double() for client in range(3))
-    torch.testing.assert_close(run.session.gradient_layout.pack(gradients), expected.float())
+    torch.testing.assert_close(run.session.gradient_parts.layout.pack(gradients), expected.float())
     assert [each.client for each in run.strategy.facts.missing] == [3]
 
 

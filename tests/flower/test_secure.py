@@ -341,13 +341,14 @@ def test_clipped_entries_are_clipped_and_counted_without_telling_whose():
     torch.testing.assert_close(secure.flat("R") - start, mean.float(), rtol=0, atol=bound(plain.counts, 1e-3 / 2047, range(3)) + 1e-7)
 
 
-def test_initial_gradients_are_summed_behind_masks_too():
-    config = changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient, "init_samples": 7})
+@pytest.mark.parametrize("sketch", [False, True])
+def test_initial_gradients_are_summed_behind_masks_too(sketch):
+    config = changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient, "init_samples": 7, "sketch": sketch})
     sums = []
     for secure in (False, True):
         rounds = secure_rounds(changed(config, privacy={"secure_aggregation": secure}))
         strategy = FedsimStrategy(rounds.session, rounds.session.config, rounds.ledger, rounds.state)
-        sums.append(rounds.session.gradient_layout.pack(strategy.initial_gradients(rounds.grid)))
+        sums.append(rounds.session.gradient_parts.layout.pack(strategy.initial_gradients(rounds.grid)))
     plain, masked = sums
     assert float(plain.abs().max()) > 1e-3
     torch.testing.assert_close(masked, plain, rtol=0, atol=3 * 16.0 / (2**31 // 3) + 1e-6)
@@ -460,7 +461,7 @@ def test_private_initial_gradients_have_room_for_their_noise():
     for secure in (False, True):
         rounds = secure_rounds(changed(config, privacy={**privacy, "secure_aggregation": secure}))
         strategy = FedsimStrategy(rounds.session, rounds.session.config, rounds.ledger, rounds.state)
-        sums.append(rounds.session.gradient_layout.pack(strategy.initial_gradients(rounds.grid)))
+        sums.append(rounds.session.gradient_parts.layout.pack(strategy.initial_gradients(rounds.grid)))
     assert float(sums[0].abs().max()) > 100
     torch.testing.assert_close(*sums, rtol=0, atol=1e-4)
     assert strategy.facts.secure["clipped"] == 0
