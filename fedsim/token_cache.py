@@ -62,7 +62,7 @@ def _texts(example: AnyExample) -> tuple[str, ...]:
     """Returns all of an example that decides its tokens and its label."""
     if isinstance(example, Pair):
         return example.premise, example.hypothesis, str(example.labels.index(example.answer))
-    return example.prompt, example.response
+    return example.prompt, example.response, json.dumps(example.turns) if example.turns else ""
 
 
 def _rules(tokenizer: Any) -> str | None:
@@ -72,7 +72,15 @@ def _rules(tokenizer: Any) -> str | None:
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # both are left over from the last call, and set anew in the next
     backend.no_padding()
-    names = ("model_max_length", "truncation_side", "split_special_tokens", "model_input_names", "eos_token_id", "sep_token_id")
+    names = (
+        "model_max_length",
+        "truncation_side",
+        "split_special_tokens",
+        "model_input_names",
+        "eos_token_id",
+        "sep_token_id",
+        "chat_template",
+    )
     versions = [version(package) for package in ("tokenizers", "transformers")]
     facts = [type(tokenizer).__name__, *(getattr(tokenizer, name) for name in names), *versions]
     return json.dumps(facts) + backend.to_str()

@@ -5,6 +5,7 @@ A client is a data owner. An adapter is a dictionary of factors; with a leading 
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +23,20 @@ class Family(Enum):
     text = "a whole text, compared word by word"
 
 
+class Turn(NamedTuple):
+    """What one side of a conversation says: the system, the user or the assistant."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt with its reference response.
 
     `task` is the row of the results table that the example belongs to ("gsm8k", "boolq"); `answer` is the gold answer
     ("18", "answer3", "true") that an answer read from a generated text is compared with. `client` is the owner that the data names.
+    `turns` is a conversation up to the response, for models that have a form of their own for it; `prompt` is what others are given.
     """
 
     task: str
@@ -36,6 +45,7 @@ class Example:
     response: str
     answer: str
     client: str | None = None
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from fedsim.session import Session
 from fedsim.training.encoding import encode
 from fedsim.training.flat_tokens import flattened
 from fedsim.training.pairs import encode_pairs
-from fedsim.types import EncodedExample, Example, Family, Pair
+from fedsim.types import EncodedExample, Example, Family, Pair, Turn
 
 CLIENTS = 4
 
@@ -146,6 +146,7 @@ def test_examples_that_are_encoded_in_another_way_need_another_version(tmp_path)
         EXAMPLES[::-1],
         EXAMPLES[:1],
         [dataclasses.replace(EXAMPLES[0], prompt="tom has 1 2 apples .1", response=" 2"), EXAMPLES[1]],
+        [dataclasses.replace(EXAMPLES[0], turns=(Turn("user", "tom"),)), EXAMPLES[1]],
         PAIRS,
         [dataclasses.replace(PAIRS[0], answer=LABELS[2]), PAIRS[1]],
         [dataclasses.replace(PAIRS[0], premise="w1 w2 w3", hypothesis=" "), PAIRS[1]],

@@ -3,18 +3,18 @@
 Prompts have Alpaca's form, as MetaMath (arXiv 2309.12284) and LLM-Adapters (arXiv 2304.01933) use it, at training and at generation
 alike. Left out are the spaces that LLM-Adapters' source puts before every line, and MetaMath's "Let's think step by step." in test
 questions only. SNLI (arXiv 1508.05326) and SICK (Marelli et al., LREC 2014) have pairs that are classified, and no prompt.
-`instructions` is whatever texts a user has, in the columns that public sets of instructions use.
+`instructions` is whatever texts or conversations a user has, in the columns that public sets of instructions use.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedsim.core.answers import boxed, options, value
 from fedsim.data.hub import Address, Hub
 from fedsim.data.rows import Malformed
-from fedsim.types import AnyExample, Example, Family, Pair
+from fedsim.types import AnyExample, Example, Family, Pair, Turn
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -136,13 +136,55 @@ PROMPT, CONTINUED = "prompt", ("completion", "response", "output", "answer")
 """Columns of a prompt that is taken as it is, and of what follows it."""
 
 
+CHATS = ("messages", "conversations")
+"""Columns of a conversation: turns with role and content, as OpenAI has them, or from and value, as ShareGPT has them."""
+
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+"""What some call the user, the assistant and the system."""
+
+
 def _instructions(row: Row, name: str) -> Example:
-    """An instruction, with or without an input, in Alpaca's form; or a prompt as it is."""
+    """An instruction, with or without an input, in Alpaca's form; a prompt as it is; or a conversation, whose last turn is the response."""
+    if isinstance(row, Mapping) and (column := next((each for each in CHATS if each in row), None)):
+        return _chat(row[column], column, name)
     if _column(row, *ASKED, PROMPT) == PROMPT:
         response = _field(row, *CONTINUED)
         return Example(name, Family.text, _field(row, PROMPT), response, response)
     instruction, response = _field(row, *ASKED).strip(), _field(row, *ANSWERED).strip()
     return Example(name, Family.text, _alpaca(instruction, row, *EXTRA), response, response)
+
+
+def _chat(told: Any, column: str, name: str) -> Example:
+    if not isinstance(told, list):
+        raise Malformed(f"expected a list of turns in {column!r}, got {told!r:.40}")
+    turns = [_turn(each, column) for each in told]
+    roles = [turn.role for turn in turns]
+    if roles[-1:] != ["assistant"] or "user" not in roles:
+        raise Malformed(f"expected turns in {column!r} that end with an assistant's to a user, got {', '.join(roles)[-60:] or 'none'}")
+    *before, last = turns
+    return Example(name, Family.text, _in_turns(before), last.content, last.content, turns=tuple(before))
+
+
+def _turn(told: Any, column: str) -> Turn:
+    if not isinstance(told, Mapping):
+        raise Malformed(f"expected turns with role and content in {column!r}, got {told!r:.40}")
+    role = _field(told, "role", "from")
+    content = told.get("content")
+    if isinstance(content, list):  # in parts, all of which must be text
+        told = {"content": "".join(_field(part, "text") for part in content)}
+    turn = Turn(ROLES.get(role, role), _field(told, "content", "value").strip())
+    if turn.role not in ("system", "user", "assistant"):
+        raise Malformed(f"expected turns of system, user and assistant in {column!r}, got one of {role!r:.40}")
+    return turn
+
+
+def _in_turns(turns: Sequence[Turn]) -> str:
+    """Returns a conversation in Alpaca's form, for models that have none of their own; one instruction is what it is without turns."""
+    opening, closing = ALPACA.split("### Instruction:\n{instruction}")
+    system = "\n\n".join(turn.content for turn in turns if turn.role == "system")
+    marks = {"user": "### Instruction:\n", "assistant": "### Response:\n"}
+    said = "\n\n".join(marks[turn.role] + turn.content for turn in turns if turn.role != "system")
+    return (f"{system}\n\n" if system else opening) + said + closing
 
 
 def named(row: Row, column: str) -> str:

@@ -60,12 +60,12 @@ class TokenBudget:
                 torch.cuda.empty_cache()
 
 
-def chosen(model: nn.Module) -> int:
-    """Returns the most tokens of a pass for a model on its device: a power of two."""
+def chosen(model: nn.Module, *, checkpointing: bool | None = None) -> int:
+    """Returns the most tokens of a pass for a model on its device: a power of two; `checkpointing` as for `bytes_per_token`."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return _within(TOKENS_PER_THREAD * torch.get_num_threads(), CPU_RANGE)
-    return chosen_for(model, _free_bytes(device))
+    return chosen_for(model, _free_bytes(device), checkpointing=checkpointing)
 
 
 def chosen_for_answers(model: nn.Module) -> int:

@@ -5,11 +5,13 @@ for a few texts at a time, which for short texts takes two thirds of the time of
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from fedsim.choices import TrainOn
+from fedsim.errors import UserError
 from fedsim.types import EncodedExample, Example
 
 TEXTS_A_CALL = 64
@@ -28,12 +30,35 @@ def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Iterator[
 
 
 def encode_prompts(examples: Sequence[Example], tokenizer: Any) -> Iterator[list[int]]:
-    """Yields the prompts' tokens, uncut: with the beginning-of-sequence token where the tokenizer adds one, never with an end."""
+    """Yields the prompts' tokens, uncut: with the beginning-of-sequence token where the tokenizer adds one, never with an end.
+
+    Conversations are in the form of the tokenizer's chat template where it has one. Raises UserError for one that the template refuses.
+    """
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    for ids in token_ids(tokenizer, [example.prompt for example in examples]):
-        while len(ids) > 1 and ids[-1] in ends:
-            ids = ids[:-1]
-        yield ids
+    for in_turns, group in groupby(examples, lambda example: bool(example.turns) and has_chat_template(tokenizer)):
+        if in_turns:
+            yield from token_ids(tokenizer, [_templated(tokenizer, example) for example in group], add_special_tokens=False)
+            continue
+        for ids in token_ids(tokenizer, [example.prompt for example in group]):
+            while len(ids) > 1 and ids[-1] in ends:
+                ids = ids[:-1]
+            yield ids
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a form of its own for conversations."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _templated(tokenizer: Any, example: Example) -> str:
+    turns = [turn._asdict() for turn in example.turns]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # the template's own code raises what it likes
+        raise UserError(
+            f"The chat template of the model refuses a conversation of {', '.join(turn.role for turn in example.turns)}: {error}. "
+            "Leave such rows out, or take a model without a template, which reads conversations in Alpaca's form."
+        ) from error
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, train_on: TrainOn) -> list[EncodedExample]:

@@ -4,7 +4,7 @@ import pytest
 
 from fedsim.data.rows import Malformed
 from fedsim.data.sets import SETS
-from fedsim.types import Family
+from fedsim.types import Family, Turn
 
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n"
 CHOICE = "Please choose the correct answer to the question: why?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2"
@@ -55,6 +55,38 @@ def test_a_prompt_of_ones_own_is_taken_as_it_is():
     assert (example.prompt, example.response, example.answer) == ("<|user|>Hello?\n<|bot|>", " Yes.\n", " Yes.\n")
 
 
+QUESTION, ANSWER = Turn("user", "Translate."), "Bonjour."
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "Translate. "}, {"role": "assistant", "content": " Bonjour."}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Trans"}, {"type": "text", "text": "late."}]},
+                *[{"role": "assistant", "content": "Bonjour.", "name": "a"}],
+            ],
+            "id": 3,
+        },
+        {"conversations": [{"from": "human", "value": "Translate."}, {"from": "gpt", "value": "Bonjour."}]},
+    ],
+)
+def test_a_conversation_of_one_question_is_an_instruction_for_models_without_a_template(row):
+    example = SETS["instructions"].example(row, "mine")
+    assert example.prompt == f"{HEAD}Translate.\n\n### Response:"
+    assert (example.response, example.answer, example.family, example.turns) == (ANSWER, ANSWER, Family.text, (QUESTION,))
+
+
+def test_a_longer_conversation_keeps_its_turns_and_its_last_one_is_the_response():
+    said = [("developer", "Be brief."), ("user", "Hello?"), ("assistant", "Yes."), ("user", "Who?"), ("assistant", "Me.")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    example = SETS["instructions"].example(row, "mine")
+    assert example.turns == (("system", "Be brief."), *said[1:4])
+    assert example.response == "Me."
+    assert example.prompt == ("Be brief.\n\n### Instruction:\nHello?\n\n### Response:\nYes.\n\n### Instruction:\nWho?\n\n### Response:")
+
+
 def test_an_instruction_of_ones_own_has_its_context():
     example = SETS["instructions"].example({"instruction": "Sum up.", "context": "A story.", "response": "Short."}, "mine")
     assert example.prompt.endswith("### Instruction:\nSum up.\n\n### Input:\nA story.\n\n### Response:")
@@ -90,6 +122,15 @@ def test_an_input_has_a_part_of_its_own():
         ("instructions", {"instruction": "a", "context": ["b"], "output": "c"}, "expected text in 'context', got ['b']"),
         ("instructions", {"instruction": "a", "input": "\ud83d", "output": "c"}, "half of a surrogate pair in it"),
         ("instructions", ["a", "b"], "expected an object with fields, got list"),
+        ("instructions", {"messages": "a"}, "expected a list of turns in 'messages', got 'a'"),
+        ("instructions", {"messages": []}, "expected turns in 'messages' that end with an assistant's to a user, got none"),
+        ("instructions", {"messages": [{"role": "user", "content": "a"}]}, "end with an assistant's to a user, got user"),
+        ("instructions", {"conversations": [{"from": "gpt", "value": "a"}]}, "end with an assistant's to a user, got assistant"),
+        ("instructions", {"messages": ["a"]}, "expected turns with role and content in 'messages', got 'a'"),
+        ("instructions", {"messages": [{"role": "tool", "content": "a"}]}, "expected turns of system, user and assistant in 'messages'"),
+        ("instructions", {"messages": [{"role": "user", "content": None}]}, "expected text in 'content', got None"),
+        ("instructions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "expected the field 'text', got 'type'"),
+        ("instructions", {"messages": [{"content": "a"}]}, "expected the field 'role' or 'from', got 'content'"),
     ],
 )
 def test_a_row_that_does_not_serve_is_malformed_with_a_reason(name, row, message):

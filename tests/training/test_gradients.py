@@ -2,7 +2,8 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, adapted_model, tiny_model
 
-from fedsim.core.adapters import adapted_layers, factors, matrix_shape
+from fedsim.core.adapters import adapt, adapted_layers, factors, matrix_shape
+from fedsim.core.forms import LORA_SB
 from fedsim.core.gradient_parts import GradientParts, Sketch
 from fedsim.core.payload import Layout
 from fedsim.training.batches import collate
@@ -29,6 +30,18 @@ def test_weight_gradients_equal_autograd_one_example_at_a_time(architecture, seq
 
 def test_no_examples_give_zero_gradients():
     assert not any(g.any() for g in weight_gradients(adapted_model(), [], pad_id=0, tokens_per_pass=30).values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_are_the_same_with_activation_checkpointing(architecture, sequences):
+    examples, found = sequences(4), []
+    for checkpointing in (False, True):
+        model = tiny_model(architecture, activation_checkpointing=checkpointing)
+        adapt(model, LORA_SB, 4, 1, 1.0, [])
+        found.append(weight_gradients(model, examples, pad_id=0, tokens_per_pass=30))
+    assert any(gradient.any() for gradient in found[0].values())
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
