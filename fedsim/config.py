@@ -71,8 +71,8 @@ class AdapterConfig:
     """Examples in all from which the initial gradient is estimated (gradient, gradient_public); clients give equal shares, one with
     fewer examples than its share all that it has."""
     sketch: bool = False
-    """Take sketches of the initial gradients in place of whole matrices, a few times rank numbers for each row and column of a layer:
-    of a 7B model at rank 200 a seventh of the bytes and memory, for bases that are nearly the same."""
+    """Take sketches of the initial gradients in place of whole matrices, a few times rank numbers for each row and column of a layer
+    (where that is half at most): of a 7B model at rank 200 a seventh of the bytes and memory, for bases that train nearly as well."""
     scaling: float = 1.0
     """Scaling s of the update s B R A."""
     target_modules: list[str] = field(default_factory=list)
@@ -270,7 +270,7 @@ class SecureConfig:
     range: float = 1.0
     """Largest change of an entry in a round that an upload can hold; what is larger is clipped, and counted. unit=client: clip_norm."""
     gradient_range: float = 16.0
-    """The same for an entry of a client's initial gradient, which travels in 32 bits; with gradient_dp at least 8 times its noise."""
+    """The same for an entry of a client's initial gradient or its sketch, in 32 bits; with gradient_dp at least 8 times its noise."""
     threshold: float = 0.6
     """Part of the round's clients that must stay to the end; with fewer the round is given up. unit=client: sized to give all the noise."""
     neighbours: int = 0

@@ -23,7 +23,7 @@ def effective(config: Config) -> Config:
     _check_pairs(config)
     _check_tasks(config, method)
     adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
-    _check_sketch(adapter)
+    _check_sketch(adapter, method)
     privacy_checks.check(replace(config, adapter=adapter), method)
     if config.federation.ranks:
         adapter = replace(adapter, rank=max(config.federation.ranks))
@@ -40,13 +40,12 @@ def effective(config: Config) -> Config:
     return replace(config, federation=federation, training=training)
 
 
-def _check_sketch(adapter: AdapterConfig) -> None:
+def _check_sketch(adapter: AdapterConfig, method: Method) -> None:
     if adapter.sketch and adapter.init not in FROM_GRADIENTS:
-        names = ", ".join(init.name for init in FROM_GRADIENTS)
+        others = ", ".join(init.name for init in FROM_GRADIENTS if init in method.inits)
+        choose = f"choose one of {others}, or leave it out" if others else "leave it out"
         given = adapter.init.name if adapter.init else ""
-        raise UserError(
-            f"adapter.sketch: with adapter.init={given} there are no initial gradients; choose one of {names}, or leave it out."
-        )
+        raise UserError(f"adapter.sketch: with method={method.name} and adapter.init={given} there are no initial gradients; {choose}.")
 
 
 def _check_pairs(config: Config) -> None:

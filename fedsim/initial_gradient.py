@@ -8,7 +8,6 @@ from fedsim.choices import Init
 from fedsim.core.initialization import from_gradients, from_noised_gradients
 from fedsim.seeding import numpy_generator
 from fedsim.session import Session
-from fedsim.training.budget import TokenBudget, chosen
 from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
 from fedsim.training.optimizers import learning_rate
 from fedsim.training.private import noise_of_initial_gradient, poisson_batches
@@ -17,10 +16,8 @@ from fedsim.types import Adapter, AnyEncoded
 
 def summed_gradients(session: Session, examples: Sequence[AnyEncoded]) -> Adapter:
     """Returns the summed loss gradient of every adapted base weight over the examples, without any update, in the session's parts."""
-    pad_id, parts, budget = session.tokenizer.pad_token_id, session.gradient_parts, session.budget
-    if session.config.training.activation_checkpointing:  # which spares nothing here: what layers are given is kept for the gradients
-        budget = TokenBudget(min(budget.tokens, chosen(session.model, checkpointing=False)))
-    return budget.within_memory(
+    pad_id, parts = session.tokenizer.pad_token_id, session.gradient_parts
+    return session.gradient_budget.within_memory(
         lambda tokens: weight_gradients(session.model, examples, pad_id=pad_id, tokens_per_pass=tokens, parts=parts)
     )
 

@@ -22,7 +22,7 @@ from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState
-from fedsim.core.gradient_parts import GradientParts
+from fedsim.core.gradient_parts import GradientParts, parts_of
 from fedsim.core.initialization import DERIVED, new_head
 from fedsim.core.network import Link, rates
 from fedsim.core.participation import steps_per_round
@@ -40,7 +40,8 @@ from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import NoiseKey, derive_seed, numpy_generator
-from fedsim.training.budget import TokenBudget
+from fedsim.training import conversations
+from fedsim.training.budget import TokenBudget, chosen
 from fedsim.training.cohort import ClientData, PassFacts
 from fedsim.training.encoding import encode, has_response
 from fedsim.training.pairs import encode_pairs
@@ -83,6 +84,7 @@ class Session:
         self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules, head)
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
         self.budget = TokenBudget.of(config.training, self.model)
+        conversations.check((*self.data.train, *(each for task in self.data.test.values() for each in task)), self.tokenizer)
         self.noise_key = NoiseKey.of_seed(config.seed) if config.privacy.noise is NoiseSource.seed else NoiseKey.secret()
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
@@ -117,7 +119,8 @@ class Session:
     def base_digest(self) -> str:
         """Digest of the base model, equal where server and client hold the same one in the same type.
 
-        Of embeddings, norms and whatever has no adapter; adapted layers may have something folded in, so their shapes must do.
+        Of embeddings, norms and whatever has no adapter; adapted layers may have something folded in, so their shapes must do. With the
+        form that the tokenizer gives to conversations.
         """
         adapted = {id(layer.base.weight) for layer in adapted_layers(self.model).values()}
         hashed = hashlib.sha256(json.dumps(self.spec.layers).encode())
@@ -125,6 +128,7 @@ class Session:
             if id(tensor) not in adapted:
                 hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        hashed.update(str(getattr(self.tokenizer, "chat_template", None) or "").encode())
         return hashed.hexdigest()
 
     @cached_property
@@ -275,4 +279,19 @@ class Session:
     @cached_property
     def gradient_parts(self) -> GradientParts:
         """What is sent of initial gradients."""
-        return GradientParts.of(self.spec, sketched=self.config.adapter.sketch, seed=self.config.seed)
+        return parts_of(self.config, self.spec)
+
+    @property
+    def gradient_budget(self) -> TokenBudget:
+        """The budget of passes for initial gradients."""
+        return self._sparing_gradient_budget if self.config.training.activation_checkpointing else self.budget
+
+    @cached_property
+    def _sparing_gradient_budget(self) -> TokenBudget:
+        """Checkpointing spares nothing there: what the layers are given is kept for their gradients."""
+        return TokenBudget(min(self.budget.tokens, chosen(self.model, checkpointing=False)))
+
+    @cached_property
+    def answer_budget(self) -> TokenBudget:
+        """The budget of generation batches."""
+        return TokenBudget.of_evaluation(self.config.evaluation, self.model)

@@ -82,7 +82,8 @@ def _rules(tokenizer: Any) -> str | None:
         "chat_template",
     )
     versions = [version(package) for package in ("tokenizers", "transformers")]
-    facts = [type(tokenizer).__name__, *(getattr(tokenizer, name) for name in names), *versions]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # a chat template may name them
+    facts = [type(tokenizer).__name__, *(getattr(tokenizer, name) for name in names), special, *versions]
     return json.dumps(facts) + backend.to_str()
 
 

@@ -59,6 +59,8 @@ def _init(words: list[str]) -> int:
     options, rest = _options("init", words, {"--clients": 1, "--host": 1, "--port": 1, "--name": 1, "--new-keys": 0})
     if len(rest) != 1:
         raise UserError(f"Expected one folder, got {len(rest)}. Usage: {USAGE['init']}")
+    from dataclasses import replace
+
     from fedsim.deploy.folder import SETTINGS, Federation, init, load
 
     folder = Path(rest[0])
@@ -68,7 +70,8 @@ def _init(words: list[str]) -> int:
     name = options.get("--name", [before.name])[-1]
     if not name.replace("-", "").replace("_", "").isalnum():
         raise UserError(f"Expected --name of letters, digits, - and _, got {name!r}.")
-    for line in init(folder, Federation(name, clients, hosts, port, before.shard), new_keys="--new-keys" in options):
+    federation = replace(before, name=name, clients=clients, hosts=hosts, port=port)
+    for line in init(folder, federation, new_keys="--new-keys" in options):
         print(line)
     print(f"Read {folder / 'README.md'} for the next steps.")
     return 0
@@ -110,12 +113,22 @@ def _up(words: list[str]) -> int:
     config = compose([*overrides, f"federation.clients={clients}", "engine=deployment", f"engine.superlink={NAME}"])
     check(config)
     config = named(config)
-    config = replace(config, run_dir=str(Path(str(config.run_dir)).resolve()))
+    config = replace(
+        config,
+        run_dir=str(Path(str(config.run_dir)).resolve()),  # all programs of the trial are on this machine, each in its own folder
+        data=replace(config.data, path=_absolute(config.data.path)),
+        model=replace(config.model, path=_absolute(config.model.path)),
+    )
     folder = Path(options["--dir"][-1]).resolve() if "--dir" in options else None
     print(f"starting a SuperLink and {clients} SuperNodes on loopback", file=sys.stderr)
-    with local_federation(clients, folder):
+    with local_federation(clients, folder, data_path=config.data.path, model_path=config.model.path):
         run(config)
     return 0
+
+
+def _absolute(path: str | None) -> str | None:
+    """Returns the path of what lies on this disk, and a hub name as it is."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
 def _status(words: list[str]) -> int:

@@ -52,8 +52,9 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         if self.merged is not None:
-            return affine(x, self.merged, bias)
-        y = affine(x, weight_matrix(self.base), bias, self.form.chain(self.factors), self.scaling)
+            y = affine(x, self.merged, bias)
+        else:
+            y = affine(x, weight_matrix(self.base), bias, self.form.chain(self.factors), self.scaling)
         return y if self.beside is None else y + affine(x, self.beside)
 
     def weight(self) -> Tensor:

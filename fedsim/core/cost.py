@@ -19,7 +19,7 @@ from fedsim.core.compression import CODECS
 from fedsim.core.dropout import Stage, attendance, enough_heard, heard
 from fedsim.core.exchange import CONTROL
 from fedsim.core.forms import AdapterSpec
-from fedsim.core.gradient_parts import GradientParts
+from fedsim.core.gradient_parts import parts_of
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
 from fedsim.core.participation import drawn, givers, round_size, server_adds_noise, spares
@@ -130,7 +130,7 @@ class _Walk:
         self._rank = [*_ranks(config, spec), *observers]
         self._size = cache(spec.num_parameters)
         self._whole = sum(rows * columns for rows, columns in spec.layers.values())
-        self._of_gradients = GradientParts.of(spec, sketched=config.adapter.sketch, seed=config.seed).layout.num_parameters
+        self._of_gradients = parts_of(config, spec).layout.num_parameters
         self._increment = 0
         self._secure = config.privacy.secure_aggregation
 

@@ -14,7 +14,7 @@ from fedsim.choices import Init, Optimizer, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.cost import Forecast
 from fedsim.core.forms import AdapterSpec
-from fedsim.core.gradient_parts import GradientParts
+from fedsim.core.gradient_parts import parts_of
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size, steps_per_round
@@ -226,8 +226,7 @@ class _Plan:
 
     @property
     def _of_gradients(self) -> int:
-        adapter = self._config.adapter
-        return GradientParts.of(self._spec, sketched=adapter.sketch, seed=self._config.seed).layout.num_parameters
+        return parts_of(self._config, self._spec).layout.num_parameters
 
     def _svd_flops(self) -> float:
         """Of a full decomposition, about 14 m n min(m, n), or of a subspace iteration where that is less."""

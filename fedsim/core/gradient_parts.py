@@ -13,8 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedsim.config import Config
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.payload import Layout
+from fedsim.errors import UserError
 from fedsim.seeding import torch_generator
 from fedsim.types import Adapter
 
@@ -81,14 +83,6 @@ class GradientParts:
     layers: Mapping[str, tuple[int, int]]
     sketches: Mapping[str, Sketch]
 
-    @classmethod
-    def of(cls, spec: AdapterSpec, *, sketched: bool, seed: int) -> "GradientParts":
-        """Returns the parts for the bases of `spec`; where they are `sketched`, layers whose sketch is no smaller are sent whole."""
-        shapes = set(spec.layers.values()) if sketched else set()
-        found = {shape: Sketch.of(shape, spec.rank, seed) for shape in shapes}
-        smaller = {shape: sketch for shape, sketch in found.items() if sketch.num_parameters < shape[0] * shape[1]}
-        return cls(spec.layers, {name: smaller[shape] for name, shape in spec.layers.items() if shape in smaller})
-
     @cached_property
     def layout(self) -> Layout:
         """Layout of what is sent, as one flat array."""
@@ -121,3 +115,19 @@ class GradientParts:
 
 WHOLE = GradientParts({}, {})
 """Nothing is sketched, whatever the layers."""
+
+
+def parts_of(config: Config, spec: AdapterSpec) -> GradientParts:
+    """Returns the parts for the bases of `spec`: with `adapter.sketch` layers whose sketch is at most half as large are sketched.
+
+    Raises UserError where there is none of those.
+    """
+    if not config.adapter.sketch:
+        return GradientParts(spec.layers, {})
+    found = {shape: Sketch.of(shape, spec.rank, config.seed) for shape in spec.layers.values()}
+    small = {shape: sketch for shape, sketch in found.items() if 2 * sketch.num_parameters <= shape[0] * shape[1]}
+    if not small:
+        raise UserError(
+            f"adapter.sketch: at rank {spec.rank} no layer's sketch is half as large as its gradient; take a lower rank, or leave it out."
+        )
+    return GradientParts(spec.layers, {name: small[shape] for name, shape in spec.layers.items() if shape in small})

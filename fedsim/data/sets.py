@@ -9,6 +9,7 @@ questions only. SNLI (arXiv 1508.05326) and SICK (Marelli et al., LREC 2014) hav
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from fedsim.core.answers import boxed, options, value
@@ -136,17 +137,21 @@ PROMPT, CONTINUED = "prompt", ("completion", "response", "output", "answer")
 """Columns of a prompt that is taken as it is, and of what follows it."""
 
 
-CHATS = ("messages", "conversations")
+CHATS = ("messages", "conversations", "conversation")
 """Columns of a conversation: turns with role and content, as OpenAI has them, or from and value, as ShareGPT has them."""
 
-ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
-"""What some call the user, the assistant and the system."""
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+"""Who says a turn, by what public sets call them."""
 
 
 def _instructions(row: Row, name: str) -> Example:
     """An instruction, with or without an input, in Alpaca's form; a prompt as it is; or a conversation, whose last turn is the response."""
-    if isinstance(row, Mapping) and (column := next((each for each in CHATS if each in row), None)):
-        return _chat(row[column], column, name)
+    if isinstance(row, Mapping) and (column := next((each for each in CHATS if row.get(each) is not None), None)):
+        return _chat(row, column, name)
     if _column(row, *ASKED, PROMPT) == PROMPT:
         response = _field(row, *CONTINUED)
         return Example(name, Family.text, _field(row, PROMPT), response, response)
@@ -154,35 +159,50 @@ def _instructions(row: Row, name: str) -> Example:
     return Example(name, Family.text, _alpaca(instruction, row, *EXTRA), response, response)
 
 
-def _chat(told: Any, column: str, name: str) -> Example:
+def _chat(row: Row, column: str, name: str) -> Example:
+    """A conversation up to its last turn, and that: what the assistant says before the user has said anything is left out."""
+    told = row[column]
     if not isinstance(told, list):
         raise Malformed(f"expected a list of turns in {column!r}, got {told!r:.40}")
-    turns = [_turn(each, column) for each in told]
-    roles = [turn.role for turn in turns]
-    if roles[-1:] != ["assistant"] or "user" not in roles:
-        raise Malformed(f"expected turns in {column!r} that end with an assistant's to a user, got {', '.join(roles)[-60:] or 'none'}")
-    *before, last = turns
+    turns = [turn for each in told if (turn := _turn(each, column))]
+    if isinstance(row.get("system"), str) and row["system"].strip() and not any(turn.role == "system" for turn in turns):
+        turns.insert(0, Turn("system", _field(row, "system").strip()))
+    first = next((place for place, turn in enumerate(turns) if turn.role == "user"), len(turns))
+    turns = [turn for place, turn in enumerate(turns) if place >= first or turn.role == "system"]
+    if not turns or turns[-1].role != "assistant":
+        said = ", ".join(turn.role for turn in turns)
+        raise Malformed(f"expected turns in {column!r} that end with an assistant's to a user, got {said[-60:] or 'none'}")
+    *before, last = _merged(turns)
     return Example(name, Family.text, _in_turns(before), last.content, last.content, turns=tuple(before))
 
 
-def _turn(told: Any, column: str) -> Turn:
+def _turn(told: Any, column: str) -> Turn | None:
+    """Returns what one side says; None for a system that says nothing."""
     if not isinstance(told, Mapping):
         raise Malformed(f"expected turns with role and content in {column!r}, got {told!r:.40}")
-    role = _field(told, "role", "from")
+    told = {key: value for key, value in told.items() if value is not None}  # a table has all columns in all rows
+    given = _field(told, "role", "from")
+    if (role := ROLES.get(given)) is None:
+        raise Malformed(f"expected turns of system, user and assistant in {column!r}, got one of {given!r:.40}")
     content = told.get("content")
     if isinstance(content, list):  # in parts, all of which must be text
         told = {"content": "".join(_field(part, "text") for part in content)}
-    turn = Turn(ROLES.get(role, role), _field(told, "content", "value").strip())
-    if turn.role not in ("system", "user", "assistant"):
-        raise Malformed(f"expected turns of system, user and assistant in {column!r}, got one of {role!r:.40}")
-    return turn
+    said = told[_column(told, "content", "value")]
+    if role == "system" and isinstance(said, str) and not said.strip():
+        return None
+    return Turn(role, _field(told, "content", "value").strip())
+
+
+def _merged(turns: Sequence[Turn]) -> list[Turn]:
+    """Returns the turns with those of one side that follow each other as one; many models know none other."""
+    return [Turn(role, "\n\n".join(turn.content for turn in together)) for role, together in groupby(turns, key=lambda turn: turn.role)]
 
 
 def _in_turns(turns: Sequence[Turn]) -> str:
     """Returns a conversation in Alpaca's form, for models that have none of their own; one instruction is what it is without turns."""
     opening, closing = ALPACA.split("### Instruction:\n{instruction}")
     system = "\n\n".join(turn.content for turn in turns if turn.role == "system")
-    marks = {"user": "### Instruction:\n", "assistant": "### Response:\n"}
+    marks = {"user": "### Instruction:\n", "assistant": "### Response:"}  # as the response itself follows its mark
     said = "\n\n".join(marks[turn.role] + turn.content for turn in turns if turn.role != "system")
     return (f"{system}\n\n" if system else opening) + said + closing
 

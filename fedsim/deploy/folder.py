@@ -32,6 +32,14 @@ class Federation:
     port: int = 9092
     shard: bool = False
     """A trial: clients take their shards of the experiment's data."""
+    data_path: str | None = None
+    """Where the experiment's data lies in a trial, in which the server and the clients share a disk; None for none of its own."""
+    model_path: str | None = None
+    """The same for the base model."""
+
+    def owner(self, client: int) -> Owner:
+        """What client.yaml says at first."""
+        return Owner(client, shard=self.shard, data_path=self.data_path, model_path=self.model_path)
 
 
 def init(folder: Path, federation: Federation, *, new_keys: bool = False) -> list[str]:
@@ -78,7 +86,7 @@ def _write(folder: Path, federation: Federation, *, new_keys: bool, final: Path)
     for client in range(federation.clients):
         home, name = f"clients/client-{client}", f"client-{client}"
         writer.pair(f"server/keys/{name}.pub", f"{home}/key", f"key of client {client}", lambda name=name: client_key(name))
-        writer.keep(f"{home}/client.yaml", owner_text(Owner(client, shard=federation.shard)).encode(), PLAIN)
+        writer.keep(f"{home}/client.yaml", owner_text(federation.owner(client)).encode(), PLAIN)
         _client_files(writer, federation, client, ca)
     _server_files(writer, federation, ca, final)
     writer.put(SETTINGS, _settings(federation), PLAIN)  # last: what has it is whole

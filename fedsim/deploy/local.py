@@ -124,22 +124,33 @@ class Local:
 
 
 @contextmanager
-def local_federation(clients: int, folder: Path | None = None, *, shard: bool = True, connect: bool = True) -> Iterator[Local]:
+def local_federation(
+    clients: int,
+    folder: Path | None = None,
+    *,
+    shard: bool = True,
+    connect: bool = True,
+    data_path: str | None = None,
+    model_path: str | None = None,
+) -> Iterator[Local]:
     """A running federation of so many clients; its folder is a temporary one unless `folder` is given, which stays.
 
-    `shard` has them train on their shards of the experiment's data; without `connect` their SuperNodes are the caller's to start. Flower's
-    programs use the federation's configuration in the block (FLWR_HOME).
+    `shard` has them train on their shards of the experiment's data, which lies at `data_path`, with the base model at `model_path`, both as
+    in the configuration, absolute where they are on disk; without `connect` their SuperNodes are the caller's to start. Flower's programs
+    use the federation's configuration in the block (FLWR_HOME).
 
-    Guarantees: when the block is left, however, nothing that was started runs any more. Raises UserError for a folder that is not its own.
+    Guarantees: when the block is left, however, nothing that was started runs any more. Raises UserError for a folder that is not its own,
+    and for one in which a client takes shards of other data or has another base model.
     """
     if folder is not None and (folder / SETTINGS).is_file() and (name := load(folder).name) != NAME:
         raise UserError(f"Expected {folder} to be new or of an earlier trial, got the folder of the federation {name}. Choose another one.")
     place = folder or Path(tempfile.mkdtemp(prefix="fedsim-"))
-    federation = Federation(NAME, clients, ("localhost",), free_port(), shard)
+    federation = Federation(NAME, clients, ("localhost",), free_port(), shard, data_path, model_path)
     local, home = Local(place, federation), os.environ.get("FLWR_HOME")
     try:
         with interruptible():  # SIGTERM too, so that the processes are ended
             init(place, federation)
+            _check_owners(local)
             os.environ["FLWR_HOME"] = str(local.flwr_home)
             local.start_superlink()
             local.register()
@@ -156,6 +167,19 @@ def local_federation(clients: int, folder: Path | None = None, *, shard: bool = 
                     os.environ["FLWR_HOME"] = home
                 if folder is None:
                     shutil.rmtree(place, ignore_errors=True)
+
+
+def _check_owners(local: Local) -> None:
+    """Raises UserError where client.yaml, which stays as it was in an old folder, names other data or another model than the trial."""
+    wanted = local.federation
+    for client in range(wanted.clients):
+        path = local.client_folder(client) / "client.yaml"
+        owner = load_owner(path)
+        if owner.shard and (owner.data_path, owner.model_path) != (wanted.data_path, wanted.model_path):
+            raise UserError(
+                f"Expected {path} with the trial's data and model ({wanted.data_path or 'by name'}, {wanted.model_path or 'embedded'}), "
+                f"got {owner.data_path or 'by name'}, {owner.model_path or 'embedded'}. Edit it, or choose another folder."
+            )
 
 
 def environment() -> dict[str, str]:

@@ -325,7 +325,13 @@ class Run:
             for task, examples in session.data.test.items():
                 self._progress.phase(f"evaluating {task} ({len(examples)} questions) after round {state.round}")
                 found = evaluate(
-                    session.model, session.tokenizer, examples, self._config.evaluation, self._config.data, self._progress.done
+                    session.model,
+                    session.tokenizer,
+                    examples,
+                    self._config.evaluation,
+                    self._config.data,
+                    self._progress.done,
+                    session.answer_budget,
                 )
                 tasks[task] = asdict(found)
         return tasks

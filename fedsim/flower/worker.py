@@ -183,7 +183,14 @@ def _evaluate(session: Session, request: Request, context: Context) -> RecordDic
             own = memory[client].get(PERSONAL)
             personal = {} if own is None else session.spec.layout(kinds).unpack(own.to(session.device))
             with bound(session.model, personal), merged(session.model):
-                found = evaluate_examples(session.model, session.tokenizer, examples, session.config.evaluation, session.config.data)
+                found = evaluate_examples(
+                    session.model,
+                    session.tokenizer,
+                    examples,
+                    session.config.evaluation,
+                    session.config.data,
+                    budget=session.answer_budget,
+                )
             correct.append(found.accuracy * len(examples))
             loss.append(found.loss * found.num_losses if found.num_losses else 0.0)
             counts.append(len(examples))

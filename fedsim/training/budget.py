@@ -23,6 +23,7 @@ GPU_SHARE = 0.6  # of the free memory: the rest is for gradients of the factors,
 SMALLEST = 16  # tokens; a budget is not halved below
 GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
+LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which keeps the logits of every position
 
 
 class TokenBudget:
@@ -85,6 +86,13 @@ def _free_bytes(device: torch.device) -> int:
 def chosen_for(model: nn.Module, free_bytes: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
     """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there; see `bytes_per_token`."""
     return _within(int(GPU_SHARE * free_bytes / bytes_per_token(model, element=element, checkpointing=checkpointing)), GPU_RANGE)
+
+
+def chosen_for_losses(model: nn.Module, answers: int) -> int:
+    """Returns the most tokens of a pass for losses without a gradient, which keeps the logits of every position; `answers` are those of a
+    generation batch."""
+    most = max(1, answers // LOSS_SHARE)
+    return most if next(model.parameters()).device.type != "cuda" else min(most, chosen(model, checkpointing=False))
 
 
 def chosen_for_answers_within(model: nn.Module, free_bytes: int, *, element: int | None = None) -> int:

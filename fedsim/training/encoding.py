@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fedsim.choices import TrainOn
-from fedsim.errors import UserError
-from fedsim.types import EncodedExample, Example
+from fedsim.training.conversations import end_of_turn, in_turns, rendered, shorter
+from fedsim.types import EncodedExample, Example, Turn
 
 TEXTS_A_CALL = 64
 
@@ -29,15 +29,16 @@ def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Iterator[
         yield from found["input_ids"]
 
 
-def encode_prompts(examples: Sequence[Example], tokenizer: Any) -> Iterator[list[int]]:
+def encode_prompts(examples: Sequence[Example], tokenizer: Any, max_length: int | None = None) -> Iterator[list[int]]:
     """Yields the prompts' tokens, uncut: with the beginning-of-sequence token where the tokenizer adds one, never with an end.
 
-    Conversations are in the form of the tokenizer's chat template where it has one. Raises UserError for one that the template refuses.
+    Conversations are in the form of the tokenizer's chat template where it has one. Of one that is longer than `max_length` with its
+    response the oldest exchanges are left out, as far as that helps. Raises UserError for one that the template refuses.
     """
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    for in_turns, group in groupby(examples, lambda example: bool(example.turns) and has_chat_template(tokenizer)):
-        if in_turns:
-            yield from token_ids(tokenizer, [_templated(tokenizer, example) for example in group], add_special_tokens=False)
+    for templated, group in groupby(examples, lambda example: in_turns(example, tokenizer)):
+        if templated:
+            yield from _conversations(list(group), tokenizer, max_length)
             continue
         for ids in token_ids(tokenizer, [example.prompt for example in group]):
             while len(ids) > 1 and ids[-1] in ends:
@@ -45,31 +46,38 @@ def encode_prompts(examples: Sequence[Example], tokenizer: Any) -> Iterator[list
             yield ids
 
 
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a form of its own for conversations."""
-    return bool(getattr(tokenizer, "chat_template", None))
+def _conversations(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Iterator[list[int]]:
+    def encoded(texts: Sequence[str]) -> Iterator[list[int]]:
+        return token_ids(tokenizer, texts, add_special_tokens=False)
+
+    prompts = encoded([rendered(example.turns, tokenizer) for example in examples])
+    responses = encoded([example.response for example in examples])
+    limit = None if max_length is None else _limit(max_length, tokenizer)
+    for example, ids, response in zip(examples, prompts, responses, strict=True):
+        turns: Sequence[Turn] | None = example.turns
+        while limit is not None and len(ids) + len(response) + 1 > limit and (turns := shorter(turns or ())):
+            (ids,) = encoded([rendered(turns, tokenizer)])
+        yield ids
 
 
-def _templated(tokenizer: Any, example: Example) -> str:
-    turns = [turn._asdict() for turn in example.turns]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # the template's own code raises what it likes
-        raise UserError(
-            f"The chat template of the model refuses a conversation of {', '.join(turn.role for turn in example.turns)}: {error}. "
-            "Leave such rows out, or take a model without a template, which reads conversations in Alpaca's form."
-        ) from error
+def _limit(max_length: int, tokenizer: Any) -> int:
+    return int(min(max_length, tokenizer.model_max_length))
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, train_on: TrainOn) -> list[EncodedExample]:
-    """Returns prompt, response and end-of-sequence token of each, cut at the end to `max_length` or to the tokenizer's own limit.
+    """Returns prompt, response and end of each, cut at the end to `max_length` or to the tokenizer's own limit.
 
-    Where the cut leaves nothing of the response, no token carries a loss: see `has_response`.
+    The end is the end-of-sequence token, or that of a turn in a conversation. Where the cut leaves nothing of the response, no token
+    carries a loss: see `has_response`.
     """
-    prompts = encode_prompts(examples, tokenizer)
+    prompts = encode_prompts(examples, tokenizer, max_length)
     responses = token_ids(tokenizer, [example.response for example in examples], add_special_tokens=False)
-    limit, end = min(max_length, tokenizer.model_max_length), tokenizer.eos_token_id
-    return [_joined(prompt, [*response, end], limit, train_on) for prompt, response in zip(prompts, responses, strict=True)]
+    limit, ends = _limit(max_length, tokenizer), [tokenizer.eos_token_id] * len(examples)
+    if chats := [place for place, example in enumerate(examples) if in_turns(example, tokenizer)]:
+        end = end_of_turn(tokenizer)
+        for place in chats:
+            ends[place] = end
+    return [_joined(prompt, [*response, end], limit, train_on) for prompt, response, end in zip(prompts, responses, ends, strict=True)]
 
 
 def _joined(prompt: list[int], response: list[int], limit: int, train_on: TrainOn) -> EncodedExample:

@@ -4,7 +4,7 @@ Rows of similar prompt length share a batch, padded on the left; rows that have 
 that classifies answers with its most likely label.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +18,12 @@ from fedsim.config import DataConfig, EvaluationConfig
 from fedsim.core.answers import is_correct
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
-from fedsim.training.budget import TokenBudget
+from fedsim.training.budget import TokenBudget, chosen_for_losses
+from fedsim.training.conversations import end_of_turn, in_turns
 from fedsim.training.encoding import encode, encode_prompts, has_response, token_ids
 from fedsim.training.loss import row_losses
 from fedsim.training.pairs import collate_pairs, encode_pairs, label_logits
 from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Family, Pair
-
-LOSS_SHARE = 4
-"""A loss pass has this part of a generation batch's tokens, because it keeps the logits of every position."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,11 @@ def evaluate(
     config: EvaluationConfig,
     data: DataConfig,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    budget: TokenBudget | None = None,
 ) -> TaskResult:
     """Answers every example and compares with the gold answers; `on_progress(done, total)` counts answered examples.
+
+    `budget` bounds the batches, and shrinks where memory runs out; without one it is chosen as `config` says.
 
     Guarantees: no gradient, no change of the model; the result does not depend on the order of the examples, beyond float tolerance. A
     prompt that fills the model's context counts as answered wrongly, and so does an answer that is cut off before it says that it is the
@@ -64,24 +65,27 @@ def evaluate(
     """
     if not examples:
         return TaskResult(0.0, float("nan"), 0)
+    budget = budget or TokenBudget.of_evaluation(config, model)
     pairs = [example for example in examples if isinstance(example, Pair)]
     if pairs:
-        return _classify(model, tokenizer, pairs, config, data, on_progress)
-    return _answer(model, tokenizer, [example for example in examples if isinstance(example, Example)], config, data, on_progress)
+        return _classify(model, tokenizer, pairs, budget, data, on_progress)
+    return _answer(model, tokenizer, [example for example in examples if isinstance(example, Example)], config, data, budget, on_progress)
 
 
 def _classify(
     model: nn.Module,
     tokenizer: Any,
     pairs: Sequence[Pair],
-    config: EvaluationConfig,
+    budget: TokenBudget,
     data: DataConfig,
     on_progress: Callable[[int, int], None],
 ) -> TaskResult:
-    device, loss, correct, done = next(model.parameters()).device, 0.0, 0, 0
+    device = next(model.parameters()).device
     encoded = encode_pairs(pairs, tokenizer, data.max_length, apart=isinstance(model, BiEncoder))
-    with _inference(model), torch.no_grad():
-        for each in pack({0: encoded}, len(encoded), TokenBudget.of_evaluation(config, model).tokens):
+
+    def classified(most: int) -> tuple[float, int]:
+        loss, correct, done = 0.0, 0, 0
+        for each in pack({0: encoded}, len(encoded), most):
             rows = [row.example for row in each.rows if isinstance(row.example, EncodedPair)]
             batch = collate_pairs(rows, tokenizer.pad_token_id, device)
             logits = label_logits(model, batch)
@@ -89,6 +93,10 @@ def _classify(
             correct += int((logits.argmax(1) == batch.labels).sum())
             done += len(rows)
             on_progress(done, len(pairs))
+        return loss, correct
+
+    with _inference(model), torch.no_grad():
+        loss, correct = budget.within_memory(classified)
     return TaskResult(correct / len(pairs), loss / len(pairs), len(pairs), len(pairs))
 
 
@@ -98,13 +106,14 @@ def _answer(
     examples: Sequence[Example],
     config: EvaluationConfig,
     data: DataConfig,
+    budget: TokenBudget,
     on_progress: Callable[[int, int], None],
 ) -> TaskResult:
     with _inference(model):
-        prompts = list(encode_prompts(examples, tokenizer))
+        prompts = list(encode_prompts(examples, tokenizer, data.max_length))
+        ends = {end_of_turn(tokenizer)} if any(in_turns(example, tokenizer) for example in examples) else set()
         encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
         longest = _longest_right(examples, tokenizer, config.max_new_tokens)
-        budget = TokenBudget.of_evaluation(config, model)
         answers = generate(
             model,
             prompts,
@@ -112,11 +121,13 @@ def _answer(
             pad_id=tokenizer.pad_token_id,
             max_new_tokens=longest,
             budget=budget,
+            ends=ends,
             on_progress=on_progress,
         )
         texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
         pad_id = tokenizer.pad_token_id
-        loss = budget.within_memory(lambda most: mean_loss(model, encoded, pad_id=pad_id, tokens_per_pass=max(1, most // LOSS_SHARE)))
+        of_losses = TokenBudget(chosen_for_losses(model, budget.tokens))
+        loss = of_losses.within_memory(lambda most: mean_loss(model, encoded, pad_id=pad_id, tokens_per_pass=most))
     read = zip(texts, examples, answers, strict=True)
     correct = sum(is_correct(text, example, ended=answer.ended) for text, example, answer in read)
     wrong_already = longest if longest < config.max_new_tokens else None  # the number of tokens at which it made no sense to go on
@@ -152,9 +163,12 @@ def generate(
     pad_id: int,
     max_new_tokens: int,
     budget: TokenBudget,
+    ends: Collection[int] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
     """Returns the greedy continuation of each prompt, up to the end-of-sequence token, in the order of the prompts.
+
+    `ends` are further tokens that end an answer.
 
     Guarantees: equal to generating one prompt at a time, to float tolerance. No sequence grows beyond the model's context; a prompt that
     fills it gets an empty answer, which has not ended. Batches stay within the budget when every answer is as long as allowed; where
@@ -166,8 +180,13 @@ def generate(
     done = len(prompts) - len(fitting)
 
     def next_batch(most: int) -> list[list[int]]:
-        rows = fitting[: _num_rows([len(prompts[i]) + max_new_tokens for i in fitting], most)]
-        return _generate_batch(model, [prompts[i] for i in rows], eos_id, pad_id, max_new_tokens, context)
+        lengths = [len(prompts[i]) + max_new_tokens for i in fitting]
+        rows = fitting[: _num_rows(lengths, most)]
+        try:
+            return _generate_batch(model, [prompts[i] for i in rows], eos_id, pad_id, max_new_tokens, context, ends)
+        except torch.OutOfMemoryError:
+            budget.tokens = min(budget.tokens, len(rows) * lengths[len(rows) - 1])  # so that half of it has fewer rows
+            raise
 
     with torch.no_grad():
         while fitting:
@@ -194,11 +213,11 @@ def _num_rows(lengths: Sequence[int], most: int) -> int:
 
 
 def _generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], eos_id: int, pad_id: int, max_new_tokens: int, context: int
+    model: Any, prompts: Sequence[Sequence[int]], eos_id: int, pad_id: int, max_new_tokens: int, context: int, ends: Collection[int]
 ) -> list[list[int]]:
     """Generates for prompts in order of length, until the shortest one fills the context; what a row gets beyond its own is meaningless.
 
-    A row that has ended is filled with end-of-sequence tokens.
+    A row that has ended, by one of `ends` or the end-of-sequence token, is filled with end-of-sequence tokens.
     """
     from transformers import DynamicCache
 
@@ -209,12 +228,16 @@ def _generate_batch(
     cache = DynamicCache(config=model.config)
     tokens = torch.full((len(prompts), max_new_tokens), eos_id, device=device)  # a row that has ended stays at end-of-sequence
     alive = torch.arange(len(prompts), device=device)  # rows of `tokens` that are still in the batch
+    others = torch.tensor(sorted(ends), device=device, dtype=torch.long)
     for step in range(max_new_tokens):
         output = model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         ended = (tokens[alive, step - 1] == eos_id) if step else torch.zeros(len(alive), dtype=torch.bool, device=device)
-        tokens[alive, step] = torch.where(ended, eos_id, output.logits[:, -1].argmax(-1))
+        likeliest = output.logits[:, -1].argmax(-1)
+        if ends:
+            ended = ended | torch.isin(likeliest, others)
+        tokens[alive, step] = torch.where(ended, eos_id, likeliest)
         keep = tokens[alive, step] != eos_id
         num_kept = int(keep.sum())
         if num_kept == 0:

@@ -74,6 +74,10 @@ class FactoredGradients:
     deltas: Tensor  # [examples, tokens, out]: gradients of the examples' losses at the layer's output
     inputs: Tensor  # [examples, tokens, in]
 
+    def beside(self, deltas: Tensor, inputs: Tensor) -> "FactoredGradients":
+        """Returns the sums over these tokens and others of the same examples."""
+        return FactoredGradients(torch.cat([self.deltas, deltas], dim=1), torch.cat([self.inputs, inputs], dim=1))
+
     def gram(self) -> Tensor:
         """Returns the inner products <G_i, G_j>: [examples, examples]."""
         count, tokens, _ = self.deltas.shape
@@ -100,7 +104,9 @@ def example_gradients(
     seen: dict[str, FactoredGradients] = {}
 
     def keep(name: str, deltas: Tensor, inputs: Tensor) -> None:
-        seen.update({part: FactoredGradients(*factors) for part, *factors in parts.factored(name, deltas.float(), inputs.float())})
+        for part, left, right in parts.factored(name, deltas.float(), inputs.float()):
+            before = seen.get(part)  # of a layer that is used more than once
+            seen[part] = FactoredGradients(left, right) if before is None else before.beside(left, right)
 
     batch = collate(examples, pad_id, next(model.parameters()).device)
     with unadapted(model), _watched(model, keep):

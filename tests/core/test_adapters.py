@@ -161,6 +161,10 @@ def test_small_updates_of_a_bfloat16_base_are_not_lost_when_they_are_folded_or_e
         with merged(model):
             found = layer(x)
         assert float((found.double() - expected).norm()) < 0.01 * float(expected.norm())
+        with unadapted(model):
+            found = layer(x)
+        folded = x.double() @ updates[name].double().T
+        assert float((found.double() - folded).norm()) < 0.01 * float(folded.norm()), "what is folded belongs to the base weights"
         layer.fold(None)
         x, expected = of_layer(layer, plain)
         assert float((layer(x).double() - expected).norm()) < 0.01 * float(expected.norm())

@@ -46,6 +46,8 @@ RUNS = [
     f"method=fedit {FEEDBACK}",
     f"{SCAFFOLD} {FEEDBACK} {PARTIAL}",
     f"privacy=example privacy.accountant=rdp privacy.noise_multiplier=1 privacy.init_noise_multiplier=1 adapter.init=gradient_dp {PARTIAL}",
+    "privacy=example privacy.accountant=rdp privacy.noise_multiplier=1 privacy.init_noise_multiplier=1 adapter.init=gradient_dp "
+    "adapter.sketch=true adapter.rank=3",
     f"privacy=client privacy.accountant=rdp privacy.noise_multiplier=1 method=fedit federation.weighting=uniform {PARTIAL}",
     *(f"federation.dropout={rate} method={name}" for rate, name in ((0.4, "flora"), (0.9, "fedex_lora"), (0.9, "flexlora"))),
     *(f"{SECURE} {options}" for options in ("method=fedit secure.bits=7", "federation.dropout=0.2", "adapter.refresh_every=1")),

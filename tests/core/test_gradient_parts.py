@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from fedsim.choices import FROM_GRADIENTS, Init
+from fedsim.config import AdapterConfig, Config
 from fedsim.core.forms import LORA_SB, AdapterSpec
-from fedsim.core.gradient_parts import WHOLE, GradientParts, Sketch
+from fedsim.core.gradient_parts import WHOLE, Sketch, parts_of
+from fedsim.core.initialization import DERIVED
+from fedsim.errors import UserError
 
-SHAPES = [(60, 40), (40, 60), (50, 50)]
+SKETCHED = Config(adapter=AdapterConfig(sketch=True))
+SHAPES = [(120, 80), (80, 120), (90, 90)]
 RANK = 4
 
 
@@ -58,7 +63,7 @@ def test_a_sketch_is_about_as_long_as_its_matrix(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sums_over_tokens_are_the_sketch_of_the_gradient(shape):
     spec = AdapterSpec(LORA_SB, {"layer": shape}, RANK, 1, 1.0)
-    parts = GradientParts.of(spec, sketched=True, seed=0)
+    parts = parts_of(SKETCHED, spec)
     deltas, inputs = torch.randn(30, shape[0]), torch.randn(30, shape[1])
     sums = {part: left.T @ right for part, left, right in parts.factored("layer", deltas, inputs)}
     assert list(sums) == list(parts.layout.names)
@@ -68,26 +73,36 @@ def test_sums_over_tokens_are_the_sketch_of_the_gradient(shape):
     assert whole.shape == shape
 
 
-def test_layers_whose_sketch_is_no_smaller_are_sent_whole():
-    spec = AdapterSpec(LORA_SB, {"wide": (200, 30), "small": (30, 30)}, 6, 1, 1.0)
-    parts = GradientParts.of(spec, sketched=True, seed=0)
+def test_layers_whose_sketch_is_more_than_half_as_large_are_sent_whole():
+    spec = AdapterSpec(LORA_SB, {"wide": (200, 60), "small": (60, 60)}, 6, 1, 1.0)
+    parts = parts_of(SKETCHED, spec)
     assert parts.layout.names == ("wide.columns", "wide.rows", "small")
-    assert parts.layout.num_parameters == 17 * 200 + 34 * 30 + 30 * 30
-    gradient = torch.randn(30, 30)
+    assert parts.layout.num_parameters == 17 * 200 + 34 * 60 + 60 * 60
+    gradient = torch.randn(60, 60)
     assert parts.whole({"small": gradient}, "small") is gradient
 
 
 def test_nothing_is_sketched_unless_asked_for():
     spec = AdapterSpec(LORA_SB, {"wide": (200, 30), "small": (30, 30)}, 2, 1, 1.0)
-    assert GradientParts.of(spec, sketched=False, seed=0).layout.names == ("wide", "small")
+    assert parts_of(Config(), spec).layout.names == ("wide", "small")
     deltas, inputs = torch.randn(3, 30), torch.randn(3, 30)
     ((name, left, right),) = WHOLE.factored("small", deltas, inputs)
     assert (name, left is deltas, right is inputs) == ("small", True, True)
 
 
 def test_layers_of_one_shape_share_what_mixes_them_and_other_seeds_mix_otherwise():
-    spec = AdapterSpec(LORA_SB, {"a": (60, 40), "b": (60, 40), "c": (40, 60)}, RANK, 1, 1.0)
-    sketches = GradientParts.of(spec, sketched=True, seed=0).sketches
+    spec = AdapterSpec(LORA_SB, {"a": (120, 80), "b": (120, 80), "c": (80, 120)}, RANK, 1, 1.0)
+    sketches = parts_of(SKETCHED, spec).sketches
     assert sketches["a"] is sketches["b"]
     cpu = torch.device("cpu")
-    assert not torch.equal(sketches["a"].mixing(cpu)[0], Sketch.of((60, 40), RANK, 1).mixing(cpu)[0])
+    assert not torch.equal(sketches["a"].mixing(cpu)[0], Sketch.of((120, 80), RANK, 1).mixing(cpu)[0])
+
+
+def test_a_rank_at_which_sketches_save_nothing_is_refused():
+    spec = AdapterSpec(LORA_SB, {"layer": (60, 60)}, 16, 1, 1.0)
+    with pytest.raises(UserError, match=r"adapter.sketch: at rank 16 no layer's sketch is half as large as its gradient"):
+        parts_of(SKETCHED, spec)
+
+
+def test_every_start_is_from_gradients_or_derived():
+    assert set(FROM_GRADIENTS) == set(Init) - set(DERIVED)

@@ -5,9 +5,8 @@ import pytest
 
 from fedsim.choices import TrainOn
 from fedsim.embedded import BASE_MODEL, FAMILIES, examples
-from fedsim.errors import UserError
 from fedsim.training.encoding import encode, encode_prompts, has_response
-from fedsim.types import Example, Family, Turn
+from fedsim.types import Example, Family
 
 STORIES = Path(__file__).resolve().parents[2] / "../shared/data/models/stories260K"
 EXAMPLE = Example("t", Family.arithmetic, "tom has 1 2 apples .", "tom has 1 2 .\n#### 1 2", "12")
@@ -31,41 +30,6 @@ def from_folder(folder):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
-
-
-CHAT = "{% for m in messages %}[CLS] {{ m.role }} {{ m.content }} [SEP]{% endfor %}{% if add_generation_prompt %}[CLS] has{% endif %}"
-
-
-def test_a_conversation_is_in_the_form_of_the_models_chat_template():
-    tokenizer = bert_like()
-    turns = (Turn("user", "tom has 1"), Turn("assistant", "2"), Turn("user", "apples"))
-    chat = Example("t", Family.text, "tom has", "1 2", "1 2", turns=turns)
-    (without,) = encode_prompts([chat], tokenizer)
-    assert without == next(encode_prompts([Example("t", Family.text, "tom has", "", "")], tokenizer))
-    tokenizer.chat_template = CHAT
-    expected = tokenizer.apply_chat_template([{"role": turn.role, "content": turn.content} for turn in turns], add_generation_prompt=True)
-    plain = next(encode_prompts([EXAMPLE], tokenizer))
-    assert list(encode_prompts([EXAMPLE, chat, chat, EXAMPLE], tokenizer)) == [
-        plain,
-        [*expected["input_ids"]],
-        [*expected["input_ids"]],
-        plain,
-    ]
-    (whole,) = encode([chat], tokenizer, 100, TrainOn.response)
-    assert whole.input_ids.tolist() == [
-        *expected["input_ids"],
-        *tokenizer("1 2", add_special_tokens=False)["input_ids"],
-        tokenizer.eos_token_id,
-    ]
-    assert whole.loss_start == len(expected["input_ids"])
-
-
-def test_a_conversation_that_the_chat_template_refuses_is_told_with_a_way_out():
-    tokenizer = bert_like()
-    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
-    chat = Example("t", Family.text, "a", "b", "b", turns=(Turn("system", "a"), Turn("user", "b")))
-    with pytest.raises(UserError, match=r"refuses a conversation of system, user: System role not supported\. Leave such rows out"):
-        list(encode_prompts([chat], tokenizer))
 
 
 def with_an_end():

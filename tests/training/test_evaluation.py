@@ -138,15 +138,17 @@ def test_where_memory_runs_out_a_batch_is_begun_again_with_fewer_rows_and_answer
     def check(module, arguments, options):
         held = options["past_key_values"].get_seq_length() + options["input_ids"].shape[1]
         if held * len(options["input_ids"]) > 40:
+            failed.append(len(options["input_ids"]))
             raise torch.OutOfMemoryError("no memory left")
 
     model.register_forward_pre_hook(check, with_kwargs=True)
-    budget, done = TokenBudget(1000), []
+    budget, done, failed = TokenBudget(10**9), [], []
     found = generate(
         model, prompts, eos_id=VOCABULARY, pad_id=PAD, max_new_tokens=6, budget=budget, on_progress=lambda count, _: done.append(count)
     )
     assert [answer.tokens for answer in found] == expected
     assert budget.tokens < 63
+    assert failed == sorted(set(failed), reverse=True), "no batch is tried twice"
     assert done[-1] == len(prompts)
     assert done == sorted(set(done)), "every batch is told once, when it has come through"
 

@@ -7,7 +7,7 @@ from fedsim.core.forms import LORA_SB
 from fedsim.core.gradient_parts import GradientParts, Sketch
 from fedsim.core.payload import Layout
 from fedsim.training.batches import collate
-from fedsim.training.gradients import example_gradients, factor_gradients, weight_gradients
+from fedsim.training.gradients import FactoredGradients, example_gradients, factor_gradients, weight_gradients
 from fedsim.training.loss import group_gradients
 
 
@@ -26,6 +26,14 @@ def test_weight_gradients_equal_autograd_one_example_at_a_time(architecture, seq
         expected = plain.get_submodule(name).weight.grad
         torch.testing.assert_close(gradient, expected.T if architecture == "gpt2" else expected, rtol=1e-4, atol=1e-6)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_gradients_of_a_bfloat16_model_are_summed_in_float32(sequences):
+    exact, coarse, examples = adapted_model(), adapted_model().to(torch.bfloat16), sequences(4)
+    expected = weight_gradients(exact, examples, pad_id=0, tokens_per_pass=30)
+    for name, gradient in weight_gradients(coarse, examples, pad_id=0, tokens_per_pass=30).items():
+        assert gradient.dtype == torch.float32
+        assert float((gradient - expected[name]).norm()) < 0.05 * float(expected[name].norm())
 
 
 def test_no_examples_give_zero_gradients():
@@ -77,6 +85,14 @@ def test_products_of_example_gradients_are_those_of_whole_gradients(architecture
         inside = found.within(left, right)
         torch.testing.assert_close(inside.squared_norms(), (left.T @ expected @ right.T).square().sum((1, 2)), rtol=1e-3, atol=1e-4)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_that_is_used_twice_has_the_gradients_of_both_uses():
+    generator = torch.Generator().manual_seed(0)
+    deltas, inputs = torch.randn(3, 10, 5, generator=generator), torch.randn(3, 10, 4, generator=generator)
+    whole = torch.einsum("eto,eti->eoi", deltas, inputs)
+    found = FactoredGradients(deltas[:, :6], inputs[:, :6]).beside(deltas[:, 6:], inputs[:, 6:])
+    torch.testing.assert_close(found.gram(), whole.flatten(1) @ whole.flatten(1).T)
 
 
 def test_factor_gradients_are_those_of_examples_alone(sequences):
