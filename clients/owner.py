@@ -72,7 +72,7 @@ def owner_text(owner: Owner) -> str:
         "# Paths are relative to this file.",
     ]
     for name, meaning in field_docstrings(sys.modules[__name__])["Owner"].items():
-        lines += [f"\n# {meaning}", f"{name}: {json.dumps(getattr(owner, name))}"]
+        lines += [f"\n# {meaning}", f"{name}: {json.dumps(getattr(owner, name), ensure_ascii=False)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -94,7 +94,7 @@ class DataConfig:
     test_examples: Optional[int] = None
     """Keep at most this many test examples of each task; null keeps all."""
     max_length: int = 512
-    """Longest sequence in tokens; a longer training example is cut at its end."""
+    """Longest sequence in tokens; a longer training example is cut at its end, a conversation first at its beginning."""
     train_on: TrainOn = TrainOn.response
     """Which tokens carry the loss."""
     client_column: Optional[str] = None

@@ -116,8 +116,8 @@ def _up(words: list[str]) -> int:
     config = replace(
         config,
         run_dir=str(Path(str(config.run_dir)).resolve()),  # all programs of the trial are on this machine, each in its own folder
-        data=replace(config.data, path=_absolute(config.data.path)),
-        model=replace(config.model, path=_absolute(config.model.path)),
+        data=replace(config.data, path=_absolute("data.path", config.data.path)),
+        model=replace(config.model, path=_absolute("model.path", config.model.path)),
     )
     folder = Path(options["--dir"][-1]).resolve() if "--dir" in options else None
     print(f"starting a SuperLink and {clients} SuperNodes on loopback", file=sys.stderr)
@@ -126,9 +126,18 @@ def _up(words: list[str]) -> int:
     return 0
 
 
-def _absolute(path: str | None) -> str | None:
-    """Returns the path of what lies on this disk, and a hub name as it is."""
-    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+def _absolute(key: str, path: str | None) -> str | None:
+    """Returns the path of what lies on this disk, and a hub name as it is. Raises UserError for a local path where nothing lies."""
+    from fedsim.models import looks_local
+
+    if path is None:
+        return None
+    found = Path(path).expanduser()
+    if found.exists():
+        return str(found.resolve())
+    if looks_local(path):
+        raise UserError(f"{key}: expected a file or folder, got {path}, where there is none. Give the right path, or a hub id.")
+    return path
 
 
 def _status(words: list[str]) -> int:

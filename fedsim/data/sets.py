@@ -15,12 +15,10 @@ from typing import Any
 from fedsim.core.answers import boxed, options, value
 from fedsim.data.hub import Address, Hub
 from fedsim.data.rows import Malformed
+from fedsim.training.conversations import in_alpaca
 from fedsim.types import AnyExample, Example, Family, Pair, Turn
 
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
+ALPACA = in_alpaca([Turn("user", "{instruction}")])
 ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -150,13 +148,19 @@ ROLES = {
 
 def _instructions(row: Row, name: str) -> Example:
     """An instruction, with or without an input, in Alpaca's form; a prompt as it is; or a conversation, whose last turn is the response."""
-    if isinstance(row, Mapping) and (column := next((each for each in CHATS if row.get(each) is not None), None)):
+    if isinstance(row, Mapping) and (column := _chat_column(row)):
         return _chat(row, column, name)
     if _column(row, *ASKED, PROMPT) == PROMPT:
         response = _field(row, *CONTINUED)
         return Example(name, Family.text, _field(row, PROMPT), response, response)
     instruction, response = _field(row, *ASKED).strip(), _field(row, *ANSWERED).strip()
     return Example(name, Family.text, _alpaca(instruction, row, *EXTRA), response, response)
+
+
+def _chat_column(row: Row) -> str | None:
+    """Returns the column of a conversation; one without turns counts only where there is nothing else to read."""
+    others = any(name in row for name in (*ASKED, PROMPT))
+    return next((name for name in CHATS if name in row and not (others and not (isinstance(row[name], list) and row[name]))), None)
 
 
 def _chat(row: Row, column: str, name: str) -> Example:
@@ -173,7 +177,7 @@ def _chat(row: Row, column: str, name: str) -> Example:
         said = ", ".join(turn.role for turn in turns)
         raise Malformed(f"expected turns in {column!r} that end with an assistant's to a user, got {said[-60:] or 'none'}")
     *before, last = _merged(turns)
-    return Example(name, Family.text, _in_turns(before), last.content, last.content, turns=tuple(before))
+    return Example(name, Family.text, in_alpaca(before), last.content, last.content, turns=tuple(before))
 
 
 def _turn(told: Any, column: str) -> Turn | None:
@@ -187,8 +191,7 @@ def _turn(told: Any, column: str) -> Turn | None:
     content = told.get("content")
     if isinstance(content, list):  # in parts, all of which must be text
         told = {"content": "".join(_field(part, "text") for part in content)}
-    said = told[_column(told, "content", "value")]
-    if role == "system" and isinstance(said, str) and not said.strip():
+    if role == "system" and not str(told.get("content", told.get("value", ""))).strip():
         return None
     return Turn(role, _field(told, "content", "value").strip())
 
@@ -196,15 +199,6 @@ def _turn(told: Any, column: str) -> Turn | None:
 def _merged(turns: Sequence[Turn]) -> list[Turn]:
     """Returns the turns with those of one side that follow each other as one; many models know none other."""
     return [Turn(role, "\n\n".join(turn.content for turn in together)) for role, together in groupby(turns, key=lambda turn: turn.role)]
-
-
-def _in_turns(turns: Sequence[Turn]) -> str:
-    """Returns a conversation in Alpaca's form, for models that have none of their own; one instruction is what it is without turns."""
-    opening, closing = ALPACA.split("### Instruction:\n{instruction}")
-    system = "\n\n".join(turn.content for turn in turns if turn.role == "system")
-    marks = {"user": "### Instruction:\n", "assistant": "### Response:"}  # as the response itself follows its mark
-    said = "\n\n".join(marks[turn.role] + turn.content for turn in turns if turn.role != "system")
-    return (f"{system}\n\n" if system else opening) + said + closing
 
 
 def named(row: Row, column: str) -> str:

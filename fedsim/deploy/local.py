@@ -149,8 +149,8 @@ def local_federation(
     local, home = Local(place, federation), os.environ.get("FLWR_HOME")
     try:
         with interruptible():  # SIGTERM too, so that the processes are ended
+            _check_owners(local)  # before anything is written there
             init(place, federation)
-            _check_owners(local)
             os.environ["FLWR_HOME"] = str(local.flwr_home)
             local.start_superlink()
             local.register()
@@ -174,7 +174,7 @@ def _check_owners(local: Local) -> None:
     wanted = local.federation
     for client in range(wanted.clients):
         path = local.client_folder(client) / "client.yaml"
-        owner = load_owner(path)
+        owner = load_owner(path) if path.exists() else wanted.owner(client)
         if owner.shard and (owner.data_path, owner.model_path) != (wanted.data_path, wanted.model_path):
             raise UserError(
                 f"Expected {path} with the trial's data and model ({wanted.data_path or 'by name'}, {wanted.model_path or 'embedded'}), "

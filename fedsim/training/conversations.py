@@ -1,4 +1,4 @@
-"""Conversations in the form that a model was taught: its tokenizer's chat template."""
+"""Conversations as a model reads them: in the form of its tokenizer's chat template, or in Alpaca's where it has none."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -6,6 +6,9 @@ from typing import Any
 
 from fedsim.errors import UserError
 from fedsim.types import AnyExample, Example, Turn
+
+ALPACA_OPENING = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+ALPACA_MARKS = {"user": "### Instruction:\n", "assistant": "### Response:"}
 
 DATE = datetime(2024, 7, 26)
 """What templates that tell the model the date are given: with today's, a run would be another one tomorrow."""
@@ -15,28 +18,49 @@ _FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FORMATTED} }}}}
 SAID = "said"
 
 
-def in_turns(example: Example, tokenizer: Any) -> bool:
-    """Whether the example is a conversation and the tokenizer has a template for those."""
-    return bool(example.turns and getattr(tokenizer, "chat_template", None))
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a form of its own for conversations."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def in_alpaca(turns: Sequence[Turn]) -> str:
+    """Returns the turns in Alpaca's form, up to where the assistant's next one begins; one question is an instruction."""
+    system = "\n\n".join(turn.content for turn in turns if turn.role == "system")
+    said = "\n\n".join(ALPACA_MARKS[turn.role] + turn.content for turn in turns if turn.role != "system")
+    opening = f"{system}\n\n" if system else ALPACA_OPENING
+    return f"{opening}{said}\n\n{ALPACA_MARKS['assistant']}"
 
 
 def rendered(turns: Sequence[Turn], tokenizer: Any, *, answered: bool = False) -> str:
     """Returns the turns in the template's form, up to where the assistant's next one begins unless they are `answered` already.
 
-    Where the template knows no system, what that says stands before the first user's turn. Raises UserError for what it refuses even so.
+    Where the template knows no system, or none at that place, what that says stands before the next question. Raises UserError for what it
+    refuses even so.
     """
     try:
         return _by_template(turns, tokenizer, answered)
     except Exception as error:  # a template raises what it likes
-        first = next((place for place, turn in enumerate(turns) if turn.role == "user"), 0)
-        system = [turn.content for turn in turns[:first] if turn.role == "system"]
-        if system:
-            told = Turn("user", "\n\n".join([*system, turns[first].content]))
-            return rendered([told, *turns[first + 1 :]], tokenizer, answered=answered)
+        told = _without_system(turns)
+        if told != list(turns):
+            return rendered(told, tokenizer, answered=answered)
         raise UserError(
             f"The model's chat template refuses a conversation of {', '.join(turn.role for turn in turns)}: {error}. "
             "Leave such rows out, or take a tokenizer without a template, with which conversations have Alpaca's form."
         ) from error
+
+
+def _without_system(turns: Sequence[Turn]) -> list[Turn]:
+    found: list[Turn] = []
+    waiting: list[str] = []
+    for turn in turns:
+        if turn.role == "system":
+            waiting.append(turn.content)
+        elif turn.role == "user":
+            found.append(Turn("user", "\n\n".join([*waiting, turn.content])))
+            waiting = []
+        else:
+            found.append(turn)
+    return found
 
 
 def _by_template(turns: Sequence[Turn], tokenizer: Any, answered: bool) -> str:
@@ -52,8 +76,9 @@ def end_of_turn(tokenizer: Any) -> int:
     """Returns the token with which the template ends an assistant's turn, the end-of-sequence token where it has no token of its own."""
     whole = rendered([Turn("user", SAID), Turn("assistant", SAID)], tokenizer, answered=True)
     after = tokenizer(whole.rpartition(SAID)[2], add_special_tokens=False)["input_ids"]
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return next((token for token in after if token in special), tokenizer.eos_token_id)
+    added = {token for token, text in tokenizer.added_tokens_decoder.items() if str(text).strip()}  # some have runs of spaces
+    own = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id, tokenizer.bos_token_id}
+    return next((token for token in after if token in own), tokenizer.eos_token_id)
 
 
 def shorter(turns: Sequence[Turn]) -> list[Turn] | None:
@@ -67,8 +92,8 @@ def shorter(turns: Sequence[Turn]) -> list[Turn] | None:
 def check(examples: Iterable[AnyExample], tokenizer: Any) -> None:
     """Raises UserError where the template refuses a conversation, by who says its turns."""
     known: set[tuple[str, ...]] = set()
-    for example in examples:
-        if isinstance(example, Example) and in_turns(example, tokenizer):
+    for example in examples if has_template(tokenizer) else ():
+        if isinstance(example, Example) and example.turns:
             roles = tuple(turn.role for turn in example.turns)
             if roles not in known:
                 rendered(example.turns, tokenizer)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from fedsim.choices import TrainOn
-from fedsim.training.conversations import end_of_turn, in_turns, rendered, shorter
+from fedsim.training.conversations import end_of_turn, has_template, in_alpaca, rendered, shorter
 from fedsim.types import EncodedExample, Example, Turn
 
 TEXTS_A_CALL = 64
+PROMPT_SHARE = 0.75  # of data.max_length, that a conversation may take before its response
 
 
 def tokenized(tokenizer: Any, *texts: Sequence[str], **options: Any) -> Iterator[Any]:
@@ -30,33 +31,33 @@ def token_ids(tokenizer: Any, texts: Sequence[str], **options: Any) -> Iterator[
 
 
 def encode_prompts(examples: Sequence[Example], tokenizer: Any, max_length: int | None = None) -> Iterator[list[int]]:
-    """Yields the prompts' tokens, uncut: with the beginning-of-sequence token where the tokenizer adds one, never with an end.
+    """Yields the prompts' tokens: with the beginning-of-sequence token where the tokenizer adds one, never with an end.
 
-    Conversations are in the form of the tokenizer's chat template where it has one. Of one that is longer than `max_length` with its
-    response the oldest exchanges are left out, as far as that helps. Raises UserError for one that the template refuses.
+    Conversations are in the form of the tokenizer's chat template where it has one. Of one that takes more than `PROMPT_SHARE` of
+    `max_length` the oldest exchanges are left out, as far as that helps; nothing else is cut. Raises UserError for one that the template
+    refuses.
     """
-    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    for templated, group in groupby(examples, lambda example: in_turns(example, tokenizer)):
-        if templated:
-            yield from _conversations(list(group), tokenizer, max_length)
-            continue
-        for ids in token_ids(tokenizer, [example.prompt for example in group]):
-            while len(ids) > 1 and ids[-1] in ends:
-                ids = ids[:-1]
+    most = None if max_length is None else int(PROMPT_SHARE * _limit(max_length, tokenizer))
+    for in_turns, group in groupby(examples, lambda example: bool(example.turns)):
+        mine = list(group)
+        templated = in_turns and has_template(tokenizer)
+        texts = [rendered(example.turns, tokenizer) if templated else example.prompt for example in mine]
+        for example, ids in zip(mine, _prompts(texts, tokenizer, templated=templated), strict=True):
+            turns: Sequence[Turn] | None = example.turns
+            while most is not None and len(ids) > most and (turns := shorter(turns or ())):
+                (ids,) = _prompts([rendered(turns, tokenizer) if templated else in_alpaca(turns)], tokenizer, templated=templated)
             yield ids
 
 
-def _conversations(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Iterator[list[int]]:
-    def encoded(texts: Sequence[str]) -> Iterator[list[int]]:
-        return token_ids(tokenizer, texts, add_special_tokens=False)
-
-    prompts = encoded([rendered(example.turns, tokenizer) for example in examples])
-    responses = encoded([example.response for example in examples])
-    limit = None if max_length is None else _limit(max_length, tokenizer)
-    for example, ids, response in zip(examples, prompts, responses, strict=True):
-        turns: Sequence[Turn] | None = example.turns
-        while limit is not None and len(ids) + len(response) + 1 > limit and (turns := shorter(turns or ())):
-            (ids,) = encoded([rendered(turns, tokenizer)])
+def _prompts(texts: Sequence[str], tokenizer: Any, *, templated: bool) -> Iterator[list[int]]:
+    """Yields the tokens of prompts; those by a template have all special tokens in them already."""
+    if templated:
+        yield from token_ids(tokenizer, texts, add_special_tokens=False)
+        return
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    for ids in token_ids(tokenizer, texts):
+        while len(ids) > 1 and ids[-1] in ends:
+            ids = ids[:-1]
         yield ids
 
 
@@ -64,20 +65,23 @@ def _limit(max_length: int, tokenizer: Any) -> int:
     return int(min(max_length, tokenizer.model_max_length))
 
 
+def end_tokens(examples: Sequence[Example], tokenizer: Any) -> list[int]:
+    """Returns the token that ends each response: the end-of-sequence token, or what ends a turn by the chat template."""
+    chats = has_template(tokenizer) and any(example.turns for example in examples)
+    end = end_of_turn(tokenizer) if chats else tokenizer.eos_token_id
+    return [end if example.turns else tokenizer.eos_token_id for example in examples]
+
+
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, train_on: TrainOn) -> list[EncodedExample]:
     """Returns prompt, response and end of each, cut at the end to `max_length` or to the tokenizer's own limit.
 
-    The end is the end-of-sequence token, or that of a turn in a conversation. Where the cut leaves nothing of the response, no token
-    carries a loss: see `has_response`.
+    Where the cut leaves nothing of the response, no token carries a loss: see `has_response`.
     """
     prompts = encode_prompts(examples, tokenizer, max_length)
     responses = token_ids(tokenizer, [example.response for example in examples], add_special_tokens=False)
-    limit, ends = _limit(max_length, tokenizer), [tokenizer.eos_token_id] * len(examples)
-    if chats := [place for place, example in enumerate(examples) if in_turns(example, tokenizer)]:
-        end = end_of_turn(tokenizer)
-        for place in chats:
-            ends[place] = end
-    return [_joined(prompt, [*response, end], limit, train_on) for prompt, response, end in zip(prompts, responses, ends, strict=True)]
+    limit, ends = _limit(max_length, tokenizer), end_tokens(examples, tokenizer)
+    rows = zip(prompts, responses, ends, strict=True)
+    return [_joined(prompt, [*response, end], limit, train_on) for prompt, response, end in rows]
 
 
 def _joined(prompt: list[int], response: list[int], limit: int, train_on: TrainOn) -> EncodedExample:

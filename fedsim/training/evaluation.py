@@ -4,7 +4,7 @@ Rows of similar prompt length share a batch, padded on the left; rows that have 
 that classifies answers with its most likely label.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,7 @@ from fedsim.core.answers import is_correct
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
 from fedsim.training.budget import TokenBudget, chosen_for_losses
-from fedsim.training.conversations import end_of_turn, in_turns
-from fedsim.training.encoding import encode, encode_prompts, has_response, token_ids
+from fedsim.training.encoding import encode, encode_prompts, end_tokens, has_response, token_ids
 from fedsim.training.loss import row_losses
 from fedsim.training.pairs import collate_pairs, encode_pairs, label_logits
 from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Family, Pair
@@ -111,7 +110,6 @@ def _answer(
 ) -> TaskResult:
     with _inference(model):
         prompts = list(encode_prompts(examples, tokenizer, data.max_length))
-        ends = {end_of_turn(tokenizer)} if any(in_turns(example, tokenizer) for example in examples) else set()
         encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
         longest = _longest_right(examples, tokenizer, config.max_new_tokens)
         answers = generate(
@@ -121,7 +119,7 @@ def _answer(
             pad_id=tokenizer.pad_token_id,
             max_new_tokens=longest,
             budget=budget,
-            ends=ends,
+            ends=end_tokens(examples, tokenizer),
             on_progress=on_progress,
         )
         texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
@@ -163,12 +161,12 @@ def generate(
     pad_id: int,
     max_new_tokens: int,
     budget: TokenBudget,
-    ends: Collection[int] = (),
+    ends: Sequence[int] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Answer]:
     """Returns the greedy continuation of each prompt, up to the end-of-sequence token, in the order of the prompts.
 
-    `ends` are further tokens that end an answer.
+    An answer also ends with the token that `ends` has for its prompt.
 
     Guarantees: equal to generating one prompt at a time, to float tolerance. No sequence grows beyond the model's context; a prompt that
     fills it gets an empty answer, which has not ended. Batches stay within the budget when every answer is as long as allowed; where
@@ -183,7 +181,8 @@ def generate(
         lengths = [len(prompts[i]) + max_new_tokens for i in fitting]
         rows = fitting[: _num_rows(lengths, most)]
         try:
-            return _generate_batch(model, [prompts[i] for i in rows], eos_id, pad_id, max_new_tokens, context, ends)
+            mine = [eos_id if ends is None else ends[i] for i in rows]
+            return _generate_batch(model, [prompts[i] for i in rows], mine, eos_id, pad_id, max_new_tokens, context)
         except torch.OutOfMemoryError:
             budget.tokens = min(budget.tokens, len(rows) * lengths[len(rows) - 1])  # so that half of it has fewer rows
             raise
@@ -213,11 +212,11 @@ def _num_rows(lengths: Sequence[int], most: int) -> int:
 
 
 def _generate_batch(
-    model: Any, prompts: Sequence[Sequence[int]], eos_id: int, pad_id: int, max_new_tokens: int, context: int, ends: Collection[int]
+    model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], eos_id: int, pad_id: int, max_new_tokens: int, context: int
 ) -> list[list[int]]:
     """Generates for prompts in order of length, until the shortest one fills the context; what a row gets beyond its own is meaningless.
 
-    A row that has ended, by one of `ends` or the end-of-sequence token, is filled with end-of-sequence tokens.
+    A row that has ended, by its token of `ends` or the end-of-sequence token, is filled with end-of-sequence tokens.
     """
     from transformers import DynamicCache
 
@@ -228,16 +227,14 @@ def _generate_batch(
     cache = DynamicCache(config=model.config)
     tokens = torch.full((len(prompts), max_new_tokens), eos_id, device=device)  # a row that has ended stays at end-of-sequence
     alive = torch.arange(len(prompts), device=device)  # rows of `tokens` that are still in the batch
-    others = torch.tensor(sorted(ends), device=device, dtype=torch.long)
+    own_ends = torch.tensor(ends, device=device)
     for step in range(max_new_tokens):
         output = model(
             input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         ended = (tokens[alive, step - 1] == eos_id) if step else torch.zeros(len(alive), dtype=torch.bool, device=device)
         likeliest = output.logits[:, -1].argmax(-1)
-        if ends:
-            ended = ended | torch.isin(likeliest, others)
-        tokens[alive, step] = torch.where(ended, eos_id, likeliest)
+        tokens[alive, step] = torch.where(ended | (likeliest == own_ends[alive]), eos_id, likeliest)
         keep = tokens[alive, step] != eos_id
         num_kept = int(keep.sum())
         if num_kept == 0:

@@ -74,7 +74,7 @@ def measured(tmp_path, monkeypatch):
     """Carries a run out, without evaluation and pictures, and returns the rows of its ledger."""
     answers = TaskResult(accuracy=0.0, loss=0.0, num_examples=1)
     for module in ("server.evaluate", "worker.evaluate_examples"):
-        monkeypatch.setattr(f"fedsim.flower.{module}", lambda *args: answers)
+        monkeypatch.setattr(f"fedsim.flower.{module}", lambda *args, **options: answers)
     for picture in ("curves_png", "partition_png"):
         monkeypatch.setattr(f"fedsim.flower.ending.{picture}", lambda *args: b"")
 

@@ -72,9 +72,10 @@ QUESTION, ANSWER = Turn("user", "Translate."), "Bonjour."
         {"conversations": [{"from": "human", "value": "Translate."}, {"from": "gpt", "value": "Bonjour."}]},
         {"conversation": [{"role": "user", "content": "Translate."}, {"role": "model", "content": "Bonjour."}]},
         {"messages": None, "instruction": "Translate.", "output": "Bonjour."},
+        {"conversation": "a7", "instruction": "Translate.", "output": "Bonjour."},
         {
             "conversations": [
-                {"from": "system", "value": " "},
+                {"from": "system", "value": None},
                 {"from": "gpt", "value": "Hi!"},
                 {"from": "human", "value": "Translate."},
                 {"from": "gpt", "value": "Bonjour."},
@@ -93,7 +94,7 @@ def test_a_conversation_of_one_question_is_an_instruction_for_models_without_a_t
     example = SETS["instructions"].example(row, "mine")
     assert example.prompt == f"{HEAD}Translate.\n\n### Response:"
     assert (example.response, example.answer, example.family) == (ANSWER, ANSWER, Family.text)
-    assert example.turns in ((QUESTION,), ())
+    assert example.turns == ((QUESTION,) if "instruction" not in row else ())
 
 
 def test_a_longer_conversation_keeps_its_turns_and_its_last_one_is_the_response():

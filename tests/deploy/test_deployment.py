@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from fedsim.deploy.certificates import authority, client_key
 from fedsim.deploy.flower import FLWR
 from fedsim.deploy.local import NAME, environment, free_port, local_federation
+from fedsim.embedded import BASE_MODEL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -371,3 +373,17 @@ def test_a_local_federation_that_is_broken_off_leaves_no_process(tmp_path):
             process.kill()
             process.wait()
     assert started_by(tmp_path) == []
+
+
+def test_a_trial_with_data_and_a_model_of_ones_own_ends_as_the_simulation_does(tmp_path):
+    rows = [[{"role": "user", "content": f"What is {n} plus 1?"}, {"role": "assistant", "content": str(n + 1)}] for n in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps({'messages': turns})}\n" for turns in rows))
+    shutil.copytree(BASE_MODEL, tmp_path / "model")
+    own = ("data=instructions", "data.path=mine.jsonl", "model.path=model", *SMALL)
+    for words in (("deploy", "up", "--local", "2", *own, "run_dir=deployed"), ("run", *own, "run_dir=simulated")):
+        done = subprocess.run(
+            [*FEDSIM, *words], cwd=tmp_path, env=os.environ | {"FLWR_HOME": str(tmp_path)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    deployed, simulated = (json.loads((tmp_path / run / "summary.json").read_text())["adapter_digest"] for run in ("deployed", "simulated"))
+    assert deployed == simulated

@@ -7,6 +7,7 @@ import time
 import psutil
 import pytest
 
+from clients.owner import load_owner
 from fedsim.deploy.folder import Federation, init
 from fedsim.deploy.local import Local, local_federation
 from fedsim.errors import UserError
@@ -52,6 +53,10 @@ def test_a_program_that_does_not_start_is_told_with_the_end_of_its_log(local, tm
             lambda folder: init(folder, Federation("ours", 2, ("server.example",))),
             "got the folder of the federation ours. Choose another one",
         ),
+        (
+            lambda folder: init(folder, Federation("local", 2, ("localhost",), shard=True, data_path="/data/mine.jsonl")),
+            r"client.yaml with the trial's data and model \(by name, embedded\), got /data/mine.jsonl, embedded. Edit it, or choose",
+        ),
     ],
 )
 def test_a_folder_of_somebody_elses_is_left_as_it_is_and_told(others, told, tmp_path):
@@ -62,6 +67,14 @@ def test_a_folder_of_somebody_elses_is_left_as_it_is_and_told(others, told, tmp_
     with pytest.raises(UserError, match=told), local_federation(2, place):
         pytest.fail("it must not begin")
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def test_the_clients_of_a_trial_have_its_data_and_its_base_model(tmp_path):
+    place = tmp_path / "trial ä"
+    init(place, Federation("local", 2, ("localhost",), shard=True, data_path=str(place / "mine.jsonl"), model_path="owner/name"))
+    for client in range(2):
+        owner = load_owner(place / f"clients/client-{client}/client.yaml")
+        assert (owner.client, owner.shard, owner.data_path, owner.model_path) == (client, True, str(place / "mine.jsonl"), "owner/name")
 
 
 def test_a_federation_that_cannot_begin_leaves_no_folder_with_keys(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Conversations by chat templates as public models have them, against what the template itself makes of them."""
 
+import math
+
 import pytest
 from test_encoding import bert_like
 
 from fedsim.choices import TrainOn
 from fedsim.errors import UserError
-from fedsim.training.conversations import check, end_of_turn, rendered, shorter
-from fedsim.training.encoding import encode, encode_prompts
+from fedsim.training.conversations import check, end_of_turn, in_alpaca, rendered, shorter
+from fedsim.training.encoding import PROMPT_SHARE, encode, encode_prompts, end_tokens
 from fedsim.types import Example, Family, Turn
 
 CHATML = (
@@ -33,7 +35,7 @@ def tokenizer_with(template):
 
 
 def chat(turns, response="1 2"):
-    return Example("t", Family.text, "tom has", response, response, turns=tuple(turns))
+    return Example("t", Family.text, in_alpaca(turns), response, response, turns=tuple(turns))
 
 
 PLAIN = Example("t", Family.text, "tom has", "2", "2")
@@ -55,9 +57,17 @@ def test_prompts_have_the_templates_form_at_training_and_at_generation():
     assert trained.loss_start == len(expected)
 
 
+def test_only_conversations_end_with_the_end_of_a_turn():
+    tokenizer = tokenizer_with(CHATML)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_tokens([PLAIN, chat(QUESTION)], tokenizer) == [tokenizer.eos_token_id, end]
+    assert end_tokens([PLAIN, chat(QUESTION)], tokenizer_with(None)) == [tokenizer.eos_token_id] * 2
+
+
 def test_without_a_template_a_conversation_is_its_prompt_and_ends_as_all_texts_do():
     tokenizer = tokenizer_with(None)
-    conversation, plain = encode([chat(QUESTION, "2"), PLAIN], tokenizer, 100, TrainOn.response)
+    same = Example("t", Family.text, in_alpaca(QUESTION), "2", "2")
+    conversation, plain = encode([chat(QUESTION, "2"), same], tokenizer, 100, TrainOn.response)
     assert conversation == plain
     assert conversation.input_ids[-1] == tokenizer.eos_token_id
 
@@ -68,10 +78,21 @@ def test_a_turn_ends_with_the_templates_own_token_or_the_end_of_sequence(templat
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(end)
 
 
-def test_where_the_template_knows_no_system_the_first_question_begins_with_what_it_says():
+def test_tokens_of_the_unknown_and_of_spaces_end_no_turn():
+    tokenizer = tokenizer_with("{% for message in messages %}{{ message.content }} strange {% endfor %}")
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
+def test_where_the_template_knows_no_system_the_next_question_begins_with_what_it_says():
     tokenizer = tokenizer_with(WITHOUT_SYSTEM)
-    merged = [Turn("user", "has 2\n\ntom"), *QUESTION[1:]]
-    assert rendered([Turn("system", "has 2"), *QUESTION], tokenizer) == rendered(merged, tokenizer)
+    merged = [Turn("user", "has 2\n\ntom"), QUESTION[1], Turn("user", "1\n\napples")]
+    told = [Turn("system", "has 2"), *QUESTION[:2], Turn("system", "1"), QUESTION[2]]
+    assert rendered(told, tokenizer) == rendered(merged, tokenizer)
+
+
+def test_a_template_is_not_asked_to_think():
+    template = "{{ messages[-1].content }}{% if enable_thinking is defined and not enable_thinking %} has{% endif %}"
+    assert rendered(QUESTION, tokenizer_with(template)) == "apples has"
 
 
 def test_a_conversation_that_a_template_refuses_is_found_before_anything_is_encoded():
@@ -96,9 +117,12 @@ def test_of_a_conversation_that_is_too_long_the_oldest_exchanges_are_left_out():
     assert shorter(twice) is None
     for turns in (whole, once, twice):
         expected = by_template(tokenizer, turns)
-        room = len(expected) + 3  # two tokens of response and the end
+        room = math.ceil(len(expected) / PROMPT_SHARE)
         assert list(encode_prompts([chat(whole)], tokenizer, room)) == [expected]
         (trained,) = encode([chat(whole)], tokenizer, room, TrainOn.response)
-        assert trained.num_tokens == room
         assert trained.loss_start == len(expected)
+        bare = tokenizer_with(None)
+        plain = next(encode_prompts([Example("t", Family.text, in_alpaca(turns), "", "")], bare))
+        assert list(encode_prompts([chat(whole)], bare, math.ceil(len(plain) / PROMPT_SHARE))) == [plain]
+    assert list(encode_prompts([chat(whole)], tokenizer)) == [by_template(tokenizer, whole)]
     assert list(encode_prompts([chat(whole)], tokenizer, 3)) == [by_template(tokenizer, twice)]

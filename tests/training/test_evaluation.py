@@ -153,6 +153,17 @@ def test_where_memory_runs_out_a_batch_is_begun_again_with_fewer_rows_and_answer
     assert done == sorted(set(done)), "every batch is told once, when it has come through"
 
 
+def test_an_answer_also_ends_with_the_token_of_its_own_prompt():
+    model, prompts = chatty(tiny_model("llama")), prompts_of([9] * 8)
+    plain = batched(model, prompts, VOCABULARY, 12)
+    ends = [answer[3] for answer in plain[:4]] + [VOCABULARY] * 4
+    found = generate(model, prompts, eos_id=VOCABULARY, pad_id=PAD, max_new_tokens=12, budget=TokenBudget(1000), ends=ends)
+    for answer, whole, end in zip(found, plain, ends, strict=True):
+        assert answer.tokens == (whole[: whole.index(end)] if end in whole else whole)
+        assert answer.ended == (end in whole)
+    assert [answer.ended for answer in found] == [True] * 4 + [False] * 4
+
+
 def test_progress_counts_every_prompt_once():
     seen = []
     generate(

@@ -87,12 +87,19 @@ def test_products_of_example_gradients_are_those_of_whole_gradients(architecture
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_layer_that_is_used_twice_has_the_gradients_of_both_uses():
+def test_a_layer_that_is_used_twice_has_the_gradients_of_both_uses(sequences):
     generator = torch.Generator().manual_seed(0)
     deltas, inputs = torch.randn(3, 10, 5, generator=generator), torch.randn(3, 10, 4, generator=generator)
     whole = torch.einsum("eto,eti->eoi", deltas, inputs)
     found = FactoredGradients(deltas[:, :6], inputs[:, :6]).beside(deltas[:, 6:], inputs[:, 6:])
     torch.testing.assert_close(found.gram(), whole.flatten(1) @ whole.flatten(1).T)
+    model, examples = adapted_model(), sequences(3)
+    first, second = (block.self_attn for block in model.model.layers[:2])
+    second.q_proj = first.q_proj
+    name = "model.layers.0.self_attn.q_proj"
+    whole = [weight_gradients(model, [example], pad_id=0, tokens_per_pass=100)[name] for example in examples]
+    found = example_gradients(model, examples, pad_id=0)[name].squared_norms()
+    torch.testing.assert_close(found, torch.stack([gradient.square().sum() for gradient in whole]), rtol=1e-3, atol=1e-6)
 
 
 def test_factor_gradients_are_those_of_examples_alone(sequences):

@@ -16,6 +16,7 @@ from fedsim.core.payload import Layout
 from fedsim.models import load_model
 from fedsim.seeding import NoiseKey
 from fedsim.training.batches import collate
+from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, private_batches
 from fedsim.training.evaluation import evaluate
 from fedsim.training.loss import group_gradients, row_losses
@@ -230,3 +231,13 @@ def test_accuracy_is_that_of_the_most_likely_label(tmp_path):
         found = evaluate(model, tokenizer, examples, EvaluationConfig(tokens_per_pass=tokens), DataConfig())
         assert (found.accuracy, found.num_examples) == (correct / 12, 12)
         assert found.loss == pytest.approx(sum(losses) / 12, rel=1e-5)
+    budget = TokenBudget(10_000)
+
+    def check(module, arguments, options):
+        if options["input_ids"].numel() > 20:
+            raise torch.OutOfMemoryError("no memory left")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    again = evaluate(model, tokenizer, examples, EvaluationConfig(), DataConfig(), budget=budget)
+    assert (again.accuracy, again.num_examples) == (correct / 12, 12)
+    assert budget.tokens < 40
