@@ -38,7 +38,10 @@ def test_a_pooled_method_has_all_of_the_data_whatever_the_partition():
             ["adapter.init=orthogonal"],
             r"method=fed_sb and adapter\.init=orthogonal there are no initial gradients; choose one of gradient, ",
         ),
-        (["privacy=example", "privacy.noise_multiplier=1"], r"adapter\.init=weight_svd there are no initial gradients; choose one of"),
+        (
+            ["privacy=example", "privacy.noise_multiplier=1"],
+            r"method=fed_sb and adapter\.init=weight_svd there are no initial gradients; choose one of",
+        ),
         (["method=fedit"], r"method=fedit and adapter\.init=lora there are no initial gradients; leave it out"),
     ],
 )

@@ -2,7 +2,7 @@
 
 `benchmarks.json` holds for every section when, where and how it was measured, and its rows. The tables are made of it, in
 `benchmarks.md` and between the marks `<!-- bench:a -->` and `<!-- /bench:a -->` of the page. A file of another name (`--out`) has its
-tables beside it only: `benchmarks_avx2.json` is of a second machine.
+tables beside it only: `benchmarks_fast.json` and `benchmarks_avx2.json` are of other machines.
 """
 
 import json

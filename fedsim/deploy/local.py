@@ -147,9 +147,9 @@ def local_federation(
     place = folder or Path(tempfile.mkdtemp(prefix="fedsim-"))
     federation = Federation(NAME, clients, ("localhost",), free_port(), shard, data_path, model_path)
     local, home = Local(place, federation), os.environ.get("FLWR_HOME")
+    _check_owners(local)  # before anything is written there
     try:
         with interruptible():  # SIGTERM too, so that the processes are ended
-            _check_owners(local)  # before anything is written there
             init(place, federation)
             os.environ["FLWR_HOME"] = str(local.flwr_home)
             local.start_superlink()

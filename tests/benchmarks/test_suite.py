@@ -144,7 +144,7 @@ def test_the_tables_of_the_page_are_those_of_the_results_file():
     assert results.filled(page, texts) == page
 
 
-@pytest.mark.parametrize("name", ["benchmarks", "benchmarks_avx2"])
+@pytest.mark.parametrize("name", ["benchmarks", "benchmarks_fast", "benchmarks_avx2"])
 def test_the_tables_beside_a_results_file_are_its_own(name):
     texts = results.section_texts(results.load(results.FOLDER / f"{name}.json"), SECTIONS)
     assert {"a", "b", "c", "w"} <= set(texts)

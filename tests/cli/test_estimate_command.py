@@ -71,7 +71,7 @@ def calibration():
     return Calibration(1e10, 1e-2, 1e-3, 1e9, 5e-3, 1e9, 1e-3, 1e9, 400_000_000, "made up")
 
 
-@pytest.mark.parametrize("machine", ["benchmarks", "benchmarks_avx2"])
+@pytest.mark.parametrize("machine", ["benchmarks", "benchmarks_fast", "benchmarks_avx2"])
 def test_estimates_were_off_by_no_more_than_they_say(machine):
     path = Path(__file__).parents[2] / "experiments" / "results" / f"{machine}.json"
     rows = [row["found"] for row in json.loads(path.read_bytes()).get("h", {}).get("rows", []) if "failed" not in row["found"]]

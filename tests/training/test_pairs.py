@@ -234,10 +234,10 @@ def test_accuracy_is_that_of_the_most_likely_label(tmp_path):
     budget = TokenBudget(10_000)
 
     def check(module, arguments, options):
-        if options["input_ids"].numel() > 20:
+        if options["input_ids"].numel() > 60:
             raise torch.OutOfMemoryError("no memory left")
 
     model.register_forward_pre_hook(check, with_kwargs=True)
     again = evaluate(model, tokenizer, examples, EvaluationConfig(), DataConfig(), budget=budget)
     assert (again.accuracy, again.num_examples) == (correct / 12, 12)
-    assert budget.tokens < 40
+    assert budget.tokens < 120
