@@ -22,7 +22,7 @@ from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState
-from fedsim.core.gradient_parts import GradientParts, parts_of
+from fedsim.core.gradient_parts import parts_of
 from fedsim.core.initialization import DERIVED, new_head
 from fedsim.core.network import Link, rates
 from fedsim.core.participation import steps_per_round
@@ -82,6 +82,7 @@ class Session:
         adapter, heads = config.adapter, config.method.heads if self.method.form is RAVAN else 1
         head = head_paths(self.model) if classes else []
         self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules, head)
+        self.gradient_parts = parts_of(config, self.spec)  # what is sent of initial gradients
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
         self.budget = TokenBudget.of(config.training, self.model)
         conversations.check((*self.data.train, *(each for task in self.data.test.values() for each in task)), self.tokenizer)
@@ -275,11 +276,6 @@ class Session:
             return self.block(kinds, client)
         drawn = numpy_generator(self.config.seed, "heads", round, client).permutation(self.spec.heads)[:chosen]
         return self.spec.head_positions(kinds, sorted(drawn.tolist()))
-
-    @cached_property
-    def gradient_parts(self) -> GradientParts:
-        """What is sent of initial gradients."""
-        return parts_of(self.config, self.spec)
 
     @property
     def gradient_budget(self) -> TokenBudget:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fedsim.choices import FROM_GRADIENTS, Init
+from fedsim.cli.main import main
 from fedsim.config import AdapterConfig, Config
 from fedsim.core.forms import LORA_SB, AdapterSpec
 from fedsim.core.gradient_parts import WHOLE, Sketch, parts_of
@@ -102,6 +103,12 @@ def test_a_rank_at_which_sketches_save_nothing_is_refused():
     spec = AdapterSpec(LORA_SB, {"layer": (60, 60)}, 16, 1, 1.0)
     with pytest.raises(UserError, match=r"adapter.sketch: at rank 16 no layer's sketch is half as large as its gradient"):
         parts_of(SKETCHED, spec)
+
+
+def test_a_sketch_that_saves_nothing_is_refused_before_anything_is_made(tmp_path, capsys):
+    assert main(["run", "adapter.sketch=true", "data.train_examples=30", f"run_dir={tmp_path / 'run'}"]) == 2
+    assert "adapter.sketch: at rank 64 no layer's sketch is half as large" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_start_is_from_gradients_or_derived():
