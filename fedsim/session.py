@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from math import ceil
 
 import torch
@@ -85,7 +86,7 @@ class Session:
         self.gradient_parts = parts_of(config, self.spec)  # what is sent of initial gradients
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
         self.budget = TokenBudget.of(config.training, self.model)
-        conversations.check((*self.data.train, *(each for task in self.data.test.values() for each in task)), self.tokenizer)
+        conversations.check(chain(self.data.train, *self.data.test.values()), self.tokenizer)
         self.noise_key = NoiseKey.of_seed(config.seed) if config.privacy.noise is NoiseSource.seed else NoiseKey.secret()
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU

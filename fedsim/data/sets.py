@@ -160,7 +160,7 @@ def _instructions(row: Row, name: str) -> Example:
 def _chat_column(row: Row) -> str | None:
     """Returns the column of a conversation; one without turns counts only where there is nothing else to read."""
     others = any(name in row for name in (*ASKED, PROMPT))
-    return next((name for name in CHATS if name in row and not (others and not (isinstance(row[name], list) and row[name]))), None)
+    return next((name for name in CHATS if name in row and (not others or (isinstance(row[name], list) and row[name]))), None)
 
 
 def _chat(row: Row, column: str, name: str) -> Example:
