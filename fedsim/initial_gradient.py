@@ -41,7 +41,11 @@ def _private_gradient(session: Session, client: int, noise: float, round: int, r
     examples, clip_norm = session.client_data(client).examples, session.config.privacy.clip_norm
     (chosen,) = poisson_batches(len(examples), rate, 1, session.noise_key.torch("init poisson", round, client))
     mine, pad_id, parts = [examples[i] for i in chosen], session.tokenizer.pad_token_id, session.gradient_parts
-    gradients = clipped_weight_gradients(session.model, mine, clip_norm, pad_id=pad_id, parts=parts)
+    gradients = session.gradient_budget.within_memory(
+        lambda tokens: clipped_weight_gradients(
+            session.model, mine, clip_norm, pad_id=pad_id, tokens_per_pass=max(1, tokens // 2), parts=parts
+        )
+    )
     generator = session.noise_key.torch("init noise", round, client)
     return noise_of_initial_gradient(parts.layout.pack(gradients).cpu(), noise, clip_norm, generator)
 

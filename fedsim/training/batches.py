@@ -17,6 +17,7 @@ from fedsim.core.participation import steps_per_round
 from fedsim.seeding import numpy_generator
 from fedsim.training.padding import padded_width
 from fedsim.training.pairs import PairBatch, collate_pairs
+from fedsim.training.stack import on_device
 from fedsim.types import AnyEncoded, EncodedExample, EncodedPair
 
 PASS_COST = 1 / 8  # of the most positions of a pass: what it costs besides its own; a tenth to a quarter of 1024 was measured on a CPU
@@ -161,8 +162,8 @@ def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: 
         ids[row, :n] = example.input_ids
         labels[row, start - 1 : n - 1] = example.input_ids[start:]
     return Batch(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(labels[:, first : longest - 1]).to(device),
+        on_device(torch.from_numpy(ids), device),
+        on_device(torch.from_numpy(labels[:, first : longest - 1]), device),
         first,
         sum(example.num_tokens for example in examples),
     )

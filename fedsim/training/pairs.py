@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fedsim.training.encoding import token_ids, tokenized
 from fedsim.training.padding import padded_width
+from fedsim.training.stack import on_device
 from fedsim.types import EncodedPair, Pair, Tokens
 
 
@@ -62,10 +63,10 @@ def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.devic
     if pairs[0].split:
         ids, mask = (array.reshape(len(pairs), -1, array.shape[1]) for array in (ids, mask))
     return PairBatch(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(mask).to(device),
-        torch.from_numpy(_padded([pair.segments for pair in pairs], 0)[0]).to(device) if len(pairs[0].segments) else None,
-        torch.tensor([pair.label for pair in pairs], device=device),
+        on_device(torch.from_numpy(ids), device),
+        on_device(torch.from_numpy(mask), device),
+        on_device(torch.from_numpy(_padded([pair.segments for pair in pairs], 0)[0]), device) if len(pairs[0].segments) else None,
+        on_device(torch.tensor([pair.label for pair in pairs]), device),
         sum(pair.num_tokens for pair in pairs),
     )
 

@@ -95,7 +95,7 @@ class Struck:
         self.wait_until(self._servers)
         for server in self._servers():
             server.kill()
-        self.command.send_signal(signal.SIGINT)  # Flower would call the run failed after three quarters of a minute
+        self.command.terminate()  # Flower would call the run failed after three quarters of a minute
         self.command.wait(60)
         self.submit()
 

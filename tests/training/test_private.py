@@ -232,12 +232,12 @@ def test_checkpointing_and_a_bfloat16_base_train_privately(sequences):
     assert float((coarse - exact).norm()) < 0.3 * float(exact.norm())
 
 
-@pytest.mark.parametrize("sketched", [False, True])
-def test_the_initial_gradient_is_clipped_per_example_over_all_layers(sequences, sketched):
+@pytest.mark.parametrize(("sketched", "tokens_per_pass"), [(False, 1), (False, 30), (True, 1000)])
+def test_the_initial_gradient_is_clipped_per_example_over_all_layers(sequences, sketched, tokens_per_pass):
     model, examples = adapted_model(), sequences(4)
     shapes = {name: matrix_shape(layer.base) for name, layer in adapted_layers(model).items()}
     parts = GradientParts(shapes, {name: Sketch.of(shape, 4, 0) for name, shape in shapes.items()} if sketched else {})
-    found = clipped_weight_gradients(model, examples, 0.3, pad_id=0, parts=parts)
+    found = clipped_weight_gradients(model, examples, 0.3, pad_id=0, tokens_per_pass=tokens_per_pass, parts=parts)
     expected = None
     for example in examples:
         gradients = weight_gradients(model, [example], pad_id=0, tokens_per_pass=100, parts=parts)
@@ -245,6 +245,10 @@ def test_the_initial_gradient_is_clipped_per_example_over_all_layers(sequences, 
         clipped = flat * min(1.0, 0.3 / float(flat.norm()))
         expected = clipped if expected is None else expected + clipped
     torch.testing.assert_close(torch.cat([gradient.flatten() for gradient in found.values()]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_examples_have_a_clipped_gradient_of_zero():
+    assert not any(g.any() for g in clipped_weight_gradients(adapted_model(), [], 1.0, pad_id=0, tokens_per_pass=100).values())
 
 
 def test_the_noise_of_the_initial_gradient_has_its_standard_deviation():

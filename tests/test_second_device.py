@@ -1,0 +1,175 @@
+"""All of a run on a second device (see second_device.py), each in a process of its own: PyTorch never forgets a device."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsim.cli.main import main
+from fedsim.core.methods import METHODS
+
+SMALL = (
+    *("federation.clients=3", "federation.rounds=2", "training.batch_size=2", "training.local_steps=2", "adapter.init_samples=20"),
+    *("data.train_examples=60", "data.test_examples=8", "evaluation.max_new_tokens=8"),
+)
+KINDS = {
+    "sketches, new bases, checkpointing, bfloat16": (
+        *("adapter.rank=16", "adapter.sketch=true", "adapter.refresh_every=1"),
+        *("training.activation_checkpointing=true", "model.dtype=bfloat16"),
+    ),
+    "examples' privacy, noised initial gradients": ("privacy=example", "privacy.epsilon=8", "adapter.init=gradient_dp", "adapter.rank=16"),
+}
+MORE_KINDS = {
+    "clients' privacy, secure sums": ("privacy=client", "privacy.epsilon=8", "privacy.secure_aggregation=true", "adapter.init=orthogonal"),
+    "control variates": ("training.scaffold=true", "training.optimizer=sgd", "training.learning_rate=0.1"),
+    "ranks of one's own": ("federation.ranks={8:0.5,16:0.5}", "adapter.init=orthogonal", "training.proximal_mu=0.1"),
+    **{f"method {name}": (f"method={name}",) for name in METHODS},
+}
+
+
+def on_second_device(*arguments, memory_bytes=0):
+    """Runs a command of fedsim there and returns what it tells of the device's memory."""
+    script = Path(__file__).with_name("second_device.py")
+    done = subprocess.run([sys.executable, str(script), str(memory_bytes), *arguments], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def in_process_with_device(code):
+    """Carries out Python code with the device at hand, and returns what it prints."""
+    lines = f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); import second_device; kept = second_device.install()"
+    done = subprocess.run([sys.executable, "-c", f"{lines}\n{code}"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def figures(folder):
+    """Returns the losses and accuracies of a run, in order."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    trained = [event["train_loss"] or 0.0 for event in events if event["kind"] == "round"]  # private clients tell none
+    tested = [event[name] for event in events if event["kind"] == "evaluated" for name in ("loss", "accuracy")]
+    assert (len(trained), len(tested)) == (2, 8)
+    return trained + tested
+
+
+def test_the_device_refuses_what_a_gpu_refuses_and_takes_what_a_gpu_takes():
+    refused = in_process_with_device(
+        """
+there, here = torch.ones(3, device="second"), torch.ones(3)
+tries = {
+    "sum": lambda: there + here,
+    "product": lambda: torch.nn.Linear(3, 2).to("second")(here),
+    "list": lambda: torch._foreach_add_([there], [here]),
+    "values at an index": lambda: there.index_add_(0, torch.tensor([0, 1, 2], device="second"), here),
+    "index of the CPU's": lambda: here[torch.tensor([0], device="second")],
+    "values of the CPU at an index": lambda: there.__setitem__(torch.tensor([True, False, True]), here[:2]),
+    "generator": lambda: there.normal_(generator=torch.Generator()),
+    "numpy": lambda: there.numpy(),
+    "number": lambda: there * here.sum(),
+    "index": lambda: there[torch.tensor([True, False, True])],
+    "copies": lambda: there.copy_(here).cpu() + here,
+}
+for name, attempt in tries.items():
+    try:
+        attempt()
+    except Exception:
+        print(name)
+"""
+    )
+    assert refused.splitlines() == [
+        "sum",
+        "product",
+        "list",
+        "values at an index",
+        "index of the CPU's",
+        "values of the CPU at an index",
+        "generator",
+        "numpy",
+    ]
+
+
+def test_a_run_comes_to_the_figures_of_the_cpu_even_where_memory_runs_out(tmp_path):
+    steps = ("training.optimizer=sgd", "training.learning_rate=0.5")  # Adam divides by the size of a gradient, rounding included
+    options = ("run", *SMALL, *steps, "adapter.init=orthogonal", "training.tokens_per_pass=1024", "training.batch_size=4")
+    assert main([*options, f"run_dir={tmp_path / 'cpu'}"]) == 0
+    free = on_second_device(*options, f"run_dir={tmp_path / 'free'}")
+    scarce = on_second_device(*options, f"run_dir={tmp_path / 'scarce'}", memory_bytes=free["peak_bytes"] * 2 // 3)
+    assert free["times_full"] == 0 < scarce["times_full"]
+    for folder in ("free", "scarce"):
+        assert figures(tmp_path / folder) == pytest.approx(figures(tmp_path / "cpu"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(pytest.param(KINDS[name], id=name) for name in KINDS),
+        *(pytest.param(MORE_KINDS[name], id=name, marks=pytest.mark.slow) for name in MORE_KINDS),
+    ],
+)
+def test_nothing_of_a_run_mixes_devices(tmp_path, options):
+    on_second_device("run", *SMALL, *options, f"run_dir={tmp_path}")
+    assert all(map(math.isfinite, figures(tmp_path)))
+
+
+@pytest.mark.slow
+def test_an_audit_and_an_estimate_mix_no_devices(tmp_path):
+    on_second_device("estimate", *SMALL)
+    on_second_device("audit", "experiment=audit", "privacy.epsilon=2", "federation.rounds=1", f"run_dir={tmp_path}")
+
+
+def test_passes_take_no_more_memory_than_the_budget_reckons_with():
+    """Ratios of the bytes measured for a token to `bytes_per_token`, in a model of the shape of published ones; no less than a third."""
+    measured = in_process_with_device(
+        """
+import gc
+from dataclasses import replace
+from experiments.benchmarks import workloads
+from fedsim.choices import Dtype
+from fedsim.config import ModelConfig
+from fedsim.shapes import random_model
+from fedsim.training.budget import bytes_per_token
+
+sizes = {"vocab_size": 4000, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 896, "max_position_embeddings": 512}
+heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}
+for dtype in Dtype:
+    for checkpointing in (False, True):
+        config = ModelConfig(architecture={"model_type": "llama", **sizes, **heads}, dtype=dtype)
+        model = random_model(config, torch.device("second", 0), activation_checkpointing=checkpointing)
+        on = workloads.adapted(model, 16)
+        workload = workloads.Workload("", clients=4, batch=1, tokens=128, steps=1)
+        for noise in (None, 1.0):
+            gc.collect()
+            second_device.MEMORY.peak = before = second_device.MEMORY.held
+            workloads.train(on, workload.all_clients(4000), replace(workload.training, tokens_per_pass=512), noise)
+            print((second_device.MEMORY.peak - before) / 512 / bytes_per_token(model))
+"""
+    )
+    ratios = [float(line) for line in measured.splitlines() if line[:1].isdigit()]
+    assert len(ratios) == 8
+    assert all(1 / 3 < ratio < 1 for ratio in ratios), ratios
+
+
+def test_a_step_of_a_cohort_launches_no_more_than_centralised_training_and_waits_no_more_often():
+    """Views apart, which launch nothing. What both wait for is a look of transformers for packed sequences, once in a forward pass."""
+    launched = in_process_with_device(
+        """
+from experiments.benchmarks import workloads
+from experiments.benchmarks.peers import centralised
+
+VIEWS = ("view", "expand", "transpose", "t", "permute", "slice", "select", "unsqueeze", "split_with_sizes", "detach", "empty")
+on = workloads.adapted(workloads.base_model("tiny").to("second"), 16)
+workload = workloads.Workload("", clients=25, batch=1, tokens=32, steps=8)
+clients, training = workload.all_clients(on.vocabulary), workload.training
+for train in (workloads.train, centralised.train):
+    second_device.CALLS.clear()
+    train(on, clients, training)
+    calls = {str(operator).split(".")[1]: number for operator, number in second_device.CALLS.items()}
+    print(sum(number for name, number in calls.items() if name not in VIEWS), calls["_local_scalar_dense"])
+"""
+    )
+    (cohort, waits), (centralised, their_waits) = (map(int, line.split()) for line in launched.splitlines())
+    assert cohort < 1.05 * centralised
+    assert waits == their_waits == 8
