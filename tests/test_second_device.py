@@ -1,13 +1,13 @@
-"""All of a run on a second device (see second_device.py), each in a process of its own: PyTorch never forgets a device."""
+"""All of a run on a second device, see experiments/benchmarks/second_device.py, each in a process of its own: PyTorch forgets no device."""
 
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from experiments.benchmarks.processes import ROOT
 from fedsim.cli.main import main
 from fedsim.core.methods import METHODS
 
@@ -32,18 +32,18 @@ MORE_KINDS = {
 
 def on_second_device(*arguments, memory_bytes=0):
     """Runs a command of fedsim there and returns what it tells of the device's memory."""
-    script = Path(__file__).with_name("second_device.py")
-    done = subprocess.run([sys.executable, str(script), str(memory_bytes), *arguments], capture_output=True, text=True, timeout=280)
+    return json.loads(said("-m", "experiments.benchmarks.second_device", str(memory_bytes), *arguments).splitlines()[-1])
+
+
+def said(*arguments):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=280, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def in_process_with_device(code):
-    """Carries out Python code with the device at hand, and returns what it prints."""
-    lines = f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); import second_device; kept = second_device.install()"
-    done = subprocess.run([sys.executable, "-c", f"{lines}\n{code}"], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def with_device(code):
+    """Carries out Python code where `device` is the second one and `DEVICE` tells of it, and returns what it prints."""
+    return said("-c", f"import torch\nfrom experiments.benchmarks.second_device import DEVICE\ndevice = DEVICE.install()\n{code}")
 
 
 def figures(folder):
@@ -56,15 +56,15 @@ def figures(folder):
 
 
 def test_the_device_refuses_what_a_gpu_refuses_and_takes_what_a_gpu_takes():
-    refused = in_process_with_device(
+    refused = with_device(
         """
-there, here = torch.ones(3, device="second"), torch.ones(3)
+there, here = torch.ones(3, device=device), torch.ones(3)
 tries = {
     "sum": lambda: there + here,
-    "product": lambda: torch.nn.Linear(3, 2).to("second")(here),
+    "product": lambda: torch.nn.Linear(3, 2).to(device)(here),
     "list": lambda: torch._foreach_add_([there], [here]),
-    "values at an index": lambda: there.index_add_(0, torch.tensor([0, 1, 2], device="second"), here),
-    "index of the CPU's": lambda: here[torch.tensor([0], device="second")],
+    "values at an index": lambda: there.index_add_(0, torch.tensor([0, 1, 2], device=device), here),
+    "index of the CPU's": lambda: here[torch.tensor([0], device=device)],
     "values of the CPU at an index": lambda: there.__setitem__(torch.tensor([True, False, True]), here[:2]),
     "generator": lambda: there.normal_(generator=torch.Generator()),
     "numpy": lambda: there.numpy(),
@@ -122,7 +122,7 @@ def test_an_audit_and_an_estimate_mix_no_devices(tmp_path):
 
 def test_passes_take_no_more_memory_than_the_budget_reckons_with():
     """Ratios of the bytes measured for a token to `bytes_per_token`, in a model of the shape of published ones; no less than a third."""
-    measured = in_process_with_device(
+    measured = with_device(
         """
 import gc
 from dataclasses import replace
@@ -137,14 +137,14 @@ heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embedding
 for dtype in Dtype:
     for checkpointing in (False, True):
         config = ModelConfig(architecture={"model_type": "llama", **sizes, **heads}, dtype=dtype)
-        model = random_model(config, torch.device("second", 0), activation_checkpointing=checkpointing)
+        model = random_model(config, device, activation_checkpointing=checkpointing)
         on = workloads.adapted(model, 16)
         workload = workloads.Workload("", clients=4, batch=1, tokens=128, steps=1)
         for noise in (None, 1.0):
             gc.collect()
-            second_device.MEMORY.peak = before = second_device.MEMORY.held
+            DEVICE.memory.peak = before = DEVICE.memory.held
             workloads.train(on, workload.all_clients(4000), replace(workload.training, tokens_per_pass=512), noise)
-            print((second_device.MEMORY.peak - before) / 512 / bytes_per_token(model))
+            print((DEVICE.memory.peak - before) / 512 / bytes_per_token(model))
 """
     )
     ratios = [float(line) for line in measured.splitlines() if line[:1].isdigit()]
@@ -154,19 +154,19 @@ for dtype in Dtype:
 
 def test_a_step_of_a_cohort_launches_no_more_than_centralised_training_and_waits_no_more_often():
     """Views apart, which launch nothing. What both wait for is a look of transformers for packed sequences, once in a forward pass."""
-    launched = in_process_with_device(
+    launched = with_device(
         """
 from experiments.benchmarks import workloads
 from experiments.benchmarks.peers import centralised
 
 VIEWS = ("view", "expand", "transpose", "t", "permute", "slice", "select", "unsqueeze", "split_with_sizes", "detach", "empty")
-on = workloads.adapted(workloads.base_model("tiny").to("second"), 16)
+on = workloads.adapted(workloads.base_model("tiny").to(device), 16)
 workload = workloads.Workload("", clients=25, batch=1, tokens=32, steps=8)
 clients, training = workload.all_clients(on.vocabulary), workload.training
 for train in (workloads.train, centralised.train):
-    second_device.CALLS.clear()
+    DEVICE.calls.clear()
     train(on, clients, training)
-    calls = {str(operator).split(".")[1]: number for operator, number in second_device.CALLS.items()}
+    calls = {str(operator).split(".")[1]: number for operator, number in DEVICE.calls.items()}
     print(sum(number for name, number in calls.items() if name not in VIEWS), calls["_local_scalar_dense"])
 """
     )

@@ -13,6 +13,7 @@ import torch
 from experiments.benchmarks import (
     accelerator,
     compiled,
+    dry_run,
     estimates,
     evaluation,
     memory,
@@ -42,6 +43,7 @@ SECTIONS: list[Section] = [
     estimates.SECTION,
     scale.SECTION,
     accelerator.SECTION,
+    dry_run.SECTION,
     products.SECTION,
     compiled.SECTION,
     profiling.SECTION,

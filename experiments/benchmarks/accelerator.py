@@ -73,7 +73,7 @@ def measure(case: Case, settings: Settings) -> Found:
     rates = interleaved(_tasks(case, on, workload, clients, noise, device), turns=settings.turns, seconds=settings.seconds / 4)
     middle = medians(rates)
     ceiling = matrix_product_ceiling(str(device), next(on.model.parameters()).dtype)
-    flops = 4.0 * _parameters(on.model) * middle["cohort"]
+    flops = 4.0 * parameters(on.model) * middle["cohort"]
     found |= {"tokens": workload.tokens, "batch": workload.batch, "cohort": middle["cohort"], "tflops": flops / 1e12}
     found |= {"ceiling_tflops": ceiling / 1e12, "utilisation": 100 * flops / ceiling}
     found |= {f"ratio_{name}": ratio(rates, "cohort", name) for name in ("one by one", "centralised") if name in rates}
@@ -114,7 +114,7 @@ def subject_of(model: str, device: str, checkpointing: bool) -> Subject:
     return workloads.adapted(built, workload_of(model, 1, 1).rank)
 
 
-def _parameters(model: nn.Module) -> int:
+def parameters(model: nn.Module) -> int:
     """Parameters that every token is multiplied by: all but an embedding that is not also the head."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     tied = model.get_output_embeddings().weight is embedding  # type: ignore[operator]

@@ -1,0 +1,115 @@
+"""Section k: the memory that published shapes need on a GPU, and their FLOPs, from shapes alone: no GPU, and nothing is computed.
+
+The code that trains on a GPU runs on a device that has shapes and no values (`second_device`), which counts every tensor that lives in it.
+"""
+
+import gc
+from dataclasses import replace
+
+from experiments.benchmarks import workloads
+from experiments.benchmarks.accelerator import PUBLISHED, RANK, parameters
+from experiments.benchmarks.processes import answer, asked, call
+from experiments.benchmarks.second_device import DEVICE
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+from experiments.benchmarks.workloads import Subject, Workload
+from fedsim.choices import Dtype
+from fedsim.cli.compose import compose
+from fedsim.cli.groups import choice_values
+from fedsim.config import ModelConfig
+from fedsim.core.estimate import LOGIT_COPIES, activation_bytes
+from fedsim.core.gradient_parts import parts_of
+from fedsim.shapes import model_shape, random_model
+from fedsim.training.budget import bytes_per_token
+from fedsim.training.gradients import weight_gradients
+
+TOKENS_PER_PASS = 8192
+GRADIENTS, SKETCHES = "initial gradients", "their sketches"
+COPIES = 4
+"""Of every client's R in a stack: itself, its gradient, and two moments."""
+
+
+def cases(settings: Settings) -> list[Case]:
+    """Returns model, clients and what is done of every row."""
+    if settings.quick:
+        return [{"model": "llama32_1b", "clients": clients, "way": "plain"} for clients in (1, 5)]
+    rows: list[Case] = []
+    for model in PUBLISHED:
+        rows += [{"model": model, "clients": clients, "way": "plain"} for clients in (1, 5, 25)]
+        rows += [{"model": model, "clients": 25, "way": way} for way in ("DP-SGD", "checkpointing")]
+        rows += [{"model": model, "clients": 1, "way": way} for way in (GRADIENTS, SKETCHES)]
+    return rows
+
+
+def measure(case: Case, settings: Settings) -> Found:
+    """Goes through one row in a process of its own."""
+    return call("experiments.benchmarks.dry_run", case)
+
+
+def gone_through(model: str, clients: int, way: str) -> Found:
+    """Returns bytes and FLOPs of one step of the clients, or of the initial gradient of one."""
+    tokens, batch = PUBLISHED[model]
+    workload = Workload(model, clients, batch, tokens, steps=1, rank=RANK.get(model, 200))
+    config = ModelConfig(architecture=dict(choice_values("model", model)["architecture"]), dtype=Dtype.bfloat16)
+    device = DEVICE.install("shapes")
+    base = random_model(config, device, activation_checkpointing=way == "checkpointing")
+    on = workloads.adapted(base, workload.rank)
+    gc.collect()
+    memory = DEVICE.memory
+    before = memory.peak = memory.held
+    DEVICE.flops = 0
+    done, stacks = _one_gradient(on, workload, way) if way in (GRADIENTS, SKETCHES) else _one_step(on, workload, way)
+    most = min(done, TOKENS_PER_PASS // tokens * tokens)
+    shape = model_shape(config)
+    found: Found = {"batch": batch, "tokens": tokens, "pass_tokens": most, "before_gb": before / 1e9, "stacks_gb": stacks / 1e9}
+    found |= {"pass_gb": (memory.peak - before - stacks) / 1e9, "peak_gb": memory.peak / 1e9}
+    found["flops"] = DEVICE.flops / (4.0 * parameters(base) * done)
+    if way in ("plain", "DP-SGD"):
+        reckoned = activation_bytes(shape, on.spec, most) + most * LOGIT_COPIES * 4 * shape.vocabulary
+        found |= {"estimate": reckoned / 1e9 / found["pass_gb"], "budget": bytes_per_token(base) * most / 1e9 / found["pass_gb"]}
+    return found
+
+
+def _one_step(on: Subject, workload: Workload, way: str) -> tuple[int, int]:
+    """Trains a step and returns the tokens that passed, and the bytes of the clients' stacks."""
+    training = replace(workload.training, tokens_per_pass=TOKENS_PER_PASS)
+    passed = workloads.train(on, workload.all_clients(on.vocabulary), training, 1.0 if way == "DP-SGD" else None)
+    return passed or workload.num_tokens, COPIES * 4 * on.layout.num_parameters * workload.clients
+
+
+def _one_gradient(on: Subject, workload: Workload, way: str) -> tuple[int, int]:
+    parts = parts_of(compose([f"adapter.sketch={str(way == SKETCHES).lower()}"]), on.spec)
+    examples = [example for data in replace(workload, batch=8, clients=1).all_clients(on.vocabulary) for example in data.examples]
+    found = weight_gradients(on.model, examples, pad_id=workloads.PAD, tokens_per_pass=TOKENS_PER_PASS, parts=parts)
+    return sum(example.num_tokens for example in examples), sum(4 * gradient.numel() for gradient in found.values())
+
+
+SECTION = Section(
+    "k",
+    "Memory on a GPU, from shapes alone",
+    "Counted, not measured on a GPU: the code of training runs on a device that has shapes and no values, and every tensor that lives in "
+    "it is added up. bfloat16 base, float32 R of rank 200, published lengths and batches, every token with a loss. *base and bases*: the "
+    "model, A and B. *clients*: R of all clients, its gradient and two moments; of initial gradients their sums. *pass*: what else lives "
+    "at the peak, with fused attention; workspaces of kernels, gaps between tensors and the context of CUDA come in addition. *estimate / "
+    "pass*: what `fedsim estimate` reckons with for a pass; *budget / pass*: what `training.tokens_per_pass=auto` reckons with. *FLOPs*: "
+    "of all matrix products, attention left out, over the 4 x parameters x tokens of a frozen base.",
+    (
+        Column("model", "model"),
+        Column("clients", "clients"),
+        Column("way", "way"),
+        Column("batch", "batch"),
+        Column("tokens", "tokens"),
+        Column("tokens of a pass", "pass_tokens", "{:,}"),
+        Column("base and bases, GB", "before_gb", "{:.1f}"),
+        Column("clients, GB", "stacks_gb", "{:.2f}"),
+        Column("pass, GB", "pass_gb", "{:.1f}"),
+        Column("peak, GB", "peak_gb", "{:.1f}"),
+        Column("estimate / pass", "estimate", "{:.2f}"),
+        Column("budget / pass", "budget", "{:.2f}"),
+        Column("FLOPs / model FLOPs", "flops", "{:.2f}"),
+    ),
+    cases,
+    measure,
+)
+
+if __name__ == "__main__":
+    answer(gone_through(**asked()))
