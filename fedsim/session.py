@@ -122,7 +122,7 @@ class Session:
         """Digest of the base model, equal where server and client hold the same one in the same type.
 
         Of embeddings, norms and whatever has no adapter; adapted layers may have something folded in, so their shapes must do. With the
-        form that the tokenizer gives to conversations.
+        tokenizer's vocabulary, and the form that it gives to conversations.
         """
         adapted = {id(layer.base.weight) for layer in adapted_layers(self.model).values()}
         hashed = hashlib.sha256(json.dumps(self.spec.layers).encode())
@@ -130,7 +130,8 @@ class Session:
             if id(tensor) not in adapted:
                 hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        hashed.update(str(getattr(self.tokenizer, "chat_template", None) or "").encode())
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        hashed.update(json.dumps([vocabulary, getattr(self.tokenizer, "chat_template", None)]).encode())
         return hashed.hexdigest()
 
     @cached_property

@@ -77,7 +77,7 @@ def test_a_node_that_goes_and_another_that_comes_are_noticed_before_the_next_rou
     ("answer", "reason"),
     [
         ("Refused by the owner of client 0: too many steps", "too many steps"),
-        ({"base_digest": "other"}, "has another base model, or another chat template, than the server"),
+        ({"base_digest": "other"}, "has another base model, tokenizer or chat template than the server"),
         ({"client": 9}, "there is no client 9 among 3"),
         ({"num_examples": 10**15}, "federation.max_examples is"),
         ({"version": "0.0.9"}, "runs fedsim 0.0.9, the server"),

@@ -1,0 +1,49 @@
+"""What server and client compare before they train together."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fedsim.cli.compose import compose
+from fedsim.core.adapters import adapted_layers
+from fedsim.session import forget_session, open_session
+
+
+@pytest.fixture
+def session():
+    yield open_session(compose(["data.train_examples=20", "federation.clients=2", "adapter.init=orthogonal", "adapter.rank=2"]))
+    forget_session()  # the tests change it
+
+
+def digest_now(session):
+    session.__dict__.pop("base_digest", None)
+    return session.base_digest
+
+
+@contextmanager
+def changed(tensor):
+    with torch.no_grad():
+        before = tensor.clone()
+        tensor.view(-1)[0] += 1
+        yield
+        tensor.copy_(before)
+
+
+def test_the_base_digest_tells_weights_without_adapters_the_vocabulary_and_the_chat_template(session):
+    own = digest_now(session)
+    with changed(session.model.get_input_embeddings().weight):
+        assert digest_now(session) != own
+    assert digest_now(session) == own
+    session.tokenizer.chat_template = "{{ messages }}"
+    assert digest_now(session) != own
+    session.tokenizer.chat_template = None
+    assert digest_now(session) == own
+    session.tokenizer.add_tokens(["another word"])
+    assert digest_now(session) != own
+
+
+def test_the_base_digest_leaves_out_the_weights_into_which_a_run_folds_its_updates(session):
+    own, layer = digest_now(session), next(iter(adapted_layers(session.model).values()))
+    with changed(layer.base.weight):
+        assert digest_now(session) == own
