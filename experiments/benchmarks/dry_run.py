@@ -63,9 +63,11 @@ def gone_through(model: str, clients: int, way: str) -> Found:
     found: Found = {"batch": batch, "tokens": tokens, "pass_tokens": most, "before_gb": before / 1e9, "stacks_gb": stacks / 1e9}
     found |= {"pass_gb": (memory.peak - before - stacks) / 1e9, "peak_gb": memory.peak / 1e9}
     found["flops"] = DEVICE.flops / (4.0 * parameters(base) * done)
+    if way not in (GRADIENTS, SKETCHES):
+        found["budget"] = bytes_per_token(base) * most / 1e9 / found["pass_gb"]
     if way in ("plain", "DP-SGD"):
         reckoned = activation_bytes(shape, on.spec, most) + most * LOGIT_COPIES * 4 * shape.vocabulary
-        found |= {"estimate": reckoned / 1e9 / found["pass_gb"], "budget": bytes_per_token(base) * most / 1e9 / found["pass_gb"]}
+        found["estimate"] = reckoned / 1e9 / found["pass_gb"]
     return found
 
 

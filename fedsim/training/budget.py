@@ -19,7 +19,9 @@ Result = TypeVar("Result")
 TOKENS_PER_THREAD = 512  # from 256 to 8192 tokens models of 2 to 20 M parameters differ by a tenth, and the best lies here
 CPU_RANGE = (1024, 16_384)
 GPU_RANGE = (256, 65_536)
-GPU_SHARE = 0.6  # of the free memory: the rest is for gradients of the factors, for workspaces and for gaps
+GPU_SHARE = 0.9
+"""Of the free memory. A pass takes 0.5 to 0.8 of what is reckoned with for it (section k of the benchmarks), so that about half is left for
+the clients' factors, for workspaces and for gaps."""
 SMALLEST = 16  # tokens; a budget is not halved below
 GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
