@@ -16,7 +16,9 @@ from fedsim.choices import Dtype
 from fedsim.cli.compose import compose
 from fedsim.cli.groups import choice_values
 from fedsim.config import ModelConfig
+from fedsim.core.adapters import adapt
 from fedsim.core.estimate import LOGIT_COPIES, activation_bytes
+from fedsim.core.forms import LORA_SB
 from fedsim.core.gradient_parts import parts_of
 from fedsim.shapes import model_shape, random_model
 from fedsim.training.budget import bytes_per_token
@@ -52,7 +54,7 @@ def gone_through(model: str, clients: int, way: str) -> Found:
     config = ModelConfig(architecture=dict(choice_values("model", model)["architecture"]), dtype=Dtype.bfloat16)
     device = DEVICE.install("shapes")
     base = random_model(config, device, activation_checkpointing=way == "checkpointing")
-    on = workloads.adapted(base, workload.rank)
+    on = Subject(base, adapt(base, LORA_SB, workload.rank, 1, 1.0, []))  # bases of zeros: nobody looks at values
     gc.collect()
     memory = DEVICE.memory
     before = memory.peak = memory.held
