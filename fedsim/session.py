@@ -121,8 +121,8 @@ class Session:
     def base_digest(self) -> str:
         """Digest of the base model, equal where server and client hold the same one in the same type.
 
-        Of embeddings, norms and whatever has no adapter; adapted layers may have something folded in, so their shapes must do. With the
-        tokenizer's vocabulary, and the form that it gives to conversations.
+        Of embeddings, norms and whatever has no adapter; adapted layers may have something folded in, so their shapes must do. With
+        all that decides what the tokenizer makes of a text, or its vocabulary where that is code.
         """
         adapted = {id(layer.base.weight) for layer in adapted_layers(self.model).values()}
         hashed = hashlib.sha256(json.dumps(self.spec.layers).encode())
@@ -130,8 +130,7 @@ class Session:
             if id(tensor) not in adapted:
                 hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 hashed.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        hashed.update(json.dumps([vocabulary, getattr(self.tokenizer, "chat_template", None)]).encode())
+        hashed.update((token_cache.rules_of(self.tokenizer) or json.dumps(sorted(self.tokenizer.get_vocab().items()))).encode())
         return hashed.hexdigest()
 
     @cached_property

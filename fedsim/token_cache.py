@@ -44,11 +44,12 @@ def kept(
     file would not pay or nothing can be kept: the pool is small, the tokenizer is code, or the folder cannot be written.
     """
     texts = [text for example in pool for text in _texts(example)]
-    rules = _rules(tokenizer) if sum(map(len, texts)) >= LEAST_CHARACTERS else None
+    rules = rules_of(tokenizer) if sum(map(len, texts)) >= LEAST_CHARACTERS else None
     folder = _writable_folder() if rules else None
     if rules is None or folder is None:
         return None
-    path = folder / f"{_digest((rules, json.dumps([VERSION, *how]), *texts)).hex()}.npy"
+    versions = [version(package) for package in ("tokenizers", "transformers")]
+    path = folder / f"{_digest((rules, json.dumps([VERSION, *versions, *how]), *texts)).hex()}.npy"
     flat = _read(path)
     if flat is None:
         encoded = encode(pool)
@@ -65,8 +66,8 @@ def _texts(example: AnyExample) -> tuple[str, ...]:
     return example.prompt, example.response, json.dumps(example.turns) if example.turns else ""
 
 
-def _rules(tokenizer: Any) -> str | None:
-    """Returns all that decides what a tokenizer makes of a text, wherever it was loaded from; None where that is code and not data."""
+def rules_of(tokenizer: Any) -> str | None:
+    """Returns all the data that decides what a tokenizer makes of a text, wherever it was loaded from; None where that is code."""
     if not tokenizer.is_fast:
         return None
     backend = tokenizer.backend_tokenizer
@@ -81,9 +82,8 @@ def _rules(tokenizer: Any) -> str | None:
         "sep_token_id",
         "chat_template",
     )
-    versions = [version(package) for package in ("tokenizers", "transformers")]
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # a chat template may name them
-    facts = [type(tokenizer).__name__, *(getattr(tokenizer, name) for name in names), special, *versions]
+    facts = [type(tokenizer).__name__, *(getattr(tokenizer, name) for name in names), special]
     return json.dumps(facts) + backend.to_str()
 
 

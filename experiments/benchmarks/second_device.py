@@ -1,8 +1,9 @@
 """A second device made of the CPU's memory: what must also run on a GPU, run on a machine without one.
 
-As on a GPU, no operator takes a tensor of it beside one of the CPU (a number, and an index, may be the CPU's), nothing of it is drawn with
+As on a GPU, no operator takes a tensor of it beside one of the CPU (but a number in arithmetic, and an index), nothing of it is drawn with
 a generator of the CPU, and its memory ends: more than `limit` bytes raise OutOfMemoryError. Unlike a GPU it computes what the CPU does, or
-nothing at all: made of shapes only, it has models of any size, of which it tells memory and FLOPs.
+nothing at all: made of shapes only, it has models of any size, of which it tells memory and FLOPs. Code that asks for "cuda" by name does
+not take it for one.
 
     python -m experiments.benchmarks.second_device <bytes of memory, 0 without limit> run method=fedit ...    a command of fedsim on it
 """
@@ -28,6 +29,7 @@ CPU = torch.device("cpu")
 aten = torch.ops.aten
 CROSSING = {aten._to_copy.default, aten.copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+WAITING = {aten._local_scalar_dense.default, aten.nonzero.default}
 SIZED_LATER = ("arange", "arange.start", "arange.start_step", "eye", "eye.m")
 """Factories whose results PyTorch makes empty and enlarges afterwards, which a wrapper cannot follow."""
 
@@ -73,6 +75,7 @@ class SecondDevice:
         self.made_of = CPU
         self.memory = Memory()
         self.calls: Counter[Any] = Counter()  # by operator
+        self.waits = 0  # how often the CPU asked for a value, or a size that hangs on values
         self.flops = 0  # of matrix products; attention is not among them
         self._libraries: list[torch.library.Library] = []
 
@@ -106,13 +109,21 @@ class SecondDevice:
         known = {id(value.raw if isinstance(value, SecondDeviceTensor) else value): value for value in given if isinstance(value, Tensor)}
         indices = {id(index) for index in args[1] if index is not None} if operator in INDEXING else ()
         stays = all(device.type == NAME for device in given if isinstance(device, torch.device))
+        own = bool(args) and isinstance(args[0], SecondDeviceTensor)
+        numbers_may_come = own and torch.Tag.pointwise in operator.tags
+        self.waits += operator in WAITING or (operator in CROSSING and own != stays)
         if self.made_of != CPU and (told := _told_without_values(operator, args, kwargs, stays)) is not None:
             return told
 
         def underneath(value: Any) -> Any:
             if isinstance(value, SecondDeviceTensor):
                 return value.raw
-            if isinstance(value, Tensor) and value.dim() and operator not in CROSSING and id(value) not in indices:
+            if (
+                isinstance(value, Tensor)
+                and operator not in CROSSING
+                and id(value) not in indices
+                and (value.dim() or not numbers_may_come)
+            ):
                 raise RuntimeError(f"{operator}: a tensor {list(value.shape)} of the CPU beside the second device.")
             if isinstance(value, torch.Generator) and stays:
                 raise RuntimeError(f"{operator}: a generator of the CPU for the second device.")
@@ -154,6 +165,7 @@ class SecondDeviceTensor(Tensor):
         return DEVICE.carried_out(operator, args, kwargs or {})
 
     def tolist(self) -> Any:
+        DEVICE.waits += 1
         return self.raw.tolist()
 
     def __repr__(self, **_: Any) -> str:

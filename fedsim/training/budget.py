@@ -20,8 +20,10 @@ TOKENS_PER_THREAD = 512  # from 256 to 8192 tokens models of 2 to 20 M parameter
 CPU_RANGE = (1024, 16_384)
 GPU_RANGE = (256, 65_536)
 GPU_SHARE = 0.9
-"""Of the free memory. A pass takes 0.5 to 0.8 of what is reckoned with for it (section k of the benchmarks), so that about half is left for
-the clients' factors, for workspaces and for gaps."""
+"""Of the free memory, for passes. They take 0.45 to 0.75 of what is reckoned with for them (section k of the benchmarks); what is left is
+for the clients' factors, for workspaces and for gaps."""
+
+GPU_SHARE_OF_ANSWERS = 0.6
 SMALLEST = 16  # tokens; a budget is not halved below
 GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
@@ -99,7 +101,7 @@ def chosen_for_losses(model: nn.Module, answers: int) -> int:
 
 def chosen_for_answers_within(model: nn.Module, free_bytes: int, *, element: int | None = None) -> int:
     """Returns the most tokens of a generation batch on a GPU that has so much memory left once the model is there."""
-    return _within(int(GPU_SHARE * free_bytes / bytes_per_answer_token(model, element=element)), GENERATED_ON_GPU)
+    return _within(int(GPU_SHARE_OF_ANSWERS * free_bytes / bytes_per_answer_token(model, element=element)), GENERATED_ON_GPU)
 
 
 def bytes_per_answer_token(model: Any, *, element: int | None = None) -> int:

@@ -50,7 +50,7 @@ def clipped_weight_gradients(
     total = weight_gradients(model, [], pad_id=pad_id, tokens_per_pass=1, parts=parts)
     for each in pack({0: list(examples)}, len(examples), tokens_per_pass) if examples else ():
         gradients = example_gradients(model, [row.example for row in each.rows], pad_id=pad_id, parts=parts)
-        norms = torch.stack([of_part.squared_norms() for of_part in gradients.values()]).sum(0).sqrt()
+        norms = torch.stack([of_part.squared_norms() for of_part in gradients.values()]).sum(0).sqrt()  # of each example
         factors = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
         for name, of_part in gradients.items():
             total[name].add_(of_part.sum(factors))
@@ -95,7 +95,7 @@ class FactoredGradients:
         A gradient may be small where those of its tokens are not: in float64, so that no rounding of theirs is left of it.
         """
         deltas, inputs = self.deltas.double(), self.inputs.double()
-        return ((deltas @ deltas.mT) * (inputs @ inputs.mT)).sum((1, 2)).float()
+        return ((deltas @ deltas.mT) * (inputs @ inputs.mT)).sum((1, 2)).clamp(min=0).float()
 
     def sum(self, weights: Tensor) -> Tensor:
         """Returns the sum of the gradients, each times its weight of [examples]: [out, in]."""
@@ -109,11 +109,15 @@ class FactoredGradients:
 def example_gradients(
     model: nn.Module, examples: Sequence[AnyEncoded], *, pad_id: int, parts: GradientParts = WHOLE
 ) -> dict[str, FactoredGradients]:
-    """Returns the weight gradient of every example, in its `parts`, at the base weights alone; one backward pass for all of them."""
+    """Returns the weight gradient of every example, in its `parts`, at the base weights alone; one backward pass for all of them.
+
+    Whatever a layer is given of an example is its own: the two texts of a pair that are read apart, or rows without an axis of tokens.
+    """
     seen: dict[str, FactoredGradients] = {}
 
     def keep(name: str, deltas: Tensor, inputs: Tensor) -> None:
-        for part, left, right in parts.factored(name, deltas.float(), inputs.float()):
+        of_examples = (each.reshape(len(examples), -1, each.shape[-1]).float() for each in (deltas, inputs))
+        for part, left, right in parts.factored(name, *of_examples):
             before = seen.get(part)  # of a layer that is used more than once
             seen[part] = FactoredGradients(left, right) if before is None else before.beside(left, right)
 

@@ -14,6 +14,7 @@ from fedsim.training.batches import collate
 from fedsim.training.budget import (
     GENERATED_ON_GPU,
     GPU_SHARE,
+    GPU_SHARE_OF_ANSWERS,
     SMALLEST,
     TokenBudget,
     bytes_per_answer_token,
@@ -82,7 +83,7 @@ def test_a_generation_batch_follows_from_the_memory_of_a_gpu_and_is_fixed_on_a_c
     assert TokenBudget.of_evaluation(EvaluationConfig(), model).tokens == few
     assert TokenBudget.of_evaluation(EvaluationConfig(tokens_per_pass=500), model).tokens == 500
     assert chosen_for_answers_within(model, 0) == few
-    assert chosen_for_answers_within(model, int(1.1 * 4 * few * each / GPU_SHARE)) == 4 * few
+    assert chosen_for_answers_within(model, int(1.1 * 4 * few * each / GPU_SHARE_OF_ANSWERS)) == 4 * few
     assert chosen_for_answers_within(model, 10**15) == many
 
 

@@ -3,18 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from conftest import adapted_model, tiny_model
+from conftest import adapted_classifier, adapted_model, tiny_classifier, tiny_model
 from torch import nn
 
 from fedsim.choices import Optimizer, Schedule
 from fedsim.config import TrainingConfig
 from fedsim.core.adapters import adapt, adapted_layers, bound, factors, install, matrix_shape
 from fedsim.core.forms import DENSE, LORA, RAVAN
-from fedsim.core.gradient_parts import GradientParts, Sketch
+from fedsim.core.gradient_parts import WHOLE, GradientParts, Sketch
+from fedsim.core.initialization import new_head
 from fedsim.core.payload import Layout
+from fedsim.models import head_paths
 from fedsim.seeding import NoiseKey
 from fedsim.training.cohort import ClientData, LocalRule, private_batches, train_cohort
-from fedsim.training.gradients import clipped_weight_gradients, weight_gradients
+from fedsim.training.gradients import FactoredGradients, clipped_weight_gradients, weight_gradients
 from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches, sampling_rate
 
 KEY = NoiseKey.of_seed(0)
@@ -232,19 +234,61 @@ def test_checkpointing_and_a_bfloat16_base_train_privately(sequences):
     assert float((coarse - exact).norm()) < 0.3 * float(exact.norm())
 
 
-@pytest.mark.parametrize(("sketched", "tokens_per_pass"), [(False, 1), (False, 30), (True, 1000)])
+def clipped_one_by_one(model, examples, parts, clip_norm=None):
+    """Returns the flat sum of the examples' gradients, each clipped by hand, and the norm to which that was: the median of theirs."""
+    found = [weight_gradients(model, [example], pad_id=0, tokens_per_pass=100, parts=parts) for example in examples]
+    flat = torch.stack([torch.cat([gradient.flatten() for gradient in each.values()]) for each in found]).double()
+    norms = flat.norm(dim=1)
+    clip_norm = clip_norm or float(norms.median())
+    return (flat * (clip_norm / norms).clamp(max=1.0)[:, None]).sum(0).float(), clip_norm
+
+
+def shapes_of(model):
+    return {name: matrix_shape(layer.base) for name, layer in adapted_layers(model).items()}
+
+
+@pytest.mark.parametrize("tokens_per_pass", [1, 30, 1000])
+@pytest.mark.parametrize("sketched", [False, True])
 def test_the_initial_gradient_is_clipped_per_example_over_all_layers(sequences, sketched, tokens_per_pass):
-    model, examples = adapted_model(), sequences(4)
-    shapes = {name: matrix_shape(layer.base) for name, layer in adapted_layers(model).items()}
+    model, examples = adapted_model(), sequences(9)
+    shapes = shapes_of(model)
     parts = GradientParts(shapes, {name: Sketch.of(shape, 4, 0) for name, shape in shapes.items()} if sketched else {})
-    found = clipped_weight_gradients(model, examples, 0.3, pad_id=0, tokens_per_pass=tokens_per_pass, parts=parts)
-    expected = None
-    for example in examples:
-        gradients = weight_gradients(model, [example], pad_id=0, tokens_per_pass=100, parts=parts)
-        flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
-        clipped = flat * min(1.0, 0.3 / float(flat.norm()))
-        expected = clipped if expected is None else expected + clipped
+    expected, clip_norm = clipped_one_by_one(model, examples, parts)
+    found = clipped_weight_gradients(model, examples, clip_norm, pad_id=0, tokens_per_pass=tokens_per_pass, parts=parts)
     torch.testing.assert_close(torch.cat([gradient.flatten() for gradient in found.values()]), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "apart"])
+def test_the_initial_gradient_is_clipped_per_pair_also_where_its_texts_are_read_apart(pairs, architecture):
+    model, examples = adapted_classifier(architecture), pairs(9, apart=architecture == "apart")
+    expected, clip_norm = clipped_one_by_one(model, examples, WHOLE)
+    found = clipped_weight_gradients(model, examples, clip_norm, pad_id=0, tokens_per_pass=60)
+    torch.testing.assert_close(torch.cat([gradient.flatten() for gradient in found.values()]), expected, rtol=1e-4, atol=1e-6)
+    for pair in examples:
+        alone = clipped_weight_gradients(model, [pair], 1e-3, pad_id=0, tokens_per_pass=60)
+        assert float(torch.cat([gradient.flatten() for gradient in alone.values()]).norm()) < 1.0001e-3
+
+
+def test_the_initial_gradient_of_layers_that_are_given_one_row_an_example_is_clipped_too(pairs):
+    model, examples = tiny_classifier("bert"), pairs(5)
+    spec = adapt(model, LORA, 2, 1, 1.0, ["dense"], head_paths(model))
+    install(model, new_head(spec, seed=0))
+    assert any("pooler" in name for name in adapted_layers(model))
+    expected, clip_norm = clipped_one_by_one(model, examples, WHOLE)
+    found = clipped_weight_gradients(model, examples, clip_norm, pad_id=0, tokens_per_pass=60)
+    torch.testing.assert_close(torch.cat([gradient.flatten() for gradient in found.values()]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_small_because_its_tokens_cancel_out_has_the_norm_that_it_has():
+    generator = torch.Generator().manual_seed(0)
+    deltas, inputs = torch.randn(50, 8, 6, generator=generator), torch.randn(50, 8, 5, generator=generator)
+    deltas, inputs = torch.cat([deltas, -deltas], dim=1), torch.cat([inputs, inputs * (1 + 1e-4)], dim=1)
+    expected = torch.einsum("eto,eti->eoi", deltas.double(), inputs.double()).square().sum((1, 2))
+    torch.testing.assert_close(FactoredGradients(deltas, inputs).squared_norms(), expected.float(), rtol=1e-4, atol=0)
+    once = (1024 * deltas[:, :8]).round() / 1024  # so that three times that is exact, and what is left is the rounding of norms alone
+    nothing = FactoredGradients(torch.cat([once, 2 * once, -3 * once], dim=1), inputs[:, :8].repeat(1, 3, 1)).squared_norms()
+    assert nothing.min() >= 0
+    assert nothing.max() < 1e-12
 
 
 def test_no_examples_have_a_clipped_gradient_of_zero():
