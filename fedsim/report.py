@@ -4,11 +4,19 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedsim.progress import duration, size
 
 Holdings = Sequence[dict[str, int]]
+
+PICTURES = ("curves.png", "diagnosis.png", "partition.png", "privacy.png", "network.png")
+FILES = ("summary.json", *PICTURES, "holdings.txt", "communication.csv", "events.jsonl")
+"""What a run's folder may hold for its reader, in the order in which it is told."""
+
+LOOSE_DELTA = 0.05
+"""A larger delta is told to be none: the mechanism may give one in twenty away altogether."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -46,7 +54,7 @@ def summary_table(summary: dict[str, Any]) -> str:
         *_network_lines(summary.get("network")),
         *_privacy_lines(summary["privacy"]),
         "",
-        f"files     {folder}: summary.json, curves.png, diagnosis.png, partition.png, holdings.txt, communication.csv, events.jsonl",
+        f"files     {folder}: {', '.join(name for name in FILES if (Path(folder) / name).exists())}",
         f"adapter   {folder}/adapter, digest {summary['adapter_digest'][:16]}..."
         if adapter
         else "adapter   with each client, at its own worker",
@@ -89,7 +97,10 @@ def _privacy_lines(spent: dict[str, Any] | None) -> list[str]:
         return [f"privacy           {'none':>9}   something was computed from private data without noise: no epsilon is claimed"]
     first = f", of it initialisation {spent['initialization_epsilon']:.2f}" if spent["initialization_epsilon"] else ""
     told = f"epsilon of one {spent['unit']}, largest over clients{first}; delta {spent['delta']:.2g}, {spent['accountant']}"
-    return [f"privacy           {spent['epsilon']:>9.2f}   {told}"]
+    lines = [f"privacy           {spent['epsilon']:>9.2f}   {told}"]
+    if spent["delta"] > LOOSE_DELTA:
+        lines.append(f"{'':30}delta {spent['delta']:.2g} is hardly a guarantee: it should be far below one over their number")
+    return lines
 
 
 def _task_row(task: str, found: dict[str, Any]) -> list[str]:

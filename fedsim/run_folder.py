@@ -30,6 +30,7 @@ from fedsim.files import TEMPORARY, atomic_write, atomic_write_json, dated_folde
 from fedsim.journal import Head, Journal, lines_after
 from fedsim.manifest import manifest
 from fedsim.plain import to_dict, with_a_result
+from fedsim.report import PICTURES
 
 LOCK = "run.lock"
 CONFIG = "config.yaml"
@@ -42,7 +43,7 @@ NOISE_KEY = "noise.key"
 CONTENTS = (
     *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY, NOISE_KEY),
     *("adapter", "audit.json", "communication.csv", "holdings.txt"),
-    *("curves.png", "diagnosis.png", "network.png", "partition.png", "privacy.png"),
+    *PICTURES,
 )
 """All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
 

@@ -64,6 +64,20 @@ def test_the_summary_names_an_adapter_that_is_there_and_a_rank_where_there_is_on
     assert "at its own worker" in nowhere
 
 
+def test_the_summary_names_the_files_that_are_there(tmp_path):
+    for name in ("summary.json", "privacy.png", "other.txt"):
+        (tmp_path / name).touch()
+    text = summary_table(SUMMARY | {"run_dir": str(tmp_path)})
+    assert f"files     {tmp_path}: summary.json, privacy.png\n" in text
+
+
+def test_a_delta_that_is_none_is_told():
+    spent = {"unit": "client", "epsilon": 8.0, "initialization_epsilon": 0.0, "accountant": "prv"}
+    loose, fair = (summary_table(SUMMARY | {"privacy": spent | {"delta": delta}}) for delta in (0.3, 0.03))
+    assert "delta 0.3 is hardly a guarantee" in loose
+    assert "hardly" not in fair
+
+
 def test_the_summary_tells_how_many_answers_were_cut_off_where_any_were():
     def lines(base, final):
         sums = {"base": {"accuracy": 0.0, "loss": 1.0} | base, "final": {"accuracy": 0.0, "loss": 1.0} | final, "num_examples": 4}

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 EPSILONS, SEEDS = (1.0, 3.0, 8.0, None), (0, 1, 2)
 """None is without privacy."""
 
-_FREE = ("privacy=none", "training.learning_rate=4")
+_FREE = ("privacy=none", "privacy.epsilon=null", "training.learning_rate=4")
 """Without clipping SGD wants smaller steps: at 16, accuracies fall to 60 %."""
 _ADAM = ("training.optimizer=adamw", "training.learning_rate=0.1", "training.warmup_ratio=0.5")
 """For bases that come with a first step of Adam, which is to be small (arXiv 2411.19557)."""

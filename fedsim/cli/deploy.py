@@ -110,6 +110,8 @@ def _up(words: list[str]) -> int:
     from fedsim.deploy.local import NAME, local_federation
     from fedsim.deploy.submit import named, run
 
+    if any(word.startswith("federation.clients=") and word != f"federation.clients={clients}" for word in overrides):
+        raise UserError(f"Expected --local to be the number of clients, got --local {clients} and another. Leave out federation.clients.")
     config = compose([*overrides, f"federation.clients={clients}", "engine=deployment", f"engine.superlink={NAME}"])
     check(config)
     config = named(config)

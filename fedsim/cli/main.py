@@ -90,7 +90,9 @@ def _help(verb: str, rest: list[str]) -> None:
 
         print(usage(), end="")
         return
-    topics = [word for word in rest if word not in VERBS and "=" not in word and not word.startswith("-")]
+    words = [verb, *rest]
+    of_run = words[words.index("run") + 1 :] if "run" in words else []  # some groups of options are called like a verb
+    topics = [word for word in rest if (word not in VERBS or word in of_run) and "=" not in word and not word.startswith("-")]
     about_run = verb in ("run", "data") or rest != topics
     print(run_help(topics[0] if topics else None) if about_run or topics else overview(), end="")
 
@@ -193,7 +195,11 @@ def _cost(words: list[str]) -> int:
 def _estimate(words: list[str]) -> int:
     values = [word for word in words if word.startswith("--") and "=" in word]
     flags, overrides = _split([word for word in words if word not in values], ("--json", "--again"))
-    numbers = _numbers(values, ("--tokens", "--megabits"))
+    with_value = ("--tokens", "--megabits")
+    for flag in with_value:
+        if flag in words:
+            raise UserError(f"Expected a number with {flag}, got none. Write {flag}=200, with an equals sign.")
+    numbers = _numbers(values, with_value)
     config = _composed(overrides)
     from fedsim.cli.estimate import MEGABITS, estimate_of, estimate_table, plain
 

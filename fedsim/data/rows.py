@@ -78,7 +78,7 @@ def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return Malformed(f"no JSON: {error.msg} at column {error.colno}")
+        return Malformed(f"no JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # see `_json`
         return Malformed(f"no JSON: {error}")
 

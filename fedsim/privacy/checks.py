@@ -28,6 +28,9 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
     if privacy.unit is PrivacyUnit.none:
         if init is Init.gradient_dp:
             yield "adapter.init=gradient_dp: its noise belongs to a privacy budget; choose privacy=example, or adapter.init=gradient."
+        for option in ("epsilon", "noise_multiplier", "delta"):
+            if (value := getattr(privacy, option)) is not None:
+                yield f"privacy.{option}={value:g} protects nobody alone: add privacy=example or privacy=client, or make it null."
         return
     if privacy.epsilon is None and privacy.noise_multiplier is None:
         yield "privacy: expected privacy.epsilon or privacy.noise_multiplier, got neither; give one of them."

@@ -82,7 +82,7 @@ def test_estimates_were_off_by_no_more_than_they_say(machine):
     assert f"up to {TIME_FACTOR:g} times" in " ".join(estimate_of(compose(SMALL)).assumptions)
 
 
-@pytest.mark.parametrize("flags", ["--tokens=x", "--tokens=-1", "--megabits=0", "--mega=3", "--yaml"])
+@pytest.mark.parametrize("flags", ["--tokens=x", "--tokens=-1", "--megabits=0", "--mega=3", "--yaml", "--tokens"])
 def test_a_wrong_flag_is_one_line(flags, capsys):
     assert main(["estimate", flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -7,6 +7,7 @@ import pytest
 from fedsim.cli.compose import compose
 from fedsim.cli.groups import groups
 from fedsim.cli.help import overview, run_help
+from fedsim.cli.main import main
 from fedsim.cli.options import options
 from fedsim.errors import UserError
 from fedsim.plain import to_dict
@@ -47,6 +48,14 @@ def test_help_on_one_group_shows_that_group_alone():
     assert "training.learning_rate=" in text
     assert "sgd" in text
     assert "federation.clients" not in text
+
+
+def test_help_on_a_group_that_is_called_like_a_verb_is_that_of_the_group(capsys):
+    for words in (["run", "--help", "privacy"], ["help", "run", "privacy"]):
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        assert "privacy.epsilon=" in text
+        assert "training.learning_rate" not in text
 
 
 def test_help_on_something_unknown_names_the_nearest():

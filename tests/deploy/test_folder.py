@@ -137,6 +137,7 @@ def test_a_folder_that_cannot_be_finished_does_not_appear(tmp_path, monkeypatch)
         (["deploy", "init", "x", "--hots", "a"], "Did you mean '--host'?"),
         (["deploy", "up"], "Expected --local N"),
         (["deploy", "up", "--local", "2", "sed=1"], "Unknown option 'sed'"),
+        (["deploy", "up", "--local", "2", "federation.clients=5"], "got --local 2 and another. Leave out federation.clients"),
         (["deploy", "up", "--local", "2", "data.path=./nothing.jsonl"], "data.path: expected a file or folder, got ./nothing.jsonl"),
         (["deploy", "up", "--local", "2", "model.path=../no/model"], "model.path: expected a file or folder, got ../no/model"),
         (["deploy", "register"], "Expected the folder of a federation, got 0"),
