@@ -271,7 +271,10 @@ def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, scale: float)
 
 def _draw_training_loss(axes: "Axes", rounds: list[Event]) -> None:
     """The mean over clients, by their examples."""
-    _draw(axes, [event["round"] for event in rounds], [_number(event["train_loss"]) for event in rounds], color="black")
+    losses = [_number(event["train_loss"]) for event in rounds]
+    _draw(axes, [event["round"] for event in rounds], losses, color="black")
+    if losses and all(map(math.isnan, losses)):
+        axes.text(0.5, 0.5, "withheld: private clients tell none", ha="center", va="center", transform=axes.transAxes)
 
 
 def _draw_bytes(axes: "Axes", moving: list[Event]) -> str:

@@ -110,6 +110,14 @@ def test_the_only_round_does_not_lie_on_the_edge_of_its_picture():
     assert {axes.get_xlim() for axes in curves(EVENTS).axes} == {(0, 2)}
 
 
+def test_a_training_loss_that_is_withheld_is_told_to_be():
+    def told(loss):
+        return [text.get_text() for axes in curves([event | {"train_loss": loss} for event in EVENTS]).axes for text in axes.texts]
+
+    assert "withheld: private clients tell none" in told(None)
+    assert "withheld: private clients tell none" not in told(1.0)
+
+
 def test_the_partition_of_many_clients_is_drawn_as_outlines():
     holdings = [{f"task{t}": (i + t) % 7 for t in range(3)} for i in range(10_000)]
     (axes,) = holdings_bars(holdings).axes
