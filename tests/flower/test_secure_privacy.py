@@ -39,7 +39,7 @@ def step_of(config):
 
 
 def clipped_updates(clients):
-    plain = Rounds(changed(config_of(0.0, clients), privacy={"unit": PrivacyUnit.none, "secure_aggregation": False}))
+    plain = Rounds(changed(config_of(None, clients), privacy={"unit": PrivacyUnit.none, "secure_aggregation": False}))
     plain.session.install_state(plain.state)
     start = plain.flat("R")
     updates = [train_clients(plain.session, [client], 1, {})[0].arrays["values"] - start for client in range(clients)]
