@@ -87,7 +87,7 @@ def _steps(on: Subject, workload: Workload, way: str) -> tuple[int, int, int]:
 def _gradient(on: Subject, workload: Workload, way: str) -> tuple[int, int, int]:
     """Sums the weight gradients of eight sequences and returns their tokens, once, and the bytes of the sums."""
     parts = parts_of(compose([f"adapter.sketch={str(way == SKETCHES).lower()}"]), on.spec)
-    examples = [example for data in replace(workload, batch=8, clients=1).all_clients(on.vocabulary) for example in data.examples]
+    examples = replace(workload, batch=8).client(0, on.vocabulary).examples
     found = weight_gradients(on.model, examples, pad_id=workloads.PAD, tokens_per_pass=TOKENS_PER_PASS, parts=parts)
     return sum(example.num_tokens for example in examples), 1, sum(4 * gradient.numel() for gradient in found.values())
 
