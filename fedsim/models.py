@@ -15,6 +15,7 @@ from fedsim.choices import Dtype, Reading
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import is_linear
 from fedsim.core.bi_encoder import BiEncoder
+from fedsim.core.fused import fuse
 from fedsim.errors import UserError
 from fedsim.training.padding import WIDTH_STEP
 
@@ -113,7 +114,10 @@ def _quiet() -> Iterator[None]:
 
 
 def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
-    """Freezes the model, moves it to the device and turns dropout off; checkpointing needs training mode, in which it is left then."""
+    """Freezes the model, moves it to the device, turns dropout off, and fuses what has no weights to train.
+
+    Checkpointing needs training mode, in which the model is left then.
+    """
     model.requires_grad_(False).to(on)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -122,6 +126,7 @@ def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: boo
             for name, value in getattr(holder, "__dict__", {}).items():
                 if ("drop" in name or "jitter" in name) and isinstance(value, float):
                     setattr(holder, name, 0.0)
+    fuse(model)
     if activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model.train(activation_checkpointing)

@@ -27,6 +27,7 @@ NAME = "second"
 DEVICE_TYPES = {"values": "cpu", "shapes": "meta"}
 CPU = torch.device("cpu")
 aten = torch.ops.aten
+_norm = functional.rms_norm
 CROSSING = {aten._to_copy.default, aten.copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default}
@@ -82,7 +83,7 @@ class SecondDevice:
     def install(self, made_of: str = "values") -> torch.device:
         """Makes the device known to PyTorch, in this process for good, and returns it. Made of "shapes", it knows no value but 0 and True.
 
-        Attention without a mask keeps there what a fused kernel keeps: queries, keys, values, result, and one number a row.
+        The norm keeps what CUDA's kernel keeps, and attention without a mask does on a device made of shapes.
         """
         self.made_of = torch.device(DEVICE_TYPES[made_of])
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
@@ -93,6 +94,7 @@ class SecondDevice:
         for name in SIZED_LATER:
             operators.impl(name, self._factory(name), "PrivateUse1")
         self._libraries = [operators, everything]  # they undo what they did when they go
+        functional.rms_norm = _fused_norm  # type: ignore[assignment]
         if made_of == "shapes":
             functional.scaled_dot_product_attention = _fused_attention  # type: ignore[assignment]
         return torch.device(NAME, 0)
@@ -188,6 +190,8 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 
 class _FusedAttention(torch.autograd.Function):
+    """Keeps queries, keys, values, result, and one number a row."""
+
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         result, per_row = torch.empty_like(queries), queries.new_empty(queries.shape[:3], dtype=torch.float32)
@@ -203,6 +207,26 @@ def _fused_attention(queries: Tensor, keys: Tensor, values: Tensor, attn_mask: T
     if attn_mask is not None:
         raise NotImplementedError("Attention with a mask, on a device made of shapes.")
     return _FusedAttention.apply(queries, keys, values)  # type: ignore[no-any-return]
+
+
+class _FusedNorm(torch.autograd.Function):
+    """Keeps its input alone (CUDA's kernel keeps one number a row as well)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Any) -> Tensor:
+        ctx.others = others
+        ctx.save_for_backward(x)
+        return _norm(x, *others)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            return *torch.autograd.grad(_norm(x, *ctx.others), x, gradient), None, None, None
+
+
+def _fused_norm(x: Tensor, *others: Any) -> Tensor:
+    return _FusedNorm.apply(x, *others) if x.device.type == NAME else _norm(x, *others)  # type: ignore[no-any-return]
 
 
 class _Module(_DummyBackendModule):

@@ -128,17 +128,17 @@ def training_flops(
 
 
 def activation_bytes(shape: ModelShape, spec: AdapterSpec, tokens: float, trained: Sequence[str] = ("R",)) -> float:
-    """Returns what a pass over a gated block with fused attention keeps for its backward, logits left out.
+    """Returns what a pass over a gated block, all fused (`fedsim.core.fused`), keeps for its backward, logits left out.
 
-    Both norms keep their input in float32; attention its queries, keys, values and result; the gate three of its inner size; an adapter
-    A x, and its input where A itself trains.
+    Both norms keep their input; attention its queries, keys, values and result; the gate two of its inner size; an adapter A x, and its
+    input where A itself trains.
     """
     inner = max((max(sides) for sides in spec.layers.values()), default=shape.hidden)
-    block = 2 * shape.attention_width + 2 * shape.key_value_width + 3 * inner
+    block = 2 * shape.hidden + 2 * shape.attention_width + 2 * shape.key_value_width + 2 * inner
     if {"A", "D"} & set(trained):
         block += 2 * shape.hidden + inner
     ranks = spec.rank * spec.heads * len(spec.layers) if spec.form.low_rank else 0
-    return tokens * (shape.layers * (2 * 4 * shape.hidden + shape.weight_bytes * block) + shape.weight_bytes * ranks)
+    return tokens * shape.weight_bytes * (shape.layers * block + ranks)
 
 
 def estimate(

@@ -12,7 +12,8 @@ from torch import nn
 
 from fedsim.choices import AUTO
 from fedsim.config import EvaluationConfig, TrainingConfig
-from fedsim.core.adapters import is_linear
+from fedsim.core.adapters import is_linear, weight_matrix
+from fedsim.core.fused import GatedMLP
 
 Result = TypeVar("Result")
 
@@ -126,13 +127,14 @@ def _within(tokens: int, limits: tuple[int, int]) -> int:
 def bytes_per_token(model: Any, *, element: int | None = None, checkpointing: bool | None = None) -> int:
     """Returns about how many bytes one token of a pass takes: what the backward pass keeps, and the logits with their gradient.
 
-    A linear layer keeps its input, and what is done with its output keeps as much again. With activation checkpointing only the inputs
-    of the blocks are kept, and what one block keeps. `element` is the size of a number in bytes, and `checkpointing` whether that is done;
-    by default they are the model's own.
+    A linear layer keeps its input, and what is done with its output keeps as much again; a fused gate keeps the outputs alone. With
+    activation checkpointing only the inputs of the blocks are kept, and what one block keeps. `element` is the size of a number in bytes,
+    and `checkpointing` whether that is done; by default they are the model's own.
     """
     element, output = element or next(model.parameters()).element_size(), model.get_output_embeddings()
-    weights = [module.weight for module in model.modules() if is_linear(module) and module is not output]
-    kept = 2 * element * sum(sum(weight.shape) for weight in weights)
+    gated = {id(module) for part in model.modules() if isinstance(part, GatedMLP) for module in part.modules()}
+    linear = [module for module in model.modules() if is_linear(module) and module is not output]
+    kept = element * sum(len(weight_matrix(each)) if id(each) in gated else 2 * sum(each.weight.shape) for each in linear)
     if model.is_activation_checkpointing if checkpointing is None else checkpointing:
         blocks = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList))
         kept = kept // blocks + blocks * model.config.hidden_size * element

@@ -1,0 +1,200 @@
+"""What a decoder does between its products, each in one step of autograd: the rotation of queries and keys, the gate, the norm.
+
+The steps of transformers' own code, taken one by one, keep tensors that nobody needs (the normalised input in float32, the gate after its
+activation: together a third of what the backward pass of a bfloat16 block keeps) and go through memory about twice as often. On a CPU
+rotation and gate give the same bits as before; the norm is left alone there, where it wins nothing.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ROTATION = "apply_rotary_pos_emb"
+"""What the modules of transformers call by this name: (queries, keys, cos, sin, unsqueeze_dim=1) -> (queries, keys)."""
+
+ATOL = 1e-5
+"""Of the norm in float32, whose order of additions is another."""
+
+
+def fuse(model: nn.Module) -> None:
+    """Puts fused parts in the place of those of the model that compute the same, which is tried on small random numbers; the rest stays.
+
+    Names, parameters and results stay. The rotation is a function of the module in which the model is written, and is replaced there, for
+    all models of the kind in this process.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    parts: list[type[GatedMLP] | type[RMSNorm]] = [GatedMLP] if on_cpu else [GatedMLP, RMSNorm]
+    fitting: dict[type, type[GatedMLP] | type[RMSNorm] | None] = {}
+    for parent in [*model.modules()]:
+        for name, child in parent.named_children():
+            kind = type(child)
+            if kind not in fitting:
+                fitting[kind] = next((part for part in parts if part.fits(child)), None)
+            if part := fitting[kind]:
+                setattr(parent, name, part(child))
+    for module in {type(each).__module__ for each in model.modules()}:
+        original = getattr(sys.modules[module], ROTATION, None)
+        if original is not None and not isinstance(original, Rotation) and Rotation.fits(original):
+            setattr(sys.modules[module], ROTATION, Rotation(original))
+
+
+# ---- the gate
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), as Llama and its descendants have it (Shazeer 2020, arXiv 2002.05202)."""
+
+    PARTS = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = original.gate_proj, original.up_proj, original.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x)))
+        return result
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether a module computes the same."""
+        linear = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        if linear != set(cls.PARTS):
+            return False
+        with _drawn() as coins:
+            small = _emptied(module)
+            small._modules |= {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6), "down_proj": nn.Linear(6, 4)}
+            return _agree(small, cls(small), torch.randn(2, 3, 4, generator=coins))
+
+
+class _Gate(torch.autograd.Function):
+    """silu(a) * b; silu(a) is computed anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return functional.silu(a).mul_(b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        of_b = functional.silu(a).mul_(gradient)
+        return torch.ops.aten.silu_backward(gradient * b, a), of_b
+
+
+# ---- the norm
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), by PyTorch's kernel where the device has one."""
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = original.weight, original.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether a module computes the same, but for the order of additions."""
+        if [name for name, _ in module.named_parameters()] != ["weight"] or not hasattr(module, "variance_epsilon"):
+            return False
+        with _drawn() as coins:
+            small = _emptied(module)
+            small._parameters["weight"] = nn.Parameter(torch.randn(8, generator=coins))
+            return _agree(small, cls(small), torch.randn(2, 3, 8, generator=coins), atol=ATOL)
+
+
+# ---- the rotation
+
+
+class Rotation:
+    """Rotates queries and keys by their positions (Su et al. 2021, arXiv 2104.09864), in place of transformers' function.
+
+    Where not all dimensions take part, or something else is asked, it calls the original.
+    """
+
+    def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self._original = original
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **others: Any) -> tuple[Tensor, Tensor]:
+        if others or cos.requires_grad or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+            return self._original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **others)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+
+    @classmethod
+    def fits(cls, original: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+        """Whether a function computes the same."""
+        with _drawn() as coins:
+            keys, (cos, sin) = torch.randn(2, 1, 5, 8, generator=coins), torch.randn(2, 2, 5, 8, generator=coins)
+            return _agree(
+                lambda queries: torch.cat(original(queries, keys, cos, sin), dim=1),
+                lambda queries: torch.cat(cls(original)(queries, keys, cos, sin), dim=1),
+                torch.randn(2, 3, 5, 8, generator=coins),
+            )
+
+
+class _Rotation(torch.autograd.Function):
+    """x cos + (-x2, x1) sin, x1 and x2 being the halves of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        low, high = sin.chunk(2, dim=-1)
+        return _turned(x, cos, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        low, high = sin.neg().chunk(2, dim=-1)
+        return _turned(gradient, cos, high, low), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Returns x cos, less x2 `low` in its first half, and with x1 `high` in its second."""
+    y = x * cos
+    (first, second), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    part = second * low
+    y1.sub_(part)
+    y2.add_(torch.mul(first, high, out=part))
+    return y
+
+
+# ---- whether two compute the same
+
+
+@contextmanager
+def _drawn() -> Iterator[torch.Generator]:
+    """Gives a generator of the CPU, and leaves the global one as it is: modules draw their weights from that."""
+    with torch.random.fork_rng(devices=[]):
+        yield torch.Generator().manual_seed(0)
+
+
+def _emptied(module: nn.Module) -> Any:
+    """Returns the module without its parameters, but with its children that have none, such as an activation."""
+    small = copy.copy(module)
+    small._parameters = {}
+    small._modules = {name: child for name, child in module.named_children() if next(child.parameters(), None) is None}
+    return small
+
+
+def _agree(theirs: Callable[..., Any], ours: Callable[..., Any], x: Tensor, atol: float = 0.0) -> bool:
+    """Whether both give the same results and gradients of them, to `atol`; not, where theirs takes other arguments."""
+    found = []
+    for function in (theirs, ours):
+        try:
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            gradient = torch.autograd.grad(y.square().sum(), leaf, allow_unused=True)[0] if y.requires_grad else None
+        except (TypeError, RuntimeError, AttributeError):
+            return False
+        found.append((y.detach(), torch.zeros_like(x) if gradient is None else gradient))
+    (y, of_x), (own_y, own_of_x) = found
+    return torch.allclose(y, own_y, rtol=0, atol=atol) and torch.allclose(of_x, own_of_x, rtol=0, atol=atol)

@@ -1,0 +1,181 @@
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from fedsim.core.fused import ROTATION, GatedMLP, RMSNorm, Rotation, _Gate, _Rotation, fuse
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def as_written(kind, monkeypatch, **others):
+    """Returns a small random model of transformers, whose code is as it was written, also where an earlier test has fused it."""
+    settings = CONFIG_MAPPING[kind]()
+    for name, value in (SIZES | others).items():
+        if hasattr(settings, name):
+            setattr(settings, name, value)
+    if kind == "gemma3_text":
+        settings.layer_types = ["full_attention"] * 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa").requires_grad_(False).eval()
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:
+                module.weight.copy_(torch.rand_like(module.weight))
+    for module in {type(each).__module__ for each in model.modules()}:
+        rotation = getattr(sys.modules[module], ROTATION, None)
+        if rotation is not None:
+            monkeypatch.setattr(sys.modules[module], ROTATION, getattr(rotation, "_original", rotation))
+    return model
+
+
+def logits_and_gradient(model):
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    logits = model(inputs_embeds=x, attention_mask=mask, use_cache=False).logits
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), x)[0]
+
+
+def rotation_of(model):
+    return next(
+        getattr(sys.modules[module], ROTATION, None)
+        for module in {type(each).__module__ for each in model.modules()}
+        if ".models." in module
+    )
+
+
+KINDS = {
+    "llama": (2, True),
+    "mistral": (2, True),
+    "qwen3": (2, True),
+    "granite": (2, True),
+    "gemma3_text": (0, True),
+    "phi3": (0, True),
+    "cohere2": (2, False),
+    "glm4": (0, False),
+    "gpt2": (0, False),
+}
+"""How many gates of a model are fused, and whether its rotation is."""
+
+
+@pytest.mark.parametrize(("kind", "num_gates", "turns"), [(kind, *parts) for kind, parts in KINDS.items()])
+def test_a_fused_model_gives_the_same_logits_and_gradients_bit_for_bit(kind, num_gates, turns, monkeypatch):
+    model = as_written(kind, monkeypatch)
+    before = logits_and_gradient(model)
+
+    fuse(model)
+
+    assert [torch.equal(one, other) for one, other in zip(before, logits_and_gradient(model), strict=True)] == [True, True]
+    assert sum(isinstance(module, GatedMLP) for module in model.modules()) == num_gates
+    assert isinstance(rotation_of(model), Rotation) == turns
+
+
+def test_where_part_of_the_dimensions_are_turned_the_original_turns_them(monkeypatch):
+    model = as_written("phi3", monkeypatch, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    before = logits_and_gradient(model)
+
+    fuse(model)
+
+    assert isinstance(rotation_of(model), Rotation)
+    assert torch.equal(logits_and_gradient(model)[1], before[1])
+
+
+def test_names_weights_and_random_state_stay_and_a_copy_is_its_own(monkeypatch):
+    model = as_written("llama", monkeypatch)
+    names, random_state = list(model.state_dict()), torch.get_rng_state()
+
+    fuse(model)
+
+    assert list(model.state_dict()) == names
+    assert torch.equal(torch.get_rng_state(), random_state)
+    other = copy.deepcopy(model)
+    other.model.layers[0].mlp.down_proj.weight.data.zero_()
+    assert not torch.equal(logits_and_gradient(other)[0], logits_and_gradient(model)[0])
+
+
+def test_the_backward_passes_are_those_of_finite_differences():
+    a, b = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    cos, sin = torch.randn(2, 3, 4, dtype=torch.float64)
+
+    assert torch.autograd.gradcheck(_Gate.apply, (a, b))
+    assert torch.autograd.gradcheck(lambda each: _Rotation.apply(each, cos, sin), (x,))
+
+
+class Doubled(nn.Module):
+    """A gate that does something else besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return 2 * self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Routed(Doubled):
+    """A gate that takes another argument."""
+
+    def forward(self, x, expert):
+        return super().forward(x)[expert]
+
+
+def test_what_computes_something_else_stays(monkeypatch):
+    gemma, llama = (as_written(kind, monkeypatch).model.layers[0] for kind in ("gemma3_text", "llama"))
+
+    assert not GatedMLP.fits(Doubled())
+    assert not GatedMLP.fits(Routed())
+    assert not GatedMLP.fits(gemma.mlp)
+    assert not RMSNorm.fits(gemma.input_layernorm)  # its weight is added to one
+    assert not RMSNorm.fits(nn.LayerNorm(8))
+    assert GatedMLP.fits(llama.mlp)
+    assert RMSNorm.fits(llama.input_layernorm)
+    assert not Rotation.fits(lambda q, k, cos, sin: (q * sin, k * cos))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)])
+def test_the_norm_is_that_of_transformers_to_rounding(dtype, tolerance, monkeypatch):
+    original = as_written("llama", monkeypatch).model.norm.to(dtype)
+    x = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+    weights = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    found = []
+    for norm in (original, RMSNorm(original)):
+        y = norm(x)
+        found.append((y, torch.autograd.grad((y * weights).sum(), x)[0]))
+
+    torch.testing.assert_close(found[0], found[1], rtol=tolerance, atol=tolerance)
+
+
+def test_the_backward_pass_of_gate_and_rotation_keeps_less(monkeypatch):
+    def kept(model):
+        total = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: total.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+            x = torch.randn(2, 9, 32).requires_grad_()
+            model(inputs_embeds=x, use_cache=False)
+        return sum(each.numel() for each in total.values() if each.shape[-1] == SIZES["intermediate_size"] and each.dim() == 3)
+
+    model = as_written("llama", monkeypatch)
+    before = kept(model)
+    fuse(model)
+
+    assert kept(model) == before * 2 / 3  # gate and up, but not the gate after its activation
