@@ -133,7 +133,7 @@ def test_an_audit_and_an_estimate_mix_no_devices(tmp_path):
 
 
 def test_passes_take_no_more_memory_than_the_budget_reckons_with():
-    """Ratios of the bytes measured for a token to `bytes_per_token`, in a model of the shape of published ones; no less than a third."""
+    """Ratios of the bytes measured for a pass to `pass_bytes`, in a model of the shape of published ones; no less than a third."""
     measured = with_device(
         """
 import gc
@@ -142,7 +142,7 @@ from experiments.benchmarks import workloads
 from fedsim.choices import Dtype
 from fedsim.config import ModelConfig
 from fedsim.shapes import random_model
-from fedsim.training.budget import bytes_per_token
+from fedsim.training.budget import pass_bytes
 
 sizes = {"vocab_size": 4000, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 896, "max_position_embeddings": 512}
 heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -156,7 +156,7 @@ for dtype in Dtype:
             gc.collect()
             DEVICE.memory.peak = before = DEVICE.memory.held
             workloads.train(on, workload.all_clients(4000), replace(workload.training, tokens_per_pass=512), noise)
-            print((DEVICE.memory.peak - before) / 512 / bytes_per_token(model))
+            print((DEVICE.memory.peak - before) / pass_bytes(model, 512))
 """
     )
     ratios = [float(line) for line in measured.splitlines() if line[:1].isdigit()]

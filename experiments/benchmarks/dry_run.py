@@ -17,11 +17,12 @@ from fedsim.cli.compose import compose
 from fedsim.cli.groups import choice_values
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import adapt
-from fedsim.core.estimate import LOGIT_COPIES, activation_bytes
+from fedsim.core.estimate import activation_bytes
 from fedsim.core.forms import LORA_SB
 from fedsim.core.gradient_parts import parts_of
+from fedsim.core.head_loss import logit_bytes
 from fedsim.shapes import model_shape, random_model
-from fedsim.training.budget import bytes_per_token
+from fedsim.training.budget import pass_bytes
 from fedsim.training.gradients import weight_gradients
 
 TOKENS_PER_PASS = 8192
@@ -70,9 +71,9 @@ def gone_through(model: str, clients: int, way: str) -> Found:
     found |= {"pass_gb": (memory.peak - before - stacks) / 1e9, "peak_gb": memory.peak / 1e9}
     found["flops"] = DEVICE.flops / (4.0 * parameters(base) * step_tokens * times)
     if way not in (GRADIENTS, SKETCHES):
-        found["budget"] = bytes_per_token(base) * most / 1e9 / found["pass_gb"]
+        found["budget"] = pass_bytes(base, most) / 1e9 / found["pass_gb"]
     if way in ("plain", "DP-SGD"):
-        reckoned = activation_bytes(shape, on.spec, most) + most * LOGIT_COPIES * 4 * shape.vocabulary
+        reckoned = activation_bytes(shape, on.spec, most) + logit_bytes(most, shape.vocabulary)
         found["estimate"] = reckoned / 1e9 / found["pass_gb"]
     return found
 

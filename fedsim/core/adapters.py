@@ -89,8 +89,23 @@ class AdaptedLinear(nn.Module):
 class FrozenLinear(nn.Linear):
     """A linear layer of the base model without an adapter, such as the one that gives the logits; it has the speed of the others."""
 
+    is_last = True  # of a head: whether the model gives its result as it is, as far as is known
+    _came: list[Tensor] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return affine(x, self.weight, self.bias)
+        if self._came is None:
+            return affine(x, self.weight, self.bias)
+        self._came.append(x)
+        return x
+
+    @contextmanager
+    def stepping_aside(self) -> Iterator[list[Tensor]]:
+        """Runs the block with the layer giving what it gets, and gives the list of that."""
+        self._came = []
+        try:
+            yield self._came
+        finally:
+            self._came = None
 
 
 def _is_coarse(matrix: Tensor) -> bool:

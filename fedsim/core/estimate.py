@@ -15,13 +15,11 @@ from fedsim.config import Config
 from fedsim.core.cost import Forecast
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.gradient_parts import parts_of
+from fedsim.core.head_loss import logit_bytes
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size, steps_per_round
 from fedsim.core.traffic import refresh_due
-
-LOGIT_COPIES = 3
-"""float32 numbers held for each logit at the peak of a pass: the logit, the log-softmax and its gradient."""
 
 PADDED = 1.08
 """Positions of a pass for each of its tokens: rows are padded to the longest, and to few widths. Of the embedded data, 1.06 to 1.09."""
@@ -281,7 +279,7 @@ class _Plan:
             kept = kept / shape.layers + self._pass_tokens * number * shape.layers * shape.hidden
         whole = self._spec.num_parameters(self._spec.kinds)
         gradients = 0 if config.adapter.init in DERIVED else 3 * 4 * self._of_gradients
-        pass_bytes = kept + LOGIT_COPIES * 4 * targets * shape.vocabulary
+        pass_bytes = kept + logit_bytes(targets, shape.vocabulary)
         length = self._work.prompt + config.evaluation.max_new_tokens
         cache = 2.0 * self._answers_at_once * length * shape.layers * shape.key_value_width * number + (
             number * self._whole if number >= 4 else 0

@@ -139,7 +139,7 @@ class Batch:
 
 
 AnyBatch = Batch | PairBatch
-"""What `fedsim.training.loss.row_losses` takes."""
+"""What `fedsim.training.loss.batch_loss` takes."""
 
 
 def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -> AnyBatch:

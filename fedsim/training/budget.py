@@ -14,6 +14,7 @@ from fedsim.choices import AUTO
 from fedsim.config import EvaluationConfig, TrainingConfig
 from fedsim.core.adapters import is_linear, weight_matrix
 from fedsim.core.fused import GatedMLP
+from fedsim.core.head_loss import logit_bytes
 
 Result = TypeVar("Result")
 
@@ -28,7 +29,7 @@ GPU_SHARE_OF_ANSWERS = 0.6
 SMALLEST = 16  # tokens; a budget is not halved below
 GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
-LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which keeps the logits of every position
+LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which makes logits at every position
 
 
 class TokenBudget:
@@ -67,7 +68,7 @@ class TokenBudget:
 
 
 def chosen(model: nn.Module, *, checkpointing: bool | None = None) -> int:
-    """Returns the most tokens of a pass for a model on its device: a power of two; `checkpointing` as for `bytes_per_token`."""
+    """Returns the most tokens of a pass for a model on its device: a power of two; `checkpointing` as for `pass_bytes`."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return _within(TOKENS_PER_THREAD * torch.get_num_threads(), CPU_RANGE)
@@ -89,13 +90,15 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def chosen_for(model: nn.Module, free_bytes: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
-    """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there; see `bytes_per_token`."""
-    return _within(int(GPU_SHARE * free_bytes / bytes_per_token(model, element=element, checkpointing=checkpointing)), GPU_RANGE)
+    """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there: a power of two; see `pass_bytes`."""
+    low, tokens = GPU_RANGE
+    while tokens > low and pass_bytes(model, tokens, element=element, checkpointing=checkpointing) > GPU_SHARE * free_bytes:
+        tokens //= 2
+    return tokens
 
 
 def chosen_for_losses(model: nn.Module, answers: int) -> int:
-    """Returns the most tokens of a pass for losses without a gradient, which keeps the logits of every position; `answers` are those of a
-    generation batch."""
+    """Returns the most tokens of a pass for losses without a gradient; `answers` are those of a generation batch."""
     most = max(1, answers // LOSS_SHARE)
     return most if next(model.parameters()).device.type != "cuda" else min(most, chosen(model, checkpointing=False))
 
@@ -124,8 +127,8 @@ def _within(tokens: int, limits: tuple[int, int]) -> int:
     return 1 << max(low, min(high, tokens)).bit_length() - 1
 
 
-def bytes_per_token(model: Any, *, element: int | None = None, checkpointing: bool | None = None) -> int:
-    """Returns about how many bytes one token of a pass takes: what the backward pass keeps, and the logits with their gradient.
+def pass_bytes(model: Any, tokens: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
+    """Returns about how many bytes a pass takes: what the backward pass keeps, and the logits with their gradient.
 
     A linear layer keeps its input, and what is done with its output keeps as much again; a fused gate keeps the outputs alone. With
     activation checkpointing only the inputs of the blocks are kept, and what one block keeps. `element` is the size of a number in bytes,
@@ -138,5 +141,4 @@ def bytes_per_token(model: Any, *, element: int | None = None, checkpointing: bo
     if model.is_activation_checkpointing if checkpointing is None else checkpointing:
         blocks = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList))
         kept = kept // blocks + blocks * model.config.hidden_size * element
-    logits = 0 if output is None else len(output.weight)
-    return kept + logits * (element + 3 * 4)  # themselves; in float32 once more, their softmax and their gradient
+    return kept * tokens + (0 if output is None else int(logit_bytes(tokens, len(output.weight))))

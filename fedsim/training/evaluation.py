@@ -20,7 +20,7 @@ from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
 from fedsim.training.budget import TokenBudget, chosen_for_losses
 from fedsim.training.encoding import encode, encode_prompts, end_tokens, has_response, token_ids
-from fedsim.training.loss import row_losses
+from fedsim.training.loss import batch_loss
 from fedsim.training.pairs import collate_pairs, encode_pairs, label_logits
 from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Family, Pair
 
@@ -149,7 +149,8 @@ def mean_loss(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: i
     total = torch.zeros((), device=device, dtype=torch.float64)
     with torch.no_grad():
         for each in pack({0: usable}, len(usable), tokens_per_pass):
-            total += row_losses(model, collate([row.example for row in each.rows], pad_id, device)).double().sum()
+            _, losses = batch_loss(model, collate([row.example for row in each.rows], pad_id, device))
+            total += losses.double().sum()
     return float(total) / len(usable)
 
 

@@ -11,7 +11,7 @@ from fedsim.core.adapters import adapted_layers, matrix_shape, unadapted, weight
 from fedsim.core.gradient_parts import WHOLE, GradientParts
 from fedsim.core.payload import Layout
 from fedsim.training.batches import collate, pack
-from fedsim.training.loss import group_gradients, row_losses
+from fedsim.training.loss import batch_loss, group_gradients
 from fedsim.types import Adapter, AnyEncoded
 
 
@@ -35,7 +35,7 @@ def weight_gradients(
     for each in pack({0: list(examples)}, len(examples), tokens_per_pass) if examples else ():
         batch = collate([row.example for row in each.rows], pad_id, next(model.parameters()).device)
         with unadapted(model), _watched(model, add):
-            row_losses(model, batch).sum().backward()
+            batch_loss(model, batch)[0].backward()
     return sums
 
 
@@ -123,7 +123,7 @@ def example_gradients(
 
     batch = collate(examples, pad_id, next(model.parameters()).device)
     with unadapted(model), _watched(model, keep):
-        row_losses(model, batch).sum().backward()
+        batch_loss(model, batch)[0].backward()
     return seen
 
 

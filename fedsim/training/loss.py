@@ -5,25 +5,51 @@ No row's loss depends on another row (a token mean over the batch would couple t
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fedsim.core.adapters import bound
-from fedsim.training.batches import AnyBatch
+from fedsim.core.adapters import FrozenLinear, bound
+from fedsim.core.head_loss import cross_entropy, head_loss
+from fedsim.training.batches import AnyBatch, Batch
 from fedsim.training.pairs import PairBatch, label_losses
 from fedsim.types import Adapter
 
 
-def row_losses(model: nn.Module, batch: AnyBatch) -> Tensor:
-    """Returns the cross-entropy of each row, averaged over its target tokens: [rows], float32. A row without target has loss 0.
+def batch_loss(model: nn.Module, batch: AnyBatch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the rows' losses times `weights` [rows] (None: one each), which has a gradient, and the losses [rows], float32.
 
-    Logits are computed only from the first position that carries a loss.
+    A row's loss is its cross-entropy averaged over its target tokens, 0 where it has none. Logits are computed only from the first
+    position that carries a loss.
     """
     if isinstance(batch, PairBatch):
-        return label_losses(model, batch)
-    logits = model(input_ids=batch.input_ids, logits_to_keep=batch.positions, use_cache=False).logits
-    losses = functional.cross_entropy(logits.float().flatten(0, 1), batch.labels.flatten(), reduction="none", ignore_index=-100)
+        losses = label_losses(model, batch)
+        return (losses if weights is None else losses * weights).sum(), losses.detach()
     targets = (batch.labels != -100).sum(1).clamp(min=1)
-    return losses.view_as(batch.labels).sum(1) / targets
+    of_tokens = ((torch.ones_like(targets) if weights is None else weights) / targets).repeat_interleave(batch.labels.shape[1])
+    labels = batch.labels.flatten()
+    hidden, head = _before_the_logits(model, batch)
+    if head is None:
+        losses = cross_entropy(hidden.flatten(0, 1), labels)
+        total = (losses * of_tokens).sum()
+    else:
+        total, losses = head_loss(hidden.flatten(0, 1), head.weight, head.bias, labels, of_tokens)
+    return total, losses.detach().view_as(batch.labels).sum(1) / targets
+
+
+def _before_the_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, FrozenLinear | None]:
+    """Returns what the head makes logits of [rows, positions, hidden], and the head; or the logits and None, where the head has an adapter
+    or the model does something with what it gives."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, FrozenLinear) and head.is_last:
+        with head.stepping_aside() as came:
+            result: Tensor = _logits(model, batch)
+        if result is came[-1]:
+            return result, head
+        head.is_last = False
+    return _logits(model, batch), None
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(input_ids=batch.input_ids, logits_to_keep=batch.positions, use_cache=False).logits
+    return logits
 
 
 def group_gradients(
@@ -39,9 +65,9 @@ def group_gradients(
     for leaf in leaves.values():
         leaf.requires_grad_(True)
     with bound(model, leaves):
-        losses = row_losses(model, batch)
-        gradients = torch.autograd.grad((losses * weights).sum(), list(leaves.values()))
-    return losses.detach(), dict(zip(leaves, gradients, strict=True))
+        total, losses = batch_loss(model, batch, weights)
+        gradients = torch.autograd.grad(total, list(leaves.values()))
+    return losses, dict(zip(leaves, gradients, strict=True))
 
 
 def _one_per_row(factor: Tensor, rows: int) -> Tensor:

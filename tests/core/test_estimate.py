@@ -17,7 +17,7 @@ from fedsim.core.forms import LORA, LORA_SB
 from fedsim.effective import effective, method_of
 from fedsim.shapes import layer_shapes, model_shape, num_parameters
 from fedsim.training.batches import collate
-from fedsim.training.loss import group_gradients, row_losses
+from fedsim.training.loss import batch_loss, group_gradients
 from fedsim.types import EncodedExample
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,7 +36,7 @@ def counted(form, kinds):
     spec = adapt(model, form, RANK, 1, 1.0, [])
     batch = collate([EncodedExample(tuple(range(3, 3 + LENGTH)), START) for _ in range(ROWS)], 0, torch.device("cpu"))
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        row_losses(model, batch)
+        batch_loss(model, batch)[1]
     stacked = {name: factor.unsqueeze(0) for name, factor in factors(model, kinds).items()}
     with FlopCounterMode(display=False) as both:
         group_gradients(model, stacked, batch, torch.ones(ROWS))

@@ -18,7 +18,7 @@ from fedsim.flower.reading import Reader
 from fedsim.flower.server import serve
 from fedsim.session import _open
 from fedsim.training import loss
-from fedsim.training.loss import row_losses
+from fedsim.training.loss import batch_loss
 
 MOMENTS = {"optimizer": "fedadam", "learning_rate": 0.01}
 OPTIONS = {
@@ -109,14 +109,14 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(config, tmp
 
 
 def test_passes_that_were_halved_stay_so_when_the_run_goes_on_where_there_is_more_memory(tmp_path, monkeypatch):
-    def scarce(model, batch):
+    def scarce(model, batch, weights):
         if batch.input_ids.numel() > 200:
             raise torch.OutOfMemoryError
-        return row_losses(model, batch)
+        return batch_loss(model, batch, weights)
 
     config = of_method("fed_sb")
     with monkeypatch.context() as patch:
-        patch.setattr(loss, "row_losses", scarce)
+        patch.setattr(loss, "batch_loss", scarce)
         run(in_folder(config, tmp_path / "whole"), quiet=True)
         _open.cache_clear()
         interrupt(patch, 2 * 3 + 1)

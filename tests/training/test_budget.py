@@ -18,10 +18,10 @@ from fedsim.training.budget import (
     SMALLEST,
     TokenBudget,
     bytes_per_answer_token,
-    bytes_per_token,
     chosen,
     chosen_for,
     chosen_for_answers_within,
+    pass_bytes,
 )
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.loss import group_gradients
@@ -99,10 +99,10 @@ def test_a_number_is_taken_and_auto_is_chosen():
 )
 def test_the_tokens_of_a_pass_on_a_gpu_follow_from_its_memory_for_every_kind_of_model(model):
     plain, sparing = model(), model(activation_checkpointing=True)
-    free = 10_000 * bytes_per_token(plain) / GPU_SHARE
+    free = pass_bytes(plain, 10_000) / GPU_SHARE
     assert chosen_for(plain, int(1.01 * free)) == 8192
     assert chosen_for(plain, int(2.02 * free)) == 16384
-    assert bytes_per_token(sparing) < bytes_per_token(plain)
+    assert pass_bytes(sparing, 8192) < pass_bytes(plain, 8192)
 
 
 def assumed_and_kept(model, batch):
@@ -118,7 +118,8 @@ def assumed_and_kept(model, batch):
     stack = {name: tensor.unsqueeze(0) for name, tensor in factors(model, ("R",)).items()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         group_gradients(model, stack, batch, torch.ones(len(batch.input_ids)))
-    return bytes_per_token(model), sum(size for size, _ in kept.values()) / batch.input_ids.numel()
+    tokens = batch.input_ids.numel()
+    return pass_bytes(model, tokens) / tokens, sum(size for size, _ in kept.values()) / tokens
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -19,7 +19,7 @@ from fedsim.training.batches import collate
 from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, private_batches
 from fedsim.training.evaluation import evaluate
-from fedsim.training.loss import group_gradients, row_losses
+from fedsim.training.loss import batch_loss, group_gradients
 from fedsim.training.pairs import encode_pairs
 from fedsim.training.private import PrivateRule, sampling_rate
 from fedsim.types import EncodedPair, Pair
@@ -54,7 +54,7 @@ def plain(model):
 def test_a_row_has_the_loss_of_hugging_face_whatever_its_company(architecture, pairs):
     model, rows = adapted_classifier(architecture), pairs(6, segments=architecture == "bert")
     with torch.no_grad():
-        together = row_losses(model, collate(rows, 0, CPU))
+        together = batch_loss(model, collate(rows, 0, CPU))[1]
         alone = torch.stack([model(**told(pair)).loss for pair in rows])
     assert len({pair.num_tokens for pair in rows}) > 1, "rows of one length would not show the padding"
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
@@ -90,7 +90,9 @@ def test_an_adapted_model_with_its_head_equals_the_plain_one_with_the_same_weigh
     (head,) = head_layers(model).values()
     bare.classifier.weight.data, bare.classifier.bias.data = head.head[:, :-1].clone(), head.head[:, -1].clone()
     with torch.no_grad():
-        torch.testing.assert_close(row_losses(model, collate(rows, 0, CPU)), row_losses(bare, collate(rows, 0, CPU)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            batch_loss(model, collate(rows, 0, CPU))[1], batch_loss(bare, collate(rows, 0, CPU))[1], rtol=1e-5, atol=1e-6
+        )
 
 
 class WithLinearR(nn.Module):

@@ -1,0 +1,65 @@
+"""The loss of a language model from the input of its head, without the logits of all tokens at once.
+
+A pass of 8,192 tokens over a vocabulary of 128,256 has 4.2 GB of logits in float32, and its backward pass needs them three times over. A
+frozen head asks for no gradient but that of its input, which can be formed with the loss, for some tokens at a time (as Hsu et al. 2024,
+arXiv 2410.10989, do).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedsim.core.products import affine
+
+LOGIT_BYTES = 1 << 28
+"""Of the logits in float32 that are there at once."""
+
+LOGIT_COPIES = 4
+"""float32 numbers held for each of them at the peak: the logit, its log-softmax, and the gradients of both."""
+
+
+def logit_bytes(tokens: float, vocabulary: int) -> float:
+    """Returns what `head_loss` holds at its peak."""
+    return LOGIT_COPIES * min(4.0 * tokens * vocabulary, LOGIT_BYTES)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the loss of each token, float32: [tokens, vocabulary], [tokens] -> [tokens]; 0 where the label is -100."""
+    return functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
+
+
+def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the tokens' losses times `weights` [tokens], which has a gradient to `hidden`, and the losses [tokens].
+
+    `hidden` [tokens, hidden] goes through a frozen head of a `weight` [vocabulary, hidden] and a bias.
+    """
+    result: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, bias, labels, weights)
+    return result
+
+
+class _HeadLoss(torch.autograd.Function):
+    """`head_loss`; the gradient of the input is formed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        needed: bool = ctx.needs_input_grad[0]
+        losses, of_hidden = weights.new_empty(len(labels)), torch.empty_like(hidden) if needed else None
+        at_once = max(1, LOGIT_BYTES // (4 * len(weight)))
+        with torch.set_grad_enabled(needed):
+            for start in range(0, len(labels), at_once):
+                part = slice(start, start + at_once)
+                x = hidden[part].detach().requires_grad_(needed)
+                of_tokens = cross_entropy(affine(x, weight, bias), labels[part])
+                losses[part] = of_tokens.detach()
+                if of_hidden is not None:
+                    (of_hidden[part],) = torch.autograd.grad((of_tokens * weights[part]).sum(), x)
+        ctx.save_for_backward(of_hidden)
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
+        (of_hidden,) = ctx.saved_tensors
+        return of_hidden * gradient, None, None, None, None
