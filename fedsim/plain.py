@@ -12,8 +12,13 @@ WITHOUT_A_RESULT = ("run_dir", "resume", "overwrite", "engine", "data.token_cach
 """Options that say where and how a run is computed, not what: with others it is still the same run."""
 
 
+LEAVES = (str, bool, int, float, type(None))
+
+
 def to_dict(config: Any) -> Any:
     """Returns nested plain values (enums by name) that YAML and JSON can hold."""
+    if type(config) in LEAVES:
+        return config
     if isinstance(config, Enum):
         return config.name
     if is_dataclass(config):

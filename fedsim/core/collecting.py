@@ -48,6 +48,11 @@ class WeightedMean:
         weights = self._weights + self._weight
         return torch.where(weights > 0, self._total / weights.clamp(min=torch.finfo(torch.float64).tiny), otherwise.double()).float()
 
+    @property
+    def has_all_entries(self) -> bool:
+        """Whether every client so far has sent every entry."""
+        return self._weights is None
+
     def weights(self) -> Tensor:
         """Returns the summed weight of the clients that sent each entry, [parameters]."""
         return torch.full_like(self._total, self._weight) + (0.0 if self._weights is None else self._weights)
@@ -175,9 +180,10 @@ class Collector:
         """
         if not self._weights:
             return nan
-        steps, total = (self._mean.result(self._origin) - self._origin).double().square(), sum(self._weights)
-        spread = max(0.0, self._squares / total - float(self._mean.weights() @ steps) / total)
-        return sqrt(spread / float(steps.sum())) if steps.any() else nan
+        steps, total = (self._mean.result(self._origin) - self._origin).double().square_(), sum(self._weights)
+        moved = float(steps.sum())
+        moved_by_all = moved if self._mean.has_all_entries else float(self._mean.weights() @ steps) / total
+        return sqrt(max(0.0, self._squares / total - moved_by_all) / moved) if moved else nan
 
     def collected(self, new: Tensor, seed: int, round: int) -> Collected:
         """Returns what a method's `finish` needs, once; `new` are the flat uploaded factors that take the place of the start's."""

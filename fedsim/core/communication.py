@@ -58,6 +58,7 @@ class Transfer:
 
 DIRECTIONS = tuple(Direction)
 PURPOSES = tuple(Purpose)
+IS_SETUP = np.array([purpose in SETUP for purpose in PURPOSES])
 COLUMNS = {"round": "q", "client": "q", "direction": "b", "purpose": "b", "parameters": "q"}
 COLUMNS |= {"raw_bytes": "q", "payload_bytes": "q", "serialized_bytes": "q"}
 BLOCK = 1 << 16
@@ -144,7 +145,7 @@ class CommunicationLedger:
 
     def _kinds(self, start: int) -> dict[str, NDArray[np.bool_]]:
         """Returns which rows from `start` on count as uplink, downlink and setup: a partition of them."""
-        setup = np.isin(self._column("purpose", start), [PURPOSES.index(purpose) for purpose in SETUP])
+        setup = IS_SETUP[self._column("purpose", start)]
         upward = self._column("direction", start) == DIRECTIONS.index(Direction.uplink)
         return {"uplink": ~setup & upward, "downlink": ~setup & ~upward, "setup": setup}
 

@@ -30,8 +30,10 @@ def server_adds_noise(config: Config) -> bool:
 
 def spares(config: Config, server_round: int) -> list[int]:
     """Returns the clients that a round draws beyond need, in ascending order: `federation.over_selection` of its size, of the others."""
-    others = sorted({*range(config.federation.clients)} - {*drawn(config, server_round)})
     count = ceil(config.federation.over_selection * round_size(config.federation.clients, config.federation.fraction))
+    if not count:
+        return []
+    others = sorted({*range(config.federation.clients)} - {*drawn(config, server_round)})
     order = numpy_generator(config.seed, "spares", server_round).permutation(len(others))
     return sorted(others[place] for place in order[:count])
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, sqrt
 
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -57,6 +57,7 @@ class Reader:
         self._session, self._config, self._state, self._charges = session, session.config, state, charges
         self._round = server_round
         self._start = state.flat(session.method.uploaded(server_round))
+        self._space = torch.empty_like(self._start)  # for differences
 
     def uploads(self, ask: Ask, reply: Message) -> Iterator[Upload | Missing]:
         """Yields one upload, or the reason why there is none, for each client of the request; holds one upload at a time.
@@ -109,11 +110,11 @@ class Reader:
         positions = self._session.sent_positions(self._round, claim.client)
         start = self._start if positions is None else self._start[positions]
         flat = self._flat(claim.client, own, start)
-        distance = _distance(flat, start)
+        distance = _distance(flat, start, self._space)
         self._charges.up(self._round, claim.client, Purpose.adapter, len(start), own.pop(client_key(claim.client)))
         bounded = self._bounded(flat, start, distance)
         if clipped := bounded is not flat:
-            distance = _distance(bounded, start)
+            distance = _distance(bounded, start, self._space)
         control = None if self._state.control is None else self._control(claim.client, own)
         return replace(claim, flat=bounded, positions=positions, control=control, clipped=clipped, distance=distance)
 
@@ -152,9 +153,13 @@ class Reader:
         return change
 
 
-def _distance(flat: Tensor, start: Tensor) -> float:
-    """Returns |flat - start|, as float32 sums it. Raises ValueError if a value is not finite: then neither is the distance."""
-    distance = float(torch.dist(flat, start))
+def _distance(flat: Tensor, start: Tensor, space: Tensor) -> float:
+    """Returns |flat - start|, as float32 sums it; the difference goes into `space`.
+
+    Raises ValueError if a value is not finite: then neither is the distance.
+    """
+    difference = torch.sub(flat, start, out=space[: len(flat)])
+    distance = sqrt(float(difference @ difference))  # in half the time of torch.dist
     if not isfinite(distance):  # large values go over the edge of float32, not over that of float64
         distance = float((flat.double() - start.double()).norm())
         check_finite(distance)
