@@ -272,6 +272,7 @@ class _Plan:
         shape, config = self._shape, self._config
         number = shape.weight_bytes
         moments = {Optimizer.adamw: 2, Optimizer.sgd: 1 if config.training.momentum else 0}[config.training.optimizer]
+        moments = moments if self._steps > 1 else 0  # nobody needs those of the last step
         private = 1 if config.privacy.unit is PrivacyUnit.example else 0
         targets = min(1.0, self._work.responses / self._work.tokens + 0.2) * self._pass_tokens  # rows differ in where their response begins
         kept = activation_bytes(shape, self._spec, self._pass_tokens, self._method.trained(1))

@@ -97,13 +97,13 @@ def train_cohort(
         else private_batches(data.lengths, training, private.key.torch("poisson", round, data.client))
         for data in clients
     }
-    order = sorted(range(len(clients)), key=lambda i: -len(plans[clients[i].client]))  # longest first: the active clients are a prefix
+    order = sorted(range(len(clients)), key=lambda i: _place(clients[i], plans[clients[i].client]))
     cohort = [clients[i] for i in order]
     steps = [len(plans[data.client]) for data in cohort]
     stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].contiguous()  # picking rows has copied them
     space = torch.empty_like(stack)  # of the gradients
     adjust = _Adjustment(rule or LocalRule(), stack, layout, order)
-    state = OptimizerState()
+    state = OptimizerState(num_kept=sum(n > 1 for n in steps))
     total_losses = torch.zeros(len(cohort), device=device)
     budget = budget or TokenBudget.of(training, model)
 
@@ -154,6 +154,12 @@ def train_cohort(
         loss = nan if noised else float(losses_of[slot]) / max(1, steps[slot])  # a private client tells nothing that has no noise
         results[data.client] = LocalResult(data.client, trained[slot], len(data.examples), loss, steps[slot], tokens)
     return [results[data.client] for data in clients]
+
+
+def _place(data: ClientData, plan: list[list[int]]) -> tuple[int, int]:
+    """Returns what orders the stack: clients of many steps come first, so that those which still train are a prefix; those of a single
+    step by their longest row, as `pack` orders rows, so that a pass meets neighbours and copies nothing."""
+    return -len(plan), -max((data.lengths[i] for i in plan[0]), default=0) if len(plan) == 1 else 0
 
 
 def private_batches(lengths: Sequence[int], training: TrainingConfig, coins: torch.Generator) -> list[list[int]]:

@@ -31,10 +31,18 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
     return training.learning_rate * decay[training.schedule]
 
 
+SCRATCH_ROWS = 16
+"""Clients at a time whose moments nobody needs after the step; so few that theirs stay near the processor."""
+
+
 @dataclass
 class OptimizerState:
-    """Moments of the stack, [clients, parameters] each, and the number of steps taken in this round."""
+    """Moments of the first clients of the stack, [clients, parameters] each, and the number of steps taken in this round.
 
+    `num_kept` clients take more than one step; the moments of the others would not be looked at again, and are not kept.
+    """
+
+    num_kept: int
     step: int = 0
     moments: list[Tensor] = field(default_factory=list)
 
@@ -47,12 +55,19 @@ def update(values: Tensor, gradients: Tensor, state: OptimizerState, rates: Sequ
     """
     rules = {Optimizer.adamw: _adamw, Optimizer.sgd: _sgd}
     count = {Optimizer.adamw: 2, Optimizer.sgd: int(training.momentum > 0)}[training.optimizer]
-    state.moments = state.moments or [torch.zeros_like(values) for _ in range(count)]
+    state.moments = state.moments or [torch.zeros_like(values[: state.num_kept]) for _ in range(count)]
     state.step += 1
     first = 0
     for rate, same in groupby(rates):
-        rows = slice(first, first := first + len(list(same)))
-        rules[training.optimizer](values[rows], gradients[rows], [moment[rows] for moment in state.moments], state.step, rate, training)
+        last = first + len(list(same))
+        kept = min(max(first, state.num_kept), last)
+        for start, stop in [(first, kept), *((row, min(row + SCRATCH_ROWS, last)) for row in range(kept, last, SCRATCH_ROWS))]:
+            if start == stop:
+                continue
+            rows = slice(start, stop)
+            moments = [moment[rows] if stop <= state.num_kept else torch.zeros_like(values[rows]) for moment in state.moments]
+            rules[training.optimizer](values[rows], gradients[rows], moments, state.step, rate, training)
+        first = last
 
 
 def _adamw(values: Tensor, gradients: Tensor, moments: list[Tensor], step: int, rate: float, training: TrainingConfig) -> None:

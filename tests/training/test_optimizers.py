@@ -20,7 +20,7 @@ def test_each_row_moves_as_under_torchs_own_optimizer(rule):
     singles = [row.clone().requires_grad_(True) for row in stack]
     optimizers = [make([single]) for single in singles]
     optimizers[2].param_groups[0]["lr"] = 3e-2
-    state = OptimizerState()
+    state = OptimizerState(num_kept=3)
     for _ in range(5):
         gradients = torch.randn(3, 40)
         update(stack, gradients.clone(), state, rates, training)
@@ -30,10 +30,25 @@ def test_each_row_moves_as_under_torchs_own_optimizer(rule):
     torch.testing.assert_close(stack, torch.stack([s.detach() for s in singles]), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("num_kept", [0, 1, 5, 40])
+@pytest.mark.parametrize("rule", RULES)
+def test_clients_of_one_step_leave_no_moments_and_move_as_the_others(rule, num_kept):
+    training, _ = RULES[rule]
+    stack, rates = torch.randn(40, 10), [1e-2] * 3 + [3e-2] * 37
+    other, state, all_kept = stack.clone(), OptimizerState(num_kept), OptimizerState(num_kept=40)
+    for active in (40, num_kept):
+        gradients = torch.randn(active, 10)
+        update(stack, gradients.clone(), state, rates[:active], training)
+        update(other, gradients.clone(), all_kept, rates[:active], training)
+
+    assert torch.equal(stack, other)
+    assert all(len(moment) == num_kept for moment in state.moments)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_that_have_finished_do_not_move(rule):
     training, _ = RULES[rule]
-    stack, state = torch.randn(3, 10), OptimizerState()
+    stack, state = torch.randn(3, 10), OptimizerState(num_kept=3)
     update(stack, torch.randn(3, 10), state, [1e-2] * 3, training)
     last, moments = stack[2].clone(), [m[2].clone() for m in state.moments]
     update(stack, torch.randn(2, 10), state, [1e-2] * 2, training)
