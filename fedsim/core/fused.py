@@ -121,11 +121,11 @@ class Rotation:
     """
 
     def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self._original = original
+        self.original = original
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **others: Any) -> tuple[Tensor, Tensor]:
         if others or cos.requires_grad or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
-            return self._original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **others)
+            return self.original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **others)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
         return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
 

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.benchmarks import accelerator, profiling, results, training, workloads
+from experiments.benchmarks import accelerator, peers, profiling, results, training, workloads
 from experiments.benchmarks.__main__ import SECTIONS, _command
-from experiments.benchmarks.peers import centralised
+from experiments.benchmarks.peers import centralised, peft_trainer
 from experiments.benchmarks.processes import require
 from experiments.benchmarks.suite import Column, Section, Settings, measured
 from experiments.benchmarks.timing import in_turns, interleaved, margin, medians, ratio
 from experiments.benchmarks.workloads import Workload
 from fedsim.core.adapters import factors
+from fedsim.core.fused import ROTATION, GatedMLP, Rotation
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKLOAD = Workload("tiny", clients=3, batch=2, tokens=8, steps=2, rank=4)
@@ -176,6 +177,24 @@ def test_centralised_training_of_one_client_is_the_cohort_of_one():
     (result,) = train_cohort(on.model, on.start, on.layout, client, WORKLOAD.training, pad_id=0, seed=0, round=1, rounds=1)
     torch.testing.assert_close(ended["R"], result.factors, rtol=1e-4, atol=1e-6)
     assert not factors(on.model, ("R",))["model.layers.0.self_attn.q_proj.R"].requires_grad, "the model has its own factors back"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
+def test_peers_train_models_as_transformers_has_written_them():
+    pytest.importorskip("peft")
+    own = workloads.base_model("tiny")
+    mlp = own.model.layers[0].mlp
+    names = vars(sys.modules[type(own).__module__])
+    seen = []
+    with peers.as_written():
+        seen.append(type(names[ROTATION]))
+        theirs = peft_trainer.peft_model("tiny", 4)
+
+    assert seen != [Rotation]
+    assert not any(isinstance(module, GatedMLP) for module in theirs.modules())
+    assert isinstance(mlp, GatedMLP)
+    assert isinstance(names[ROTATION], Rotation), "in force again for our own"
+    assert isinstance(workloads.base_model("tiny").model.layers[0].mlp, GatedMLP)
 
 
 def test_a_large_combination_has_shorter_sequences():

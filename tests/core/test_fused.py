@@ -44,7 +44,7 @@ def as_written(kind, monkeypatch, **others):
     for module in {type(each).__module__ for each in model.modules()}:
         rotation = getattr(sys.modules[module], ROTATION, None)
         if rotation is not None:
-            monkeypatch.setattr(sys.modules[module], ROTATION, getattr(rotation, "_original", rotation))
+            monkeypatch.setattr(sys.modules[module], ROTATION, getattr(rotation, "original", rotation))
     return model
 
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from experiments.benchmarks.peers import as_written
 from experiments.benchmarks.peers.peft_trainer import trained
 from fedsim.config import TrainingConfig
 from fedsim.training.cohort import ClientData
 
 
+@as_written()
 def train(model: nn.Module, clients: Sequence[ClientData], training: TrainingConfig, noise: float) -> int:
     """Trains the clients one after another from the same start and returns the number of tokens that passed."""
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.benchmarks.peers import as_written
 from experiments.benchmarks.workloads import base_model
 from fedsim.config import TrainingConfig
 from fedsim.training.cohort import ClientData
@@ -18,6 +19,7 @@ from fedsim.training.cohort import ClientData
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+@as_written()
 def peft_model(name: str, rank: int) -> nn.Module:
     """Returns the base model with peft's adapters, of which the matrices R train."""
     from peft import LoraConfig, get_peft_model
@@ -68,6 +70,7 @@ def train_client(model: nn.Module, start: dict[str, Tensor], client: ClientData,
     return training.local_steps * training.batch_size * client.examples[0].num_tokens
 
 
+@as_written()
 def train(model: nn.Module, clients: Sequence[ClientData], training: TrainingConfig) -> int:
     """Trains the clients one after another from the same start and returns the number of tokens."""
     start = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
