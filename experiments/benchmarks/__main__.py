@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     dry_run,
     estimates,
     evaluation,
+    fused,
     memory,
     private,
     products,
@@ -45,6 +46,7 @@ SECTIONS: list[Section] = [
     accelerator.SECTION,
     dry_run.SECTION,
     products.SECTION,
+    fused.SECTION,
     compiled.SECTION,
     profiling.SECTION,
 ]

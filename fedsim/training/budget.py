@@ -131,14 +131,15 @@ def pass_bytes(model: Any, tokens: int, *, element: int | None = None, checkpoin
     """Returns about how many bytes a pass takes: what the backward pass keeps, and the logits with their gradient.
 
     A linear layer keeps its input, and what is done with its output keeps as much again; a fused gate keeps the outputs alone. With
-    activation checkpointing only the inputs of the blocks are kept, and what one block keeps. `element` is the size of a number in bytes,
-    and `checkpointing` whether that is done; by default they are the model's own.
+    activation checkpointing only the inputs of the blocks are kept, and what one block keeps, gradients included. `element` is the size of
+    a number in bytes, and `checkpointing` whether that is done; by default they are the model's own.
     """
     element, output = element or next(model.parameters()).element_size(), model.get_output_embeddings()
     gated = {id(module) for part in model.modules() if isinstance(part, GatedMLP) for module in part.modules()}
     linear = [module for module in model.modules() if is_linear(module) and module is not output]
-    kept = element * sum(len(weight_matrix(each)) if id(each) in gated else 2 * sum(each.weight.shape) for each in linear)
     if model.is_activation_checkpointing if checkpointing is None else checkpointing:
         blocks = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList))
-        kept = kept // blocks + blocks * model.config.hidden_size * element
+        kept = element * (sum(2 * sum(each.weight.shape) for each in linear) // blocks + blocks * model.config.hidden_size)
+    else:
+        kept = element * sum(len(weight_matrix(each)) if id(each) in gated else 2 * sum(each.weight.shape) for each in linear)
     return kept * tokens + (0 if output is None else int(logit_bytes(tokens, len(output.weight))))
