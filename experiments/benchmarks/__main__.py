@@ -54,7 +54,10 @@ SECTIONS: list[Section] = [
 
 def main(words: list[str] | None = None) -> int:
     """Measures the sections asked for and returns the exit code: 1 where a case failed."""
-    options = _parser().parse_args(words)
+    parser = _parser()
+    options = parser.parse_args(words)
+    if options.out and (options.out.suffix != ".json" or options.out.is_dir()):
+        parser.error(f"--out: expected the name of a .json file, got {options.out}")
     os.environ.update({**QUIET, **os.environ})
     keep_freed_memory()  # as a session of fedsim does; plain torch, peft and Opacus in this process have it too
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))

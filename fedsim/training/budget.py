@@ -22,7 +22,7 @@ TOKENS_PER_THREAD = 512  # from 256 to 8192 tokens models of 2 to 20 M parameter
 CPU_RANGE = (1024, 16_384)
 GPU_RANGE = (256, 65_536)
 GPU_SHARE = 0.9
-"""Of the free memory, for passes. They take 0.5 to 0.8 of what is reckoned with for them (section k of the benchmarks); what is left is
+"""Of the free memory, for passes. They take 0.6 to 0.95 of what is reckoned with for them (section k of the benchmarks); what is left is
 for the clients' factors, for workspaces and for gaps."""
 
 GPU_SHARE_OF_ANSWERS = 0.6

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from experiments.benchmarks import accelerator, peers, profiling, results, training, workloads
-from experiments.benchmarks.__main__ import SECTIONS, _command
+from experiments.benchmarks.__main__ import SECTIONS, _command, main
 from experiments.benchmarks.peers import centralised, peft_trainer
 from experiments.benchmarks.processes import require
 from experiments.benchmarks.suite import Column, Section, Settings, measured
@@ -209,6 +209,15 @@ def test_a_large_combination_has_shorter_sequences():
 def test_the_command_under_a_table_does_not_say_where_the_file_went():
     assert _command(["--quick", "--out", "/somewhere/x.json", "--only", "a,b"]) == 'make bench ARGS="--quick --only a,b"'
     assert _command([]) == "make bench"
+
+
+def test_results_go_into_a_json_file_and_nowhere_else(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--tables", "--out", str(tmp_path)])
+
+    assert stopped.value.code == 2
+    assert f"expected the name of a .json file, got {tmp_path}" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_shares_of_the_profile_sum_to_all_of_the_time():
