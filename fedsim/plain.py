@@ -12,7 +12,7 @@ WITHOUT_A_RESULT = ("run_dir", "resume", "overwrite", "engine", "data.token_cach
 """Options that say where and how a run is computed, not what: with others it is still the same run."""
 
 
-LEAVES = (str, bool, int, float, type(None))
+LEAVES = (str, bool, int, float, type(None))  # asked for first: every message of a run goes through `to_dict`
 
 
 def to_dict(config: Any) -> Any:

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedsim.choices import Dtype
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import matrix_shape, target_layers
 from fedsim.core.estimate import ModelShape
+from fedsim.core.fused import GatedMLP, RMSNorm
+from fedsim.core.head_loss import gives_its_logits
 from fedsim.errors import UserError, nearest
 from fedsim.models import DTYPES, EMBEDDED, PACKAGE, head_paths, prepare, reading, source
 from fedsim.plain import from_dict, to_dict
@@ -73,7 +76,10 @@ def model_shape(model: ModelConfig) -> ModelShape:
         key_value_width=(getattr(settings, "num_key_value_heads", None) or heads) * width,
         hidden=hidden,
         vocabulary=settings.vocab_size,
-        weight_bytes=DTYPES[model.dtype].itemsize,
+        weight_bytes=(size := DTYPES[model.dtype].itemsize),
+        norm_bytes=size if any(RMSNorm.fits(part) for part in bare.modules()) else DTYPES[Dtype.float32].itemsize,
+        kept_by_gate=2 if any(GatedMLP.fits(part) for part in bare.modules()) else 3,
+        loss_in_parts=gives_its_logits(settings),
     )
 
 

@@ -73,7 +73,7 @@ def gone_through(model: str, clients: int, way: str) -> Found:
     if way not in (GRADIENTS, SKETCHES):
         found["budget"] = pass_bytes(base, most) / 1e9 / found["pass_gb"]
     if way in ("plain", "DP-SGD"):
-        reckoned = activation_bytes(shape, on.spec, most) + logit_bytes(most, shape.vocabulary)
+        reckoned = activation_bytes(shape, on.spec, most) + logit_bytes(most, shape.vocabulary, in_parts=shape.loss_in_parts)
         found["estimate"] = reckoned / 1e9 / found["pass_gb"]
     return found
 

@@ -89,7 +89,7 @@ class AdaptedLinear(nn.Module):
 class FrozenLinear(nn.Linear):
     """A linear layer of the base model without an adapter, such as the one that gives the logits; it has the speed of the others."""
 
-    is_last = True  # of a head: whether the model gives its result as it is, as far as is known
+    is_last: bool | None = None  # of a head: whether the model gives its result as it is, None until that is found out
     _came: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

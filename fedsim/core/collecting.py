@@ -182,8 +182,8 @@ class Collector:
             return nan
         steps, total = (self._mean.result(self._origin) - self._origin).double().square_(), sum(self._weights)
         moved = float(steps.sum())
-        moved_by_all = moved if self._mean.has_all_entries else float(self._mean.weights() @ steps) / total
-        return sqrt(max(0.0, self._squares / total - moved_by_all) / moved) if moved else nan
+        of_mean = moved if self._mean.has_all_entries else float(self._mean.weights() @ steps) / total
+        return sqrt(max(0.0, self._squares / total - of_mean) / moved) if moved else nan
 
     def collected(self, new: Tensor, seed: int, round: int) -> Collected:
         """Returns what a method's `finish` needs, once; `new` are the flat uploaded factors that take the place of the start's."""

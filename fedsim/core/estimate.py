@@ -38,6 +38,9 @@ class ModelShape:
     hidden: int
     vocabulary: int
     weight_bytes: int  # of one base weight
+    norm_bytes: int  # of one number of a norm's input, as the backward pass keeps it
+    kept_by_gate: int  # of the numbers of its inner size, as the backward pass keeps them
+    loss_in_parts: bool  # whether logits are there for some tokens at a time
 
 
 @dataclass(frozen=True)
@@ -126,17 +129,17 @@ def training_flops(
 
 
 def activation_bytes(shape: ModelShape, spec: AdapterSpec, tokens: float, trained: Sequence[str] = ("R",)) -> float:
-    """Returns what a pass over a gated block, all fused (`fedsim.core.fused`), keeps for its backward, logits left out.
+    """Returns what a pass over blocks with a gate and fused attention keeps for its backward, logits left out.
 
-    Both norms keep their input; attention its queries, keys, values and result; the gate two of its inner size; an adapter A x, and its
-    input where A itself trains.
+    Both norms keep their input; attention its queries, keys, values and result; the gate two of its inner size where it is fused
+    (`fedsim.core.fused`), else three; an adapter A x, and its input where A itself trains.
     """
     inner = max((max(sides) for sides in spec.layers.values()), default=shape.hidden)
-    block = 2 * shape.hidden + 2 * shape.attention_width + 2 * shape.key_value_width + 2 * inner
+    block = 2 * shape.attention_width + 2 * shape.key_value_width + shape.kept_by_gate * inner
     if {"A", "D"} & set(trained):
         block += 2 * shape.hidden + inner
     ranks = spec.rank * spec.heads * len(spec.layers) if spec.form.low_rank else 0
-    return tokens * shape.weight_bytes * (shape.layers * block + ranks)
+    return tokens * (shape.layers * (2 * shape.norm_bytes * shape.hidden + shape.weight_bytes * block) + shape.weight_bytes * ranks)
 
 
 def estimate(
@@ -272,7 +275,7 @@ class _Plan:
         shape, config = self._shape, self._config
         number = shape.weight_bytes
         moments = {Optimizer.adamw: 2, Optimizer.sgd: 1 if config.training.momentum else 0}[config.training.optimizer]
-        moments = moments if self._steps > 1 else 0  # nobody needs those of the last step
+        moments = moments if config.training.local_epochs or config.training.local_steps > 1 else 0  # a single step keeps none
         private = 1 if config.privacy.unit is PrivacyUnit.example else 0
         targets = min(1.0, self._work.responses / self._work.tokens + 0.2) * self._pass_tokens  # rows differ in where their response begins
         kept = activation_bytes(shape, self._spec, self._pass_tokens, self._method.trained(1))
@@ -280,7 +283,7 @@ class _Plan:
             kept = kept / shape.layers + self._pass_tokens * number * shape.layers * shape.hidden
         whole = self._spec.num_parameters(self._spec.kinds)
         gradients = 0 if config.adapter.init in DERIVED else 3 * 4 * self._of_gradients
-        pass_bytes = kept + logit_bytes(targets, shape.vocabulary)
+        pass_bytes = kept + logit_bytes(targets, shape.vocabulary, in_parts=shape.loss_in_parts)
         length = self._work.prompt + config.evaluation.max_new_tokens
         cache = 2.0 * self._answers_at_once * length * shape.layers * shape.key_value_width * number + (
             number * self._whole if number >= 4 else 0

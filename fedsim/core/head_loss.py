@@ -1,14 +1,16 @@
 """The loss of a language model from the input of its head, without the logits of all tokens at once.
 
-A pass of 8,192 tokens over a vocabulary of 128,256 has 4.2 GB of logits in float32, and its backward pass needs them three times over. A
+A pass of 8,192 tokens over a vocabulary of 128,256 has 4.2 GB of logits in float32, and its backward pass needs several times as much. A
 frozen head asks for no gradient but that of its input, which can be formed with the loss, for some tokens at a time (as Hsu et al. 2024,
 arXiv 2410.10989, do).
 """
 
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fedsim.core.products import affine
@@ -20,9 +22,18 @@ LOGIT_COPIES = 4
 """float32 numbers held for each of them at the peak: the logit, its log-softmax, and the gradients of both."""
 
 
-def logit_bytes(tokens: float, vocabulary: int) -> float:
-    """Returns what `head_loss` holds at its peak."""
-    return LOGIT_COPIES * min(4.0 * tokens * vocabulary, LOGIT_BYTES)
+CHANGED_AFTERWARDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Entries of transformers' configurations of which one that is not None has a model do something with its logits."""
+
+
+def logit_bytes(tokens: float, vocabulary: int, *, in_parts: bool = True) -> float:
+    """Returns what the loss holds at its peak: of all logits, or with `head_loss` of those that are there at once."""
+    return LOGIT_COPIES * min(4.0 * tokens * vocabulary, LOGIT_BYTES if in_parts else inf)
+
+
+def gives_its_logits(settings: Any) -> bool:
+    """Whether a model of this configuration gives what its head makes as it is, as `head_loss` needs."""
+    return all(getattr(settings, name, None) is None for name in CHANGED_AFTERWARDS)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -60,6 +71,7 @@ class _HeadLoss(torch.autograd.Function):
         return (losses * weights).sum(), losses
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
         (of_hidden,) = ctx.saved_tensors
         return of_hidden * gradient, None, None, None, None

@@ -14,7 +14,7 @@ from fedsim.choices import AUTO
 from fedsim.config import EvaluationConfig, TrainingConfig
 from fedsim.core.adapters import is_linear, weight_matrix
 from fedsim.core.fused import GatedMLP
-from fedsim.core.head_loss import logit_bytes
+from fedsim.core.head_loss import gives_its_logits, logit_bytes
 
 Result = TypeVar("Result")
 
@@ -29,7 +29,7 @@ GPU_SHARE_OF_ANSWERS = 0.6
 SMALLEST = 16  # tokens; a budget is not halved below
 GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
-LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which makes logits at every position
+LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which keeps near the caches
 
 
 class TokenBudget:
@@ -130,16 +130,21 @@ def _within(tokens: int, limits: tuple[int, int]) -> int:
 def pass_bytes(model: Any, tokens: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
     """Returns about how many bytes a pass takes: what the backward pass keeps, and the logits with their gradient.
 
-    A linear layer keeps its input, and what is done with its output keeps as much again; a fused gate keeps the outputs alone. With
+    A linear layer keeps its input, and what is done with its output keeps as much again; a fused gate keeps the outputs alone (and an
+    adapter that trains A its input, which is not counted). With
     activation checkpointing only the inputs of the blocks are kept, and what one block keeps, gradients included. `element` is the size of
     a number in bytes, and `checkpointing` whether that is done; by default they are the model's own.
     """
     element, output = element or next(model.parameters()).element_size(), model.get_output_embeddings()
-    gated = {id(module) for part in model.modules() if isinstance(part, GatedMLP) for module in part.modules()}
-    linear = [module for module in model.modules() if is_linear(module) and module is not output]
+    gates = [part for part in model.modules() if isinstance(part, GatedMLP) or GatedMLP.fits(part)]
+    gated, head = ({id(module) for part in parts for module in part.modules()} for parts in (gates, [output] if output else []))
+    linear = [module for module in model.modules() if is_linear(module) and id(module) not in head]
     if model.is_activation_checkpointing if checkpointing is None else checkpointing:
         blocks = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList))
         kept = element * (sum(2 * sum(each.weight.shape) for each in linear) // blocks + blocks * model.config.hidden_size)
     else:
         kept = element * sum(len(weight_matrix(each)) if id(each) in gated else 2 * sum(each.weight.shape) for each in linear)
-    return kept * tokens + (0 if output is None else int(logit_bytes(tokens, len(output.weight))))
+    if output is None:
+        return kept * tokens
+    in_parts = is_linear(output) and gives_its_logits(model.config)  # not where the head has an adapter
+    return kept * tokens + int(logit_bytes(tokens, model.config.vocab_size, in_parts=in_parts))

@@ -158,7 +158,7 @@ def train_cohort(
 
 def _place(data: ClientData, plan: list[list[int]]) -> tuple[int, int]:
     """Returns what orders the stack: clients of many steps come first, so that those which still train are a prefix; those of a single
-    step by their longest row, as `pack` orders rows, so that a pass meets neighbours and copies nothing."""
+    step by their longest row, as `pack` orders rows, so that a pass meets neighbours, mostly, and copies nothing then."""
     return -len(plan), -max((data.lengths[i] for i in plan[0]), default=0) if len(plan) == 1 else 0
 
 

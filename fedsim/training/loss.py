@@ -36,15 +36,27 @@ def batch_loss(model: nn.Module, batch: AnyBatch, weights: Tensor | None = None)
 
 def _before_the_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, FrozenLinear | None]:
     """Returns what the head makes logits of [rows, positions, hidden], and the head; or the logits and None, where the head has an adapter
-    or the model does something with what it gives."""
+    or the model does something with what it gives, which is found out once."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    if isinstance(head, FrozenLinear) and head.is_last:
-        with head.stepping_aside() as came:
-            result: Tensor = _logits(model, batch)
-        if result is came[-1]:
-            return result, head
-        head.is_last = False
-    return _logits(model, batch), None
+    if not isinstance(head, FrozenLinear):
+        return _logits(model, batch), None
+    if head.is_last is None:
+        head.is_last = _is_last(model, head, batch.input_ids[:1, :1])
+    if not head.is_last:
+        return _logits(model, batch), None
+    with head.stepping_aside():
+        return _logits(model, batch), head
+
+
+def _is_last(model: nn.Module, head: FrozenLinear, token: Tensor) -> bool:
+    with torch.no_grad(), head.stepping_aside() as came:
+        try:
+            result = model(input_ids=token, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # what comes after it wants logits
+            return False
+    return len(came) == 1 and result is came[0]
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

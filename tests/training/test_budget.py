@@ -7,7 +7,9 @@ import torch
 from conftest import ARCHITECTURES, CLASSIFIERS, adapted_model, tiny_classifier, tiny_model
 
 from fedsim.config import EvaluationConfig, TrainingConfig
-from fedsim.core.adapters import factors
+from fedsim.core import head_loss
+from fedsim.core.adapters import adapt, factors
+from fedsim.core.forms import LORA_SB
 from fedsim.core.payload import Layout
 from fedsim.seeding import NoiseKey
 from fedsim.training.batches import collate
@@ -103,6 +105,18 @@ def test_the_tokens_of_a_pass_on_a_gpu_follow_from_its_memory_for_every_kind_of_
     assert chosen_for(plain, int(1.01 * free)) == 8192
     assert chosen_for(plain, int(2.02 * free)) == 16384
     assert pass_bytes(sparing, 8192) < pass_bytes(plain, 8192)
+
+
+def test_logits_are_reckoned_in_parts_only_where_the_loss_takes_them_so(monkeypatch):
+    monkeypatch.setattr(head_loss, "LOGIT_BYTES", 1000)
+    last, scaled, adapted = tiny_model("llama"), tiny_model("llama"), tiny_model("llama")
+    scaled.config.logit_scale = 2.0
+    adapted.lm_head.weight = torch.nn.Parameter(adapted.lm_head.weight.clone())  # no longer the embedding's
+    adapt(adapted, LORA_SB, 2, 1, 1.0, ["lm_head", "q_proj"])
+
+    logits = 16 * 1000 * last.config.vocab_size
+    assert pass_bytes(scaled, 1000) - pass_bytes(last, 1000) == logits - 4 * 1000
+    assert pass_bytes(adapted, 1000) == pass_bytes(scaled, 1000)
 
 
 def assumed_and_kept(model, batch):

@@ -94,7 +94,7 @@ def test_losses_and_gradients_are_those_of_the_definition(name, logits_at_once, 
     assert (loss._before_the_logits(model, batch())[1] is not None) == aside
 
 
-def test_a_loss_in_one_piece_gives_the_bits_of_the_whole_logits(monkeypatch):
+def test_a_loss_in_one_piece_gives_the_bits_of_the_whole_logits():
     model = adapted_model()
     losses, gradients = in_a_pass(model)
     model.get_output_embeddings().is_last = False
@@ -115,6 +115,22 @@ def test_no_more_logits_are_there_at_once_than_are_allowed(monkeypatch):
 
     assert max(seen) == 4 * 30
     assert sum(seen) >= 30 * sum(len(tokens) - start for tokens, start in ROWS)
+
+
+def test_a_model_whose_logits_are_widened_after_the_head_is_read_whole():
+    model = adapted_model()
+    inner = model.forward
+
+    def biased(*args, **options):
+        result = inner(*args, **options)
+        result.logits = result.logits + torch.arange(30.0)  # which does not fit what comes into the head
+        return result
+
+    model.forward = biased
+
+    losses, _ = in_a_pass(model)
+
+    torch.testing.assert_close(losses, by_definition(model)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_losses_without_gradients_are_the_same():
