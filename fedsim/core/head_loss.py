@@ -71,7 +71,7 @@ class _HeadLoss(torch.autograd.Function):
         return (losses * weights).sum(), losses
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
         (of_hidden,) = ctx.saved_tensors
         return of_hidden * gradient, None, None, None, None
