@@ -41,17 +41,17 @@ def _before_the_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, FrozenLi
     if not isinstance(head, FrozenLinear):
         return _logits(model, batch), None
     if head.is_last is None:
-        head.is_last = _is_last(model, head, batch.input_ids[:1, :1])
+        head.is_last = _is_last(model, head, batch.input_ids[:, :1])  # all rows, since factors may be bound for groups of them
     if not head.is_last:
         return _logits(model, batch), None
     with head.stepping_aside():
         return _logits(model, batch), head
 
 
-def _is_last(model: nn.Module, head: FrozenLinear, token: Tensor) -> bool:
+def _is_last(model: nn.Module, head: FrozenLinear, tokens: Tensor) -> bool:
     with torch.no_grad(), head.stepping_aside() as came:
         try:
-            result = model(input_ids=token, use_cache=False).logits
+            result = model(input_ids=tokens, use_cache=False).logits
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # what comes after it wants logits

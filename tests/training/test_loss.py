@@ -117,6 +117,17 @@ def test_no_more_logits_are_there_at_once_than_are_allowed(monkeypatch):
     assert sum(seen) >= 30 * sum(len(tokens) - start for tokens, start in ROWS)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("per_example", [False, True])
+def test_that_the_head_comes_last_is_found_out_whatever_groups_the_rows_fall_into(groups, per_example):
+    model = adapted_model()
+    stacked = {name: factor.expand(groups, *factor.shape) for name, factor in factors(model, ("R",)).items()}
+
+    group_gradients(model, stacked, batch(), WEIGHTS, per_example=per_example)
+
+    assert model.get_output_embeddings().is_last
+
+
 def test_a_model_whose_logits_are_widened_after_the_head_is_read_whole():
     model = adapted_model()
     inner = model.forward
