@@ -29,7 +29,7 @@ GPU_SHARE_OF_ANSWERS = 0.6
 SMALLEST = 16  # tokens; a budget is not halved below
 GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
-LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which keeps near the caches
+LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which stays near the caches
 
 
 class TokenBudget:
@@ -92,7 +92,8 @@ def _free_bytes(device: torch.device) -> int:
 def chosen_for(model: nn.Module, free_bytes: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
     """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there: a power of two; see `pass_bytes`."""
     low, tokens = GPU_RANGE
-    while tokens > low and pass_bytes(model, tokens, element=element, checkpointing=checkpointing) > GPU_SHARE * free_bytes:
+    kept = _bytes_kept(model, element, checkpointing)
+    while tokens > low and kept * tokens + _logit_bytes(model, tokens) > GPU_SHARE * free_bytes:
         tokens //= 2
     return tokens
 
@@ -130,21 +131,33 @@ def _within(tokens: int, limits: tuple[int, int]) -> int:
 def pass_bytes(model: Any, tokens: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
     """Returns about how many bytes a pass takes: what the backward pass keeps, and the logits with their gradient.
 
+    `element` is the size of a number in bytes, and `checkpointing` whether activation checkpointing is done; by default they are the
+    model's own.
+    """
+    return _bytes_kept(model, element, checkpointing) * tokens + _logit_bytes(model, tokens)
+
+
+def _bytes_kept(model: Any, element: int | None, checkpointing: bool | None) -> int:
+    """Returns about how many bytes of a token are kept, logits left out.
+
     A linear layer keeps its input, and what is done with its output keeps as much again; a fused gate keeps the outputs alone (and an
-    adapter that trains A its input, which is not counted). With
-    activation checkpointing only the inputs of the blocks are kept, and what one block keeps, gradients included. `element` is the size of
-    a number in bytes, and `checkpointing` whether that is done; by default they are the model's own.
+    adapter that trains A its input, which is not counted). With activation checkpointing only the inputs of the blocks are kept, and what
+    one block keeps, gradients included.
     """
     element, output = element or next(model.parameters()).element_size(), model.get_output_embeddings()
-    gates = [part for part in model.modules() if isinstance(part, GatedMLP) or GatedMLP.fits(part)]
-    gated, head = ({id(module) for part in parts for module in part.modules()} for parts in (gates, [output] if output else []))
+    head = {id(module) for module in output.modules()} if output is not None else set()
     linear = [module for module in model.modules() if is_linear(module) and id(module) not in head]
     if model.is_activation_checkpointing if checkpointing is None else checkpointing:
         blocks = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList))
-        kept = element * (sum(2 * sum(each.weight.shape) for each in linear) // blocks + blocks * model.config.hidden_size)
-    else:
-        kept = element * sum(len(weight_matrix(each)) if id(each) in gated else 2 * sum(each.weight.shape) for each in linear)
+        return int(element * (sum(2 * sum(each.weight.shape) for each in linear) // blocks + blocks * model.config.hidden_size))
+    gates = [part for part in model.modules() if isinstance(part, GatedMLP) or GatedMLP.fits(part)]
+    gated = {id(module) for gate in gates for module in gate.modules()}
+    return element * sum(len(weight_matrix(each)) if id(each) in gated else 2 * sum(each.weight.shape) for each in linear)
+
+
+def _logit_bytes(model: Any, tokens: int) -> int:
+    output = model.get_output_embeddings()
     if output is None:
-        return kept * tokens
+        return 0
     in_parts = is_linear(output) and gives_its_logits(model.config)  # not where the head has an adapter
-    return kept * tokens + int(logit_bytes(tokens, model.config.vocab_size, in_parts=in_parts))
+    return int(logit_bytes(tokens, model.config.vocab_size, in_parts=in_parts))
