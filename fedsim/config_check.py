@@ -119,7 +119,7 @@ BOUNDS = {
 def check(config: Config) -> None:
     """Raises UserError for the first value or contradiction that can be seen without data and model."""
     for key, bounds in BOUNDS.items():
-        value = _value(config, key)
+        value = value_of(config, key)
         if value == AUTO and key in MAY_BE_AUTO:
             continue
         if isinstance(value, str):
@@ -128,14 +128,15 @@ def check(config: Config) -> None:
             finite = "" if math.isfinite(value) else " and finite"
             raise UserError(f"Expected {key} {bounds}{finite}, got {value}. Give {key}= a value in that range.")
     for key in ("data.train", "data.test", "adapter.target_modules"):
-        _check_names(key, _value(config, key))
+        _check_names(key, value_of(config, key))
     for key in ("model.path", "data.path", "data.client_column", "data.task_column", "run_dir"):
-        if _value(config, key) == "":
+        if value_of(config, key) == "":
             raise UserError(f"Expected {key} to name something, got an empty text. Write {key}=null for none.")
     _check_contradictions(config)
 
 
-def _value(config: Config, key: str) -> Any:
+def value_of(config: Config, key: str) -> Any:
+    """Returns the value of an option by its dotted name."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)

@@ -21,6 +21,7 @@ from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
 from fedsim.session import Session
 from fedsim.training.cohort import PassFacts
+from fedsim.unused import unused
 
 
 class Chronicle:
@@ -38,6 +39,8 @@ class Chronicle:
         self._folder.event("partition", holdings=self._session.holdings, skipped=self._session.data.skipped)
         for line in self._session.data.skipped:
             self._progress.note(f"left out: {line}")
+        for line in unused(given):
+            self._progress.note(line)
         if given.evaluation.diagnosis and not self._config.evaluation.diagnosis:
             self._progress.note("no diagnosis of the rounds: it tells of single uploads, which are hidden")
 
