@@ -18,7 +18,10 @@ _OWN = frozenset(METHODS)
 def run(*overrides: str, quiet: bool = False) -> dict[str, Any]:
     """Carries one run out and returns its summary, which summary.json holds too; `overrides` are the words after `fedsim run`.
 
-    `quiet` shows and prints nothing. Accuracies are parts of one, sizes are bytes; "run_dir" names the folder of the run.
+    `quiet` shows and prints nothing. In the summary `["evaluation"][task]["final"]["accuracy"]` is between 0 and 1,
+    `["communication"]["uplink_bytes"]` (`downlink_bytes`, `setup_bytes`) are serialised bytes over all clients and rounds, and
+    `["adapter_digest"]` is a SHA-256 of the result, the same as of the command with these options. "run_dir" names the folder of the run,
+    which lies below the current one unless `run_dir=` says otherwise.
 
     Raises UserError for what can be mended in the options, RunStopped and RunFailedError for a run that cannot go on, and
     KeyboardInterrupt with the run folder, from which `resume=true` goes on.
@@ -28,14 +31,21 @@ def run(*overrides: str, quiet: bool = False) -> dict[str, Any]:
     from fedsim.experiment import run as carry_out
     from fedsim.session import forget_session
 
+    config = composed(list(overrides))
+    if config.method.name not in _OWN and config.engine.name != "inprocess":
+        raise UserError(
+            f"Expected engine=inprocess with method={config.method.name}, which this program has added, got {config.engine.name}: "
+            "other processes do not know it. Leave engine out."
+        )
     forget_session()  # a program may have written its data anew, or added a method in the place of another
-    return carry_out(composed(list(overrides)), quiet=quiet)
+    return carry_out(config, quiet=quiet)
 
 
 def add_method(method: Method, meaning: str = "added by this program") -> None:
     """Makes a method a choice of `method=` in this process, or puts it in the place of one that was added under its name.
 
-    Raises UserError for the name of one of fedsim's own.
+    A method that takes turns, say B, B, A: `add_method(replace(METHODS["rolora"], name="mine", turns=(("B",), ("B",), ("A",))))`.
+    Other processes do not know it: no `engine=ray`, no deployment. Raises UserError for the name of one of fedsim's own.
     """
     from hydra.core.config_store import ConfigStore
 

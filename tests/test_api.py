@@ -1,5 +1,6 @@
 """A run from Python is the run of the command, and a method from outside is a method."""
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fedsim.api import METHODS, UserError, add_method, run
+from fedsim.cli.cost import costs
 from fedsim.cli.groups import groups
 from fedsim.cli.main import main
 
@@ -59,10 +61,10 @@ def added():
 
 
 def test_a_method_of_ones_own_trains_and_sends_what_it_says(tmp_path, added):
-    added("mine", trained=lambda round: ("A",))
+    added("mine", turns=(("A",),))
     run(*BRIEF, "method=mine", f"run_dir={tmp_path}/first", quiet=True)
     added("mine")  # in the place of the first, which has been used
-    added("other", trained=lambda round: ("A",) if round == 2 else ("B",))
+    added("other", turns=(("B",), ("A",)))
     ffa, mine, other = (run(*BRIEF, f"method={name}", f"run_dir={tmp_path}/{name}", quiet=True) for name in ("ffa_lora", "mine", "other"))
     assert (mine["method"], mine["adapter_digest"]) == ("mine", ffa["adapter_digest"])
     assert mine["communication"] == ffa["communication"]
@@ -70,6 +72,35 @@ def test_a_method_of_ones_own_trains_and_sends_what_it_says(tmp_path, added):
     of_b, of_a = (3 * parameters_of(tmp_path / "other/adapter", kind) for kind in ("lora_B", "lora_A"))
     assert ffa["communication"]["uplink_parameters"] == 2 * of_b
     assert other["communication"]["uplink_parameters"] == of_b + of_a
+
+
+def test_what_is_trained_late_is_sent_like_everything_else(tmp_path, added):
+    added("late", turns=(("B",), ("B",), ("A",)))
+    options = [*BRIEF, "method=late", "federation.rounds=4"]
+    summary = run(*options, f"run_dir={tmp_path}/late", quiet=True)
+    of_b, of_a = (3 * parameters_of(tmp_path / "late/adapter", kind) for kind in ("lora_B", "lora_A"))
+    with open(tmp_path / "late/communication.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["purpose"] == "adapter"]
+    moved = {(row["direction"], int(row["round"])): 0 for row in rows}
+    for row in rows:
+        moved[row["direction"], int(row["round"])] += int(row["parameters"])
+    assert [moved["downlink", number] for number in (1, 2, 3, 4)] == [of_b, of_b, of_b, of_a]  # what the round before has changed
+    assert [moved["uplink", number] for number in (1, 2, 3, 4)] == [of_b, of_b, of_a, of_b]
+    told = costs(options).rows[0].found.totals
+    assert told == {name: summary["communication"][name] for name in told}
+
+
+def test_turns_name_factors_of_the_form():
+    for turns in ((), ((),), (("R",),), (("B",), ("A", "D"))):
+        with pytest.raises(ValueError, match="Expected turns of kinds of factors that lora has, B, A, got"):
+            replace(METHODS["ffa_lora"], turns=turns)
+
+
+def test_other_processes_do_not_know_a_method_of_ones_own(tmp_path, added):
+    added("mine")
+    with pytest.raises(UserError, match="Expected engine=inprocess with method=mine, which this program has added, got ray"):
+        run(*BRIEF, "method=mine", "engine=ray", f"run_dir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_methods_of_fedsim_stay_what_they_are():

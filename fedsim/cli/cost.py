@@ -244,9 +244,9 @@ def _notes(found: Costs) -> Iterator[str]:
         "trained, up, down: parameters of one client that takes part in every round, in a middle round. bases, gradient: of one client "
         "over the whole run. all: over all clients and rounds. Bytes are those of the arrays; Flower's framing adds about 500 a transfer."
     )
-    turns = _names(row for row in rows if row.method.trained(1) != row.method.trained(2))
+    turns = _names(row for row in rows if len(row.method.turns) > 1)
     if turns:
-        yield f"{turns}: factors take turns, so a round is the mean of two."
+        yield f"{turns}: factors take turns, so a round is the mean of a turn of each."
     folds = _names(row for row in rows if row.method.folds)
     if folds:
         yield f"{folds}: the result of the last round is not sent, so what is added to the weights goes down in one round less."

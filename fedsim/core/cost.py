@@ -9,6 +9,7 @@ message; where cohorts are smaller, some are not asked any more once enough have
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import lcm
 from typing import NamedTuple
 
 from fedsim.choices import Init, Mode
@@ -96,7 +97,7 @@ def forecast(config: Config, method: Method, spec: AdapterSpec) -> Forecast:
 
 def _steady(config: Config, method: Method, spec: AdapterSpec, share: dict[int, float]) -> tuple[float, Amount, Amount]:
     """Returns what an observer of each rank trains, sends and receives, as the mean from round 2 on over as many as may differ."""
-    last = 1 + (config.adapter.refresh_every or 2)
+    last = 1 + max(2, lcm(config.adapter.refresh_every or 1, len(method.turns)))
     longer = replace(config, federation=replace(config.federation, rounds=last + 1))
     walk = _Walk(longer, method, spec, observers=sorted(set(_ranks(config, spec))))
     rounds = range(2, last + 1)

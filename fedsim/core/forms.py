@@ -32,6 +32,11 @@ class Form:
     rank_axes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of each kind, the axes that a smaller rank cuts short
     low_rank: bool = True  # it has a rank, which times heads may not exceed the smaller side of a layer, and a scaling
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All kinds of factors of an adapted layer."""
+        return tuple(self.shapes(1, 1, 1, 1))
+
 
 def _block_diagonal(blocks: Tensor) -> Tensor:
     """Returns [..., h r, h r] of [..., h, r, r]."""
@@ -84,7 +89,7 @@ class AdapterSpec:
     @property
     def form_kinds(self) -> tuple[str, ...]:
         """All kinds of factors of an adapted layer."""
-        return tuple(self.form.shapes(1, 1, 1, 1))
+        return self.form.kinds
 
     @property
     def kinds(self) -> tuple[str, ...]:

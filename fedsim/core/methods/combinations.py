@@ -47,7 +47,7 @@ def _initialisation(config: Config, method: Method) -> Iterator[str]:
     if init is not None and init not in method.inits:
         names = ", ".join(each.name for each in method.inits)
         yield f"adapter.init: method={method.name} starts from {names}, got {init.name}; leave adapter.init out for {method.inits[0].name}."
-    if every and "R" not in method.trained(1):
+    if every and "R" not in method.ever_trained:
         yield f"adapter.refresh_every: only LoRA-SB has bases to compute anew, got {every} with method={method.name}; leave it out."
     if every and (config.federation.ranks or (init or method.inits[0]) is Init.gradient_public):
         yield f"adapter.refresh_every: expected equal ranks and bases from clients, weights or a seed, got {every}; leave one of them out."
@@ -136,7 +136,7 @@ def _buffered(config: Config, method: Method) -> Iterator[str]:
         if federation.concurrency is not None or federation.buffer is not None:
             yield "federation.concurrency, federation.buffer: only fedbuff has them; add federation.mode=fedbuff or leave them out."
         return
-    same = method.lasting and method.trained(1) == method.trained(2) and not (method.folds or method.products or method.remade)
+    same = method.lasting and len(method.turns) == 1 and not (method.folds or method.products or method.remade)
     if not same or method.personal or method.local or method.restart or method.pooled:
         yield f"federation.mode=fedbuff: {method.name} gives updates a meaning in their round only; use fed_sb, ffa_lora, fedit or full."
     if config.privacy.unit is not PrivacyUnit.none:

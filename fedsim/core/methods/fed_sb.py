@@ -6,12 +6,12 @@ leading r_i columns and rows and trains the leading r_i x r_i block; every entry
 
 from fedsim.choices import Init
 from fedsim.core.forms import LORA_SB
-from fedsim.core.methods.method import Method, always
+from fedsim.core.methods.method import Method
 
 FED_SB = Method(
     name="fed_sb",
     form=LORA_SB,
     inits=(Init.gradient, Init.gradient_public, Init.gradient_dp, Init.weight_svd, Init.orthogonal),
-    trained=always("R"),
+    turns=(("R",),),
     ranks=True,
 )

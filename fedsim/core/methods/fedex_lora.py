@@ -7,7 +7,7 @@ sum, U = [B_1 .. B_c] and V = [p_i s (A_i - A)] have the product.
 from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import LORA
-from fedsim.core.methods.method import Method, Outcome, always
+from fedsim.core.methods.method import Method, Outcome
 
 
 def _with_residual(collected: Collected) -> Outcome:
@@ -19,7 +19,7 @@ FEDEX_LORA = Method(
     name="fedex_lora",
     form=LORA,
     inits=(Init.lora,),
-    trained=always("B", "A"),
+    turns=(("B", "A"),),
     finish=_with_residual,
     folds=True,
     products=True,

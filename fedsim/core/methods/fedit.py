@@ -5,12 +5,12 @@ Not exact: the product of the means is not the mean of the products.
 
 from fedsim.choices import Init
 from fedsim.core.forms import LORA
-from fedsim.core.methods.method import Method, always
+from fedsim.core.methods.method import Method
 
 FEDIT = Method(
     name="fedit",
     form=LORA,
     inits=(Init.lora,),
-    trained=always("B", "A"),
+    turns=(("B", "A"),),
     exact=False,
 )

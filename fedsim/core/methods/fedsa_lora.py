@@ -2,12 +2,12 @@
 
 from fedsim.choices import Init
 from fedsim.core.forms import LORA
-from fedsim.core.methods.method import Method, always
+from fedsim.core.methods.method import Method
 
 FEDSA_LORA = Method(
     name="fedsa_lora",
     form=LORA,
     inits=(Init.lora,),
-    trained=always("B", "A"),
+    turns=(("B", "A"),),
     personal=("B",),
 )

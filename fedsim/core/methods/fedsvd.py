@@ -8,7 +8,7 @@ import torch
 from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import LORA
-from fedsim.core.methods.method import Method, Outcome, always
+from fedsim.core.methods.method import Method, Outcome
 from fedsim.types import Adapter
 
 
@@ -26,7 +26,7 @@ FEDSVD = Method(
     name="fedsvd",
     form=LORA,
     inits=(Init.lora,),
-    trained=always("B"),
+    turns=(("B",),),
     finish=_refactor,
     remade=("A",),
     lasting=False,

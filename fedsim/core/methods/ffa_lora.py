@@ -5,11 +5,11 @@ Exact, because sum_i p_i B_i A = (sum_i p_i B_i) A. Published counts halve LoRA'
 
 from fedsim.choices import Init
 from fedsim.core.forms import LORA
-from fedsim.core.methods.method import Method, always
+from fedsim.core.methods.method import Method
 
 FFA_LORA = Method(
     name="ffa_lora",
     form=LORA,
     inits=(Init.lora,),
-    trained=always("B"),
+    turns=(("B",),),
 )

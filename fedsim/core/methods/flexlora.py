@@ -10,7 +10,7 @@ from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import LORA
 from fedsim.core.initialization import truncated_svd
-from fedsim.core.methods.method import Method, Outcome, always
+from fedsim.core.methods.method import Method, Outcome
 from fedsim.seeding import torch_generator
 from fedsim.types import Adapter
 
@@ -47,7 +47,7 @@ FLEXLORA = Method(
     name="flexlora",
     form=LORA,
     inits=(Init.lora,),
-    trained=always("B", "A"),
+    turns=(("B", "A"),),
     finish=_best_of_rank,
     exact=False,
     products=True,

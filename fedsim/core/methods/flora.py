@@ -7,7 +7,7 @@ from fedsim.choices import Init
 from fedsim.core.collecting import Collected
 from fedsim.core.forms import LORA, AdapterSpec
 from fedsim.core.initialization import lora
-from fedsim.core.methods.method import Method, Outcome, always
+from fedsim.core.methods.method import Method, Outcome
 from fedsim.seeding import derive_seed
 from fedsim.types import Adapter
 
@@ -24,7 +24,7 @@ FLORA = Method(
     name="flora",
     form=LORA,
     inits=(Init.lora,),
-    trained=always("B", "A"),
+    turns=(("B", "A"),),
     finish=_fold_all,
     folds=True,
     restart=_fresh,

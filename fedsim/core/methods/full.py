@@ -2,11 +2,11 @@
 
 from fedsim.choices import Init
 from fedsim.core.forms import DENSE
-from fedsim.core.methods.method import Method, always
+from fedsim.core.methods.method import Method
 
 FULL = Method(
     name="full",
     form=DENSE,
     inits=(Init.zero,),
-    trained=always("D"),
+    turns=(("D",),),
 )

@@ -29,14 +29,17 @@ def keep_mean(collected: Collected) -> Outcome:
 class Method:
     """One federated method.
 
-    Clients train the kinds `trained(round)`, of which `personal` never leave them; `before_upload` may fold some into others, which are
-    then in `local` and start anew. The server averages the rest and calls `finish`.
+    In a round clients train some kinds of factors: the rounds take the `turns` one after the other, and begin again. Of these, `personal`
+    never leave the clients; `before_upload` may fold some into others, which are then in `local` and start anew. The server averages the
+    rest and calls `finish`.
+
+    Raises ValueError for turns that name no factors of the form.
     """
 
     name: str
     form: Form
     inits: tuple[Init, ...]  # that make sense, the default first
-    trained: Callable[[int], tuple[str, ...]]
+    turns: tuple[tuple[str, ...], ...]  # kinds that are trained in round 1, in round 2, ..., then from the first again
     finish: Callable[[Collected], Outcome] = keep_mean
     folds: bool = False  # `finish` adds something to the base weights in every round
     personal: tuple[str, ...] = ()
@@ -51,6 +54,22 @@ class Method:
     lasting: bool = True  # a trained factor means the same in every round, so that moments and residues may be kept
     pooled: bool = False  # one party holds all data and nothing travels
 
+    def __post_init__(self) -> None:
+        known = (*self.form.kinds, HEAD)
+        if not self.turns or not all(turn and set(turn) <= set(known) for turn in self.turns):
+            raise ValueError(
+                f"Expected turns of kinds of factors that {self.form.name} has, {', '.join(self.form.kinds)}, got {self.turns}."
+            )
+
+    @property
+    def ever_trained(self) -> frozenset[str]:
+        """Kinds that are trained in one round or another."""
+        return frozenset(kind for turn in self.turns for kind in turn)
+
+    def trained(self, round: int) -> tuple[str, ...]:
+        """Returns the kinds of factors that a client trains in a round, of which the first is round 1."""
+        return self.turns[(round - 1) % len(self.turns)]
+
     def uploaded(self, round: int) -> tuple[str, ...]:
         """Returns the kinds of factors that a client sends."""
         return tuple(kind for kind in self.trained(round) if kind not in (*self.personal, *self.local))
@@ -62,20 +81,15 @@ class Method:
     @property
     def kinds(self) -> tuple[str, ...]:
         """All kinds of factors: the form's, and a classification head's where it is trained."""
-        return (*self.form.shapes(1, 1, 1, 1), *((HEAD,) if HEAD in self.trained(1) else ()))
+        return (*self.form.kinds, *((HEAD,) if HEAD in self.ever_trained else ()))
 
     @property
     def moving(self) -> tuple[str, ...]:
         """Kinds that differ from round to round; the others are common bases."""
-        kinds = {*self.trained(1), *self.trained(2), *self.remade} - set(self.personal)
+        kinds = self.ever_trained.union(self.remade).difference(self.personal)
         return tuple(kind for kind in self.kinds if kind in kinds)
 
 
 def with_head(method: Method) -> Method:
     """Returns the method for a model that classifies: in every round its head is trained, sent and averaged beside the own kinds."""
-    return replace(method, trained=lambda round: (*method.trained(round), HEAD))
-
-
-def always(*kinds: str) -> Callable[[int], tuple[str, ...]]:
-    """Returns the rule that the same kinds train in every round."""
-    return lambda round: kinds
+    return replace(method, turns=tuple((*turn, HEAD) for turn in method.turns))

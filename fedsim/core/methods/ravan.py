@@ -8,7 +8,7 @@ import torch
 
 from fedsim.choices import Init
 from fedsim.core.forms import RAVAN as FORM
-from fedsim.core.methods.method import Method, always
+from fedsim.core.methods.method import Method
 from fedsim.types import Adapter
 
 
@@ -27,7 +27,7 @@ RAVAN = Method(
     name="ravan",
     form=FORM,
     inits=(Init.orthogonal,),
-    trained=always("H", "s"),
+    turns=(("H", "s"),),
     local=("s",),
     before_upload=_fold_scales,
 )

@@ -8,6 +8,6 @@ ROLORA = Method(
     name="rolora",
     form=LORA,
     inits=(Init.lora,),
-    trained=lambda round: ("B",) if round % 2 else ("A",),  # B first: with B = 0 the gradient on A vanishes
+    turns=(("B",), ("A",)),  # B first: with B = 0 the gradient on A vanishes
     lasting=False,
 )
