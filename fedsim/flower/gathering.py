@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from fedsim.core.missing import Reason
 from fedsim.flower.asking import Ask
+from fedsim.flower.grid import forget
 from fedsim.flower.worker import NEEDS_STATE, REFUSED
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds from one look for replies to the next; a look that finds some begins anew
@@ -84,6 +85,7 @@ class _Gathering:
                 yield from self._due()
             pause = FIRST_PAUSE if found else self._slept(looked, pause)
         late = "not waited for: enough others have replied" if self._enough() else "no reply within federation.round_timeout"
+        forget(self._grid, self._waiting)
         for turn, ask in self._waiting.values():
             self._settled[turn] = ask, Failure(Reason.timeout, late)
         yield from (self._settled[turn] for turn in (sorted(self._settled) if self._in_turn else [*self._settled]))

@@ -48,6 +48,11 @@ class LocalGrid(Grid):
             ids.append(message_id)
         return ids
 
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Lets go of messages whose replies nobody waits for any more."""
+        for message_id in message_ids:
+            self._pending.pop(message_id, None)
+
 
 class InProcessGrid(LocalGrid):
     """Hands messages for `workers` nodes to one ClientApp in the same process, each node with its own Context."""
@@ -99,6 +104,9 @@ class WatchedGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return list(self._shown(self._grid.pull_messages(message_ids)))
 
+    def forget(self, message_ids: Iterable[str]) -> None:
+        forget(self._grid, message_ids)
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         return self._shown(self._grid.send_and_receive(messages, timeout=timeout))
 
@@ -106,6 +114,12 @@ class WatchedGrid(Grid):
         for reply in replies:
             self._look(reply)
             yield reply
+
+
+def forget(grid: Grid, message_ids: Iterable[str]) -> None:
+    """Tells a Grid of this process that nobody waits for these replies any more. To a SuperLink a message's time to live says it."""
+    if isinstance(grid, (LocalGrid, WatchedGrid)):
+        grid.forget(message_ids)
 
 
 def _copy(content: RecordDict) -> RecordDict:

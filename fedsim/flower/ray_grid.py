@@ -54,6 +54,8 @@ class RayGrid(LocalGrid):
         super().__init__(actors)
         self._actors: dict[int, Any] = {node: self._new_actor() for node in self.contexts}
         self._running: dict[Any, tuple[str, Message]] = {}  # by Ray's reference to the reply to come
+        self._there: dict[str, Message] = {}  # replies that have come and were not asked for yet, by the message's id
+        self._forgotten: set[str] = set()  # messages that are worked on though nobody waits for their replies
 
     def __enter__(self) -> "RayGrid":
         return self
@@ -83,14 +85,18 @@ class RayGrid(LocalGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies that are there; waits `LOOK_SECONDS` for the first."""
         wanted = set(message_ids)
-        references = [reference for reference, (message_id, _) in self._running.items() if message_id in wanted]
-        if not references:
-            return []
-        self._ray.wait(references, timeout=LOOK_SECONDS)
-        ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0)
-        replies = [self._reply(reference) for reference in ready]
-        self._submit()
-        return replies
+        if self._running and not wanted & set(self._there):
+            self._ray.wait(list(self._running), timeout=LOOK_SECONDS)
+        self._take()
+        return [self._there.pop(message_id) for message_id in [*self._there] if message_id in wanted]
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Lets go of these messages; what an actor works on already it ends, and then has its next one."""
+        ids = set(message_ids)
+        super().forget(ids)
+        for message_id in ids:
+            self._there.pop(message_id, None)
+        self._forgotten |= ids & {message_id for message_id, _ in self._running.values()}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Yields replies as they come, as Flower's own strategies want them."""
@@ -103,6 +109,19 @@ class RayGrid(LocalGrid):
                 yield reply
 
     # ---- actors
+
+    def _take(self) -> None:
+        """Takes in what has been answered, and gives the nodes that are idle now their next messages."""
+        if self._running:
+            ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+            for reference in ready:
+                message_id = self._running[reference][0]
+                reply = self._reply(reference)
+                if message_id in self._forgotten:
+                    self._forgotten.remove(message_id)
+                else:
+                    self._there[message_id] = reply
+        self._submit()
 
     def _submit(self) -> None:
         """Gives each node that is idle its next message."""

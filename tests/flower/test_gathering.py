@@ -5,7 +5,7 @@ from rounds import Rounds, of_method
 
 from clients.app import app
 from fedsim.core.payload import digest
-from fedsim.flower.grid import InProcessGrid
+from fedsim.flower.grid import InProcessGrid, WatchedGrid
 
 
 class BackwardsGrid(InProcessGrid):
@@ -49,6 +49,18 @@ def test_replies_that_wait_for_their_turn_count_as_sent():
     backwards = rounds_of(config, BackwardsGrid)
     assert backwards.grid.order[:4] == [3, 2, 1, 0], "no fifth message before the first is answered"
     assert backwards.grid.most == 4
+
+
+def test_a_grid_of_this_process_keeps_no_message_that_nobody_waits_for():
+    config = of_method("fed_sb", federation={"clients": 8, "fraction": 0.5, "over_selection": 0.75}, engine={"cohort_size": 1})
+    rounds = Rounds(config, workers=2)
+    own, sent, seen = rounds.grid, [], []
+    push = own.push_messages
+    own.push_messages = lambda messages: [*map(sent.append, messages)] and push(sent[-1:])
+    rounds.grid = WatchedGrid(own, seen.append)
+    rounds.next(3)
+    assert len(sent) > len(seen), "otherwise none was left"
+    assert own._pending == {}
 
 
 def test_in_a_deployment_who_answers_first_is_taken_in_first():

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fedsim.cli.main import main
+from fedsim.events import read_events
 from fedsim.flower.ray_grid import gpu_share
 
 SMALL = (
@@ -71,6 +72,19 @@ def test_two_actors_give_the_result_of_one_process(kind, tmp_path):
     for name, engine in (("one", ()), ("two", ("engine=ray", "engine.actors=2"))):
         run_in_process(*SMALL, *SGD, *KINDS[kind], f"run_dir={tmp_path / name}", *engine)
     check_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1300)
+def test_an_actor_whose_reply_nobody_waits_for_has_work_in_the_next_round(tmp_path):
+    pytest.importorskip("ray")
+    spares = ("federation.fraction=0.4", "federation.over_selection=1.0", "engine.cohort_size=1", "federation.rounds=4")
+    for name, engine in (("one", ()), ("two", ("engine=ray", "engine.actors=2"))):
+        run_in_process(*SMALL, *SGD, *spares, f"run_dir={tmp_path / name}", *engine)
+    one, two = (read_events(tmp_path / name / "events.jsonl") for name in ("one", "two"))
+    taken = [event["clients"] for event in one if event["kind"] == "round"]
+    assert len(taken) == 4
+    assert taken == [event["clients"] for event in two if event["kind"] == "round"]
 
 
 def check_same(first, second):
