@@ -24,6 +24,7 @@ from fedsim.config import Config
 from fedsim.config_check import check
 from fedsim.core.network import POPULATIONS
 from fedsim.core.participation import steps_per_round
+from fedsim.core.traffic import GRADIENTS_NEED
 from fedsim.errors import UserError
 from fedsim.flower.records import numbers, whole_numbers
 from fedsim.flower.requests import REQUEST, is_above_zero, texts
@@ -86,7 +87,7 @@ class Desk:
         own = RecordDict({**message.content, REQUEST: ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
         kind, digest = f"{experiment_key(here)}-{message.metadata.message_type}", ""
         if mechanism is not None and not here.privacy.secure_aggregation:  # behind masks no answer is of any use a second time
-            digest = self._digest_of(request, session)
+            digest = self._digest_of(message.metadata.message_type, request, session)
             if (said := self._answers.said(kind, digest)) is not None:
                 return Message(said, reply_to=message)
         if here.privacy.unit is not PrivacyUnit.none:
@@ -155,11 +156,12 @@ class Desk:
         """Whether the run or the owner promises the people in the data any privacy."""
         return config.privacy.unit is not PrivacyUnit.none or self._owner.min_privacy != PrivacyUnit.none.name
 
-    def _digest_of(self, request: ConfigRecord, session: Session) -> str:
+    def _digest_of(self, kind: str, request: ConfigRecord, session: Session) -> str:
         """Returns what tells a request, and the data and the model that it is answered from, from others of its kind in its experiment."""
         asked = {name: value for name, value in request.items() if name not in ("config", ADAPTER, BASES, FOLD, "fold_shapes", "fold_on")}
         named = texts(request, "digests") if "digests" in request else {}
-        installed = {part: value for part, value in session.digests.items() if part not in named}  # what it does not name stays as it is
+        parts = GRADIENTS_NEED if kind == INITIAL_GRADIENT else session.digests  # a worker that began anew has no factors installed
+        installed = {part: session.digests[part] for part in parts if part in session.digests and part not in named}
         self._data_digest = self._data_digest or digest_of(session.client_data(self._owner.client).examples)
         return hashlib.sha256(repr((self._data_digest, sorted(asked.items()), sorted(installed.items()))).encode()).hexdigest()
 

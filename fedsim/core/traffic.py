@@ -13,6 +13,9 @@ from fedsim.core.methods import Method
 Sizes = Callable[[tuple[str, ...]], int]
 """Number of parameters of factors of some kinds, as one client holds them."""
 
+GRADIENTS_NEED = (WEIGHTS, HEAD)
+"""Parts on which the gradients of the base weights depend: these, and a head that the loss goes through. No factor is one of them."""
+
 
 def starting_exchange(method: Method, init: Init | None, *, scaffold: bool) -> Exchange:
     """Returns who holds what before the first round: nobody anything that seed and base model do not give.
@@ -40,8 +43,8 @@ def refresh_due(config: Config, number: int) -> bool:
 
 
 def needed_for_gradients(exchange: Exchange) -> tuple[str, ...]:
-    """Returns the parts that a client must hold to take gradients of the base weights: these, and a head that the loss goes through."""
-    return tuple(part for part in (WEIGHTS, HEAD) if part in exchange.versions)
+    """Returns the parts that a client must hold to take gradients of the base weights."""
+    return tuple(part for part in GRADIENTS_NEED if part in exchange.versions)
 
 
 def down_sizes(

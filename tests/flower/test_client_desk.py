@@ -11,17 +11,17 @@ from rounds import CLIENTS, Rounds, of_method
 
 from clients.desk import Desk
 from clients.owner import Owner
-from fedsim.choices import PrivacyUnit, Weighting
+from fedsim.choices import Init, PrivacyUnit, Weighting
 from fedsim.core.missing import Reason
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import from_record, record_of
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.strategy import FedsimStrategy
-from fedsim.flower.worker import METRICS, REFUSED, client_key
+from fedsim.flower.worker import INITIAL_GRADIENT, METRICS, REFUSED, client_key
 from fedsim.local_round import train_clients
 from fedsim.plain import to_dict
 from fedsim.privacy.accounting import epsilon
-from fedsim.session import open_session
+from fedsim.session import forget_session, open_session
 
 
 class Deployed(Rounds):
@@ -254,6 +254,23 @@ def test_what_is_asked_again_is_not_computed_again_and_costs_nothing_more(tmp_pa
     assert deployed.desks[1]._budget._ledger.history(1) == (deployed.session.privacy_plan[1].round_mechanism,)
     (other,) = deployed.strategy.asking.to_train(2, deployed.strategy._packer(), deployed.grid, [1])
     assert "epsilon would exceed" in deployed.desks[1].answer(other.message).error.reason, "what is not the same costs more"
+
+
+def test_a_gradient_that_is_asked_again_is_the_same_whatever_factors_a_worker_that_began_anew_has_installed(tmp_path):
+    options = {"privacy": {"unit": PrivacyUnit.example, "noise_multiplier": 1.0, "init_noise_multiplier": 1.0}}
+    config = of_method("fed_sb", **options, adapter={"init": Init.gradient_dp, "refresh_every": 1}, engine={"name": "deployment"})
+    deployed = Deployed(config, tmp_path)
+    packer = deployed.strategy._packer()
+    (train,) = deployed.strategy.asking.to_train(1, packer, deployed.grid, [1])
+    gradient = Message(deployed.strategy._gradient_request(1, packer, 1, 0), 2, INITIAL_GRADIENT, group_id="1")
+    deployed.desks[1].answer(train.message)
+    asked_twice = [deployed.desks[1].answer(gradient)]
+    forget_session()
+    deployed.restart()
+    asked_twice.append(deployed.desks[1].answer(gradient))
+    one, two = (reply.content.array_records[client_key(1)]["values"].numpy() for reply in asked_twice)
+    assert (one == two).all()
+    assert [each.steps for each in deployed.desks[1]._budget._ledger.history(1) if each.name == "initialization"] == [1]
 
 
 def test_no_two_different_requests_are_answered_with_the_same_noise(tmp_path):
