@@ -68,8 +68,8 @@ class AdapterConfig:
     refresh_every: int = 0
     """Fed-SB: after every k-th round add B R A to the base weights and compute new bases; 0 keeps the first ones."""
     init_samples: int = 100
-    """Examples in all from which the initial gradient is estimated (gradient, gradient_public); clients give equal shares, one with
-    fewer examples than its share all that it has."""
+    """Examples in all from which the initial gradient is estimated; clients give equal shares, one with fewer examples than its share all
+    that it has. gradient_dp: as many are expected, each example being drawn by its own coin."""
     sketch: bool = False
     """Take sketches of the initial gradients in place of whole matrices, a few times rank numbers for each row and column of a layer
     (where that is half at most): of a 7B model at rank 200 a seventh of the bytes and memory, for bases that train nearly as well."""

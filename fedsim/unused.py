@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedsim.choices import FROM_GRADIENTS, Init, Optimizer, Partition, PrivacyUnit, ServerRule
+from fedsim.choices import FROM_GRADIENTS, Init, Mode, Optimizer, Partition, PrivacyUnit, ServerRule
 from fedsim.config import Config
 from fedsim.config_check import value_of
 from fedsim.core.forms import RAVAN
@@ -54,7 +54,7 @@ CONDITIONS = (
     Condition(("server.tau",), f"server.optimizer={', '.join(ADAPTIVE)}", lambda config, _: config.server.optimizer in ADAPTIVE),
     Condition(("compression.density",), "compression.name=top_k", lambda config, _: config.compression.name == "top_k"),
     Condition(
-        ("privacy.clip_norm", "privacy.accountant", "privacy.noise", "privacy.unsafe_init"),
+        ("privacy.clip_norm", "privacy.accountant", "privacy.noise"),
         "privacy.unit=example or client",
         lambda config, _: config.privacy.unit is not PrivacyUnit.none,
     ),
@@ -63,12 +63,27 @@ CONDITIONS = (
         "adapter.init=gradient_dp",
         lambda config, _: config.adapter.init is Init.gradient_dp,
     ),
+    Condition(
+        ("privacy.unsafe_init",),
+        "adapter.init=gradient with privacy",
+        lambda config, _: config.adapter.init is Init.gradient and config.privacy.unit is not PrivacyUnit.none,
+    ),
     Condition(("privacy.adaptive_clip",), "privacy.unit=client", lambda config, _: config.privacy.unit is PrivacyUnit.client),
     Condition(("privacy.clip_quantile", "privacy.clip_rate"), "privacy.adaptive_clip=true", lambda config, _: config.privacy.adaptive_clip),
     Condition(
         ("secure.bits", "secure.range", "secure.gradient_range", "secure.threshold", "secure.neighbours"),
         "privacy.secure_aggregation=true",
         lambda config, _: config.privacy.secure_aggregation,
+    ),
+    Condition(
+        ("server.max_update_norm", "server.over_norm"),
+        "uploads that the server sees, privacy.secure_aggregation=false",
+        lambda config, _: not config.privacy.secure_aggregation,
+    ),
+    Condition(
+        ("federation.min_replies", "federation.retries"),
+        "rounds that wait for single clients: neither privacy.secure_aggregation=true nor federation.mode=fedbuff",
+        lambda config, _: not config.privacy.secure_aggregation and config.federation.mode is Mode.sync,
     ),
     Condition(("audit.confidence",), "audit.canaries", lambda config, _: config.audit.canaries > 0),
     Condition(("engine.superlink", "engine.wait_seconds"), "engine=deployment", lambda config, _: config.engine.name == "deployment"),

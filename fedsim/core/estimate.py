@@ -178,8 +178,13 @@ class _Plan:
 
     @property
     def _pass_tokens(self) -> float:
-        """Tokens of one pass: the budget, or a whole step where it is smaller, one sequence at least."""
-        return max(min(int(self._config.training.tokens_per_pass), self._step_tokens), self._work.tokens)
+        """Tokens of one pass: the most that it may have, or a whole step where that is less."""
+        return min(self._most_tokens, max(self._step_tokens, self._work.tokens))
+
+    @property
+    def _most_tokens(self) -> float:
+        """The budget of a pass, one sequence at least."""
+        return max(int(self._config.training.tokens_per_pass), self._work.tokens)
 
     @property
     def flops_of_training(self) -> float:
@@ -191,7 +196,7 @@ class _Plan:
 
     def training(self) -> Phase:
         """Passes, and each client's optimizer steps."""
-        passes = self._client_steps / self._cohort * ceil(PADDED * self._step_tokens / self._pass_tokens)
+        passes = self._client_steps / self._cohort * ceil(PADDED * self._step_tokens / self._most_tokens)
         rates = self._rates
         seconds = (
             PADDED * self.flops_of_training / rates.flops + passes * rates.pass_seconds + self._client_steps * rates.client_step_seconds
@@ -207,9 +212,7 @@ class _Plan:
         svd = self._svd_flops() / self._rates.svd_flops
         if init is Init.weight_svd:
             return Phase("initialisation", (1 + again) * svd, "decomposition of the base weights")
-        samples = self._config.adapter.init_samples
-        if init is Init.gradient_dp:
-            samples = self._cost.givers * self._batch
+        samples = min(self._config.adapter.init_samples, self._work.train_examples)
         tokens = samples * self._work.tokens
         flops = training_flops(self._shape, tokens, self._work.tokens, samples * self._work.responses, 0, self._shape.block_parameters)
         givers = max(1, self._cost.givers)

@@ -40,6 +40,7 @@ from fedsim.flower.strategy import FedsimStrategy
 from fedsim.initial_gradient import factors_from_gradients, summed_gradients
 from fedsim.interruption import raise_if_due
 from fedsim.privacy.ledger import PrivacyLedger
+from fedsim.privacy.plan import budget
 from fedsim.progress import Progress
 from fedsim.report import counted, summary_table
 from fedsim.run_folder import NOISE_KEY, RunFolder
@@ -200,7 +201,7 @@ class Run:
         deltas = {client: each.delta for client, each in enumerate(plan)}
         noise = sorted({round(each.noise_multiplier, 4) for each in plan})
         self._folder.event("privacy_planned", unit=options.unit.name, budget=options.epsilon, noise_multipliers=noise)
-        ledger = PrivacyLedger(options.unit.name, deltas, options.accountant.name, None if options.unsafe_init else options.epsilon)
+        ledger = PrivacyLedger(options.unit.name, deltas, options.accountant.name, budget(self._config))
         self._chronicle.charged_before(self._in_flight.charge(ledger))
         return ledger
 

@@ -17,7 +17,7 @@ from fedsim.core.secure_aggregation import fewest_survivors
 from fedsim.errors import UserError
 from fedsim.privacy.accounting import Mechanism, check_delta, default_delta, noise_multiplier_for
 from fedsim.privacy.discrete import gaussian_of_skellam, skellam_of_gaussian
-from fedsim.training.private import sampling_rate
+from fedsim.training.private import coin_rate, sampling_rate
 
 TRAINING, INITIALIZATION = "training", "initialization"
 ROOM_FOR_NOISE = 10
@@ -115,12 +115,12 @@ def _example_level(config: Config, sizes: Sequence[int]) -> list[ClientPlan]:
     return plans
 
 
-def init_rate(config: Config, num_examples: int) -> float:
-    """Returns the probability with which an example is in the sample for the initial gradient."""
-    return min(1.0, config.adapter.init_samples / num_examples)
+def init_rate(config: Config, of_all_clients: int) -> float:
+    """Returns the probability with which an example is in the sample for the initial gradient, from all clients' number of examples."""
+    return coin_rate(config.adapter.init_samples / of_all_clients)
 
 
-def _initialization(config: Config, delta: float, num_examples: int) -> Mechanism | None:
+def _initialization(config: Config, delta: float, of_all_clients: int) -> Mechanism | None:
     privacy, init = config.privacy, config.adapter.init
     every = config.adapter.refresh_every
     times = 1 + ((config.federation.rounds - 1) // every if every else 0)
@@ -128,7 +128,7 @@ def _initialization(config: Config, delta: float, num_examples: int) -> Mechanis
         return Mechanism(0.0, 1.0, times, INITIALIZATION)
     if init is not Init.gradient_dp:
         return None
-    rate, noise = init_rate(config, num_examples), privacy.init_noise_multiplier
+    rate, noise = init_rate(config, of_all_clients), privacy.init_noise_multiplier
     if noise is None:
         if privacy.epsilon is None:
             raise UserError("privacy.init_noise_multiplier: expected a number, or privacy.epsilon to calibrate it to; give one of them.")
@@ -144,8 +144,13 @@ def _noise(config: Config, delta: float, rate: float, steps: int, already: list[
         raise UserError("privacy: expected privacy.epsilon or privacy.noise_multiplier, got neither; give one of them.")
     if not steps:
         return 0.0
-    spent = [] if config.privacy.unsafe_init else already
+    spent = [] if budget(config) is None else already
     return noise_multiplier_for(privacy.epsilon, delta, [(rate, steps)], spent, privacy.accountant.name)
+
+
+def budget(config: Config) -> float | None:
+    """Returns the epsilon within which every client stays; null where the initialisation leaks (privacy.unsafe_init)."""
+    return None if config.adapter.init is Init.gradient else config.privacy.epsilon
 
 
 def _delta(given: float | None, units: int) -> float:

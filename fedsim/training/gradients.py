@@ -1,6 +1,6 @@
 """Gradients of the base weights themselves, from which LoRA-SB derives its bases, and of single examples, which an audit looks for."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,10 +51,24 @@ def clipped_weight_gradients(
     for each in pack({0: list(examples)}, len(examples), tokens_per_pass) if examples else ():
         gradients = example_gradients(model, [row.example for row in each.rows], pad_id=pad_id, parts=parts)
         norms = torch.stack([of_part.squared_norms() for of_part in gradients.values()]).sum(0).sqrt()  # of each example
-        factors = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
+        factors = clip_factors(norms, clip_norm)
         for name, of_part in gradients.items():
-            total[name].add_(of_part.sum(factors))
+            believed = FactoredGradients(*finite_rows((of_part.deltas, of_part.inputs), norms))
+            total[name].add_(believed.sum(factors))
     return total
+
+
+def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+    """Returns what gradients of these norms are to be multiplied by, so that none is longer than `clip_norm`; 1e-6 is Opacus's own."""
+    return torch.where(norms.isfinite(), (clip_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
+
+
+def finite_rows(parts: Iterable[Tensor], norms: Tensor) -> list[Tensor]:
+    """Returns the parts [*norms.shape, ...] with zeros for each example whose norm is not finite: no factor would bound what it adds."""
+    finite = norms.isfinite()
+    if bool(finite.all()):
+        return list(parts)
+    return [part.where(finite.view(*finite.shape, *(1 for _ in part.shape[finite.dim() :])), 0.0) for part in parts]
 
 
 def factor_gradients(model: nn.Module, start: Tensor, layout: Layout, examples: Sequence[AnyEncoded], *, pad_id: int) -> Tensor:

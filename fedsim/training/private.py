@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from fedsim.core.payload import Layout
 from fedsim.seeding import NoiseKey
+from fedsim.training.gradients import clip_factors, finite_rows
 from fedsim.training.stack import Place, accumulate, on_device
 from fedsim.types import Adapter
 
+COIN_SIDES = 1 << 24
+"""Values of `torch.rand` in float32, from which Opacus's sampler takes its coins."""
 THREADED_FROM = 1 << 20
 """Numbers of a client for whose noise it pays to begin a thread; a normal one takes ten nanoseconds."""
 
@@ -37,7 +40,12 @@ class PrivateRule:
 
 def sampling_rate(num_examples: int, batch_size: int) -> float:
     """Returns the probability with which an example is in a step: an expected batch of `batch_size`, or everything."""
-    return min(1.0, batch_size / num_examples)
+    return coin_rate(batch_size / num_examples)
+
+
+def coin_rate(rate: float) -> float:
+    """Returns the smallest probability of at least `rate`, 1 at most, that a coin can have: a multiple of 2^-24."""
+    return min(1.0, math.ceil(rate * COIN_SIDES) / COIN_SIDES)
 
 
 def poisson_batches(num_examples: int, rate: float, steps: int, generator: torch.Generator) -> list[list[int]]:
@@ -62,7 +70,7 @@ class CohortDPOptimizer(DPOptimizer):
     """An Opacus optimizer over a stack [clients, parameters]; row i belongs to client i and meets its noise alone.
 
     Guarantees: equal to one `DPOptimizer` per client with the same generator, to float tolerance; an example moves the sum of its client
-    by at most `clip_norm`, whatever the other examples are; noise is added in every step, after an empty batch too.
+    by at most `clip_norm`, whatever it is and the others are; noise is added in every step, after an empty batch too.
     """
 
     def __init__(
@@ -108,8 +116,12 @@ class CohortDPOptimizer(DPOptimizer):
 
     def clip_and_accumulate(self) -> None:
         norms = torch.stack([torch.linalg.vector_norm(part.flatten(2), dim=2) for part in self._gradients.values()]).norm(dim=0)
-        factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1)  # [groups, 1, rows]; 1e-6 is Opacus's own
-        sums = {name: torch.bmm(factors, part.flatten(2)).view(len(part), *part.shape[2:]) for name, part in self._gradients.items()}
+        factors = clip_factors(norms, self.max_grad_norm).unsqueeze(1)  # [groups, 1, rows]
+        parts = finite_rows(self._gradients.values(), norms)
+        sums = {
+            name: torch.bmm(factors, part.flatten(2)).view(len(part), *part.shape[2:])
+            for name, part in zip(self._gradients, parts, strict=True)
+        }
         accumulate(self._sum, self._layout, self._where, sums)
 
     def add_noise(self) -> None:

@@ -21,6 +21,7 @@ from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Upload
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.local_round import train_clients
+from fedsim.privacy.accounting import epsilon
 from fedsim.seeding import NoiseKey
 from fedsim.session import open_session
 
@@ -294,6 +295,13 @@ def test_private_bases_from_unprotected_gradients_need_an_explicit_flag_and_clai
     assert summary["privacy"]["epsilon"] in (None, float("inf"))
     written = json.loads((tmp_path / "run/summary.json").read_text())
     assert written["privacy"]["epsilon"] is None
+
+
+def test_the_flag_for_unprotected_bases_lifts_no_budget_where_bases_are_protected():
+    options = [*SMALL, "privacy=example", "privacy.epsilon=3", "adapter.init=gradient_dp", "privacy.accountant=rdp"]
+    plain, flagged = (open_session(compose([*options, *more])).privacy_plan[0] for more in ((), ("privacy.unsafe_init=true",)))
+    assert flagged == plain
+    assert epsilon(flagged.mechanisms, flagged.delta, "rdp") <= 3
 
 
 @pytest.mark.parametrize("method", ["fedit", "flora", "ravan", "centralized"])

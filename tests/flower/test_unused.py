@@ -4,7 +4,19 @@ import pytest
 import torch
 from rounds import Rounds, changed, of_method
 
-from fedsim.choices import Accountant, DirichletOver, Init, NoiseSource, Optimizer, Partition, PrivacyUnit, Residual, ServerRule, Weighting
+from fedsim.choices import (
+    Accountant,
+    DirichletOver,
+    Init,
+    NoiseSource,
+    Optimizer,
+    OverNorm,
+    Partition,
+    PrivacyUnit,
+    Residual,
+    ServerRule,
+    Weighting,
+)
 from fedsim.cli.compose import compose
 from fedsim.cli.groups import groups
 from fedsim.config import Config
@@ -14,6 +26,7 @@ PLAIN = changed(of_method("fed_sb"), method={"heads": 4})
 ADAMW = changed(PLAIN, training={"optimizer": Optimizer.adamw})
 FULL = changed(of_method("full", adapter={"rank": None, "scaling": 1.0}), method={"heads": 4})
 EPOCHS = changed(PLAIN, training={"local_epochs": 1, "local_steps": 10})
+SECURE = changed(PLAIN, privacy={"secure_aggregation": True})
 WITHOUT_EFFECT = [
     ("method.residual", Residual.dense, PLAIN),
     ("method.heads", 3, PLAIN),
@@ -37,9 +50,9 @@ WITHOUT_EFFECT = [
     ("privacy.clip_norm", 1e-3, PLAIN),
     ("privacy.accountant", Accountant.rdp, PLAIN),
     ("privacy.noise", NoiseSource.system, PLAIN),
-    ("privacy.unsafe_init", True, PLAIN),
     ("privacy.init_share", 0.5, PLAIN),
     ("privacy.init_noise_multiplier", 3.0, PLAIN),
+    ("privacy.unsafe_init", True, PLAIN),
     ("privacy.adaptive_clip", True, PLAIN),
     ("privacy.clip_quantile", 0.9, PLAIN),
     ("privacy.clip_rate", 0.9, PLAIN),
@@ -48,6 +61,10 @@ WITHOUT_EFFECT = [
     ("secure.gradient_range", 1e-3, PLAIN),
     ("secure.threshold", 0.9, PLAIN),
     ("secure.neighbours", 2, PLAIN),
+    ("server.max_update_norm", 0.1, SECURE),
+    ("server.over_norm", OverNorm.clip, SECURE),
+    ("federation.min_replies", 0.95, SECURE),
+    ("federation.retries", 0, SECURE),
     ("audit.confidence", 0.5, PLAIN),
     ("engine.superlink", "nowhere", PLAIN),
     ("engine.wait_seconds", 1.0, PLAIN),
@@ -70,18 +87,16 @@ WITH_EFFECT = {
     "server.momentum server.beta2 server.tau": changed(PLAIN, server={"optimizer": "fedadam"}),
     "server.tau": changed(PLAIN, server={"optimizer": "fedadagrad"}),
     "compression.density": changed(PLAIN, compression={"name": "top_k"}),
-    "privacy.clip_norm privacy.accountant privacy.noise privacy.unsafe_init": changed(
-        PLAIN, privacy={"unit": PrivacyUnit.example, "epsilon": 8.0}
-    ),
+    "privacy.clip_norm privacy.accountant privacy.noise": changed(PLAIN, privacy={"unit": PrivacyUnit.example, "epsilon": 8.0}),
+    "privacy.unsafe_init": changed(PLAIN, privacy={"unit": PrivacyUnit.example, "epsilon": 8.0}, adapter={"init": Init.gradient}),
     "privacy.init_share privacy.init_noise_multiplier": changed(
         PLAIN, privacy={"unit": PrivacyUnit.example, "epsilon": 8.0}, adapter={"init": Init.gradient_dp}
     ),
     "privacy.adaptive_clip privacy.clip_quantile privacy.clip_rate": changed(
         PLAIN, privacy=CLIENTS_PRIVACY, federation={"weighting": Weighting.uniform}
     ),
-    "secure.bits secure.range secure.gradient_range secure.threshold secure.neighbours": changed(
-        PLAIN, privacy={"secure_aggregation": True}
-    ),
+    "secure.bits secure.range secure.gradient_range secure.threshold secure.neighbours": SECURE,
+    "server.max_update_norm server.over_norm federation.min_replies federation.retries": PLAIN,
     "audit.confidence": changed(PLAIN, audit={"canaries": 4}),
     "engine.superlink engine.wait_seconds": changed(PLAIN, engine={"name": "deployment"}),
     "engine.actors engine.address": changed(PLAIN, engine={"name": "ray"}),

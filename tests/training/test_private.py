@@ -1,5 +1,7 @@
 """DP-SGD in the cohort against genuine Opacus, one client at a time: GradSampleModule and DPOptimizer, the same draws and generators."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from fedsim.seeding import NoiseKey
 from fedsim.training.cohort import ClientData, LocalRule, private_batches, train_cohort
 from fedsim.training.gradients import FactoredGradients, clipped_weight_gradients, weight_gradients
 from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches, sampling_rate
+from fedsim.types import EncodedExample
 
 KEY = NoiseKey.of_seed(0)
 
@@ -204,6 +207,34 @@ def test_an_example_moves_the_sum_by_at_most_the_clip_norm_whatever_the_others_a
     others = sequences(7, seed=77)  # of other lengths and contents
     again = total([*others, examples[-1]]) - total(others)
     torch.testing.assert_close(again, contribution, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_an_example_whose_gradient_is_not_finite_moves_nothing(sequences, bad):
+    """A sum that is not finite would say that the example is there, whatever the noise."""
+    model, only_mine = adapted_model("mistral"), 49  # whose head has weights of its own
+    examples = [example for example in sequences(12, seed=3) if only_mine not in example.input_ids]
+    mine = EncodedExample((*examples[0].input_ids[:-1], only_mine), 3)
+    model.get_input_embeddings().weight.data[only_mine] = bad
+    everything = {"batch_size": 100, "local_steps": 1, "learning_rate": 1.0, "tokens_per_pass": 1000}
+    (without,), (beside,) = (train(model, [ClientData(0, of)], noise=(0.0,), **everything) for of in (examples, [*examples, mine]))
+    start = Layout.of(factors(model, ("R",))).pack(factors(model, ("R",)))
+    moved = (start - beside.factors) * (len(examples) + 1) - (start - without.factors) * len(examples)
+    assert moved.norm() < CLIP * 1.001
+    options = {"pad_id": 0, "tokens_per_pass": 1000}
+    gradients, of_others = (clipped_weight_gradients(model, of, CLIP, **options) for of in ([*examples, mine], examples))
+    assert torch.stack([(gradients[name] - of_others[name]).norm() for name in gradients]).norm() < CLIP * 1.001
+
+
+@pytest.mark.parametrize(("batch_size", "examples"), [(4, 17), (3, 10_000_000), (1, 3), (4, 4), (9, 4), (1, 1 << 24)])
+def test_the_rate_that_is_charged_is_the_one_at_which_coins_fall(batch_size, examples):
+    rate, sides = sampling_rate(examples, batch_size), 1 << 24
+    assert Fraction(rate) >= min(Fraction(batch_size, examples), 1)
+    assert Fraction(rate) - Fraction(batch_size, examples) <= Fraction(1, sides)
+    near = torch.arange(max(0, int(rate * sides) - 3), min(sides, int(rate * sides) + 3)).float() / sides  # values of torch.rand
+    assert [float(coin) < Fraction(rate) for coin in near] == (near < rate).tolist()
+    assert (rate * sides).is_integer(), "so many of the coin's sides are below it, and no side is in part"
+    assert float((torch.rand(10_000) * sides).frac().max()) == 0
 
 
 def test_a_private_client_tells_neither_loss_nor_tokens(sequences):
