@@ -18,10 +18,12 @@ def append(descriptor: int, line: bytes) -> None:
 
 
 class EventLog:
-    """The open log of a run; one process writes it, anyone may read it meanwhile."""
+    """The open log of a run; one process writes it, anyone may read it meanwhile. A line that a kill has torn is ended first."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if self.size and os.pread(self._descriptor, 1, self.size - 1) != b"\n":
+            append(self._descriptor, b"\n")
 
     def append(self, kind: str, facts: dict[str, Any]) -> None:
         """Appends {time, kind, facts...} in one write: a kill leaves at most one torn last line. Costs some ten microseconds."""
@@ -47,14 +49,23 @@ class EventLog:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the events of a log, none if it does not exist; a torn last line is left out."""
+    """Yields the events of a log, none if it does not exist; a torn line is left out."""
     if path.exists():
         with open(path, "rb") as file:
-            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+            yield from (event for line in file if (event := _event(line)) is not None)
 
 
 def cut_events(path: Path, size: int, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Keeps the first `size` bytes of a log and, of the whole lines after them, those that `keep` wants. Atomic."""
     content = path.read_bytes()
-    lines = [line for line in content[size:].splitlines(keepends=True) if line.endswith(b"\n")]
-    atomic_write(path, content[:size] + b"".join(line for line in lines if keep(json.loads(line))))
+    lines = content[size:].splitlines(keepends=True)
+    atomic_write(path, content[:size] + b"".join(line for line in lines if (event := _event(line)) is not None and keep(event)))
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """Returns the event of a line, None for a torn one, ended or not."""
+    try:
+        event = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None

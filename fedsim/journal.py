@@ -10,6 +10,7 @@ nothing: its line `resumed` names the line that it goes on from, and those in be
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -80,7 +81,7 @@ class Verdict:
     """What `verified` has found: whether the chain holds, and where it does not."""
 
     head: Head = field(default_factory=Head)
-    superseded: int = 0  # lines after the checkpoint from which a resumed run went on
+    superseded: int = 0  # lines, each counted once, after the checkpoint from which a resumed run went on
     finished: bool = False  # whether a summary fixes the end; otherwise lines after the last checkpoint may be missing unseen
     problems: list[str] = field(default_factory=list)
 
@@ -92,6 +93,7 @@ def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verd
     that the run wrote; a missing end of a run without a summary is found as far as its last checkpoint.
     """
     verdict, hashes, torn = Verdict(finished=end is not None), {0: FIRST}, 0
+    standing: list[int] = []  # numbers of the lines that no resumption has superseded, ascending
     for line, whole in _lines(path):
         number = verdict.head.lines + 1
         entry = _entry(line) if whole else None
@@ -103,9 +105,12 @@ def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verd
             if entry.get("kind") == "resumed":
                 from_line = entry.get("goes_on_from", number - 1)
                 if type(from_line) is int and 0 <= from_line < number:
-                    verdict.superseded += number - 1 - from_line
+                    kept = bisect_right(standing, from_line)
+                    verdict.superseded += len(standing) - kept
+                    del standing[kept:]
                 else:
                     verdict.problems.append(f"line {number} goes on from {from_line!r:.20}, which is no line before it")
+        standing.append(number)
         verdict.head = verdict.head.after(line)
         hashes[number] = verdict.head.sha256
     if torn and (torn < verdict.head.lines or end is not None):

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime
 from enum import Enum
@@ -121,13 +121,14 @@ class RunFolder:
     def close(self) -> None:
         """Frees the folder for others, after the checkpoint that is under way. Harmless when called twice."""
         self._writer.shutdown()
-        if self._log:
-            self._log.close()
-        if self._journal:
-            self._journal.close()
-        if self._lock >= 0:
-            os.close(self._lock)
+        log, journal, lock = self._log, self._journal, self._lock
         self._log, self._journal, self._lock = None, None, -1
+        with ExitStack() as closing:  # the last one first; whatever goes wrong, the lock goes
+            if lock >= 0:
+                closing.callback(os.close, lock)
+            for each in (journal, log):
+                if each:
+                    closing.callback(each.close)
 
     def path(self, name: str) -> Path:
         """Returns the path of `name`, with its parent folder made. Raises ValueError unless its first part is in CONTENTS."""
@@ -239,6 +240,7 @@ class RunFolder:
         self._log = EventLog(self.folder / EVENTS)
         checkpoint = self._last_whole_checkpoint()
         self._log.close()
+        self._log = None
         size = checkpoint.state["events_size"] if checkpoint else 0
         cut_events(self.folder / EVENTS, size, lambda event: event["kind"] in KEPT_ON_RESUME)
         self._log, self._journal = EventLog(self.folder / EVENTS), Journal(self.folder / JOURNAL)

@@ -98,6 +98,17 @@ def test_a_single_bit_is_found(journal, bits):
     assert check(path, head).problems
 
 
+def test_a_line_that_two_resumptions_leave_out_counts_once(journal):
+    path, _ = journal
+    log = Journal(path)
+    for goes_on_from in (4, 4):
+        log.append("resumed", goes_on_from=goes_on_from)
+    log.close()
+    verdict = check(path, log.head)
+    assert (verdict.problems, verdict.head.lines) == ([], 14)
+    assert verdict.superseded == 9, "lines 5 to 12, and the first of the two"
+
+
 def test_a_line_torn_by_a_kill_is_allowed_before_a_resumption_and_nowhere_else(journal):
     path, _ = journal
     with open(path, "ab") as file:

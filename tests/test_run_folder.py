@@ -1,5 +1,6 @@
 """The folder of a run: who may take it, what survives a kill at any moment, and what a resumption finds."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -285,6 +286,32 @@ def test_events_after_the_checkpoint_are_cut_but_the_story_of_the_run_is_kept(in
         play_rounds(folder, range(4, 5))
     assert kinds == ["run_started", *["round", "checkpoint"] * 3, "resumed", "interrupted"]
     assert rounds_of(interrupted) == [1, 2, 3, 4]
+
+
+def test_a_torn_event_before_a_damaged_checkpoint_spoils_no_event(interrupted: Path) -> None:
+    path = interrupted / "checkpoints" / "round_0003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with open(interrupted / "events.jsonl", "ab") as file:
+        file.write(b'{"time": "torn')
+    with RunFolder.open(config_of(interrupted, resume=True)) as folder:
+        found = folder.last_checkpoint()
+        kinds = [event["kind"] for event in folder.events()]
+    assert found is not None
+    assert found.round == 2
+    assert kinds == ["run_started", *["round", "checkpoint"] * 2, "damaged_checkpoint"]
+    assert b"torn" not in (interrupted / "events.jsonl").read_bytes()
+
+
+def test_a_resumption_that_fails_says_why_and_leaves_the_folder_free(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("fedsim.events.atomic_write", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            RunFolder.open(config_of(interrupted, resume=True))
+    with RunFolder.open(config_of(interrupted, resume=True)) as folder:
+        assert folder.last_checkpoint() is not None
 
 
 def test_an_event_with_a_loss_that_is_not_a_number_is_still_json(interrupted: Path) -> None:
