@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedsim.config import Config
 from fedsim.core.communication import Totals
-from fedsim.core.missing import counted
+from fedsim.core.missing import counted, told
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.in_flight import CHARGED, GRADIENT, TRAINING, charge_line
 from fedsim.flower.state import State
@@ -79,13 +79,22 @@ class Chronicle:
         if facts.missing:
             self._folder.record("missing", round=number, clients=[each.to_json() for each in facts.missing])
 
+    def gradients_taken(self, number: int, facts: RoundFacts) -> None:
+        """Tells whose initial gradients are in the sum, and whose are not and why."""
+        self.taken(number, facts)
+        if facts.secure:
+            self._folder.event("secure_gradients", round=number, **facts.secure)
+        if facts.missing:
+            self._folder.event("missing_gradients", round=number, missing=[each.to_json() for each in facts.missing])
+            self._progress.note(f"initial gradients: {told(counted(facts.missing))}")
+
     def round_finished(self, state: State, facts: RoundFacts, before: Totals, wall_seconds: float) -> None:
         """Tells what the round that led to this state came to; `before` is what the ledger held until then."""
         number, after = state.round, state.ledger.totals()
         report = _report(state, facts, {name: total - before[name] for name, total in after.items()}, wall_seconds)
         absent = [each.to_json() for each in facts.missing]
-        told = {"clients": facts.clients, "weights": facts.shares, "missing": absent, **_if_any(facts), **report, **facts.diagnosis}
-        self._folder.event("round", round=number, **told)
+        outcome = {"clients": facts.clients, "weights": facts.shares, "missing": absent, **_if_any(facts), **report, **facts.diagnosis}
+        self._folder.event("round", round=number, **outcome)
         self.taken(number, facts)
         self._folder.record("released", round=number, adapter_digest=report["adapter_digest"])
         if "refused" in facts.secure:

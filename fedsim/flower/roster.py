@@ -23,6 +23,8 @@ from fedsim.session import Session
 
 JOIN, MEMBER = "query.join", "member"
 POLL_SECONDS = 0.5
+NOBODY = -1
+"""In place of the client that a node is: one that says it is a client whose key is another's."""
 
 Tell = Callable[..., None]
 """Writes an event down: its kind, and facts by name."""
@@ -67,6 +69,7 @@ class Roster:
         self._members: dict[int, Member] = {}  # by node
         self._known: set[int] = set()  # nodes that were asked in their present stay
         self._reasons: dict[int, str] = {}  # why a node does not take part
+        self._refused: dict[int, int | None] = {}  # by such a node, the client that it is, None where nobody knows
         self._absent: list[int] = []
         self._tell: Tell = lambda kind, **facts: None
         self._session: Session  # from `muster` on
@@ -109,10 +112,14 @@ class Roster:
             self._look()
             found = self._at_home(clients)
             enough = len(found) >= (len(clients) if at_least is None else at_least)
-            all_refused = len(self._reasons) + len(found) >= len(clients)
-            if enough or time.monotonic() > ends or (all_refused and not self._asked):
+            if enough or time.monotonic() > ends or not (self._asked or self._to_come({*clients} - {*found})):
                 return found
             time.sleep(POLL_SECONDS)
+
+    def _to_come(self, missing: set[int]) -> bool:
+        """Whether any of these clients may still come: not where each was refused, as far as it is known who was."""
+        refused = [*self._refused.values()]
+        return len(missing.difference(refused)) > refused.count(None)
 
     def _at_home(self, clients: Iterable[int]) -> dict[int, int]:
         nodes = {member.client: node for node, member in self._members.items() if self._planned_for(member)}
@@ -132,7 +139,7 @@ class Roster:
         for node, member in new.items():  # whose fault it is; a plan takes seconds, so this is not where to begin
             if (reason := self._unplannable([member])) is not None:
                 del self._members[node]
-                self._refuse(node, reason)
+                self._refuse(node, reason, member)
 
     def _heard_of(self, member: Member) -> bool:
         return member.shard or self._session.own_data.get(member.client) == member.num_examples
@@ -154,6 +161,7 @@ class Roster:
         for node in sorted(self._known - present):
             gone = self._members.pop(node, None)
             self._reasons.pop(node, None)
+            self._refused.pop(node, None)
             if gone is not None:
                 self._tell("left", client=gone.client, node=str(node))
         for node in sorted(present - self._known):
@@ -180,14 +188,16 @@ class Roster:
             except ValueError as error:
                 reason = str(error)
         if reason is not None or member is None:
-            self._refuse(node, str(reason))
+            self._refuse(node, str(reason), member)
             return
         self._members[node] = member
         facts = {"num_examples": member.num_examples, "version": member.version, "registered": node in self._registered}
         self._tell("joined", client=member.client, node=str(node), **facts)
 
-    def _refuse(self, node: int, reason: str) -> None:
+    def _refuse(self, node: int, reason: str, member: Member | None) -> None:
+        said = None if member is None else member.client
         self._reasons[node] = reason
+        self._refused[node] = self._registered.get(node, NOBODY if said in self._registered.values() else said)
         self._tell("refused", node=str(node), reason=reason)
 
     def _unfit(self, node: int, member: Member) -> str | None:

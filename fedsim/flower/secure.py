@@ -34,7 +34,7 @@ from fedsim.core.secure_aggregation import (
     fewest_survivors,
     neighbour_graph,
 )
-from fedsim.errors import UserError
+from fedsim.errors import RunStopped
 from fedsim.flower.asking import REQUEST, Ask
 from fedsim.flower.charging import Charges
 from fedsim.flower.gathering import Failure
@@ -51,7 +51,7 @@ Work = Callable[[list[int], dict[str, Any]], RecordDict]
 Types = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-class SumRefused(UserError):
+class SumRefused(RunStopped):
     """Too few clients were left for a sum that shows no single one."""
 
 

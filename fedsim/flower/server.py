@@ -7,7 +7,7 @@ whole, so a run that was killed at any moment goes on from the last checkpoint a
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
@@ -25,6 +25,7 @@ from fedsim.core.adapters import merged, unadapted
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
+from fedsim.core.missing import Missing
 from fedsim.core.participation import server_adds_noise
 from fedsim.core.traffic import needed_for_gradients, refresh_due
 from fedsim.effective import effective
@@ -175,14 +176,16 @@ class Run:
         self._session.install_folded({}, "")  # an earlier run in this process may have left something there
         self._session.budget = TokenBudget.of(self._config.training, self._session.model)
         shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
+        missing: Sequence[Missing] = ()
         if self._init not in DERIVED:
-            factors = self._factors_from_gradients(shared, ledger, privacy, 0)
+            factors, missing = self._factors_from_gradients(shared, ledger, privacy, 0)
             shared.replace(shared.factors | factors, self._session.spec.form_kinds, 0)
         seconds = time.perf_counter() - begun
         facts = {"wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"], "digests": shared.digests()}
         facts["tokens_per_pass"] = self._chronicle.tokens_per_pass = self._session.budget.tokens
         self._folder.event("initialized", init=self._init.name, rank=self._session.spec.rank, **facts)
         state = State(0, shared, ledger, privacy)
+        state.count_missing(missing)
         state.simulated_seconds = set_up_seconds(self._session.links, ledger.rows())
         self._save(state)
         return state
@@ -207,26 +210,25 @@ class Run:
 
     def _factors_from_gradients(
         self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None, number: int
-    ) -> Adapter:
-        """Returns B, R, A from the gradients at the present base weights, with what that moved in the ledger."""
+    ) -> tuple[Adapter, Sequence[Missing]]:
+        """Returns B, R, A from the gradients at the present base weights, with what that moved in the ledger, and whose are missing."""
         session = self._session
         session.install_state(shared, needed_for_gradients(shared.exchange))
+        missing: Sequence[Missing] = ()
         if self._init is Init.gradient_public:
             gradients = summed_gradients(session, session.encode(session.public))
         else:
             strategy = self._strategy(shared, ledger, privacy)
-            gradients = self._gathered_gradients(strategy, shared, number)
-            if strategy.facts.secure:
-                self._folder.event("secure_gradients", round=number, **strategy.facts.secure)
+            gradients, missing = self._gathered_gradients(strategy, shared, number), strategy.facts.missing
         steps = number * session.total_steps // self._config.federation.rounds
-        return factors_from_gradients(session, gradients, steps)
+        return factors_from_gradients(session, gradients, steps), missing
 
     def _gathered_gradients(self, strategy: FedsimStrategy, shared: GlobalState, number: int) -> Adapter:
         clients = list(strategy.givers_within_budget(number))
         self._chronicle.asked_for_gradients(number, clients, strategy.gradient_costs(number, clients), shared.adapter_digest())
         self._settle_if_deployed()
         gradients = strategy.initial_gradients(self._grid, number)
-        self._chronicle.taken(number, strategy.facts)
+        self._chronicle.gradients_taken(number, strategy.facts)
         return gradients
 
     def _refresh(self, state: State) -> None:
@@ -239,7 +241,8 @@ class Run:
             factors = self._session.derived_factors(number + 1)
             assert factors is not None
         else:
-            factors = self._factors_from_gradients(shared, state.ledger, state.privacy, number)
+            factors, missing = self._factors_from_gradients(shared, state.ledger, state.privacy, number)
+            state.count_missing(missing)
         state.simulated_seconds += set_up_seconds(self._session.links, islice(state.ledger.rows(), num_transfers, None))
         shared.replace(shared.factors | factors, self._session.spec.form_kinds, number)
         shared.moments = {}

@@ -5,7 +5,7 @@ What clients in this process keep for themselves lies in the Contexts of their n
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedsim.checkpoints import NO_BASES, Bases, Checkpoint
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.fedbuff import Buffer
 from fedsim.core.global_state import GlobalState
-from fedsim.core.missing import counted
+from fedsim.core.missing import Missing, counted
 from fedsim.errors import UserError
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.worker import Accepted, read_memory, write_memory
@@ -52,7 +52,11 @@ class State:
         self.num_tokens += facts.num_tokens
         self.wall_seconds += wall_seconds
         self.simulated_seconds += facts.simulated_seconds or 0.0
-        self.missing = dict(Counter(self.missing) + Counter(counted(facts.missing)))
+        self.count_missing(facts.missing)
+
+    def count_missing(self, missing: Iterable[Missing]) -> None:
+        """Adds up replies that were asked for and did not count."""
+        self.missing = dict(Counter(self.missing) + Counter(counted(missing)))
 
 
 def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: int, moving: Collection[str]) -> Checkpoint:

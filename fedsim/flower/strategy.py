@@ -261,7 +261,7 @@ class FedsimStrategy:
         planned = [self._session.privacy_plan[client].initialization for client in samples] if self._session.privacy_plan else []
         noise = max((each.noise_multiplier for each in planned if each), default=0.0) * self._session.config.privacy.clip_norm
         total = secure_gradients(self._session, protocol, work, noise)
-        self.facts.secure = protocol.facts()
+        self.facts.secure, self.facts.missing = protocol.facts(), protocol.missing()
         return total
 
     # ---- personal models

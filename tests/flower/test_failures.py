@@ -1,19 +1,24 @@
 """Clients that die, come back, are slow or reply too late: a round goes on without them, and nothing that was lost is believed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from faults import SILENT, FaultyGrid, faulty, place
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from rounds import of_method
 
 from fedsim.choices import Init, Optimizer
 from fedsim.core.missing import Reason
 from fedsim.effective import effective
 from fedsim.errors import RunStopped, UserError
+from fedsim.events import read_events
 from fedsim.flower import gathering
 from fedsim.flower import strategy as strategy_module
+from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import serialized_bytes
-from fedsim.flower.worker import NEEDS_STATE
+from fedsim.flower.server import serve
+from fedsim.flower.worker import INITIAL_GRADIENT, NEEDS_STATE, handle
 from fedsim.initial_gradient import client_gradient
 
 SOON = {"round_timeout": 60.0, "clients": 4}
@@ -236,3 +241,36 @@ def test_what_is_sent_again_to_a_clients_own_worker_is_charged_again(method):
 def test_what_no_round_could_keep_to_is_refused(federation, message):
     with pytest.raises(UserError, match=message):
         effective(config_of(**federation))
+
+
+def dead_for_gradients(*clients):
+    """A Grid in whose one node these clients' initial gradients fail."""
+
+    def answer(message, context):
+        asked = list(message.content.config_records["request"]["clients"])
+        if message.metadata.message_type == INITIAL_GRADIENT and set(asked) & set(clients):
+            return Message(Error(1, "the machine is down"), reply_to=message)
+        return handle(message, context)
+
+    return InProcessGrid(answer)
+
+
+def served(folder, grid, **privacy):
+    federation = {"rounds": 1, "min_replies": 0.6}
+    config = of_method("fed_sb", federation=federation, adapter={"init": Init.gradient}, privacy=privacy, evaluation={"max_new_tokens": 2})
+    return serve(grid, replace(config, run_dir=str(folder)), grid.contexts, quiet=True)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_whose_initial_gradient_is_missing_is_told_like_whose_upload_is(tmp_path, secure):
+    summary = served(tmp_path / "run", dead_for_gradients(1), secure_aggregation=secure)
+    assert summary["missing"] == {"died": 1}
+    told = [event["missing"] for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "missing_gradients"]
+    assert [[(each["client"], each["reason"]) for each in missing] for missing in told] == [[(1, "died")]]
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_too_few_initial_gradients_stop_the_run_and_leave_its_folder(tmp_path, secure):
+    with pytest.raises(RunStopped):
+        served(tmp_path / "run", dead_for_gradients(1, 2), secure_aggregation=secure)
+    assert (tmp_path / "run/journal.jsonl").exists()

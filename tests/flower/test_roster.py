@@ -13,6 +13,7 @@ from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.roster import JOIN, Member, Roster
 from fedsim.report import holdings_table
 from fedsim.session import open_session
+from fedsim.training.private import sampling_rate
 
 CONFIG = changed(BASE, engine={"wait_seconds": 0.3})  # three clients
 
@@ -108,6 +109,31 @@ def test_a_second_node_of_a_client_is_turned_away():
 PRIVATE = changed(CONFIG, privacy={"unit": PrivacyUnit.example, "epsilon": 8.0, "accountant": Accountant.rdp})
 
 
+@pytest.mark.parametrize("stranger", [7, 0])
+def test_a_node_that_is_none_of_the_clients_does_not_end_the_waiting_for_them(stranger, monkeypatch):
+    nodes = Nodes()
+    config = changed(CONFIG, engine={"wait_seconds": 60.0})
+    nodes.answers = {1: nodes.member(0), 2: nodes.member(1), 3: nodes.member(stranger), 4: nodes.member(2)}
+    nodes.present([1, 2, 3])
+    monkeypatch.setattr("fedsim.flower.roster.time.sleep", lambda _: nodes.present([1, 2, 3, 4]))  # client 2 takes a moment longer
+    roster = Roster(nodes.grid, config)
+    roster.muster(nodes.session, nodes.tell)
+    assert roster.homes([0, 1, 2]) == {0: 1, 1: 2, 2: 4}
+
+
+@pytest.mark.parametrize("answer", ["busy", 2])
+def test_nobody_waits_for_a_client_that_was_refused(answer, monkeypatch):
+    nodes = Nodes()
+    config = changed(CONFIG, engine={"wait_seconds": 60.0})
+    refused = answer if isinstance(answer, str) else nodes.member(answer, version="0.0")
+    nodes.answers = {1: nodes.member(0), 2: nodes.member(1), 3: refused}
+    nodes.present([1, 2, 3])
+    monkeypatch.setattr("fedsim.flower.roster.time.sleep", pytest.fail)
+    roster = Roster(nodes.grid, config)
+    roster.muster(nodes.session, nodes.tell)
+    assert roster.homes([0, 1, 2]) == {0: 1, 1: 2}
+
+
 def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before_it_is_asked():
     nodes = Nodes(PRIVATE)
     nodes.session.hear({})
@@ -121,7 +147,7 @@ def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before
     roster.round_begins()
     assert roster.homes([0, 1]) == {0: 1, 1: 2}
     planned = nodes.session.privacy_plan[1]
-    assert (planned.num_examples, planned.rate) == (5, min(1.0, PRIVATE.training.batch_size / 5))
+    assert (planned.num_examples, planned.rate) == (5, sampling_rate(5, PRIVATE.training.batch_size))
     assert planned.delta == pytest.approx(5**-1.1)
 
 
