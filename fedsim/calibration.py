@@ -49,7 +49,7 @@ PROXY |= {"vocab_size": 2272, "max_position_embeddings": 512, "tie_word_embeddin
 MOST_NUMBERS = 1 << 22
 """Numbers in the message that is measured; larger ones are foretold from it."""
 
-VERSION = 3  # of what is measured: another one makes kept calibrations worthless
+VERSION = 4  # of what is measured: another one makes kept calibrations worthless
 
 
 def calibrated(config: Config, method: Method, spec: AdapterSpec, tokens: int, *, again: bool = False) -> Calibration:
@@ -87,11 +87,11 @@ def _key(config: Config, spec: AdapterSpec, tokens: int) -> str:
         machine,
         to_dict(config.model),
         config.method.name,
-        spec.rank,
+        [spec.rank, spec.heads, spec.scaling, spec.layers, spec.head],
         training,
         cohort,
         tokens,
-        config.evaluation.tokens_per_pass,
+        [config.evaluation.tokens_per_pass, config.evaluation.max_new_tokens],
     ]
     return sha256(json.dumps(what).encode()).hexdigest()[:24]
 

@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -85,8 +86,10 @@ def _fetch(url: str, path: Path) -> None:
             shutil.copyfileobj(reply, file)
             if reply.length:  # what the announced size leaves to come
                 raise OSError(f"the connection closed {reply.length} bytes too early")
+            file.flush()
+            os.fsync(file.fileno())  # it is believed from now on
         os.replace(temporary, path)
-    except OSError as error:  # of the network and of the disk
+    except (OSError, HTTPException) as error:  # of the network and of the disk
         raise UserError(_not_fetched(url, error)) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import ipaddress
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -49,6 +50,27 @@ def client_key(name: str) -> tuple[bytes, bytes]:
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     return public + f" {name}\n".encode(), private
+
+
+def is_pair(public: bytes, private: bytes) -> bool:
+    """Whether the private key belongs to the certificate, or to the public key in SSH's form."""
+    try:
+        if public.startswith(b"-----BEGIN CERTIFICATE"):
+            shown, secret = x509.load_pem_x509_certificate(public).public_key(), serialization.load_pem_private_key(private, None)
+        else:
+            shown, secret = serialization.load_ssh_public_key(public), serialization.load_ssh_private_key(private, None)
+    except ValueError:
+        return False
+    return shown == secret.public_key()
+
+
+def is_issued_by(certificate: bytes, ca_certificate: bytes) -> bool:
+    """Whether this authority, and no other of its name, has signed the certificate."""
+    try:
+        x509.load_pem_x509_certificate(certificate).verify_directly_issued_by(x509.load_pem_x509_certificate(ca_certificate))
+    except (ValueError, InvalidSignature):
+        return False
+    return True
 
 
 def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 from clients.owner import Owner, owner_text
 from fedsim.cli.calling import QUIET
 from fedsim.deploy import templates
-from fedsim.deploy.certificates import authority, client_key, server_certificate
+from fedsim.deploy.certificates import authority, client_key, is_issued_by, is_pair, server_certificate
 from fedsim.errors import UserError
 from fedsim.files import atomic_write
 
@@ -80,7 +80,8 @@ def _write(folder: Path, federation: Federation, *, new_keys: bool, final: Path)
     writer.pair("ca/ca.crt", "ca/ca.key", "certificate authority", lambda: authority(federation.name))
     ca, ca_key = writer.read("ca/ca.crt"), writer.read("ca/ca.key")
     hosts = list(dict.fromkeys([*federation.hosts, *LOCAL_HOSTS]))
-    other = before.hosts != federation.hosts or lines[0].startswith("replaced")
+    issued = writer.has("server/server.crt") and is_issued_by(writer.read("server/server.crt"), ca)  # not if --new-keys was broken off
+    other = before.hosts != federation.hosts or not issued
     issue = lambda: server_certificate(ca, ca_key, hosts)  # noqa: E731
     writer.pair("server/server.crt", "server/server.key", "server certificate", issue, replace=other)
     for client in range(federation.clients):
@@ -138,6 +139,9 @@ class _Writer:
     def __init__(self, folder: Path, new_keys: bool, lines: list[str]) -> None:
         self._folder, self._new_keys, self._lines = folder, new_keys, lines
 
+    def has(self, name: str) -> bool:
+        return (self._folder / name).exists()
+
     def read(self, name: str) -> bytes:
         return (self._folder / name).read_bytes()
 
@@ -147,16 +151,16 @@ class _Writer:
         atomic_write(path, content, mode=mode)
 
     def keep(self, name: str, content: bytes, mode: int) -> None:
-        if not (self._folder / name).exists():
+        if not self.has(name):
             self.put(name, content, mode)
 
     def text(self, name: str, template: str, values: dict[str, Any], mode: int = PLAIN) -> None:
         self.put(name, Template(template).substitute(values).encode(), mode)
 
     def pair(self, public: str, private: str, what: str, make: Any, *, replace: bool = False) -> None:
-        """Writes a public and a private part unless both are there; the private one first, so that no public one lacks it."""
-        there = (self._folder / public).exists() and (self._folder / private).exists()
-        if there and not (self._new_keys or replace):
+        """Writes a public and a private part unless both are there and belong together; the private one first."""
+        there = self.has(public) and self.has(private)
+        if there and not (self._new_keys or replace) and is_pair(self.read(public), self.read(private)):
             self._lines.append(f"kept: {what} ({private})")
             return
         shown, secret = make()

@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -202,7 +203,10 @@ def tail(log: Path, lines: int = 5) -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Neither Ctrl-C nor SIGTERM breaks the block off."""
+    """Neither Ctrl-C nor SIGTERM breaks the block off. Outside the main thread, which alone gets signals, there is nothing to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

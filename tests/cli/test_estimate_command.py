@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_a_calibration_is_kept_and_measured_anew_when_asked(tmp_path):
     (kept,) = (tmp_path / "fedsim" / "calibration").iterdir()
     kept.write_text(kept.read_text().replace('"source": "', '"source": "kept: '))
     assert calibrated(settled, method, spec, 20).source == f"kept: {first.source}"
+    others = [
+        (settled, adapter_spec(layer_shapes(config.model, ["q_proj"]), method.form, 4, 1, 1.0)),
+        (settled, replace(spec, scaling=2.0)),
+        (replace(settled, evaluation=replace(settled.evaluation, max_new_tokens=7)), spec),
+    ]
+    for other, of_other in others:
+        assert not calibrated(other, method, of_other, 20).source.startswith("kept"), "it measures something else"
     assert not calibrated(settled, method, spec, 20, again=True).source.startswith("kept")
 
 

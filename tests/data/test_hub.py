@@ -113,19 +113,24 @@ def test_a_missing_file_is_one_clear_line_and_leaves_nothing(site):
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
 
 
-def test_a_file_that_breaks_off_is_not_kept():
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n[{}]", r"the connection closed 996 bytes too early"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\n[{}]\r\n9\r\n[", r"IncompleteRead\(4 bytes read"),
+        (b"nothing that HTTP knows\r\n\r\n", r"nothing that HTTP knows"),
+    ],
+)
+def test_a_file_that_breaks_off_is_not_kept(answer, told):
     class Short(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b"[{}]")
+            self.wfile.write(answer)
 
         def log_message(self, *args):
             pass
 
     server, address = serve(Short)
-    with pytest.raises(UserError, match=r"the connection closed 996 bytes too early"):
+    with pytest.raises(UserError, match=told):
         list(Address(f"{address}/a.json").rows("train"))
     server.shutdown()
     server.server_close()

@@ -4,16 +4,20 @@ import shutil
 import stat
 import subprocess
 import tomllib
+from itertools import count
 from pathlib import Path
 
 import pytest
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from clients.owner import load_owner
 from fedsim.cli.calling import QUIET
 from fedsim.cli.main import main
 from fedsim.deploy.folder import Federation, init, load
 from fedsim.errors import UserError
+from fedsim.files import atomic_write
 
 FEDERATION = Federation("trial", 2, ("server.example",))
 
@@ -91,6 +95,34 @@ def test_new_keys_are_made_when_asked_for_and_only_then(folder):
     lines = init(folder, FEDERATION, new_keys=True)
     assert all(line.startswith("replaced") for line in lines)
     assert all(content != before[name] for name, content in secrets(folder).items())
+
+
+@pytest.mark.parametrize("after", range(7))
+def test_new_keys_that_were_broken_off_are_made_whole_by_the_next_call(folder, after, monkeypatch):
+    """After `after` files, each of which is written whole."""
+    written = count()
+    with monkeypatch.context() as broken:
+
+        def write(*arguments, **options):
+            if next(written) == after:
+                raise KeyboardInterrupt
+            atomic_write(*arguments, **options)
+
+        broken.setattr("fedsim.deploy.folder.atomic_write", write)
+        with pytest.raises(KeyboardInterrupt):
+            init(folder, load(folder), new_keys=True)
+    init(folder, load(folder))
+    ca, server = (folder / "ca/ca.crt").read_bytes(), (folder / "server/server.crt").read_bytes()
+    x509.load_pem_x509_certificate(server).verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
+    pairs = {"ca/ca.key": ca, "server/server.key": server}
+    for name, certificate in pairs.items():
+        key = serialization.load_pem_private_key((folder / name).read_bytes(), None)
+        assert x509.load_pem_x509_certificate(certificate).public_key() == key.public_key(), name
+    for home in (folder / "clients").iterdir():
+        assert (home / "ca.crt").read_bytes() == ca
+        public = serialization.load_ssh_public_key((folder / f"server/keys/{home.name}.pub").read_bytes())
+        assert serialization.load_ssh_private_key((home / "key").read_bytes(), None).public_key() == public
+    assert all(line.startswith("kept") for line in init(folder, load(folder)))
 
 
 def test_what_is_not_said_anew_stays_as_it_was(folder, capsys):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import psutil
@@ -90,6 +91,27 @@ def test_a_federation_that_cannot_begin_leaves_no_folder_with_keys(tmp_path, mon
     with pytest.raises(KeyboardInterrupt), local_federation(2):
         pytest.fail("it must not begin")
     assert list(tmp_path.iterdir()) == []
+    assert os.environ["FLWR_HOME"] == "mine"
+
+
+def test_a_federation_of_another_thread_ends_what_it_has_started_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(Local, "start_superlink", lambda self: self.start("superlink", script(tmp_path, "exec sleep 100")))
+    monkeypatch.setattr(Local, "register", lambda self: None)
+    monkeypatch.setenv("FLWR_HOME", "mine")
+    started, raised = [], []
+
+    def trial():
+        try:
+            with local_federation(0, tmp_path / "federation") as local:
+                started.append(local.processes["superlink"])
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=trial)
+    thread.start()
+    thread.join()
+    assert raised == []
+    assert started[0].returncode is not None
     assert os.environ["FLWR_HOME"] == "mine"
 
 
