@@ -8,6 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+LOCK, SUMMARY = "run.lock", "summary.json"
+"""Files of a run folder: the first is there as soon as somebody has taken it, the second once the run has finished."""
+
 TEMPORARY = ".*.fedsim-tmp"
 """Pattern of the names that a killed `atomic_write` may leave behind."""
 

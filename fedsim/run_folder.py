@@ -26,19 +26,17 @@ from fedsim.checkpoints import NO_BASES, Bases, Checkpoint, DamagedError, Store
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import EventLog, cut_events, read_events
-from fedsim.files import TEMPORARY, atomic_write, atomic_write_json, dated_folders
+from fedsim.files import LOCK, SUMMARY, TEMPORARY, atomic_write, atomic_write_json, dated_folders
 from fedsim.journal import Head, Journal, lines_after
 from fedsim.manifest import manifest
 from fedsim.plain import to_dict, with_a_result
 from fedsim.report import PICTURES
 
-LOCK = "run.lock"
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 EVENTS = "events.jsonl"
 JOURNAL = "journal.jsonl"
 CHECKPOINTS = "checkpoints"
-SUMMARY = "summary.json"
 NOISE_KEY = "noise.key"
 CONTENTS = (
     *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY, NOISE_KEY),
@@ -270,6 +268,18 @@ def check(config: Config) -> None:
     if (folder / LOCK).exists():
         os.close(_lock_of(folder))  # or says who has it
     _refuse_unfit(folder, _stage(folder), config)
+
+
+def remove(folder: Path) -> None:
+    """Removes a run, and its folder if nothing else lies there. Raises UserError where a process is in it."""
+    lock = _lock_of(folder)
+    try:
+        _clear(folder)
+        (folder / LOCK).unlink()
+        with suppress(OSError):  # somebody has put something there
+            folder.rmdir()
+    finally:
+        os.close(lock)
 
 
 def _refuse_unfit(folder: Path, stage: _Stage, config: Config) -> None:

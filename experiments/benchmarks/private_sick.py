@@ -21,7 +21,7 @@ from fedsim.cli.compose import compose
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.experiment import run
-from fedsim.files import atomic_write, atomic_write_json
+from fedsim.files import LOCK, atomic_write, atomic_write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EPSILONS, SEEDS = (1.0, 3.0, 8.0, None), (0, 1, 2)
@@ -67,7 +67,7 @@ class Job:
         """What is run."""
         private = _FREE if self.epsilon is None else [f"privacy.epsilon={self.epsilon}"]
         words = ["experiment=private_sick", f"data.path={data}", *private, *ROWS[self.row], f"seed={self.seed}", f"run_dir={folder}"]
-        return replace(compose(words), resume=(folder / "run.lock").exists())
+        return replace(compose(words), resume=(folder / LOCK).exists())
 
 
 def jobs() -> Iterator[Job]:

@@ -35,10 +35,10 @@ from fedsim.config import Config
 from fedsim.config_check import check
 from fedsim.errors import RunStopped, UserError
 from fedsim.events import read_events
-from fedsim.files import atomic_write, atomic_write_json, dated_folders
+from fedsim.files import LOCK, SUMMARY, atomic_write, atomic_write_json, dated_folders
 from fedsim.plain import to_dict, with_a_result
 
-SWEEP, PICTURE, SUMMARY, LOCK = "sweep.json", "comparison.png", "summary.json", "run.lock"
+SWEEP, PICTURE = "sweep.json", "comparison.png"
 
 
 @dataclass
@@ -76,6 +76,8 @@ def sweep(overrides: list[str]) -> int:
         _place(jobs, folder, options)
         _refuse_occupied(folder, jobs, options)
         folder.mkdir(parents=True, exist_ok=True)
+        if not options.resume:
+            _remove_former(folder, jobs)
         _save(folder, jobs)
         code = _launch(master, jobs, folder)
     _save(folder, jobs)
@@ -157,6 +159,17 @@ def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
         raise UserError(f"Expected a free folder, but {folder} holds a sweep. Add resume=true or overwrite=true, or give another run_dir=.")
     elif not begun and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"Expected {folder} to be a sweep, empty or missing, but it holds something else. Give another run_dir=.")
+
+
+def _remove_former(folder: Path, jobs: list[Job]) -> None:
+    """Removes the runs of a sweep that is overwritten, as far as no job takes their place; whatever else lies there stays."""
+    from fedsim.run_folder import remove
+
+    former = json.loads((folder / SWEEP).read_bytes())["jobs"] if (folder / SWEEP).is_file() else []
+    for name in sorted({job["folder"] for job in former} - {job.folder.name for job in jobs}):
+        if (folder / name / LOCK).is_file():
+            remove(folder / name)
+        (folder / f"{name}.log").unlink(missing_ok=True)
 
 
 def _launch(master: DictConfig, jobs: list[Job], folder: Path) -> int:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from fedsim.checkpoints import DamagedError, load, saved
 from fedsim.errors import UserError
+from fedsim.files import SUMMARY
 from fedsim.journal import Head, Verdict, verified
-from fedsim.run_folder import CHECKPOINTS, JOURNAL, SUMMARY
+from fedsim.run_folder import CHECKPOINTS, JOURNAL
 
 
 def verify(folder: Path) -> Verdict:

@@ -143,6 +143,17 @@ def test_a_sweep_is_not_overwritten_unless_asked(runs, capsys):
     assert [config.overwrite for config in runs.configs] == [False, False, True, True]
 
 
+def test_a_sweep_that_is_overwritten_leaves_none_of_its_runs_and_nothing_that_is_not_its_own_goes(runs):
+    main(["run", "-m", "seed=0,1,2", "run_dir=all"])
+    (Path("all/2-seed=2") / "notes.txt").write_text("mine")
+    Path("all/1-seed=1.log").write_text("told")
+    assert main(["run", "-m", "adapter.rank=4,8", "run_dir=all", "overwrite=true"]) == 0
+    folders = sorted(path.name for path in Path("all").iterdir() if path.is_dir())
+    assert folders == ["0-adapter.rank=4", "1-adapter.rank=8", "2-seed=2"]
+    assert [path.name for path in Path("all/2-seed=2").iterdir()] == ["notes.txt"]
+    assert not list(Path("all").glob("*.log"))
+
+
 def test_an_overwritten_result_is_not_taken_for_a_new_one(runs):
     words = ["run", "-m", "seed=0,1", "run_dir=all"]
     main(words)
