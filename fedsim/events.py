@@ -49,14 +49,14 @@ class EventLog:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the events of a log, none if it does not exist; a torn line is left out."""
+    """Yields the events of a log, none if it does not exist; a torn last line is left out. Raises ValueError for any other damage."""
     if path.exists():
         with open(path, "rb") as file:
-            yield from (event for line in file if (event := _event(line)) is not None)
+            yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
 
 def cut_events(path: Path, size: int, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keeps the first `size` bytes of a log and, of the whole lines after them, those that `keep` wants. Atomic."""
+    """Keeps the first `size` bytes of a log and, of the whole lines after them, those that `keep` wants; no torn one. Atomic."""
     content = path.read_bytes()
     lines = content[size:].splitlines(keepends=True)
     atomic_write(path, content[:size] + b"".join(line for line in lines if (event := _event(line)) is not None and keep(event)))
