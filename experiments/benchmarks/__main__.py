@@ -28,7 +28,7 @@ from experiments.benchmarks import (
     training,
     whole_run,
 )
-from experiments.benchmarks.processes import QUIET
+from experiments.benchmarks.processes import OFFLINE
 from experiments.benchmarks.suite import Section, Settings, measured
 from fedsim.manifest import manifest
 from fedsim.memory import keep_freed_memory
@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     if options.out and (options.out.suffix != ".json" or options.out.is_dir()):
         parser.error(f"--out: expected the name of a .json file, got {options.out}")
-    os.environ.update({**QUIET, **os.environ})
+    os.environ.update({**OFFLINE, **os.environ})
     keep_freed_memory()  # as a session of fedsim does; plain torch, peft and Opacus in this process have it too
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     settings = Settings.of(options.quick, options.device, tuple(options.model.split(",")) if options.model else ())

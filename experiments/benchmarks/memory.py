@@ -3,17 +3,23 @@
 from typing import Any
 
 import torch
+from flwr.app import Message
 
 from experiments.benchmarks import workloads
 from experiments.benchmarks.processes import answer, asked, call
+from experiments.benchmarks.runs import BRIEF, carried_out
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from experiments.benchmarks.timing import interleaved, medians, ratio
 from experiments.benchmarks.workloads import Workload
+from fedsim.cli.compose import compose
 from fedsim.config import MethodConfig
 from fedsim.core.adapters import factors
 from fedsim.core.collecting import Collector
+from fedsim.experiment import in_process
+from fedsim.flower.grid import WatchedGrid
 from fedsim.memory import keep_freed_memory, resident_bytes
 
+ROUNDS, EARLY, LATE = "rounds of a tenth of 1,000 clients", 4, 20
 PER_CLIENT_COPIES = 4
 """float32 numbers that a client adds for each of its parameters: R, its gradient and two moments of AdamW."""
 
@@ -24,6 +30,7 @@ def cases(settings: Settings) -> list[Case]:
     sizes = (25, 250)
     return [
         *({"what": "a cohort in one process", "clients": clients} for clients in counts),
+        {"what": ROUNDS, "clients": 100},
         *({"what": "averaging of uploads", "clients": clients} for clients in sizes),
     ]
 
@@ -32,7 +39,21 @@ def measure(case: Case, settings: Settings) -> Found:
     """Measures one row."""
     if case["what"] == "averaging of uploads":
         return _averaging(case["clients"], settings)
-    return call("experiments.benchmarks.memory", {"clients": case["clients"], "threads": torch.get_num_threads()})
+    return call("experiments.benchmarks.memory", {**case, "threads": torch.get_num_threads()})
+
+
+def rounds_in_this_process(clients: int) -> dict[str, Any]:
+    """Trains that many of a thousand clients in each round, others every time, and returns the memory after two of the rounds, in MB."""
+    sizes = ("federation.clients=1000", f"federation.fraction={clients / 1000}", f"federation.rounds={LATE}")
+    config = compose([*BRIEF, *sizes, "adapter.init=orthogonal", "training.local_steps=1", "training.batch_size=1"])
+    resident: dict[str, int] = {}
+
+    def look(reply: Message) -> None:
+        resident[reply.metadata.group_id] = resident_bytes()
+
+    carried_out(config, lambda config: in_process(config, quiet=True, watch=lambda grid: WatchedGrid(grid, look)))
+    early, late = (resident[str(number)] / 1e6 for number in (EARLY, LATE))
+    return {"early_mb": early, "late_mb": late, "ratio": late / early}
 
 
 def train_in_this_process(clients: int) -> dict[str, Any]:
@@ -77,10 +98,9 @@ def _averaging(clients: int, settings: Settings) -> Found:
 SECTION = Section(
     "d",
     "Memory and averaging",
-    "Resident memory of one process in MB after loading and at its peak, the embedded model at rank 64, two steps of one "
-    "sequence of 64 tokens "
-    "for each client. *own*: four float32 copies of each client's R (R, gradient, two moments); *besides*: "
-    "the peak without them. GB/s: the server's streaming mean in "
+    "Resident memory of one process in MB after loading and at its peak, the embedded model at rank 64, two steps of one sequence of 64 "
+    "tokens for each client. *own*: four float32 copies of each client's R (R, gradient, two moments); *besides*: the peak without them. "
+    "*round*: resident memory after that round of a run whose clients take one step of one sequence. GB/s: the server's streaming mean in "
     "float64 over uploads of 458 kB, beside a plain copy of the same bytes.",
     (
         Column("", "what"),
@@ -89,6 +109,8 @@ SECTION = Section(
         Column("peak", "peak_mb", "{:,.0f}"),
         Column("own", "own_mb", "{:,.0f}"),
         Column("besides", "besides_mb", "{:,.0f}"),
+        Column(f"round {EARLY}", "early_mb", "{:,.0f}"),
+        Column(f"round {LATE}", "late_mb", "{:,.0f}"),
         Column("GB/s averaged", "average", "{:.1f}"),
         Column("GB/s copied", "copy", "{:.1f}"),
         Column("x", "ratio", "{:.2f}"),
@@ -100,4 +122,5 @@ SECTION = Section(
 if __name__ == "__main__":
     given = asked()
     torch.set_num_threads(given["threads"])
-    answer(train_in_this_process(given["clients"]))
+    measured = rounds_in_this_process if given["what"] == ROUNDS else train_in_this_process
+    answer(measured(given["clients"]))

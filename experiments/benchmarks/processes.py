@@ -9,16 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.suite import SkippedError
+from fedsim.cli.calling import QUIET
 
 ROOT = Path(__file__).parents[2]
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
+OFFLINE = {**QUIET, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "HF_HUB_OFFLINE": "1"}
 MARK = "RESULT "
 
 
@@ -42,7 +36,7 @@ def call(module: str, arguments: dict[str, Any], *, timeout: float = 600.0, envi
         text=True,
         timeout=timeout,
         cwd=ROOT,
-        env={**os.environ, **QUIET, **given, "PYTHONPATH": path},
+        env={**os.environ, **OFFLINE, **given, "PYTHONPATH": path},
     )
     for line in reversed(done.stdout.splitlines()):
         if line.startswith(MARK):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-KERNEL_BYTES = 300_000_000
-"""About what oneDNN keeps in a whole run: half a megabyte for each shape of a matrix and each number of tokens (`training/padding.py`)."""
+KERNEL_BYTES = 100_000_000
+"""About what oneDNN keeps: kernels of the shapes and numbers of tokens that were met last, as many as `fedsim/__init__.py` says."""
 
 
 def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """How wide the rows of a pass are padded: to few numbers of tokens, because each number has kernels of its own.
 
-oneDNN compiles a product for every number of tokens that it meets (a millisecond, and half a megabyte that stays), and the tensor cores of
-a GPU like multiples of eight.
+oneDNN compiles a product for every number of tokens that it meets (a millisecond, and half a megabyte as long as it is kept), and the
+tensor cores of a GPU like multiples of eight.
 """
 
 from typing import TypeVar
