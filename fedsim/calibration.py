@@ -22,7 +22,7 @@ from fedsim.core.adapters import adapt, install
 from fedsim.core.adapters import factors as installed
 from fedsim.core.collecting import WeightedMean
 from fedsim.core.estimate import Calibration, ModelShape, chain_parameters, forward_flops, training_flops
-from fedsim.core.forms import RAVAN, AdapterSpec
+from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import from_seed, lora, truncated_svd
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size
@@ -110,8 +110,7 @@ def _direct(config: Config, method: Method, shape: ModelShape, tokens: int) -> C
     kernels = gemm.KERNEL_BYTES if gemm.is_for_onednn(DTYPES[config.model.dtype], device(config.model)) else 0
     process = resident_bytes() + kernels
     model = random_model(config.model, device(config.model))
-    heads = config.method.heads if method.form is RAVAN else 1
-    spec = adapt(model, method.form, config.adapter.rank, heads, config.adapter.scaling, config.adapter.target_modules)
+    spec = adapt(model, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling, config.adapter.target_modules)
     factors = lora(spec, {}, 0) if spec.kinds == ("B", "A") else from_seed(spec, {}, 0) if "R" in spec.kinds or "H" in spec.kinds else {}
     install(model, {name: tensor.to(device(config.model)) for name, tensor in factors.items()})
     flops, pass_seconds, client_seconds = _training_rates(config, method, shape, spec, model, tokens)

@@ -80,9 +80,9 @@ class Session:
         if classes and config.audit.canaries:
             raise UserError("audit.canaries: a canary is a text that is answered, and this data is classified; audit other data.")
         self.model, self.tokenizer = load_model(config.model, classes, activation_checkpointing=checkpointing)
-        adapter, heads = config.adapter, config.method.heads if self.method.form is RAVAN else 1
+        adapter = config.adapter
         head = head_paths(self.model) if classes else []
-        self.spec = adapt(self.model, self.method.form, adapter.rank, heads, adapter.scaling, adapter.target_modules, head)
+        self.spec = adapt(self.model, self.method.form, adapter.rank, config.method.heads, adapter.scaling, adapter.target_modules, head)
         self.gradient_parts = parts_of(config, self.spec)  # what is sent of initial gradients
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
         self.budget = TokenBudget.of(config.training, self.model)

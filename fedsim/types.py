@@ -88,6 +88,11 @@ class _Encoded:
         """Length of the whole sequence."""
         return len(self.input_ids)
 
+    @property
+    def width(self) -> int:
+        """Positions that a pass of this example alone has, padding included."""
+        return self.num_tokens
+
 
 def _tokens(ids: npt.ArrayLike) -> Tokens:
     """Returns a read-only view of an array, or a read-only array of any other sequence."""
@@ -122,6 +127,11 @@ class EncodedPair(_Encoded):
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_ids", _tokens(self.input_ids))
         object.__setattr__(self, "segments", _tokens(self.segments))
+
+    @property
+    def width(self) -> int:
+        """Two texts that are read apart are two rows as long as the longer one."""
+        return 2 * max(self.split, self.num_tokens - self.split) if self.split else self.num_tokens
 
 
 AnyEncoded = EncodedExample | EncodedPair

@@ -23,7 +23,7 @@ class Condition:
 
 
 CONDITIONS = (
-    Condition(("method.residual",), "method=fedex_lora or flora", lambda _, method: method.name in ("fedex_lora", "flora")),
+    Condition(("method.residual",), "method=fedex_lora or flora", lambda _, method: method.folds),
     Condition(("method.heads",), "method=ravan", lambda _, method: method.form is RAVAN),
     Condition(("adapter.rank", "adapter.scaling"), "a method with adapters", lambda _, method: method.form.low_rank),
     Condition(("adapter.init_samples",), "an initialisation from gradients", lambda config, _: config.adapter.init in FROM_GRADIENTS),

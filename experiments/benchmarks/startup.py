@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.benchmarks.processes import ROOT, answer, asked, call
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 
-HELP, STEP, STEP_SEEDED = "fedsim --help", "first step", "first step, bases from a seed"
+HELP, STEP, STEP_SEEDED = "fedsim run --help", "first step", "first step, bases from a seed"
 EXAMPLES = 40_000
 MADE, FIRST, KEPT = (f"tokens of {EXAMPLES:,} examples, {how}" for how in ("without a file", "made and kept", "from the file"))
 
@@ -32,7 +32,7 @@ def measure(case: Case, settings: Settings) -> Found:
 
 def _help() -> float:
     begun = time.perf_counter()
-    program = "import sys; from fedsim.cli.main import main; sys.exit(main(['--help']))"
+    program = "import sys; from fedsim.cli.main import main; sys.exit(main(['run', '--help']))"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=ROOT)
     assert b"fedsim run" in done.stdout
     return time.perf_counter() - begun

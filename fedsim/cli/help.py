@@ -2,65 +2,147 @@
 
 import shutil
 import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from fedsim.cli.groups import default_choices, groups
 from fedsim.cli.options import Option, options, plain
 from fedsim.errors import UserError, nearest
 
+
+@dataclass(frozen=True)
+class Verb:
+    """What comes first on the command line: what it does, how it is called, its flags, and examples."""
+
+    meaning: str
+    usage: str
+    flags: dict[str, str] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+
+
+_JSON = {"--json": "print JSON in place of tables"}
+_TOPIC = {"--help, -h": "this help; with the name of a group, that group only: fedsim run --help training"}
 VERBS = {
-    "run": "fine-tune and evaluate: fedsim run [option=value ...]",
-    "data": "show who holds what, without training: fedsim data [option=value ...]",
-    "cost": "compare what methods send, without weights or data: fedsim cost [option=value,... ...] [--json | --csv]",
-    "estimate": "estimate time, memory and bytes: fedsim estimate [option=value ...] [--json]\n"
-    "                 [--tokens=N, of an example] [--megabits=N, of a client's line] [--again, to measure this machine anew]",
-    "privacy": "compute noise and epsilon, without training: fedsim privacy privacy=example [option=value ...] [--json]",
-    "deploy": "a real federation: fedsim deploy init DIR | register DIR | status [DIR] | up --local N [option=value ...]",
-    "worker": "what works for one client: fedsim worker client.yaml [--stop]",
-    "audit": "run with canaries in the data and prove what leaks: fedsim audit [option=value ...] [--json]",
-    "verify": "check the audit log of a run: fedsim verify RUN_FOLDER",
-    "help": "show this help, or that of one part: fedsim help run training",
+    "run": Verb(
+        "fine-tune and evaluate",
+        "fedsim run [--multirun] [--cfg] [option=value | group=choice ...]",
+        {
+            "--multirun, -m": "run every combination of comma-separated values, each in a run folder of its own",
+            "--cfg": "print the whole configuration as YAML and stop",
+            **_TOPIC,
+        },
+        (
+            "fedsim run                                              25 clients, Fed-SB, everything embedded",
+            "fedsim run method=centralized federation.rounds=2       the same data in one place",
+            "fedsim run model.path=my/model data=gsm8k data.path=my/folder run_dir=runs/mine",
+            "fedsim run data=instructions data.path=mine.jsonl federation.partition=natural data.client_column=user federation.clients=6",
+            "fedsim run run_dir=runs/mine resume=true                go on after an interruption",
+            "fedsim run --multirun seed=0,1 adapter.rank=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2",
+            "fedsim run experiment=arithmetic_mistral_7b --cfg       look at a preset",
+        ),
+    ),
+    "data": Verb(
+        "show who holds what, without training",
+        "fedsim data [option=value ...]",
+        {},
+        ("fedsim data federation.partition=dirichlet federation.alpha=0.1",),
+    ),
+    "cost": Verb(
+        "compare what methods send, without weights or data",
+        "fedsim cost [option=value,... ...] [--json | --csv]",
+        {**_JSON, "--csv": "print comma-separated values in place of tables"},
+        ("fedsim cost model=mistral_7b method=fed_sb,fedit,flora  what they would send; commas in any option make rows",),
+    ),
+    "estimate": Verb(
+        "estimate time, memory and bytes",
+        "fedsim estimate [option=value ...] [--json] [--tokens=N] [--megabits=N] [--again]",
+        {
+            **_JSON,
+            "--tokens=N": "tokens of an example, where the data is not here",
+            "--megabits=N": "megabits a second of a client's connection",
+            "--again": "measure this machine anew",
+        },
+        ("fedsim estimate model=mistral_7b federation.clients=100 how long a run takes on this machine, and what memory",),
+    ),
+    "privacy": Verb(
+        "compute noise and epsilon, without training",
+        "fedsim privacy privacy=example | privacy=client [option=value ...] [--json]",
+        _JSON,
+        ("fedsim privacy privacy=example privacy.epsilon=2",),
+    ),
+    "audit": Verb(
+        "run with canaries in the data and prove what leaks",
+        "fedsim audit [option=value ...] [--json]",
+        _JSON,
+        ("fedsim audit experiment=audit privacy.epsilon=2         a lower bound on epsilon beside the claimed one",),
+    ),
+    "verify": Verb("check the audit log of a run", "fedsim verify RUN_FOLDER", {}, ("fedsim verify runs/mine",)),
+    "deploy": Verb(
+        "a federation of several machines", "fedsim deploy init DIR | register DIR | status [DIR] | up --local N [option=value ...]"
+    ),
+    "worker": Verb(
+        "what works for one client of a federation",
+        "fedsim worker client.yaml [--stop]",
+        {"--stop": "end the worker that runs for this file"},
+        ("fedsim worker clients/client-0/client.yaml",),
+    ),
+    "help": Verb("show this help, that of a verb, or a group's", "fedsim help [VERB | run GROUP]", {}, ("fedsim help run training",)),
 }
-
-_RUN = """\
-fedsim run [--multirun] [--cfg] [option=value | group=choice ...]
-
-  --multirun, -m   run every combination of comma-separated values, each in a run folder of its own
-  --cfg            print the whole configuration as YAML and stop
-  --help, -h       this help; with the name of a group, that group only: fedsim run --help training
-"""
-
-_EXAMPLES = """\
-Examples
-  fedsim run                                              25 clients, Fed-SB, everything embedded
-  fedsim run method=centralized federation.rounds=2       the same data in one place
-  fedsim run model.path=my/model data=gsm8k data.path=my/folder run_dir=runs/mine
-  fedsim run data=instructions data.path=mine.jsonl federation.partition=natural data.client_column=user federation.clients=6
-  fedsim run run_dir=runs/mine resume=true                go on after an interruption
-  fedsim run --multirun seed=0,1 adapter.rank=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2
-  fedsim run experiment=arithmetic_mistral_7b --cfg       look at a preset
-  fedsim cost model=mistral_7b method=fed_sb,fedit,flora  what they would send; commas in any option make rows
-  fedsim audit experiment=audit privacy.epsilon=2         a lower bound on epsilon beside the claimed one
-  fedsim estimate model=mistral_7b federation.clients=100 how long a run takes on this machine, and what memory
-  fedsim data federation.partition=dirichlet federation.alpha=0.1
-"""
+WITH_OPTIONS = ("data", "cost", "estimate", "privacy", "audit")
+"""Verbs that take the options of `run`."""
 
 
 def overview() -> str:
-    """Returns the help of the whole program."""
-    verbs = "\n".join(f"  {verb:<8} {meaning}" for verb, meaning in VERBS.items())
-    return f"fedsim: federated fine-tuning of language models\n\nVerbs\n{verbs}\n\n{run_help()}"
+    """Returns the help of the whole program: its verbs, and where more is told."""
+    verbs = "\n".join(f"  {name:<9} {verb.meaning}" for name, verb in VERBS.items())
+    topics = textwrap.fill(", ".join(topics_of_run()), 100, initial_indent="  ", subsequent_indent="  ")
+    return (
+        f"fedsim: federated fine-tuning of language models\n\nVerbs (fedsim VERB --help tells more of one)\n{verbs}\n\n"
+        f"{_examples(example for verb in VERBS.values() for example in verb.examples)}\n"
+        f"Groups of options (fedsim help run GROUP shows one, fedsim help run all of them)\n{topics}\n"
+    )
+
+
+def verb_help(name: str) -> str:
+    """Returns the help of one verb."""
+    verb = VERBS[name]
+    if name == "run":
+        return run_help()
+    parts = [f"{verb.usage}\n  {verb.meaning}\n", _flags(verb), _examples(verb.examples) if verb.examples else ""]
+    if name in WITH_OPTIONS:
+        parts.append("Options and groups are those of fedsim run: fedsim help run shows all, fedsim help run training one group.\n")
+    return "\n".join(filter(None, parts))
+
+
+def topics_of_run() -> list[str]:
+    """Returns the names of all groups and sections of options."""
+    return list(dict.fromkeys([*groups(), *_by_section()]))
+
+
+def _flags(verb: Verb) -> str:
+    return "".join(f"  {flag:<16} {meaning}\n" for flag, meaning in verb.flags.items())
+
+
+def _examples(examples: Iterable[str]) -> str:
+    return "Examples\n" + "".join(f"  {example}\n" for example in examples)
 
 
 def run_help(topic: str | None = None) -> str:
     """Returns the help of `fedsim run`, or of one group or section only. Raises UserError if there is no such topic."""
     sections = _by_section()
     if topic is None:
-        parts = [_RUN, "Groups and their choices (* is the default)\n" + "\n".join(map(_group, groups())) + "\n", _EXAMPLES]
-        parts.insert(2, "Options with their defaults\n" + "\n".join(_section(found) for found in sections.values()) + "\n")
-        return "\n".join(parts)
-    if topic not in groups() and topic not in sections:
-        topics = list(dict.fromkeys([*groups(), *sections]))
-        raise UserError(f"Expected one of {', '.join(topics)} after --help, got {topic!r}.{nearest(topic, topics)}")
+        run = VERBS["run"]
+        return "\n".join(
+            [
+                f"{run.usage}\n",
+                _flags(run),
+                "Groups and their choices (* is the default)\n" + "\n".join(map(_group, groups())) + "\n",
+                "Options with their defaults\n" + "\n".join(_section(found) for found in sections.values()) + "\n",
+                _examples(run.examples),
+            ]
+        )
+    if topic not in topics_of_run():
+        raise UserError(f"Expected one of {', '.join(topics_of_run())} after --help, got {topic!r}.{nearest(topic, topics_of_run())}")
     parts = [_group(topic)] if topic in groups() else []
     return "\n".join(parts + ([_section(sections[topic])] if topic in sections else [])) + "\n"
 

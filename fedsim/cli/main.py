@@ -48,13 +48,11 @@ def _exit_code(words: list[str]) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    from fedsim.cli.help import VERBS
-
     verb, rest = (words[0], words[1:]) if words else ("help", [])
     if verb == "--version":
         print(f"fedsim {fedsim.__version__}")
     elif verb in _HELP or verb == "help" or any(word in _HELP for word in rest):
-        _help(verb, [word for word in rest if word not in _HELP])
+        _help(words)
     elif verb == "run":
         return _run(rest)
     elif verb == "data":
@@ -78,27 +76,40 @@ def _dispatch(words: list[str]) -> int:
     elif verb == "estimate":
         return _estimate(rest)
     else:
-        raise UserError(f"Unknown verb {verb!r}: expected one of {', '.join(VERBS)}.{nearest(verb, list(VERBS))} All verbs: fedsim --help")
+        raise _unknown(verb)
     return 0
 
 
-def _help(verb: str, rest: list[str]) -> None:
-    from fedsim.cli.help import VERBS, overview, run_help
+def _help(words: list[str]) -> None:
+    """Prints the help of the program, of a verb, or of a group of options, whichever the words name."""
+    from fedsim.cli.help import VERBS, overview, run_help, topics_of_run, verb_help
 
-    if "deploy" in (verb, *rest):
+    words = [word for word in words if word not in _HELP]
+    words = words[1:] if words[:1] == ["help"] else words
+    verb, rest = (words[0], words[1:]) if words else ("help", [])
+    topics = [word for word in rest if "=" not in word and not word.startswith("-")]
+    if verb == "deploy":
         from fedsim.cli.deploy import usage
 
         print(usage(), end="")
-        return
-    words = [verb, *rest]
-    of_run = words[words.index("run") + 1 :] if "run" in words else []  # some groups of options are called like a verb
-    topics = [word for word in rest if (word not in VERBS or word in of_run) and "=" not in word and not word.startswith("-")]
-    about_run = verb in ("run", "data") or rest != topics
-    print(run_help(topics[0] if topics else None) if about_run or topics else overview(), end="")
+    elif verb == "help":
+        print(overview(), end="")
+    elif verb in VERBS:
+        print(run_help(topics[0]) if topics else verb_help(verb), end="")
+    elif verb in topics_of_run():
+        print(run_help(verb), end="")
+    else:
+        raise _unknown(verb)
+
+
+def _unknown(verb: str) -> UserError:
+    from fedsim.cli.help import VERBS
+
+    return UserError(f"Unknown verb {verb!r}: expected one of {', '.join(VERBS)}.{nearest(verb, list(VERBS))} All verbs: fedsim --help")
 
 
 def _run(words: list[str]) -> int:
-    flags, overrides = _split(words, _MULTIRUN + _CFG)
+    flags, overrides = _split("run", words, _MULTIRUN + _CFG)
     from fedsim.cli.sweep import is_sweep, sweep
 
     show = any(flag in _CFG for flag in flags)
@@ -129,7 +140,7 @@ def _run(words: list[str]) -> int:
 
 
 def _data(words: list[str]) -> int:
-    _, overrides = _split(words, ())
+    _, overrides = _split("data", words, ())
     config = _composed(overrides)
     from fedsim.cli.holdings import holdings_of
     from fedsim.report import holdings_table
@@ -142,7 +153,7 @@ def _data(words: list[str]) -> int:
 
 
 def _privacy(words: list[str]) -> int:
-    flags, overrides = _split(words, ("--json",))
+    flags, overrides = _split("privacy", words, ("--json",))
     config = _composed(overrides)
     from fedsim.cli.privacy import privacy_of, privacy_table
 
@@ -153,7 +164,7 @@ def _privacy(words: list[str]) -> int:
 
 def _audit(words: list[str]) -> int:
     """An audit that refutes the claim has failed, as a test does."""
-    flags, overrides = _split(words, ("--json",))
+    flags, overrides = _split("audit", words, ("--json",))
     config = _composed(overrides)
     from fedsim.cli.audit import audit_table, audited
     from fedsim.files import finite
@@ -164,7 +175,7 @@ def _audit(words: list[str]) -> int:
 
 
 def _verify(words: list[str]) -> int:
-    _, folders = _split(words, ())
+    _, folders = _split("verify", words, ())
     if len(folders) != 1:
         raise UserError(f"Expected one run folder, got {len(folders)}. Write fedsim verify RUN_FOLDER.")
     from pathlib import Path
@@ -177,7 +188,7 @@ def _verify(words: list[str]) -> int:
 
 
 def _cost(words: list[str]) -> int:
-    flags, overrides = _split(words, ("--json", "--csv"))
+    flags, overrides = _split("cost", words, ("--json", "--csv"))
     if len(set(flags)) > 1:
         raise UserError("Expected --json or --csv, got both. Choose one.")
     from fedsim.cli.cost import cost_table, costs, csv_text, left_out_notes, plain_rows
@@ -194,7 +205,7 @@ def _cost(words: list[str]) -> int:
 
 def _estimate(words: list[str]) -> int:
     values = [word for word in words if word.startswith("--") and "=" in word]
-    flags, overrides = _split([word for word in words if word not in values], ("--json", "--again"))
+    flags, overrides = _split("estimate", [word for word in words if word not in values], ("--json", "--again"))
     with_value = ("--tokens", "--megabits")
     for flag in with_value:
         if flag in words:
@@ -239,13 +250,13 @@ def _print_configuration(config: "Config") -> None:
     print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
 
 
-def _split(words: list[str], known: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def _split(verb: str, words: list[str], known: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Returns the flags and the overrides, which may be mixed. Raises UserError for an unknown flag."""
     flags = [word for word in words if word.startswith("-")]
     for flag in flags:
         if flag not in known:
             allowed = [*known, *_HELP]
             raise UserError(
-                f"Unknown flag {flag!r}: expected one of {', '.join(allowed)}.{nearest(flag, allowed)} All flags: fedsim run --help"
+                f"Unknown flag {flag!r}: expected one of {', '.join(allowed)}.{nearest(flag, allowed)} All flags: fedsim {verb} --help"
             )
     return flags, [word for word in words if word not in flags]

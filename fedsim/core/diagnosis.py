@@ -24,8 +24,8 @@ def diagnose(method: Method, collector: Collector, collected: Collected, state: 
     """
     found: dict[str, Any] = {"drift": collector.drift(), "effective_rank": _mean_effective_rank(state)}
     if collected.products or collected.clients:
-        missed = state.factors if method.name == "flexlora" else collected.factors
-        found["deviation"] = {layer: _deviation(collected, missed, layer) for layer in collected.spec.layers}
+        average = state.factors if method.products and not method.folds else collected.factors  # the former are made from the updates
+        found["deviation"] = {layer: _deviation(collected, average, layer) for layer in collected.spec.layers}
     elif exact:
         found["deviation"] = {}
     return found

@@ -30,7 +30,7 @@ def server_adds_noise(config: Config) -> bool:
 
 def spares(config: Config, server_round: int) -> list[int]:
     """Returns the clients that a round draws beyond need, in ascending order: `federation.over_selection` of its size, of the others."""
-    count = ceil(config.federation.over_selection * round_size(config.federation.clients, config.federation.fraction))
+    count = count_of(config.federation.over_selection, round_size(config.federation.clients, config.federation.fraction))
     if not count:
         return []
     others = sorted({*range(config.federation.clients)} - {*drawn(config, server_round)})
@@ -41,7 +41,7 @@ def spares(config: Config, server_round: int) -> list[int]:
 def least_replies(config: Config, wanted: int) -> int:
     """Returns how many of the `wanted` clients of a round must be in its result, by `federation.min_replies` and the server's rule."""
     given, server = config.federation.min_replies, config.server
-    least = ceil(given * wanted) if given < 1 else int(given)
+    least = count_of(given, wanted) if given < 1 else int(given)
     return max(least, 2 * server.malicious + 3, server.kept + server.malicious) if server.rule is ServerRule.krum else least
 
 
@@ -51,6 +51,11 @@ def givers(config: Config) -> dict[int, int]:
     if config.adapter.init is Init.gradient_dp:
         return dict.fromkeys(range(clients), 0)
     return share_samples(config.adapter.init_samples, clients, config.seed)
+
+
+def count_of(fraction: float, whole: int) -> int:
+    """Returns the smallest whole number that is at least this fraction; 0.56 of 25 is 14, though their product in floats is above it."""
+    return ceil(fraction * whole - 1e-9)
 
 
 def round_size(clients: int, fraction: float) -> int:

@@ -13,7 +13,6 @@ import hashlib
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -22,6 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedsim.core.participation import count_of
 from fedsim.core.quantization import Integers
 from fedsim.core.secret_sharing import SHARE_BYTES, combine, split
 from fedsim.seeding import numpy_generator
@@ -38,7 +38,7 @@ Graph = dict[int, list[int]]
 
 def fewest_survivors(clients: int, threshold: float) -> int:
     """Returns how many of so many clients must stay to the end, at least two."""
-    return max(2, ceil(threshold * clients - 1e-9))
+    return max(2, count_of(threshold, clients))
 
 
 def complete(graph: Graph, owners: Collection[int], present: Collection[int], threshold: float) -> bool:
@@ -69,7 +69,7 @@ def neighbour_graph(clients: Sequence[int], neighbours: int, seed: int, server_r
     0 takes all; an odd number is made even, because a neighbour is one on both sides.
     """
     count = len(clients)
-    reach = ceil(neighbours / 2)
+    reach = -(-neighbours // 2)
     if neighbours == 0 or 2 * reach >= count - 1:
         return {client: [other for other in clients if other != client] for client in clients}
     ring = [clients[i] for i in numpy_generator(seed, "neighbours", server_round).permutation(count)]

@@ -138,11 +138,11 @@ class Aggregation:
 
 def averages_exactly(config: Config, method: Method) -> bool:
     """Whether a round's global update is the weighted mean of the clients' updates, by construction: with no robust rule, no other step
-    of the server, and no entry that only some of the clients send."""
+    of the server, no entry that only some of the clients send, and nothing that stays at the clients."""
     server, heads = config.server, config.method.heads
     of_some = method.linear and (bool(config.federation.ranks) or (config.method.client_heads or heads) < heads)
     as_it_is = server.rule is ServerRule.mean and server.optimizer == "fedavg" and server.learning_rate == 1
-    return method.exact and as_it_is and not of_some
+    return method.exact and as_it_is and not of_some and not method.personal
 
 
 def _server_options(server: ServerConfig) -> ServerOptions:

@@ -45,8 +45,11 @@ def local_batches(lengths: Sequence[int], training: TrainingConfig, *, seed: int
     """Returns the example indices of each local step of one client in one round.
 
     Every epoch visits each example once, in an order drawn from (seed, round, client, epoch); the last batch of an epoch may be short.
-    With `group_by_length`, examples of similar length share a batch, and the batches come in random order.
+    With `group_by_length`, examples of similar length share a batch, and the batches come in random order. Raises ValueError where there
+    are no examples.
     """
+    if not len(lengths):
+        raise ValueError("Expected examples to train on, got none.")
     num_steps = steps_per_round(len(lengths), training)
     batches: list[list[int]] = []
     epoch = 0
@@ -80,15 +83,15 @@ def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, toke
     """
     units: list[list[Row]] = []
     for slot, examples in rows_of_slot.items():
-        ordered = sorted(examples, key=lambda example: -example.num_tokens)
+        ordered = sorted(examples, key=lambda example: -example.width)
         rows = [Row(slot, example, 1.0 / len(ordered)) for example in ordered]
         start = 0
         while start < len(rows):
-            size = min(batch_size, max(1, tokens_per_pass // rows[start].example.num_tokens))
+            size = min(batch_size, max(1, tokens_per_pass // rows[start].example.width))
             units.append(rows[start : start + size])
             start += size
-    units.sort(key=lambda unit: (-len(unit), -unit[0].example.num_tokens, unit[0].slot))
-    lengths, sizes = [unit[0].example.num_tokens for unit in units], [len(unit) for unit in units]
+    units.sort(key=lambda unit: (-len(unit), -unit[0].example.width, unit[0].slot))
+    lengths, sizes = [unit[0].example.width for unit in units], [len(unit) for unit in units]
     for start, stop in _cuts(lengths, sizes, tokens_per_pass):
         yield _as_pass(units[start:stop])
 

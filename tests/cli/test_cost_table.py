@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from fedsim.cli.cost import amount, cost_table, costs, plain_rows
-from fedsim.cli.help import overview
 from fedsim.cli.main import main
 from fedsim.core.methods import METHODS
 
@@ -168,10 +167,6 @@ def test_what_the_numbers_do_not_say_is_told(overrides, told):
 )
 def test_amounts_keep_three_digits_or_the_whole_unit(number, expected):
     assert amount(number) == expected
-
-
-def test_the_help_names_the_verb():
-    assert "fedsim cost [option=value,... ...] [--json | --csv]" in overview()
 
 
 def test_neither_weights_nor_data_nor_flower_are_loaded():

@@ -6,7 +6,7 @@ import pytest
 
 from fedsim.cli.compose import compose
 from fedsim.cli.groups import groups
-from fedsim.cli.help import overview, run_help
+from fedsim.cli.help import VERBS, overview, run_help
 from fedsim.cli.main import main
 from fedsim.cli.options import options
 from fedsim.errors import UserError
@@ -21,8 +21,8 @@ def test_the_help_names_every_group_choice_and_option():
         assert f"{group}=" in text
         assert all(choice in text for choice in choices)
     assert all(f"  {key}=" in text for key in options())
-    assert "fedsim run" in overview()
-    assert "fedsim data" in overview()
+    assert all(f"\n  {verb} " in overview() for verb in VERBS)
+    assert all(f" {topic}" in overview().replace(",", "") for topic in {*groups(), *(key.partition(".")[0] for key in options())})
 
 
 def test_every_option_says_what_it_means():
@@ -58,12 +58,35 @@ def test_help_on_a_group_that_is_called_like_a_verb_is_that_of_the_group(capsys)
         assert "training.learning_rate" not in text
 
 
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "help"])
+def test_every_verb_has_a_help_of_its_own_that_names_its_flags(verb, capsys):
+    texts = []
+    for words in ([verb, "--help"], ["help", verb], [verb, "-h"]):
+        assert main(words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts == texts[:1] * 3
+    assert texts[0].startswith(f"fedsim {verb} ")
+    assert all(flag.partition(",")[0].partition("=")[0] in texts[0] for flag in VERBS[verb].flags)
+    assert len(texts[0].splitlines()) < 40 or verb == "run"
+
+
+def test_help_on_a_verb_that_there_is_not_is_a_mistake(capsys):
+    for words in (["sweep", "--help"], ["help", "sweep"], ["--help", "sweep"]):
+        assert main(words) == 2
+        assert "Unknown verb 'sweep': expected one of run, data" in capsys.readouterr().err
+
+
+def test_a_wrong_flag_names_the_help_in_which_the_right_ones_are(capsys):
+    assert main(["cost", "--jsn"]) == 2
+    assert "Did you mean '--json'? All flags: fedsim cost --help" in capsys.readouterr().err
+
+
 def test_help_on_something_unknown_names_the_nearest():
     with pytest.raises(UserError, match="Did you mean 'training'"):
         run_help("trainig")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"]])
+@pytest.mark.parametrize("words", [["run", "--help"], ["help", "run"]])
 def test_help_imports_nothing_heavy_and_takes_less_than_a_second(words):
     script = f"import sys\nfrom fedsim.cli.main import main\nassert main({words!r}) == 0\nprint(*sys.modules, file=sys.stderr)"
     began = time.perf_counter()

@@ -25,7 +25,7 @@ def test_the_package_run_as_a_module_is_the_command():
     [
         (
             ["rn"],
-            "Unknown verb 'rn': expected one of run, data, cost, estimate, privacy, deploy, worker, audit, verify, help.",
+            "Unknown verb 'rn': expected one of run, data, cost, estimate, privacy, audit, verify, deploy, worker, help.",
         ),
         (["run", "--multirn"], "Unknown flag '--multirn'"),
         (["run", "--multirun", "--cfg"], "got both"),

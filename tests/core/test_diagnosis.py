@@ -1,6 +1,7 @@
 """Drift, deviation and effective rank against NumPy on dense matrices."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,6 +100,12 @@ def test_deviation_is_what_the_mean_of_factors_misses_of_the_mean_of_updates(kee
         expected = missed(dense_mean(spec, flats, layer), spec.update(mean, layer))
         assert expected > 0.1
         assert facts["deviation"][layer] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_method_is_diagnosed_by_what_it_does_and_not_by_its_name(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["flexlora"], name="mine"))
+    mine, flexlora = (collected(name, keep_products=True)[-1]["deviation"] for name in ("mine", "flexlora"))
+    assert mine == flexlora
 
 
 def test_deviation_of_flexlora_is_what_the_truncation_cuts_off():

@@ -165,8 +165,8 @@ REFUSED = [
         for options in (["method=flora"], ["adapter.refresh_every=1"], ["method=ravan", "method.client_heads=1"])
     ),
     (["method=fedit", "method.residual_rank=4"], "only fedex_lora sends a residual"),
-    (["method.client_heads=1"], "expected at most method.heads=4 with method=ravan, got 1"),
-    (["method=ravan", "method.client_heads=5"], "expected at most method.heads=4 with method=ravan, got 5"),
+    (["method.client_heads=1"], "only ravan has several heads, got method=fed_sb; leave it out"),
+    (["method=ravan", "method.client_heads=5"], "expected at most method.heads=4, got 5; lower it"),
 ]
 
 
@@ -211,6 +211,7 @@ def test_what_goes_together_is_not_refused(overrides, composed):
         ("fed_sb", {"server": {"optimizer": "fedadam"}}, False),
         ("fed_sb", {"server": {"learning_rate": 0.5}}, False),
         ("fedit", {}, False),
+        ("fedsa_lora", {}, False),
         ("ravan", {}, True),
         ("ravan", {"method": {"client_heads": 2}}, True),
         ("ravan", {"method": {"client_heads": 1}}, False),

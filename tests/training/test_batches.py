@@ -1,5 +1,6 @@
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from fedsim.core.participation import steps_per_round
 from fedsim.training import batches
 from fedsim.training.batches import collate, local_batches, pack
 from fedsim.training.padding import padded_width
-from fedsim.types import EncodedExample
+from fedsim.types import EncodedExample, EncodedPair
 
 
 def example(length: int, start: int = 2) -> EncodedExample:
@@ -97,6 +98,21 @@ def test_no_other_cut_within_the_budget_has_fewer_positions(units, budget):
     cuts = batches._cuts(lengths, sizes, budget)
     assert cuts in possible
     assert positions(lengths, sizes, cuts, budget) == min(positions(lengths, sizes, each, budget) for each in possible)
+
+
+@given(texts=st.lists(st.tuples(st.integers(1, 110), st.integers(1, 30)), min_size=1, max_size=20), budget=st.integers(300, 1200))
+@settings(max_examples=60)
+def test_texts_that_are_read_apart_are_within_the_budget_as_the_rows_that_they_are(texts, budget):
+    pairs = [EncodedPair(tuple(range(first + second)), (), 0, first) for first, second in texts]
+    for each in pack({0: pairs}, 1, budget):
+        longest = max(max(row.example.split, row.example.num_tokens - row.example.split) for row in each.rows)
+        assert 2 * len(each.rows) * longest <= budget
+
+
+def test_nobody_trains_on_nothing():
+    for training in (TrainingConfig(), TrainingConfig(local_epochs=1)):
+        with pytest.raises(ValueError, match="Expected examples to train on, got none"):
+            local_batches([], training, seed=0, round=1, client=0)
 
 
 def test_short_rows_do_not_fill_a_pass_of_long_ones():

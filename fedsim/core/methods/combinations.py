@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from fedsim.choices import Init, Mode, Optimizer, OverNorm, PrivacyUnit, ServerRule
 from fedsim.config import Config
 from fedsim.core.compression import CODECS
+from fedsim.core.forms import RAVAN
 from fedsim.core.methods.method import Method
 from fedsim.core.participation import buffer_size, concurrency, round_size
 from fedsim.core.quantization import limit_of
@@ -178,10 +179,12 @@ def _compression(config: Config, method: Method) -> Iterator[str]:
 
 def _method_options(config: Config, method: Method) -> Iterator[str]:
     options = config.method
-    if options.residual_rank is not None and method.name != "fedex_lora":
+    if options.residual_rank is not None and not method.folds_residual:
         yield f"method.residual_rank: only fedex_lora sends a residual that may be truncated, got method={method.name}; leave it out."
-    if options.client_heads is not None and not (method.name == "ravan" and options.client_heads <= options.heads):
-        yield f"method.client_heads: expected at most method.heads={options.heads} with method=ravan, got {options.client_heads}."
+    if options.client_heads is not None and method.form is not RAVAN:
+        yield f"method.client_heads: only ravan has several heads, got method={method.name}; leave it out."
+    if options.client_heads is not None and options.client_heads > options.heads:
+        yield f"method.client_heads: expected at most method.heads={options.heads}, got {options.client_heads}; lower it."
 
 
 def _secure(config: Config, method: Method) -> Iterator[str]:

@@ -74,6 +74,11 @@ class Method:
         """Returns the kinds of factors that a client sends."""
         return tuple(kind for kind in self.trained(round) if kind not in (*self.personal, *self.local))
 
+    @property
+    def folds_residual(self) -> bool:
+        """Whether only what the averaged factors miss is added to the base weights; otherwise all is, and factors start anew."""
+        return self.folds and self.restart is None
+
     def changed(self, round: int) -> tuple[str, ...]:
         """Returns the kinds of common factors that a round leaves changed."""
         return (*self.uploaded(round), *self.remade)
