@@ -63,10 +63,12 @@ def _hardware() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Returns what the processor calls itself."""
+    """Returns what the processor calls itself, with family and model: different ones go by one name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    facts = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))  # the first processor's
+    if "model name" not in facts:
+        return platform.processor()
+    return f"{facts['model name']}, family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"

@@ -31,9 +31,8 @@ def test_the_calculator_says_what_the_run_then_spends(tmp_path):
         assert client["epsilon"] == kind["epsilon_rdp"]
         assert client["mechanisms"][0]["noise_multiplier"] == kind["noise_multiplier"]
     assert foretold["over_rounds"][-1]["epsilon_rdp"] == kind["epsilon_rdp"] <= 4
-    assert foretold["over_rounds"][0]["epsilon_rdp"] == epsilon(
-        [Mechanism(kind["noise_multiplier"], kind["sampling_rate"], 2)], kind["delta"], "rdp"
-    )
+    two_steps = Mechanism(kind["noise_multiplier"], kind["sampling_rate"], 2)
+    assert foretold["over_rounds"][0]["epsilon_rdp"] == epsilon([two_steps], kind["delta"], "rdp")
 
 
 def test_what_is_public_belongs_to_no_client():
