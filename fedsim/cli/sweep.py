@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from fedsim.cli.calling import command
 from fedsim.cli.compose import compose_with_hydra, initialized, to_config
 from fedsim.cli.overrides import parse, quote, swept
-from fedsim.cli.sweep_table import sweep_table
+from fedsim.cli.sweep_table import seeds_table, sweep_table
 from fedsim.config import Config
 from fedsim.config_check import check
 from fedsim.errors import RunStopped, UserError
@@ -81,7 +81,8 @@ def sweep(overrides: list[str]) -> int:
         _save(folder, jobs)
         code = _launch(master, jobs, folder)
     _save(folder, jobs)
-    print(f"\n{sweep_table([asdict(job) for job in jobs])}\n\n{folder / SWEEP}")
+    plain = [asdict(job) for job in jobs]
+    print("\n", "\n\n".join(filter(None, (sweep_table(plain), seeds_table(plain), str(folder / SWEEP)))), sep="")
     _draw(folder, jobs)
     if code == 130:
         again = [word for word in overrides if not word.startswith(("resume=", "overwrite="))]

@@ -1,6 +1,7 @@
 """The table at the end of a sweep, as plain aligned text: what each job varied, its accuracies, its bytes and its time."""
 
 from collections.abc import Callable
+from statistics import mean, stdev
 from typing import Any
 
 from fedsim.report import table
@@ -22,11 +23,38 @@ def sweep_table(jobs: list[dict[str, Any]]) -> str:
     return "\n".join(f"{line}  {error}".rstrip() for line, error in zip(text.splitlines(), errors, strict=True))
 
 
+def seeds_table(jobs: list[dict[str, Any]]) -> str:
+    """Returns a line for each combination of the other options that has finished with several seeds: final accuracies in percent, as mean
+    and sample standard deviation over the seeds. "" where there is none.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    for job in jobs:
+        varied = _varied(job)
+        if "seed" in varied and job["summary"] is not None:
+            groups.setdefault(tuple(item for item in varied.items() if item[0] != "seed"), []).append(job["summary"])
+    rows = [{**dict(others), "seeds": str(len(of)), **_over_seeds(of)} for others, of in groups.items() if len(of) > 1]
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return "mean ± standard deviation over seeds\n" + table(columns, [[row.get(name, "") for name in columns] for row in rows])
+
+
+def _over_seeds(summaries: list[dict[str, Any]]) -> Row:
+    found: dict[str, list[float]] = {}
+    for summary in summaries:
+        for task, measured in summary["evaluation"].items():
+            if measured["final"]["accuracy"] is not None:
+                found.setdefault(task, []).append(100 * measured["final"]["accuracy"])
+    return {task: f"{mean(values):.1f} ± {stdev(values):.1f}" for task, values in found.items() if len(values) == len(summaries)}
+
+
+def _varied(job: dict[str, Any]) -> Row:
+    """Returns the options in which the job differs from the others, with their values."""
+    return {key.lstrip("+~"): value for key, _, value in (override.partition("=") for override in job["varied"])}
+
+
 def _row(job: dict[str, Any]) -> Row:
-    row = {"job": str(job["number"])}
-    for override in job["varied"]:
-        key, _, value = override.partition("=")
-        row[key.lstrip("+~")] = value
+    row = {"job": str(job["number"]), **_varied(job)}
     row |= {"status": job["status"], "error": job["error"] or ""}
     return row if job["summary"] is None else row | _results(job["summary"])
 

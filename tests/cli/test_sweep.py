@@ -65,7 +65,7 @@ def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, 
     assert [config.run_dir for config in runs.configs] == expected
     assert {path.name for path in Path("all").iterdir()} == {"sweep.json", "comparison.png", *(Path(name).name for name in expected)}
     assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves nothing
-    table = capsys.readouterr().out.split("\n\n")[-2].splitlines()
+    table = capsys.readouterr().out.split("\n\n")[-3].splitlines()
     assert table[0].split() == ["job", "seed", "adapter.rank", "sums", "MB", "up", "MB", "down", "MB", "set-up", "seconds", "status"]
     assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "1.2", "7.7", "0.05", "12", "finished"]
 
@@ -106,6 +106,19 @@ def test_a_picture_that_cannot_be_drawn_loses_no_table_and_an_old_one_does_not_s
     assert out.count("finished") == 4
     assert "comparison.png: not drawn" in err
     assert not Path("all/comparison.png").exists()
+
+
+def test_a_sweep_over_seeds_tells_their_mean_and_deviation_for_each_combination(runs, capsys):
+    runs.on_run = fail_at(2, RuntimeError("out of luck"))
+    assert main(["run", "-m", "adapter.rank=4,8", "seed=0,1,2,3", "run_dir=all"]) == 1
+    text = capsys.readouterr().out.partition("mean ± standard deviation over seeds\n")[2].splitlines()
+    assert [line.split() for line in text[:4] if "-" not in line] == [
+        ["adapter.rank", "seeds", "sums"],
+        ["4", "3", "13.7", "±", "15.3"],  # 0.4, 10.4 and 30.4 percent
+        ["8", "3", "14.1", "±", "15.3"],
+    ]
+    assert main(["run", "-m", "adapter.rank=4,8", "run_dir=other"]) == 0
+    assert "over seeds" not in capsys.readouterr().out
 
 
 def test_few_bytes_are_not_shown_as_none():
