@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedsim.progress import UNITS, size
@@ -96,13 +96,15 @@ def diagnosis(events: Iterable[Event]) -> "Figure":
         _draw(axes, [event["round"] for event in rounds], [_number(event.get(name)) for event in rounds], color="black")
     last = max([event["round"] for event in rounds], default=1)
     exact = any(event.get("deviation") == {} for event in rounds)
-    unit = "(%)" if measured else ": nothing, it is exact" if exact else ": not measured"
     for axes, title in (
-        (missed, f"missed by the average {unit}".replace(" :", ":")),
-        (drift, "drift of clients over mean step"),
+        (missed, "missed by the average, each layer (%)"),
+        (drift, "client drift (spread of updates / mean update)"),
         (rank, "effective rank of the update, mean of layers"),
     ):
         _dress(axes, title, last)
+    if not measured:
+        _say(missed, "nothing: the average is exact" if exact else "not measured")
+        missed.set_yticks([])
     return figure
 
 
@@ -122,7 +124,7 @@ def network_curves(events: Iterable[Event]) -> "Figure":
     figure = _figure(11.0, 3.6)
     loss, accuracy = figure.subplots(1, 2)
     _draw(loss, [times[event["round"]] for event in rounds], [_number(event["train_loss"]) for event in rounds], color="black")
-    _draw_by_task(accuracy, evaluated, "accuracy", 100.0)
+    _draw_by_task(accuracy, evaluated, "accuracy", 100.0, over_time=True)
     last = max(times.values(), default=1.0)
     for axes, title in ((loss, "training loss (nats per token)"), (accuracy, "held-out accuracy (%)")):
         _dress(axes, title, last)
@@ -183,6 +185,7 @@ def comparison(jobs: Sequence[Finished]) -> "Figure":
         _draw(training, [event["round"] for event in rounds], [_number(event["train_loss"]) for event in rounds], 1.2, **style)
         last = max([last, *(event["round"] for event in rounds)])
     _dress(training, "training loss (nats per token)", last)
+    _spread(training)
     for axes, (title, shown) in zip(others, panels.items(), strict=True):
         _draw_accuracies(axes, jobs, styles, shown)
         axes.set_title(f"{title}, final accuracy (%)", fontsize=10)
@@ -201,11 +204,14 @@ def _draw_accuracies(axes: "Axes", jobs: Sequence[Finished], styles: Sequence[di
         values = [100 * _number(each["final"]["accuracy"]) if each else math.nan for each in found]
         accuracy = sum(values) / len(values)
         if num_bytes:
-            axes.plot([num_bytes / UNITS[unit]], [accuracy], linestyle="", markersize=8, alpha=0.85, **style)
+            axes.plot([num_bytes / UNITS[unit]], [accuracy], linestyle="", markersize=8, alpha=0.85, clip_on=False, **style)
         else:
             axes.axhline(accuracy, color=style["color"], label=job.label, linestyle="--", linewidth=1.2)
     axes.set_xlabel(f"moved in all, set-up included ({unit})", fontsize=9)
     axes.margins(0.12)
+    low, high = axes.get_ylim()
+    if high - low < 2:  # of a hundred: no wide gap where there is no difference
+        axes.set_ylim(max(0.0, (low + high) / 2 - 1), (low + high) / 2 + 1)
     if any(moved):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -260,13 +266,16 @@ def _colors(names: Sequence[str]) -> list[Any]:
     return [palette(i % palette.N) for i in range(len(names))]
 
 
-def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, scale: float) -> None:
+def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, scale: float, *, over_time: bool = False) -> None:
+    """A line is broken where rounds lie between two points that nobody has evaluated."""
     tasks = list(dict.fromkeys(event["task"] for event in evaluated))
     for task, color in zip(tasks, _colors(tasks), strict=True):
         mine = [event for event in evaluated if event["task"] == task]
         values = [scale * _number(event[name]) for event in mine]
         label = task if any(map(math.isfinite, values)) else f"{task} (no {name})"
-        _draw(axes, [event["round"] for event in mine], values, color=color, label=label)
+        rounds = [event["round"] for event in mine]
+        between = "--" if not over_time and any(later - earlier > 1 for earlier, later in pairwise(rounds)) else "-"
+        _draw(axes, rounds, values, color=color, label=label, linestyle=between)
 
 
 def _draw_training_loss(axes: "Axes", rounds: list[Event]) -> None:
@@ -274,7 +283,12 @@ def _draw_training_loss(axes: "Axes", rounds: list[Event]) -> None:
     losses = [_number(event["train_loss"]) for event in rounds]
     _draw(axes, [event["round"] for event in rounds], losses, color="black")
     if losses and all(map(math.isnan, losses)):
-        axes.text(0.5, 0.5, "withheld: private clients tell none", ha="center", va="center", transform=axes.transAxes)
+        _say(axes, "withheld: private clients tell none")
+
+
+def _say(axes: "Axes", text: str) -> None:
+    """Says in an empty panel why it is empty."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, transform=axes.transAxes)
 
 
 def _draw_bytes(axes: "Axes", moving: list[Event]) -> str:
@@ -306,6 +320,18 @@ def _dress(axes: "Axes", title: str, last_round: float) -> None:
     _plain(axes)
     highest = axes.dataLim.ymax  # -inf without data
     axes.set_ylim(0, 1.05 * highest if 0 < highest < math.inf else 1.0)
+
+
+def _spread(axes: "Axes") -> None:
+    """Shows small values of many lines apart, where all are above zero."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if 0 < axes.dataLim.minposy <= axes.dataLim.ymin < math.inf:
+        axes.set_yscale("log")
+        axes.set_ylim(0.95 * axes.dataLim.ymin, 1.05 * axes.dataLim.ymax)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plain(axes: "Axes") -> None:
