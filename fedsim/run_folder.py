@@ -338,12 +338,17 @@ def _refuse_other_configuration(folder: Path, config: Config) -> None:
             f"Expected {folder / CONFIG} as the run wrote it, but it is no such file. Put it back, or use overwrite=true."
         ) from None
     now = _flat(with_a_result(to_dict(config)))
-    differing = [f"{key}={now.get(key)} (run: {before.get(key)})" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    differing = [f"{key}={_written(now.get(key))} (run: {_written(before.get(key))})" for key in keys]
     if differing:
         raise UserError(
             f"Expected the configuration with which {folder} was begun, got {', '.join(differing)}. "
             "Give the same options to resume it, or choose another run_dir=."
         )
+
+
+def _written(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from fedsim.errors import UserError, nearest
+from fedsim.interruption import STOPPED
 
 PARTS = ("init", "register", "status", "up")
 USAGE = {
@@ -123,8 +124,12 @@ def _up(words: list[str]) -> int:
     )
     folder = Path(options["--dir"][-1]).resolve() if "--dir" in options else None
     print(f"starting a SuperLink and {clients} SuperNodes on loopback", file=sys.stderr)
-    with local_federation(clients, folder, data_path=config.data.path, model_path=config.model.path):
-        run(config)
+    try:
+        with local_federation(clients, folder, data_path=config.data.path, model_path=config.model.path):
+            run(config)
+    except KeyboardInterrupt:  # whether the run had begun or not: what it runs in is gone with it
+        print(f"\nStopped, and the federation is taken down. What there is of the run lies in {config.run_dir}", file=sys.stderr)
+        return STOPPED
     return 0
 
 

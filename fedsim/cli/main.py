@@ -177,7 +177,7 @@ def _audit(words: list[str]) -> int:
 def _verify(words: list[str]) -> int:
     _, folders = _split("verify", words, ())
     if len(folders) != 1:
-        raise UserError(f"Expected one run folder, got {len(folders)}. Write fedsim verify RUN_FOLDER.")
+        raise UserError(f"Expected one run folder, got {len(folders) or 'none'}. Write fedsim verify RUN_FOLDER.")
     from pathlib import Path
 
     from fedsim.cli.verify import verdict_text, verify

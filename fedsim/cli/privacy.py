@@ -7,10 +7,12 @@ is within data.max_length are still counted here.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
+from fedsim.core.participation import by_coin
 from fedsim.data import load
 from fedsim.data.dealing import deal
 from fedsim.effective import effective
@@ -45,6 +47,7 @@ def privacy_of(config: Config) -> dict[str, Any]:
         "init": config.adapter.init.name if config.adapter.init else None,
         "accountants": list(names),
         "clients": [{"clients": count, **_kind(each, names)} for each, count in by_size],
+        "if_participation_is_known": _if_known(config, worst, names),
         "over_rounds": [{"rounds": number, **_epsilons(_up_to(worst, number), worst.delta, names)} for number in rounds],
     }
 
@@ -67,6 +70,7 @@ def privacy_table(found: dict[str, Any]) -> str:
         for row in found["clients"]
     ]
     over = [[str(row["rounds"]), *(f"{row[f'epsilon_{name}']:.3f}" for name in names)] for row in found["over_rounds"]]
+    known = found["if_participation_is_known"]
     lines = [f"{found['unit']}-level, clip norm {found['clip_norm']:g}, initialisation {found['init']}", "", table(head, rows)]
     if over:
         lines += [
@@ -74,7 +78,25 @@ def privacy_table(found: dict[str, Any]) -> str:
             "the client that spends most, after so many of its rounds",
             table(["rounds", f"epsilon {names[0]}", *names[1:]], over),
         ]
+    if known:
+        told = ", ".join(f"{row[f'epsilon_{names[0]}']:.3f} of one that took part in {row['rounds']}" for row in known)
+        lines += [
+            "",
+            "These figures hold against those who do not know who took part in which round. The run folder tells that (events.jsonl,",
+            f"journal.jsonl, communication.csv); against those who have seen it epsilon is {told} rounds.",
+        ]
     return "\n".join(lines)
+
+
+def _if_known(config: Config, each: ClientPlan, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns epsilon without the amplification by coins that nobody sees, for one round and for as many as are expected of a client."""
+    if not by_coin(config) or each.rate == 1 or not each.rounds:
+        return []
+    found = []
+    for taken in sorted({1, ceil(each.rate * each.rounds)}):
+        known = replace(each.round_mechanism, sampling_rate=1.0, steps=taken)
+        found.append({"rounds": taken, **_epsilons([known], each.delta, names)})
+    return found
 
 
 def _kind(each: ClientPlan, names: Sequence[str]) -> dict[str, Any]:

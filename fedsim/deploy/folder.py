@@ -70,7 +70,10 @@ def load(folder: Path) -> Federation:
         values = json.loads((folder / SETTINGS).read_text())
         return Federation(**values | {"hosts": tuple(values["hosts"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"Expected {folder} to be a federation's folder, made by `fedsim deploy init`, but: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"Expected {folder} to be a federation's folder, made by `fedsim deploy init`, but {SETTINGS}: {reason}."
+        ) from error
 
 
 def _write(folder: Path, federation: Federation, *, new_keys: bool, final: Path) -> list[str]:

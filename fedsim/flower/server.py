@@ -6,6 +6,7 @@ whole, so a run that was killed at any moment goes on from the last checkpoint a
 """
 
 import errno
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -51,6 +52,8 @@ from fedsim.training.budget import TokenBudget
 from fedsim.training.evaluation import evaluate
 from fedsim.types import Adapter
 
+SOONEST_SECONDS = 0.025
+"""Between checkpoints of a simulation: one costs some milliseconds, which is a third of a round in which nothing else is done."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of the system that say that nothing more can be written."""
 
@@ -121,6 +124,7 @@ class Run:
         self._chronicle = Chronicle(session, folder, progress)
         # only clients of a deployment outlive their server, and noise that the server adds has not left it before a checkpoint
         may_have_answered = roster is not None and not server_adds_noise(session.config)
+        self._saved = -math.inf  # when the last checkpoint was left
         self._in_flight = InFlight(folder.superseded if may_have_answered else ())
 
     def carry_out(self) -> dict[str, Any]:
@@ -271,6 +275,11 @@ class Run:
         return state
 
     def _save(self, state: State) -> None:
+        """Leaves a checkpoint, unless a simulation has left one a moment ago: what a kill may cost is that moment."""
+        now, last = time.monotonic(), state.round == self._config.federation.rounds
+        if self._roster is None and not last and now - self._saved < SOONEST_SECONDS:
+            return
+        self._saved = now
         memories, moving = self._memories(state.shared), self._session.method.moving
         checkpoint = checkpoint_of(state, memories, self._session.budget.tokens, moving)
         self._folder.save_checkpoint(checkpoint.round, checkpoint.tensors, checkpoint.state, checkpoint.bases)

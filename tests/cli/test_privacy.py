@@ -54,6 +54,21 @@ def test_noise_gives_epsilon_and_epsilon_gives_the_noise_back(capsys):
     assert back["noise_multiplier"] == pytest.approx(1.1, rel=2e-3)
 
 
+def test_who_knows_who_took_part_is_told_a_larger_epsilon(capsys):
+    small = [*(word for word in SMALL if word != "privacy=example"), "data.train_examples=null"]
+    coins = [*small, "privacy=client", "federation.clients=100", "federation.fraction=0.1", "federation.rounds=20", "privacy.epsilon=3"]
+    found = privacy_of(compose(coins))
+    noise, delta = found["clients"][0]["noise_multiplier"], found["clients"][0]["delta"]
+    expected = [epsilon([Mechanism(noise, 1.0, taken)], delta, "rdp") for taken in (1, 2)]
+    assert [row["epsilon_rdp"] for row in found["if_participation_is_known"]] == expected
+    assert expected[1] > 3
+    assert main(["privacy", *coins]) == 0
+    shown = found["if_participation_is_known"][1]["epsilon_prv"]
+    assert f"{shown:.3f} of one that took part in 2 rounds" in " ".join(capsys.readouterr().out.split())
+    for nothing in (["federation.fraction=1"], ["privacy.secure_aggregation=true"]):
+        assert privacy_of(compose([*coins, *nothing]))["if_participation_is_known"] == []
+
+
 def test_the_table_names_its_columns_and_a_run_without_privacy_is_no_question(capsys):
     assert main(["privacy", *SMALL, "privacy.noise_multiplier=1.1", "privacy.epsilon=null"]) == 0
     out = capsys.readouterr().out
