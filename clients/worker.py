@@ -23,8 +23,9 @@ from fedsim.errors import UserError
 LOG, LOCK, START_LOCK = "worker.log", "worker.lock", "start.lock"
 LONGEST_SOCKET_PATH = 100  # Linux takes 107 bytes, macOS 103
 STALLED_SECONDS = 60.0
-LEAVING_SECONDS = 20.0  # how long a worker that ends may take until it is gone
 """A client app that has begun a message and sends nothing more for so long is given up."""
+LEAVING_SECONDS = 20.0
+"""How long a worker that ends may take until it is gone."""
 
 log = logging.getLogger("fedsim.worker")
 

@@ -45,7 +45,8 @@ def add_method(method: Method, meaning: str = "added by this program") -> None:
     """Makes a method a choice of `method=` in this process, or puts it in the place of one that was added under its name.
 
     A method that takes turns, say B, B, A: `add_method(replace(METHODS["rolora"], name="mine", turns=(("B",), ("B",), ("A",))))`.
-    Other processes do not know it: no `engine=ray`, no deployment. Raises UserError for the name of one of fedsim's own.
+    Whether it averages exactly, has ranks or may keep moments is as its fields say: nobody checks them. Other processes do not know it, so
+    there is no `engine=ray` and no deployment with it. Raises UserError for the name of one of fedsim's own.
     """
     from hydra.core.config_store import ConfigStore
 

@@ -142,7 +142,8 @@ class FederationConfig:
     buffer: Optional[int] = None
     """fedbuff: updates that make a new version; null takes half of concurrency."""
     round_timeout: Optional[float] = None
-    """Seconds after which a round goes on without the clients that have not replied; null waits for all that are alive."""
+    """Seconds for which the clients that were asked are waited for: in each asking again anew (retries), and in each stage of secure
+    aggregation. The round goes on without those that have not replied. null waits for all that are alive."""
     min_replies: float = 0.5
     """Replies a round needs: a fraction of the selected clients if below 1, else a count. Simulated drop-outs do not count."""
     over_selection: float = 0.0

@@ -1,4 +1,7 @@
-"""Federated averaging of all adapted weights themselves (FedAvg, arXiv 1602.05629): no adapter, for small models."""
+"""Federated averaging of all adapted weights themselves (FedAvg, arXiv 1602.05629): no adapter, for small models.
+
+Exact. A client sends out x in numbers a layer and round.
+"""
 
 from fedsim.choices import Init
 from fedsim.core.forms import DENSE

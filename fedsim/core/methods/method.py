@@ -33,6 +33,9 @@ class Method:
     never leave the clients; `before_upload` may fold some into others, which are then in `local` and start anew. The server averages the
     rest and calls `finish`.
 
+    `before_upload` takes and returns {layer.kind: tensor} of one client's trained factors. `finish` returns the kinds that it changes; the
+    others stay. Round 1 is the first. A method's value never changes in a run.
+
     Raises ValueError for turns that name no factors of the form.
     """
 

@@ -1,4 +1,8 @@
-"""RoLoRA (arXiv 2409.02346): B and A take turns; in each round the clients train and send one of them and hold the other in common."""
+"""RoLoRA (arXiv 2409.02346): B and A take turns; in each round the clients train and send one of them and hold the other in common.
+
+Exact, since one factor is common. A client sends r x out or r x in numbers a layer and round. The paper trains A in odd rounds; here rounds
+count from 1 and B is first, for with B = 0 the gradient on A vanishes and the first round would change nothing.
+"""
 
 from fedsim.choices import Init
 from fedsim.core.forms import LORA
@@ -8,6 +12,6 @@ ROLORA = Method(
     name="rolora",
     form=LORA,
     inits=(Init.lora,),
-    turns=(("B",), ("A",)),  # B first: with B = 0 the gradient on A vanishes
+    turns=(("B",), ("A",)),
     lasting=False,
 )
