@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, RecordDict
 from clients.framing import FrameError, read_records, write_records
 from clients.owner import Owner, RefusedError
 from fedsim.config import Config
+from fedsim.errors import UserError
 from fedsim.files import atomic_write, atomic_write_json
 from fedsim.plain import to_dict, with_a_result
 from fedsim.privacy.accounting import Mechanism, default_delta
@@ -58,6 +59,10 @@ class ContextStore:
         atomic_write(path, buffer.getvalue(), mode=0o600)
 
 
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UserError)
+"""What a damaged file of the accountant may lead to."""
+
+
 class Answers:
     """The last noised answer of each kind in each experiment: a client that is asked the same again says the very same, at no further cost.
 
@@ -87,8 +92,15 @@ class Budget:
     """The client's own accountant, over all runs that it ever takes part in; nothing is ever taken back."""
 
     def __init__(self, path: Path, owner: Owner) -> None:
+        """Raises UserError where the file is no accountant's: what was spent is not known then, and nothing may leave."""
         self._path, self._owner = path, owner
-        self._ledger = PrivacyLedger.from_json(_renumbered(json.loads(path.read_bytes()), owner.client)) if path.exists() else None
+        try:
+            self._ledger = PrivacyLedger.from_json(_renumbered(json.loads(path.read_bytes()), owner.client)) if path.exists() else None
+        except UNREADABLE as error:
+            raise UserError(
+                f"{path}: expected what the accountant of client {owner.client} has written, got something else ({type(error).__name__}). "
+                "Put it back from a copy: without it nobody knows what epsilon is spent."
+            ) from error
 
     def check(self, mechanism: Mechanism, num_examples: int) -> None:
         """Raises RefusedError if the client's epsilon would be above its owner's limit after the mechanism."""

@@ -27,5 +27,5 @@ def nearest(word: str, allowed: list[str]) -> str:
     """Returns " Did you mean 'x'?" for the allowed word closest to `word`, or "" when none is close."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, allowed, n=1, cutoff=0.6)
+    close = get_close_matches(word, allowed, n=1, cutoff=0.55)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -105,10 +105,10 @@ def summary(rows: list[Found]) -> str:
 SECTION = Section(
     "c",
     "Rounds in which clients do nothing",
-    "Milliseconds of a whole round, and for each client, median of the rounds after the first. fedsim: Fed-SB on the embedded model at rank "
-    "64 (458 kB up from each client), every client in every round, with messages, ledger, aggregation, diagnosis, log and checkpoints (at "
-    "most forty a second), 100 clients in a message; with Ray an actor a core. Flower's simulation: one array of the same size, FedAvg, "
-    "nothing else; an actor a core, started before, not measured beyond 1,000 clients.",
+    "Milliseconds of a whole round, and for each client, median of the rounds after the first. fedsim: Fed-SB on the embedded model at "
+    "rank 64 (458 kB up from each client), every client in every round, with messages, ledger, aggregation, diagnosis, log and checkpoints "
+    "(at most forty a second), 100 clients in a message; with Ray an actor a core. Flower's simulation: one array of the same size, "
+    "FedAvg, nothing else; an actor a core, started before, not measured beyond 1,000 clients.",
     (
         Column("engine", "engine"),
         Column("clients", "clients", "{:,}"),

@@ -1,4 +1,4 @@
-"""Section a: local training against the floor (centralised) and against what people run today.
+"""Section a: local training against centralised training and against what people run today.
 
 Peers that work client by client cost the same for every client, so they are measured on a few clients of the workload.
 """
@@ -140,7 +140,7 @@ SECTION = Section(
     "Local training",
     "Tokens per second of local training, LoRA-SB of rank 16 on all seven kinds of layers, float32, AdamW, random tokens of one length "
     "with the loss on all of them; the same base model, adapter, tokens and threads for all. *centralised*: one plain torch loop over "
-    "the same batches, the floor. *one by one*: the same code with one client in each cohort. *fedsim run*: rounds after the first with "
+    "the same batches. *one by one*: the same code with one client in each cohort. *fedsim run*: rounds after the first with "
     "everything on (Flower's messages, ledger, log, diagnosis, checkpoints). *Trainer*: peft and the Hugging Face Trainer, client after "
     "client (it also clips gradients, its default). *Flower, Ray*: Flower's simulation with FedAvg, one actor and one thread a core, the "
     "same peft and Trainer inside, rounds after the first. *pfl*: pfl-research 0.6, its SimulatedBackend in one process over the same "

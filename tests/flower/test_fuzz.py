@@ -19,11 +19,16 @@ from rounds import TARGETS, of_method
 
 from clients.app import app
 from clients.framing import FrameError, read_message, read_records, write_message, write_records
+from clients.memory import Budget
+from clients.owner import Owner, load_owner
 from fedsim import checkpoints
 from fedsim.checkpoints import Checkpoint, DamagedError
-from fedsim.config import Config
+from fedsim.choices import Init
+from fedsim.config import Config, FederationConfig
 from fedsim.config_check import check
+from fedsim.core.adapters import base_weights
 from fedsim.core.compression import CODECS
+from fedsim.core.payload import digest
 from fedsim.errors import UserError
 from fedsim.flower import worker
 from fedsim.flower.asking import Ask
@@ -31,11 +36,14 @@ from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Reader, Upload
 from fedsim.flower.records import arrays_from_record, arrays_to_record
 from fedsim.flower.roster import Member
+from fedsim.flower.rounds import GradientRound
 from fedsim.flower.secure import Protocol, SumRefused
 from fedsim.flower.telling import MARK, Following
-from fedsim.flower.worker import handle
+from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, handle
 from fedsim.journal import Journal, verified
+from fedsim.links import links_of
 from fedsim.plain import from_text, to_dict
+from fedsim.privacy.accounting import Mechanism
 
 ODD = [0, -1, 1, 2**31, 2**63 - 1, -(2**63), 1.5, float("nan"), float("inf"), -0.0, "", "x", "0", "../../etc/passwd", "\x00", "{}", "[]"]
 ODD += [
@@ -228,13 +236,14 @@ def test_compressed_uploads(count, name):
 
 
 class Recorded(InProcessGrid):
-    """Keeps what is answered, by kind of message and node."""
+    """Keeps what is asked and answered, by kind of message and node."""
 
     def __init__(self, workers):
         super().__init__(app, workers)
-        self.replies = {}
+        self.asked, self.replies = {}, {}
 
     def _handle(self, message):
+        self.asked[message.metadata.message_type, message.metadata.dst_node_id] = message
         reply = super()._handle(message)
         self.replies[message.metadata.message_type, message.metadata.dst_node_id] = reply
         return reply
@@ -275,6 +284,96 @@ def test_stages_of_secure_aggregation(count, monkeypatch):
         if target[0] == "query.secure_unmask":
             np.testing.assert_array_equal(found.values, expected.values, "a changed share opens the same sum, or none")
     assert 0 < len(heard) < count
+
+
+SECRETLY = {"privacy": {"secure_aggregation": True}}
+ASKED = {
+    "query.secure_keys": of_method("fed_sb", **SECRETLY),
+    "query.secure_shares": of_method("fed_sb", **SECRETLY),
+    "query.secure_unmask": of_method("fed_sb", **SECRETLY),
+    "train": of_method("fed_sb", **SECRETLY),
+    INITIAL_GRADIENT: of_method("fed_sb", adapter={"init": Init.gradient}),
+    EVALUATE: of_method("fedsa_lora", evaluation={"max_new_tokens": 1}),
+}
+
+
+@pytest.mark.parametrize("count", [pytest.param(60, id="some"), pytest.param(2_000, id="2000", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ASKED)
+def test_every_other_request(kind, count, monkeypatch):
+    """A worker refuses, or answers; what it has installed is then what its digests say."""
+    run = faulty(ASKED[kind], {})
+    run.grid, run.strategy.asking.homes = Recorded(3), None
+    if kind == INITIAL_GRADIENT:
+        run.strategy.initial_gradients(run.grid)
+    else:
+        run.next()
+    if kind == EVALUATE:
+        run.strategy.personal_evaluation(1, run.grid)
+    ((_, node), message) = next((key, message) for key, message in run.grid.asked.items() if key[0] == kind)
+    session, rng, answered = run.session, random.Random(kind), 0
+    valid = from_text(str(message.content.config_records["request"]["config"]))
+
+    def opened(config):
+        if config != valid:
+            raise UserError("another experiment")
+        return session
+
+    monkeypatch.setattr(worker, "open_session", opened)
+    digests, context, weights = dict(session.digests), run.grid.contexts[node], digest(base_weights(session.model))
+    for _ in range(count):
+        bad, own = Message(mutated_content(rng, message.content), metadata=message.metadata), copy.deepcopy(context)
+        try:
+            answered += NEEDS_STATE not in handle(bad, own).content
+        except (ValueError, UserError, KeyError):
+            continue
+        finally:
+            session.digests = dict(digests)
+    assert answered < count
+    assert digest(base_weights(session.model)) == weights
+
+
+@pytest.mark.parametrize("count", counts(500))
+def test_initial_gradients(count):
+    run = faulty(of_method("fed_sb", adapter={"init": Init.gradient}), {})
+    run.grid, run.strategy.asking.homes = Recorded(3), None
+    run.strategy.initial_gradients(run.grid)
+    (reply,) = (reply for (kind, node), reply in run.grid.replies.items() if kind == INITIAL_GRADIENT and node == 1)
+    (asked,) = (message for (kind, node), message in run.grid.asked.items() if kind == INITIAL_GRADIENT and node == 1)
+    clients = tuple(asked.content.config_records["request"]["clients"])
+    rng, refused = random.Random(11), 0
+    for _ in range(count):
+        bad = Message(mutated_content(rng, reply.content), metadata=reply.metadata)
+        round_ = GradientRound(run.session, run.strategy.asking, run.strategy._charges, 0, 1)
+        round_.take(iter([(Ask(asked, clients), bad)]))
+        refused += bool(round_.facts.missing)
+        if not round_.facts.missing:
+            assert all(part.isfinite().all() for part in round_.result().values())
+    assert refused > count / 3
+
+
+@pytest.mark.parametrize("count", counts(500))
+def test_files_of_a_client_and_of_links(count, tmp_path):
+    rng, owner = random.Random(12), Owner(0, folder=str(tmp_path))
+    budget = Budget(tmp_path / "privacy.json", owner)
+    budget.charge(Mechanism(1.0, 0.1, 5), 100)
+    (tmp_path / "client.yaml").write_text("client: 0\nmethods: [fed_sb]\nmax_epsilon: 3\nmin_privacy: example\nshard: true\n")
+    (tmp_path / "links.yaml").write_text("- {uplink: 1e6, downlink: 2e6, latency: 0.1}\n- {uplink: 3e6, downlink: 4e6, dropout: 0.2}\n")
+    readers = {
+        "privacy.json": lambda path: Budget(path, owner),
+        "client.yaml": load_owner,
+        "links.yaml": lambda path: links_of(Config(federation=FederationConfig(network=str(path))), 10),
+    }
+    for name, read in readers.items():
+        content, refused = (tmp_path / name).read_bytes(), []
+        path = tmp_path / f"bad-{name}"
+        for _ in range(count):
+            path.write_bytes(mutated_bytes(rng, content))
+            try:
+                read(path)
+            except UserError as error:
+                refused.append(str(error))
+        assert len(refused) > count / 10, name
+        assert not [text for text in refused if "\n" in text]
 
 
 @pytest.mark.parametrize("count", counts(300))

@@ -1,4 +1,4 @@
-"""Centralised training of the same tokens with the same adapter in a plain torch loop: the floor, which no simulation can go under."""
+"""Centralised training of the same tokens with the same adapter in a plain torch loop: the reference of every simulation."""
 
 from collections.abc import Sequence
 from typing import cast
