@@ -147,7 +147,7 @@ def _data(words: list[str]) -> int:
 
     held = holdings_of(config)
     for line in held.skipped:
-        print(f"left out: {line}", file=sys.stderr)
+        print(f"data: {line}", file=sys.stderr)
     print(holdings_table(held.holdings, owners=held.owners))
     return 0
 

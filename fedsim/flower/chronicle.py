@@ -38,7 +38,7 @@ class Chronicle:
         self._folder.record("started", method=given.method.name, seed=given.seed, config_sha256=_sha256(given))
         self._folder.event("partition", holdings=self._session.holdings, skipped=self._session.data.skipped)
         for line in self._session.data.skipped:
-            self._progress.note(f"left out: {line}")
+            self._progress.note(f"data: {line}")
         for line in unused(given):
             self._progress.note(line)
         if given.evaluation.diagnosis and not self._config.evaluation.diagnosis:
