@@ -307,7 +307,7 @@ class Run:
         self._session.install_state(state.shared)
         self._chronicle.asked(number, strategy, state.shared.adapter_digest())
         self._settle_if_deployed()
-        with nullcontext() if self._roster else self._chronicle.passes_shown(number, strategy, self._grid):
+        with nullcontext() if self._roster is not None else self._chronicle.passes_shown(number, strategy, self._grid):
             strategy.exchange(number, self._grid)
         seconds = time.perf_counter() - begun
         state.count(strategy.facts, seconds)
