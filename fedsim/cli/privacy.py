@@ -65,11 +65,11 @@ def privacy_table(found: dict[str, Any]) -> str:
             str(row["steps"]),
             f"{row['delta']:.2g}",
             f"{row['noise_multiplier']:.4f}",
-            *(f"{row[name]:.3f}" for name in (*(f"epsilon_{name}" for name in names), f"initialization_{names[0]}")),
+            *(_written(row[name]) for name in (*(f"epsilon_{name}" for name in names), f"initialization_{names[0]}")),
         ]
         for row in found["clients"]
     ]
-    over = [[str(row["rounds"]), *(f"{row[f'epsilon_{name}']:.3f}" for name in names)] for row in found["over_rounds"]]
+    over = [[str(row["rounds"]), *(_written(row[f"epsilon_{name}"]) for name in names)] for row in found["over_rounds"]]
     known = found["if_participation_is_known"]
     lines = [f"{found['unit']}-level, clip norm {found['clip_norm']:g}, initialisation {found['init']}", "", table(head, rows)]
     if over:
@@ -79,13 +79,18 @@ def privacy_table(found: dict[str, Any]) -> str:
             table(["rounds", f"epsilon {names[0]}", *names[1:]], over),
         ]
     if known:
-        told = ", ".join(f"{row[f'epsilon_{names[0]}']:.3f} of one that took part in {row['rounds']}" for row in known)
+        told = ", ".join(f"{_written(row[f'epsilon_{names[0]}'])} of one that took part in {row['rounds']}" for row in known)
         lines += [
             "",
             "These figures hold against those who do not know who took part in which round. The run folder tells that (events.jsonl,",
             f"journal.jsonl, communication.csv); against those who have seen it epsilon is {told} rounds.",
         ]
     return "\n".join(lines)
+
+
+def _written(value: float) -> str:
+    """Returns an epsilon with three decimals, a small one with three digits: little is not nothing."""
+    return f"{value:.3f}" if value >= 0.1 or value == 0 else f"{value:.3g}"
 
 
 def _if_known(config: Config, each: ClientPlan, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from statistics import mean, stdev
+from textwrap import shorten
 from typing import Any
 
 from fedsim.report import table
 
 Row = dict[str, str]
+WIDEST_REASON = 120
+"""Characters of the reason why a job failed; sweep.json and the job's own lines have all of it."""
 _LAST = ("epsilon", "MB up", "MB down", "MB set-up", "seconds", "status")
 
 
@@ -19,7 +22,7 @@ def sweep_table(jobs: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for row in rows for name in row if name != "error")
     columns = [name for name in names if name not in _LAST] + [name for name in _LAST if name in names]
     text = table(columns, [[row.get(name, "") for name in columns] for row in rows])
-    errors = ["", "", *(row["error"] for row in rows)]
+    errors = ["", "", *(shorten(row["error"], WIDEST_REASON, placeholder=" ...") for row in rows)]
     return "\n".join(f"{line}  {error}".rstrip() for line, error in zip(text.splitlines(), errors, strict=True))
 
 
