@@ -59,10 +59,6 @@ class ContextStore:
         atomic_write(path, buffer.getvalue(), mode=0o600)
 
 
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UserError)
-"""What a damaged file of the accountant may lead to."""
-
-
 class Answers:
     """The last noised answer of each kind in each experiment: a client that is asked the same again says the very same, at no further cost.
 
@@ -86,6 +82,10 @@ class Answers:
     def keep(self, kind: str, digest: str, content: RecordDict) -> None:
         """Makes this the last answer of its kind, also after a power cut."""
         self._store.save(kind, RecordDict({**content, self.RECORD: ConfigRecord({self.DIGEST: digest})}))
+
+
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UserError)
+"""What a damaged file of the accountant may lead to."""
 
 
 class Budget:

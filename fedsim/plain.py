@@ -30,6 +30,15 @@ def to_dict(config: Any) -> Any:
     return config
 
 
+def written(value: Any) -> str:
+    """Returns a value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{written(entry)}' for key, entry in value.items())}}}"
+    return f"[{','.join(map(written, value))}]" if isinstance(value, list) else str(value)
+
+
 def with_a_result(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the nested plain values of a configuration without the options that change no result."""
     kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in WITHOUT_A_RESULT}

@@ -29,7 +29,7 @@ from fedsim.events import EventLog, cut_events, read_events
 from fedsim.files import LOCK, SUMMARY, TEMPORARY, atomic_write, atomic_write_json, dated_folders
 from fedsim.journal import Head, Journal, lines_after
 from fedsim.manifest import manifest
-from fedsim.plain import to_dict, with_a_result
+from fedsim.plain import to_dict, with_a_result, written
 from fedsim.report import PICTURES
 
 CONFIG = "config.yaml"
@@ -339,16 +339,12 @@ def _refuse_other_configuration(folder: Path, config: Config) -> None:
         ) from None
     now = _flat(with_a_result(to_dict(config)))
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    differing = [f"{key}={_written(now.get(key))} (run: {_written(before.get(key))})" for key in keys]
+    differing = [f"{key}={written(now.get(key))} (run: {written(before.get(key))})" for key in keys]
     if differing:
         raise UserError(
             f"Expected the configuration with which {folder} was begun, got {', '.join(differing)}. "
             "Give the same options to resume it, or choose another run_dir=."
         )
-
-
-def _written(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fedsim.cli.groups import default_choices, groups
-from fedsim.cli.options import Option, options, plain
+from fedsim.cli.options import Option, options
 from fedsim.errors import UserError, nearest
+from fedsim.plain import written
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _section(found: list[Option]) -> str:
 
 def _option(option: Option) -> str:
     kind = "" if option.members else f" [{option.kind}]"
-    lines = [_line(f"  {option.key}={plain(option.default)}", option.meaning + kind)]
+    lines = [_line(f"  {option.key}={written(option.default)}", option.meaning + kind)]
     if option.key.endswith(".name"):  # its members are the choices of the group, told above
         return lines[0]
     return "\n".join(lines + [_line(f"      {member}", meaning) for member, meaning in option.members.items()])

@@ -44,15 +44,6 @@ def options() -> dict[str, Option]:
     return {option.key: option for option in _walk(Config, "", _defaults())}
 
 
-def plain(value: Any) -> str:
-    """Returns a value as it is written on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{plain(entry)}' for key, entry in value.items())}}}"
-    return f"[{','.join(map(plain, value))}]" if isinstance(value, list) else str(value)
-
-
 def _walk(schema: type, prefix: str, defaults: dict[str, Any]) -> list[Option]:
     hints, meanings, found = get_type_hints(schema), _docstrings()[schema.__name__], []
     for field in fields(schema):

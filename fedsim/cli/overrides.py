@@ -14,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsim.cli.groups import groups
-from fedsim.cli.options import Option, options, plain
+from fedsim.cli.options import Option, options
 from fedsim.config import Config
 from fedsim.errors import UserError, nearest
+from fedsim.plain import written
 
 HELP = "All options: fedsim run --help"
 _OWN_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir")
@@ -86,7 +87,7 @@ def _check_choice(override: Override, choices: dict[str, str]) -> None:
         raise UserError(
             f"Expected a choice of {key}, got {override.input_line!r}: a group always has one. Write {key}=... or leave it out."
         )
-    for value in map(plain, _values(override)):
+    for value in map(written, _values(override)):
         if value not in choices:
             allowed = ", ".join(choices) or "none yet"
             raise UserError(f"Unknown {override.key_or_group} {value!r}: expected one of {allowed}.{nearest(value, list(choices))} {HELP}")
@@ -122,4 +123,4 @@ def _check_value(option: Option, value: Any) -> None:
     if not fits:
         words = list(option.members)
         expected = f"one of {', '.join(words)}" if words else option.kind
-        raise UserError(f"Expected {option.key} ({expected}), got {plain(value)!r}.{nearest(plain(value), words)} {HELP}")
+        raise UserError(f"Expected {option.key} ({expected}), got {written(value)!r}.{nearest(written(value), words)} {HELP}")

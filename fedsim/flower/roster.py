@@ -68,8 +68,7 @@ class Roster:
         self._asked: dict[str, int] = {}  # nodes that have not answered yet, by message
         self._members: dict[int, Member] = {}  # by node
         self._known: set[int] = set()  # nodes that were asked in their present stay
-        self._reasons: dict[int, str] = {}  # why a node does not take part
-        self._refused: dict[int, int | None] = {}  # by such a node, the client that it is, None where nobody knows
+        self._refused: dict[int, tuple[str, int | None]] = {}  # why a node does not take part, and the client that it is, if that is known
         self._absent: list[int] = []
         self._tell: Tell = lambda kind, **facts: None
         self._session: Session  # from `muster` on
@@ -84,7 +83,7 @@ class Roster:
         clients = range(self._config.federation.clients)
         homes = self._waited_for(clients)
         if not homes:
-            reasons = "; ".join(self._reasons.values()) or "no SuperNode is connected"
+            reasons = "; ".join(reason for reason, _ in self._refused.values()) or "no SuperNode is connected"
             raise UserError(f"Expected clients to join within engine.wait_seconds={self._config.engine.wait_seconds:g}, but: {reasons}.")
         self._hear()
 
@@ -118,7 +117,7 @@ class Roster:
 
     def _to_come(self, missing: set[int]) -> bool:
         """Whether any of these clients may still come: not where each was refused, as far as it is known who was."""
-        refused = [*self._refused.values()]
+        refused = [client for _, client in self._refused.values()]
         return len(missing.difference(refused)) > refused.count(None)
 
     def _at_home(self, clients: Iterable[int]) -> dict[int, int]:
@@ -160,7 +159,6 @@ class Roster:
         present = set(self._grid.get_node_ids())
         for node in sorted(self._known - present):
             gone = self._members.pop(node, None)
-            self._reasons.pop(node, None)
             self._refused.pop(node, None)
             if gone is not None:
                 self._tell("left", client=gone.client, node=str(node))
@@ -196,8 +194,7 @@ class Roster:
 
     def _refuse(self, node: int, reason: str, member: Member | None) -> None:
         said = None if member is None else member.client
-        self._reasons[node] = reason
-        self._refused[node] = self._registered.get(node, NOBODY if said in self._registered.values() else said)
+        self._refused[node] = reason, self._registered.get(node, NOBODY if said in self._registered.values() else said)
         self._tell("refused", node=str(node), reason=reason)
 
     def _unfit(self, node: int, member: Member) -> str | None:
