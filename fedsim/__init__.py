@@ -4,7 +4,18 @@ import os
 
 __version__ = "0.1.0"
 
-# oneDNN and PyTorch keep the kernels of so many products, and ask here when torch is imported. Each keeps 1,024 unless told otherwise: 300
-# to 700 MB after some dozens of rounds, whose passes are all of other sizes, and no faster (`make bench ARGS="--only d"`).
-for _variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_variable, "64")
+# Nearly every pass has a size of its own. What libraries keep for each size they ask here, when torch is imported or a GPU is used first; a
+# variable that is set already stays as it is.
+_FOR_MANY_SIZES = {
+    # oneDNN and PyTorch keep the kernels of 1,024 products each unless told otherwise: 300 to 700 MB after some dozens of rounds, and no
+    # faster (`make bench ARGS="--only d"`).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+    "LRU_CACHE_CAPACITY": "64",
+    # On a GPU, blocks of one pass would not fit the next: segments that grow leave no gaps.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # On Hopper PyTorch takes cuDNN's attention first, which makes a plan for each number of rows and tokens, so for each token of answers:
+    # 30 ms to half a second (pytorch/pytorch#155958, modelscope/FunASR#3704). Flash attention needs none.
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+}
+for _variable, _value in _FOR_MANY_SIZES.items():
+    os.environ.setdefault(_variable, _value)
