@@ -159,14 +159,14 @@ def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: 
     width = padded_width(len(examples), longest)
     first = max(0, min(example.loss_start for example in examples) - 1)
     ids = np.full((len(examples), width), pad_id, dtype=np.int64)
-    labels = np.full((len(examples), width), -100, dtype=np.int64)
+    labels = np.full((len(examples), longest - 1 - first), -100, dtype=np.int64)
     for row, example in enumerate(examples):
         n, start = example.num_tokens, max(1, example.loss_start)
         ids[row, :n] = example.input_ids
-        labels[row, start - 1 : n - 1] = example.input_ids[start:]
+        labels[row, start - 1 - first : n - 1 - first] = example.input_ids[start:]
     return Batch(
         on_device(torch.from_numpy(ids), device),
-        on_device(torch.from_numpy(labels[:, first : longest - 1]), device),
+        on_device(torch.from_numpy(labels), device),
         first,
         sum(example.num_tokens for example in examples),
     )
