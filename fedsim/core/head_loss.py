@@ -18,6 +18,9 @@ from fedsim.core.products import affine
 LOGIT_BYTES = 1 << 28
 """Of the logits in float32 that are there at once."""
 
+TILE = 128
+"""Tokens that a GPU multiplies together: a part of a few more than whole tiles would take another one, of which most is idle."""
+
 LOGIT_COPIES = 4
 """float32 numbers held for each of them at the peak: the logit, its log-softmax, and the gradients of both."""
 
@@ -29,6 +32,12 @@ CHANGED_AFTERWARDS = ("final_logit_softcapping", "logit_scale", "logits_scaling"
 def logit_bytes(tokens: float, vocabulary: int, *, in_parts: bool = True) -> float:
     """Returns what the loss holds at its peak: of all logits, or with `head_loss` of those that are there at once."""
     return LOGIT_COPIES * min(4.0 * tokens * vocabulary, LOGIT_BYTES if in_parts else inf)
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """Returns of how many tokens the logits are there at once: whole tiles, or less than one."""
+    most = max(1, LOGIT_BYTES // (4 * vocabulary))
+    return most if most < TILE else most - most % TILE
 
 
 def gives_its_logits(settings: Any) -> bool:
@@ -57,7 +66,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         needed: bool = ctx.needs_input_grad[0]
         losses, of_hidden = weights.new_empty(len(labels)), torch.empty_like(hidden) if needed else None
-        at_once = max(1, LOGIT_BYTES // (4 * len(weight)))
+        at_once = tokens_at_once(len(weight))
         with torch.set_grad_enabled(needed):
             for start in range(0, len(labels), at_once):
                 part = slice(start, start + at_once)

@@ -117,6 +117,12 @@ def test_no_more_logits_are_there_at_once_than_are_allowed(monkeypatch):
     assert sum(seen) >= 30 * sum(len(tokens) - start for tokens, start in ROWS)
 
 
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(128_256, 512), (256_000, 256), (151_936, 384), (2_000_000, 33), (1 << 30, 1)])
+def test_logits_are_there_for_whole_tiles_of_tokens_at_once(vocabulary, tokens):
+    assert head_loss.tokens_at_once(vocabulary) == tokens
+    assert 4 * vocabulary * tokens <= max(head_loss.LOGIT_BYTES, 4 * vocabulary)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("per_example", [False, True])
 def test_that_the_head_comes_last_is_found_out_whatever_groups_the_rows_fall_into(groups, per_example):
