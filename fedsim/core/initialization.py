@@ -19,22 +19,23 @@ from fedsim.types import Adapter
 EXACT_SVD_LIMIT = 2048  # above this smaller side a seeded subspace iteration takes the place of the full SVD
 TOLERANCE = 1e-5  # largest entry of |B^T B - I| and |A A^T - I| in float32
 NEAR_ZERO = 1e-5  # standard deviation of R on bases from the weights, as LoRA-XS has it
+CPU = torch.device("cpu")
 HEAD_DEVIATION = 0.02  # standard deviation of a new classification head's weights, as BERT has it
 
 
-def from_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], eta: float, seed: int) -> Adapter:
+def from_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], eta: float, seed: int, device: torch.device = CPU) -> Adapter:
     """Returns B, R = diag(S) / s and A of every layer from its summed gradient(layer) [out, in] and the first step size `eta`.
 
-    One layer's gradient is held at a time.
+    One layer's gradient is held at a time; `device` is that of `truncated_svd`.
     """
     adapter: Adapter = {}
     for name in spec.layers:
-        left, values, right = truncated_svd(-eta * gradient(name).sign(), spec.rank, seed, name)
+        left, values, right = truncated_svd(-eta * gradient(name).sign(), spec.rank, seed, name, device)
         adapter |= {f"{name}.B": left, f"{name}.R": torch.diag(values) / spec.scaling, f"{name}.A": right}
     return adapter
 
 
-def from_noised_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], seed: int) -> Adapter:
+def from_noised_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], seed: int, device: torch.device = CPU) -> Adapter:
     """Returns B and A of the singular vectors of the noised sum of clipped gradients, and R = 0.
 
     Without the sign of the first step: it would make every entry's noise as large as the gradient. With R = 0, since the singular values
@@ -42,7 +43,7 @@ def from_noised_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], 
     """
     adapter: Adapter = {}
     for name in spec.layers:
-        left, _, right = truncated_svd(gradient(name), spec.rank, seed, name)
+        left, _, right = truncated_svd(gradient(name), spec.rank, seed, name, device)
         adapter |= {f"{name}.B": left, f"{name}.R": torch.zeros(spec.rank, spec.rank), f"{name}.A": right}
     return adapter
 
@@ -105,17 +106,17 @@ DERIVED: dict[Init, Callable[[AdapterSpec, Adapter, int], Adapter]] = {
 """Initialisations from base weights and seed alone: every party derives the same, and nothing is sent."""
 
 
-def truncated_svd(matrix: Tensor, rank: int, seed: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(matrix: Tensor, rank: int, seed: int, name: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
     """Returns U [m, rank], S [rank], V^T [rank, n] on the CPU in float32, with orthonormal U and V to `TOLERANCE`.
 
-    Deterministic: computed in float64 on the CPU, signs fixed so that the largest entry of each column of U is positive. Where the
-    smaller side exceeds `EXACT_SVD_LIMIT` the subspace is found by iteration from a start that depends on `seed` and `name` only.
+    Deterministic: computed in float64, signs fixed so that the largest entry of each column of U is positive. Where the smaller side
+    exceeds `EXACT_SVD_LIMIT` the subspace is found by iteration from a start that depends on `seed` and `name` only, on
+    `device`, whose last digits are its own. All else is computed on the CPU.
     """
-    work = matrix.detach().to("cpu", torch.float64)
-    if min(work.shape) <= EXACT_SVD_LIMIT:
-        u, s, vt = torch.linalg.svd(work, full_matrices=False)
+    if min(matrix.shape) <= EXACT_SVD_LIMIT:
+        u, s, vt = torch.linalg.svd(matrix.detach().to("cpu", torch.float64), full_matrices=False)
     else:
-        u, s, vt = _subspace_svd(work, rank, seed, name)
+        u, s, vt = _subspace_svd(matrix.detach().to(device).double(), rank, seed, name)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     signs = torch.gather(u, 0, u.abs().argmax(0, keepdim=True)).sign()
     left, right = (u * signs).float().contiguous(), (vt * signs.T).float().contiguous()
@@ -126,11 +127,11 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int, name: str) -> tuple[Tens
 def _subspace_svd(matrix: Tensor, rank: int, seed: int, name: str, iterations: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     width = min(rank + 32, *matrix.shape)
     start = torch.randn(matrix.shape[1], width, generator=torch_generator(seed, "svd", name), dtype=torch.float64)
-    basis = torch.linalg.qr(matrix @ start).Q
+    basis = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    u, s, vt = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ u, s, vt
+    u, s, vt = torch.linalg.svd((basis.T @ matrix).cpu(), full_matrices=False)
+    return basis.cpu() @ u, s, vt
 
 
 def check_orthonormal(name: str, left: Tensor, right: Tensor) -> None:
