@@ -34,7 +34,7 @@ def client_gradient(
     if noise is not None:
         return _private_gradient(session, client, noise, round, rate)
     chosen = numpy_generator(session.config.seed, "init", client).choice(len(examples), min(num_samples, len(examples)), replace=False)
-    return session.gradient_parts.layout.pack(summed_gradients(session, [examples[i] for i in chosen])).cpu()
+    return session.gradient_parts.layout.pack_on_cpu(summed_gradients(session, [examples[i] for i in chosen]))
 
 
 def _private_gradient(session: Session, client: int, noise: float, round: int, rate: float) -> Tensor:
@@ -47,7 +47,7 @@ def _private_gradient(session: Session, client: int, noise: float, round: int, r
         )
     )
     generator = session.noise_key.torch("init noise", round, client)
-    return noise_of_initial_gradient(parts.layout.pack(gradients).cpu(), noise, clip_norm, generator)
+    return noise_of_initial_gradient(parts.layout.pack_on_cpu(gradients), noise, clip_norm, generator)
 
 
 def factors_from_gradients(session: Session, gradients: Adapter, steps_taken: int = 0) -> Adapter:
@@ -57,6 +57,6 @@ def factors_from_gradients(session: Session, gradients: Adapter, steps_taken: in
         return session.gradient_parts.whole(gradients, layer)
 
     if session.config.adapter.init is Init.gradient_dp:
-        return from_noised_gradients(session.spec, whole, session.config.seed)
+        return from_noised_gradients(session.spec, whole, session.config.seed, session.device)
     eta = learning_rate(steps_taken, session.total_steps, session.config.training)
-    return from_gradients(session.spec, whole, eta, session.config.seed)
+    return from_gradients(session.spec, whole, eta, session.config.seed, session.device)

@@ -278,15 +278,16 @@ class Session:
         drawn = numpy_generator(self.config.seed, "heads", round, client).permutation(self.spec.heads)[:chosen]
         return self.spec.head_positions(kinds, sorted(drawn.tolist()))
 
-    @property
-    def gradient_budget(self) -> TokenBudget:
-        """The budget of passes for initial gradients."""
-        return self._sparing_gradient_budget if self.config.training.activation_checkpointing else self.budget
-
     @cached_property
-    def _sparing_gradient_budget(self) -> TokenBudget:
-        """Checkpointing spares nothing there: what the layers are given is kept for their gradients."""
-        return TokenBudget(min(self.budget.tokens, chosen(self.model, checkpointing=False)))
+    def gradient_budget(self) -> TokenBudget:
+        """The budget of passes for initial gradients, beside which a GPU holds their sums.
+
+        Checkpointing spares nothing there: what the layers are given is kept for their gradients.
+        """
+        if self.device.type != "cuda" and not self.config.training.activation_checkpointing:
+            return self.budget
+        sums = 4 * self.gradient_parts.layout.num_parameters
+        return TokenBudget(min(self.budget.tokens, chosen(self.model, checkpointing=False, besides=sums)))
 
     @cached_property
     def answer_budget(self) -> TokenBudget:

@@ -27,6 +27,17 @@ def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, onto: Tensor |
     return functional.linear(x, matrix, bias) if onto is None else torch.addmm(onto, x, matrix.T, out=onto)
 
 
+def of_weight(deltas: Tensor, inputs: Tensor) -> Tensor:
+    """Returns deltas.T @ inputs in float32, a weight's gradient: [tokens, out], [tokens, in] -> [out, in].
+
+    A GPU takes numbers in bfloat16 as they are: its units for them multiply exactly and add in float32, more than ten times as fast as
+    those for float32.
+    """
+    if deltas.device.type == "cuda" and deltas.dtype == inputs.dtype == torch.bfloat16:
+        return torch.mm(deltas.T, inputs, out_dtype=torch.float32)
+    return deltas.float().T @ inputs.float()
+
+
 def is_for_onednn(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `linear` takes oneDNN for numbers of this type on this device."""
     return dtype == torch.float32 and device.type == "cpu" and has_onednn()

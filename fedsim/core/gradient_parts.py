@@ -97,14 +97,14 @@ class GradientParts:
     def factored(self, name: str, deltas: Tensor, inputs: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yields (part, [..., p], [..., q]) for a layer's gradient as the sum over tokens of deltas^T inputs, [..., out] and [..., in].
 
-        The part is the same sum, [p, q]; the gradient itself is not formed.
+        The part is the same sum, [p, q]; the gradient itself is not formed. Numbers stay as they are, in float32 where they are mixed.
         """
         if name not in self.sketches:
             yield name, deltas, inputs
             return
         omega, psi = self.sketches[name].mixing(deltas.device)
-        yield f"{name}.columns", deltas, inputs @ omega
-        yield f"{name}.rows", deltas @ psi.T, inputs
+        yield f"{name}.columns", deltas, inputs.float() @ omega
+        yield f"{name}.rows", deltas.float() @ psi.T, inputs
 
     def whole(self, parts: Adapter, name: str) -> Tensor:
         """Returns a layer's gradient [out, in], or what its sketch tells of it."""

@@ -40,10 +40,21 @@ class Layout:
 
         Raises ValueError if names or shapes differ from the layout.
         """
-        if {name: tuple(tensor.shape) for name, tensor in adapter.items()} != dict(zip(self.names, self.shapes, strict=True)):
-            raise ValueError(f"Expected the factors {self.names[:2]}... of this layout, got {tuple(adapter)[:2]}...")
+        self._check(adapter)
         with torch.no_grad():
             return torch.cat([adapter[name].flatten() for name in self.names]).to(torch.float32)
+
+    def pack_on_cpu(self, adapter: Adapter) -> Tensor:
+        """Returns the same on the CPU, one factor after the other: a GPU that they half fill has no room for all of them twice."""
+        self._check(adapter)
+        flat = torch.empty(self.num_parameters)
+        for name, part in self.unpack(flat).items():
+            part.copy_(adapter[name])
+        return flat
+
+    def _check(self, adapter: Adapter) -> None:
+        if {name: tuple(tensor.shape) for name, tensor in adapter.items()} != dict(zip(self.names, self.shapes, strict=True)):
+            raise ValueError(f"Expected the factors {self.names[:2]}... of this layout, got {tuple(adapter)[:2]}...")
 
     def unpack(self, flat: Tensor) -> Adapter:
         """Returns the factors of [num_parameters], or stacked ones [clients, ...] of [clients, num_parameters], as views."""

@@ -67,12 +67,15 @@ class TokenBudget:
                 torch.cuda.empty_cache()
 
 
-def chosen(model: nn.Module, *, checkpointing: bool | None = None) -> int:
-    """Returns the most tokens of a pass for a model on its device: a power of two; `checkpointing` as for `pass_bytes`."""
+def chosen(model: nn.Module, *, checkpointing: bool | None = None, besides: int = 0) -> int:
+    """Returns the most tokens of a pass for a model on its device: a power of two; `checkpointing` as for `pass_bytes`.
+
+    `besides` are bytes of what is going to lie beside the passes.
+    """
     device = next(model.parameters()).device
     if device.type != "cuda":
         return _within(TOKENS_PER_THREAD * torch.get_num_threads(), CPU_RANGE)
-    return chosen_for(model, _free_bytes(device), checkpointing=checkpointing)
+    return chosen_for(model, _free_bytes(device) - besides, checkpointing=checkpointing)
 
 
 def chosen_for_answers(model: nn.Module) -> int:

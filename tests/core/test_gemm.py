@@ -50,3 +50,19 @@ def test_onednn_is_asked_for_float32_only_and_only_where_it_has_wide_kernels(mon
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not gemm.has_onednn()
     gemm.has_onednn.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_weight_is_that_of_float64_whatever_the_numbers_are_in(dtype):
+    x, _, _, deltas = operands(dtype)
+
+    found = gemm.of_weight(deltas, x)
+
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), deltas.double().T @ x.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_adds_products_of_bfloat16_in_float32():
+    x, _, _, deltas = (each.cuda() for each in operands(torch.bfloat16))
+    torch.testing.assert_close(gemm.of_weight(deltas, x).double(), deltas.double().T @ x.double(), rtol=1e-5, atol=1e-4)

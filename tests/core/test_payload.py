@@ -20,6 +20,14 @@ def test_the_order_of_the_adapter_does_not_matter_to_its_layout():
     assert torch.equal(layout.pack(dict(reversed(ADAPTER.items()))), layout.pack(ADAPTER))
 
 
+def test_what_is_packed_on_the_cpu_is_the_same_array():
+    layout = Layout.of(ADAPTER)
+    coarse = {name: tensor.bfloat16() for name, tensor in reversed(ADAPTER.items())}
+    assert torch.equal(layout.pack_on_cpu(coarse), layout.pack(ADAPTER))
+    with pytest.raises(ValueError, match="Expected the factors"):
+        layout.pack_on_cpu({"b.R": ADAPTER["b.R"]})
+
+
 def test_unpack_keeps_a_leading_client_axis():
     layout = Layout.of(ADAPTER)
     stack = torch.stack([layout.pack(ADAPTER), -layout.pack(ADAPTER)])
