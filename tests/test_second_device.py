@@ -164,6 +164,39 @@ for dtype in Dtype:
     assert all(1 / 3 < ratio < 1 for ratio in ratios), ratios
 
 
+def test_bases_of_large_layers_and_noise_of_large_adapters_are_those_of_the_cpu():
+    """The noise is drawn ahead there, also for a step that is begun anew."""
+    found = with_device(
+        """
+from fedsim.core import initialization
+from fedsim.core.initialization import truncated_svd
+from fedsim.core.payload import Layout
+from fedsim.training import private
+from fedsim.training.private import CohortDPOptimizer
+
+initialization.EXACT_SVD_LIMIT, private.THREADED_FROM = 10, 4
+matrix = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+print(all(map(torch.equal, truncated_svd(matrix, 4, 0, "x", device), truncated_svd(matrix, 4, 0, "x"))), bool(DEVICE.calls))
+
+def steps(on, begins):
+    taken = []
+    optimizer = CohortDPOptimizer(
+        torch.zeros(2, 5, device=on), Layout(("R",), ((5,),)), lambda gradients: taken.append(gradients.cpu().clone()),
+        noise_multipliers=[1.0, 2.0], clip_norm=1.0, expected_batch_sizes=[1.0, 2.0],
+        generators=[torch.Generator().manual_seed(seed) for seed in range(2)],
+    )
+    for active in (2, 2, 1):
+        for _ in range(begins):
+            optimizer.start(torch.zeros(active, 5, device=on))
+        optimizer.finish()
+    return torch.cat(taken)
+
+print(torch.equal(steps(device, 2), steps("cpu", 1)), len(steps("cpu", 1)))
+"""
+    )
+    assert found.splitlines() == ["True True", "True 5"]
+
+
 def test_a_step_of_a_cohort_launches_about_as_much_as_centralised_training_and_waits_no_more_often():
     """Views apart, which launch nothing. In a step both wait for a look of transformers for packed sequences, once in a forward pass; at
     the end a cohort waits for its factors and losses."""

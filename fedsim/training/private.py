@@ -6,7 +6,7 @@ client's own generator and with its own standard deviation; and a row is divided
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -94,13 +94,20 @@ class CohortDPOptimizer(DPOptimizer):
         )
         self._noise_multipliers, self._generators, self._layout = noise_multipliers, generators, layout
         self._expected = torch.tensor(expected_batch_sizes, device=stack.device).unsqueeze(1)
+        self._pool = ThreadPoolExecutor(torch.get_num_threads()) if stack.shape[1] >= THREADED_FROM else None
+        self._noises: Iterator[Tensor] | None = None  # of this step, where they are drawn already
         self._sum = torch.zeros(0)
         self._where: Place = slice(0, 0)
         self._gradients: Adapter = {}
 
     def start(self, sums: Tensor) -> None:
-        """Begins a step of the first clients, as many as `sums` [active, parameters] has rows: zeros that are used up."""
+        """Begins a step of the first clients, as many as `sums` [active, parameters] has rows: zeros that are used up.
+
+        While a GPU works on it, the noise of large adapters is drawn here; a step that is begun anew keeps what was drawn for it.
+        """
         self._sum = sums
+        if self._pool and sums.device.type != "cpu" and self._noises is None:
+            self._noises = self._pool.map(self._drawn, range(len(sums)))
 
     def add(self, where: Place, gradients: Adapter) -> None:
         """Clips the gradients of examples [groups, rows of a group, ...] and adds those of each group to the client at its place."""
@@ -125,22 +132,16 @@ class CohortDPOptimizer(DPOptimizer):
         accumulate(self._sum, self._layout, self._where, sums)
 
     def add_noise(self) -> None:
+        noises = self._noises or (self._pool.map if self._pool else map)(self._drawn, range(len(self._sum)))
+        self._noises = None
+        for total, noise in zip(self._sum, noises, strict=True):
+            total.add_(on_device(noise, total.device))
+
+    def _drawn(self, slot: int) -> Tensor:
+        """Returns the noise of a client's step, by its own generator, so that it may be drawn in a thread of its own."""
+        std = self._noise_multipliers[slot] * self.max_grad_norm
         reference = torch.empty(self._sum.shape[1:])  # on the CPU, as the generators: noise is the same on every device
-
-        def drawn(slot: int) -> Tensor:
-            std = self._noise_multipliers[slot] * self.max_grad_norm
-            return _generate_noise(std=std, reference=reference, generator=self._generators[slot])
-
-        def add(noises: Iterable[Tensor]) -> None:
-            for total, noise in zip(self._sum, noises, strict=True):
-                total.add_(on_device(noise, total.device))
-
-        slots = range(len(self._sum))
-        if self._sum.shape[1] < THREADED_FROM:
-            add(map(drawn, slots))
-            return
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each client has a generator of its own
-            add(pool.map(drawn, slots))
+        return _generate_noise(std=std, reference=reference, generator=self._generators[slot])
 
     def scale_grad(self) -> None:
         self._stack_optimizer.gradients = self._sum.div_(self._expected[: len(self._sum)])
