@@ -5,6 +5,7 @@ They are set against the throughput of the largest matrix product measured on th
 each, with a share of the clients. On a CPU the section runs with a tiny model, to be tried; its figures mean nothing there.
 """
 
+import gc
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,6 +130,7 @@ def matrix_product_ceiling(device: str, dtype: torch.dtype) -> float:
 
 
 def _reset(device: torch.device) -> None:
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -142,14 +144,21 @@ def _peak(device: torch.device) -> float:
 
 
 def _workers(case: Case, settings: Settings) -> Found:
-    """One process a device, each with its share of the clients, at the same time; the slowest counts."""
+    """One process a device, each with its share of the clients, at the same time; the slowest counts.
+
+    This process holds nothing meanwhile: what it has of the first GPU would be missing there.
+    """
     count, device = int(case["way"].split()[0]), device_of(settings)
+    subject_of.cache_clear()
+    _reset(device)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = visible if len(visible) == count else [str(place) for place in range(count)]
     shares = [case["clients"] // count + (place < case["clients"] % count) for place in range(count)]
     told = [{"model": case["model"], "clients": share, "device": str(device), "quick": settings.quick} for share in shares if share]
 
     def work(place: int) -> dict[str, Any]:
-        visible = {"CUDA_VISIBLE_DEVICES": str(place)} if device.type == "cuda" else {}
-        return call("experiments.benchmarks.accelerator", told[place], environment=visible)
+        seen = {"CUDA_VISIBLE_DEVICES": names[place]} if device.type == "cuda" else {}
+        return call("experiments.benchmarks.accelerator", told[place], environment=seen)
 
     with ThreadPoolExecutor(len(told)) as pool:
         found = list(pool.map(work, range(len(told))))
