@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
 from math import ceil
 
@@ -53,17 +53,19 @@ OWN_DATA = "own data"  # in the holdings, of clients that do not tell the tasks 
 
 def open_session(config: Config) -> "Session":
     """Returns the session of this configuration; the latest one is kept, so the workers of a process find the server's."""
-    return _open(json.dumps(to_dict(replace(config, run_dir=None, resume=False, overwrite=False))))
+    text = json.dumps(to_dict(replace(config, run_dir=None, resume=False, overwrite=False)))
+    if text not in _latest:
+        _latest.clear()  # a GPU may not have room for the next model beside the last one
+        _latest[text] = Session(from_dict(Config, json.loads(text)))
+    return _latest[text]
 
 
 def forget_session() -> None:
     """Has the next session read model, data and methods anew: what a configuration names may have changed since."""
-    _open.cache_clear()
+    _latest.clear()
 
 
-@lru_cache(maxsize=1)
-def _open(text: str) -> "Session":
-    return Session(from_dict(Config, json.loads(text)))
+_latest: dict[str, "Session"] = {}  # by its configuration
 
 
 class Session:

@@ -1,11 +1,14 @@
 """What server and client compare before they train together."""
 
+import gc
+import weakref
 from contextlib import contextmanager
 
 import pytest
 import torch
 from tokenizers.normalizers import Lowercase
 
+from fedsim import session as sessions
 from fedsim.cli.compose import compose
 from fedsim.core.adapters import adapted_layers
 from fedsim.session import forget_session, open_session
@@ -53,3 +56,18 @@ def test_the_base_digest_leaves_out_the_weights_into_which_a_run_folds_its_updat
     own, layer = digest_now(session), next(iter(adapted_layers(session.model).values()))
     with changed(layer.base.weight):
         assert digest_now(session) == own
+
+
+def test_the_last_model_is_let_go_before_the_next_one_is_loaded(monkeypatch):
+    options = ("data.train_examples=20", "federation.clients=2", "adapter.init=orthogonal")
+    last = weakref.ref(open_session(compose([*options, "seed=1"])).model)
+    load, there = sessions.load_model, []
+
+    def watched(*args, **named):
+        gc.collect()
+        there.append(last() is not None)
+        return load(*args, **named)
+
+    monkeypatch.setattr(sessions, "load_model", watched)
+    assert open_session(compose([*options, "seed=2"])) is open_session(compose([*options, "seed=2"]))
+    assert there == [False]
