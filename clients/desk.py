@@ -32,6 +32,7 @@ from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD
 from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, REFUSED, handle
 from fedsim.links import NONE
+from fedsim.memory import give_back_gpu_memory
 from fedsim.plain import from_text, to_dict
 from fedsim.privacy.accounting import Mechanism
 from fedsim.seeding import NoiseKey
@@ -73,6 +74,7 @@ class Desk:
             log.exception("failed: %s", what)
             reason = f"The worker of client {self._owner.client} failed ({type(error).__name__}); its log says why."
             reply = Message(Error(FAILED, reason), reply_to=message)
+        give_back_gpu_memory()  # this process may wait for days, others may want it
         return reply
 
     def _carried_out(self, message: Message) -> Message:

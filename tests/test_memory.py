@@ -1,6 +1,11 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from fedsim.memory import give_back_gpu_memory
+
 COUNT = """
 import resource, sys
 import numpy as np
@@ -40,3 +45,11 @@ def test_the_peak_is_that_of_this_program_and_not_of_the_one_that_started_it():
     before, after, peak = map(int, subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True).stdout.split())
     assert after < before + 100_000_000
     assert 190_000_000 < peak - before < 300_000_000 < len(ballast)
+
+
+@pytest.mark.gpu
+def test_what_is_given_back_of_a_gpu_is_kept_no_longer():
+    num_bytes = torch.zeros(1 << 24, device="cuda").nbytes
+    kept = torch.cuda.memory_reserved()
+    give_back_gpu_memory()
+    assert torch.cuda.memory_reserved() <= kept - num_bytes

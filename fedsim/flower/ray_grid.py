@@ -15,13 +15,14 @@ from logging import ERROR
 from math import ceil
 from typing import Any
 
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.config import EngineConfig
 from fedsim.errors import UserError
 from fedsim.flower.grid import RUN_ID, LocalGrid
+from fedsim.memory import give_back_gpu_memory
 
 LOOK_SECONDS = 1.0
 """How long one look for replies waits for the first of them; `gathered` then looks again at once."""
@@ -32,14 +33,25 @@ _FAILED = 1  # code of the error in place of a reply
 
 
 class InActor:
-    """Gives an actor its ClientApp; Flower wants to know who it is before a message is made."""
+    """Gives an actor its ClientApp; Flower wants to know who it is before a message is made.
+
+    Actor and server may have one GPU: neither keeps memory while the other works.
+    """
 
     def __init__(self, load: Callable[[], ClientApp], node: int) -> None:
         self._load, self._node = load, node
 
-    def __call__(self) -> ClientApp:
+    def __call__(self) -> Callable[[Message, Context], Message]:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, self._node
-        return self._load()
+        app = self._load()
+
+        def handled(message: Message, context: Context) -> Message:
+            try:
+                return app(message, context)
+            finally:
+                give_back_gpu_memory()
+
+        return handled
 
 
 class RayGrid(LocalGrid):
@@ -79,6 +91,7 @@ class RayGrid(LocalGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = super().push_messages(messages)
+        give_back_gpu_memory()
         self._submit()
         return ids
 
