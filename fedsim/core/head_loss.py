@@ -50,12 +50,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), labels, reduction="none", ignore_index=-100)
 
 
-def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the sum of the tokens' losses times `weights` [tokens], which has a gradient to `hidden`, and the losses [tokens].
+def head_loss(
+    hidden: Tensor,  # [tokens, hidden]
+    weight: Tensor,  # [vocabulary, hidden]
+    bias: Tensor | None,
+    labels: Tensor,  # [tokens]
+    weights: Tensor,  # [tokens]
+    targets: Tensor,  # [targets]
+) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the tokens' losses times `weights`, which has a gradient to `hidden`, and the losses [tokens].
 
-    `hidden` [tokens, hidden] goes through a frozen head of a `weight` [vocabulary, hidden] and a bias.
+    `hidden` goes through a frozen head of a `weight` and a bias at the `targets`, which are distinct; elsewhere the loss is 0.
     """
-    result: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, bias, labels, weights)
+    result: tuple[Tensor, Tensor] = _HeadLoss.apply(hidden, weight, bias, labels, weights, targets)
     return result
 
 
@@ -63,13 +70,13 @@ class _HeadLoss(torch.autograd.Function):
     """`head_loss`; the gradient of the input is formed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         needed: bool = ctx.needs_input_grad[0]
-        losses, of_hidden = weights.new_empty(len(labels)), torch.empty_like(hidden) if needed else None
-        at_once = tokens_at_once(len(weight))
+        losses, of_hidden = weights.new_zeros(len(labels)), torch.zeros_like(hidden) if needed else None
         with torch.set_grad_enabled(needed):
-            for start in range(0, len(labels), at_once):
-                part = slice(start, start + at_once)
+            for part in targets.split(tokens_at_once(len(weight))):
                 x = hidden[part].detach().requires_grad_(needed)
                 of_tokens = cross_entropy(affine(x, weight, bias), labels[part])
                 losses[part] = of_tokens.detach()
@@ -81,6 +88,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor, None, None, None, None, None]:
         (of_hidden,) = ctx.saved_tensors
-        return of_hidden * gradient, None, None, None, None
+        return of_hidden * gradient, None, None, None, None, None

@@ -131,13 +131,14 @@ class Batch:
     """Padded tensors of a pass. Padding is on the right, where no token of a causal model can see it."""
 
     input_ids: Tensor  # [rows, tokens]
-    labels: Tensor  # [rows, targets]; -100 where there is no loss; labels[:, t] is the token after position first + t
+    labels: Tensor  # [rows, positions]; -100 where there is no loss; labels[:, t] is the token after position first + t
+    targets: Tensor  # [targets]; where the flat labels carry a loss, in order
     first: int  # first position whose next token carries a loss in any row
     num_tokens: int  # tokens without padding
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the logits that `labels` are for: [targets]."""
+        """Positions of the logits that `labels` are for: [positions]."""
         return torch.arange(self.first, self.first + self.labels.shape[1], device=self.input_ids.device)
 
 
@@ -167,6 +168,7 @@ def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: 
     return Batch(
         on_device(torch.from_numpy(ids), device),
         on_device(torch.from_numpy(labels), device),
+        on_device(torch.from_numpy(np.flatnonzero(labels.ravel() != -100)), device),
         first,
         sum(example.num_tokens for example in examples),
     )

@@ -16,8 +16,8 @@ from fedsim.types import Adapter
 def batch_loss(model: nn.Module, batch: AnyBatch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the sum of the rows' losses times `weights` [rows] (None: one each), which has a gradient, and the losses [rows], float32.
 
-    A row's loss is its cross-entropy averaged over its target tokens, 0 where it has none. Logits are computed only from the first
-    position that carries a loss.
+    A row's loss is its cross-entropy averaged over its target tokens, 0 where it has none. Where the head is frozen, logits
+    are computed only for the tokens before those.
     """
     if isinstance(batch, PairBatch):
         losses = label_losses(model, batch)
@@ -30,7 +30,7 @@ def batch_loss(model: nn.Module, batch: AnyBatch, weights: Tensor | None = None)
         losses = cross_entropy(hidden.flatten(0, 1), labels)
         total = (losses * of_tokens).sum()
     else:
-        total, losses = head_loss(hidden.flatten(0, 1), head.weight, head.bias, labels, of_tokens)
+        total, losses = head_loss(hidden.flatten(0, 1), head.weight, head.bias, labels, of_tokens, batch.targets)
     return total, losses.detach().view_as(batch.labels).sum(1) / targets
 
 

@@ -139,5 +139,6 @@ def test_labels_are_the_next_tokens_from_the_loss_start_on():
     assert batch.first == 1
     assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7, 8, 0, 0], [3, 4, 5, 6, 0, 0, 0, 0]], "padded to a width that has kernels"
     assert batch.labels.tolist() == [[-100, 6, 7, 8], [5, 6, -100, -100]]
+    assert batch.targets.tolist() == [1, 2, 3, 4, 5]
     assert batch.num_tokens == 10
     assert batch.labels.is_contiguous(), "a copy to a GPU would wait otherwise"
