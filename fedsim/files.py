@@ -3,35 +3,48 @@
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LOCK, SUMMARY = "run.lock", "summary.json"
 """Files of a run folder: the first is there as soon as somebody has taken it, the second once the run has finished."""
 
 TEMPORARY = ".*.fedsim-tmp"
-"""Pattern of the names that a killed `atomic_write` may leave behind."""
+"""Pattern of the names of `temporary`, which a kill may leave behind."""
+
+
+def temporary(path: Path) -> Path:
+    """Returns the name, beside `path`, of what will be `path` once it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.fedsim-tmp")
+
+
+@contextmanager
+def atomically(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Yields an open file; once the block is left, what was written there is the whole content of `path`, durably.
+
+    Guarantees: at any moment, also after a kill or a power cut, `path` holds its old content or all of the new, and never has more
+    permissions than `mode` less the process's umask. A block that raises changes nothing. The folder must exist.
+    """
+    new = temporary(path)
+    try:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def atomic_write(path: Path, *content: bytes | memoryview, mode: int = 0o666) -> None:
-    """Makes `content`, one part after the other, the whole content of `path`, durably.
-
-    Guarantees: at any moment, also after a kill or a power cut, `path` holds its old content or all of the new, and never has more
-    permissions than `mode` less the process's umask. The folder must exist.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.fedsim-tmp")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            file.writelines(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    """Makes `content`, one part after the other, the whole content of `path`, as `atomically` does."""
+    with atomically(path, mode) as file:
+        file.writelines(content)
 
 
 def atomic_write_json(path: Path, value: Any, mode: int = 0o666) -> None:

@@ -23,7 +23,7 @@ from fedsim.checkpoints import Checkpoint, Store, saved
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import read_events
-from fedsim.files import TEMPORARY, atomic_write
+from fedsim.files import TEMPORARY, atomic_write, atomically
 from fedsim.plain import to_dict
 from fedsim.run_folder import RunFolder, check
 
@@ -338,6 +338,25 @@ def test_a_failed_atomic_write_leaves_the_old_content_and_no_litter(tmp_path: Pa
     with pytest.raises(TypeError):
         atomic_write(tmp_path / "file", "text is not bytes")  # type: ignore[arg-type]
     assert tree(tmp_path) == {"file": b"old"}
+
+
+@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt, SystemExit])
+def test_a_file_that_is_written_in_parts_is_whole_or_as_it_was_whatever_stops_it(tmp_path: Path, stop: type[BaseException]) -> None:
+    def broken_off() -> None:
+        with atomically(tmp_path / "file") as file:
+            file.write(b"half")
+            raise stop
+
+    atomic_write(tmp_path / "file", b"old")
+    with pytest.raises(stop):
+        broken_off()
+    assert tree(tmp_path) == {"file": b"old"}
+    with atomically(tmp_path / "file", mode=0o600) as file:
+        for part in (b"all ", b"of ", b"it"):
+            file.write(part)
+            assert (tmp_path / "file").read_bytes() == b"old"
+    assert tree(tmp_path) == {"file": b"all of it"}
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_saved_whatever_changes_while_it_is_written(tmp_path: Path) -> None:

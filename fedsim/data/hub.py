@@ -1,6 +1,5 @@
 """Rows that lie elsewhere: data sets of the Hugging Face hub, and files at an address. Both are fetched once and kept in a cache."""
 
-import os
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 
 from fedsim.data.rows import BATCH, Row, batch_rows, read
 from fedsim.errors import UserError
-from fedsim.files import cache_folder
+from fedsim.files import atomically, cache_folder
 
 PATIENCE_SECONDS = 10.0
 """How long the first answer of a host may take."""
@@ -79,20 +78,14 @@ class Address:
 
 
 def _fetch(url: str, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.fedsim-tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as reply, open(temporary, "wb") as file:
+        with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as reply, atomically(path) as file:
             shutil.copyfileobj(reply, file)
             if reply.length:  # what the announced size leaves to come
                 raise OSError(f"the connection closed {reply.length} bytes too early")
-            file.flush()
-            os.fsync(file.fileno())  # it is believed from now on
-        os.replace(temporary, path)
     except (OSError, HTTPException) as error:  # of the network and of the disk
         raise UserError(_not_fetched(url, error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _ask_once(name: str) -> None:

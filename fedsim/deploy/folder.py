@@ -13,7 +13,7 @@ from fedsim.cli.calling import QUIET
 from fedsim.deploy import templates
 from fedsim.deploy.certificates import authority, client_key, is_issued_by, is_pair, server_certificate
 from fedsim.errors import UserError
-from fedsim.files import atomic_write
+from fedsim.files import atomic_write, temporary
 
 SETTINGS = "federation.json"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # the ServerApp reaches the SuperLink there
@@ -49,7 +49,7 @@ def init(folder: Path, federation: Federation, *, new_keys: bool = False) -> lis
     other keys, and every file is replaced atomically. Raises UserError if the folder holds something else.
     """
     if not folder.exists() or not any(folder.iterdir()):
-        staging = folder.with_name(f".{folder.name}.{os.getpid()}.fedsim-tmp")
+        staging = temporary(folder)
         try:
             lines = _write(staging, federation, new_keys=False, final=folder)
             if folder.exists():

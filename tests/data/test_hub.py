@@ -5,6 +5,7 @@ import threading
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -111,6 +112,22 @@ def test_a_missing_file_is_one_clear_line_and_leaves_nothing(site):
     with pytest.raises(UserError, match=r"/none.json: this data set cannot be fetched: HTTP Error 404: File not found. Check name"):
         list(Address(f"{site[1]}/none.json").rows("train"))
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
+
+
+def test_a_download_that_is_stopped_with_ctrl_c_leaves_nothing_and_is_done_anew_the_next_time(site, monkeypatch):
+    folder, address = site
+    (folder / "train.json").write_text(json.dumps(ROWS[:1]))
+
+    def stopped(reply, file):
+        file.write(reply.read(3))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as hands:
+        hands.setattr("fedsim.data.hub.shutil", SimpleNamespace(copyfileobj=stopped))  # the server of this test needs its own
+        with pytest.raises(KeyboardInterrupt):
+            list(Address(f"{address}/train.json").rows("train"))
+    assert not [path for path in cache_folder().rglob("*") if path.is_file()]
+    assert [row for _, row in Address(f"{address}/train.json").rows("train")] == ROWS[:1]
 
 
 @pytest.mark.parametrize(
