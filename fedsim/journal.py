@@ -2,9 +2,10 @@
 
 Append-only: each line holds the SHA-256 of the line before it, so that a line cannot be changed, removed, added or moved without breaking
 the chain (Haber and Stornetta 1991). The head, which fixes all lines up to it, is also in every checkpoint and in summary.json: it tells
-when lines are missing at the end, and when the chain alone was made anew. Nothing is keyed: who remakes the chain and the heads in
-checkpoints and summary.json as well is noticed only by whoever has kept a head elsewhere. A run that goes on from a checkpoint removes
-nothing: its line `resumed` names the line that it goes on from, and those in between are superseded, but stay to be seen.
+when lines are missing at the end, and when the chain alone was made anew. The last line of a finished run holds its summary. Nothing is
+keyed: who remakes the chain and the heads in checkpoints and summary.json as well is noticed only by whoever has kept a head elsewhere. A
+run that goes on from a checkpoint removes nothing: its line `resumed` names the line that it goes on from, and those in between are
+superseded, but stay to be seen.
 """
 
 import hashlib

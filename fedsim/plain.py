@@ -39,6 +39,16 @@ def written(value: Any) -> str:
     return f"[{','.join(map(written, value))}]" if isinstance(value, list) else str(value)
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {"training.batch_size": 8, ...} of nested values. Lists stay whole but those of dictionaries, which are numbered."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = dict(enumerate(value))
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def with_a_result(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the nested plain values of a configuration without the options that change no result."""
     kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in WITHOUT_A_RESULT}

@@ -29,7 +29,7 @@ from fedsim.events import EventLog, cut_events, read_events
 from fedsim.files import LOCK, SUMMARY, TEMPORARY, atomic_write, atomic_write_json, dated_folders
 from fedsim.journal import Head, Journal, lines_after
 from fedsim.manifest import manifest
-from fedsim.plain import to_dict, with_a_result, written
+from fedsim.plain import flat, to_dict, with_a_result, written
 from fedsim.report import PICTURES
 
 CONFIG = "config.yaml"
@@ -332,12 +332,12 @@ def _refuse_occupied(folder: Path, stage: _Stage) -> None:
 
 def _refuse_other_configuration(folder: Path, config: Config) -> None:
     try:
-        before = _flat(with_a_result(yaml.safe_load((folder / CONFIG).read_bytes())))
+        before = flat(with_a_result(yaml.safe_load((folder / CONFIG).read_bytes())))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise UserError(
             f"Expected {folder / CONFIG} as the run wrote it, but it is no such file. Put it back, or use overwrite=true."
         ) from None
-    now = _flat(with_a_result(to_dict(config)))
+    now = flat(with_a_result(to_dict(config)))
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [f"{key}={written(now.get(key))} (run: {written(before.get(key))})" for key in keys]
     if differing:
@@ -345,14 +345,6 @@ def _refuse_other_configuration(folder: Path, config: Config) -> None:
             f"Expected the configuration with which {folder} was begun, got {', '.join(differing)}. "
             "Give the same options to resume it, or choose another run_dir=."
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"training.batch_size": 8, ...}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _made(folder: Path) -> bool:

@@ -77,7 +77,9 @@ VERBS = {
         _JSON,
         ("fedsim audit experiment=audit privacy.epsilon=2         a lower bound on epsilon beside the claimed one",),
     ),
-    "verify": Verb("check the audit log of a run", "fedsim verify RUN_FOLDER", {}, ("fedsim verify runs/mine",)),
+    "verify": Verb(
+        "check the audit log of a run, and its results against it", "fedsim verify RUN_FOLDER", {}, ("fedsim verify runs/mine",)
+    ),
     "deploy": Verb(
         "a federation of several machines", "fedsim deploy init DIR | register DIR | status [DIR] | up --local N [option=value ...]"
     ),

@@ -1,53 +1,128 @@
-"""`fedsim verify`: whether the audit log of a run is as it was written."""
+"""`fedsim verify`: whether the audit log of a run is as it was written, and whether its results tell what the log tells.
 
+The log's last line holds the whole summary, so that the chain fixes every figure of it. What else there is of the run must agree: each
+transfer with the ledger in the last checkpoint, their sums and what events.jsonl tells of the end with the summary.
+"""
+
+import csv
 import json
+from collections.abc import Container, Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from fedsim.checkpoints import DamagedError, load, saved
+from fedsim.checkpoints import Checkpoint, DamagedError, load, saved
+from fedsim.core.communication import CommunicationLedger
 from fedsim.errors import UserError
+from fedsim.events import read_events
 from fedsim.files import SUMMARY
-from fedsim.journal import Head, Verdict, verified
-from fedsim.run_folder import CHECKPOINTS, JOURNAL
+from fedsim.journal import Head, Verdict, lines_after, verified
+from fedsim.plain import flat, written
+from fedsim.report import transfers_csv
+from fedsim.run_folder import CHECKPOINTS, EVENTS, JOURNAL
+
+TRANSFERS = "communication.csv"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error, RecursionError)
+"""What a file may lead to that was changed, cut off or removed."""
 
 
 def verify(folder: Path) -> Verdict:
-    """Returns what is found in a run folder: the journal against itself, its checkpoints and its summary. Raises UserError for none.
+    """Returns what is found in a run folder: the journal against itself, its checkpoints and its summary, and what was left as results.
 
-    A finished run has checkpoints; where they are gone, nothing but the summary would fix the chain.
+    A finished run has checkpoints; where they are gone, nothing but the summary would fix the chain. Raises UserError for no run folder.
     """
     if not (folder / JOURNAL).exists():
         raise UserError(f"Expected a run folder with {JOURNAL}, got {folder}. Name the folder of a run.")
-    heads, damaged = {}, []
+    heads, damaged, last = {}, [], None
     for path in saved(folder / CHECKPOINTS):
         try:
-            heads[path.name] = Head.from_json(load(path).state.get("journal"))
+            last = load(path)
+            heads[path.name] = Head.from_json(last.state.get("journal"))
         except DamagedError as error:
             damaged.append(str(error))
         except ValueError:
             damaged.append(f"{path.name} fixes no line of the journal")
-    end, wrong = _end(folder / SUMMARY)
+    summary, end, wrong = _end(folder / SUMMARY)
     if (folder / SUMMARY).exists() and not heads and not damaged:
         wrong.append(f"{SUMMARY} ends the run, but it has no checkpoint: {CHECKPOINTS}/ was emptied or removed")
     verdict = verified(folder / JOURNAL, heads, end)
-    verdict.problems += damaged + wrong
+    verdict.problems += [*damaged, *wrong, *(_results(folder, summary, verdict.head, last) if end else ())]
     return verdict
 
 
-def _end(path: Path) -> tuple[Head | None, list[str]]:
+def _end(path: Path) -> tuple[dict[str, Any], Head | None, list[str]]:
+    """Returns the summary without the head of the journal, that head, and what is wrong with them."""
     if not path.exists():
-        return None, []
+        return {}, None, []
     try:
-        return Head.from_json(json.loads(path.read_bytes())["journal"]), []
-    except (ValueError, KeyError, TypeError):
-        return None, [f"{path.name} fixes no line of the journal"]
+        summary = json.loads(path.read_bytes())
+        return summary, Head.from_json(summary.pop("journal")), []
+    except UNREADABLE:
+        return {}, None, [f"{path.name} fixes no line of the journal"]
+
+
+def _results(folder: Path, summary: dict[str, Any], head: Head, last: Checkpoint | None) -> Iterator[str]:
+    """Yields each figure of the summary of which something else tells another, once, and which file cannot be as the run wrote it."""
+    mine, named = flat(summary), set()
+    entered = last.state["state"]["ledger"] if last is not None and last.round == summary.get("rounds") else None
+    sources = {
+        "the journal's last line": lambda: _fixed(folder / JOURNAL, head, mine),
+        EVENTS: lambda: _told(folder / EVENTS, mine),
+        TRANSFERS: lambda: _summed_up(folder / TRANSFERS, entered),
+    }
+    for source, figures_of in sources.items():
+        try:
+            figures = figures_of()
+        except UNREADABLE as error:
+            yield f"{source} is not as the run wrote it: {' '.join(str(error).split()):.200}"
+            continue
+        for key in [key for key in figures if key not in named and mine.get(key) != figures[key]]:
+            named.add(key)
+            yield f"{SUMMARY} says {key}={written(mine.get(key)):.60}, but {source} {written(figures[key]):.60}"
+
+
+def _fixed(path: Path, head: Head, mine: Iterable[str]) -> dict[str, Any]:
+    """Returns the figures in the journal's last line, None for those of `mine` that it lacks; a run of an earlier version wrote none."""
+    ended = lines_after(path, head.lines - 1)
+    return dict.fromkeys(mine) | flat(ended[0]["summary"]) if ended and "summary" in ended[0] else {}
+
+
+def _told(path: Path, mine: Container[str]) -> dict[str, Any]:
+    """Returns what the events tell of the figures that are `mine`. Raises ValueError where they do not tell the end."""
+    told: dict[str, Any] = {}
+    for event in read_events(path):
+        if event["kind"] == "evaluated":
+            told[f"evaluation.{event['task']}.{'final' if event['round'] else 'base'}"] = event
+        elif event["kind"] == "round":
+            told["privacy"] = event
+        elif event["kind"] == "finished":
+            told |= {"rounds": event["round"], "adapter_digest": event["adapter_digest"]}
+    if "rounds" not in told:
+        raise ValueError("the end of the run is missing")
+    return {key: value for key, value in flat(told).items() if key in mine}
+
+
+def _summed_up(path: Path, entered: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns what the transfers add up to. Raises ValueError for the first that is not in its line of the ledger as it was `entered`."""
+    lines = path.read_text().splitlines()
+    if entered is not None:
+        wanted = transfers_csv(CommunicationLedger.from_json(entered).rows()).decode().splitlines()
+        for number, (line, right) in enumerate(zip_longest(lines, wanted, fillvalue="nothing"), 1):
+            if line != right:
+                raise ValueError(f"line {number} is {line:.80}, in the ledger of the last checkpoint {right:.80}")
+    ledger = CommunicationLedger()
+    ledger.add_rows(csv.DictReader(lines))
+    return flat({"communication": ledger.totals()})
 
 
 def verdict_text(verdict: Verdict) -> str:
     """Returns what a person reads: what holds, or where it does not."""
     if verdict.problems:
-        return "\n".join(["The journal is not as it was written:", *(f"  {problem}" for problem in verdict.problems)])
+        return "\n".join(["The run folder is not as it was written:", *(f"  {problem}" for problem in verdict.problems)])
     again = f", {verdict.superseded} of them superseded by a resumed run" if verdict.superseded else ""
     lines = [f"The journal holds: {verdict.head.lines} lines{again}; head {verdict.head.sha256}"]
-    if not verdict.finished:
+    if verdict.finished:
+        lines.append(f"{SUMMARY}, {TRANSFERS} and {EVENTS} agree with it.")
+    else:
         lines.append("The run has not finished: lines after its last checkpoint could be missing unseen.")
     return "\n".join([*lines, "Who can write every file of this folder can remake them all: compare the head with one kept elsewhere."])

@@ -29,7 +29,7 @@ def finish(session: Session, given: Config, state: State, memories: dict[str, Te
     adapters = [str(path.parent.relative_to(folder.folder)) for path in written if path.name == "adapter_config.json"]
     summary = _summary(session, given, state, folder) | {"adapter": adapters[0] if adapters else None}
     folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
-    summary["journal"] = folder.record("finished", round=state.round, adapter_digest=summary["adapter_digest"]).to_json()
+    summary["journal"] = folder.record("finished", summary=summary).to_json()
     folder.write_bytes("communication.csv", transfers_csv(state.ledger.rows()))
     folder.write_bytes("holdings.txt", f"{holdings_table(session.holdings, max_clients=None)}\n".encode())
     folder.write_bytes("partition.png", partition_png(session.holdings))
