@@ -284,7 +284,7 @@ def wait_for(reached, seconds=150):
 def test_status_shows_who_is_there_and_how_far_runs_have_come(first, federation):
     done = run(["deploy", "status", str(federation.folder)], federation.flwr_home)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"client-0 +\d+ +online +\d{4}-", done.stdout)
+    assert re.search(r"client-0 +\d+ +online +now +\d{4}-", done.stdout)
     assert re.search(r"client-1 +\d+ +online", done.stdout)
     assert re.search(r"\d+ +finished:completed +[123]/[123]", done.stdout)
 

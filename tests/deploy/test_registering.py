@@ -28,9 +28,13 @@ def test_a_key_is_admitted_once_found_again_when_that_was_not_written_down_and_t
         assert main(["deploy", "register", str(local.folder)]) == 0
         assert capsys.readouterr().out.splitlines() == ["client-0: registered before", "client-1: registered"]
         assert registered_names(registered) == first
+        assert main(["deploy", "status", str(local.folder)]) == 0
+        assert [line.split()[2:4] for line in capsys.readouterr().out.splitlines()[1:3]] == [["registered", "never"]] * 2
         local.end("superlink")
         (server / "state.db").rename(tmp_path / "state.db")  # a SuperLink that has lost what it knew
         local.start_superlink()
+        assert main(["deploy", "status", str(local.folder)]) == 0
+        assert [line.split()[2:5] for line in capsys.readouterr().out.splitlines()[1:3]] == [["unknown", "unknown", "-"]] * 2
         assert main(["deploy", "register", str(local.folder)]) == 0
         assert capsys.readouterr().out.splitlines() == ["client-0: registered", "client-1: registered"]
         first = registered_names(registered)
