@@ -13,12 +13,20 @@ from fedsim.plain import written
 
 @dataclass(frozen=True)
 class Verb:
-    """What comes first on the command line: what it does, how it is called, its flags, and examples."""
+    """What comes first on the command line: what it does, how it is called, its flags, and examples.
+
+    A flag is told as it is typed: "--json", "--cfg, -c" with a short form, "--tokens=N" with a value. `fedsim` takes these and no others.
+    """
 
     meaning: str
     usage: str
     flags: dict[str, str] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
+
+    def spellings(self) -> dict[str, str]:
+        """Returns, for each way to type a flag, the flag as it is told first: {"-c": "--cfg", "--tokens": "--tokens=N"}."""
+        told = [flag.split(", ") for flag in self.flags]
+        return {spelling.partition("=")[0]: first for first, *more in told for spelling in (first, *more)}
 
 
 _JSON = {"--json": "print JSON in place of tables"}
@@ -29,7 +37,7 @@ VERBS = {
         "fedsim run [--multirun] [--cfg] [option=value | group=choice ...]",
         {
             "--multirun, -m": "run every combination of comma-separated values, each in a run folder of its own",
-            "--cfg": "print the whole configuration as YAML and stop",
+            "--cfg, -c": "print the whole configuration as YAML and stop",
             **_TOPIC,
         },
         (

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from fedsim.config import Config
 
 _HELP = ("--help", "-h")
-_MULTIRUN = ("--multirun", "-m")
-_CFG = ("--cfg", "-c")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,11 +107,11 @@ def _unknown(verb: str) -> UserError:
 
 
 def _run(words: list[str]) -> int:
-    flags, overrides = _split("run", words, _MULTIRUN + _CFG)
+    flags, overrides = _split("run", words)
     from fedsim.cli.sweep import is_sweep, sweep
 
-    show = any(flag in _CFG for flag in flags)
-    if len(flags) > show and show:
+    show = "--cfg" in flags
+    if show and "--multirun" in flags:
         raise UserError("Expected --multirun or --cfg, got both. Print the configuration of one job at a time.")
     if not show and (flags or is_sweep(overrides)):
         return sweep(overrides)
@@ -140,7 +138,7 @@ def _run(words: list[str]) -> int:
 
 
 def _data(words: list[str]) -> int:
-    _, overrides = _split("data", words, ())
+    _, overrides = _split("data", words)
     config = _composed(overrides)
     from fedsim.cli.holdings import holdings_of
     from fedsim.report import holdings_table
@@ -153,7 +151,7 @@ def _data(words: list[str]) -> int:
 
 
 def _privacy(words: list[str]) -> int:
-    flags, overrides = _split("privacy", words, ("--json",))
+    flags, overrides = _split("privacy", words)
     config = _composed(overrides)
     from fedsim.cli.privacy import privacy_of, privacy_table
 
@@ -164,7 +162,7 @@ def _privacy(words: list[str]) -> int:
 
 def _audit(words: list[str]) -> int:
     """An audit that refutes the claim has failed, as a test does."""
-    flags, overrides = _split("audit", words, ("--json",))
+    flags, overrides = _split("audit", words)
     config = _composed(overrides)
     from fedsim.cli.audit import audit_table, audited
     from fedsim.files import finite
@@ -175,7 +173,7 @@ def _audit(words: list[str]) -> int:
 
 
 def _verify(words: list[str]) -> int:
-    _, folders = _split("verify", words, ())
+    _, folders = _split("verify", words)
     if len(folders) != 1:
         raise UserError(f"Expected one run folder, got {len(folders) or 'none'}. Write fedsim verify RUN_FOLDER.")
     from pathlib import Path
@@ -188,8 +186,8 @@ def _verify(words: list[str]) -> int:
 
 
 def _cost(words: list[str]) -> int:
-    flags, overrides = _split("cost", words, ("--json", "--csv"))
-    if len(set(flags)) > 1:
+    flags, overrides = _split("cost", words)
+    if len(flags) > 1:
         raise UserError("Expected --json or --csv, got both. Choose one.")
     from fedsim.cli.cost import cost_table, costs, csv_text, left_out_notes, plain_rows
 
@@ -204,13 +202,8 @@ def _cost(words: list[str]) -> int:
 
 
 def _estimate(words: list[str]) -> int:
-    values = [word for word in words if word.startswith("--") and "=" in word]
-    flags, overrides = _split("estimate", [word for word in words if word not in values], ("--json", "--again"))
-    with_value = ("--tokens", "--megabits")
-    for flag in with_value:
-        if flag in words:
-            raise UserError(f"Expected a number with {flag}, got none. Write {flag}=200, with an equals sign.")
-    numbers = _numbers(values, with_value)
+    flags, overrides = _split("estimate", words)
+    numbers = {flag: _positive(flag, flags[flag]) for flag in ("--tokens", "--megabits") if flag in flags}
     config = _composed(overrides)
     from fedsim.cli.estimate import MEGABITS, estimate_of, estimate_table, plain
 
@@ -220,20 +213,15 @@ def _estimate(words: list[str]) -> int:
     return 0
 
 
-def _numbers(words: list[str], known: tuple[str, ...]) -> dict[str, float]:
-    """Returns the numbers of flags such as --tokens=200. Raises UserError for an unknown flag and for what is no positive number."""
-    found = {}
-    for word in words:
-        flag, _, value = word.partition("=")
-        if flag not in known:
-            raise UserError(f"Unknown flag {flag!r}: expected one of {', '.join(known)}.{nearest(flag, list(known))}")
-        try:
-            found[flag] = float(value)
-        except ValueError:
-            found[flag] = 0.0
-        if not 0 < found[flag] < float("inf"):
-            raise UserError(f"Expected a positive number after {flag}=, got {value!r}. Give it one, such as {flag}=200.")
-    return found
+def _positive(flag: str, text: str) -> float:
+    """Returns the number of a flag such as --tokens=200. Raises UserError for what is no positive number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UserError(f"Expected a positive number after {flag}=, got {text!r}. Give it one, such as {flag}=200.")
+    return number
 
 
 def _composed(overrides: list[str]) -> "Config":
@@ -250,13 +238,28 @@ def _print_configuration(config: "Config") -> None:
     print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
 
 
-def _split(verb: str, words: list[str], known: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Returns the flags and the overrides, which may be mixed. Raises UserError for an unknown flag."""
-    flags = [word for word in words if word.startswith("-")]
-    for flag in flags:
-        if flag not in known:
-            allowed = [*known, *_HELP]
+def _split(verb: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Returns the flags, by their first spelling and with their values ("" without), and the other words; both may be mixed.
+
+    The flags are those of which the help tells. Raises UserError for any other, and for one that lacks its value.
+    """
+    from fedsim.cli.help import VERBS
+
+    known = VERBS[verb].spellings()
+    flags: dict[str, str] = {}
+    for word in filter(_is_flag, words):
+        name, given, value = word.partition("=")
+        first, takes, example = known.get(name, "").partition("=")
+        if not first or (given and not takes):
+            allowed = [*dict.fromkeys([*known, *_HELP])]
             raise UserError(
-                f"Unknown flag {flag!r}: expected one of {', '.join(allowed)}.{nearest(flag, allowed)} All flags: fedsim {verb} --help"
+                f"Unknown flag {word!r}: expected one of {', '.join(allowed)}.{nearest(name, allowed)} All flags: fedsim {verb} --help"
             )
-    return flags, [word for word in words if word not in flags]
+        if takes and not given:
+            raise UserError(f"Expected a value with {name}, got none. Write {name}={example}, with an equals sign.")
+        flags[first] = value
+    return flags, [word for word in words if not _is_flag(word)]
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-")

@@ -41,6 +41,11 @@ def test_the_package_run_as_a_module_is_the_command():
         (["run", "--multirun", "seed=0,1", "engine=deployment", "engine.superlink=x"], "job 0 (seed=0): Expected a simulation in a sweep"),
         (["data", "federation.alpha=0"], "Expected federation.alpha > 0"),
         (["data", "--multirun"], "Unknown flag"),
+        (["cost", "--json=1"], "Unknown flag '--json=1': expected one of --json, --csv, --help, -h. Did you mean '--json'?"),
+        (["cost", "--json", "--csv", "--json"], "Expected --json or --csv, got both"),
+        (["estimate", "--tokens"], "Expected a value with --tokens, got none. Write --tokens=N"),
+        (["estimate", "--tokens="], "Expected a positive number after --tokens="),
+        (["verify", "--json", "run"], "Unknown flag '--json'"),
         (["help", "run", "trainig"], "Did you mean 'training'?"),
     ],
 )
@@ -79,8 +84,9 @@ def test_cfg_prints_yaml_that_holds_the_whole_configuration(capsys):
     from fedsim.cli.compose import compose
     from fedsim.plain import to_dict
 
-    assert main(["run", "seed=3", "--cfg", "training=sgd"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == to_dict(compose(["seed=3", "training=sgd"]))
+    for flag in ("--cfg", "-c"):
+        assert main(["run", "seed=3", flag, "training=sgd"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out) == to_dict(compose(["seed=3", "training=sgd"]))
 
 
 def test_what_the_user_set_in_the_environment_stays(monkeypatch):
