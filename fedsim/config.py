@@ -192,7 +192,8 @@ class TrainingConfig:
     proximal_mu: float = 0.0
     """FedProx: weight mu of the pull mu/2 |x - x_start|^2 towards the start of the round."""
     scaffold: bool = False
-    """SCAFFOLD: control variates against drift; they travel both ways with the factors. Needs training.optimizer=sgd without momentum."""
+    """SCAFFOLD: control variates against drift; they travel both ways with the factors. Needs training.optimizer=sgd without momentum
+    and without proximal_mu."""
 
 
 @dataclass

@@ -174,7 +174,8 @@ def test_a_head_that_nobody_trained_stays():
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("fed_sb", {"training": {"scaffold": True, "proximal_mu": 0.1, **LINEAR}}),
+        ("fed_sb", {"training": {"scaffold": True, **LINEAR}}),
+        ("fed_sb", {"training": {"proximal_mu": 0.1, **LINEAR}}),
         ("ravan", {"method": {"client_heads": 1}, "training": LINEAR}),
         ("fed_sb", {"adapter": {"rank": None}, "federation": {"ranks": {3: 1.0, 2: 1.0, 1: 1.0}}, "training": LINEAR}),
         ("fedsa_lora", {"training": LINEAR}),

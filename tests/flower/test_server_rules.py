@@ -152,6 +152,7 @@ REFUSED = [
     (["training.scaffold=true"], "control variates are gradients of plain SGD"),
     (["training.scaffold=true", "training.optimizer=sgd", "training.momentum=0.9"], "plain SGD"),
     (["training.scaffold=true", *SGD, "training.weight_decay=0.1"], "plain SGD"),
+    (["training.scaffold=true", *SGD, "training.proximal_mu=0.1"], "would hold FedProx's pull; leave out proximal_mu"),
     *(
         (["training.scaffold=true", *SGD, f"method={method}"], f"{method} has no common factors that mean the same")
         for method in ("flora", "fedsa_lora", "ravan", "centralized")
@@ -188,7 +189,7 @@ ACCEPTED = [
     ["adapter.refresh_every=1", "server.optimizer=fedadam"],
     ["server.rule=krum", "server.malicious=1", "federation.clients=5"],
     ["server.rule=trimmed_mean", "federation.clients=10"],
-    ["method=full", "training.scaffold=true", *SGD, "training.proximal_mu=0.1", "compression.name=int4"],
+    ["method=full", "training.scaffold=true", *SGD, "compression.name=int4"],
     ["method=ravan", "method.client_heads=4", "compression.name=bfloat16", "adapter.rank=4"],
     ["method=fedsa_lora", "compression.name=top_k", "compression.error_feedback=true"],
     ["method=fedsvd", "server.learning_rate=0.5", "server.rule=median"],

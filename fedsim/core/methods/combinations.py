@@ -159,6 +159,8 @@ def _local(config: Config, method: Method) -> Iterator[str]:
         return
     if training.optimizer is not Optimizer.sgd or training.momentum or training.weight_decay:
         yield "training.scaffold: its control variates are gradients of plain SGD; set training.optimizer=sgd and training.momentum=0."
+    if training.proximal_mu:
+        yield "training.scaffold: its control variates, means of what clients step along, would hold FedProx's pull; leave out proximal_mu."
     if not method.lasting or method.personal or method.local or method.pooled:
         yield f"training.scaffold: {method.name} has no common factors that mean the same in every round; leave it out."
     if config.federation.ranks or config.adapter.refresh_every:
