@@ -64,11 +64,12 @@ def _end(path: Path) -> tuple[dict[str, Any], Head | None, list[str]]:
 def _results(folder: Path, summary: dict[str, Any], head: Head, last: Checkpoint | None) -> Iterator[str]:
     """Yields each figure of the summary of which something else tells another, once, and which file cannot be as the run wrote it."""
     mine, named = flat(summary), set()
-    entered = last.state["state"]["ledger"] if last is not None and last.round == summary.get("rounds") else None
+    if last is not None and last.round != summary.get("rounds"):
+        last = None
     sources = {
         "the journal's last line": lambda: _fixed(folder / JOURNAL, head, mine),
         EVENTS: lambda: _told(folder / EVENTS, mine),
-        TRANSFERS: lambda: _summed_up(folder / TRANSFERS, entered),
+        TRANSFERS: lambda: _summed_up(folder / TRANSFERS, last),
     }
     for source, figures_of in sources.items():
         try:
@@ -102,11 +103,11 @@ def _told(path: Path, mine: Container[str]) -> dict[str, Any]:
     return {key: value for key, value in flat(told).items() if key in mine}
 
 
-def _summed_up(path: Path, entered: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns what the transfers add up to. Raises ValueError for the first that is not in its line of the ledger as it was `entered`."""
+def _summed_up(path: Path, last: Checkpoint | None) -> dict[str, Any]:
+    """Returns what the transfers add up to. Raises ValueError for the first that is not as the ledger of the `last` checkpoint has it."""
     lines = path.read_text().splitlines()
-    if entered is not None:
-        wanted = transfers_csv(CommunicationLedger.from_json(entered).rows()).decode().splitlines()
+    if last is not None:
+        wanted = transfers_csv(CommunicationLedger.from_json(last.state["state"]["ledger"]).rows()).decode().splitlines()
         for number, (line, right) in enumerate(zip_longest(lines, wanted, fillvalue="nothing"), 1):
             if line != right:
                 raise ValueError(f"line {number} is {line:.80}, in the ledger of the last checkpoint {right:.80}")
