@@ -1,20 +1,12 @@
-"""The folder of one run: its configuration, manifest, events, checkpoints and results.
+"""The folder of one run: its configuration, manifest, events, checkpoints and results. Who may have it, `fedsim.occupancy` decides."""
 
-What is in it tells how far the run came, at whatever moment it was killed: config.yaml is written last of what begins a run
-and summary.json last of what ends it. A lock that dies with its process tells whether the run still goes on.
-"""
-
-import fcntl
 import json
 import os
-import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,31 +21,25 @@ from fedsim.events import EventLog, cut_events, read_events
 from fedsim.files import LOCK, SUMMARY, TEMPORARY, atomic_write, atomic_write_json, dated_folders
 from fedsim.journal import Head, Journal, lines_after
 from fedsim.manifest import manifest
-from fedsim.plain import flat, to_dict, with_a_result, written
-from fedsim.report import PICTURES
-
-CONFIG = "config.yaml"
-MANIFEST = "manifest.json"
-EVENTS = "events.jsonl"
-JOURNAL = "journal.jsonl"
-CHECKPOINTS = "checkpoints"
-NOISE_KEY = "noise.key"
-CONTENTS = (
-    *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY, NOISE_KEY),
-    *("adapter", "audit.json", "communication.csv", "holdings.txt"),
-    *PICTURES,
+from fedsim.occupancy import (
+    CHECKPOINTS,
+    CONFIG,
+    CONTENTS,
+    EVENTS,
+    JOURNAL,
+    MANIFEST,
+    Stage,
+    clear,
+    locked,
+    made_new,
+    refuse_foreign,
+    refuse_unfit,
+    stage_of,
 )
-"""All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
+from fedsim.plain import to_dict
 
 KEPT_ON_RESUME = ("interrupted", "resumed", "damaged_checkpoint")
 """Events that tell what happened to the run itself: kept when the rounds after the last checkpoint are cut off."""
-
-
-class _Stage(Enum):
-    free = "does not exist or is empty, or nothing but a lock was written"
-    foreign = "holds something else"
-    interrupted = "holds a run that has not finished"
-    finished = "holds a finished run"
 
 
 class RunFolder:
@@ -84,11 +70,11 @@ class RunFolder:
         if it holds other files, or if the configuration of the resumption would change the result.
         """
         now = now or datetime.now().astimezone()
-        _refuse_foreign(config)
+        refuse_foreign(config)
         given = Path(config.run_dir) if config.run_dir else None
         made = _missing(given or next(dated_folders(now, config.method.name)).parent)
-        folder = given or next(folder for folder in dated_folders(now, config.method.name) if _made(folder))
-        run = cls(folder, _locked(folder), keep)
+        folder = given or next(folder for folder in dated_folders(now, config.method.name) if made_new(folder))
+        run = cls(folder, locked(folder), keep)
         try:
             run._prepare(config, now)
         except BaseException:
@@ -110,7 +96,7 @@ class RunFolder:
         """Removes what a run has written that a mistake ended before its first checkpoint: the corrected run needs the place."""
         if self._may_go is None:
             return
-        _clear(self.folder)
+        clear(self.folder)
         (self.folder / LOCK).unlink(missing_ok=True)
         for folder in self._may_go:
             with suppress(OSError):  # somebody else has put something there
@@ -213,10 +199,10 @@ class RunFolder:
 
     def _prepare(self, config: Config, now: datetime) -> None:
         """Decides, under the lock, between a new run and an old one."""
-        stage = _stage(self.folder)  # again: another process may have been at work until the lock was free
-        resumed = config.resume and stage is not _Stage.free
-        _refuse_unfit(self.folder, stage, config)
-        if resumed and stage is _Stage.finished:
+        stage = stage_of(self.folder)  # again: another process may have been at work until the lock was free
+        resumed = config.resume and stage is not Stage.free
+        refuse_unfit(self.folder, stage, config)
+        if resumed and stage is Stage.finished:
             self.finished_summary = json.loads((self.folder / SUMMARY).read_bytes())
             return
         if resumed:
@@ -225,7 +211,7 @@ class RunFolder:
             self._begin(config, now)
 
     def _begin(self, config: Config, now: datetime) -> None:
-        _clear(self.folder)
+        clear(self.folder)
         atomic_write_json(self.folder / MANIFEST, manifest(config.seed, now))
         atomic_write(self.folder / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
         self._log, self._journal = EventLog(self.folder / EVENTS), Journal(self.folder / JOURNAL)
@@ -259,147 +245,6 @@ class RunFolder:
         return None
 
 
-def check(config: Config) -> None:
-    """Raises UserError where the folder that the configuration asks for cannot be taken, as far as that is seen without taking it."""
-    _refuse_foreign(config)
-    if config.run_dir is None:
-        return
-    folder = Path(config.run_dir)
-    if (folder / LOCK).exists():
-        os.close(_lock_of(folder))  # or says who has it
-    _refuse_unfit(folder, _stage(folder), config)
-
-
-def remove(folder: Path) -> None:
-    """Removes a run, and its folder if nothing else lies there. Raises UserError where a process is in it."""
-    lock = _lock_of(folder)
-    try:
-        _clear(folder)
-        (folder / LOCK).unlink()
-        with suppress(OSError):  # somebody has put something there
-            folder.rmdir()
-    finally:
-        os.close(lock)
-
-
-def _refuse_unfit(folder: Path, stage: _Stage, config: Config) -> None:
-    if config.resume and stage is not _Stage.free:
-        _refuse_other_configuration(folder, config)
-    elif not config.overwrite:
-        _refuse_occupied(folder, stage)
-
-
 def _missing(folder: Path) -> list[Path]:
     """Returns which of the folder and those around it do not exist, the inner first."""
     return [each for each in (folder, *folder.parents) if not each.exists()]
-
-
-def _stage(folder: Path) -> _Stage:
-    if not folder.is_dir():
-        return _Stage.foreign if folder.exists() else _Stage.free
-    names = {entry.name if _is_ours(entry) else None for entry in folder.iterdir()}
-    if names and (LOCK not in names or None in names):
-        return _Stage.foreign
-    if CONFIG not in names:
-        return _Stage.free
-    return _Stage.finished if SUMMARY in names else _Stage.interrupted
-
-
-def _refuse_foreign(config: Config) -> None:
-    folder = Path(config.run_dir) if config.run_dir else None
-    if config.resume and (folder is None or _stage(folder) is _Stage.foreign or not (folder / LOCK).exists()):
-        raise UserError(f"Expected run_dir= to name the interrupted run to resume, got {folder or 'none'}. Give the folder of that run.")
-    if folder is None or _stage(folder) is not _Stage.foreign:
-        return
-    others = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry)) if folder.is_dir() else []
-    what = f"other files ({others[0]!r})" if others else "something else"
-    raise UserError(
-        f"Expected {folder} to be a run folder, empty or missing, but it holds {what}. Move that away or choose another run_dir=."
-    )
-
-
-def _refuse_occupied(folder: Path, stage: _Stage) -> None:
-    if stage is _Stage.interrupted:
-        raise UserError(
-            f"Expected a free run folder, but {folder} holds an interrupted run. "
-            "Go on with resume=true, replace it with overwrite=true, or choose another run_dir=."
-        )
-    if stage is _Stage.finished:
-        raise UserError(
-            f"Expected a free run folder, but {folder} holds a finished run. Replace it with overwrite=true or choose another run_dir=."
-        )
-
-
-def _refuse_other_configuration(folder: Path, config: Config) -> None:
-    try:
-        before = flat(with_a_result(yaml.safe_load((folder / CONFIG).read_bytes())))
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        raise UserError(
-            f"Expected {folder / CONFIG} as the run wrote it, but it is no such file. Put it back, or use overwrite=true."
-        ) from None
-    now = flat(with_a_result(to_dict(config)))
-    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    differing = [f"{key}={written(now.get(key))} (run: {written(before.get(key))})" for key in keys]
-    if differing:
-        raise UserError(
-            f"Expected the configuration with which {folder} was begun, got {', '.join(differing)}. "
-            "Give the same options to resume it, or choose another run_dir=."
-        )
-
-
-def _made(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise UserError(f"Expected to write in {folder}, but: {error.strerror}. Choose another run_dir=.") from error
-    return True
-
-
-def _taken(lock: int) -> bool:
-    """Takes the lock. Waits a second for it: Linux may release that of a killed process a moment after the process is gone."""
-    for pause in (0.0, *[0.1] * 10):
-        time.sleep(pause)
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    return False
-
-
-def _locked(folder: Path) -> int:
-    """Makes the folder if need be and returns the descriptor that holds its lock, which goes when the process does, however it ends."""
-    _made(folder)
-    lock = _lock_of(folder)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-    return lock
-
-
-def _lock_of(folder: Path) -> int:
-    """Takes the lock of a folder and returns its descriptor. Raises UserError where another process has it."""
-    try:
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"Expected to write in {folder}, but: {error.strerror}. Choose another run_dir=.") from error
-    if not _taken(lock):
-        owner = os.read(lock, 100).decode().strip()
-        os.close(lock)
-        raise UserError(f"Expected a free run folder, but {folder} is in use by {owner}. Wait for it or choose another run_dir=.")
-    return lock
-
-
-def _clear(folder: Path) -> None:
-    """Removes what an earlier run wrote. config.yaml goes first, so that a kill on the way leaves a folder where nothing has begun."""
-    (folder / CONFIG).unlink(missing_ok=True)
-    for entry in folder.iterdir():
-        if entry.name == LOCK or not _is_ours(entry):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _is_ours(entry: Path) -> bool:
-    return entry.name in CONTENTS or entry.match(TEMPORARY)

@@ -24,8 +24,9 @@ from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.events import read_events
 from fedsim.files import TEMPORARY, atomic_write, atomically
+from fedsim.occupancy import check
 from fedsim.plain import to_dict
-from fedsim.run_folder import RunFolder, check
+from fedsim.run_folder import RunFolder
 
 fork = multiprocessing.get_context("fork")
 

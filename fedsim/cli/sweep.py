@@ -164,7 +164,7 @@ def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
 
 def _remove_former(folder: Path, jobs: list[Job]) -> None:
     """Removes the runs of a sweep that is overwritten, as far as no job takes their place; whatever else lies there stays."""
-    from fedsim.run_folder import remove
+    from fedsim.occupancy import remove
 
     former = json.loads((folder / SWEEP).read_bytes())["jobs"] if (folder / SWEEP).is_file() else []
     for name in sorted({job["folder"] for job in former} - {job.folder.name for job in jobs}):
@@ -248,8 +248,8 @@ def _draw(folder: Path, jobs: list[Job]) -> None:
     finished = [job for job in jobs if job.summary is not None]
     if len(finished) < 2:
         return
+    from fedsim.occupancy import EVENTS
     from fedsim.pictures import Finished, comparison_png
-    from fedsim.run_folder import EVENTS
 
     alone = len(finished[0].varied) == 1
     try:

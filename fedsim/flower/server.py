@@ -19,7 +19,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim import run_folder
+from fedsim import occupancy
 from fedsim.choices import Init, NoiseSource, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.adapters import merged, unadapted
@@ -41,11 +41,12 @@ from fedsim.flower.state import State, checkpoint_of, memories_in, restored
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.initial_gradient import factors_from_gradients, summed_gradients
 from fedsim.interruption import raise_if_due
+from fedsim.occupancy import NOISE_KEY
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.privacy.plan import budget
 from fedsim.progress import Progress
 from fedsim.report import counted, summary_table
-from fedsim.run_folder import NOISE_KEY, RunFolder
+from fedsim.run_folder import RunFolder
 from fedsim.seeding import NoiseKey
 from fedsim.session import Session, open_session
 from fedsim.training.budget import TokenBudget
@@ -76,7 +77,7 @@ def serve(
     the run folder as its argument. The last checkpoint there stays for `resume=true`.
     """
     effective(config)  # says what contradicts itself before seconds are spent on loading
-    run_folder.check(config)
+    occupancy.check(config)
     evaluations = [number for number in range(config.federation.rounds + 1) if _evaluated_after(number, config)]
     with display(config.federation.rounds, evaluations, quiet=quiet) as progress:
         progress.phase("loading model and data")

@@ -1,0 +1,186 @@
+"""Who may have a run folder: what lies there, whose it is, and how it is cleared.
+
+What is in a folder tells how far its run came, at whatever moment it was killed: config.yaml is written last of what begins a run and
+summary.json last of what ends it. A lock that dies with its process tells whether the run still goes on.
+"""
+
+import fcntl
+import os
+import shutil
+import time
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+
+import yaml
+
+from fedsim.config import Config
+from fedsim.errors import UserError
+from fedsim.files import LOCK, SUMMARY, TEMPORARY
+from fedsim.plain import flat, to_dict, with_a_result, written
+from fedsim.report import PICTURES
+
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+EVENTS = "events.jsonl"
+JOURNAL = "journal.jsonl"
+CHECKPOINTS = "checkpoints"
+NOISE_KEY = "noise.key"
+CONTENTS = (
+    *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY, NOISE_KEY),
+    *("adapter", "audit.json", "communication.csv", "holdings.txt"),
+    *PICTURES,
+)
+"""All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
+
+
+class Stage(Enum):
+    free = "does not exist or is empty, or nothing but a lock was written"
+    foreign = "holds something else"
+    interrupted = "holds a run that has not finished"
+    finished = "holds a finished run"
+
+
+def check(config: Config) -> None:
+    """Raises UserError where the folder that the configuration asks for cannot be taken, as far as that is seen without taking it."""
+    refuse_foreign(config)
+    if config.run_dir is None:
+        return
+    folder = Path(config.run_dir)
+    if (folder / LOCK).exists():
+        os.close(_lock_of(folder))  # or says who has it
+    refuse_unfit(folder, stage_of(folder), config)
+
+
+def remove(folder: Path) -> None:
+    """Removes a run, and its folder if nothing else lies there. Raises UserError where a process is in it."""
+    lock = _lock_of(folder)
+    try:
+        clear(folder)
+        (folder / LOCK).unlink()
+        with suppress(OSError):  # somebody has put something there
+            folder.rmdir()
+    finally:
+        os.close(lock)
+
+
+def refuse_unfit(folder: Path, stage: Stage, config: Config) -> None:
+    """Raises UserError where a run that has begun there is neither this one, to be resumed, nor to be overwritten."""
+    if config.resume and stage is not Stage.free:
+        _refuse_other_configuration(folder, config)
+    elif not config.overwrite:
+        _refuse_occupied(folder, stage)
+
+
+def stage_of(folder: Path) -> Stage:
+    """Returns what lies in a folder. Where nobody holds its lock, that may change at any time."""
+    if not folder.is_dir():
+        return Stage.foreign if folder.exists() else Stage.free
+    names = {entry.name if _is_ours(entry) else None for entry in folder.iterdir()}
+    if names and (LOCK not in names or None in names):
+        return Stage.foreign
+    if CONFIG not in names:
+        return Stage.free
+    return Stage.finished if SUMMARY in names else Stage.interrupted
+
+
+def refuse_foreign(config: Config) -> None:
+    """Raises UserError where the folder that the configuration names holds what no run has written, or no run to resume."""
+    folder = Path(config.run_dir) if config.run_dir else None
+    if config.resume and (folder is None or stage_of(folder) is Stage.foreign or not (folder / LOCK).exists()):
+        raise UserError(f"Expected run_dir= to name the interrupted run to resume, got {folder or 'none'}. Give the folder of that run.")
+    if folder is None or stage_of(folder) is not Stage.foreign:
+        return
+    others = sorted(entry.name for entry in folder.iterdir() if not _is_ours(entry)) if folder.is_dir() else []
+    what = f"other files ({others[0]!r})" if others else "something else"
+    raise UserError(
+        f"Expected {folder} to be a run folder, empty or missing, but it holds {what}. Move that away or choose another run_dir=."
+    )
+
+
+def _refuse_occupied(folder: Path, stage: Stage) -> None:
+    if stage is Stage.interrupted:
+        raise UserError(
+            f"Expected a free run folder, but {folder} holds an interrupted run. "
+            "Go on with resume=true, replace it with overwrite=true, or choose another run_dir=."
+        )
+    if stage is Stage.finished:
+        raise UserError(
+            f"Expected a free run folder, but {folder} holds a finished run. Replace it with overwrite=true or choose another run_dir=."
+        )
+
+
+def _refuse_other_configuration(folder: Path, config: Config) -> None:
+    try:
+        before = flat(with_a_result(yaml.safe_load((folder / CONFIG).read_bytes())))
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        raise UserError(
+            f"Expected {folder / CONFIG} as the run wrote it, but it is no such file. Put it back, or use overwrite=true."
+        ) from None
+    now = flat(with_a_result(to_dict(config)))
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    differing = [f"{key}={written(now.get(key))} (run: {written(before.get(key))})" for key in keys]
+    if differing:
+        raise UserError(
+            f"Expected the configuration with which {folder} was begun, got {', '.join(differing)}. "
+            "Give the same options to resume it, or choose another run_dir=."
+        )
+
+
+def made_new(folder: Path) -> bool:
+    """Makes a folder, and those around it; returns False where it was there. Raises UserError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise UserError(f"Expected to write in {folder}, but: {error.strerror}. Choose another run_dir=.") from error
+    return True
+
+
+def _taken(lock: int) -> bool:
+    """Takes the lock. Waits a second for it: Linux may release that of a killed process a moment after the process is gone."""
+    for pause in (0.0, *[0.1] * 10):
+        time.sleep(pause)
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
+
+
+def locked(folder: Path) -> int:
+    """Makes the folder if need be and returns the descriptor that holds its lock, which goes when the process does, however it ends."""
+    made_new(folder)
+    lock = _lock_of(folder)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    return lock
+
+
+def _lock_of(folder: Path) -> int:
+    """Takes the lock of a folder and returns its descriptor. Raises UserError where another process has it."""
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"Expected to write in {folder}, but: {error.strerror}. Choose another run_dir=.") from error
+    if not _taken(lock):
+        owner = os.read(lock, 100).decode().strip()
+        os.close(lock)
+        raise UserError(f"Expected a free run folder, but {folder} is in use by {owner}. Wait for it or choose another run_dir=.")
+    return lock
+
+
+def clear(folder: Path) -> None:
+    """Removes what an earlier run wrote. config.yaml goes first, so that a kill on the way leaves a folder where nothing has begun."""
+    (folder / CONFIG).unlink(missing_ok=True)
+    for entry in folder.iterdir():
+        if entry.name == LOCK or not _is_ours(entry):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _is_ours(entry: Path) -> bool:
+    return entry.name in CONTENTS or entry.match(TEMPORARY)
