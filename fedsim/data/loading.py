@@ -3,17 +3,17 @@
 `data.path` is the training set's hub name, its file, or a folder for all sets; a set without it is fetched from where its authors put it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-from fedsim.choices import OnError
 from fedsim.config import DataConfig
+from fedsim.data.converting import Reading, Source, converted, divided, told_split
 from fedsim.data.hub import Address, Hub
-from fedsim.data.rows import READERS, Malformed, Row, Unreadable, read
-from fedsim.data.sets import COMMONSENSE, SETS, DataSet, named
+from fedsim.data.rows import READERS, read
+from fedsim.data.sets import COMMONSENSE, SETS, DataSet
 from fedsim.errors import UserError, nearest
 from fedsim.models import looks_local
 from fedsim.seeding import numpy_generator
@@ -23,13 +23,6 @@ EMBEDDED = "embedded"
 EMBEDDED_SIZES = {"train": 5000, "test": 500}
 """Examples of each task that the embedded data has unless the configuration asks for another number."""
 
-HELD_OUT = 0.1
-"""Part of a single file's rows that becomes the test set, at most MOST_HELD_OUT rows."""
-MOST_HELD_OUT = 1000
-
-MOST_NOTES = 10
-"""Malformed rows of one file that are reported one by one; beyond them only their number is."""
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -38,27 +31,6 @@ class Dataset:
     train: list[AnyExample]
     test: dict[str, list[AnyExample]]
     skipped: list[str]
-
-
-@dataclass
-class _Reading:
-    """What is common to the reading of all sets of a configuration."""
-
-    config: DataConfig
-    seed: int
-    notes: list[str] = field(default_factory=list)
-    divided: dict[str, dict[str, list[AnyExample]]] = field(default_factory=dict)  # files that hold train and test, by place
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where rows come from, what they are examples of, and whether each must name its owner where the configuration has a column for it."""
-
-    each: DataSet
-    task: str
-    place: str  # a file, an address, or a hub name
-    unit: str  # what rows are counted in: lines or rows
-    owned: bool = True  # not of a test set on its own
 
 
 class _MissingError(UserError):
@@ -84,8 +56,8 @@ def load(config: DataConfig, seed: int) -> Dataset:
     Of several test sets, one that a folder does not hold is reported in `skipped`. Raises UserError, with file, line and reason, for
     what cannot be read.
     """
-    _check(config)
-    reading = _Reading(config, seed)
+    _check_names(config)
+    reading = Reading(config, seed)
     if config.path is not None and Path(config.path).is_file():
         train, test = _from_single_file(reading, Path(config.path))
     else:
@@ -96,7 +68,45 @@ def load(config: DataConfig, seed: int) -> Dataset:
     return Dataset(train, test, reading.notes)
 
 
-def _check(config: DataConfig) -> None:
+def check(config: DataConfig) -> None:
+    """Raises UserError where `load` would, as far as names, files and the first row of each set tell it; nothing is fetched."""
+    _check_names(config)
+    reading = Reading(config, 0)
+    if config.path is not None and Path(config.path).is_file():
+        _check_first_row(reading, _single_file(config, Path(config.path)))
+        return
+    for name in config.train:
+        _check_set(reading, name, "train")
+    missing: list[_MissingError] = []
+    for name in config.test:
+        try:
+            _check_set(reading, name, "test")
+        except _MissingError as error:
+            missing.append(error)
+    if len(missing) == len(config.test):
+        raise missing[0]
+
+
+def _check_set(reading: Reading, name: str, split: str) -> None:
+    path = reading.config.path
+    if name == EMBEDDED:
+        return
+    if path is None or not Path(path).is_dir():
+        remote_of(reading.config, name)
+        return
+    first, *_ = _sources(SETS[name], Path(path), split)
+    _check_first_row(reading, first)
+
+
+def _check_first_row(reading: Reading, source: Source) -> None:
+    """Raises UserError for the first row of a file, as the reading of all of them would; one that belongs to neither split is not read."""
+    (first,) = islice(read(Path(source.place)), 1)
+    split = told_split(first[1], source.each.split_column) or "train"
+    if split in ("train", "test"):
+        converted(reading, replace(source, owned=source.owned and split == "train"), [first])
+
+
+def _check_names(config: DataConfig) -> None:
     known = [EMBEDDED, *SETS]
     for split, names in (("train", config.train), ("test", config.test)):
         for name in names:
@@ -120,12 +130,18 @@ def _means_a_place_here(path: str) -> bool:
     return looks_local(path) or Path(path).suffix.lower() in READERS
 
 
-def _from_single_file(reading: _Reading, path: Path) -> tuple[list[AnyExample], dict[str, list[AnyExample]]]:
+def _from_single_file(reading: Reading, path: Path) -> tuple[list[AnyExample], dict[str, list[AnyExample]]]:
     """The file is the training set; what it tells to be the test set is that, or a seeded part of it is held out."""
-    name = _only_training_set(reading.config, "a single file")
-    parts = _divided(reading, _Source(SETS[name], name, str(path), _line_or_row(path)), read(path))
-    reading.notes += [f"test set left out: {other}: data.path is a single file" for other in reading.config.test if other != name]
+    source = _single_file(reading.config, path)
+    parts = divided(reading, source, read(path))
+    others = [name for name in reading.config.test if name != source.each.name]
+    reading.notes += [f"test set left out: {name}: data.path is a single file" for name in others]
     return parts["train"], _by_task(parts["test"])
+
+
+def _single_file(config: DataConfig, path: Path) -> Source:
+    name = _only_training_set(config, "a single file")
+    return Source(SETS[name], name, str(path), _line_or_row(path))
 
 
 def _by_task(examples: Iterable[AnyExample]) -> dict[str, list[AnyExample]]:
@@ -133,47 +149,6 @@ def _by_task(examples: Iterable[AnyExample]) -> dict[str, list[AnyExample]]:
     for example in examples:
         found.setdefault(example.task, []).append(example)
     return found
-
-
-def _divided(reading: _Reading, source: _Source, rows: Iterable[Row]) -> dict[str, list[AnyExample]]:
-    """Returns the examples of a file that holds train and test: as a column of its rows tells, or else a seeded part is held out."""
-    if source.place not in reading.divided:
-        numbered = list(rows)
-        told = {_told_split(row, source.each.split_column) for _, row in numbered} - {None}
-        divide = _as_told if told else _held_out
-        reading.divided[source.place] = divide(reading, source, numbered)
-    return reading.divided[source.place]
-
-
-def _told_split(row: Any, column: str | None) -> str | None:
-    return str(row[column]).strip().lower() if isinstance(row, Mapping) and column in row else None
-
-
-def _as_told(reading: _Reading, source: _Source, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
-    """A row that tells nothing belongs to the training set, where its fault is found; one of a third split to neither."""
-    column = source.each.split_column
-    split_of = lambda row: _told_split(row[1], column) or "train"  # noqa: E731
-    parts = {split: [row for row in rows if split_of(row) == split] for split in ("train", "test")}
-    left_out = len(rows) - sum(map(len, parts.values()))
-    if left_out:
-        reading.notes.append(f"{source.place}: {left_out} of {len(rows)} rows belong to neither train nor test")
-    found = {split: _converted(reading, replace(source, owned=split == "train"), part) for split, part in parts.items()}
-    for split, examples in found.items():
-        if not examples:
-            raise UserError(f"{source.place}: expected rows with {split} in {column!r}, got none. Give them, or leave the column out.")
-    return found
-
-
-def _held_out(reading: _Reading, source: _Source, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
-    examples, where = _converted(reading, source, rows), source.place
-    count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
-    if count == 0:
-        least = int(1 / HELD_OUT)
-        raise UserError(f"{where}: expected at least {least} rows to hold some out as a test, got {len(examples)}. Give more or a folder.")
-    chosen = set(numpy_generator(reading.seed, "held out").permutation(len(examples))[:count].tolist())
-    reading.notes.append(f"{where}: {count} of {len(examples)} rows are held out as the test set")
-    train = [example for i, example in enumerate(examples) if i not in chosen]
-    return {"train": train, "test": [examples[i] for i in sorted(chosen)]}
 
 
 def _only_training_set(config: DataConfig, what: str) -> str:
@@ -186,7 +161,7 @@ def _only_training_set(config: DataConfig, what: str) -> str:
     return names[0]
 
 
-def _tests(reading: _Reading) -> dict[str, list[AnyExample]]:
+def _tests(reading: Reading) -> dict[str, list[AnyExample]]:
     found: list[AnyExample] = []
     missing: list[str] = []
     for name in reading.config.test:
@@ -200,7 +175,7 @@ def _tests(reading: _Reading) -> dict[str, list[AnyExample]]:
     return _by_task(found)
 
 
-def _examples(reading: _Reading, name: str, split: str) -> list[AnyExample]:
+def _examples(reading: Reading, name: str, split: str) -> list[AnyExample]:
     """Returns the examples of one split of one set. Raises UserError where there is none."""
     if name == EMBEDDED:
         return _embedded(reading, split)
@@ -210,12 +185,12 @@ def _examples(reading: _Reading, name: str, split: str) -> list[AnyExample]:
     else:
         remote = remote_of(reading.config, name)
         if each.in_one and remote is each.remote:
-            examples = _divided(reading, _Source(each, name, remote.place(split), "line"), remote.rows(split))[split]
+            examples = divided(reading, Source(each, name, remote.place(split), "line"), remote.rows(split))[split]
         elif isinstance(remote, Hub) and remote != each.remote and name in reading.config.test and not remote.has_test():
-            examples = _divided(reading, _Source(each, name, remote.place("train"), "row"), remote.rows("train"))[split]
+            examples = divided(reading, Source(each, name, remote.place("train"), "row"), remote.rows("train"))[split]
         else:
-            source = _Source(each, name, remote.place(split), "row", owned=split == "train")
-            examples = _converted(reading, source, remote.rows(split))
+            source = Source(each, name, remote.place(split), "row", owned=split == "train")
+            examples = converted(reading, source, remote.rows(split))
     if not examples:
         raise _MissingError(f"{name}: expected {split} rows, but each is malformed, first {reading.notes[num_notes]}.")
     return examples
@@ -234,7 +209,7 @@ def remote_of(config: DataConfig, name: str) -> Hub | Address:
     return found
 
 
-def _embedded(reading: _Reading, split: str) -> list[AnyExample]:
+def _embedded(reading: Reading, split: str) -> list[AnyExample]:
     from fedsim.embedded import FAMILIES, examples
 
     in_all, of_each = reading.config.train_examples, reading.config.test_examples
@@ -243,14 +218,21 @@ def _embedded(reading: _Reading, split: str) -> list[AnyExample]:
     return [example for family in FAMILIES for example in examples(family, split, each, reading.seed)]
 
 
-def _from_folder(reading: _Reading, each: DataSet, folder: Path, split: str) -> list[AnyExample]:
-    """Reads the files of a set; what stands in the folder of one of the eight commonsense sets is of its task."""
+def _from_folder(reading: Reading, each: DataSet, folder: Path, split: str) -> list[AnyExample]:
     examples: list[AnyExample] = []
+    for source in _sources(each, folder, split):
+        rows = read(Path(source.place))
+        examples += divided(reading, source, rows)[split] if each.in_one else converted(reading, source, rows)
+    return examples
+
+
+def _sources(each: DataSet, folder: Path, split: str) -> list[Source]:
+    """Returns the files of a set, one at least; what stands in the folder of one of the eight commonsense sets is of its task."""
+    owned, found = each.in_one or split == "train", []
     for file in _files(each, folder, split):
         task = file.parent.name if file.parent.name in COMMONSENSE else each.name
-        source = _Source(each, task, str(file), _line_or_row(file), owned=each.in_one or split == "train")
-        examples += _divided(reading, source, read(file))[split] if each.in_one else _converted(reading, source, read(file))
-    return examples
+        found.append(Source(each, task, str(file), _line_or_row(file), owned))
+    return found
 
 
 def _files(each: DataSet, folder: Path, split: str) -> list[Path]:
@@ -267,45 +249,6 @@ def _files(each: DataSet, folder: Path, split: str) -> list[Path]:
 
 def _line_or_row(path: Path) -> str:
     return "row" if path.suffix.lower() == ".parquet" else "line"
-
-
-def _converted(reading: _Reading, source: _Source, rows: Iterable[Row]) -> list[AnyExample]:
-    """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says. Rows without a label are counted."""
-    found: list[AnyExample] = []
-    num_left_out = num_unlabelled = 0
-    where = source.place
-    for number, row in rows:
-        try:
-            if isinstance(row, Malformed):
-                raise row
-            example = _example(reading.config, source, row)
-            if example is None:
-                num_unlabelled += 1
-            else:
-                found.append(example)
-        except Malformed as error:
-            fault = f"{where}, {source.unit} {number}: {error}"
-            if reading.config.on_error is OnError.stop:
-                skip = "" if isinstance(error, Unreadable) else ", or leave such rows out with data.on_error=skip"
-                raise UserError(f"{fault}. Mend {'the file' if isinstance(error, Unreadable) else 'it'}{skip}.") from None
-            num_left_out += 1
-            if num_left_out <= MOST_NOTES:
-                reading.notes.append(fault)
-    if num_left_out:
-        reading.notes.append(f"{where}: {num_left_out} of {num_left_out + len(found)} rows left out")
-    if num_unlabelled:
-        reading.notes.append(f"{where}: {num_unlabelled} rows have no label and are left out, as {source.each.name} means them to be")
-    return found
-
-
-def _example(config: DataConfig, source: _Source, row: Any) -> AnyExample | None:
-    """Returns the row as an example of its set, with the task and the owner that it names where the configuration has columns for them."""
-    example = source.each.example(row, source.task)
-    if example is not None and config.task_column is not None:
-        example = replace(example, task=named(row, config.task_column))
-    if example is not None and config.client_column is not None and source.owned:
-        example = replace(example, client=named(row, config.client_column))
-    return example
 
 
 def _at_most(examples: Sequence[AnyExample], count: int | None, seed: int, purpose: str) -> list[AnyExample]:

@@ -30,6 +30,10 @@ class Unreadable(Malformed):
     """What is wrong with a file as a whole: leaving rows out does not help."""
 
 
+class NoColumn(Malformed):
+    """A row lacks a column; in a table all rows do."""
+
+
 def read(path: Path) -> Iterator[Row]:
     """Yields the rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file in its order; one without rows yields one `Malformed`.
 
@@ -233,3 +237,6 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".parquet": _parquet,
 }
 """Formats by the ending of a file's name."""
+
+WITH_HEADER = (".csv", ".tsv", ".txt")
+"""Formats whose first line names the columns."""

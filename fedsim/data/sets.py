@@ -14,7 +14,7 @@ from typing import Any
 
 from fedsim.core.answers import boxed, options, value
 from fedsim.data.hub import Address, Hub
-from fedsim.data.rows import Malformed
+from fedsim.data.rows import Malformed, NoColumn
 from fedsim.training.conversations import in_alpaca
 from fedsim.types import AnyExample, Example, Family, Pair, Turn
 
@@ -51,15 +51,24 @@ class DataSet:
         return self.train if split == "train" else self.test
 
 
-def _column(row: Row, *names: str) -> str:
-    """Returns the first of the columns that the row has. Raises Malformed where it has none of them, or is no row."""
+MOST_NAMED = 12
+"""Columns of a row that a message names, by their first characters: without a header a whole text may be taken for a name."""
+
+
+def _column(row: Row, *names: str, option: str = "") -> str:
+    """Returns the first of the columns that the row has; `option` is where the user has named it.
+
+    Raises NoColumn where it has none of them, Malformed where it is no row.
+    """
     if not isinstance(row, Mapping):
         raise Malformed(f"expected an object with fields, got {type(row).__name__}")
     if found := next((name for name in names if name in row), None):
         return found
     if len(row) == 1 and isinstance(next(iter(row.values())), list):
         raise Malformed(f"expected a list of rows, got an object that holds one in {next(iter(row))!r}; write that list alone")
-    raise Malformed(f"expected the field {' or '.join(map(repr, names))}, got {', '.join(map(repr, row)) or 'none'}")
+    got = [f"{name!r:.40}" for name in list(row)[:MOST_NAMED]] + ["more"] * (len(row) > MOST_NAMED)
+    asked = f" ({option})" if option else ""
+    raise NoColumn(f"expected the field {' or '.join(map(repr, names))}{asked}, got {', '.join(got) or 'none'}")
 
 
 def _field(row: Row, *names: str) -> str:
@@ -201,9 +210,9 @@ def _merged(turns: Sequence[Turn]) -> list[Turn]:
     return [Turn(role, "\n\n".join(turn.content for turn in together)) for role, together in groupby(turns, key=lambda turn: turn.role)]
 
 
-def named(row: Row, column: str) -> str:
-    """Returns what a row names in a column, a text or a whole number, in one line. Raises Malformed for anything else."""
-    value = row[_column(row, column)]
+def named(row: Row, column: str, option: str) -> str:
+    """Returns what a row names in the column of an option, a text or a whole number, in one line. Raises Malformed for anything else."""
+    value = row[_column(row, column, option=option)]
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # numbers come so from a table in which some are missing
     told = " ".join(str(value).split())

@@ -7,10 +7,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from early import load
 
 from fedsim.choices import OnError
 from fedsim.config import DataConfig
-from fedsim.data import labels, load
+from fedsim.data import labels
 from fedsim.data.rows import Malformed, read
 from fedsim.data.sets import INFERENCE, SETS
 from fedsim.errors import UserError
@@ -133,6 +134,13 @@ def test_sick_with_a_column_of_splits_follows_it(whole_folder, tmp_path):
     write_tsv(path, [head, *((*row[:3], "TRAIN") for row in rows)])
     with pytest.raises(UserError, match="expected rows with test in 'SemEval_set', got none"):
         load(sick(path), 0)
+
+
+def test_the_first_row_may_be_of_a_split_that_nobody_reads_and_be_malformed(tmp_path):
+    rows = [("a man", "sleeps", "NEUTRAL", ("TRAIN", "TEST")[i % 2]) for i in range(4)]
+    head = ("sentence_A", "sentence_B", "entailment_label", "SemEval_set")
+    path = write_tsv(tmp_path / "SICK.txt", [head, ("a man", "sleeps", "PERHAPS", "TRIAL"), *rows])
+    assert len(load(sick(path), 0).train) == 2
 
 
 def test_a_malformed_row_of_sick_is_named_by_its_line_or_left_out(tmp_path):

@@ -1,17 +1,20 @@
 """Loading by configuration: folders, single files, choices of examples, and what is left out or refused."""
 
+import csv
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from early import load
 
 from fedsim.choices import OnError
 from fedsim.cli.compose import compose
 from fedsim.config import DataConfig
-from fedsim.data import load
+from fedsim.data import check
 from fedsim.errors import UserError
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data"
@@ -106,7 +109,9 @@ def test_a_row_that_names_no_owner_is_malformed(tmp_path, name):
     config = own(tmp_path, *({"user": "ann"} for _ in range(20)), {"user": name})
     with pytest.raises(UserError, match=r"mine.jsonl, line 21: expected a name or a whole number in 'user', got"):
         load(DataConfig(**config, client_column="user"), 0)
-    with pytest.raises(UserError, match=r"mine.jsonl, line 1: expected the field 'owner', got 'question', 'answer', 'user'"):
+    with pytest.raises(
+        UserError, match=r"mine.jsonl, line 1: expected the field 'owner' \(data.client_column\), got 'question', 'answer', 'user'"
+    ):
         load(DataConfig(**config, client_column="owner"), 0)
 
 
@@ -281,6 +286,74 @@ def test_a_wrong_name_or_path_is_one_clear_line(tmp_path, options, message):
         load(DataConfig(**({"train": ["gsm8k"], "test": ["gsm8k"], "path": path} | options)), 0)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+FIRST_SEEN = [
+    {"train": ["gsm8"]},
+    {"path": "/nowhere/at/all"},
+    {"path": None, "train": ["instructions"]},
+    {"path": "someone/something", "train": ["gsm8k", "math"]},
+    {"test": ["math"]},
+    {"train": ["math"]},
+    {"train": ["gsm8k", "math"], "file": "gsm8k_train.jsonl"},
+    {"file": "notes.doc"},
+    {"train": ["instructions"], "test": ["instructions"], "file": "names.csv"},
+    {"task_column": "kind"},
+    {"client_column": "user"},
+]
+
+
+@pytest.mark.parametrize("options", FIRST_SEEN)
+def test_names_files_and_first_rows_are_seen_before_anything_is_loaded_or_fetched(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was attempted"))
+    for split in ("train", "test"):
+        write(tmp_path / f"gsm8k_{split}.jsonl", range(5))
+    (tmp_path / "notes.doc").write_text("what one has heard")
+    (tmp_path / "names.csv").write_text("name,age\nann,7\n" * 20)
+    path = str(tmp_path / options.get("file", ""))
+    given = {key: value for key, value in options.items() if key != "file"}
+    config = DataConfig(**({"train": ["gsm8k"], "test": ["gsm8k"], "path": path} | given))
+    with pytest.raises(UserError):
+        check(config)
+    with pytest.raises(UserError):
+        load(config, 0)
+
+
+def test_a_fault_behind_the_first_row_is_found_when_all_are_read(tmp_path):
+    path = write(tmp_path / "mine.jsonl", range(40), odd=[1])
+    check(gsm8k(path=str(path)))
+    with pytest.raises(UserError, match="line 2: expected the field"):
+        load(gsm8k(path=str(path)), 0)
+
+
+def test_sets_that_are_fetched_are_not_looked_at_before(monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was attempted"))
+    check(DataConfig(train=["gsm8k"], test=["gsm8k", "math"]))
+    check(DataConfig(train=["instructions"], test=["gsm8k"], path="someone/something", task_column="kind"))
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.tsv", "mine.txt"])
+def test_a_table_without_the_columns_says_what_its_first_line_must_be(tmp_path, name):
+    lines = [["Say one, two and three in French, please, as slowly as you can.", "un"], *([f"Say {n}.", str(n)] for n in range(20))]
+    with (tmp_path / name).open("w", newline="") as file:
+        csv.writer(file, "excel" if name == "mine.csv" else "excel-tab").writerows(lines)
+    config = DataConfig(train=["instructions"], test=["instructions"], path=str(tmp_path / name))
+    with pytest.raises(UserError) as caught:
+        load(config, 0)
+    first, told = str(caught.value).split(", got ")
+    assert first.endswith(f"{name}, line 2: expected the field 'instruction' or 'question' or 'query' or 'prompt'")
+    assert told == (
+        "'Say one, two and three in French, pleas, 'un'. The first line of the file must name the columns: "
+        "correct it, or put such a line above it where it is a row."
+    )
+    with pytest.raises(UserError, match=r"expected at least 10 rows .*, got 0 beside malformed ones, first .*line 2: expected the field"):
+        load(replace(config, on_error=OnError.skip), 0)
+
+
+def test_of_a_row_of_many_fields_the_first_are_named(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({f"column {n}": n for n in range(500)}))
+    with pytest.raises(UserError, match=r"got 'column 0', .*'column 11', more\. Mend it, or leave such rows out"):
+        load(gsm8k(path=str(tmp_path / "mine.jsonl")), 0)
 
 
 def test_a_row_with_line_breaks_is_still_one_line(tmp_path):

@@ -1,0 +1,132 @@
+"""From rows to examples: what becomes of a malformed row, and how a file that holds train and test is divided."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedsim.choices import OnError
+from fedsim.config import DataConfig
+from fedsim.data.rows import WITH_HEADER, Malformed, NoColumn, Row, Unreadable
+from fedsim.data.sets import DataSet, named
+from fedsim.errors import UserError
+from fedsim.seeding import numpy_generator
+from fedsim.types import AnyExample
+
+HELD_OUT = 0.1
+"""Part of a single file's rows that becomes the test set, at most MOST_HELD_OUT rows."""
+MOST_HELD_OUT = 1000
+
+MOST_NOTES = 10
+"""Malformed rows of one file that are reported one by one; beyond them only their number is."""
+
+
+@dataclass
+class Reading:
+    """What is common to the reading of all sets of a configuration."""
+
+    config: DataConfig
+    seed: int
+    notes: list[str] = field(default_factory=list)
+    divided: dict[str, dict[str, list[AnyExample]]] = field(default_factory=dict)  # files that hold train and test, by place
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, what they are examples of, and whether each must name its owner where the configuration has a column for it."""
+
+    each: DataSet
+    task: str
+    place: str  # a file, an address, or a hub name
+    unit: str  # what rows are counted in: lines or rows
+    owned: bool = True  # not of a test set on its own
+
+
+def divided(reading: Reading, source: Source, rows: Iterable[Row]) -> dict[str, list[AnyExample]]:
+    """Returns the examples of a file that holds train and test: as a column of its rows tells, or else a seeded part is held out."""
+    if source.place not in reading.divided:
+        numbered = list(rows)
+        told = {told_split(row, source.each.split_column) for _, row in numbered} - {None}
+        divide = _as_told if told else _held_out
+        reading.divided[source.place] = divide(reading, source, numbered)
+    return reading.divided[source.place]
+
+
+def told_split(row: Any, column: str | None) -> str | None:
+    """Returns the split that a row tells, in lower case; None where it tells none."""
+    return str(row[column]).strip().lower() if isinstance(row, Mapping) and column in row else None
+
+
+def _as_told(reading: Reading, source: Source, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
+    """A row that tells nothing belongs to the training set, where its fault is found; one of a third split to neither."""
+    column = source.each.split_column
+    split_of = lambda row: told_split(row[1], column) or "train"  # noqa: E731
+    parts = {split: [row for row in rows if split_of(row) == split] for split in ("train", "test")}
+    left_out = len(rows) - sum(map(len, parts.values()))
+    if left_out:
+        reading.notes.append(f"{source.place}: {left_out} of {len(rows)} rows belong to neither train nor test")
+    found = {split: converted(reading, replace(source, owned=split == "train"), part) for split, part in parts.items()}
+    for split, examples in found.items():
+        if not examples:
+            raise UserError(f"{source.place}: expected rows with {split} in {column!r}, got none. Give them, or leave the column out.")
+    return found
+
+
+def _held_out(reading: Reading, source: Source, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
+    examples, where = converted(reading, source, rows), source.place
+    count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
+    if count == 0:
+        least, others = int(1 / HELD_OUT), f" beside malformed ones, first {reading.notes[0]}" if reading.notes else ""
+        raise UserError(
+            f"{where}: expected at least {least} rows to hold some out as a test, got {len(examples)}{others}. Give more or a folder."
+        )
+    chosen = set(numpy_generator(reading.seed, "held out").permutation(len(examples))[:count].tolist())
+    reading.notes.append(f"{where}: {count} of {len(examples)} rows are held out as the test set")
+    train = [example for i, example in enumerate(examples) if i not in chosen]
+    return {"train": train, "test": [examples[i] for i in sorted(chosen)]}
+
+
+def converted(reading: Reading, source: Source, rows: Iterable[Row]) -> list[AnyExample]:
+    """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says. Rows without a label are counted."""
+    found: list[AnyExample] = []
+    num_left_out = num_unlabelled = 0
+    where = source.place
+    for number, row in rows:
+        try:
+            if isinstance(row, Malformed):
+                raise row
+            example = _example(reading.config, source, row)
+            if example is None:
+                num_unlabelled += 1
+            else:
+                found.append(example)
+        except Malformed as error:
+            fault = f"{where}, {source.unit} {number}: {error}"
+            if reading.config.on_error is OnError.stop:
+                raise UserError(f"{fault}. {_remedy(error, where)}") from None
+            num_left_out += 1
+            if num_left_out <= MOST_NOTES:
+                reading.notes.append(fault)
+    if num_left_out:
+        reading.notes.append(f"{where}: {num_left_out} of {num_left_out + len(found)} rows left out")
+    if num_unlabelled:
+        reading.notes.append(f"{where}: {num_unlabelled} rows have no label and are left out, as {source.each.name} means them to be")
+    return found
+
+
+def _remedy(error: Malformed, place: str) -> str:
+    if isinstance(error, Unreadable):
+        return "Mend the file."
+    if isinstance(error, NoColumn) and Path(place).suffix.lower() in WITH_HEADER:
+        return "The first line of the file must name the columns: correct it, or put such a line above it where it is a row."
+    return "Mend it, or leave such rows out with data.on_error=skip."
+
+
+def _example(config: DataConfig, source: Source, row: Any) -> AnyExample | None:
+    """Returns the row as an example of its set, with the task and the owner that it names where the configuration has columns for them."""
+    example = source.each.example(row, source.task)
+    if example is not None and config.task_column is not None:
+        example = replace(example, task=named(row, config.task_column, "data.task_column"))
+    if example is not None and config.client_column is not None and source.owned:
+        example = replace(example, client=named(row, config.client_column, "data.client_column"))
+    return example
