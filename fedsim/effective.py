@@ -22,6 +22,7 @@ def effective(config: Config) -> Config:
     check_links(config)
     _check_pairs(config)
     _check_tasks(config, method)
+    _check_canaries(config)
     adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
     _check_sketch(adapter, method)
     privacy_checks.check(replace(config, adapter=adapter), method)
@@ -62,6 +63,11 @@ def _check_tasks(config: Config, method: Method) -> None:
             f"data.task_column={config.data.task_column}: clients of a deployment answer with models of their own (method.name="
             f"{method.name}) about tasks of data of their own, where no column names them; leave it out, or simulate."
         )
+
+
+def _check_canaries(config: Config) -> None:
+    if config.audit.canaries and labels(config.data):
+        raise UserError("audit.canaries: a canary is a text that is answered, and this data is classified; audit other data.")
 
 
 def method_of(config: Config) -> Method:

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from clients.app import app
 from fedsim.config import Config
 from fedsim.errors import UserError, nearest
+from fedsim.session import check
 
 
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def _on_ray(config: Config, quiet: bool) -> dict[str, Any]:
     from fedsim.flower.ray_grid import RayGrid
     from fedsim.flower.server import serve
 
+    check(config)  # before Ray is started
     with RayGrid(_app_in_actor, config.engine) as grid:
         return serve(grid, config, grid.contexts, quiet=quiet)
 

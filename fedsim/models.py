@@ -67,6 +67,40 @@ def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_ch
     return reading(model, config, labels), tokenizer
 
 
+def check(config: ModelConfig, labels: Sequence[str]) -> None:
+    """Raises UserError where `load_model` would, as far as path, device and a config.json that is on this machine tell it."""
+    path = source(config)
+    _refuse_empty(path)
+    device(config)
+    if (settings := settings_at_hand(path)) is not None:
+        _check_architecture(path, settings, labels)
+
+
+def config_file(path: str) -> Path | None:
+    """Returns config.json of a folder, or of a hub id as far as the hub's cache has it; None where there is none on this machine."""
+    if _is_local(path):
+        return file if (file := Path(path) / "config.json").is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(path, "config.json")
+    except ValueError:  # no id of the hub
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def settings_at_hand(path: str) -> Any | None:
+    """Returns transformers' settings from `config_file`; None without it, and where it is for the loader to say what is wrong with it."""
+    from transformers import CONFIG_MAPPING
+
+    file = config_file(path)
+    try:
+        entries = json.loads(file.read_bytes()) if file else {}
+        return CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
+    except Exception:  # a wrong value surfaces as anything
+        return None
+
+
 def reading(model: nn.Module, config: ModelConfig, labels: Sequence[str]) -> nn.Module:
     """Returns the model that reads as the configuration says: a classifier of pairs may read their texts apart."""
     return BiEncoder(model) if labels and config.pairs is Reading.apart else model
@@ -172,10 +206,7 @@ def device(config: ModelConfig) -> torch.device:
 
 def _guarded(path: str, load: Any) -> Any:
     """Turns what a loader raises for a wrong path or a broken file into one line."""
-    if (looks_local(path) or Path(path).exists()) and not (Path(path) / "config.json").is_file():
-        raise UserError(
-            f"model.path={path}: expected a folder with config.json, or the id of a model on the Hugging Face hub; found neither."
-        )
+    _refuse_empty(path)
     from safetensors import SafetensorError
 
     hub = logging.getLogger("huggingface_hub")
@@ -215,6 +246,18 @@ def _is_whole(file: Path) -> bool:
             return True
     except SafetensorError:
         return False
+
+
+def _refuse_empty(path: str) -> None:
+    """Raises UserError for a place on this machine without a model."""
+    if _is_local(path) and config_file(path) is None:
+        raise UserError(
+            f"model.path={path}: expected a folder with config.json, or the id of a model on the Hugging Face hub; found neither."
+        )
+
+
+def _is_local(path: str) -> bool:
+    return looks_local(path) or Path(path).exists()
 
 
 def looks_local(path: str) -> bool:

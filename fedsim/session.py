@@ -31,16 +31,19 @@ from fedsim.core.partition import holdings
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, labels, load
+from fedsim.data import check as check_data
 from fedsim.data.dealing import deal
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.links import links_of
 from fedsim.memory import keep_freed_memory
+from fedsim.models import check as check_model
 from fedsim.models import head_paths, load_model
 from fedsim.plain import from_dict, to_dict
 from fedsim.privacy.canaries import Canary, canaries
 from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import NoiseKey, derive_seed, numpy_generator
+from fedsim.shapes import adapter_of, skeleton
 from fedsim.training import conversations
 from fedsim.training.budget import TokenBudget, chosen
 from fedsim.training.cohort import ClientData, PassFacts
@@ -49,6 +52,23 @@ from fedsim.training.pairs import encode_pairs
 from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example, Pair
 
 OWN_DATA = "own data"  # in the holdings, of clients that do not tell the tasks of theirs
+
+
+def check(config: Config) -> None:
+    """Raises UserError where `open_session` would, as far as that is told by options, paths, first rows and the model's config.json.
+
+    Guarantees: takes a fraction of a second; fetches and writes nothing; refuses nothing with which a session opens. What a model of the
+    hub, or data from there, has to say comes when it is loaded, except for the config.json of a model that the hub's cache has.
+    """
+    method, config = method_of(config), effective(config)
+    classes, loaded = labels(config.data), replace(config.model, architecture={})  # which is a claim, and a run looks at the model
+    check_data(config.data)
+    check_model(config.model, classes)
+    try:
+        skeleton(loaded, classes)
+    except UserError:  # its shapes are not known, or for the loader to judge
+        return
+    parts_of(config, adapter_of(replace(config, model=loaded), method))
 
 
 def open_session(config: Config) -> "Session":
@@ -79,8 +99,6 @@ class Session:
         self.data: Dataset = load(config.data, config.seed)
         self.pool, self.shards, self.public = deal(config, self.data.train)
         classes, checkpointing = labels(config.data), config.training.activation_checkpointing
-        if classes and config.audit.canaries:
-            raise UserError("audit.canaries: a canary is a text that is answered, and this data is classified; audit other data.")
         self.model, self.tokenizer = load_model(config.model, classes, activation_checkpointing=checkpointing)
         adapter = config.adapter
         head = head_paths(self.model) if classes else []

@@ -18,13 +18,16 @@ import torch
 from torch import nn
 
 from fedsim.choices import Dtype
-from fedsim.config import ModelConfig
-from fedsim.core.adapters import matrix_shape, target_layers
+from fedsim.config import Config, ModelConfig
+from fedsim.core.adapters import adapter_spec, matrix_shape, target_layers
 from fedsim.core.estimate import ModelShape
+from fedsim.core.forms import AdapterSpec
 from fedsim.core.fused import GatedMLP, RMSNorm
 from fedsim.core.head_loss import gives_its_logits
+from fedsim.core.methods import Method
+from fedsim.data import labels
 from fedsim.errors import UserError, nearest
-from fedsim.models import DTYPES, EMBEDDED, PACKAGE, head_paths, prepare, reading, source
+from fedsim.models import DTYPES, EMBEDDED, ENCODERS, config_file, head_paths, prepare, reading, source
 from fedsim.plain import from_dict, to_dict
 
 LayerShape = tuple[int, int]
@@ -44,7 +47,14 @@ def layer_shapes(model: ModelConfig, target_modules: list[str], labels: Sequence
     """
     bare = skeleton(model, labels)
     head = head_paths(bare) if labels else []
-    return {path: matrix_shape(bare.get_submodule(path)) for path in target_layers(bare, target_modules) if path not in head}
+    return {path: matrix_shape(bare.get_submodule(path)) for path in target_layers(bare, target_modules, head)}
+
+
+def adapter_of(config: Config, method: Method) -> AdapterSpec:
+    """Returns what `adapt` would put into the model of an effective configuration. Raises UserError as `layer_shapes`, `fitting_rank`."""
+    adapter, classes = config.adapter, labels(config.data)
+    layers, head = layer_shapes(config.model, adapter.target_modules, classes), head_shapes(config.model, classes)
+    return adapter_spec(layers, method.form, adapter.rank, config.method.heads, adapter.scaling, head)
 
 
 def head_shapes(model: ModelConfig, labels: Sequence[str]) -> dict[str, LayerShape]:
@@ -97,8 +107,8 @@ def random_model(model: ModelConfig, on: torch.device, *, activation_checkpointi
 def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
     """Returns the model on the meta device: every module and every shape, no weight; with labels it has a classification head.
 
-    It is built from config.json in the local folder `path`, else from `architecture`, else, where `path` is None, from the embedded
-    model's folder. The latest one is kept and shared, so it must not be changed.
+    It is built from config.json of `path` where that is on this machine (`fedsim.models.config_file`), else from `architecture`, else,
+    where `path` is None, from the embedded model's folder. The latest ones are kept and shared, so they must not be changed.
     Guarantees: nothing is downloaded or printed, no remote code runs, and no random state is touched.
     Raises UserError where there is none of these, or where what is there makes no language model.
     """
@@ -106,7 +116,7 @@ def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
     return _skeleton(json.dumps([entries, origin, to_dict(model), list(labels)]))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=16)
 def _skeleton(told: str) -> nn.Module:
     entries, origin, values, labels = json.loads(told)
     with _silence():
@@ -121,9 +131,8 @@ def _skeleton(told: str) -> nn.Module:
 
 def _entries(model: ModelConfig) -> tuple[dict[str, Any], str]:
     """Returns the entries of config.json, and where they were found."""
-    folder = _folder(model)
-    if folder is not None and (folder / "config.json").is_file():
-        return _read(folder / "config.json")
+    if model.path is not None and (file := _file(model)) is not None:
+        return _read(file)
     if model.architecture:
         return model.architecture, "model.architecture"
     if model.path is None:
@@ -134,16 +143,14 @@ def _entries(model: ModelConfig) -> tuple[dict[str, Any], str]:
     )
 
 
-def _folder(model: ModelConfig) -> Path | None:
-    """Returns the folder that `model.path` may be; None for a package that is not installed."""
-    if model.path is None:
-        return None
+def _file(model: ModelConfig) -> Path | None:
+    """Returns config.json of the model; None where it is not on this machine, also for a package that is not installed."""
     try:
-        return Path(source(model))
+        return config_file(source(model))
     except UserError:
-        if model.path.startswith(PACKAGE) and not model.architecture:
-            raise
-        return None
+        if model.architecture:
+            return None
+        raise
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
@@ -176,9 +183,11 @@ def _build(
         _refuse_unknown(entries, kind())
     settings = kind.from_dict(deepcopy(entries))  # it writes into nested entries
     both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(settings, "is_decoder", False)
-    if getattr(settings, "is_encoder_decoder", False) or not (both_ways or kind in MODEL_FOR_CAUSAL_LM_MAPPING):
+    generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING
+    if getattr(settings, "is_encoder_decoder", False) or not (both_ways or generates):
         raise UserError(f"{origin}: Expected a decoder-only language model or a text encoder, got {name!r}. Choose another model.")
-    auto: Any = transformers.AutoModel if both_ways else transformers.AutoModelForCausalLM
+    bare = both_ways and (name in ENCODERS or not generates)  # of the others a run loads what generates
+    auto: Any = transformers.AutoModel if bare else transformers.AutoModelForCausalLM
     if labels:
         settings.id2label, auto = dict(enumerate(labels)), transformers.AutoModelForSequenceClassification
     with on:

@@ -5,14 +5,12 @@ A comma list of any option makes rows, as in a sweep. The numbers are those of a
 
 import csv
 import io
-import json
 import math
 import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from fedsim.choices import PrivacyUnit, Residual
@@ -20,20 +18,17 @@ from fedsim.cli.compose import compose_with_hydra, initialized, to_config
 from fedsim.cli.groups import default_choices
 from fedsim.cli.overrides import parse
 from fedsim.cli.sweep import Job, plan
-from fedsim.config import Config, ModelConfig
+from fedsim.config import Config
 from fedsim.config_check import check
-from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import Forecast, forecast
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.methods import METHODS, Method
-from fedsim.data import labels
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
-from fedsim.plain import from_dict, to_dict
 from fedsim.progress import size
 from fedsim.published import SOURCE, Published, published
 from fedsim.report import table
-from fedsim.shapes import LayerShape, head_shapes, layer_shapes
+from fedsim.shapes import adapter_of
 
 
 @dataclass(frozen=True)
@@ -109,16 +104,8 @@ def _varied(job: Job) -> dict[str, str]:
 
 def _row(job: Job, given: Config) -> Row:
     config, method = effective(given), method_of(given)
-    layers, head = _layers(json.dumps(to_dict(given.model)), tuple(config.adapter.target_modules), labels(config.data))
-    spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling, head)
+    spec = adapter_of(config, method)
     return Row(_varied(job), given, method, spec, forecast(config, method, spec), _published(given, spec))
-
-
-@lru_cache
-def _layers(model: str, target_modules: tuple[str, ...], classes: tuple[str, ...]) -> tuple[dict[str, LayerShape], dict[str, LayerShape]]:
-    """Returns the shapes of the adapted layers and of a classification head."""
-    config = from_dict(ModelConfig, json.loads(model))
-    return layer_shapes(config, list(target_modules), classes), head_shapes(config, classes)
 
 
 def _published(config: Config, spec: AdapterSpec) -> Published | None:

@@ -111,6 +111,7 @@ def _up(words: list[str]) -> int:
     from fedsim.config_check import check
     from fedsim.deploy.local import NAME, local_federation
     from fedsim.deploy.submit import named, run
+    from fedsim.session import check as check_session
 
     if any(word.startswith("federation.clients=") and word != f"federation.clients={clients}" for word in overrides):
         raise UserError(f"Expected --local to be the number of clients, got --local {clients} and another. Leave out federation.clients.")
@@ -123,6 +124,7 @@ def _up(words: list[str]) -> int:
         data=replace(config.data, path=_absolute("data.path", config.data.path)),
         model=replace(config.model, path=_absolute("model.path", config.model.path)),
     )
+    check_session(config)
     folder = Path(options["--dir"][-1]).resolve() if "--dir" in options else None
     print(f"starting a SuperLink and {clients} SuperNodes on loopback", file=sys.stderr)
     try:

@@ -14,7 +14,6 @@ import torch
 from fedsim.calibration import calibrated
 from fedsim.choices import AUTO, TrainOn
 from fedsim.config import Config, DataConfig
-from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import forecast
 from fedsim.core.estimate import Calibration, Estimate, ModelShape, Work, estimate
 from fedsim.core.forms import AdapterSpec
@@ -26,7 +25,7 @@ from fedsim.models import DTYPES, EMBEDDED, device, looks_local
 from fedsim.progress import size
 from fedsim.report import counted, table
 from fedsim.seeding import numpy_generator
-from fedsim.shapes import layer_shapes, model_shape, skeleton
+from fedsim.shapes import adapter_of, model_shape, skeleton
 from fedsim.training.budget import chosen, chosen_for, chosen_for_answers, chosen_for_answers_within
 from fedsim.training.encoding import encode
 from fedsim.types import AnyExample, Example
@@ -86,8 +85,7 @@ def estimate_of(
         evaluation=replace(given.evaluation, tokens_per_pass=of_evaluation),
     )
     config, method = effective(given), method_of(given)
-    layers = layer_shapes(given.model, config.adapter.target_modules)
-    spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
+    spec = adapter_of(config, method)
     work, told = _work(given, tokens)
     rates = rates or calibrated(config, method, spec, max(4, round(work.tokens)), again=again)
     shape = model_shape(given.model)

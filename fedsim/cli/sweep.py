@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -68,13 +69,15 @@ def sweep(overrides: list[str]) -> int:
     """Runs all jobs, prints their table, writes sweep.json and, of two jobs or more, comparison.png.
 
     Returns 0, 1 if a job failed, or 130 after Ctrl-C. A failed job does not stop the others. Raises UserError, before anything has been
-    written, if any job does not compose or contradicts itself, or if the folder belongs to something else.
+    written, if any job does not compose, contradicts itself or does not fit its model and data as far as `fedsim.session.check` sees that,
+    or if the folder belongs to something else.
     """
     with initialized():
         master, jobs, options = plan(overrides)
         folder = _folder(options)
         _place(jobs, folder, options)
         _refuse_occupied(folder, jobs, options)
+        _check([job for job in jobs if not _is_done(job)])
         folder.mkdir(parents=True, exist_ok=True)
         if not options.resume:
             _remove_former(folder, jobs)
@@ -128,11 +131,27 @@ def _place(jobs: list[Job], folder: Path, options: Config) -> None:
         resume = options.resume and (job.folder / LOCK).exists()
         job.overrides += [f"run_dir={quote(str(job.folder))}", f"resume={resume}", f"overwrite={options.overwrite}"]
         job.config = to_config(compose_with_hydra(job.overrides))
-        try:
+        with _named(job):
             check(job.config)
             _refuse_deployed(job.config)
-        except UserError as error:
-            raise UserError(f"job {job.number} ({' '.join(job.varied)}): {error}") from None
+
+
+def _check(jobs: list[Job]) -> None:
+    """Raises UserError for the first job that its run would refuse before it loads anything."""
+    from fedsim.session import check as check_session
+
+    for job in jobs:
+        with _named(job):
+            check_session(job.config)
+
+
+@contextlib.contextmanager
+def _named(job: Job) -> Iterator[None]:
+    """Has a mistake tell whose it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"job {job.number} ({' '.join(job.varied)}): {error}") from None
 
 
 def _refuse_deployed(config: Config) -> None:
@@ -176,7 +195,7 @@ def _remove_former(folder: Path, jobs: list[Job]) -> None:
 def _launch(master: DictConfig, jobs: list[Job], folder: Path) -> int:
     """Launches the jobs that have not finished, enters in each what has become of it, and returns the exit code."""
     stamps = {job.number: _stamp(job) for job in jobs}
-    waiting = [job for job in jobs if not (job.config.resume and stamps[job.number])]
+    waiting = [job for job in jobs if not _is_done(job)]
     code, outcomes = 0, dict.fromkeys((job.number for job in waiting), None)
     try:
         returned = _launcher(master, len(jobs)).launch([job.overrides for job in waiting], initial_job_idx=0) if waiting else []
@@ -189,6 +208,11 @@ def _launch(master: DictConfig, jobs: list[Job], folder: Path) -> int:
     for job in jobs:
         _settle(job, outcomes.get(job.number), finished=job not in waiting or _stamp(job) not in (None, stamps[job.number]))
     return code or int(any(job.status == "failed" for job in jobs))
+
+
+def _is_done(job: Job) -> bool:
+    """Whether a sweep that is resumed leaves the job as it is."""
+    return job.config.resume and _stamp(job) is not None
 
 
 def _stamp(job: Job) -> int | None:

@@ -211,14 +211,14 @@ def fitting_rank(form: Form, rank: int | None, heads: int, shapes: dict[str, tup
             times = f" x {heads} heads" if heads > 1 else ""
             raise UserError(
                 f"adapter.rank: expected at most {min(shape) // heads}, as {name!r} has shape {shape}, "
-                f"got {rank}{times}; lower the rank or leave the layer out with adapter.target_modules."
+                f"got {rank}{times}; lower it (or the largest of federation.ranks), or leave the layer out with adapter.target_modules."
             )
     return rank
 
 
-def target_layers(model: nn.Module, target_modules: list[str]) -> list[str]:
-    """Returns the paths of the layers to adapt. Raises UserError where there is none, or for a name that fits none."""
-    linear = [name for name, module in model.named_modules() if is_linear(module)]
+def target_layers(model: nn.Module, target_modules: list[str], head: Sequence[str] = ()) -> list[str]:
+    """Returns the paths of the layers to adapt, which are none of `head`. Raises UserError where there is none, or a name fits none."""
+    linear = [name for name, module in model.named_modules() if is_linear(module) and name not in head]
     if not target_modules:
         return _inside_blocks(model, linear)
     chosen = [name for name in linear if any(name == target or name.endswith("." + target) for target in target_modules)]

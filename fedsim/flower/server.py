@@ -1,8 +1,8 @@
 """The server: sets a run up, carries its rounds out over any Flower Grid, evaluates, and leaves a checkpoint after each step.
 
-What can be wrong with the options and the run folder is found before model and data are loaded, and most of the rest before the folder is
-made; a mistake that is found later, but before the first checkpoint, leaves no folder behind. The state is a value that a checkpoint holds
-whole, so a run that was killed at any moment goes on from the last checkpoint and ends with the same adapter, bit for bit.
+What can be wrong with options, paths, shapes and the run folder is found before model and data are loaded, and most of the rest before the
+folder is made; a mistake that is found later, but before the first checkpoint, leaves no folder behind. The state is a value that a
+checkpoint holds whole, so a run that was killed at any moment goes on from the last checkpoint and ends with the same adapter, bit for bit.
 """
 
 import errno
@@ -29,7 +29,6 @@ from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.missing import Missing
 from fedsim.core.participation import server_adds_noise
 from fedsim.core.traffic import needed_for_gradients, refresh_due
-from fedsim.effective import effective
 from fedsim.errors import RunStopped, UserError
 from fedsim.flower.asking import keeps_memory
 from fedsim.flower.chronicle import Chronicle
@@ -48,7 +47,7 @@ from fedsim.progress import Progress
 from fedsim.report import counted, summary_table
 from fedsim.run_folder import RunFolder
 from fedsim.seeding import NoiseKey
-from fedsim.session import Session, open_session
+from fedsim.session import Session, check, open_session
 from fedsim.training.budget import TokenBudget
 from fedsim.training.evaluation import evaluate
 from fedsim.types import Adapter
@@ -76,7 +75,7 @@ def serve(
     Raises UserError for what the user can mend, and RunStopped for a run that cannot go on now. A KeyboardInterrupt is raised again with
     the run folder as its argument. The last checkpoint there stays for `resume=true`.
     """
-    effective(config)  # says what contradicts itself before seconds are spent on loading
+    check(config)  # says what is wrong before seconds are spent on loading
     occupancy.check(config)
     evaluations = [number for number in range(config.federation.rounds + 1) if _evaluated_after(number, config)]
     with display(config.federation.rounds, evaluations, quiet=quiet) as progress:

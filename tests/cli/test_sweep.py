@@ -8,10 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from fedsim.cli.compose import compose_with_hydra, initialized, to_config
+from fedsim.cli.groups import groups
 from fedsim.cli.main import main
+from fedsim.cli.sweep import plan
 from fedsim.cli.sweep_table import _megabytes
 from fedsim.errors import UserError
+from fedsim.models import PACKAGE
 from fedsim.plain import to_dict
+from fedsim.session import check
 
 
 def summary(config):
@@ -76,6 +81,41 @@ def test_sweep_json_tells_all_about_the_jobs(runs):
         assert job["config"] == to_dict(config)
         assert job["summary"] == summary(config)
         assert (job["status"], job["folder"], job["varied"]) == ("finished", Path(config.run_dir).name, [f"seed={config.seed}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["adapter.rank=8,16,4096"], "job 2 (adapter.rank=4096): adapter.rank: expected at most 192"),
+        (["data=gsm8k", "data.path=null,nowhere.csv"], "job 1 (data.path=nowhere.csv): data.path=nowhere.csv: there is no such file"),
+        (["method=fed_sb,fedit", "adapter.init=gradient"], "job 1 (method=fedit): adapter.init: method=fedit starts from"),
+    ],
+)
+def test_a_mistake_of_any_job_is_told_before_the_first_begins(runs, capsys, words, told):
+    assert main(["run", "-m", *words]) == 2
+    assert capsys.readouterr().err.startswith(f"fedsim: {told}")
+    assert runs.configs == list(Path().iterdir()) == []
+
+
+def test_a_job_that_has_finished_may_have_lost_its_data(runs):
+    Path("a.csv").write_text("instruction,output\nhow,so\n")
+    Path("b.csv").write_text("instruction,output\nhow,so\n")
+    runs.on_run = lambda config: (_ for _ in ()).throw(RuntimeError) if config.data.path == "b.csv" else None
+    words = ["run", "-m", "data=instructions", "data.path=a.csv,b.csv", "run_dir=all"]
+    assert main(words) == 1
+    Path("a.csv").unlink()
+    runs.on_run = lambda config: None
+    assert main([*words, "resume=true"]) == 0
+    assert [job["status"] for job in jobs_of("all")] == ["finished"] * 2
+
+
+def test_every_preset_passes_the_look_that_is_taken_before_it_begins():
+    for preset in groups()["experiment"]:
+        with initialized():
+            for job in plan([f"experiment={preset}"])[1]:
+                config = to_config(compose_with_hydra(job.overrides))
+                if not str(config.model.path).startswith(PACKAGE):  # it need not be installed here
+                    check(config)
 
 
 def test_without_run_dir_a_dated_folder_holds_the_jobs(runs):
@@ -202,8 +242,21 @@ def test_the_command_line_replaces_values_of_a_sweeping_preset(runs):
 
 
 def test_folder_names_hold_no_path_of_a_value(runs):
-    main(["run", "-m", "model.path=../a/b,c d", "data.train=[x,y],[z]", "run_dir='my sweep, 1=2'"])
+    Path("c d").mkdir()
+    for name in ("links/a.csv", "c d/e.csv"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("uplink,downlink\n1e6,1e6\n")
+    main(
+        [
+            "run",
+            "-m",
+            "federation.network=links/a.csv,c d/e.csv",
+            "data.train=[gsm8k,math],[math]",
+            "data.test=[math]",
+            "run_dir='my sweep, 1=2'",
+        ]
+    )
     names = [Path(config.run_dir).name for config in runs.configs]
-    assert names[0] == "0-model.path=.._a_b,data.train=_x,y_"
-    assert {config.model.path for config in runs.configs} == {"../a/b", "c d"}
+    assert names[0] == "0-federation.network=links_a.csv,data.train=_gsm8k,math_"
+    assert {config.federation.network for config in runs.configs} == {"links/a.csv", "c d/e.csv"}
     assert {Path(config.run_dir).parent.name for config in runs.configs} == {"my sweep, 1=2"}

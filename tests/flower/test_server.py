@@ -74,9 +74,14 @@ def test_a_mistake_that_the_clients_find_leaves_the_folder_to_the_corrected_run(
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
-    [(["resume=true"], "to resume"), (["privacy=client", "privacy.secure_aggregation=true", "compression=int8"], "compression")],
+    [
+        (["resume=true"], "to resume"),
+        (["privacy=client", "privacy.secure_aggregation=true", "compression=int8"], "compression"),
+        (["adapter.rank=193"], "adapter.rank"),
+        (["data=gsm8k", "data.path=nowhere.jsonl"], "no such file"),
+    ],
 )
-def test_what_is_wrong_with_the_folder_and_the_options_is_said_before_anything_is_loaded(tmp_path, monkeypatch, overrides, told):
+def test_what_is_wrong_with_folder_options_shapes_and_paths_is_said_before_anything_is_loaded(tmp_path, monkeypatch, overrides, told):
     monkeypatch.setattr("fedsim.flower.server.open_session", lambda config: pytest.fail("loaded"))
     with pytest.raises(UserError, match=told):
         run_in(tmp_path / "run", *overrides)
