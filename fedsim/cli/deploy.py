@@ -152,6 +152,7 @@ def _absolute(key: str, path: str | None) -> str | None:
 
 def _status(words: list[str]) -> int:
     options, rest = _options("status", words, {"--superlink": 1, "--json": 0})
+    from fedsim.deploy.flower import asking
     from fedsim.deploy.registering import REGISTERED
     from fedsim.deploy.status import status, status_table
 
@@ -159,7 +160,9 @@ def _status(words: list[str]) -> int:
         server, superlink = _opened(Path(rest[0]))
         found = status(superlink, server / REGISTERED)
     elif "--superlink" in options:
-        found = status(options["--superlink"][-1])
+        superlink = options["--superlink"][-1]
+        with asking(superlink, "--superlink"):
+            found = status(superlink)
     else:
         raise UserError(f"Expected the folder of a federation or --superlink, got neither. Usage: {USAGE['status']}")
     print(json.dumps(found, indent=2) if "--json" in options else status_table(found))

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from fedsim.errors import UserError
+from fedsim.errors import UserError, nearest
 
 FLWR = (sys.executable, "-m", "flwr.cli.app")
 
@@ -13,20 +15,40 @@ FLWR = (sys.executable, "-m", "flwr.cli.app")
 def flwr(*words: str, timeout: float = 120.0) -> dict[str, Any]:
     """Returns the JSON that `flwr WORDS --format json` prints. Raises UserError with its reason where it fails or takes too long."""
     done = _called(*words, "--format", "json", timeout=timeout)
-    start, end = done.stdout.find("{"), done.stdout.rfind("}")
-    try:
-        found: dict[str, Any] = json.loads(done.stdout[start : end + 1])
-    except ValueError:
-        found = {}
+    found = _values(done.stdout)
     if done.returncode or not found.get("success"):
         reason = found.get("error-message") or done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
         raise UserError(f"flwr {words[0]}: {' '.join(str(reason).split())[:500]}")
     return found
 
 
+@contextmanager
+def asking(superlink: str, key: str) -> Iterator[None]:
+    """Has a failure of Flower in the block be told as a wrong name where Flower has no SuperLink of this one, which was given as `key`."""
+    try:
+        yield
+    except UserError:
+        known = _values(_called("config", "list", "--format", "json", timeout=60.0).stdout).get("superlink", [])
+        if not known or superlink in known:
+            raise
+        raise UserError(
+            f"{key}: expected a SuperLink of Flower's configuration, one of {', '.join(known)}, got {superlink!r}."
+            f"{nearest(superlink, known)} Give one of them, or point FLWR_HOME to the folder server/flwr of your federation."
+        ) from None
+
+
 def log_of(run_id: str, superlink: str, timeout: float = 30.0) -> str:
     """Returns the log of a run so far, nothing where there is none. Raises UserError where Flower does not answer in time."""
     return _called("log", run_id, superlink, "--show", timeout=timeout).stdout
+
+
+def _values(text: str) -> dict[str, Any]:
+    """Returns the JSON object in what a command has printed; empty where there is none."""
+    try:
+        found = json.loads(text[text.find("{") : text.rfind("}") + 1])
+    except ValueError:
+        return {}
+    return dict(found)
 
 
 def _called(*words: str, timeout: float) -> "subprocess.CompletedProcess[str]":

@@ -15,7 +15,7 @@ from typing import Any
 
 import fedsim
 from fedsim.config import Config
-from fedsim.deploy.flower import flwr, following, run_facts
+from fedsim.deploy.flower import asking, flwr, following, run_facts
 from fedsim.effective import effective
 from fedsim.errors import LeftRunningError, RunFailedError, RunStopped, UserError
 from fedsim.files import dated_folders
@@ -27,6 +27,7 @@ _APP = """\
 [project]
 name = "fedsim"
 version = "{version}"
+description = "A run of fedsim"
 license = "Apache-2.0"
 
 [tool.flwr.app]
@@ -85,7 +86,9 @@ def submitted(config: Config) -> str:
         (Path(folder) / "pyproject.toml").write_text(_APP.format(version=fedsim.__version__))
         values = Path(folder) / "values.toml"  # JSON strings are TOML strings
         values.write_text(f"config = {json.dumps(json.dumps(to_dict(config)))}\n")
-        return str(flwr("run", folder, str(config.engine.superlink), "--run-config", str(values))["run-id"])
+        superlink = str(config.engine.superlink)
+        with asking(superlink, "engine.superlink"):
+            return str(flwr("run", folder, superlink, "--run-config", str(values))["run-id"])
 
 
 def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:

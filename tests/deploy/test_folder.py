@@ -177,11 +177,20 @@ def test_a_folder_that_cannot_be_finished_does_not_appear(tmp_path, monkeypatch)
         (["deploy", "status"], "Expected the folder of a federation"),
         (["deploy", "status", "nowhere"], "Expected nowhere to be a federation's folder"),
         (["run", "engine=deployment"], "Expected engine.superlink with engine=deployment"),
+        (
+            ["run", "engine=deployment", "engine.superlink=mien"],
+            "engine.superlink: expected a SuperLink of Flower's configuration, one of mine, ",
+        ),
+        (["run", "engine=deployment", "engine.superlink=mien"], "Did you mean 'mine'? Give one of them, or point FLWR_HOME to "),
+        (["deploy", "status", "--superlink", "mien"], "--superlink: expected a SuperLink of Flower's configuration"),
         (["worker"], "Expected fedsim worker FILE"),
         (["worker", "nowhere.yaml"], "Expected the client's file nowhere.yaml"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_two(words, told, capsys, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line_and_code_two(words, told, capsys, tmp_path, tmp_path_factory, monkeypatch):
+    home = tmp_path_factory.mktemp("flwr")
+    (home / "config.toml").write_text('[superlink]\ndefault = "mine"\n[superlink.mine]\naddress = "localhost:1"\n')
+    monkeypatch.setenv("FLWR_HOME", str(home))
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     error = capsys.readouterr().err
