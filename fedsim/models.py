@@ -72,7 +72,7 @@ def check(config: ModelConfig, labels: Sequence[str]) -> None:
     path = source(config)
     _refuse_empty(path)
     device(config)
-    if (settings := settings_at_hand(path)) is not None:
+    if (settings := _settings_at_hand(path)) is not None:
         _check_architecture(path, settings, labels)
 
 
@@ -89,13 +89,14 @@ def config_file(path: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def settings_at_hand(path: str) -> Any | None:
+def _settings_at_hand(path: str) -> Any | None:
     """Returns transformers' settings from `config_file`; None without it, and where it is for the loader to say what is wrong with it."""
     from transformers import CONFIG_MAPPING
 
-    file = config_file(path)
+    if (file := config_file(path)) is None:
+        return None
     try:
-        entries = json.loads(file.read_bytes()) if file else {}
+        entries = json.loads(file.read_bytes())
         return CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
     except Exception:  # a wrong value surfaces as anything
         return None
