@@ -91,15 +91,10 @@ def train_cohort(
     passes (None takes that of `training`) and is left halved where memory ran out.
     """
     device = next(model.parameters()).device
-    plans = {
-        data.client: local_batches(data.lengths, training, seed=seed, round=round, client=data.client)
-        if private is None
-        else private_batches(data.lengths, training, private.key.torch("poisson", round, data.client))
-        for data in clients
-    }
-    order = sorted(range(len(clients)), key=lambda i: _place(clients[i], plans[clients[i].client]))
+    batches_of = _batches_of(clients, training, private, seed, round)
+    order = sorted(range(len(clients)), key=lambda i: _place(clients[i], batches_of[clients[i].client]))
     cohort = [clients[i] for i in order]
-    steps = [len(plans[data.client]) for data in cohort]
+    steps = [len(batches_of[data.client]) for data in cohort]
     stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].contiguous()  # picking rows has copied them
     space = torch.empty_like(stack)  # of the gradients
     adjust = _Adjustment(rule or LocalRule(), stack, layout, order)
@@ -118,7 +113,7 @@ def train_cohort(
     def gradients_of(step: int, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
         """Returns the gradients [active, parameters], clipped where private, and the losses [active] of the clients that take this step."""
         active = sum(n > step for n in steps)
-        rows = {slot: [data.examples[i] for i in plans[data.client][step]] for slot, data in enumerate(cohort[:active])}
+        rows = {slot: [data.examples[i] for i in batches_of[data.client][step]] for slot, data in enumerate(cohort[:active])}
         gradients, step_losses = space[:active].zero_(), torch.zeros(active, device=device)
         if noised:
             noised.start(gradients)
@@ -147,19 +142,40 @@ def train_cohort(
         else:
             take_step(gradients)
 
-    results = {}
-    trained, losses_of = stack.cpu(), total_losses.cpu()
-    for slot, data in enumerate(cohort):
-        tokens = 0 if noised else sum(data.lengths[i] for batch_ in plans[data.client] for i in batch_)
-        loss = nan if noised else float(losses_of[slot]) / max(1, steps[slot])  # a private client tells nothing that has no noise
-        results[data.client] = LocalResult(data.client, trained[slot], len(data.examples), loss, steps[slot], tokens)
+    trained, of_slot = stack.cpu(), total_losses.tolist()
+    results = {
+        data.client: _result(data, batches_of[data.client], trained[slot], of_slot[slot], told=noised is None)
+        for slot, data in enumerate(cohort)
+    }
     return [results[data.client] for data in clients]
 
 
-def _place(data: ClientData, plan: list[list[int]]) -> tuple[int, int]:
+Batches = list[list[int]]
+"""The indices of a client's examples in each of its local steps."""
+
+
+def _batches_of(
+    clients: Sequence[ClientData], training: TrainingConfig, private: PrivateRule | None, seed: int, round: int
+) -> dict[int, Batches]:
+    return {
+        data.client: local_batches(data.lengths, training, seed=seed, round=round, client=data.client)
+        if private is None
+        else private_batches(data.lengths, training, private.key.torch("poisson", round, data.client))
+        for data in clients
+    }
+
+
+def _result(data: ClientData, batches: Batches, factors: Tensor, total_loss: float, *, told: bool) -> LocalResult:
+    """A client of which loss and tokens are not `told` is private: it tells nothing that has no noise."""
+    tokens = sum(data.lengths[i] for batch in batches for i in batch) if told else 0
+    loss = total_loss / max(1, len(batches)) if told else nan
+    return LocalResult(data.client, factors, len(data.examples), loss, len(batches), tokens)
+
+
+def _place(data: ClientData, batches: Batches) -> tuple[int, int]:
     """Returns what orders the stack: clients of many steps come first, so that those which still train are a prefix; those of a single
     step by their longest row, as `pack` orders rows, so that a pass meets neighbours, mostly, and copies nothing then."""
-    return -len(plan), -max((data.lengths[i] for i in plan[0]), default=0) if len(plan) == 1 else 0
+    return -len(batches), -max((data.lengths[i] for i in batches[0]), default=0) if len(batches) == 1 else 0
 
 
 def private_batches(lengths: Sequence[int], training: TrainingConfig, coins: torch.Generator) -> list[list[int]]:
