@@ -55,7 +55,7 @@ class ModelConfig:
     device: str = "auto"
     """Device of the base model: auto takes the first GPU if there is one."""
     pairs: Reading = Reading.together
-    """How an encoder reads the two texts of a pair that is classified."""
+    """How an encoder reads the two texts of a pair that is classified; a single text counts as apart by the mean of its token states."""
 
 
 @dataclass
@@ -88,7 +88,10 @@ class DataConfig:
     test: list[str] = field(default_factory=lambda: ["embedded"])
     """Test sets, by name."""
     path: Optional[str] = None
-    """Local file or folder, or hub name; null takes each set's own hub name, which instructions has not."""
+    """Local file or folder, or hub name; null takes each set's own hub name, which instructions and classification have not."""
+    labels: list[str] = field(default_factory=list)
+    """classification: the labels, in the order of the model's outputs; empty takes those of the training rows, sorted. A deployment, where
+    nobody sees all rows, needs them."""
     train_examples: Optional[int] = None
     """Keep at most this many training examples in all; null keeps all."""
     test_examples: Optional[int] = None
@@ -123,8 +126,8 @@ class FederationConfig:
     """How the training examples are dealt to the clients."""
     alpha: float = 0.5
     """Dirichlet concentration; smaller is more skewed."""
-    dirichlet_over: DirichletOver = DirichletOver.task
-    """What the Dirichlet mixture is over."""
+    dirichlet_over: Optional[DirichletOver] = None
+    """What the Dirichlet mixture is over; null takes label where the data is classified and data.task_column names no tasks, else task."""
     quantity_sigma: float = 0.0
     """Log-normal sigma of the clients' numbers of examples; 0 deals equal shares."""
     ranks: dict[int, float] = field(default_factory=dict)

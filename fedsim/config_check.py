@@ -127,7 +127,7 @@ def check(config: Config) -> None:
         if value is not None and value not in bounds:
             finite = "" if math.isfinite(value) else " and finite"
             raise UserError(f"Expected {key} {bounds}{finite}, got {value}. Give {key}= a value in that range.")
-    for key in ("data.train", "data.test", "adapter.target_modules"):
+    for key in ("data.train", "data.test", "data.labels", "adapter.target_modules"):
         _check_names(key, value_of(config, key))
     for key in ("model.path", "data.path", "data.client_column", "data.task_column", "run_dir"):
         if value_of(config, key) == "":
@@ -144,7 +144,9 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def _check_names(key: str, names: list[str]) -> None:
-    if not names and key != "adapter.target_modules":
+    if len(names) == 1 and key == "data.labels":
+        raise UserError(f"Expected at least two names in {key}, or none, got {names[0]!r} alone. Write {key}=[name,another].")
+    if not names and key not in ("data.labels", "adapter.target_modules"):
         raise UserError(f"Expected at least one name in {key}, got an empty list. Write {key}=[name].")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

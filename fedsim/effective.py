@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fedsim.choices import FROM_GRADIENTS, Accountant, Partition, PrivacyUnit, Reading
+from fedsim.choices import FROM_GRADIENTS, Accountant, DirichletOver, Partition, PrivacyUnit, Reading
 from fedsim.config import AdapterConfig, Config
 from fedsim.core.methods import METHODS, Method, combinations, with_head
 from fedsim.core.participation import round_size
@@ -21,6 +21,7 @@ def effective(config: Config) -> Config:
     combinations.check(config, method)
     check_links(config)
     _check_pairs(config)
+    _check_labels(config)
     _check_tasks(config, method)
     _check_canaries(config)
     adapter = replace(config.adapter, init=config.adapter.init or privacy_checks.default_init(config, method))
@@ -28,7 +29,7 @@ def effective(config: Config) -> Config:
     privacy_checks.check(replace(config, adapter=adapter), method)
     if config.federation.ranks:
         adapter = replace(adapter, rank=max(config.federation.ranks))
-    config = replace(config, adapter=adapter)
+    config = replace(config, adapter=adapter, federation=replace(config.federation, dirichlet_over=_dirichlet_over(config)))
     if config.privacy.secure_aggregation or config.privacy.unit is PrivacyUnit.client:  # it tells of uploads as they came
         config = replace(config, evaluation=replace(config.evaluation, diagnosis=False))
     if config.privacy.secure_aggregation and config.privacy.unit is PrivacyUnit.client:
@@ -41,6 +42,12 @@ def effective(config: Config) -> Config:
     return replace(config, federation=federation, training=training)
 
 
+def _dirichlet_over(config: Config) -> DirichletOver:
+    """What is classified is skewed by label, as is usual of it, unless its rows name tasks: a set alone is one task."""
+    by_label = labels(config.data) != () and config.data.task_column is None
+    return config.federation.dirichlet_over or (DirichletOver.label if by_label else DirichletOver.task)
+
+
 def _check_sketch(adapter: AdapterConfig, method: Method) -> None:
     if adapter.sketch and adapter.init not in FROM_GRADIENTS:
         others = ", ".join(init.name for init in FROM_GRADIENTS if init in method.inits)
@@ -50,10 +57,19 @@ def _check_sketch(adapter: AdapterConfig, method: Method) -> None:
 
 
 def _check_pairs(config: Config) -> None:
-    if config.model.pairs is Reading.apart and not labels(config.data):
+    if config.model.pairs is Reading.apart and labels(config.data) == ():
         raise UserError(
             f"model.pairs=apart: texts of a pair are read apart where they are classified, and data={config.data.name} is answered; "
-            "choose data=snli or data=sick, or a model that generates."
+            "choose data=snli, sick or classification, or a model that generates."
+        )
+
+
+def _check_labels(config: Config) -> None:
+    """No process of a deployment sees all rows, and all must give the head's outputs the same labels."""
+    if labels(config.data) is None and not config.data.labels and (config.engine.name == "deployment" or config.data.owner is not None):
+        raise UserError(
+            f"data.labels: expected the labels of data={config.data.name}, got none: clients of a deployment see rows of their own alone. "
+            "Name them for all: data.labels=[negative,positive]."
         )
 
 
@@ -80,4 +96,4 @@ def method_of(config: Config) -> Method:
             f"method.name: expected one of {', '.join(METHODS)}, got {config.method.name!r}.{nearest(config.method.name, list(METHODS))}"
         )
     method = METHODS[config.method.name]
-    return with_head(method) if labels(config.data) else method
+    return method if labels(config.data) == () else with_head(method)

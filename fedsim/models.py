@@ -33,8 +33,12 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
-def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_checkpointing: bool = False) -> tuple[nn.Module, Any]:
+def load_model(
+    config: ModelConfig, labels: Sequence[str] = (), texts: int = 2, *, activation_checkpointing: bool = False
+) -> tuple[nn.Module, Any]:
     """Returns the frozen causal language model, or with `labels` an encoder with a classification head, and its tokenizer.
+
+    `texts` is how many a row that is classified has.
 
     The model is on its device, the tokenizer has a padding token. All dropout is off: a mask drawn for a batch would couple clients.
     The head may be missing, or of other labels, since its start is drawn by `fedsim.core.initialization.new_head`; nothing else may.
@@ -64,7 +68,7 @@ def load_model(config: ModelConfig, labels: Sequence[str] = (), *, activation_ch
     if context:  # many tokenizers do not know the limit of their model; rows are padded up to the next step
         tokenizer.model_max_length = min(tokenizer.model_max_length, context - context % WIDTH_STEP)
     model = prepare(model, on, activation_checkpointing=activation_checkpointing)
-    return reading(model, config, labels), tokenizer
+    return reading(model, config, labels, texts), tokenizer
 
 
 def check(config: ModelConfig, labels: Sequence[str]) -> None:
@@ -102,9 +106,9 @@ def _settings_at_hand(path: str) -> Any | None:
         return None
 
 
-def reading(model: nn.Module, config: ModelConfig, labels: Sequence[str]) -> nn.Module:
-    """Returns the model that reads as the configuration says: a classifier of pairs may read their texts apart."""
-    return BiEncoder(model) if labels and config.pairs is Reading.apart else model
+def reading(model: nn.Module, config: ModelConfig, labels: Sequence[str], texts: int) -> nn.Module:
+    """Returns the model that reads as the configuration says: a classifier may read each text of a row on its own."""
+    return BiEncoder(model, texts) if labels and config.pairs is Reading.apart else model
 
 
 def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype, on: torch.device) -> nn.Module:
@@ -279,7 +283,7 @@ def _check_architecture(path: str, settings: Any, labels: Sequence[str]) -> None
     if settings.model_type in ENCODERS and not decoder and not labels:
         raise UserError(
             f"model.path={path}: {settings.model_type!r} reads both ways and cannot generate answers; choose data that is classified "
-            "(data=snli, data=sick), or set is_decoder to true in its config.json to use it as a causal language model."
+            "(data=snli, sick or classification), or set is_decoder to true in its config.json to use it as a causal language model."
         )
     if getattr(settings, "quantization_config", None) is not None:
         raise UserError(f"model.path={path}: expected unquantised weights, got a quantised checkpoint; use the original one.")

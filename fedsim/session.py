@@ -54,6 +54,10 @@ from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Exampl
 OWN_DATA = "own data"  # in the holdings, of clients that do not tell the tasks of theirs
 
 
+_SOME_LABELS = ("no", "yes")
+"""Stand for those that only the rows tell: how many there are is nothing to the layers with an adapter."""
+
+
 def check(config: Config) -> None:
     """Raises UserError where `open_session` would, as far as that is told by options, paths, first rows and the model's config.json.
 
@@ -61,14 +65,16 @@ def check(config: Config) -> None:
     hub, or data from there, has to say comes when it is loaded, except for the config.json of a model that the hub's cache has.
     """
     method, config = method_of(config), effective(config)
-    classes, loaded = labels(config.data), replace(config.model, architecture={})  # which is a claim, and a run looks at the model
+    loaded = replace(config.model, architecture={})  # which is a claim, and a run looks at the model
+    known = labels(config.data)
+    classes = _SOME_LABELS if known is None else known
     check_data(config.data)
     check_model(config.model, classes)
     try:
         skeleton(loaded, classes)
     except UserError:  # its shapes are not known, or for the loader to judge
         return
-    parts_of(config, adapter_of(replace(config, model=loaded), method))
+    parts_of(config, adapter_of(replace(config, model=loaded), method, classes))
 
 
 def open_session(config: Config) -> "Session":
@@ -98,8 +104,8 @@ class Session:
         self.on_pass: Callable[[PassFacts], None] = lambda facts: None
         self.data: Dataset = load(config.data, config.seed)
         self.pool, self.shards, self.public = deal(config, self.data.train)
-        classes, checkpointing = labels(config.data), config.training.activation_checkpointing
-        self.model, self.tokenizer = load_model(config.model, classes, activation_checkpointing=checkpointing)
+        classes, checkpointing = self.data.labels, config.training.activation_checkpointing
+        self.model, self.tokenizer = load_model(config.model, classes, self.data.texts, activation_checkpointing=checkpointing)
         adapter = config.adapter
         head = head_paths(self.model) if classes else []
         self.spec = adapt(self.model, self.method.form, adapter.rank, config.method.heads, adapter.scaling, adapter.target_modules, head)
@@ -139,13 +145,13 @@ class Session:
 
     @cached_property
     def base_digest(self) -> str:
-        """Digest of the base model, equal where server and client hold the same one in the same type.
+        """Digest of the base model, equal where server and client hold the same one in the same type, for rows of as many texts.
 
         Of embeddings, norms and whatever has no adapter; adapted layers may have something folded in, so their shapes must do. With
         all that decides what the tokenizer makes of a text, or its vocabulary where that is code.
         """
         adapted = {id(layer.base.weight) for layer in adapted_layers(self.model).values()}
-        hashed = hashlib.sha256(json.dumps(self.spec.layers).encode())
+        hashed = hashlib.sha256(json.dumps([self.spec.layers, self.data.texts]).encode())
         for name, tensor in sorted(self.model.named_parameters()):
             if id(tensor) not in adapted:
                 hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -25,7 +25,6 @@ from fedsim.core.forms import AdapterSpec
 from fedsim.core.fused import GatedMLP, RMSNorm
 from fedsim.core.head_loss import gives_its_logits
 from fedsim.core.methods import Method
-from fedsim.data import labels
 from fedsim.errors import UserError, nearest
 from fedsim.models import DTYPES, EMBEDDED, ENCODERS, config_file, head_paths, prepare, reading, source
 from fedsim.plain import from_dict, to_dict
@@ -39,29 +38,30 @@ _UNDECLARED = {"head_dim"}
 """Entries that some models read although their configuration does not declare them (Qwen 2)."""
 
 
-def layer_shapes(model: ModelConfig, target_modules: list[str], labels: Sequence[str] = ()) -> dict[str, LayerShape]:
+def layer_shapes(model: ModelConfig, target_modules: list[str], labels: Sequence[str] = (), texts: int = 2) -> dict[str, LayerShape]:
     """Returns (out_features, in_features) of each layer that `adapt` would adapt, by path, in the model's order.
 
     Paths are those of the causal language model, of the classifier where there are labels, else of the bare encoder for BERT and its kin.
     Raises UserError as `skeleton` does, and for a name in `target_modules` that fits no layer.
     """
-    bare = skeleton(model, labels)
+    bare = skeleton(model, labels, texts)
     head = head_paths(bare) if labels else []
     return {path: matrix_shape(bare.get_submodule(path)) for path in target_layers(bare, target_modules, head)}
 
 
-def adapter_of(config: Config, method: Method) -> AdapterSpec:
+def adapter_of(config: Config, method: Method, labels: Sequence[str], texts: int = 2) -> AdapterSpec:
     """Returns what `adapt` would put into the model of an effective configuration. Raises UserError as `layer_shapes`, `fitting_rank`."""
-    adapter, classes = config.adapter, labels(config.data)
-    layers, head = layer_shapes(config.model, adapter.target_modules, classes), head_shapes(config.model, classes)
+    adapter = config.adapter
+    layers = layer_shapes(config.model, adapter.target_modules, labels, texts)
+    head = head_shapes(config.model, labels, texts)
     return adapter_spec(layers, method.form, adapter.rank, config.method.heads, adapter.scaling, head)
 
 
-def head_shapes(model: ModelConfig, labels: Sequence[str]) -> dict[str, LayerShape]:
+def head_shapes(model: ModelConfig, labels: Sequence[str], texts: int = 2) -> dict[str, LayerShape]:
     """Returns (out_features, in_features) of each layer of the classification head, by path; empty without labels."""
     if not labels:
         return {}
-    bare = skeleton(model, labels)
+    bare = skeleton(model, labels, texts)
     return {path: matrix_shape(bare.get_submodule(path)) for path in head_paths(bare)}
 
 
@@ -104,8 +104,10 @@ def random_model(model: ModelConfig, on: torch.device, *, activation_checkpointi
     return prepare(bare, on, activation_checkpointing=activation_checkpointing)
 
 
-def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
-    """Returns the model on the meta device: every module and every shape, no weight; with labels it has a classification head.
+def skeleton(model: ModelConfig, labels: Sequence[str] = (), texts: int = 2) -> nn.Module:
+    """Returns the model on the meta device: every module and every shape, no weight.
+
+    With labels it has a classification head, for rows of so many texts.
 
     It is built from config.json of `path` where that is on this machine (`fedsim.models.config_file`), else from `architecture`, else,
     where `path` is None, from the embedded model's folder. The latest ones are kept and shared, so they must not be changed.
@@ -113,15 +115,15 @@ def skeleton(model: ModelConfig, labels: Sequence[str] = ()) -> nn.Module:
     Raises UserError where there is none of these, or where what is there makes no language model.
     """
     entries, origin = _entries(model)
-    return _skeleton(json.dumps([entries, origin, to_dict(model), list(labels)]))
+    return _skeleton(json.dumps([entries, origin, to_dict(model), list(labels), texts]))
 
 
 @lru_cache(maxsize=16)
 def _skeleton(told: str) -> nn.Module:
-    entries, origin, values, labels = json.loads(told)
+    entries, origin, values, labels, texts = json.loads(told)
     with _silence():
         try:
-            return reading(_build(entries, origin, labels), from_dict(ModelConfig, values), labels)
+            return reading(_build(entries, origin, labels), from_dict(ModelConfig, values), labels, texts)
         except UserError:
             raise
         except Exception as error:  # a wrong value surfaces as anything, from a division by zero to transformers' own types

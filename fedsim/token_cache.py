@@ -62,7 +62,7 @@ def kept(
 def _texts(example: AnyExample) -> tuple[str, ...]:
     """Returns all of an example that decides its tokens and its label."""
     if isinstance(example, Pair):
-        return example.premise, example.hypothesis, str(example.labels.index(example.answer))
+        return example.premise, example.hypothesis or "", str(example.labels.index(example.answer))
     return example.prompt, example.response, json.dumps(example.turns) if example.turns else ""
 
 

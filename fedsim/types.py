@@ -50,18 +50,23 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts, and which of `labels` tells how the second relates to the first: for a model that classifies and generates nothing.
+    """Two texts, or one, and which of `labels` tells what they are: for a model that classifies and generates nothing.
 
-    `labels` are all of the set's, in the order of the classification head's outputs; `answer` is the gold one. `client` is the owner that
-    the data names.
+    `labels` are all of the set's, in the order of the classification head's outputs; `answer` is the gold one. `hypothesis` is None where
+    there is one text only. `client` is the owner that the data names.
     """
 
     task: str
     premise: str
-    hypothesis: str
+    hypothesis: str | None
     answer: str
     labels: tuple[str, ...]
     client: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The one text, or both."""
+        return (self.premise,) if self.hypothesis is None else (self.premise, self.hypothesis)
 
 
 AnyExample = Example | Pair
@@ -114,9 +119,9 @@ class EncodedExample(_Encoded):
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair(_Encoded):
-    """Tokens of both texts as the encoder reads them, which text each belongs to (empty for a model that is not told), and the label.
+    """Tokens of a `Pair` as the encoder reads it, which text each belongs to (empty for a model that is not told), and the label.
 
-    `split` is where the second text begins that is read on its own; 0 where both are one sequence.
+    `split` is where the second text begins that is read on its own; 0 where all is one sequence.
     """
 
     input_ids: Tokens

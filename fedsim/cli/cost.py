@@ -5,12 +5,14 @@ A comma list of any option makes rows, as in a sweep. The numbers are those of a
 
 import csv
 import io
+import json
 import math
 import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from fedsim.choices import PrivacyUnit, Residual
@@ -18,13 +20,15 @@ from fedsim.cli.compose import compose_with_hydra, initialized, to_config
 from fedsim.cli.groups import default_choices
 from fedsim.cli.overrides import parse
 from fedsim.cli.sweep import Job, plan
-from fedsim.config import Config
+from fedsim.config import Config, DataConfig
 from fedsim.config_check import check
 from fedsim.core.cost import Forecast, forecast
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.methods import METHODS, Method
+from fedsim.data import labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
+from fedsim.plain import from_dict, to_dict
 from fedsim.progress import size
 from fedsim.published import SOURCE, Published, published
 from fedsim.report import table
@@ -104,8 +108,19 @@ def _varied(job: Job) -> dict[str, str]:
 
 def _row(job: Job, given: Config) -> Row:
     config, method = effective(given), method_of(given)
-    spec = adapter_of(config, method)
+    spec = adapter_of(config, method, *_classes(json.dumps(to_dict(config.data)), config.seed))
     return Row(_varied(job), given, method, spec, forecast(config, method, spec), _published(given, spec))
+
+
+@lru_cache
+def _classes(data: str, seed: int) -> tuple[tuple[str, ...], int]:
+    """Returns the labels of classified data and the texts of a row: a user's own set is read for them."""
+    config = from_dict(DataConfig, json.loads(data))
+    known = labels(config)
+    if known is not None:
+        return known, 2
+    found = load(config, seed)
+    return found.labels, found.texts
 
 
 def _published(config: Config, spec: AdapterSpec) -> Published | None:

@@ -76,7 +76,7 @@ def estimate_of(
 
     Raises UserError for a model without known shapes and for data that cannot be read.
     """
-    if labels(given.data):
+    if labels(given.data) != ():
         raise UserError("data: expected texts that are answered, got labels; an estimate of classification is not known. Use fedsim cost.")
     of_training, of_evaluation = _pass_tokens(given)
     given = replace(
@@ -85,7 +85,7 @@ def estimate_of(
         evaluation=replace(given.evaluation, tokens_per_pass=of_evaluation),
     )
     config, method = effective(given), method_of(given)
-    spec = adapter_of(config, method)
+    spec = adapter_of(config, method, ())
     work, told = _work(given, tokens)
     rates = rates or calibrated(config, method, spec, max(4, round(work.tokens)), again=again)
     shape = model_shape(given.model)

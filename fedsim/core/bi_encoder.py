@@ -1,7 +1,8 @@
 """An encoder that reads the two texts of a pair each on its own, and compares what it has read (Sentence-BERT, arXiv 1908.10084).
 
-A text is the mean of its token states, of unit length; the head sees (u, v, |u - v|). An encoder of sentences has learnt just that, where
-reading both in one sequence would have to be learnt anew; so little is left to learn that it survives the noise of DP-SGD.
+A text is the mean of its token states, of unit length; the head sees (u, v, |u - v|), or u where there is one text. An encoder of
+sentences has learnt just that, where reading both in one sequence would have to be learnt anew; so little is left to learn that it
+survives the noise of DP-SGD.
 """
 
 from types import SimpleNamespace
@@ -11,21 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TEXTS = 2
-
 
 class BiEncoder(nn.Module):
-    """The body of a sequence classifier, under its own name, with a head over both texts.
+    """The body of a sequence classifier, under its own name, with a head over the one text of a row, or both.
 
     Rows keep their places: both texts of a row are neighbours in the body's batch, so groups of rows stay groups there.
     """
 
-    def __init__(self, whole: Any) -> None:
+    def __init__(self, whole: Any, texts: int = 2) -> None:
         super().__init__()
+        self.texts = texts
         self.config, self.base_model_prefix = whole.config, whole.base_model_prefix
         setattr(self, self.base_model_prefix, whole.base_model)
         first = next(whole.base_model.parameters())
-        width = (TEXTS + 1) * self.config.hidden_size
+        width = (1 if texts == 1 else 3) * self.config.hidden_size
         self.classifier = nn.Linear(width, self.config.num_labels, device=first.device, dtype=first.dtype).requires_grad_(False)
         self.train(whole.training)
 
@@ -38,10 +38,12 @@ class BiEncoder(nn.Module):
         """Returns None, as a model of transformers that has no logits over a vocabulary."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        """Returns the `logits` [rows, labels] of tokens [rows, 2, tokens]; the mask is 1 where there is a token."""
-        mask = attention_mask.flatten(0, 1)
-        states = getattr(self, self.base_model_prefix)(input_ids=input_ids.flatten(0, 1), attention_mask=mask).last_hidden_state
+        """Returns the `logits` [rows, labels] of tokens [rows, texts, tokens], or [rows, tokens]; the mask is 1 where there is a token."""
+        mask = attention_mask.flatten(0, -2)
+        states = getattr(self, self.base_model_prefix)(input_ids=input_ids.flatten(0, -2), attention_mask=mask).last_hidden_state
         shown = mask.unsqueeze(-1).to(states.dtype)
         means = functional.normalize((states * shown).sum(1), dim=-1)
-        u, v = means.view(-1, TEXTS, means.shape[-1]).unbind(1)
+        if self.texts == 1:
+            return SimpleNamespace(logits=self.classifier(means))
+        u, v = means.view(-1, self.texts, means.shape[-1]).unbind(1)
         return SimpleNamespace(logits=self.classifier(torch.cat([u, v, (u - v).abs()], dim=-1)))

@@ -1,5 +1,6 @@
 """Training and test examples of a configuration: embedded, from local files, or fetched."""
 
-from fedsim.data.loading import Dataset, check, labels, load
+from fedsim.data.loading import Dataset, check, load
+from fedsim.data.sets import labels
 
 __all__ = ["Dataset", "check", "labels", "load"]

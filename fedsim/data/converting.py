@@ -7,11 +7,13 @@ from typing import Any
 
 from fedsim.choices import OnError
 from fedsim.config import DataConfig
+from fedsim.data.classified import Form
+from fedsim.data.columns import named
 from fedsim.data.rows import WITH_HEADER, Malformed, NoColumn, Row, Unreadable
-from fedsim.data.sets import DataSet, named
+from fedsim.data.sets import DataSet, labels
 from fedsim.errors import UserError
 from fedsim.seeding import numpy_generator
-from fedsim.types import AnyExample
+from fedsim.types import AnyExample, Pair
 
 HELD_OUT = 0.1
 """Part of a single file's rows that becomes the test set, at most MOST_HELD_OUT rows."""
@@ -29,6 +31,15 @@ class Reading:
     seed: int
     notes: list[str] = field(default_factory=list)
     divided: dict[str, dict[str, list[AnyExample]]] = field(default_factory=dict)  # files that hold train and test, by place
+    form: Form = field(init=False)  # of a user's own rows that are classified
+
+    def __post_init__(self) -> None:
+        self.form = Form(tuple(self.config.labels))
+
+    def labels(self) -> tuple[str, ...]:
+        """Returns those of the data; where its rows tell them, those of all that have been read, and of all that will be."""
+        known = labels(self.config)
+        return self.form.settled() if known is None else known
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def converted(reading: Reading, source: Source, rows: Iterable[Row]) -> list[Any
         try:
             if isinstance(row, Malformed):
                 raise row
-            example = _example(reading.config, source, row)
+            example = _example(reading, source, row)
             if example is None:
                 num_unlabelled += 1
             else:
@@ -122,11 +133,13 @@ def _remedy(error: Malformed, place: str) -> str:
     return "Mend it, or leave such rows out with data.on_error=skip."
 
 
-def _example(config: DataConfig, source: Source, row: Any) -> AnyExample | None:
+def _example(reading: Reading, source: Source, row: Any) -> AnyExample | None:
     """Returns the row as an example of its set, with the task and the owner that it names where the configuration has columns for them."""
-    example = source.each.example(row, source.task)
+    config, example = reading.config, source.each.example(row, source.task)
     if example is not None and config.task_column is not None:
         example = replace(example, task=named(row, config.task_column, "data.task_column"))
     if example is not None and config.client_column is not None and source.owned:
         example = replace(example, client=named(row, config.client_column, "data.client_column"))
+    if isinstance(example, Pair) and source.each.labels is None:
+        reading.form.take(example)
     return example

@@ -17,7 +17,7 @@ from fedsim.data.sets import COMMONSENSE, SETS, DataSet
 from fedsim.errors import UserError, nearest
 from fedsim.models import looks_local
 from fedsim.seeding import numpy_generator
-from fedsim.types import AnyExample
+from fedsim.types import AnyExample, Pair
 
 EMBEDDED = "embedded"
 EMBEDDED_SIZES = {"train": 5000, "test": 500}
@@ -26,27 +26,21 @@ EMBEDDED_SIZES = {"train": 5000, "test": 500}
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains and is tested on. `skipped` says, line by line, what was left out and why."""
+    """What a run trains and is tested on. `skipped` says, line by line, what was left out and why.
+
+    `labels` are those by which it is classified, in the order of a head's outputs, and `texts` how many each row has of them; empty
+    and 0 where it is answered.
+    """
 
     train: list[AnyExample]
     test: dict[str, list[AnyExample]]
     skipped: list[str]
+    labels: tuple[str, ...] = ()
+    texts: int = 0
 
 
 class _MissingError(UserError):
     """A set has no file in the folder, or no usable row: fatal unless it is one of several test sets."""
-
-
-def labels(config: DataConfig) -> tuple[str, ...]:
-    """Returns the labels by which the configuration's sets are classified, in the order of a head's outputs; empty where they are answered.
-
-    Raises UserError where they differ.
-    """
-    found = {name: SETS[name].labels if name in SETS else () for name in (*config.train, *config.test)}
-    if len(set(found.values())) > 1:
-        kinds = ", ".join(f"{name} ({'/'.join(own) or 'answered in words'})" for name, own in found.items())
-        raise UserError(f"data.train, data.test: expected sets that one model serves, got {kinds}. Choose sets of one kind.")
-    return next(iter(found.values()), ())
 
 
 def load(config: DataConfig, seed: int) -> Dataset:
@@ -60,12 +54,20 @@ def load(config: DataConfig, seed: int) -> Dataset:
     reading = Reading(config, seed)
     if config.path is not None and Path(config.path).is_file():
         train, test = _from_single_file(reading, Path(config.path))
+        known = reading.labels()
     else:
         train = [example for name in config.train for example in _examples(reading, name, "train")]
+        known = reading.labels()  # before the test sets, which may add none
         test = _tests(reading)
     train = _at_most(train, config.train_examples, seed, "train")
     test = {task: _at_most(examples, config.test_examples, seed, task) for task, examples in test.items()}
-    return Dataset(train, test, reading.notes)
+    texts = len(train[0].texts) if isinstance(train[0], Pair) else 0
+    tests = {task: _labelled(examples, known) for task, examples in test.items()}
+    return Dataset(_labelled(train, known), tests, reading.notes, known, texts)
+
+
+def _labelled(examples: Sequence[AnyExample], known: tuple[str, ...]) -> list[AnyExample]:
+    return [replace(example, labels=known) if isinstance(example, Pair) else example for example in examples]
 
 
 def check(config: DataConfig) -> None:

@@ -2,7 +2,7 @@
 
 Prompts have Alpaca's form, as MetaMath (arXiv 2309.12284) and LLM-Adapters (arXiv 2304.01933) use it, at training and at generation
 alike. Left out are the spaces that LLM-Adapters' source puts before every line, and MetaMath's "Let's think step by step." in test
-questions only. SNLI (arXiv 1508.05326) and SICK (Marelli et al., LREC 2014) have pairs that are classified, and no prompt.
+questions only. Sets that are classified have no prompt (`fedsim.data.classified`).
 `instructions` is whatever texts or conversations a user has, in the columns that public sets of instructions use.
 """
 
@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from fedsim.config import DataConfig
 from fedsim.core.answers import boxed, options, value
+from fedsim.data.classified import INFERENCE, classification, sick, snli
+from fedsim.data.columns import Row, column_of, text_of, unicode_text
 from fedsim.data.hub import Address, Hub
-from fedsim.data.rows import Malformed, NoColumn
+from fedsim.data.rows import Malformed
+from fedsim.errors import UserError
 from fedsim.training.conversations import in_alpaca
-from fedsim.types import AnyExample, Example, Family, Pair, Turn
+from fedsim.types import AnyExample, Example, Family, Turn
 
 ALPACA = in_alpaca([Turn("user", "{instruction}")])
 ALPACA_INPUT = (
@@ -24,10 +28,6 @@ ALPACA_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-
-Row = Mapping[str, Any]
-
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DataSet:
     train: tuple[str, ...]
     test: tuple[str, ...]
     remote: Hub | Address | None  # None for a set of the user's own
-    labels: tuple[str, ...] = ()  # of pairs that are classified, in the order of the head's outputs
+    labels: tuple[str, ...] | None = ()  # where it is classified, in the order of the head's outputs; None where its rows tell them
     in_one: bool = False  # train and test are one file, here and at `remote`
     split_column: str | None = None  # where a file tells the split of a row
 
@@ -51,44 +51,9 @@ class DataSet:
         return self.train if split == "train" else self.test
 
 
-MOST_NAMED = 12
-"""Columns of a row that a message names, by their first characters: without a header a whole text may be taken for a name."""
-
-
-def _column(row: Row, *names: str, option: str = "") -> str:
-    """Returns the first of the columns that the row has; `option` is where the user has named it.
-
-    Raises NoColumn where it has none of them, Malformed where it is no row.
-    """
-    if not isinstance(row, Mapping):
-        raise Malformed(f"expected an object with fields, got {type(row).__name__}")
-    if found := next((name for name in names if name in row), None):
-        return found
-    if len(row) == 1 and isinstance(next(iter(row.values())), list):
-        raise Malformed(f"expected a list of rows, got an object that holds one in {next(iter(row))!r}; write that list alone")
-    got = [f"{name!r:.40}" for name in list(row)[:MOST_NAMED]] + ["more"] * (len(row) > MOST_NAMED)
-    asked = f" ({option})" if option else ""
-    raise NoColumn(f"expected the field {' or '.join(map(repr, names))}{asked}, got {', '.join(got) or 'none'}")
-
-
-def _field(row: Row, *names: str) -> str:
-    """Returns the text in the first of the columns that the row has. Raises Malformed where that is missing, no text, or blank."""
-    name = _column(row, *names)
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise Malformed(f"expected text in {name!r}, got {row[name]!r:.40}")
-    return _unicode(row[name], name)
-
-
-def _unicode(text: str, name: str) -> str:
-    """Returns the text of a column. Raises Malformed where it is none that can be encoded."""
-    if _HALF_PAIR.search(text):
-        raise Malformed(f"expected Unicode text in {name!r}, got half of a surrogate pair in it")
-    return text
-
-
 def _gsm8k(row: Row, name: str) -> Example:
     """Calculator annotations such as <<16-3-4=9>> are left out, as usual."""
-    question, solution = _field(row, "question"), re.sub(r"<<[^>]*>>", "", _field(row, "answer"))
+    question, solution = text_of(row, "question"), re.sub(r"<<[^>]*>>", "", text_of(row, "answer"))
     steps, mark, answer = solution.rpartition("####")
     if not mark or value(answer) is None:
         raise Malformed("expected 'answer' to end with '#### <number>'")
@@ -96,7 +61,7 @@ def _gsm8k(row: Row, name: str) -> Example:
 
 
 def _metamath(row: Row, name: str) -> Example:
-    question, response = _field(row, "query"), _field(row, "response")
+    question, response = text_of(row, "query"), text_of(row, "response")
     _, mark, answer = response.rpartition("The answer is:")
     if not mark or not answer.strip():
         raise Malformed("expected 'response' to end with 'The answer is: <answer>'")
@@ -104,7 +69,7 @@ def _metamath(row: Row, name: str) -> Example:
 
 
 def _math(row: Row, name: str) -> Example:
-    question, response = _field(row, "problem"), _field(row, "solution")
+    question, response = text_of(row, "problem"), text_of(row, "solution")
     answer = boxed(response)
     if answer is None or not answer.strip():
         raise Malformed("expected 'solution' with its answer in \\boxed{...}")
@@ -116,7 +81,7 @@ def _arithmetic(name: str, question: str, response: str, answer: str) -> Example
 
 
 def _commonsense(row: Row, name: str) -> Example:
-    instruction, response, answer = (_field(row, field).strip() for field in ("instruction", "output", "answer"))
+    instruction, response, answer = (text_of(row, field).strip() for field in ("instruction", "output", "answer"))
     choices = options(instruction)
     if answer not in choices:
         raise Malformed(f"expected 'answer' to be one of the options {'/'.join(choices) or '(none named)'}, got {answer!r:.40}")
@@ -134,7 +99,7 @@ def _alpaca(instruction: str, row: Row, *inputs: str) -> str:
     if not isinstance(told, str):
         raise Malformed(f"expected text in {name!r}, got {told!r:.40}")
     template = ALPACA_INPUT if told.strip() else ALPACA
-    return template.format(instruction=instruction, input=_unicode(told.strip(), str(name)))
+    return template.format(instruction=instruction, input=unicode_text(told.strip(), str(name)))
 
 
 ASKED, EXTRA, ANSWERED = ("instruction", "question", "query"), ("input", "context"), ("output", "response", "answer", "completion")
@@ -159,10 +124,10 @@ def _instructions(row: Row, name: str) -> Example:
     """An instruction, with or without an input, in Alpaca's form; a prompt as it is; or a conversation, whose last turn is the response."""
     if isinstance(row, Mapping) and (column := _chat_column(row)):
         return _chat(row, column, name)
-    if _column(row, *ASKED, PROMPT) == PROMPT:
-        response = _field(row, *CONTINUED)
-        return Example(name, Family.text, _field(row, PROMPT), response, response)
-    instruction, response = _field(row, *ASKED).strip(), _field(row, *ANSWERED).strip()
+    if column_of(row, *ASKED, PROMPT) == PROMPT:
+        response = text_of(row, *CONTINUED)
+        return Example(name, Family.text, text_of(row, PROMPT), response, response)
+    instruction, response = text_of(row, *ASKED).strip(), text_of(row, *ANSWERED).strip()
     return Example(name, Family.text, _alpaca(instruction, row, *EXTRA), response, response)
 
 
@@ -179,7 +144,7 @@ def _chat(row: Row, column: str, name: str) -> Example:
         raise Malformed(f"expected a list of turns in {column!r}, got {told!r:.40}")
     turns = [turn for each in told if (turn := _turn(each, column))]
     if isinstance(row.get("system"), str) and row["system"].strip() and not any(turn.role == "system" for turn in turns):
-        turns.insert(0, Turn("system", _field(row, "system").strip()))
+        turns.insert(0, Turn("system", text_of(row, "system").strip()))
     first = next((place for place, turn in enumerate(turns) if turn.role == "user"), len(turns))
     turns = [turn for place, turn in enumerate(turns) if place >= first or turn.role == "system"]
     if not turns or turns[-1].role != "assistant":
@@ -194,61 +159,20 @@ def _turn(told: Any, column: str) -> Turn | None:
     if not isinstance(told, Mapping):
         raise Malformed(f"expected turns with role and content in {column!r}, got {told!r:.40}")
     told = {key: value for key, value in told.items() if value is not None}  # a table has all columns in all rows
-    given = _field(told, "role", "from")
+    given = text_of(told, "role", "from")
     if (role := ROLES.get(given)) is None:
         raise Malformed(f"expected turns of system, user and assistant in {column!r}, got one of {given!r:.40}")
     content = told.get("content")
     if isinstance(content, list):  # in parts, all of which must be text
-        told = {"content": "".join(_field(part, "text") for part in content)}
+        told = {"content": "".join(text_of(part, "text") for part in content)}
     if role == "system" and not str(told.get("content", told.get("value", ""))).strip():
         return None
-    return Turn(role, _field(told, "content", "value").strip())
+    return Turn(role, text_of(told, "content", "value").strip())
 
 
 def _merged(turns: Sequence[Turn]) -> list[Turn]:
     """Returns the turns with those of one side that follow each other as one; many models know none other."""
     return [Turn(role, "\n\n".join(turn.content for turn in together)) for role, together in groupby(turns, key=lambda turn: turn.role)]
-
-
-def named(row: Row, column: str, option: str) -> str:
-    """Returns what a row names in the column of an option, a text or a whole number, in one line. Raises Malformed for anything else."""
-    value = row[_column(row, column, option=option)]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # numbers come so from a table in which some are missing
-    told = " ".join(str(value).split())
-    if isinstance(value, bool) or not isinstance(value, str | int) or not told:
-        raise Malformed(f"expected a name or a whole number in {column!r}, got {value!r:.40}")
-    return _unicode(told, column)
-
-
-INFERENCE = ("entailment", "neutral", "contradiction")
-"""Labels of natural language inference, in the order in which SNLI's hub data set numbers them."""
-
-
-def _label(row: Row, *names: str) -> str | None:
-    """Returns the label in the first of the columns that is there, by name or number; None for what SNLI marks as without a label."""
-    column = _column(row, *names)
-    told = str(row[column]).strip().lower()
-    if told in ("-1", "-"):
-        return None
-    known = dict(zip((*INFERENCE, "0", "1", "2"), 2 * INFERENCE, strict=True))
-    if told not in known:
-        raise Malformed(f"expected {column!r} to be one of {', '.join(INFERENCE)} or 0, 1, 2, got {row[column]!r:.40}")
-    return known[told]
-
-
-def _pair(row: Row, name: str, premise: str, hypothesis: str, label: str | None) -> Pair | None:
-    return label and Pair(name, _field(row, premise).strip(), _field(row, hypothesis).strip(), label, INFERENCE)  # type: ignore[return-value]
-
-
-def _snli(row: Row, name: str) -> Pair | None:
-    """A row of the hub, or of the original files. A pair on which its annotators did not agree has no label and is left out."""
-    label = _label(row, "label", "gold_label")
-    return _pair(row, name, *(("premise", "hypothesis") if "premise" in row else ("sentence1", "sentence2")), label)
-
-
-def _sick(row: Row, name: str) -> Pair | None:
-    return _pair(row, name, "sentence_A", "sentence_B", _label(row, "entailment_judgment", "entailment_label", "label"))
 
 
 def _files(split: str, *names: str) -> tuple[str, ...]:
@@ -298,8 +222,32 @@ SETS: dict[str, DataSet] = {
         ),
         *map(_one_of_eight, COMMONSENSE),
         DataSet("instructions", _instructions, _files("train", "instructions"), _files("test", "instructions"), None),
-        DataSet("snli", _snli, _files("train", "snli"), _files("test", "snli"), Hub("stanfordnlp/snli"), INFERENCE),
-        DataSet("sick", _sick, _SICK_FILES, _SICK_FILES, Address(_SICK), INFERENCE, in_one=True, split_column="SemEval_set"),
+        DataSet("classification", classification, _files("train", "classification"), _files("test", "classification"), None, None),
+        DataSet("snli", snli, _files("train", "snli"), _files("test", "snli"), Hub("stanfordnlp/snli"), INFERENCE),
+        DataSet("sick", sick, _SICK_FILES, _SICK_FILES, Address(_SICK), INFERENCE, in_one=True, split_column="SemEval_set"),
     ]
 }
 """All sets that are read from files, the hub or the web; the embedded one is made."""
+
+
+def labels(config: DataConfig) -> tuple[str, ...] | None:
+    """Returns the labels by which the configuration's sets are classified, in the order of a head's outputs; empty where they are answered.
+
+    None where they are the user's own, which the configuration names or the training rows tell (`Dataset.labels`). Raises UserError
+    where sets differ, and for labels that are named of a set whose labels are known.
+    """
+    found = {name: SETS[name].labels if name in SETS else () for name in (*config.train, *config.test)}
+    if len(set(found.values())) > 1:
+        kinds = ", ".join(f"{name} ({_said(own)})" for name, own in found.items())
+        raise UserError(f"data.train, data.test: expected sets that one model serves, got {kinds}. Choose sets of one kind.")
+    name, own = next(iter(found.items()), ("", ()))
+    if config.labels and own is not None:
+        raise UserError(
+            f"data.labels=[{','.join(config.labels)}]: the labels of {name} are known ({_said(own)}). "
+            "Leave data.labels out, or choose data=classification."
+        )
+    return own
+
+
+def _said(own: tuple[str, ...] | None) -> str:
+    return "labels of your own" if own is None else "/".join(own) or "answered in words"

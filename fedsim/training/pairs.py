@@ -1,10 +1,11 @@
-"""Two texts and a label, for an encoder with a classification head: from text to tokens, and the loss of a row.
+"""Two texts, or one, and a label, for an encoder with a classification head: from text to tokens, and the loss of a row.
 
 As for generated answers, no row's loss depends on another row: it is the cross-entropy of its own label.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,21 @@ from fedsim.types import EncodedPair, Pair, Tokens
 
 
 def encode_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int, *, apart: bool = False) -> list[EncodedPair]:
-    """Returns both texts of each in the form of the tokenizer, cut from the longer one to `max_length` or to the tokenizer's own limit.
+    """Returns the text of each, or both, in the form of the tokenizer, cut to `max_length` or to the tokenizer's own limit.
 
-    Where they are read `apart`, each is a sequence of its own, of at most half of `max_length`.
+    Of two texts the longer one is cut. All pairs have as many texts. Where they are read `apart`, each is a sequence of its own, of at
+    most its part of `max_length`.
     """
-    limit = min(max_length // 2 if apart else max_length, tokenizer.model_max_length)
-    texts = [pair.premise for pair in pairs], [pair.hypothesis for pair in pairs]
+    if not pairs:
+        return []
+    texts = list(zip(*(pair.texts for pair in pairs), strict=True))
+    limit = min(max_length // len(texts) if apart else max_length, tokenizer.model_max_length)
     labels = [pair.labels.index(pair.answer) for pair in pairs]
     if apart:
-        sequences = (token_ids(tokenizer, column, truncation=True, max_length=limit) for column in texts)
+        sequences = zip(*(token_ids(tokenizer, column, truncation=True, max_length=limit) for column in texts), strict=True)
         return [
-            EncodedPair(_array([*first, *second]), _array([]), label, split=len(first))
-            for first, second, label in zip(*sequences, labels, strict=True)
+            EncodedPair(_array([*first, *chain(*second)]), _array([]), label, split=len(first) if second else 0)
+            for (first, *second), label in zip(sequences, labels, strict=True)
         ]
     rows = (row for found in tokenized(tokenizer, *texts, truncation="longest_first", max_length=limit) for row in _rows(found))
     return [EncodedPair(_array(ids), _array(segments), label) for (ids, segments), label in zip(rows, labels, strict=True)]
