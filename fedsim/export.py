@@ -3,7 +3,7 @@
 B' is the product of all factors but the last, A' the last, for LoRA-SB B R and A. Where the base weights have been added to, or the update
 has no factors, it is the SVD of the whole update, cut where the singular values end in rounding. A third matrix beside A and B would be
 opened by PEFT without a warning and give wrong results; it is never written. A classification head goes whole into `modules_to_save`; one
-over two texts has no place in an encoder of one, and goes into a file of its own.
+over texts that are read apart has no place in an encoder, and goes into a file of its own. What its outputs mean stands beside it.
 """
 
 import json
@@ -21,7 +21,8 @@ from fedsim.core.heads import HeadLinear, head_layers
 def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
     """Returns {file name: content} of PEFT's adapter_config.json and adapter_model.safetensors for the factors installed in `model`.
 
-    Of a `BiEncoder` they are an adapter of its encoder (`AutoModel`), and head.safetensors is `weight` [labels, 3 * width] and `bias`.
+    Of a `BiEncoder` they are an adapter of its encoder (`AutoModel`), and head.safetensors is `weight` [labels, 3 * width], or of one
+    text [labels, width], and `bias`. Of a classifier labels.json lists the labels in the order of its outputs.
     """
     body = f"{model.base_model_prefix}." if isinstance(model, BiEncoder) else ""
     layers = {name.removeprefix(body): layer for name, layer in adapted_layers(model).items()}
@@ -32,6 +33,9 @@ def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
         tensors[f"base_model.model.{name}.lora_B.weight"] = left.detach().cpu().contiguous()
     head = {name: _affine(layer) for name, layer in head_layers(model).items()}
     files = {"head.safetensors": save(next(iter(head.values())), {"format": "pt"})} if body else {}
+    if head:
+        settings: Any = model.config
+        files["labels.json"] = (json.dumps([*settings.id2label.values()], ensure_ascii=False, indent=2) + "\n").encode()
     kept = {} if body else head
     tensors |= {f"base_model.model.{name}.{kind}": tensor for name, parts in kept.items() for kind, tensor in parts.items()}
     ranks = {name: left.shape[1] for name, (left, _) in pairs.items()}

@@ -12,7 +12,10 @@ from fedsim.choices import DirichletOver, Partition
 from fedsim.config import FederationConfig
 from fedsim.errors import UserError
 from fedsim.seeding import numpy_generator
-from fedsim.types import AnyExample, Example, Family
+from fedsim.types import AnyExample, Example, Family, Pair
+
+MOST_COLUMNS = 12
+"""Labels by which holdings are told; a table of more is not read."""
 
 
 def partition(examples: Sequence[AnyExample], federation: FederationConfig, seed: int) -> list[list[int]]:
@@ -35,12 +38,17 @@ def partition(examples: Sequence[AnyExample], federation: FederationConfig, seed
 
 
 def holdings(examples: Sequence[AnyExample], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
-    """Returns each client's number of examples by task; every client names every task, in alphabetical order."""
-    tasks = sorted({example.task for example in examples})
-    found = [dict.fromkeys(tasks, 0) for _ in shards]
+    """Returns each client's number of examples by task; every client names every task, in alphabetical order.
+
+    Of a single task that is classified by a few labels, by label instead, in the order of the labels.
+    """
+    kinds = sorted({example.task for example in examples})
+    labels = examples[0].labels if len(kinds) == 1 and isinstance(examples[0], Pair) else ()
+    by_label = 0 < len(labels) <= MOST_COLUMNS
+    found = [dict.fromkeys(labels if by_label else kinds, 0) for _ in shards]
     for counts, shard in zip(found, shards, strict=True):
         for i in shard:
-            counts[examples[i].task] += 1
+            counts[examples[i].answer if by_label else examples[i].task] += 1
     return found
 
 
@@ -148,7 +156,7 @@ def _draw(mixture: np.ndarray, quota: int, available: np.ndarray, generator: np.
     return taken
 
 
-def _groups(examples: Sequence[AnyExample], over: DirichletOver) -> list[np.ndarray]:
+def _groups(examples: Sequence[AnyExample], over: DirichletOver | None) -> list[np.ndarray]:
     """Example indices by task, or by task and gold answer, in alphabetical order."""
     keys = [(example.task, example.answer if over is DirichletOver.label else "") for example in examples]
     found: dict[tuple[str, str], list[int]] = {}

@@ -281,7 +281,7 @@ class Run:
             return
         self._saved = now
         memories, moving = self._memories(state.shared), self._session.method.moving
-        checkpoint = checkpoint_of(state, memories, self._session.budget.tokens, moving)
+        checkpoint = checkpoint_of(state, memories, self._session.budget.tokens, moving, self._session.data.labels)
         self._folder.save_checkpoint(checkpoint.round, checkpoint.tensors, checkpoint.state, checkpoint.bases)
 
     def _settle_if_deployed(self) -> None:

@@ -59,14 +59,17 @@ class State:
         self.missing = dict(Counter(self.missing) + Counter(counted(missing)))
 
 
-def checkpoint_of(state: State, memories: dict[str, Tensor], tokens_per_pass: int, moving: Collection[str]) -> Checkpoint:
+def checkpoint_of(
+    state: State, memories: dict[str, Tensor], tokens_per_pass: int, moving: Collection[str], labels: Sequence[str] = ()
+) -> Checkpoint:
     """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`.
 
-    `moving` are the kinds of factors that differ from round to round.
+    `moving` are the kinds of factors that differ from round to round; `labels` those of the data, where it is classified.
     """
     shared, exchange = state.shared, state.shared.exchange
     facts = {
         "format": FORMAT,
+        "labels": [*labels],
         "adapter_digest": shared.adapter_digest(),
         "versions": exchange.versions,
         "needed": exchange.needed,
@@ -109,13 +112,19 @@ def _bases(shared: GlobalState, moving: Collection[str]) -> Bases:
 def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Context]) -> State:
     """Returns the state of a checkpoint, and puts what clients in this process keep for themselves back into their nodes' Contexts.
 
-    Raises UserError for the checkpoint of another version, and ValueError if the factors are not those of which it holds the digest.
+    Raises UserError for the checkpoint of another version and where the data has other labels than then, and ValueError if the factors
+    are not those of which it holds the digest.
     """
     facts, tensors = checkpoint.state, _by_first_part(checkpoint.tensors)
     if facts.get("format", 1) != FORMAT:
         raise UserError(
             f"Expected a checkpoint of format {FORMAT}, got format {facts.get('format', 1)}, which another version of fedsim has written. "
             "Go on with that version, or begin anew with overwrite=true."
+        )
+    if (before := facts.get("labels", [])) != (labels := [*session.data.labels]):
+        raise UserError(
+            f"Expected data with the labels with which the run was begun, {', '.join(before)}, got {', '.join(labels)}. "
+            "Give the data as it was, or begin anew with overwrite=true."
         )
     shared = _shared(session.initial_state(tensors[FACTOR]), facts, tensors)
     nodes = sorted(contexts)
