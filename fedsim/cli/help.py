@@ -45,6 +45,7 @@ VERBS = {
             "fedsim run method=centralized federation.rounds=2       the same data in one place",
             "fedsim run model.path=my/model data=gsm8k data.path=my/folder run_dir=runs/mine",
             "fedsim run data=instructions data.path=mine.jsonl federation.partition=natural data.client_column=user federation.clients=6",
+            "fedsim run model=minilm data=classification data.path=mine.csv   rows of a text and a label",
             "fedsim run run_dir=runs/mine resume=true                go on after an interruption",
             "fedsim run --multirun seed=0,1 adapter.rank=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2",
             "fedsim run experiment=arithmetic_mistral_7b --cfg       look at a preset",
