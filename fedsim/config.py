@@ -55,7 +55,7 @@ class ModelConfig:
     device: str = "auto"
     """Device of the base model: auto takes the first GPU if there is one."""
     pairs: Reading = Reading.together
-    """How an encoder reads the two texts of a pair that is classified; a single text counts as apart by the mean of its token states."""
+    """How an encoder reads the texts of a row that is classified; apart, a single one is the mean of its token states, too."""
 
 
 @dataclass

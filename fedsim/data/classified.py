@@ -71,8 +71,8 @@ def classification(row: Row, name: str) -> Pair:
     if both is None and not any(column in row for column in TEXT):
         pairs = ", ".join(" and ".join(map(repr, pair)) for pair in TEXTS)
         raise NoColumn(f"expected a text in {', '.join(map(repr, TEXT))}, or two in {pairs}; got {columns(row)}")
-    first, *others = (text_of(row, *names).strip() for names in (zip(both) if both else [TEXT]))
-    return Pair(name, first, others[0] if others else None, answer, ())
+    texts = [text_of(row, column).strip() for column in both] if both else [text_of(row, *TEXT).strip()]
+    return Pair(name, texts[0], texts[1] if both else None, answer, ())
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Form:
 
     labels: tuple[str, ...]
     texts: int = 0  # not known before the first row
-    _found: set[str] = field(default_factory=set)
+    _found: set[str] = field(default_factory=set, init=False)
 
     def take(self, pair: Pair) -> None:
         """Takes a row to the others. Raises Malformed where it does not belong to them."""

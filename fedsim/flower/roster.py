@@ -212,5 +212,5 @@ class Roster:
         if member.client in [other.client for other in self._members.values()]:
             return f"client {member.client} has another node already"
         if member.base_digest != self._session.base_digest:
-            return f"client {member.client} has another base model, tokenizer or chat template than the server, or rows of other columns"
+            return f"client {member.client} has another base model, tokenizer or chat template than the server, or one text for two"
         return None

@@ -12,6 +12,7 @@ from conftest import save_classifier
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from clients.owner import Owner, own_view
 from fedsim.choices import DirichletOver, Init, Partition, PrivacyUnit, Reading
 from fedsim.cli.compose import compose
 from fedsim.cli.cost import costs
@@ -162,6 +163,19 @@ def test_a_deployment_has_its_labels_named(base):
     with pytest.raises(UserError, match=r"data.labels: expected the labels"):
         effective(replace(base, data=replace(base.data, owner=0)))
     effective(replace(deployed, data=replace(base.data, labels=LABELS)))
+
+
+def test_clients_that_have_rows_of_one_label_each_train_one_head(base, tmp_path):
+    config = replace(base, engine=EngineConfig(name="deployment"), data=replace(base.data, labels=LABELS))
+    expected = open_session(config).base_digest
+    for client, label in enumerate(LABELS):
+        (tmp_path / f"{client}.jsonl").write_text("".join(json.dumps({"text": f"w{i}", "label": label}) + "\n" for i in range(20)))
+        owner = Owner(client, data_path=str(tmp_path / f"{client}.jsonl"), model_path=base.model.path, device="cpu")
+        session = open_session(own_view(owner, config))
+        assert session.base_digest == expected
+        assert [pair.label for pair in session.client_data(client).examples] == 18 * [client]
+    with pytest.raises(UserError, match=r"2.jsonl, line 1: expected a label out of bad, good, got 'so-so'"):
+        open_session(own_view(owner, replace(config, data=replace(config.data, labels=LABELS[:2]))))
 
 
 def test_who_has_other_texts_is_told_from_who_has_other_weights(base, tmp_path):
