@@ -150,6 +150,7 @@ def test_examples_that_are_encoded_in_another_way_need_another_version(tmp_path)
         PAIRS,
         [dataclasses.replace(PAIRS[0], answer=LABELS[2]), PAIRS[1]],
         [dataclasses.replace(PAIRS[0], premise="w1 w2 w3", hypothesis=" "), PAIRS[1]],
+        [dataclasses.replace(each, hypothesis=None) for each in PAIRS],
     ],
 )
 def test_another_order_or_another_border_between_texts_is_another_file(folder, pool, tmp_path):
