@@ -82,7 +82,7 @@ def _check_tasks(config: Config, method: Method) -> None:
 
 
 def _check_canaries(config: Config) -> None:
-    if config.audit.canaries and labels(config.data):
+    if config.audit.canaries and labels(config.data) != ():
         raise UserError("audit.canaries: a canary is a text that is answered, and this data is classified; audit other data.")
 
 
