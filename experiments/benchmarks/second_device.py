@@ -33,6 +33,8 @@ INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default}
 SIZED_LATER = ("arange", "arange.start", "arange.start_step", "eye", "eye.m")
 """Factories whose results PyTorch makes empty and enlarges afterwards, which a wrapper cannot follow."""
+KERNELS = ("native_layer_norm", "silu_backward")
+"""Operators that are one kernel on a GPU, where PyTorch would take another device through several."""
 
 
 class Memory:
@@ -93,6 +95,8 @@ class SecondDevice:
         operators.impl("_copy_from", _copy_from, "PrivateUse1")
         for name in SIZED_LATER:
             operators.impl(name, self._factory(name), "PrivateUse1")
+        for name in KERNELS:
+            operators.impl(name, self._kernel(name), "PrivateUse1")
         self._libraries = [operators, everything]  # they undo what they did when they go
         functional.rms_norm = _fused_norm  # type: ignore[assignment]
         if made_of == "shapes":
@@ -103,6 +107,10 @@ class SecondDevice:
         packet, _, overload = name.partition(".")
         operator = getattr(getattr(aten, packet), overload or "default")
         return lambda *args, **kwargs: SecondDeviceTensor(operator(*args, **kwargs | {"device": self.made_of}))
+
+    def _kernel(self, name: str) -> Any:
+        operator = getattr(aten, name).default
+        return lambda *args, **kwargs: self.carried_out(operator, args, kwargs)
 
     def carried_out(self, operator: Any, args: Any, kwargs: Any) -> Any:
         """Carries an operator out on what the device is made of; a result of the device is a tensor of it."""

@@ -81,8 +81,8 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
-        of_b = functional.silu(a).mul_(gradient)
-        return torch.ops.aten.silu_backward(gradient * b, a), of_b
+        of_b, of_a = functional.silu(a).mul_(gradient), gradient * b
+        return torch.ops.aten.silu_backward.grad_input(of_a, a, grad_input=of_a), of_b  # in place: memory may be at its peak here
 
 
 # ---- the norm

@@ -21,8 +21,8 @@ LOGIT_BYTES = 1 << 28
 TILE = 128
 """Tokens that a GPU multiplies together: a part of a few more than whole tiles would take another one, of which most is idle."""
 
-LOGIT_COPIES = 4
-"""float32 numbers held for each of them at the peak: the logit, its log-softmax, and the gradients of both."""
+LOGIT_COPIES = 3
+"""float32 numbers held for each of them at the peak: its log-softmax, and the gradients of that and of the logit."""
 
 
 CHANGED_AFTERWARDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
