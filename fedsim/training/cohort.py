@@ -88,7 +88,7 @@ def train_cohort(
 
     Guarantees: equal to training the clients one by one, to float tolerance; nothing couples two clients, nor two rows; the model's
     own factors are unchanged. The optimizer state starts anew; the schedule runs over the local steps of all rounds. `budget` limits the
-    passes (None takes that of `training`) and is left halved where memory ran out.
+    passes (None takes that of `training`, chosen for the base model alone) and is left halved where memory ran out.
     """
     device = next(model.parameters()).device
     batches_of = _batches_of(clients, training, private, seed, round)
@@ -130,6 +130,7 @@ def train_cohort(
             else:
                 losses, found = group_gradients(model, parts, batch, weights)
                 accumulate(gradients, layout, where, found)
+            del parts, found  # the next pass needs their memory
             step_losses.index_add_(0, owners, losses * weights)
             on_pass(PassFacts(batch.num_tokens, losses.mean() * (nan if noised else 1.0), (step + 1) / max(steps)))
         return gradients, step_losses
