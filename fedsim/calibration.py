@@ -21,9 +21,10 @@ from fedsim.core import gemm
 from fedsim.core.adapters import adapt, install
 from fedsim.core.adapters import factors as installed
 from fedsim.core.collecting import WeightedMean
-from fedsim.core.estimate import Calibration, ModelShape, chain_parameters, forward_flops, training_flops
+from fedsim.core.estimate import Calibration, chain_parameters, forward_flops, training_flops
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.initialization import from_seed, lora, truncated_svd
+from fedsim.core.memory import ModelShape
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size
 from fedsim.files import atomic_write_json, cache_folder

@@ -45,7 +45,7 @@ from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import NoiseKey, derive_seed, numpy_generator
 from fedsim.shapes import adapter_of, skeleton
 from fedsim.training import conversations
-from fedsim.training.budget import TokenBudget, chosen
+from fedsim.training.budget import Load, TokenBudget, chosen
 from fedsim.training.cohort import ClientData, PassFacts
 from fedsim.training.encoding import encode, has_response
 from fedsim.training.pairs import encode_pairs
@@ -111,7 +111,8 @@ class Session:
         self.spec = adapt(self.model, self.method.form, adapter.rank, config.method.heads, adapter.scaling, adapter.target_modules, head)
         self.gradient_parts = parts_of(config, self.spec)  # what is sent of initial gradients
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
-        self.budget = TokenBudget.of(config.training, self.model)
+        self.load = Load.of(config, self.spec, self.method)
+        self.budget = self.new_budget()
         conversations.check(chain(self.data.train, *self.data.test.values()), self.tokenizer)
         self.noise_key = NoiseKey.of_seed(config.seed) if config.privacy.noise is NoiseSource.seed else NoiseKey.secret()
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
@@ -304,16 +305,21 @@ class Session:
         drawn = numpy_generator(self.config.seed, "heads", round, client).permutation(self.spec.heads)[:chosen]
         return self.spec.head_positions(kinds, sorted(drawn.tolist()))
 
-    @cached_property
-    def gradient_budget(self) -> TokenBudget:
-        """The budget of passes for initial gradients, beside which a GPU holds their sums.
+    def new_budget(self) -> TokenBudget:
+        """Returns the budget of training passes, as if memory had never run out."""
+        return TokenBudget.of(self.config.training, self.model, self.load)
 
-        Checkpointing spares nothing there: what the layers are given is kept for their gradients.
-        """
-        if self.device.type != "cuda" and not self.config.training.activation_checkpointing:
-            return self.budget
-        sums = 4 * self.gradient_parts.layout.num_parameters
-        return TokenBudget(min(self.budget.tokens, chosen(self.model, checkpointing=False, besides=sums)))
+    @property
+    def gradient_budget(self) -> TokenBudget:
+        """The budget of passes for initial gradients."""
+        sparing = self.config.training.activation_checkpointing or self.device.type == "cuda"
+        return self._sparing_gradient_budget if sparing else self.budget
+
+    @cached_property
+    def _sparing_gradient_budget(self) -> TokenBudget:
+        """A GPU holds their sums and what the layers are given besides; checkpointing spares nothing there."""
+        load = self.load.of_weight_gradients(self.gradient_parts.layout.num_parameters)
+        return TokenBudget(min(self.budget.tokens, chosen(self.model, load, checkpointing=False)))
 
     @cached_property
     def answer_budget(self) -> TokenBudget:

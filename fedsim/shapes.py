@@ -10,20 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedsim.choices import Dtype
 from fedsim.config import Config, ModelConfig
 from fedsim.core.adapters import adapter_spec, matrix_shape, target_layers
-from fedsim.core.estimate import ModelShape
 from fedsim.core.forms import AdapterSpec
-from fedsim.core.fused import GatedMLP, RMSNorm
-from fedsim.core.head_loss import gives_its_logits
+from fedsim.core.memory import ModelShape, shape_of
 from fedsim.core.methods import Method
 from fedsim.errors import UserError, nearest
 from fedsim.models import DTYPES, EMBEDDED, ENCODERS, config_file, head_paths, prepare, reading, source
@@ -72,25 +68,7 @@ def num_parameters(model: ModelConfig) -> int:
 
 def model_shape(model: ModelConfig) -> ModelShape:
     """Returns what the cost of the base model depends on. Raises UserError as `skeleton` does."""
-    bare = skeleton(model)
-    settings: Any = bare.config
-    heads, hidden = settings.num_attention_heads, settings.hidden_size
-    width = getattr(settings, "head_dim", None) or hidden // heads
-    head = bare.get_output_embeddings()  # type: ignore[operator]
-    return ModelShape(
-        parameters=sum(parameter.numel() for parameter in bare.parameters()),
-        block_parameters=sum(prod(matrix_shape(bare.get_submodule(path))) for path in target_layers(bare, [])),
-        head_parameters=hidden * settings.vocab_size if head is None else head.weight.numel(),
-        layers=settings.num_hidden_layers,
-        attention_width=heads * width,
-        key_value_width=(getattr(settings, "num_key_value_heads", None) or heads) * width,
-        hidden=hidden,
-        vocabulary=settings.vocab_size,
-        weight_bytes=(size := DTYPES[model.dtype].itemsize),
-        norm_bytes=size if any(RMSNorm.fits(part) for part in bare.modules()) else DTYPES[Dtype.float32].itemsize,
-        kept_by_gate=2 if any(GatedMLP.fits(part) for part in bare.modules()) else 3,
-        loss_in_parts=gives_its_logits(settings),
-    )
+    return shape_of(skeleton(model), DTYPES[model.dtype].itemsize)
 
 
 def random_model(model: ModelConfig, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
@@ -100,7 +78,7 @@ def random_model(model: ModelConfig, on: torch.device, *, activation_checkpointi
     """
     entries, origin = _entries(model)
     with _silence(), torch.random.fork_rng():
-        bare = _build(entries, origin, (), on, "sdpa", DTYPES[model.dtype])
+        bare = _build(entries, origin, (), on, DTYPES[model.dtype])
     return prepare(bare, on, activation_checkpointing=activation_checkpointing)
 
 
@@ -170,7 +148,6 @@ def _build(
     origin: str,
     labels: Sequence[str],
     on: torch.device = META,
-    attention: str = "eager",
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
     import transformers
@@ -193,7 +170,7 @@ def _build(
     if labels:
         settings.id2label, auto = dict(enumerate(labels)), transformers.AutoModelForSequenceClassification
     with on:
-        model: nn.Module = auto.from_config(settings, attn_implementation=attention, dtype=dtype, trust_remote_code=False)
+        model: nn.Module = auto.from_config(settings, dtype=dtype, trust_remote_code=False)
     return model
 
 

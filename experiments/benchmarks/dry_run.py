@@ -17,12 +17,11 @@ from fedsim.cli.compose import compose
 from fedsim.cli.groups import choice_values
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import adapt
-from fedsim.core.estimate import activation_bytes
 from fedsim.core.forms import LORA_SB
 from fedsim.core.gradient_parts import parts_of
-from fedsim.core.head_loss import logit_bytes
-from fedsim.shapes import model_shape, random_model
-from fedsim.training.budget import pass_bytes
+from fedsim.core.memory import pass_bytes, shape_of
+from fedsim.shapes import random_model
+from fedsim.training.budget import Load
 from fedsim.training.gradients import weight_gradients
 
 TOKENS_PER_PASS = 8192
@@ -66,14 +65,17 @@ def gone_through(model: str, clients: int, way: str) -> Found:
     work = _gradient if way in (GRADIENTS, SKETCHES) else _steps
     step_tokens, times, stacks = work(on, workload, way)
     most = min(step_tokens, TOKENS_PER_PASS // tokens * tokens)
-    shape = model_shape(config)
+    shape, checkpointing = shape_of(base), way == "checkpointing"
+    units, unit = (clients * batch, 1) if way == "DP-SGD" else (clients, batch)
+    load = Load(on.spec, ("R",), units, unit, tokens)
+    load = load.of_weight_gradients(0) if work is _gradient else load
     found: Found = {"batch": batch, "tokens": tokens, "pass_tokens": most, "before_gb": before / 1e9, "stacks_gb": stacks / 1e9}
     found |= {"pass_gb": (memory.peak - before - stacks) / 1e9, "peak_gb": memory.peak / 1e9}
     found["flops"] = DEVICE.flops / (4.0 * parameters(base) * step_tokens * times)
-    if way not in (GRADIENTS, SKETCHES):
-        found["budget"] = pass_bytes(base, most) / 1e9 / found["pass_gb"]
-    if way in ("plain", "DP-SGD"):
-        reckoned = activation_bytes(shape, on.spec, most) + logit_bytes(most, shape.vocabulary, in_parts=shape.loss_in_parts)
+    found["budget"] = load.pass_bytes(shape, most, checkpointing=checkpointing) / 1e9 / found["pass_gb"]
+    if work is _steps:
+        groups = max(1.0, most / tokens / unit)
+        reckoned = pass_bytes(shape, on.spec, ("R",), most, length=tokens, groups=groups, checkpointing=checkpointing)
         found["estimate"] = reckoned / 1e9 / found["pass_gb"]
     return found
 

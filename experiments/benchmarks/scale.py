@@ -9,7 +9,8 @@ from math import ceil
 from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
 from fedsim.cli.compose import compose
 from fedsim.cli.estimate import Answer, estimate_of
-from fedsim.core.estimate import Calibration, ModelShape
+from fedsim.core.estimate import Calibration
+from fedsim.core.memory import ModelShape
 from fedsim.shapes import model_shape
 
 

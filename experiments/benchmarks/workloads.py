@@ -23,6 +23,7 @@ from fedsim.core.payload import Layout
 from fedsim.models import EMBEDDED, load_model
 from fedsim.seeding import NoiseKey, numpy_generator
 from fedsim.shapes import random_model
+from fedsim.training.budget import Load, TokenBudget
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.private import PrivateRule
 from fedsim.types import EncodedExample
@@ -134,6 +135,7 @@ def adapted(model: nn.Module, rank: int) -> Subject:
 def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig, noise: float | None = None) -> int:
     """Trains the clients as one cohort, with DP-SGD where `noise` is given, and returns the number of tokens that passed."""
     passed: list[int] = []
+    units, rows = (len(clients) * training.batch_size, 1) if noise else (len(clients), training.batch_size)
     train_cohort(
         on.model,
         on.start,
@@ -145,6 +147,7 @@ def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig, 
         round=1,
         rounds=1,
         private=None if noise is None else PrivateRule(1.0, (noise,) * len(clients), NoiseKey.of_seed(0)),
+        budget=TokenBudget.of(training, on.model, Load(on.spec, ("R",), units, rows)),
         on_pass=lambda facts: passed.append(facts.num_tokens),
     )
     return sum(passed)

@@ -9,24 +9,23 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from fedsim.calibration import calibrated
 from fedsim.choices import AUTO, TrainOn
 from fedsim.config import Config, DataConfig
 from fedsim.core.cost import forecast
-from fedsim.core.estimate import Calibration, Estimate, ModelShape, Work, estimate
+from fedsim.core.estimate import Calibration, Estimate, Work, estimate
 from fedsim.core.forms import AdapterSpec
+from fedsim.core.memory import ModelShape
 from fedsim.core.participation import round_size
 from fedsim.data import Dataset, labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
-from fedsim.models import DTYPES, EMBEDDED, device, looks_local
+from fedsim.models import EMBEDDED, device, looks_local
 from fedsim.progress import size
 from fedsim.report import counted, table
 from fedsim.seeding import numpy_generator
-from fedsim.shapes import adapter_of, model_shape, skeleton
-from fedsim.training.budget import chosen, chosen_for, chosen_for_answers, chosen_for_answers_within
+from fedsim.shapes import adapter_of, model_shape
+from fedsim.training.budget import GENERATED, Load, chosen_for, chosen_for_answers_within, chosen_on_cpu, free_bytes
 from fedsim.training.encoding import encode
 from fedsim.types import AnyExample, Example
 
@@ -78,36 +77,25 @@ def estimate_of(
     """
     if labels(given.data) != ():
         raise UserError("data: expected texts that are answered, got labels; an estimate of classification is not known. Use fedsim cost.")
-    of_training, of_evaluation = _pass_tokens(given)
-    given = replace(
-        given,
-        training=replace(given.training, tokens_per_pass=of_training),
-        evaluation=replace(given.evaluation, tokens_per_pass=of_evaluation),
-    )
     config, method = effective(given), method_of(given)
-    spec = adapter_of(config, method, ())
+    spec, shape = adapter_of(config, method, ()), model_shape(given.model)
+    given, config = (_with_passes(each, shape, Load.of(config, spec, method)) for each in (given, config))
     work, told = _work(given, tokens)
     rates = rates or calibrated(config, method, spec, max(4, round(work.tokens)), again=again)
-    shape = model_shape(given.model)
     found = estimate(config, method, spec, shape, work, rates, forecast(config, method, spec))
     return Answer(given, spec, shape, work, rates, found, megabits, (*told, *_assumptions(config, rates)))
 
 
-def _pass_tokens(config: Config) -> tuple[int, int]:
-    """Returns the most tokens of a pass and of a generation batch, chosen for this machine where the configuration says auto."""
-    asked = config.training.tokens_per_pass, config.evaluation.tokens_per_pass
-    if AUTO not in asked:
-        return int(asked[0]), int(asked[1])
-    bare, on = skeleton(config.model), device(config.model)
-    if on.type == "cuda":
-        element = DTYPES[config.model.dtype].itemsize
-        free = max(0, torch.cuda.mem_get_info(on)[0] - model_shape(config.model).parameters * element)
-        checkpointing = config.training.activation_checkpointing
-        found = chosen_for(bare, free, element=element, checkpointing=checkpointing), chosen_for_answers_within(bare, free, element=element)
-    else:
-        found = chosen(bare), chosen_for_answers(bare)
-    training, answers = (choice if given == AUTO else int(given) for given, choice in zip(asked, found, strict=True))
-    return training, answers
+def _with_passes(config: Config, shape: ModelShape, load: Load) -> Config:
+    """Returns the configuration with the most tokens of a pass and of a generation batch chosen for this machine where it says auto."""
+    training, evaluation = config.training, config.evaluation
+    on, asked = device(config.model), (training.tokens_per_pass, evaluation.tokens_per_pass)
+    found = chosen_on_cpu(), GENERATED
+    if AUTO in asked and on.type == "cuda":
+        free = max(0, free_bytes(on) - shape.parameters * shape.weight_bytes)
+        found = chosen_for(shape, load, free, checkpointing=training.activation_checkpointing), chosen_for_answers_within(shape, free)
+    most, answers = (choice if given == AUTO else int(given) for given, choice in zip(asked, found, strict=True))
+    return replace(config, training=replace(training, tokens_per_pass=most), evaluation=replace(evaluation, tokens_per_pass=answers))
 
 
 def _assumptions(config: Config, rates: Calibration) -> list[str]:

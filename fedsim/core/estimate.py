@@ -4,7 +4,6 @@ FLOPs are those of the matrix products, two for each multiply-add. The base is f
 of the activations, 4 x parameters, and no gradient of the weights. Bytes of transfers are `fedsim.core.cost`'s.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -15,32 +14,14 @@ from fedsim.config import Config
 from fedsim.core.cost import Forecast
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.gradient_parts import parts_of
-from fedsim.core.head_loss import logit_bytes
 from fedsim.core.initialization import DERIVED
+from fedsim.core.memory import ModelShape, pass_bytes
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size, steps_per_round
 from fedsim.core.traffic import refresh_due
 
 PADDED = 1.08
 """Positions of a pass for each of its tokens: rows are padded to the longest, and to few widths. Of the embedded data, 1.06 to 1.09."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the cost of a base model depends on."""
-
-    parameters: int  # all of them, tied ones once
-    block_parameters: int  # of the linear layers that every token goes through
-    head_parameters: int  # of the output layer, which tokens with a loss go through
-    layers: int
-    attention_width: int  # heads x size of a head
-    key_value_width: int  # key-value heads x size of a head
-    hidden: int
-    vocabulary: int
-    weight_bytes: int  # of one base weight
-    norm_bytes: int  # of one number of a norm's input, as the backward pass keeps it
-    kept_by_gate: int  # of the numbers of its inner size, as the backward pass keeps them
-    loss_in_parts: bool  # whether logits are there for some tokens at a time
 
 
 @dataclass(frozen=True)
@@ -126,20 +107,6 @@ def training_flops(
     attention = 2.0 * (2.0 * shape.attention_width * length * shape.layers) * tokens  # the backward of attention is twice its forward
     again = forward_flops(shape, tokens, length, 0, adapters) if checkpointing else 0.0
     return 2.0 * forward + attention + again + 2.0 * tokens * trained
-
-
-def activation_bytes(shape: ModelShape, spec: AdapterSpec, tokens: float, trained: Sequence[str] = ("R",)) -> float:
-    """Returns what a pass over blocks with a gate and fused attention keeps for its backward, logits left out.
-
-    Both norms keep their input; attention its queries, keys, values and result; the gate two of its inner size where it is fused
-    (`fedsim.core.fused`), else three; an adapter A x, and its input where A itself trains.
-    """
-    inner = max((max(sides) for sides in spec.layers.values()), default=shape.hidden)
-    block = 2 * shape.attention_width + 2 * shape.key_value_width + shape.kept_by_gate * inner
-    if {"A", "D"} & set(trained):
-        block += 2 * shape.hidden + inner
-    ranks = spec.rank * spec.heads * len(spec.layers) if spec.form.low_rank else 0
-    return tokens * (shape.layers * (2 * shape.norm_bytes * shape.hidden + shape.weight_bytes * block) + shape.weight_bytes * ranks)
 
 
 def estimate(
@@ -280,17 +247,22 @@ class _Plan:
         moments = {Optimizer.adamw: 2, Optimizer.sgd: 1 if config.training.momentum else 0}[config.training.optimizer]
         moments = moments if config.training.local_epochs or config.training.local_steps > 1 else 0  # a single step keeps none
         private = 1 if config.privacy.unit is PrivacyUnit.example else 0
-        targets = min(1.0, self._work.responses / self._work.tokens + 0.2) * self._pass_tokens  # rows differ in where their response begins
-        kept = activation_bytes(shape, self._spec, self._pass_tokens, self._method.trained(1))
-        if config.training.activation_checkpointing:
-            kept = kept / shape.layers + self._pass_tokens * number * shape.layers * shape.hidden
+        tokens, length = self._pass_tokens, self._work.tokens
+        held = pass_bytes(
+            shape,
+            self._spec,
+            self._method.trained(1),
+            tokens,
+            length=length,
+            groups=max(1.0, tokens / length / (1 if private else config.training.batch_size)),
+            targets=min(1.0, self._work.responses / length + 0.2) * tokens,  # rows differ in where their response begins
+            checkpointing=config.training.activation_checkpointing,
+        )
         whole = self._spec.num_parameters(self._spec.kinds)
         gradients = 0 if config.adapter.init in DERIVED else 3 * 4 * self._of_gradients
-        pass_bytes = kept + logit_bytes(targets, shape.vocabulary, in_parts=shape.loss_in_parts)
-        length = self._work.prompt + config.evaluation.max_new_tokens
-        cache = 2.0 * self._answers_at_once * length * shape.layers * shape.key_value_width * number + (
-            number * self._whole if number >= 4 else 0
-        )  # answers come from merged weights, where those are in float32
+        answer = self._work.prompt + config.evaluation.max_new_tokens
+        merged = number * self._whole if number >= 4 else 0  # answers come from merged weights, where those are in float32
+        generation = self._answers_at_once * answer * shape.cache_bytes + merged
         folds = self._method.folds or config.adapter.refresh_every > 0
         return {
             "process": float(self._rates.process_bytes),
@@ -298,5 +270,5 @@ class _Plan:
             "common factors": 2.0 * 4 * whole,
             "what is folded into the base model": float((number + 4) * self._whole if folds else 0),
             "clients' factors, gradients, moments and uploads": 4.0 * self._trained * self._cohort * (4 + moments + private),
-            "largest of a training pass, initial gradients and generation": max(pass_bytes, float(gradients), cache),
+            "largest of a training pass, initial gradients and generation": max(held, float(gradients), generation),
         }

@@ -178,7 +178,7 @@ class Run:
         ledger, privacy = CommunicationLedger(), self._privacy_ledger()
         zeros = zero(self._session.spec, {}, 0)
         self._session.install_folded({}, "")  # an earlier run in this process may have left something there
-        self._session.budget = TokenBudget.of(self._config.training, self._session.model)
+        self._session.budget = self._session.new_budget()
         shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
         missing: Sequence[Missing] = ()
         if self._init not in DERIVED:
@@ -266,7 +266,7 @@ class Run:
                 "Begin anew with `fedsim run`, in one process or on Ray."
             )
         state = restored(checkpoint, self._session, self._contexts)
-        tokens = checkpoint.state.get("tokens_per_pass") or TokenBudget.of(self._config.training, self._session.model).tokens
+        tokens = checkpoint.state.get("tokens_per_pass") or self._session.new_budget().tokens
         self._session.budget, self._chronicle.tokens_per_pass = TokenBudget(tokens), tokens
         self._folder.event("resumed", round=checkpoint.round, tokens_per_pass=tokens)
         if state.privacy is not None:

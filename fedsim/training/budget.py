@@ -5,16 +5,18 @@ nothing; on a GPU more tokens keep it busy, and memory is the limit.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from fedsim.choices import AUTO
-from fedsim.config import EvaluationConfig, TrainingConfig
-from fedsim.core.adapters import is_linear, weight_matrix
-from fedsim.core.fused import GatedMLP
-from fedsim.core.head_loss import gives_its_logits, logit_bytes
+from fedsim.choices import AUTO, PrivacyUnit
+from fedsim.config import Config, EvaluationConfig, TrainingConfig
+from fedsim.core.forms import DENSE, AdapterSpec
+from fedsim.core.memory import FACTOR_BYTES, ModelShape, pass_bytes, shape_of
+from fedsim.core.methods import Method
+from fedsim.core.participation import round_size
 
 Result = TypeVar("Result")
 
@@ -22,14 +24,57 @@ TOKENS_PER_THREAD = 512  # from 256 to 8192 tokens models of 2 to 20 M parameter
 CPU_RANGE = (1024, 16_384)
 GPU_RANGE = (256, 65_536)
 GPU_SHARE = 0.9
-"""Of the free memory, for passes. They take 0.6 to 0.95 of what is reckoned with for them (section k of the benchmarks); what is left is
-for the clients' factors, for workspaces and for gaps."""
+"""Of the free memory, for passes and the clients' factors. Passes take 0.78 to 1.02 of what is reckoned with for them (section k of the
+benchmarks); what is left is for workspaces and for gaps."""
 
 GPU_SHARE_OF_ANSWERS = 0.6
 SMALLEST = 16  # tokens; a budget is not halved below
 GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
 LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which stays near the caches
+ROW_TOKENS = 64  # of a row, where the number of rows counts: nobody has looked at the data yet
+STACKS = 4  # of a client's factors: themselves, their gradient, and two moments
+
+
+@dataclass(frozen=True)
+class Load:
+    """What passes hold besides what their tokens take, whatever the data are."""
+
+    spec: AdapterSpec = field(default_factory=lambda: AdapterSpec(DENSE, {}, 1))
+    trained: tuple[str, ...] = ()
+    groups: int = 1  # the most that meet in a pass, each with factors of its own
+    rows: int = 1  # of a group
+    longest: int = 512  # tokens of a row
+    held_bytes: int = 0  # beside every pass
+
+    @classmethod
+    def of(cls, config: Config, spec: AdapterSpec, method: Method) -> "Load":
+        """Returns the load of local training, of as many clients at once as one message of this process may name."""
+        training, federation, engine = config.training, config.federation, config.engine
+        drawn = round_size(federation.clients, federation.fraction)
+        clients = 1 if method.pooled or engine.name == "deployment" else min(engine.cohort_size or drawn, drawn)
+        units = clients * training.accumulation
+        rows = training.batch_size
+        if config.privacy.unit is PrivacyUnit.example:  # every row has gradients of its own
+            units, rows = units * rows, 1
+        kinds = tuple(sorted(method.ever_trained))
+        held = STACKS * FACTOR_BYTES * spec.num_parameters(kinds) * clients
+        return cls(spec, kinds, units, rows, config.data.max_length, held)
+
+    def of_weight_gradients(self, parameters: int) -> "Load":
+        """Returns the load of passes for gradients of base weights, of which so many numbers are summed: every layer keeps its input."""
+        return replace(self, spec=replace(self.spec, form=DENSE), trained=("D",), groups=0, held_bytes=FACTOR_BYTES * parameters)
+
+    def pass_bytes(self, shape: ModelShape, tokens: int, *, checkpointing: bool) -> float:
+        """Returns what a pass of so many tokens needs, and what is held beside it."""
+        groups = min(self.groups, -(-tokens // (ROW_TOKENS * self.rows)))
+        length = min(self.longest, tokens)
+        held = pass_bytes(shape, self.spec, self.trained, tokens, length=length, groups=groups, checkpointing=checkpointing)
+        return self.held_bytes + held
+
+
+NO_LOAD = Load()
+"""That of a base model alone."""
 
 
 class TokenBudget:
@@ -42,9 +87,9 @@ class TokenBudget:
         self.tokens = tokens
 
     @classmethod
-    def of(cls, training: TrainingConfig, model: nn.Module) -> "TokenBudget":
-        """Returns what `training.tokens_per_pass` says, chosen for the model and its device where it says auto."""
-        return cls(chosen(model) if training.tokens_per_pass == AUTO else int(training.tokens_per_pass))
+    def of(cls, training: TrainingConfig, model: nn.Module, load: Load = NO_LOAD) -> "TokenBudget":
+        """Returns what `training.tokens_per_pass` says, chosen for the model, its device and the load where it says auto."""
+        return cls(chosen(model, load) if training.tokens_per_pass == AUTO else int(training.tokens_per_pass))
 
     @classmethod
     def of_evaluation(cls, evaluation: EvaluationConfig, model: nn.Module) -> "TokenBudget":
@@ -67,36 +112,24 @@ class TokenBudget:
                 torch.cuda.empty_cache()
 
 
-def chosen(model: nn.Module, *, checkpointing: bool | None = None, besides: int = 0) -> int:
-    """Returns the most tokens of a pass for a model on its device: a power of two; `checkpointing` as for `pass_bytes`.
-
-    `besides` are bytes of what is going to lie beside the passes.
-    """
+def chosen(model: nn.Module, load: Load = NO_LOAD, *, checkpointing: bool | None = None) -> int:
+    """Returns the most tokens of a pass for a model on its device: a power of two. `checkpointing` is the model's own by default."""
     device = next(model.parameters()).device
     if device.type != "cuda":
-        return _within(TOKENS_PER_THREAD * torch.get_num_threads(), CPU_RANGE)
-    return chosen_for(model, _free_bytes(device) - besides, checkpointing=checkpointing)
+        return chosen_on_cpu()
+    sparing: bool = model.is_activation_checkpointing if checkpointing is None else checkpointing  # type: ignore[assignment]
+    return chosen_for(shape_of(model), load, free_bytes(device), checkpointing=sparing)
 
 
-def chosen_for_answers(model: nn.Module) -> int:
-    """Returns the most tokens of a generation batch for a model on its device: a power of two."""
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        return GENERATED
-    return chosen_for_answers_within(model, _free_bytes(device))
+def chosen_on_cpu() -> int:
+    """Returns the most tokens of a pass on the CPU: a power of two."""
+    return _within(TOKENS_PER_THREAD * torch.get_num_threads(), CPU_RANGE)
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Returns the memory of a GPU that nobody uses, what this process has reserved for later included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def chosen_for(model: nn.Module, free_bytes: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
-    """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there: a power of two; see `pass_bytes`."""
+def chosen_for(shape: ModelShape, load: Load, free_bytes: int, *, checkpointing: bool) -> int:
+    """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there: a power of two."""
     low, tokens = GPU_RANGE
-    kept = _bytes_kept(model, element, checkpointing)
-    while tokens > low and kept * tokens + _logit_bytes(model, tokens) > GPU_SHARE * free_bytes:
+    while tokens > low and load.pass_bytes(shape, tokens, checkpointing=checkpointing) > GPU_SHARE * free_bytes:
         tokens //= 2
     return tokens
 
@@ -107,60 +140,23 @@ def chosen_for_losses(model: nn.Module, answers: int) -> int:
     return most if next(model.parameters()).device.type != "cuda" else min(most, chosen(model, checkpointing=False))
 
 
-def chosen_for_answers_within(model: nn.Module, free_bytes: int, *, element: int | None = None) -> int:
-    """Returns the most tokens of a generation batch on a GPU that has so much memory left once the model is there."""
-    return _within(int(GPU_SHARE_OF_ANSWERS * free_bytes / bytes_per_answer_token(model, element=element)), GENERATED_ON_GPU)
+def chosen_for_answers(model: nn.Module) -> int:
+    """Returns the most tokens of a generation batch for a model on its device: a power of two."""
+    device = next(model.parameters()).device
+    return chosen_for_answers_within(shape_of(model), free_bytes(device)) if device.type == "cuda" else GENERATED
 
 
-def bytes_per_answer_token(model: Any, *, element: int | None = None) -> int:
-    """Returns about how many bytes one token of a generation batch takes: keys and values of all blocks, and what one block makes of it.
+def chosen_for_answers_within(shape: ModelShape, free_bytes: int) -> int:
+    """Returns the most tokens of a generation batch on a GPU that has so much memory left once the model is there: a power of two."""
+    return _within(int(GPU_SHARE_OF_ANSWERS * free_bytes / shape.answer_bytes), GENERATED_ON_GPU)
 
-    `element` is the size of a number in bytes, by default the model's own.
-    """
-    element, settings = element or next(model.parameters()).element_size(), model.config
-    blocks, heads = settings.num_hidden_layers, settings.num_attention_heads
-    width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-    cached = 2 * blocks * width * (getattr(settings, "num_key_value_heads", None) or heads)
-    output = model.get_output_embeddings()
-    made = sum(sum(module.weight.shape) for module in model.modules() if is_linear(module) and module is not output) // blocks
-    return element * (cached + made)
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the memory of a GPU that nobody uses, what this process has reserved for later included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _within(tokens: int, limits: tuple[int, int]) -> int:
     low, high = limits
     return 1 << max(low, min(high, tokens)).bit_length() - 1
-
-
-def pass_bytes(model: Any, tokens: int, *, element: int | None = None, checkpointing: bool | None = None) -> int:
-    """Returns about how many bytes a pass takes: what the backward pass keeps, and the logits with their gradient.
-
-    `element` is the size of a number in bytes, and `checkpointing` whether activation checkpointing is done; by default they are the
-    model's own.
-    """
-    return _bytes_kept(model, element, checkpointing) * tokens + _logit_bytes(model, tokens)
-
-
-def _bytes_kept(model: Any, element: int | None, checkpointing: bool | None) -> int:
-    """Returns about how many bytes of a token are kept, logits left out.
-
-    A linear layer keeps its input, and what is done with its output keeps as much again; a fused gate keeps the outputs alone (and an
-    adapter that trains A its input, which is not counted). With activation checkpointing only the inputs of the blocks are kept, and what
-    one block keeps, gradients included.
-    """
-    element, output = element or next(model.parameters()).element_size(), model.get_output_embeddings()
-    head = {id(module) for module in output.modules()} if output is not None else set()
-    linear = [module for module in model.modules() if is_linear(module) and id(module) not in head]
-    if model.is_activation_checkpointing if checkpointing is None else checkpointing:
-        blocks = max(len(module) for module in model.modules() if isinstance(module, nn.ModuleList))
-        return int(element * (sum(2 * sum(each.weight.shape) for each in linear) // blocks + blocks * model.config.hidden_size))
-    gates = [part for part in model.modules() if isinstance(part, GatedMLP) or GatedMLP.fits(part)]
-    gated = {id(module) for gate in gates for module in gate.modules()}
-    return element * sum(len(weight_matrix(each)) if id(each) in gated else 2 * sum(each.weight.shape) for each in linear)
-
-
-def _logit_bytes(model: Any, tokens: int) -> int:
-    output = model.get_output_embeddings()
-    if output is None:
-        return 0
-    in_parts = is_linear(output) and gives_its_logits(model.config)  # not where the head has an adapter
-    return int(logit_bytes(tokens, model.config.vocab_size, in_parts=in_parts))

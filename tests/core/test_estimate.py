@@ -12,7 +12,7 @@ from fedsim.config import ModelConfig
 from fedsim.core import gemm
 from fedsim.core.adapters import adapt, adapter_spec, factors
 from fedsim.core.cost import forecast
-from fedsim.core.estimate import Calibration, Work, activation_bytes, chain_parameters, estimate, forward_flops, training_flops
+from fedsim.core.estimate import Calibration, Work, chain_parameters, estimate, forward_flops, training_flops
 from fedsim.core.forms import LORA, LORA_SB
 from fedsim.effective import effective, method_of
 from fedsim.shapes import layer_shapes, model_shape, num_parameters
@@ -69,35 +69,6 @@ def test_the_parts_of_a_model_are_those_of_its_skeleton(name):
     assert shape.parameters == num_parameters(model)
     assert shape.block_parameters == sum(rows * columns for rows, columns in layer_shapes(model, []).values())
     assert 0.9 < (shape.block_parameters + shape.head_parameters) / shape.parameters < 1.01, "the rest is norms and an untied embedding"
-
-
-def kept_by_autograd(model, batch, stacked):
-    """Bytes that autograd keeps between forward and backward, each storage once, parameters and logits left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and VOCABULARY not in tensor.shape:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        group_gradients(model, stacked, batch, torch.ones(len(batch.input_ids)))
-    return sum(kept.values())
-
-
-@pytest.mark.parametrize(("form", "kinds"), [(LORA_SB, ("R",)), (LORA, ("B", "A"))])
-def test_activations_are_those_that_autograd_keeps(form, kinds):
-    sizes = []
-    for length in (20, 40):
-        model = tiny_model("llama")
-        spec = adapt(model, form, RANK, 1, 1.0, [])
-        batch = collate([EncodedExample(tuple(range(3, 3 + length)), 1) for _ in range(8)], 0, torch.device("cpu"))
-        stacked = {name: factor.unsqueeze(0) for name, factor in factors(model, kinds).items()}
-        sizes.append(kept_by_autograd(model, batch, stacked))
-    per_token = (sizes[1] - sizes[0]) / (8 * 20)
-    assert activation_bytes(SHAPE, spec, 1, kinds) == pytest.approx(per_token, rel=0.1)
 
 
 def foretold(overrides=(), work=WORK, rates=RATES):

@@ -1,32 +1,33 @@
-"""The budget of a pass: what memory it assumes against what autograd keeps, and how it gives way."""
+"""The budget of a pass: how it follows from memory, and how it gives way; what a pass holds is in tests/core/test_memory.py."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, CLASSIFIERS, adapted_model, tiny_classifier, tiny_model
 
+from fedsim.cli.compose import compose
 from fedsim.config import EvaluationConfig, TrainingConfig
-from fedsim.core import head_loss
-from fedsim.core.adapters import adapt, factors
-from fedsim.core.forms import LORA_SB
+from fedsim.core.adapters import adapter_spec, factors
+from fedsim.core.memory import shape_of
 from fedsim.core.payload import Layout
+from fedsim.effective import effective, method_of
 from fedsim.seeding import NoiseKey
-from fedsim.training.batches import collate
+from fedsim.shapes import layer_shapes
 from fedsim.training.budget import (
     GENERATED_ON_GPU,
     GPU_SHARE,
     GPU_SHARE_OF_ANSWERS,
+    ROW_TOKENS,
     SMALLEST,
+    Load,
     TokenBudget,
-    bytes_per_answer_token,
     chosen,
     chosen_for,
     chosen_for_answers_within,
-    pass_bytes,
 )
 from fedsim.training.cohort import ClientData, train_cohort
-from fedsim.training.loss import group_gradients
 from fedsim.training.private import PrivateRule
 
 KEY = NoiseKey.of_seed(0)
@@ -75,18 +76,19 @@ def test_the_memory_that_is_assumed_for_answers_holds_keys_and_values_of_every_b
     with torch.no_grad():
         cache = model(input_ids=torch.arange(3, 13).unsqueeze(0), use_cache=True).past_key_values
     held = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values)) / 10
-    assert held < bytes_per_answer_token(model) < 12 * held
-    assert bytes_per_answer_token(model, element=2) == bytes_per_answer_token(model) / 2
+    shape = shape_of(model)
+    assert held == shape.cache_bytes < shape.answer_bytes < 12 * held
+    assert shape_of(model, 2).answer_bytes == shape.answer_bytes / 2
 
 
 def test_a_generation_batch_follows_from_the_memory_of_a_gpu_and_is_fixed_on_a_cpu():
-    model = tiny_model("llama")
-    each, few, many = bytes_per_answer_token(model), *GENERATED_ON_GPU
+    model, (few, many) = tiny_model("llama"), GENERATED_ON_GPU
+    shape = shape_of(model)
     assert TokenBudget.of_evaluation(EvaluationConfig(), model).tokens == few
     assert TokenBudget.of_evaluation(EvaluationConfig(tokens_per_pass=500), model).tokens == 500
-    assert chosen_for_answers_within(model, 0) == few
-    assert chosen_for_answers_within(model, int(1.1 * 4 * few * each / GPU_SHARE_OF_ANSWERS)) == 4 * few
-    assert chosen_for_answers_within(model, 10**15) == many
+    assert chosen_for_answers_within(shape, 0) == few
+    assert chosen_for_answers_within(shape, int(1.1 * 4 * few * shape.answer_bytes / GPU_SHARE_OF_ANSWERS)) == 4 * few
+    assert chosen_for_answers_within(shape, 10**15) == many
 
 
 def test_a_number_is_taken_and_auto_is_chosen():
@@ -100,46 +102,40 @@ def test_a_number_is_taken_and_auto_is_chosen():
     "model", [*(partial(tiny_model, name) for name in ARCHITECTURES), *(partial(tiny_classifier, name) for name in CLASSIFIERS)]
 )
 def test_the_tokens_of_a_pass_on_a_gpu_follow_from_its_memory_for_every_kind_of_model(model):
-    plain, sparing = model(), model(activation_checkpointing=True)
-    free = pass_bytes(plain, 10_000) / GPU_SHARE
-    assert chosen_for(plain, int(1.01 * free)) == 8192
-    assert chosen_for(plain, int(2.02 * free)) == 16384
-    assert pass_bytes(sparing, 8192) < pass_bytes(plain, 8192)
+    shape, load = shape_of(model()), Load(longest=64)
+    free = load.pass_bytes(shape, 8192, checkpointing=False) / GPU_SHARE
+    assert chosen_for(shape, load, int(1.01 * free), checkpointing=False) == 8192
+    assert chosen_for(shape, load, int(0.99 * free), checkpointing=False) == 4096
+    assert load.pass_bytes(shape, 8192, checkpointing=True) < load.pass_bytes(shape, 8192, checkpointing=False)
 
 
-def test_logits_are_reckoned_in_parts_only_where_the_loss_takes_them_so(monkeypatch):
-    monkeypatch.setattr(head_loss, "LOGIT_BYTES", 1000)
-    last, scaled, adapted = tiny_model("llama"), tiny_model("llama"), tiny_model("llama")
-    scaled.config.logit_scale = 2.0
-    adapted.lm_head.weight = torch.nn.Parameter(adapted.lm_head.weight.clone())  # no longer the embedding's
-    adapt(adapted, LORA_SB, 2, 1, 1.0, ["lm_head", "q_proj"])
-
-    logits = 16 * 1000 * last.config.vocab_size
-    assert pass_bytes(scaled, 1000) - pass_bytes(last, 1000) == logits - 4 * 1000
-    assert pass_bytes(adapted, 1000) == pass_bytes(scaled, 1000)
+def load_of(*overrides):
+    config = compose(["adapter.rank=8", *overrides])
+    config, method = effective(config), method_of(config)
+    spec = adapter_spec(layer_shapes(config.model, []), method.form, 8, config.method.heads, 1.0)
+    return Load.of(config, spec, method), spec
 
 
-def assumed_and_kept(model, batch):
-    """Bytes per token as assumed, and those of all tensors that the forward pass leaves to the backward pass."""
-    kept, fixed = {}, {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in fixed:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor is held, so that its address is not given away again
-        return tensor
-
-    stack = {name: tensor.unsqueeze(0) for name, tensor in factors(model, ("R",)).items()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        group_gradients(model, stack, batch, torch.ones(len(batch.input_ids)))
-    tokens = batch.input_ids.numel()
-    return pass_bytes(model, tokens) / tokens, sum(size for size, _ in kept.values()) / tokens
+def test_the_load_is_that_of_the_clients_that_train_at_once():
+    usual = ("federation.clients=20", "training.batch_size=4", "training.accumulation=2")
+    load, spec = load_of(*usual)
+    assert (load.groups, load.rows, load.trained) == (20 * 2, 4, ("R",))
+    assert load.held_bytes == 20 * 4 * 4 * spec.num_parameters(("R",)), "factors, gradient and two moments"
+    assert load_of(*usual, "federation.fraction=0.5")[0].groups == 20
+    assert load_of(*usual, "engine.cohort_size=5")[0].groups == 10
+    private, _ = load_of(*usual, "privacy=example", "privacy.epsilon=8")
+    assert (private.groups, private.rows) == (20 * 2 * 4, 1), "each row has factors and gradients of its own"
+    assert load_of(*usual, "method=rolora")[0].trained == ("A", "B"), "of all rounds"
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_memory_that_is_assumed_holds_what_autograd_keeps_and_not_much_more(architecture, sequences):
-    batch = collate(sequences(16), 0, torch.device("cpu"))
-    assumed, kept = assumed_and_kept(adapted_model(architecture), batch)
-    assert 0.8 * kept < assumed < 3 * kept
-    with_checkpoints, kept = assumed_and_kept(adapted_model(architecture, activation_checkpointing=True), batch)
-    assert kept < with_checkpoints < assumed  # what is computed again for one block is not seen from outside
+def test_more_groups_and_gradients_of_the_weights_leave_room_for_fewer_tokens():
+    shape, (load, _) = shape_of(tiny_model("llama")), load_of("federation.clients=20")
+    of_weights = load.of_weight_gradients(1000)
+
+    def needed(load, tokens=4096):
+        return load.pass_bytes(shape, tokens, checkpointing=False) - load.held_bytes
+
+    assert needed(load) > needed(replace(load, groups=1))
+    assert needed(replace(load, groups=10**6, rows=1)) == needed(replace(load, groups=4096 // ROW_TOKENS, rows=1)), "rows are not shorter"
+    assert of_weights.held_bytes == 4000
+    assert needed(of_weights) > needed(replace(of_weights, spec=Load().spec))

@@ -11,7 +11,7 @@ from experiments.benchmarks.workloads import PAD, Subject
 from fedsim.config import TrainingConfig
 from fedsim.core.adapters import bound, factors
 from fedsim.training.batches import Batch, collate, local_batches
-from fedsim.training.budget import TokenBudget
+from fedsim.training.budget import Load, TokenBudget
 from fedsim.training.cohort import ClientData
 from fedsim.types import EncodedExample
 
@@ -24,7 +24,7 @@ def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig) 
     leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(on.model, ("R",)).items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=training.learning_rate, weight_decay=0.0, fused=True)
     plans = [local_batches(data.lengths, training, seed=0, round=1, client=data.client) for data in clients]
-    num_tokens, tokens_per_pass = 0, TokenBudget.of(training, on.model).tokens
+    num_tokens, tokens_per_pass = 0, TokenBudget.of(training, on.model, Load(on.spec, ("R",))).tokens
     with bound(on.model, leaves):
         for step in range(training.local_steps):
             rows = [cast(EncodedExample, data.examples[i]) for data, plan in zip(clients, plans, strict=True) for i in plan[step]]

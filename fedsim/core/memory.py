@@ -1,0 +1,204 @@
+"""What a training pass holds at its peak, from shapes alone: for `fedsim estimate`, and to choose how many tokens share a pass.
+
+A frozen layer keeps nothing for the backward pass. Kept are the inputs of norms, what attention and activations need, the inputs of
+factors that train, and all factors in the type of the base. Workspaces of kernels and gaps between tensors come in addition.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, empty, nn
+
+from fedsim.core.adapters import is_linear, matrix_shape
+from fedsim.core.forms import AdapterSpec
+from fedsim.core.fused import GatedMLP, RMSNorm
+from fedsim.core.head_loss import gives_its_logits, logit_bytes
+
+FACTOR_BYTES = 4
+"""Of a number of what trains, and of its gradient."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the cost of a base model depends on."""
+
+    parameters: int  # all of them, tied ones once
+    block_parameters: int  # of the linear layers that every token goes through
+    head_parameters: int  # of the output layer, which tokens with a loss go through; 0 where there is none
+    layers: int
+    attention_width: int  # heads x size of a head
+    key_value_width: int  # key-value heads x size of a head
+    hidden: int
+    inner: int  # numbers between the two linear layers behind attention
+    vocabulary: int
+    weight_bytes: int  # of one base weight
+    norm_bytes: int  # of a token, that the norms of a block keep for the backward pass
+    kept_by_gate: int  # of the numbers of its inner size, as the backward pass keeps them
+    score_bytes: int  # of a token, for each that it looks at, as the attention of a block keeps them; 0 where attention is fused
+    loss_in_parts: bool  # whether logits are there for some tokens at a time
+
+    def block_bytes(self, length: float) -> float:
+        """Returns what a block keeps of a token in a row of this length: its attention queries, keys, values and result."""
+        keys = self.attention_width if self.score_bytes else self.key_value_width  # written in single steps, one for each head
+        kept = 2 * self.attention_width + 2 * keys + self.kept_by_gate * self.inner
+        return self.norm_bytes + self.weight_bytes * kept + self.score_bytes * length
+
+    def backward_bytes(self, length: float) -> float:
+        """Returns what the gradients of a token take in the backward pass of a block: at the activation, or at the scores."""
+        return max(self.weight_bytes * (2 * self.hidden + (self.kept_by_gate + 1) * self.inner), 2 * self.score_bytes * length)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a token: keys and values of all blocks."""
+        return 2 * self.weight_bytes * self.layers * self.key_value_width
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of a token of a generation batch: about what the cache takes, and what the layers of one block are given and make."""
+        made = 2 * (self.attention_width + self.key_value_width) + 7 * self.hidden + 3 * self.inner
+        return self.cache_bytes + self.weight_bytes * made
+
+
+def shape_of(model: Any, weight_bytes: int | None = None) -> ModelShape:
+    """Returns the shape of a language model or an encoder of transformers, adapted or not, on any device.
+
+    `weight_bytes` is the size of a weight where the model is to have another type than it has here.
+    """
+    settings, output = model.config, model.get_output_embeddings()
+    size = weight_bytes or next(model.parameters()).element_size()
+    heads, hidden, layers = settings.num_attention_heads, settings.hidden_size, settings.num_hidden_layers
+    width = getattr(settings, "head_dim", None) or hidden // heads
+    queries, keys = heads * width, (getattr(settings, "num_key_value_heads", None) or heads) * width
+    parts = [*max((part for part in model.modules() if isinstance(part, nn.ModuleList)), key=len).modules()]
+    linear = [matrix_shape(part) for part in parts if is_linear(part)]
+    inner = max(columns for _, columns in linear)
+    in_one_step = any(isinstance(part, nn.LayerNorm) or _is(RMSNorm)(part) for part in parts)  # else the input is made float32 first
+    made = sum(rows for rows, _ in linear) / layers - queries - 2 * keys - 2 * hidden  # what the activation takes, and what it gates
+    return ModelShape(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        block_parameters=sum(rows * columns for rows, columns in linear),
+        head_parameters=0 if output is None else sum(parameter.numel() for parameter in output.parameters() if parameter.dim() == 2),
+        layers=layers,
+        attention_width=queries,
+        key_value_width=keys,
+        hidden=hidden,
+        inner=inner,
+        vocabulary=settings.vocab_size,
+        weight_bytes=size,
+        norm_bytes=sum(_norm_width(part, hidden, queries) for part in parts) // layers * (size if in_one_step else 4),
+        kept_by_gate=2 if any(map(_is(GatedMLP), parts)) else _kept_by_activation(parts) + (2 if made > 1.5 * inner else 0),
+        score_bytes=_score_bytes(settings, heads, size),
+        loss_in_parts=output is not None and is_linear(output) and gives_its_logits(settings),
+    )
+
+
+def _is(fused: type[GatedMLP] | type[RMSNorm]) -> Callable[[nn.Module], bool]:
+    return lambda part: isinstance(part, fused) or fused.fits(part)
+
+
+def _norm_width(part: nn.Module, hidden: int, queries: int) -> int:
+    """Returns how many numbers of a token a norm is given; 0 for another module."""
+    weight = part._parameters.get("weight")
+    if weight is None or weight.dim() != 1:
+        return 0
+    return hidden if len(weight) >= hidden else queries  # of each head
+
+
+def _kept_by_activation(parts: Sequence[nn.Module]) -> int:
+    """Returns how many numbers for each that it takes the activation keeps, which is tried on a few; 1 where it is no module."""
+    activations = [child for part in parts for name, child in part.named_children() if "act" in name and not [*child.parameters()]]
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.ones(8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        for activation in activations[:1]:
+            activation(x)
+    return max(1, sum(tensor.numel() for tensor in kept.values()) // len(x))
+
+
+def _score_bytes(settings: Any, heads: int, size: int) -> int:
+    """Returns what attention in single steps keeps for each pair of tokens: the softmax in float32, it in the type of values, a tanh."""
+    if settings._attn_implementation != "eager":
+        return 0
+    copy = size if size < 4 else 0
+    capped = size if getattr(settings, "attn_logit_softcapping", None) else 0
+    return heads * (4 + copy + capped)
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """What all adapters hold in a pass, in numbers."""
+
+    inputs: int  # of a token, kept for the gradients of what trains
+    frozen: int  # in the factors that do not train
+    own: int  # in those that each group of rows has for itself
+
+
+def _adapters(spec: AdapterSpec, trained: Sequence[str]) -> _Adapters:
+    """A layer's own input is kept once for all layers of a module that have it."""
+    inputs = frozen = own = 0
+    whole = set()
+    for layer in spec.layers:
+        shapes = spec.shapes(layer)
+        factors = {kind: empty((1, *shape) if kind in trained else shape, device="meta") for kind, shape in shapes.items()}
+        chain = spec.form.chain(factors)
+        for matrix in chain:
+            if matrix.dim() == 2:
+                frozen += matrix.numel()
+                continue
+            own += matrix.numel()
+            if matrix is chain[-1]:
+                whole.add((layer.rpartition(".")[0], matrix.shape[-1]))
+            else:
+                inputs += matrix.shape[-1]
+    return _Adapters(inputs + sum(width for _, width in whole), frozen, own)
+
+
+def kept_bytes(shape: ModelShape, spec: AdapterSpec, trained: Sequence[str], tokens: float, *, length: float, groups: float = 1.0) -> float:
+    """Returns what the forward pass of all blocks leaves for the backward pass; arguments as for `pass_bytes`."""
+    adapters, number = _adapters(spec, trained), shape.weight_bytes
+    cast = 0.0 if number == FACTOR_BYTES else number * (adapters.frozen + groups * adapters.own)  # factors in the type of the base
+    return tokens * (shape.layers * shape.block_bytes(length) + number * adapters.inputs) + cast
+
+
+def pass_bytes(
+    shape: ModelShape,
+    spec: AdapterSpec,
+    trained: Sequence[str],
+    tokens: float,
+    *,
+    length: float,
+    groups: float = 1.0,
+    targets: float | None = None,
+    checkpointing: bool = False,
+) -> float:
+    """Returns what a pass of `tokens` positions in rows of `length` holds at its peak besides model, bases and the clients' stacks.
+
+    The rows fall into `groups`, each with factors and gradients of its own: one for a client's batch, or with DP-SGD one for every row.
+    `targets` positions have logits, by default all. The peak is where the backward pass begins, at the loss or in the last block, or where
+    it ends with all gradients, in the first block or as they are added to the stacks.
+    """
+    kept = kept_bytes(shape, spec, trained, tokens, length=length, groups=groups)
+    loss, backward = _loss_bytes(shape, tokens, tokens if targets is None else targets), tokens * shape.backward_bytes(length)
+    block = kept / shape.layers + backward
+    inputs = tokens * shape.weight_bytes * shape.layers * shape.hidden
+    at_first = inputs + max(loss, block) if checkpointing else kept + max(loss, backward)
+    of_groups = FACTOR_BYTES * spec.num_parameters(trained) * groups
+    picked = of_groups if groups > 1 else 0.0  # from the stacks, and summed and put in a row for them; of a single group it is a view
+    at_last = of_groups + max(block, 2 * picked)
+    return picked + max(at_first, at_last)
+
+
+def _loss_bytes(shape: ModelShape, tokens: float, targets: float) -> float:
+    """Returns what the last norm is given, what it makes and its gradient, and the logits; of a classifier nothing worth counting."""
+    if not shape.head_parameters:
+        return 0.0
+    around = shape.weight_bytes * shape.hidden * (tokens + 2 * targets)
+    whole = 0.0 if shape.loss_in_parts else shape.weight_bytes * targets * shape.vocabulary  # for what the model does with them
+    return around + whole + logit_bytes(targets, shape.vocabulary, in_parts=shape.loss_in_parts)
