@@ -241,6 +241,6 @@ for train in (workloads.train, centralised.train):
     )
     (cohort, waits), (centralised, their_waits) = (map(int, line.split()) for line in launched.splitlines())
     print(cohort, centralised)
-    assert cohort < 1.06 * centralised
+    assert cohort < centralised + 8 * 30, "for the stack, the optimizer's rule and the tokens with a loss, in each of 8 steps"
     assert their_waits == 8
     assert waits == 8 + 2

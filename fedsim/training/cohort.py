@@ -143,7 +143,7 @@ def train_cohort(
         else:
             take_step(gradients)
 
-    trained, of_slot = stack.cpu(), total_losses.tolist()
+    trained, of_slot = stack.cpu(), total_losses.cpu().tolist()
     results = {
         data.client: _result(data, batches_of[data.client], trained[slot], of_slot[slot], told=noised is None)
         for slot, data in enumerate(cohort)

@@ -12,7 +12,7 @@ from fedsim.core.missing import Reason
 from fedsim.errors import RunStopped
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
-from fedsim.session import _open
+from fedsim.session import forget_session
 
 SECURE = {"privacy": {"secure_aggregation": True}, "secure": {"bits": 20, "range": 4.0}}
 
@@ -45,7 +45,7 @@ def test_a_desk_that_lacks_the_state_is_asked_again_and_masks_the_second_time(tm
     desks = Desks(tmp_path, config)
     for client in range(3):
         desks.state.exchange.sent(client, ("B", "A"))  # so that no message carries them
-    _open.cache_clear()  # as workers that have just been started
+    forget_session()  # as workers that have just been started
     desks.strategy.exchange(1, desks.grid)
     assert desks.strategy.facts.clients == [0, 1, 2]
     assert largest_gap(desks, Rounds(of_method("fed_sb", **SECURE)).next()) <= 3 * 3 * 4.0 / (2**19 - 1)

@@ -21,7 +21,7 @@ from fedsim.flower.strategy import FedsimStrategy
 from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
 from fedsim.seeding import numpy_generator
-from fedsim.session import _open, open_session
+from fedsim.session import forget_session, open_session
 
 INITS = [Init.orthogonal, Init.weight_svd, Init.gradient]
 WHOLE, SQUARES, BASES = 192 * 192 + 192 * 512, 2 * RANK**2, RANK * (192 + 192 + 192 + 512)  # numbers in two layers
@@ -139,16 +139,16 @@ def test_a_worker_in_another_process_comes_to_the_same_model(init, tmp_path, mon
     increments = []
     monkeypatch.setattr(transfer, "_updates", lambda *facts, original=transfer._updates: increments.append(1) or original(*facts))
     for worker in ("own", "fresh"):
-        _open.cache_clear()
+        forget_session()
         with refreshed(init, tmp_path / worker) as apart:
-            _open.cache_clear()  # the next session that is opened is the worker's
+            forget_session()  # the next session that is opened is the worker's
             for _ in range(3):
                 if worker == "fresh":
-                    _open.cache_clear()
+                    forget_session()
                 apart.next()
             assert apart.after[3][2] == alike.after[3][2], "bit for bit"
             if worker == "fresh":
-                _open.cache_clear()
+                forget_session()
             apart.strategy.exchange(4, apart.grid)
             theirs = open_session(apart.run._given)
             assert theirs is not apart.session
@@ -157,7 +157,7 @@ def test_a_worker_in_another_process_comes_to_the_same_model(init, tmp_path, mon
             ours = base_weights(apart.session.model)
             assert all(torch.equal(weight, ours[layer]) for layer, weight in base_weights(theirs.model).items())
         assert worker == "fresh" or len(increments) == 3, "a worker that follows is not sent the whole of what is folded"
-    _open.cache_clear()
+    forget_session()
 
 
 def test_a_worker_that_an_earlier_run_has_left_with_folded_weights_begins_at_the_base_weights():

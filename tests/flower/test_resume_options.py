@@ -16,7 +16,7 @@ from fedsim.flower import ending
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Reader
 from fedsim.flower.server import serve
-from fedsim.session import _open
+from fedsim.session import forget_session
 from fedsim.training import loss
 from fedsim.training.loss import batch_loss
 
@@ -98,7 +98,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(config, tmp
         interrupt(patch, 2 * 3 + 1)  # the second upload of the third round: what clients keep has been written already
         with pytest.raises(KeyboardInterrupt):
             run(in_folder(config, tmp_path / "run"), quiet=True)
-    _open.cache_clear()  # as a process that has just been started
+    forget_session()  # as a process that has just been started
     run(in_folder(config, tmp_path / "run", resume=True), quiet=True)
     (expected, tensors, held), (found, resumed, resumed_held) = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
     assert found == expected
@@ -118,11 +118,11 @@ def test_passes_that_were_halved_stay_so_when_the_run_goes_on_where_there_is_mor
     with monkeypatch.context() as patch:
         patch.setattr(loss, "batch_loss", scarce)
         run(in_folder(config, tmp_path / "whole"), quiet=True)
-        _open.cache_clear()
+        forget_session()
         interrupt(patch, 2 * 3 + 1)
         with pytest.raises(KeyboardInterrupt):
             run(in_folder(config, tmp_path / "run"), quiet=True)
-    _open.cache_clear()
+    forget_session()
     run(in_folder(config, tmp_path / "run", resume=True), quiet=True)
     assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
     told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]

@@ -30,7 +30,7 @@ from fedsim.flower.worker import handle
 from fedsim.initial_gradient import client_gradient
 from fedsim.local_round import train_clients
 from fedsim.plain import to_dict
-from fedsim.session import _open
+from fedsim.session import forget_session
 
 LINEAR = [name for name, method in METHODS.items() if method.linear and not method.pooled]
 BITS = 18
@@ -479,7 +479,7 @@ def test_a_worker_that_lacks_the_state_is_asked_again_and_keeps_the_shares_of_th
     secure = secure_rounds(changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient}))
     for client in range(3):
         secure.state.exchange.sent(client, ("B", "A"))  # so that no message carries them
-    _open.cache_clear()  # as a worker process that has just been started
+    forget_session()  # as a worker process that has just been started
     secure.strategy.exchange(1, secure.grid)
     assert [kind for kind, _ in secure.grid.requests].count("train") == 2
     assert largest_gap(expected, secure) == 0

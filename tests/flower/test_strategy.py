@@ -18,7 +18,7 @@ from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.initial_gradient import factors_from_gradients
 from fedsim.local_round import train_clients
-from fedsim.session import _open, open_session
+from fedsim.session import forget_session, open_session
 
 SMALL = Config(
     adapter=AdapterConfig(rank=4, init=Init.orthogonal, init_samples=7),
@@ -141,7 +141,7 @@ def test_a_worker_that_lacks_the_bases_is_sent_everything():
     session, state, strategy, ledger = opened(config)
     for client in range(5):
         state.exchange.sent(client, ("B", "A"))  # so that no message carries them
-    _open.cache_clear()  # as a worker process that has just been started
+    forget_session()  # as a worker process that has just been started
     strategy.exchange(1, InProcessGrid(app))
     torch.testing.assert_close(session.spec.pack(state.factors, ("R",)), expected)
     assert ledger.totals()["setup_bytes"] == 0, "what a process lacks is no cost of the method"
