@@ -48,8 +48,8 @@ from fedsim.training import conversations
 from fedsim.training.budget import Load, TokenBudget, chosen
 from fedsim.training.cohort import ClientData, PassFacts
 from fedsim.training.encoding import encode, has_response
-from fedsim.training.pairs import encode_pairs
-from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example, Pair
+from fedsim.training.labelled import encode_labelled
+from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example, Labelled
 
 OWN_DATA = "own data"  # in the holdings, of clients that do not tell the tasks of theirs
 
@@ -193,9 +193,9 @@ class Session:
 
     def encode(self, examples: Sequence[AnyExample]) -> list[AnyEncoded]:
         """Returns the tokens of the examples, which are of one kind."""
-        data, pairs = self.config.data, [example for example in examples if isinstance(example, Pair)]
-        if pairs:
-            return [*encode_pairs(pairs, self.tokenizer, data.max_length, apart=isinstance(self.model, BiEncoder))]
+        data, labelled = self.config.data, [example for example in examples if isinstance(example, Labelled)]
+        if labelled:
+            return [*encode_labelled(labelled, self.tokenizer, data.max_length, apart=isinstance(self.model, BiEncoder))]
         answered = [example for example in examples if isinstance(example, Example)]
         return [*encode(answered, self.tokenizer, data.max_length, data.train_on)]
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from fedsim.files import atomic_write, cache_folder
 from fedsim.training.flat_tokens import flattened, unflattened
-from fedsim.types import AnyEncoded, AnyExample, Pair, Tokens
+from fedsim.types import AnyEncoded, AnyExample, Labelled, Tokens
 
 LEAST_CHARACTERS = 4_000_000
 """Text of the smallest pool that is kept: tokenising less takes a process about a second, which is not worth a file in somebody's home."""
@@ -61,7 +61,7 @@ def kept(
 
 def _texts(example: AnyExample) -> tuple[str, ...]:
     """Returns all of an example that decides its tokens and its label."""
-    if isinstance(example, Pair):
+    if isinstance(example, Labelled):
         return example.premise, example.hypothesis or "", str(example.labels.index(example.answer))
     return example.prompt, example.response, json.dumps(example.turns) if example.turns else ""
 

@@ -49,7 +49,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Labelled:
     """Two texts, or one, and which of `labels` tells what they are: for a model that classifies and generates nothing.
 
     `labels` are all of the set's, in the order of the classification head's outputs; `answer` is the gold one. `hypothesis` is None where
@@ -69,7 +69,7 @@ class Pair:
         return (self.premise,) if self.hypothesis is None else (self.premise, self.hypothesis)
 
 
-AnyExample = Example | Pair
+AnyExample = Example | Labelled
 """What a client owns; a run has one kind only."""
 
 
@@ -118,8 +118,8 @@ class EncodedExample(_Encoded):
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedPair(_Encoded):
-    """Tokens of a `Pair` as the encoder reads it, which text each belongs to (empty for a model that is not told), and the label.
+class EncodedLabelled(_Encoded):
+    """Tokens of a `Labelled` as the encoder reads it, which text each belongs to (empty for a model that is not told), and the label.
 
     `split` is where the second text begins that is read on its own; 0 where all is one sequence.
     """
@@ -139,5 +139,5 @@ class EncodedPair(_Encoded):
         return 2 * max(self.split, self.num_tokens - self.split) if self.split else self.num_tokens
 
 
-AnyEncoded = EncodedExample | EncodedPair
+AnyEncoded = EncodedExample | EncodedLabelled
 """What a model is trained on."""

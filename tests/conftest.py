@@ -22,7 +22,7 @@ from fedsim.core.payload import Layout
 from fedsim.models import head_paths, prepare
 from fedsim.training.cohort import ClientData, LocalResult, train_cohort
 from fedsim.training.private import PrivateRule
-from fedsim.types import EncodedExample, EncodedPair
+from fedsim.types import EncodedExample, EncodedLabelled
 
 settings.register_profile("fedsim", deadline=None)  # machines are loaded, and time is no property that is tested here
 settings.load_profile("fedsim")
@@ -111,16 +111,16 @@ def adapted_classifier(architecture: str = "bert", rank: int = 8, **options: boo
 
 
 @pytest.fixture
-def pairs() -> Callable[..., list[EncodedPair]]:
+def pairs() -> Callable[..., list[EncodedLabelled]]:
     """Makes `count` random pairs of 6 to 13 tokens, without segments for a model that knows none, or split where texts are read apart."""
 
-    def make(count: int, seed: int = 0, segments: bool = True, apart: bool = False) -> list[EncodedPair]:
+    def make(count: int, seed: int = 0, segments: bool = True, apart: bool = False) -> list[EncodedLabelled]:
         rng, made = random.Random(seed), []
         for _ in range(count):
             length, first = rng.randrange(6, 14), rng.randrange(2, 5)
             ids = tuple(rng.randrange(3, VOCABULARY) for _ in range(length))
             told = (0,) * first + (1,) * (length - first) if segments and not apart else ()
-            made.append(EncodedPair(ids, told, rng.randrange(len(LABELS)), first if apart else 0))
+            made.append(EncodedLabelled(ids, told, rng.randrange(len(LABELS)), first if apart else 0))
         return made
 
     return make

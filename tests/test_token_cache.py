@@ -21,8 +21,8 @@ from fedsim.plain import to_dict
 from fedsim.session import Session
 from fedsim.training.encoding import encode
 from fedsim.training.flat_tokens import flattened
-from fedsim.training.pairs import encode_pairs
-from fedsim.types import EncodedExample, Example, Family, Pair, Turn
+from fedsim.training.labelled import encode_labelled
+from fedsim.types import EncodedExample, Example, Family, Labelled, Turn
 
 CLIENTS = 4
 
@@ -115,7 +115,7 @@ def test_a_file_is_for_one_pool_one_tokenizer_and_one_way_to_encode(folder, clas
 
 
 EXAMPLES = [Example("t", Family.arithmetic, "tom has 1 2 apples .", "1 2", "12"), Example("t", Family.arithmetic, "a b", "c", "1")]
-PAIRS = [Pair("sick", "w1 w2", "w3", LABELS[0], LABELS), Pair("sick", "w4", "w5", LABELS[1], LABELS)]
+LABELLED = [Labelled("sick", "w1 w2", "w3", LABELS[0], LABELS), Labelled("sick", "w4", "w5", LABELS[1], LABELS)]
 
 
 def name(folder, pool, tokenizer, how=()):
@@ -131,7 +131,7 @@ def test_examples_that_are_encoded_in_another_way_need_another_version(tmp_path)
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
     tokenizer.eos_token = "[SEP]"
     examples = encode([Example("t", Family.arithmetic, "w1 w2", "w3", "3")], tokenizer, 512, TrainOn.response)
-    together, apart = (encode_pairs(PAIRS[:1], tokenizer, 512, apart=apart) for apart in (False, True))
+    together, apart = (encode_labelled(LABELLED[:1], tokenizer, 512, apart=apart) for apart in (False, True))
     assert (token_cache.VERSION, *(flattened(each).tolist() for each in (examples, together, apart))) == (
         1,
         [0, 1, 5, 0, 0, 3, 1, 5, 6, 7, 2],
@@ -147,17 +147,17 @@ def test_examples_that_are_encoded_in_another_way_need_another_version(tmp_path)
         EXAMPLES[:1],
         [dataclasses.replace(EXAMPLES[0], prompt="tom has 1 2 apples .1", response=" 2"), EXAMPLES[1]],
         [dataclasses.replace(EXAMPLES[0], turns=(Turn("user", "tom"),)), EXAMPLES[1]],
-        PAIRS,
-        [dataclasses.replace(PAIRS[0], answer=LABELS[2]), PAIRS[1]],
-        [dataclasses.replace(PAIRS[0], premise="w1 w2 w3", hypothesis=" "), PAIRS[1]],
-        [dataclasses.replace(each, hypothesis=None) for each in PAIRS],
+        LABELLED,
+        [dataclasses.replace(LABELLED[0], answer=LABELS[2]), LABELLED[1]],
+        [dataclasses.replace(LABELLED[0], premise="w1 w2 w3", hypothesis=" "), LABELLED[1]],
+        [dataclasses.replace(each, hypothesis=None) for each in LABELLED],
     ],
 )
 def test_another_order_or_another_border_between_texts_is_another_file(folder, pool, tmp_path):
     _, tokenizer = load_model(ModelConfig(device="cpu"))
-    for known in (EXAMPLES, PAIRS):
+    for known in (EXAMPLES, LABELLED):
         name(folder, known, tokenizer)
-    assert (name(folder, pool, tokenizer) == "known") == (pool == PAIRS)
+    assert (name(folder, pool, tokenizer) == "known") == (pool == LABELLED)
 
 
 def test_a_tokenizer_is_known_by_its_rules_and_not_by_its_path_or_last_call(folder, tmp_path):

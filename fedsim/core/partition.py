@@ -12,7 +12,7 @@ from fedsim.choices import DirichletOver, Partition
 from fedsim.config import FederationConfig
 from fedsim.errors import UserError
 from fedsim.seeding import numpy_generator
-from fedsim.types import AnyExample, Example, Family, Pair
+from fedsim.types import AnyExample, Example, Family, Labelled
 
 MOST_COLUMNS = 12
 """Labels by which holdings are told; a table of more is not read."""
@@ -43,7 +43,7 @@ def holdings(examples: Sequence[AnyExample], shards: Sequence[Sequence[int]]) ->
     Of a single task that is classified by a few labels, by label instead, in the order of the labels.
     """
     kinds = sorted({example.task for example in examples})
-    labels = examples[0].labels if len(kinds) == 1 and isinstance(examples[0], Pair) else ()
+    labels = examples[0].labels if len(kinds) == 1 and isinstance(examples[0], Labelled) else ()
     by_label = 0 < len(labels) <= MOST_COLUMNS
     found = [dict.fromkeys(labels if by_label else kinds, 0) for _ in shards]
     for counts, shard in zip(found, shards, strict=True):

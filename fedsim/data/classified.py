@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fedsim.data.columns import Row, column_of, columns, named, text_of
 from fedsim.data.rows import Malformed, NoColumn
 from fedsim.errors import UserError
-from fedsim.types import Pair
+from fedsim.types import Labelled
 
 INFERENCE = ("entailment", "neutral", "contradiction")
 """Labels of natural language inference, in the order in which SNLI's hub data set numbers them."""
@@ -29,17 +29,17 @@ def _label(row: Row, *names: str) -> str | None:
     return known[told]
 
 
-def _pair(row: Row, name: str, premise: str, hypothesis: str, label: str | None) -> Pair | None:
-    return label and Pair(name, text_of(row, premise).strip(), text_of(row, hypothesis).strip(), label, INFERENCE)  # type: ignore[return-value]
+def _pair(row: Row, name: str, premise: str, hypothesis: str, label: str | None) -> Labelled | None:
+    return label and Labelled(name, text_of(row, premise).strip(), text_of(row, hypothesis).strip(), label, INFERENCE)  # type: ignore[return-value]
 
 
-def snli(row: Row, name: str) -> Pair | None:
+def snli(row: Row, name: str) -> Labelled | None:
     """A row of the hub, or of the original files. A pair on which its annotators did not agree has no label and is left out."""
     label = _label(row, "label", "gold_label")
     return _pair(row, name, *(("premise", "hypothesis") if "premise" in row else ("sentence1", "sentence2")), label)
 
 
-def sick(row: Row, name: str) -> Pair | None:
+def sick(row: Row, name: str) -> Labelled | None:
     return _pair(row, name, "sentence_A", "sentence_B", _label(row, "entailment_judgment", "entailment_label", "label"))
 
 
@@ -64,7 +64,7 @@ MOST_LABELS = 1000
 """More are names of something else, such as the numbers of the rows; each is a row of the head."""
 
 
-def classification(row: Row, name: str) -> Pair:
+def classification(row: Row, name: str) -> Labelled:
     """A text, or two, and the name or whole number of a label; which labels there are is known once all rows are."""
     answer = named(row, column_of(row, *LABEL))
     both = next((pair for pair in TEXTS if all(column in row for column in pair)), None)
@@ -72,7 +72,7 @@ def classification(row: Row, name: str) -> Pair:
         pairs = ", ".join(" and ".join(map(repr, pair)) for pair in TEXTS)
         raise NoColumn(f"expected a text in {', '.join(map(repr, TEXT))}, or two in {pairs}; got {columns(row)}")
     texts = [text_of(row, column).strip() for column in both] if both else [text_of(row, *TEXT).strip()]
-    return Pair(name, texts[0], texts[1] if both else None, answer, ())
+    return Labelled(name, texts[0], texts[1] if both else None, answer, ())
 
 
 @dataclass
@@ -86,15 +86,15 @@ class Form:
     texts: int = 0  # not known before the first row
     _found: set[str] = field(default_factory=set, init=False)
 
-    def take(self, pair: Pair) -> None:
+    def take(self, example: Labelled) -> None:
         """Takes a row to the others. Raises Malformed where it does not belong to them."""
-        texts = len(pair.texts)
+        texts = len(example.texts)
         if self.texts not in (0, texts):
             raise Malformed(f"expected {_counted(self.texts)} as in the rows before, got {_counted(texts)}")
-        if self.labels and pair.answer not in self.labels:
-            raise Malformed(f"expected a label out of {_some(self.labels)}, got {pair.answer!r:.40}")
+        if self.labels and example.answer not in self.labels:
+            raise Malformed(f"expected a label out of {_some(self.labels)}, got {example.answer!r:.40}")
         self.texts = texts
-        self._found.add(pair.answer)
+        self._found.add(example.answer)
 
     def settled(self) -> tuple[str, ...]:
         """Returns the labels, from now on those of the rows so far: numbers by size, others by letter.

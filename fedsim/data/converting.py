@@ -13,7 +13,7 @@ from fedsim.data.rows import WITH_HEADER, Malformed, NoColumn, Row, Unreadable
 from fedsim.data.sets import DataSet, labels
 from fedsim.errors import UserError
 from fedsim.seeding import numpy_generator
-from fedsim.types import AnyExample, Pair
+from fedsim.types import AnyExample, Labelled
 
 HELD_OUT = 0.1
 """Part of a single file's rows that becomes the test set, at most MOST_HELD_OUT rows."""
@@ -140,6 +140,6 @@ def _example(reading: Reading, source: Source, row: Any) -> AnyExample | None:
         example = replace(example, task=named(row, config.task_column, "data.task_column"))
     if example is not None and config.client_column is not None and source.owned:
         example = replace(example, client=named(row, config.client_column, "data.client_column"))
-    if isinstance(example, Pair) and source.each.labels is None:
+    if isinstance(example, Labelled) and source.each.labels is None:
         reading.form.take(example)
     return example

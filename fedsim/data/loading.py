@@ -17,7 +17,7 @@ from fedsim.data.sets import COMMONSENSE, SETS, DataSet
 from fedsim.errors import UserError, nearest
 from fedsim.models import looks_local
 from fedsim.seeding import numpy_generator
-from fedsim.types import AnyExample, Pair
+from fedsim.types import AnyExample, Labelled
 
 EMBEDDED = "embedded"
 EMBEDDED_SIZES = {"train": 5000, "test": 500}
@@ -61,13 +61,13 @@ def load(config: DataConfig, seed: int) -> Dataset:
         test = _tests(reading)
     train = _at_most(train, config.train_examples, seed, "train")
     test = {task: _at_most(examples, config.test_examples, seed, task) for task, examples in test.items()}
-    texts = len(train[0].texts) if isinstance(train[0], Pair) else 0
+    texts = len(train[0].texts) if isinstance(train[0], Labelled) else 0
     tests = {task: _labelled(examples, known) for task, examples in test.items()}
     return Dataset(_labelled(train, known), tests, reading.notes, known, texts)
 
 
 def _labelled(examples: Sequence[AnyExample], known: tuple[str, ...]) -> list[AnyExample]:
-    return [replace(example, labels=known) if isinstance(example, Pair) else example for example in examples]
+    return [replace(example, labels=known) if isinstance(example, Labelled) else example for example in examples]
 
 
 def check(config: DataConfig) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from fedsim.config import TrainingConfig
 from fedsim.core.participation import steps_per_round
 from fedsim.seeding import numpy_generator
+from fedsim.training.labelled import LabelledBatch, collate_labelled
 from fedsim.training.padding import padded_width
-from fedsim.training.pairs import PairBatch, collate_pairs
 from fedsim.training.stack import on_device
-from fedsim.types import AnyEncoded, EncodedExample, EncodedPair
+from fedsim.types import AnyEncoded, EncodedExample, EncodedLabelled
 
 PASS_COST = 1 / 8  # of the most positions of a pass: what it costs besides its own; a tenth to a quarter of 1024 was measured on a CPU
 MEGABATCH_STEPS = 8  # examples are sorted by length within this many steps, so that batches stay random
@@ -142,15 +142,15 @@ class Batch:
         return torch.arange(self.first, self.first + self.labels.shape[1], device=self.input_ids.device)
 
 
-AnyBatch = Batch | PairBatch
+AnyBatch = Batch | LabelledBatch
 """What `fedsim.training.loss.batch_loss` takes."""
 
 
 def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -> AnyBatch:
     """Pads examples of one kind, see `fedsim.training.padding`."""
-    pairs = [example for example in examples if isinstance(example, EncodedPair)]
-    if pairs:
-        return collate_pairs(pairs, pad_id, device)
+    labelled = [example for example in examples if isinstance(example, EncodedLabelled)]
+    if labelled:
+        return collate_labelled(labelled, pad_id, device)
     return _collate_responses([example for example in examples if isinstance(example, EncodedExample)], pad_id, device)
 
 

@@ -20,9 +20,9 @@ from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
 from fedsim.training.budget import TokenBudget, chosen_for_losses
 from fedsim.training.encoding import encode, encode_prompts, end_tokens, has_response, token_ids
+from fedsim.training.labelled import collate_labelled, encode_labelled, label_logits
 from fedsim.training.loss import batch_loss
-from fedsim.training.pairs import collate_pairs, encode_pairs, label_logits
-from fedsim.types import AnyExample, EncodedExample, EncodedPair, Example, Family, Pair
+from fedsim.types import AnyExample, EncodedExample, EncodedLabelled, Example, Family, Labelled
 
 
 @dataclass(frozen=True)
@@ -65,38 +65,38 @@ def evaluate(
     if not examples:
         return TaskResult(0.0, float("nan"), 0)
     budget = budget or TokenBudget.of_evaluation(config, model)
-    pairs = [example for example in examples if isinstance(example, Pair)]
-    if pairs:
-        return _classify(model, tokenizer, pairs, budget, data, on_progress)
+    labelled = [example for example in examples if isinstance(example, Labelled)]
+    if labelled:
+        return _classify(model, tokenizer, labelled, budget, data, on_progress)
     return _answer(model, tokenizer, [example for example in examples if isinstance(example, Example)], config, data, budget, on_progress)
 
 
 def _classify(
     model: nn.Module,
     tokenizer: Any,
-    pairs: Sequence[Pair],
+    labelled: Sequence[Labelled],
     budget: TokenBudget,
     data: DataConfig,
     on_progress: Callable[[int, int], None],
 ) -> TaskResult:
     device = next(model.parameters()).device
-    encoded = encode_pairs(pairs, tokenizer, data.max_length, apart=isinstance(model, BiEncoder))
+    encoded = encode_labelled(labelled, tokenizer, data.max_length, apart=isinstance(model, BiEncoder))
 
     def classified(most: int) -> tuple[float, int]:
         loss, correct, done = 0.0, 0, 0
         for each in pack({0: encoded}, len(encoded), most):
-            rows = [row.example for row in each.rows if isinstance(row.example, EncodedPair)]
-            batch = collate_pairs(rows, tokenizer.pad_token_id, device)
+            rows = [row.example for row in each.rows if isinstance(row.example, EncodedLabelled)]
+            batch = collate_labelled(rows, tokenizer.pad_token_id, device)
             logits = label_logits(model, batch)
             loss += float(functional.cross_entropy(logits.double(), batch.labels, reduction="sum"))
             correct += int((logits.argmax(1) == batch.labels).sum())
             done += len(rows)
-            on_progress(done, len(pairs))
+            on_progress(done, len(labelled))
         return loss, correct
 
     with _inference(model), torch.no_grad():
         loss, correct = budget.within_memory(classified)
-    return TaskResult(correct / len(pairs), loss / len(pairs), len(pairs), len(pairs))
+    return TaskResult(correct / len(labelled), loss / len(labelled), len(labelled), len(labelled))
 
 
 def _answer(

@@ -2,16 +2,16 @@
 
     [kind, number of examples | facts of each example | tokens and segments of each example]
 
-The facts are the lengths of both, and what `EncodedExample` or `EncodedPair` holds besides them.
+The facts are the lengths of both, and what `EncodedExample` or `EncodedLabelled` holds besides them.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from fedsim.types import AnyEncoded, EncodedExample, EncodedPair, Tokens
+from fedsim.types import AnyEncoded, EncodedExample, EncodedLabelled, Tokens
 
-EXAMPLES, PAIRS = 0, 1
+EXAMPLES, LABELLED = 0, 1
 HEAD, FACTS = 2, 4
 
 
@@ -21,12 +21,12 @@ def flattened(examples: Sequence[AnyEncoded]) -> Tokens:
     for example in examples:
         segments, *others = (
             (example.segments, example.split, example.label)
-            if isinstance(example, EncodedPair)
+            if isinstance(example, EncodedLabelled)
             else (np.empty(0, dtype=np.int32), 0, example.loss_start)
         )
         facts.append((example.num_tokens, len(segments), *others))
         parts += [example.input_ids, segments]
-    head = (PAIRS if isinstance(examples[0], EncodedPair) else EXAMPLES, len(examples))
+    head = (LABELLED if isinstance(examples[0], EncodedLabelled) else EXAMPLES, len(examples))
     return np.concatenate([np.array(head, dtype=np.int32), np.array(facts, dtype=np.int32).ravel(), *parts])
 
 
@@ -39,5 +39,5 @@ def unflattened(flat: Tokens) -> list[AnyEncoded]:
     for (num_tokens, num_segments, split, number), end in zip(facts.tolist(), ends.tolist(), strict=True):
         middle = end - num_segments
         ids, segments = flat[middle - num_tokens : middle], flat[middle:end]
-        found.append(EncodedPair(ids, segments, number, split) if kind == PAIRS else EncodedExample(ids, number))
+        found.append(EncodedLabelled(ids, segments, number, split) if kind == LABELLED else EncodedExample(ids, number))
     return found

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedsim.core.adapters import FrozenLinear, bound
 from fedsim.core.head_loss import cross_entropy, head_loss
 from fedsim.training.batches import AnyBatch, Batch
-from fedsim.training.pairs import PairBatch, label_losses
+from fedsim.training.labelled import LabelledBatch, label_losses
 from fedsim.types import Adapter
 
 
@@ -19,7 +19,7 @@ def batch_loss(model: nn.Module, batch: AnyBatch, weights: Tensor | None = None)
     A row's loss is its cross-entropy averaged over its target tokens, 0 where it has none. Where the head is frozen, logits
     are computed only for the tokens before those.
     """
-    if isinstance(batch, PairBatch):
+    if isinstance(batch, LabelledBatch):
         losses = label_losses(model, batch)
         return (losses if weights is None else losses * weights).sum(), losses.detach()
     targets = (batch.labels != -100).sum(1).clamp(min=1)

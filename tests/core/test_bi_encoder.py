@@ -23,15 +23,15 @@ from fedsim.seeding import NoiseKey
 from fedsim.training.batches import collate
 from fedsim.training.cohort import ClientData
 from fedsim.training.evaluation import evaluate
+from fedsim.training.labelled import encode_labelled
 from fedsim.training.loss import batch_loss, group_gradients
-from fedsim.training.pairs import encode_pairs
 from fedsim.training.private import PrivateRule
-from fedsim.types import EncodedPair, Pair
+from fedsim.types import EncodedLabelled, Labelled
 
 KEY = NoiseKey.of_seed(0)
 
 CPU = torch.device("cpu")
-WORDS = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
+WORDS = Labelled("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
 
 
 def logits_by_hand(encoder, head, texts):
@@ -94,17 +94,17 @@ def test_a_private_step_adds_examples_that_are_clipped_over_both_their_texts(pai
 
 def test_each_text_is_a_sequence_of_the_tokenizer_of_half_the_length_at_most(tmp_path):
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
-    (whole,), (cut,) = (encode_pairs([WORDS], tokenizer, length, apart=True) for length in (64, 8))
-    assert whole == EncodedPair((1, 4, 5, 6, 7, 8, 2, 1, 9, 2), (), label=2, split=7)
-    assert cut == EncodedPair((1, 4, 5, 2, 1, 9, 2), (), label=2, split=4)
+    (whole,), (cut,) = (encode_labelled([WORDS], tokenizer, length, apart=True) for length in (64, 8))
+    assert whole == EncodedLabelled((1, 4, 5, 6, 7, 8, 2, 1, 9, 2), (), label=2, split=7)
+    assert cut == EncodedLabelled((1, 4, 5, 2, 1, 9, 2), (), label=2, split=4)
 
 
 def test_evaluation_is_that_of_the_encoder_used_by_hand(tmp_path):
     model, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu", pairs=Reading.apart), LABELS)
     assert isinstance(model, BiEncoder)
-    examples = [Pair("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
+    examples = [Labelled("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
     with torch.no_grad():
-        expected = torch.stack([loss_by_hand(model, pair) for pair in encode_pairs(examples, tokenizer, 64, apart=True)])
+        expected = torch.stack([loss_by_hand(model, pair) for pair in encode_labelled(examples, tokenizer, 64, apart=True)])
     for tokens in (15, 10_000):
         found = evaluate(model, tokenizer, examples, EvaluationConfig(tokens_per_pass=tokens), DataConfig())
         assert found.loss == pytest.approx(float(expected.mean()), rel=1e-5)

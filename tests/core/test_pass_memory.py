@@ -13,7 +13,7 @@ from fedsim.core.memory import kept_bytes, pass_bytes, shape_of
 from fedsim.models import head_paths
 from fedsim.training.batches import collate
 from fedsim.training.loss import group_gradients
-from fedsim.types import EncodedExample, EncodedPair
+from fedsim.types import EncodedExample, EncodedLabelled
 
 ROWS, LENGTH = 8, 32
 TRAINED = [(LORA_SB, ("R",)), (LORA, ("B", "A")), (LORA, ("B",)), (DENSE, ("D",)), (RAVAN, ("H", "s"))]
@@ -27,7 +27,7 @@ def texts():
 def pairs(*, apart):
     """As many tokens: where texts are read apart, half as many pairs of two texts of the same length."""
     ids = np.arange(LENGTH * (2 if apart else 1), dtype=np.int32) % VOCABULARY
-    return [EncodedPair(ids, (), row % len(LABELS), LENGTH if apart else 0) for row in range(ROWS // (2 if apart else 1))]
+    return [EncodedLabelled(ids, (), row % len(LABELS), LENGTH if apart else 0) for row in range(ROWS // (2 if apart else 1))]
 
 
 def kept_by_autograd(model, kinds, examples, *, groups=2, per_example=False):

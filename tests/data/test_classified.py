@@ -16,7 +16,7 @@ from fedsim.data.classified import LABEL, TEXT, TEXTS
 from fedsim.data.rows import Malformed
 from fedsim.data.sets import SETS
 from fedsim.errors import UserError
-from fedsim.types import Pair
+from fedsim.types import Labelled
 
 example = SETS["classification"].example
 
@@ -107,7 +107,7 @@ def test_files_of_every_form_hold_the_same(tmp_path, ending):
     write(tmp_path / f"test.{ending}", told[:5])
     data = load(own(tmp_path), 0)
     assert (data.labels, data.texts, data.skipped) == (("9", "10", "11"), 1, [])  # by size: as text, 9 is the last
-    assert data.train == [Pair("classification", row["text"], None, str(row["label"]), data.labels) for row in told]
+    assert data.train == [Labelled("classification", row["text"], None, str(row["label"]), data.labels) for row in told]
     assert data.test["classification"] == data.train[:5]
 
 

@@ -10,7 +10,7 @@ from fedsim.core.participation import steps_per_round
 from fedsim.training import batches
 from fedsim.training.batches import collate, local_batches, pack
 from fedsim.training.padding import padded_width
-from fedsim.types import EncodedExample, EncodedPair
+from fedsim.types import EncodedExample, EncodedLabelled
 
 
 def example(length: int, start: int = 2) -> EncodedExample:
@@ -103,7 +103,7 @@ def test_no_other_cut_within_the_budget_has_fewer_positions(units, budget):
 @given(texts=st.lists(st.tuples(st.integers(1, 110), st.integers(1, 30)), min_size=1, max_size=20), budget=st.integers(300, 1200))
 @settings(max_examples=60)
 def test_texts_that_are_read_apart_are_within_the_budget_as_the_rows_that_they_are(texts, budget):
-    pairs = [EncodedPair(tuple(range(first + second)), (), 0, first) for first, second in texts]
+    pairs = [EncodedLabelled(tuple(range(first + second)), (), 0, first) for first, second in texts]
     for each in pack({0: pairs}, 1, budget):
         longest = max(max(row.example.split, row.example.num_tokens - row.example.split) for row in each.rows)
         assert 2 * len(each.rows) * longest <= budget

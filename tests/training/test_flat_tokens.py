@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedsim.training.flat_tokens import flattened, unflattened
-from fedsim.types import EncodedExample, EncodedPair
+from fedsim.types import EncodedExample, EncodedLabelled
 
 
 @pytest.mark.parametrize("options", [None, {"segments": True}, {"segments": False}, {"apart": True}])
@@ -26,8 +26,8 @@ def test_encoded_examples_are_equal_by_their_content_and_cannot_be_written():
     ids = np.arange(3, 9, dtype=np.int32)
     example = EncodedExample(ids, 2)
     assert example == EncodedExample((3, 4, 5, 6, 7, 8), 2)
-    assert example not in (EncodedExample(ids, 3), EncodedExample(ids[:-1], 2), EncodedPair(ids, (), 2))
-    assert EncodedPair(ids, (0, 1), 0) != EncodedPair(ids, (1, 0), 0)
+    assert example not in (EncodedExample(ids, 3), EncodedExample(ids[:-1], 2), EncodedLabelled(ids, (), 2))
+    assert EncodedLabelled(ids, (0, 1), 0) != EncodedLabelled(ids, (1, 0), 0)
     with pytest.raises(ValueError, match="read-only"):
         example.input_ids[0] = 1
     ids[0] = 4  # the caller's own array stays writable

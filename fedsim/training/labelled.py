@@ -16,32 +16,32 @@ from torch.nn import functional
 from fedsim.training.encoding import token_ids, tokenized
 from fedsim.training.padding import padded_width
 from fedsim.training.stack import on_device
-from fedsim.types import EncodedPair, Pair, Tokens
+from fedsim.types import EncodedLabelled, Labelled, Tokens
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: Any, max_length: int, *, apart: bool = False) -> list[EncodedPair]:
+def encode_labelled(examples: Sequence[Labelled], tokenizer: Any, max_length: int, *, apart: bool = False) -> list[EncodedLabelled]:
     """Returns the text of each, or both, in the form of the tokenizer, cut to `max_length` or to the tokenizer's own limit.
 
-    Of two texts the longer one is cut. All pairs have as many texts. Where they are read `apart`, each is a sequence of its own, of at
+    Of two texts the longer one is cut. All have as many texts. Where they are read `apart`, each is a sequence of its own, of at
     most its part of `max_length`.
     """
-    if not pairs:
+    if not examples:
         return []
-    texts = list(zip(*(pair.texts for pair in pairs), strict=True))
+    texts = list(zip(*(each.texts for each in examples), strict=True))
     limit = min(max_length // len(texts) if apart else max_length, tokenizer.model_max_length)
-    labels = [pair.labels.index(pair.answer) for pair in pairs]
+    labels = [each.labels.index(each.answer) for each in examples]
     if apart:
         sequences = zip(*(token_ids(tokenizer, column, truncation=True, max_length=limit) for column in texts), strict=True)
         return [
-            EncodedPair(_array([*first, *chain(*second)]), _array([]), label, split=len(first) if second else 0)
+            EncodedLabelled(_array([*first, *chain(*second)]), _array([]), label, split=len(first) if second else 0)
             for (first, *second), label in zip(sequences, labels, strict=True)
         ]
     rows = (row for found in tokenized(tokenizer, *texts, truncation="longest_first", max_length=limit) for row in _rows(found))
-    return [EncodedPair(_array(ids), _array(segments), label) for (ids, segments), label in zip(rows, labels, strict=True)]
+    return [EncodedLabelled(_array(ids), _array(segments), label) for (ids, segments), label in zip(rows, labels, strict=True)]
 
 
 def _rows(found: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Returns tokens and segments of each pair of a call of the tokenizer; no segments where the model is not told them."""
+    """Returns tokens and segments of each row of a call of the tokenizer; no segments where the model is not told them."""
     ids = found["input_ids"]
     return zip(ids, found.get("token_type_ids", [[]] * len(ids)), strict=True)
 
@@ -51,7 +51,7 @@ def _array(ids: list[int]) -> Tokens:
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class LabelledBatch:
     """Padded tensors of a pass. Padding is on the right and masked: an encoder looks both ways."""
 
     input_ids: Tensor  # [rows, tokens], or [rows, 2, tokens] where the texts are read apart
@@ -61,22 +61,22 @@ class PairBatch:
     num_tokens: int  # tokens without padding
 
 
-def collate_pairs(pairs: Sequence[EncodedPair], pad_id: int, device: torch.device) -> PairBatch:
+def collate_labelled(examples: Sequence[EncodedLabelled], pad_id: int, device: torch.device) -> LabelledBatch:
     """Pads sequences, see `fedsim.training.padding`."""
-    ids, mask = _padded([text for pair in pairs for text in _sequences(pair)], pad_id)
-    if pairs[0].split:
-        ids, mask = (array.reshape(len(pairs), -1, array.shape[1]) for array in (ids, mask))
-    return PairBatch(
+    ids, mask = _padded([text for each in examples for text in _sequences(each)], pad_id)
+    if examples[0].split:
+        ids, mask = (array.reshape(len(examples), -1, array.shape[1]) for array in (ids, mask))
+    return LabelledBatch(
         on_device(torch.from_numpy(ids), device),
         on_device(torch.from_numpy(mask), device),
-        on_device(torch.from_numpy(_padded([pair.segments for pair in pairs], 0)[0]), device) if len(pairs[0].segments) else None,
-        on_device(torch.tensor([pair.label for pair in pairs]), device),
-        sum(pair.num_tokens for pair in pairs),
+        on_device(torch.from_numpy(_padded([each.segments for each in examples], 0)[0]), device) if len(examples[0].segments) else None,
+        on_device(torch.tensor([each.label for each in examples]), device),
+        sum(each.num_tokens for each in examples),
     )
 
 
-def _sequences(pair: EncodedPair) -> list[Tokens]:
-    return [pair.input_ids[: pair.split], pair.input_ids[pair.split :]] if pair.split else [pair.input_ids]
+def _sequences(example: EncodedLabelled) -> list[Tokens]:
+    return [example.input_ids[: example.split], example.input_ids[example.split :]] if example.split else [example.input_ids]
 
 
 def _padded(rows: Sequence[Tokens], value: int) -> tuple[Any, Any]:
@@ -88,13 +88,13 @@ def _padded(rows: Sequence[Tokens], value: int) -> tuple[Any, Any]:
     return filled, there
 
 
-def label_logits(model: nn.Module, batch: PairBatch) -> Tensor:
+def label_logits(model: nn.Module, batch: LabelledBatch) -> Tensor:
     """Returns the logits of the labels, [rows, labels] float32."""
     told = {} if batch.segments is None else {"token_type_ids": batch.segments}
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.mask, **told).logits
     return logits.float()
 
 
-def label_losses(model: nn.Module, batch: PairBatch) -> Tensor:
+def label_losses(model: nn.Module, batch: LabelledBatch) -> Tensor:
     """Returns the cross-entropy of each row's label: [rows], float32."""
     return functional.cross_entropy(label_logits(model, batch), batch.labels, reduction="none")

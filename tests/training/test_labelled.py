@@ -19,10 +19,10 @@ from fedsim.training.batches import collate
 from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, private_batches
 from fedsim.training.evaluation import evaluate
+from fedsim.training.labelled import encode_labelled
 from fedsim.training.loss import batch_loss, group_gradients
-from fedsim.training.pairs import encode_pairs
 from fedsim.training.private import PrivateRule, sampling_rate
-from fedsim.types import EncodedPair, Pair
+from fedsim.types import EncodedLabelled, Labelled
 
 KEY = NoiseKey.of_seed(0)
 
@@ -186,10 +186,10 @@ def test_checkpointing_changes_nothing_and_a_bfloat16_base_trains_a_float32_head
 
 def test_both_texts_are_encoded_as_the_tokenizer_means_them_and_the_longer_one_is_cut(tmp_path):
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
-    pair = Pair("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
-    (whole,), (cut,) = (encode_pairs([pair], tokenizer, length) for length in (64, 6))
-    assert whole == EncodedPair((1, 4, 5, 6, 7, 8, 2, 9, 2), (0,) * 7 + (1,) * 2, label=2)
-    assert cut == EncodedPair((1, 4, 5, 2, 9, 2), (0,) * 4 + (1,) * 2, label=2)
+    pair = Labelled("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
+    (whole,), (cut,) = (encode_labelled([pair], tokenizer, length) for length in (64, 6))
+    assert whole == EncodedLabelled((1, 4, 5, 6, 7, 8, 2, 9, 2), (0,) * 7 + (1,) * 2, label=2)
+    assert cut == EncodedLabelled((1, 4, 5, 2, 9, 2), (0,) * 4 + (1,) * 2, label=2)
 
 
 def one_pair_at_a_time(pair, tokenizer, max_length, apart):
@@ -197,9 +197,9 @@ def one_pair_at_a_time(pair, tokenizer, max_length, apart):
     label, limit = LABELS.index(pair.answer), min(max_length // 2 if apart else max_length, tokenizer.model_max_length)
     if apart:
         first, second = (tokenizer(text, truncation=True, max_length=limit)["input_ids"] for text in (pair.premise, pair.hypothesis))
-        return EncodedPair(first + second, (), label, len(first))
+        return EncodedLabelled(first + second, (), label, len(first))
     found = tokenizer(pair.premise, pair.hypothesis, truncation="longest_first", max_length=limit)
-    return EncodedPair(found["input_ids"], found.get("token_type_ids", ()), label)
+    return EncodedLabelled(found["input_ids"], found.get("token_type_ids", ()), label)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -213,15 +213,15 @@ def test_pairs_in_company_have_the_tokens_of_one_pair_at_a_time(tmp_path, apart,
     rng = random.Random(0)
     make = lambda: " ".join(f"w{rng.randrange(50)}" for _ in range(rng.randrange(1, 15)))  # noqa: E731
     for count in (0, 1, 130):
-        chosen = [Pair("sick", make(), make(), rng.choice(LABELS), LABELS) for _ in range(count)]
-        found = encode_pairs(chosen, tokenizer, max_length, apart=apart)
+        chosen = [Labelled("sick", make(), make(), rng.choice(LABELS), LABELS) for _ in range(count)]
+        found = encode_labelled(chosen, tokenizer, max_length, apart=apart)
         assert found == [one_pair_at_a_time(pair, tokenizer, max_length, apart) for pair in chosen]
         assert all(len(pair.segments) == pair.num_tokens * (segments and not apart) for pair in found)
 
 
 def test_accuracy_is_that_of_the_most_likely_label(tmp_path):
     model, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
-    examples = [Pair("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
+    examples = [Labelled("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
     correct, losses = 0, []
     with torch.no_grad():
         for example in examples:
