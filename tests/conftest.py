@@ -19,6 +19,7 @@ from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.forms import HEAD, LORA_SB
 from fedsim.core.initialization import from_seed, new_head
 from fedsim.core.payload import Layout
+from fedsim.errors import UserError
 from fedsim.models import head_paths, prepare
 from fedsim.training.cohort import ClientData, LocalResult, train_cohort
 from fedsim.training.private import PrivateRule
@@ -166,3 +167,12 @@ def write_sick(path: Path, count: int = 40) -> str:
         lines.append(f"{i}\t{first}\t{second}\t3.0\t{label}")
     path.write_text("\n".join(lines) + "\n")
     return str(path)
+
+
+def refusal(call, *arguments):
+    """What a UserError of the call says; None where it raises none."""
+    try:
+        call(*arguments)
+    except UserError as error:
+        return str(error)
+    return None

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, save_classifier, tiny_model, write_sick
+from conftest import ARCHITECTURES, refusal, save_classifier, tiny_model, write_sick
 from tokenizers.normalizers import Lowercase
 
 from fedsim import session as sessions
@@ -114,14 +114,14 @@ def test_what_the_loaded_model_takes_is_never_refused_and_what_it_does_not_take_
     names = [[], ["q_proj"], ["c_attn"], ["query", "dense"]]
     for rank, modules in [(rank, modules) for rank in (16, 32, 33, 48, 49) for modules in names]:
         config = compose([f"model.path={tmp_path}", f"adapter.rank={rank}", f"adapter.target_modules=[{','.join(modules)}]"])
-        assert _refusal(check, config) == _refusal(adapt, tiny_model(architecture), LORA_SB, rank, 1, 1.0, modules)
+        assert refusal(check, config) == refusal(adapt, tiny_model(architecture), LORA_SB, rank, 1, 1.0, modules)
 
 
 def test_a_classifier_is_looked_at_with_its_head(tmp_path):
     options = ["data=sick", f"data.path={write_sick(tmp_path / 'SICK.txt')}", f"model.path={save_classifier(tmp_path / 'model')}"]
     for words in (["adapter.rank=32"], ["adapter.rank=33"], ["adapter.target_modules=[classifier]"], ["model.pairs=apart"]):
         config = compose([*FEW, *options, *words])
-        assert _refusal(check, config) == _refusal(open_session, config)
+        assert refusal(check, config) == refusal(open_session, config)
 
 
 def test_of_a_model_of_the_hub_only_what_lies_in_its_cache_is_believed(tmp_path, monkeypatch):
@@ -149,11 +149,3 @@ def test_a_configuration_of_no_known_kind_is_for_the_loader_to_judge(tmp_path):
 def test_what_the_embedded_model_is_said_to_be_does_not_count():
     config = compose(["adapter.rank=192"])
     check(replace(config, model=replace(ModelConfig(), architecture={"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2})))
-
-
-def _refusal(call, *arguments):
-    try:
-        call(*arguments)
-    except UserError as error:
-        return str(error)
-    return None

@@ -1,19 +1,12 @@
 """Loading that holds `fedsim.data.check` to what it says, for every configuration that the tests load."""
 
+from conftest import refusal
+
 from fedsim import data
-from fedsim.errors import UserError
 
 
 def load(config, seed):
     """Loads; what `check` refuses is refused by loading, in the same words."""
-    early = _refusal(data.check, config)
-    assert early is None or early == _refusal(data.load, config, seed)
+    early = refusal(data.check, config)
+    assert early is None or early == refusal(data.load, config, seed)
     return data.load(config, seed)
-
-
-def _refusal(call, *arguments):
-    try:
-        call(*arguments)
-    except UserError as error:
-        return str(error)
-    return None
