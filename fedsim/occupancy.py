@@ -26,9 +26,10 @@ EVENTS = "events.jsonl"
 JOURNAL = "journal.jsonl"
 CHECKPOINTS = "checkpoints"
 NOISE_KEY = "noise.key"
+TRANSFERS = "communication.csv"
 CONTENTS = (
     *(LOCK, CONFIG, MANIFEST, EVENTS, JOURNAL, CHECKPOINTS, SUMMARY, NOISE_KEY),
-    *("adapter", "audit.json", "communication.csv", "holdings.txt"),
+    *("adapter", "audit.json", TRANSFERS, "holdings.txt"),
     *PICTURES,
 )
 """All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""

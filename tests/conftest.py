@@ -176,3 +176,16 @@ def refusal(call, *arguments):
     except UserError as error:
         return str(error)
     return None
+
+
+class WithLinearR(nn.Module):
+    """An adapted layer as Opacus wants it: R is the weight of a Linear."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base, self.B, self.A = layer.base, layer.B, layer.A
+        self.R = nn.Linear(layer.R.shape[1], layer.R.shape[0], bias=False)
+        self.R.weight.data = layer.R.clone()
+
+    def forward(self, x):
+        return self.base(x) + self.R(x @ self.A.T) @ self.B.T

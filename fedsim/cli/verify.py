@@ -17,11 +17,10 @@ from fedsim.errors import UserError
 from fedsim.events import read_events
 from fedsim.files import SUMMARY
 from fedsim.journal import Head, Verdict, lines_after, verified
-from fedsim.occupancy import CHECKPOINTS, EVENTS, JOURNAL
+from fedsim.occupancy import CHECKPOINTS, EVENTS, JOURNAL, TRANSFERS
 from fedsim.plain import flat, written
 from fedsim.report import transfers_csv
 
-TRANSFERS = "communication.csv"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error, RecursionError)
 """What a file may lead to that was changed, cut off or removed."""
 

@@ -11,6 +11,7 @@ from fedsim.export import peft_files
 from fedsim.flower.state import State
 from fedsim.local_round import PERSONAL
 from fedsim.models import source
+from fedsim.occupancy import TRANSFERS
 from fedsim.pictures import curves_png, diagnosis_png, network_png, partition_png, privacy_png
 from fedsim.report import holdings_table, transfers_csv
 from fedsim.run_folder import RunFolder
@@ -30,7 +31,7 @@ def finish(session: Session, given: Config, state: State, memories: dict[str, Te
     summary = _summary(session, given, state, folder) | {"adapter": adapters[0] if adapters else None}
     folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
     summary["journal"] = folder.record("finished", summary=summary).to_json()
-    folder.write_bytes("communication.csv", transfers_csv(state.ledger.rows()))
+    folder.write_bytes(TRANSFERS, transfers_csv(state.ledger.rows()))
     folder.write_bytes("holdings.txt", f"{holdings_table(session.holdings, max_clients=None)}\n".encode())
     folder.write_bytes("partition.png", partition_png(session.holdings))
     events = list(folder.events())

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import CLASSIFIERS, KINDS, LABELS, adapted_classifier, save_classifier, tiny_classifier, train_pairs
+from conftest import CLASSIFIERS, KINDS, LABELS, WithLinearR, adapted_classifier, save_classifier, tiny_classifier, train_pairs
 from torch import nn
 
 from fedsim.choices import Optimizer, Schedule
@@ -93,19 +93,6 @@ def test_an_adapted_model_with_its_head_equals_the_plain_one_with_the_same_weigh
         torch.testing.assert_close(
             batch_loss(model, collate(rows, 0, CPU))[1], batch_loss(bare, collate(rows, 0, CPU))[1], rtol=1e-5, atol=1e-6
         )
-
-
-class WithLinearR(nn.Module):
-    """An adapted layer as Opacus wants it: R is the weight of a Linear."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.base, self.B, self.A = layer.base, layer.B, layer.A
-        self.R = nn.Linear(layer.R.shape[1], layer.R.shape[0], bias=False)
-        self.R.weight.data = layer.R.clone()
-
-    def forward(self, x):
-        return self.base(x) + self.R(x @ self.A.T) @ self.B.T
 
 
 class LinearHead(nn.Module):

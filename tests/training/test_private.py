@@ -5,8 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import adapted_classifier, adapted_model, tiny_classifier, tiny_model
-from torch import nn
+from conftest import WithLinearR, adapted_classifier, adapted_model, tiny_classifier, tiny_model
 
 from fedsim.choices import Optimizer, Schedule
 from fedsim.config import TrainingConfig
@@ -41,19 +40,6 @@ def train(model, cohort, noise=NOISE, clip=CLIP, **options):
     layout = Layout.of(current)
     rule = PrivateRule(clip, tuple(noise[: len(cohort)]), KEY)
     return train_cohort(model, layout.pack(current), layout, cohort, training(**options), pad_id=0, seed=0, round=1, rounds=1, private=rule)
-
-
-class WithLinearR(nn.Module):
-    """An adapted layer as Opacus wants it: R is the weight of a Linear."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.base, self.B, self.A = layer.base, layer.B, layer.A
-        self.R = nn.Linear(layer.R.shape[1], layer.R.shape[0], bias=False)
-        self.R.weight.data = layer.R.clone()
-
-    def forward(self, x):
-        return self.base(x) + self.R(x @ self.A.T) @ self.B.T
 
 
 def opacus_alone(architecture, data, noise, options):
