@@ -21,9 +21,10 @@ from fedsim.core import gemm
 from fedsim.core.adapters import adapt, install
 from fedsim.core.adapters import factors as installed
 from fedsim.core.collecting import WeightedMean
+from fedsim.core.decomposition import svd_flops, truncated_svd
 from fedsim.core.estimate import Calibration, chain_parameters, forward_flops, training_flops
 from fedsim.core.forms import AdapterSpec
-from fedsim.core.initialization import from_seed, lora, truncated_svd
+from fedsim.core.initialization import from_seed, lora
 from fedsim.core.memory import ModelShape
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size
@@ -263,4 +264,4 @@ def _svd_rate(spec: AdapterSpec) -> float:
     rows, columns = (min(side, 512) for side in max(spec.layers.values()))
     matrix = torch.randn(rows, columns)
     seconds = _fastest(lambda: truncated_svd(matrix, min(spec.rank, rows, columns), 0, "calibration"), 1)
-    return 14.0 * rows * columns * min(rows, columns) / seconds
+    return svd_flops(rows, columns, spec.rank) / seconds

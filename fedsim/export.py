@@ -15,6 +15,7 @@ from torch import nn
 
 from fedsim.core.adapters import AdaptedLinear, adapted_layers, is_transposed
 from fedsim.core.bi_encoder import BiEncoder
+from fedsim.core.decomposition import exact_svd
 from fedsim.core.heads import HeadLinear, head_layers
 
 
@@ -76,6 +77,6 @@ def _pair(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     change = layer.update().double()
     if layer.folded is not None:
         change = change + layer.folded.to(change.device)
-    u, s, vt = torch.linalg.svd(change, full_matrices=False)
+    u, s, vt = exact_svd(change, min(change.shape))
     kept = max(1, int((s > s[0] * torch.finfo(torch.float32).eps).sum()))
     return (u[:, :kept] * s[:kept]).float(), vt[:kept].float()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsim.choices import Residual
 from fedsim.config import MethodConfig
+from fedsim.core.decomposition import truncated_svd
 from fedsim.core.forms import AdapterSpec
 from fedsim.types import Adapter
 
@@ -101,9 +102,8 @@ class Collected:
             if self.options.residual_rank is None:
                 result[f"{layer}.W"] = dense
             else:
-                u, s, vt = torch.linalg.svd(dense.double(), full_matrices=False)
-                kept = min(self.options.residual_rank, len(s))
-                result[f"{layer}.U"], result[f"{layer}.V"] = (u[:, :kept] * s[:kept]).float(), vt[:kept].float().contiguous()
+                left, values, result[f"{layer}.V"] = truncated_svd(dense, self.options.residual_rank, self.seed, layer)
+                result[f"{layer}.U"] = left * values
         return result
 
 

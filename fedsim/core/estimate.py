@@ -12,6 +12,7 @@ from torch import empty
 from fedsim.choices import Init, Optimizer, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.cost import Forecast
+from fedsim.core.decomposition import svd_flops
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.gradient_parts import parts_of
 from fedsim.core.initialization import DERIVED
@@ -200,9 +201,7 @@ class _Plan:
         return parts_of(self._config, self._spec).layout.num_parameters
 
     def _svd_flops(self) -> float:
-        """Of a full decomposition, about 14 m n min(m, n), or of a subspace iteration where that is less."""
-        width = self._spec.rank + 32
-        return sum(min(14.0 * m * n * min(m, n), 60.0 * m * n * width) for m, n in self._spec.layers.values())
+        return sum(svd_flops(m, n, self._spec.rank) for m, n in self._spec.layers.values())
 
     def transfers(self) -> Phase:
         """What packing, checking, counting and averaging take in one process; a network is not in it."""

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from fedsim.choices import Init
+from fedsim.core.decomposition import CPU, truncated_svd
 from fedsim.core.forms import HEAD, AdapterSpec
 from fedsim.seeding import torch_generator
 from fedsim.types import Adapter
 
-EXACT_SVD_LIMIT = 2048  # above this smaller side a seeded subspace iteration takes the place of the full SVD
-TOLERANCE = 1e-5  # largest entry of |B^T B - I| and |A A^T - I| in float32
 NEAR_ZERO = 1e-5  # standard deviation of R on bases from the weights, as LoRA-XS has it
-CPU = torch.device("cpu")
 HEAD_DEVIATION = 0.02  # standard deviation of a new classification head's weights, as BERT has it
 
 
@@ -104,39 +102,3 @@ DERIVED: dict[Init, Callable[[AdapterSpec, Adapter, int], Adapter]] = {
     Init.zero: zero,
 }
 """Initialisations from base weights and seed alone: every party derives the same, and nothing is sent."""
-
-
-def truncated_svd(matrix: Tensor, rank: int, seed: int, name: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns U [m, rank], S [rank], V^T [rank, n] on the CPU in float32, with orthonormal U and V to `TOLERANCE`.
-
-    Deterministic: computed in float64, signs fixed so that the largest entry of each column of U is positive. Where the smaller side
-    exceeds `EXACT_SVD_LIMIT` the subspace is found by iteration from a start that depends on `seed` and `name` only, on
-    `device`, whose last digits are its own. All else is computed on the CPU.
-    """
-    if min(matrix.shape) <= EXACT_SVD_LIMIT:
-        u, s, vt = torch.linalg.svd(matrix.detach().to("cpu", torch.float64), full_matrices=False)
-    else:
-        u, s, vt = _subspace_svd(matrix.detach().to(device).double(), rank, seed, name)
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    signs = torch.gather(u, 0, u.abs().argmax(0, keepdim=True)).sign()
-    left, right = (u * signs).float().contiguous(), (vt * signs.T).float().contiguous()
-    check_orthonormal(name, left, right)
-    return left, s.float(), right
-
-
-def _subspace_svd(matrix: Tensor, rank: int, seed: int, name: str, iterations: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    width = min(rank + 32, *matrix.shape)
-    start = torch.randn(matrix.shape[1], width, generator=torch_generator(seed, "svd", name), dtype=torch.float64)
-    basis = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
-    for _ in range(iterations):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    u, s, vt = torch.linalg.svd((basis.T @ matrix).cpu(), full_matrices=False)
-    return basis.cpu() @ u, s, vt
-
-
-def check_orthonormal(name: str, left: Tensor, right: Tensor) -> None:
-    """Raises ValueError unless B^T B and A A^T are the identity to `TOLERANCE`."""
-    identity = torch.eye(left.shape[1], dtype=torch.float64)
-    worst = max((left.double().T @ left.double() - identity).abs().max(), (right.double() @ right.double().T - identity).abs().max())
-    if not worst <= TOLERANCE:
-        raise ValueError(f"Expected orthonormal bases for {name!r}, got a deviation of {worst:.1e} (at most {TOLERANCE:.0e}).")

@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_model
 
-from fedsim.core import initialization
 from fedsim.core.adapters import adapt, base_weights
+from fedsim.core.decomposition import TOLERANCE
 from fedsim.core.forms import LORA, LORA_SB, RAVAN
-from fedsim.core.initialization import TOLERANCE, check_orthonormal, from_gradients, from_seed, from_weights, lora, truncated_svd
+from fedsim.core.initialization import from_gradients, from_seed, from_weights, lora
 from fedsim.core.payload import digest
 
 
@@ -67,28 +67,6 @@ def test_seeded_bases_repeat_with_the_seed_and_differ_between_seeds_and_layers()
     assert not any(tensor.any() for name, tensor in first.items() if name.endswith(".R"))
     queries = [tensor for name, tensor in first.items() if name.endswith("q_proj.B")]
     assert not torch.equal(queries[0], queries[1])
-
-
-def test_the_iterative_svd_of_a_large_matrix_agrees_with_the_full_one(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(60, 8, generator=generator) @ torch.randn(8, 50, generator=generator) + 0.01 * torch.randn(
-        60, 50, generator=generator
-    )
-    exact = truncated_svd(matrix, 4, 0, "x")
-    monkeypatch.setattr(initialization, "EXACT_SVD_LIMIT", 10)
-    torch.testing.assert_close(truncated_svd(matrix, 4, 0, "x"), exact, rtol=1e-4, atol=1e-4)
-
-
-def test_bases_that_are_not_orthonormal_are_refused():
-    with pytest.raises(ValueError, match="orthonormal bases for 'layer'"):
-        check_orthonormal("layer", torch.eye(4) * 1.001, torch.eye(4))
-
-
-def test_a_decomposition_that_is_not_orthonormal_is_never_handed_out(monkeypatch):
-    monkeypatch.setattr(initialization, "EXACT_SVD_LIMIT", 0)
-    monkeypatch.setattr(initialization, "_subspace_svd", lambda *_: (torch.eye(4) * 1.001, torch.ones(4), torch.eye(4)))
-    with pytest.raises(ValueError, match="orthonormal bases for 'layer'"):
-        truncated_svd(torch.eye(4), 2, 0, "layer")
 
 
 def test_heads_start_at_zero_between_mutually_orthogonal_bases():

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fedsim.choices import Init
 from fedsim.core.collecting import Collected
+from fedsim.core.decomposition import truncated_svd
 from fedsim.core.forms import LORA
-from fedsim.core.initialization import truncated_svd
 from fedsim.core.methods.method import Method, Outcome
 from fedsim.seeding import torch_generator
 from fedsim.types import Adapter
