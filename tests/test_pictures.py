@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 
 from fedsim.pictures import (
-    Finished,
-    comparison,
-    comparison_png,
     curves,
     curves_png,
     diagnosis,
@@ -163,44 +160,3 @@ def test_the_diagnosis_draws_a_line_per_layer_and_says_where_the_average_is_exac
     texts = [diagnosis([fact | more for fact in facts]).axes[0].texts[0].get_text() for more in ({"deviation": {}}, {})]
     assert texts == ["nothing: the average is exact", "not measured"]
     assert png_size(diagnosis_png([])) == (1320, 432)
-
-
-def job(label, num_bytes, **accuracies):
-    events = [{"kind": "round", "round": r, "train_loss": 1 / r} for r in (1, 2)]
-    communication = {"uplink_bytes": num_bytes // 2, "downlink_bytes": num_bytes // 4, "setup_bytes": num_bytes // 4}
-    evaluation = {task: {"base": {"accuracy": 0.0}, "final": {"accuracy": value}} for task, value in accuracies.items()}
-    return Finished(label, events, {"evaluation": evaluation, "communication": communication})
-
-
-def test_a_sweep_is_drawn_as_loss_by_round_and_accuracy_over_bytes():
-    training, sums, words = comparison([job("one", 2_000_000, sums=0.5, words=0.25), job("pooled", 0, sums=0.75, words=None)]).axes
-    assert lines_of(training) == {"one": [(1, 1.0), (2, 0.5)], "pooled": [(1, 1.0), (2, 0.5)]}
-    assert lines_of(sums)["one"] == [(2.0, 50.0)]
-    assert set(sums.lines[1].get_ydata()) == {75.0}, "who sends nothing is a line across"
-    assert lines_of(words) == {"one": [(2.0, 25.0)], "pooled": []}
-    assert "(MB)" in sums.get_xlabel()
-    assert [text.get_text() for text in words.get_legend().get_texts()] == ["one", "pooled"]
-
-
-def test_a_sweep_over_many_tasks_is_drawn_by_their_mean():
-    _, mean = comparison([job("one", 2000, a=0.0, b=0.2, c=0.4, d=0.6)]).axes
-    assert lines_of(mean) == {"one": [(2.0, 30.0)]}
-    assert "mean of 4 tasks" in mean.get_title()
-
-
-@pytest.mark.parametrize("jobs", [[job("a", 0, sums=None)], [job("a", 16, sums=0.1), job("b", 10**9, words=0.2)], [job("a", 8)]])
-def test_a_sweep_is_drawn_whatever_its_jobs_have_in_common(jobs):
-    width, height = png_size(comparison_png(jobs))
-    assert width > height
-
-
-@pytest.mark.parametrize(("count", "named"), [(2, True), (60, True), (61, False)])
-def test_the_names_of_many_jobs_take_room_of_their_own_and_of_too_many_none_is_told(count, named):
-    figure = comparison([job(f"federation.clients=5 training.learning_rate=0.001 seed={i}", 2000, sums=0.5) for i in range(count)])
-    figure.draw_without_rendering()  # a warning that there is no room would be an error
-    training, sums = figure.axes
-    assert min(training.get_position().width, sums.get_position().width) * figure.get_figwidth() > 3.0
-    assert (sums.get_legend() is not None) == named
-    if named:
-        assert sums.get_legend().get_window_extent().x1 <= figure.bbox.width
-        assert sums.get_legend().get_window_extent().y0 >= 0

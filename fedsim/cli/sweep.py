@@ -55,6 +55,12 @@ class Job:
     error: str | None = None
     summary: dict[str, Any] | None = None
 
+    @property
+    def label(self) -> str:
+        """What the picture calls the job. Those that differ in their seed alone have one name, unless there is nothing else to name."""
+        words = [word for word in self.varied if not word.startswith("seed=")] or self.varied
+        return words[0].partition("=")[2] if len(words) == 1 else " ".join(words)
+
 
 def is_sweep(overrides: list[str]) -> bool:
     """Returns whether the chosen preset asks for a sweep of its own (`hydra.mode: MULTIRUN`)."""
@@ -272,15 +278,11 @@ def _draw(folder: Path, jobs: list[Job]) -> None:
     finished = [job for job in jobs if job.summary is not None]
     if len(finished) < 2:
         return
+    from fedsim.comparison import Finished, comparison_png
     from fedsim.occupancy import EVENTS
-    from fedsim.pictures import Finished, comparison_png
 
-    alone = len(finished[0].varied) == 1
     try:
-        shown = []
-        for job in finished:
-            label = job.varied[0].partition("=")[2] if alone else " ".join(job.varied)
-            shown.append(Finished(label, list(read_events(job.folder / EVENTS)), job.summary or {}))
+        shown = [Finished(job.label, list(read_events(job.folder / EVENTS)), job.summary or {}) for job in finished]
         atomic_write(folder / PICTURE, comparison_png(shown))
     except (OSError, ValueError, KeyError) as error:  # a full disk, a damaged log
         print(f"fedsim: {folder / PICTURE}: not drawn: {error}", file=sys.stderr)

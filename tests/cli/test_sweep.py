@@ -137,6 +137,20 @@ def test_a_failed_job_does_not_lose_the_others(runs, capsys, error, told):
     assert f"failed  {told}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        (["seed=0,1", "method=fedit,flora"], ["fedit", "flora", "fedit", "flora"]),
+        (["method=fedit,flora", "federation.rounds=2,3", "seed=0,1"], ["method=fedit federation.rounds=2"] * 2),
+        (["seed=0,1"], ["0", "1"]),
+    ],
+)
+def test_in_the_picture_jobs_that_differ_in_their_seed_alone_have_one_name(options, labels):
+    with initialized():
+        _, jobs, _ = plan(options)
+    assert [job.label for job in jobs][: len(labels)] == labels
+
+
 def test_a_picture_that_cannot_be_drawn_loses_no_table_and_an_old_one_does_not_stay(runs, capsys):
     assert main(["run", "-m", "seed=0,1", "run_dir=all"]) == 0
     assert Path("all/comparison.png").read_bytes().startswith(b"\x89PNG")

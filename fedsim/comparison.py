@@ -1,0 +1,143 @@
+"""The picture of a sweep: what its jobs reached, and what they moved for it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from fedsim.drawing import Event, as_png, colors, draw_line, dress, legend_outside, new_figure, or_nan, plain
+from fedsim.progress import UNITS, size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_TASKS = 3
+"""Tasks that have a panel each; of more the mean is shown."""
+
+LABELS_IN_COLUMN, MOST_LABELS = 20, 60
+"""Labels that the legend names in a column, and in all."""
+
+MARKERS = "osD^vP*X"
+"""In turn: colours alone do not tell a dozen apart."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished job of a sweep: what it is called, its events and its summary. Jobs of one name repeat each other, with other seeds."""
+
+    label: str
+    events: Sequence[Event]
+    summary: dict[str, Any]
+
+    @property
+    def moved_bytes(self) -> int:
+        """All bytes of all clients, the set-up included."""
+        return sum(self.summary["communication"][f"{way}_bytes"] for way in ("uplink", "downlink", "setup"))
+
+    def accuracy(self, tasks: Sequence[str]) -> float:
+        """The mean final accuracy on the tasks in percent; nan where one of them was not measured."""
+        found = [self.summary["evaluation"].get(task) for task in tasks]
+        return mean(100 * or_nan(each["final"]["accuracy"]) if each else math.nan for each in found)
+
+
+def comparison_png(jobs: Sequence[Finished]) -> bytes:
+    """Returns the picture of `comparison` as a file."""
+    return as_png(comparison, jobs)
+
+
+def comparison(jobs: Sequence[Finished]) -> "Figure":
+    """Draws the jobs' training loss by round, and beside it the final accuracy of each task over all bytes, the set-up included.
+
+    Jobs of one label are drawn as their mean, and their standard deviation as a band or a bar. A job that sends nothing is a line across;
+    of more tasks than `MOST_TASKS` the mean accuracy is shown. Of more labels than `MOST_LABELS` none is named.
+    """
+    repeated: dict[str, list[Finished]] = {}
+    for job in jobs:
+        repeated.setdefault(job.label, []).append(job)
+    tasks = list(dict.fromkeys(task for job in jobs for task in job.summary["evaluation"]))
+    panels = {task: [task] for task in tasks} if len(tasks) <= MOST_TASKS else {f"mean of {len(tasks)} tasks": tasks}
+    columns = math.ceil(len(repeated) / LABELS_IN_COLUMN) if len(repeated) <= MOST_LABELS else 0
+    width_of_label = 0.5 + 0.075 * max(map(len, repeated), default=0)
+    figure = new_figure(4.0 * (1 + len(panels)) + columns * width_of_label, 4.2)
+    training, *others = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
+    styles: dict[str, dict[str, Any]] = {
+        label: {"color": color, "marker": MARKERS[number % len(MARKERS)], "label": label}
+        for number, (label, color) in enumerate(zip(repeated, colors(list(repeated)), strict=True))
+    }
+    _draw_training_losses(training, repeated, styles)
+    unit = size(min((job.moved_bytes for job in jobs if job.moved_bytes), default=0)).split()[1]
+    for axes, (title, shown) in zip(others, panels.items(), strict=True):
+        _draw_accuracies(axes, repeated, styles, shown, unit)
+        axes.set_title(f"{title}, final accuracy (%)", fontsize=10)
+    if columns:
+        legend_outside((training, *others)[-1], columns)
+    if (most := max(map(len, repeated.values()), default=1)) > 1:
+        figure.suptitle(f"mean and standard deviation of {most} seeds", fontsize=9)
+    return figure
+
+
+def _draw_training_losses(axes: "Axes", repeated: dict[str, list[Finished]], styles: dict[str, dict[str, Any]]) -> None:
+    last = 1
+    for label, jobs in repeated.items():
+        losses: dict[int, list[float]] = {}
+        for event in (event for job in jobs for event in job.events if event["kind"] == "round"):
+            losses.setdefault(event["round"], []).append(or_nan(event["train_loss"]))
+        middle = [mean(values) for values in losses.values()]
+        draw_line(axes, list(losses), middle, 1.2, **styles[label])
+        if len(jobs) > 1:
+            half = [_deviation(values) for values in losses.values()]
+            low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
+            axes.fill_between(list(losses), low, high, color=styles[label]["color"], alpha=0.15, linewidth=0)
+        last = max([last, *losses])
+    dress(axes, "training loss (nats per token)", last)
+    _spread(axes)
+
+
+def _draw_accuracies(
+    axes: "Axes", repeated: dict[str, list[Finished]], styles: dict[str, dict[str, Any]], tasks: Sequence[str], unit: str
+) -> None:
+    for label, jobs in repeated.items():
+        accuracies = [job.accuracy(tasks) for job in jobs]
+        middle, half = mean(accuracies), _deviation(accuracies)
+        moved = mean(job.moved_bytes for job in jobs) / UNITS[unit]
+        color = styles[label]["color"]
+        if moved:
+            axes.plot([moved], [middle], linestyle="", markersize=8, alpha=0.85, clip_on=False, **styles[label])
+            axes.vlines([moved] if half else [], middle - half, middle + half, color=color, linewidth=1.2)
+        else:
+            axes.axhline(middle, color=color, label=label, linestyle="--", linewidth=1.2)
+            if half:
+                axes.axhspan(middle - half, middle + half, color=color, alpha=0.1, linewidth=0)
+    axes.set_xlabel(f"moved in all, set-up included ({unit})", fontsize=9)
+    axes.margins(0.12)
+    low, high = axes.get_ylim()
+    if high - low < 2:  # of a hundred: no wide gap where there is no difference
+        axes.set_ylim(max(0.0, (low + high) / 2 - 1), (low + high) / 2 + 1)
+    if any(job.moved_bytes for jobs in repeated.values() for job in jobs):
+        _logarithmic(axes, "x")
+    plain(axes)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Returns the sample standard deviation, 0 of one value; nan where a value is."""
+    return math.nan if any(map(math.isnan, values)) else stdev(values) if len(values) > 1 else 0.0
+
+
+def _spread(axes: "Axes") -> None:
+    """Shows small values of many lines apart, where all are above zero."""
+    if 0 < axes.dataLim.minposy <= axes.dataLim.ymin < math.inf:
+        _logarithmic(axes, "y")
+        axes.set_ylim(0.95 * axes.dataLim.ymin, 1.05 * axes.dataLim.ymax)
+
+
+def _logarithmic(axes: "Axes", which: str) -> None:
+    """Gives the x or the y axis a logarithmic scale with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter(f"{{x:{',' if which == 'x' else ''}g}}"))
+    axis.set_minor_formatter(NullFormatter())

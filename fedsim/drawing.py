@@ -1,0 +1,86 @@
+"""What all pictures are drawn with: figures outside pyplot, lines, axes and legends of one look."""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Event = dict[str, Any]
+Shown = TypeVar("Shown")
+
+MOST_NAMED = 30
+"""Clients that the picture of holdings numbers one by one, and rounds that the curves mark one by one."""
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure outside pyplot: nothing global is touched, and no display is needed."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def as_png(draw: "Callable[[Shown], Figure]", shown: Shown) -> bytes:
+    """Returns what `draw` makes of `shown` as a file."""
+    from matplotlib import rc_context
+
+    content = io.BytesIO()
+    with rc_context({"text.parse_math": False}):  # a task may be named $5
+        draw(shown).savefig(content, format="png")
+    return content.getvalue()
+
+
+def colors(names: Sequence[str]) -> list[Any]:
+    """Returns a colour for each name."""
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
+    return [palette(i % palette.N) for i in range(len(names))]
+
+
+def say(axes: "Axes", text: str) -> None:
+    """Says in an empty panel why it is empty."""
+    axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, transform=axes.transAxes)
+
+
+def draw_line(axes: "Axes", rounds: Sequence[float], values: list[float], linewidth: float = 1.5, **style: Any) -> None:
+    """Draws values by round, with a dot for each."""
+    marker_size = linewidth + (2.5 if len(rounds) <= MOST_NAMED else 0.5)
+    own: dict[str, Any] = {"marker": "o", "markersize": marker_size, "linewidth": linewidth, "clip_on": False}
+    if rounds:  # a line without points that is not clipped has no bounds, and the layout fails
+        axes.plot(rounds, values, **own | style)
+
+
+def dress(axes: "Axes", title: str, last_round: float) -> None:
+    """Gives axes over the rounds up to the last their title, and shows them from zero."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("round", fontsize=9)
+    axes.set_xlim(0, max(1, last_round) if last_round != 1 else 1.5)  # the only round does not lie on the edge
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    plain(axes)
+    highest = axes.dataLim.ymax  # -inf without data
+    axes.set_ylim(0, 1.05 * highest if 0 < highest < math.inf else 1.0)
+
+
+def plain(axes: "Axes") -> None:
+    """Takes away what distracts from the data."""
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def legend_outside(axes: "Axes", columns: int = 1) -> None:
+    """Puts the legend on the right of the axes: beside the data, never over it."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8, ncols=columns)
+
+
+def or_nan(value: float | None) -> float:
+    """Returns the number, nan for None."""
+    return float("nan") if value is None else value
