@@ -1,12 +1,14 @@
 """`fedsim verify`: whether the audit log of a run is as it was written, and whether its results tell what the log tells.
 
 The log's last line holds the whole summary, so that the chain fixes every figure of it. What else there is of the run must agree: each
-transfer with the ledger in the last checkpoint, their sums and what events.jsonl tells of the end with the summary.
+transfer with the ledger in the last checkpoint, their sums and what events.jsonl tells of the end with the summary, and the files of the
+adapter with the hashes that the summary has of them.
 """
 
 import csv
 import json
 from collections.abc import Container, Iterable, Iterator
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,19 @@ def _results(folder: Path, summary: dict[str, Any], head: Head, last: Checkpoint
         for key in [key for key in figures if key not in named and mine.get(key) != figures[key]]:
             named.add(key)
             yield f"{SUMMARY} says {key}={written(mine.get(key)):.60}, but {source} {written(figures[key]):.60}"
+    yield from _changed(folder, summary.get("sha256"))
+
+
+def _changed(folder: Path, hashes: Any) -> Iterator[str]:
+    """Yields the files that are not those of which the summary has the hash; a run of an earlier version has none."""
+    for name, wanted in hashes.items() if isinstance(hashes, dict) else ():
+        try:
+            found = sha256((folder / name).read_bytes()).hexdigest()
+        except OSError as error:
+            yield f"{name} cannot be read: {error.strerror}"
+            continue
+        if found != wanted:
+            yield f"{name} is not as the run wrote it: its SHA-256 is {found[:16]}..., in {SUMMARY} {str(wanted)[:16]}..."
 
 
 def _fixed(path: Path, head: Head, mine: Iterable[str]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The end of a run: the adapter in PEFT's files, tables and pictures, and the summary with which the run counts as finished."""
 
 from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import PurePosixPath
 from typing import Any
 
 from torch import Tensor
@@ -26,9 +28,12 @@ def finish(session: Session, given: Config, state: State, memories: dict[str, Te
 
     `given` is the configuration before the method settled anything; `memories` are those of `fedsim.flower.state.memories_in`.
     """
-    written = [folder.write_bytes(f"adapter/{name}", content) for name, content in _adapter_files(session, state, memories)]
-    adapters = [str(path.parent.relative_to(folder.folder)) for path in written if path.name == "adapter_config.json"]
-    summary = _summary(session, given, state, folder) | {"adapter": adapters[0] if adapters else None}
+    hashes = {}
+    for name, content in _adapter_files(session, state, memories):
+        path = folder.write_bytes(f"adapter/{name}", content)
+        hashes[path.relative_to(folder.folder).as_posix()] = sha256(content).hexdigest()
+    adapters = [str(PurePosixPath(name).parent) for name in hashes if name.endswith("/adapter_config.json")]
+    summary = _summary(session, given, state, folder) | {"adapter": adapters[0] if adapters else None, "sha256": hashes}
     folder.event("finished", round=state.round, adapter_digest=summary["adapter_digest"])
     summary["journal"] = folder.record("finished", summary=summary).to_json()
     folder.write_bytes(TRANSFERS, transfers_csv(state.ledger.rows()))

@@ -118,8 +118,9 @@ def test_every_figure_of_the_summary_that_is_changed_is_named_in_one_line(copied
     for place in places:
         path.write_bytes(whole)
         falsified(path, place)
-        (problem,) = verify(copied).problems
+        problem, *others = verify(copied).problems
         assert problem.startswith(f"summary.json says {'.'.join(map(str, place))}=")
+        assert len(others) == (place[0] == "sha256"), "the file of another hash is named as well"
     assert main(["verify", str(copied)]) == 1
     assert "The run folder is not as it was written:\n  summary.json says " in capsys.readouterr().out
 
@@ -132,6 +133,17 @@ def test_a_part_of_the_summary_that_is_left_out_is_named(key, copied):
     problems = verify(copied).problems
     assert problems
     assert all(problem.startswith(f"summary.json says {key}") for problem in problems)
+
+
+def test_a_file_of_the_adapter_that_is_changed_or_removed_is_named(copied):
+    path = copied / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    (problem,) = verify(copied).problems
+    assert problem.startswith("adapter/adapter_model.safetensors is not as the run wrote it")
+    path.unlink()
+    assert verify(copied).problems == ["adapter/adapter_model.safetensors cannot be read: No such file or directory"]
 
 
 def test_a_transfer_that_is_changed_removed_added_or_moved_is_named_in_one_line(copied):
