@@ -1,5 +1,6 @@
 """The folder of a federation: whole or absent, keys kept, secrets for their owners only."""
 
+import re
 import shutil
 import stat
 import subprocess
@@ -45,6 +46,19 @@ def test_everything_that_the_machines_need_is_there(folder):
     link = tomllib.loads((folder / "server" / "flwr" / "config.toml").read_text())["superlink"]
     assert link["trial"] == {"address": "127.0.0.1:9092", "root-certificates": str(folder / "server" / "ca.crt")}
     assert load_owner(folder / "clients" / "client-1" / "client.yaml").client == 1
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_finds_nothing_wrong_with_the_units_once_their_programs_are_in_place(folder):
+    units = sorted(folder.rglob("*.service"))
+    assert len(units) == 3
+    for unit in units:
+        there = re.sub(
+            r"(?m)^ExecStart=/opt/fedsim/(trial|client-\d)", f"ExecStart={unit.parent}", unit.read_text().replace("/server/", "/")
+        )
+        unit.write_text(there)
+        done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), unit
 
 
 def test_a_server_folder_that_was_copied_elsewhere_names_its_own_certificate_and_tells_its_status(folder, tmp_path, capsys):
