@@ -6,8 +6,8 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from fedsim.drawing import MOST_NAMED, Event, as_png, colors, draw_line, dress, legend_outside, new_figure, or_nan, say
-from fedsim.progress import UNITS, size
-from fedsim.report import Holdings, counted
+from fedsim.progress import UNITS, plural, size
+from fedsim.report import Holdings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,7 +147,7 @@ def holdings_bars(holdings: Holdings) -> "Figure":
         else:  # one outline: ten thousand bars take half a minute
             axes.stairs(top, [client - 0.5 for client in range(len(top) + 1)], baseline=bottom, fill=True, label=task, color=color)
         bottom = top
-    title = f"who holds what: {counted(len(holdings), 'client')}, {counted(sum(bottom), 'training example')}"
+    title = f"who holds what: {plural(len(holdings), 'client')}, {plural(sum(bottom), 'training example')}"
     middle, half = (len(holdings) - 1) / 2, max(len(holdings), 2) / 2 + 0.2  # a single bar does not fill the picture
     axes.set(title=title, xlabel="client", ylabel="training examples", xlim=(middle - half, middle + half))
     if len(holdings) <= MOST_NAMED:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from fedsim.core.missing import told
+from fedsim.core.missing import missing_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +39,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _clients(number: int) -> str:
-    return f"{number} client{'' if number == 1 else 's'}"
+def plural(number: int, noun: str) -> str:
+    """Returns "1 round" or "1,000 rounds"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Progress:
@@ -104,7 +105,7 @@ class Progress:
         self._begun = time.monotonic()
         if self._live:
             self._bars.update(self._whole, completed=number - 1)
-            self._show_part(f"training {_clients(num_clients)}", 1.0)
+            self._show_part(f"training {plural(num_clients, 'client')}", 1.0)
 
     def step(self, num_tokens: int, loss: "Tensor", fraction: float) -> None:
         """Counts one pass in this process; `fraction` of the round is done. Costs a microsecond unless it is time to read the loss."""
@@ -128,8 +129,8 @@ class Progress:
         rate = report["tokens"] / max(report["wall_seconds"], 1e-9)
         private = "epsilon" in report  # clients then tell neither their loss nor their tokens
         facts = f"epsilon {report['epsilon']:.3f}" if private else f"loss {report['train_loss']:.4f}  {rate:,.0f} tokens/s"
-        missing = told(report.get("missing", {}))
-        clients = f"{_clients(self._clients)}{f', {missing}' if missing else ''}"
+        missing = missing_text(report.get("missing", {}))
+        clients = f"{plural(self._clients, 'client')}{f', {missing}' if missing else ''}"
         self._line(f"{self._heading(number)}  {clients}  {facts}{self._sent_so_far()}{self._left()}")
         if self._live:
             self._bars.update(self._whole, completed=number)

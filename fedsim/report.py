@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim.progress import duration, size
+from fedsim.core.missing import reasons_text
+from fedsim.progress import duration, plural, size
 
 Holdings = Sequence[dict[str, int]]
 
@@ -37,7 +38,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     moved, training, folder = summary["communication"], summary["training"], summary["run_dir"]
     speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s" if training["tokens"] else "tokens withheld"
     rank = "" if summary["rank"] is None else f", rank {summary['rank']}"
-    run = f"{counted(summary['clients'], 'client')}, {counted(summary['rounds'], 'round')}{rank}"
+    run = f"{plural(summary['clients'], 'client')}, {plural(summary['rounds'], 'round')}{rank}"
     adapter = summary.get("adapter", "adapter")  # of methods with models of the clients' own the first, where they are in this process
     loaded = [f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/{adapter}")'] if adapter else []
     lines = [
@@ -77,8 +78,7 @@ def _cut_off_lines(evaluation: dict[str, Any]) -> list[str]:
 def _missing_lines(counts: dict[str, int]) -> list[str]:
     if not counts:
         return []
-    reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-    return [f"missing           {sum(counts.values()):>9,}   replies that were asked for and are in no round: {reasons}"]
+    return [f"missing           {sum(counts.values()):>9,}   replies that were asked for and are in no round: {reasons_text(counts)}"]
 
 
 def _network_lines(network: dict[str, Any] | None) -> list[str]:
@@ -108,11 +108,6 @@ def _task_row(task: str, found: dict[str, Any]) -> list[str]:
     accuracies = [f"{100 * each['accuracy']:.1f} %" for each in (base, final)]
     losses = [_loss(each["loss"]) for each in (base, final)]
     return [task, f"{found['num_examples']:,}", *accuracies, f"{100 * (final['accuracy'] - base['accuracy']):+.1f}", *losses]
-
-
-def counted(number: int, noun: str) -> str:
-    """Returns "1 round" or "1,000 rounds"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _loss(value: float | None) -> str:

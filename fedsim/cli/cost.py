@@ -29,7 +29,7 @@ from fedsim.data import labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.plain import from_dict, to_dict
-from fedsim.progress import size
+from fedsim.progress import plural, size
 from fedsim.published import SOURCE, Published, published
 from fedsim.report import table
 from fedsim.shapes import adapter_of
@@ -228,9 +228,9 @@ def _title(rows: list[Row]) -> str:
     """Tells what all rows have in common."""
     facts = [
         {row.config.model.name for row in rows},
-        {f"{row.config.federation.clients:,} client{'s' if row.config.federation.clients > 1 else ''}" for row in rows},
+        {plural(row.config.federation.clients, "client") for row in rows},
         {_part(row.config.federation.fraction) for row in rows},
-        {f"{row.config.federation.rounds} round{'s' if row.config.federation.rounds > 1 else ''}" for row in rows},
+        {plural(row.config.federation.rounds, "round") for row in rows},
     ]
     return ", ".join(next(iter(each)) for each in facts if len(each) == 1)
 

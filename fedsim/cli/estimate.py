@@ -21,8 +21,8 @@ from fedsim.data import Dataset, labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.models import EMBEDDED, device, looks_local
-from fedsim.progress import size
-from fedsim.report import counted, table
+from fedsim.progress import plural, size
+from fedsim.report import table
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import adapter_of, model_shape
 from fedsim.training.budget import GENERATED, Load, chosen_for, chosen_for_answers_within, chosen_on_cpu, free_bytes
@@ -211,7 +211,7 @@ def estimate_table(answer: Answer) -> str:
     rank = f", rank {answer.spec.rank}" if answer.spec.form.low_rank else ""
     title = (
         f"{answer.config.method.name}, {answer.config.model.name} ({answer.shape.parameters / 1e6:,.1f} M parameters){rank}, "
-        f"{counted(federation.clients, 'client')}, {drawn:,} in a round, {counted(federation.rounds, 'round')}"
+        f"{plural(federation.clients, 'client')}, {drawn:,} in a round, {plural(federation.rounds, 'round')}"
     )
     phases = [[phase.name, rough_duration(phase.seconds), phase.detail] for phase in found.phases]
     memory = [[name, size(round(number)), ""] for name, number in found.memory.items()]

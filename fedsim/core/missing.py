@@ -31,15 +31,17 @@ class Missing:
         return {"client": self.client, "reason": self.reason.name, "detail": self.detail}
 
 
-def counted(missing: Iterable[Missing]) -> dict[str, int]:
+def count_by_reason(missing: Iterable[Missing]) -> dict[str, int]:
     """Returns how many are missing for each reason, in the order of `Reason`, without zeros."""
     counts = Counter(each.reason for each in missing)
     return {reason.name: counts[reason] for reason in Reason if counts[reason]}
 
 
-def told(counts: dict[str, int]) -> str:
-    """Returns "2 missing (1 timeout, 1 died)", or "" where nobody is."""
-    if not counts:
-        return ""
-    reasons = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-    return f"{sum(counts.values())} missing ({reasons})"
+def reasons_text(counts: dict[str, int]) -> str:
+    """Returns counts by reason as "1 timeout, 1 dropped out"."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+
+
+def missing_text(counts: dict[str, int]) -> str:
+    """Returns "2 missing (1 timeout, 1 dropped out)", or "" if nobody is missing."""
+    return f"{sum(counts.values())} missing ({reasons_text(counts)})" if counts else ""

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedsim.config import Config
 from fedsim.core.communication import Totals
-from fedsim.core.missing import counted, told
+from fedsim.core.missing import count_by_reason, missing_text
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.in_flight import CHARGED, GRADIENT, TRAINING, charge_line
 from fedsim.flower.state import State
@@ -86,7 +86,7 @@ class Chronicle:
             self._folder.event("secure_gradients", round=number, **facts.secure)
         if facts.missing:
             self._folder.event("missing_gradients", round=number, missing=[each.to_json() for each in facts.missing])
-            self._progress.note(f"initial gradients: {told(counted(facts.missing))}")
+            self._progress.note(f"initial gradients: {missing_text(count_by_reason(facts.missing))}")
 
     def round_finished(self, state: State, facts: RoundFacts, before: Totals, wall_seconds: float) -> None:
         """Tells what the round that led to this state came to; `before` is what the ledger held until then."""
@@ -99,7 +99,7 @@ class Chronicle:
         self._folder.record("released", round=number, adapter_digest=report["adapter_digest"])
         if "refused" in facts.secure:
             self._progress.note(f"round {number} changes nothing: {facts.secure['refused']}")
-        self._progress.round_finished(number, report | {"missing": counted(facts.missing)}, after)
+        self._progress.round_finished(number, report | {"missing": count_by_reason(facts.missing)}, after)
         self._tell_too_long()
         self._tell_less_memory(number)
 

@@ -43,8 +43,8 @@ from fedsim.interruption import raise_if_due
 from fedsim.occupancy import NOISE_KEY
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.privacy.plan import budget
-from fedsim.progress import Progress
-from fedsim.report import counted, summary_table
+from fedsim.progress import Progress, plural
+from fedsim.report import summary_table
 from fedsim.run_folder import RunFolder
 from fedsim.seeding import NoiseKey
 from fedsim.session import Session, check, open_session
@@ -168,7 +168,7 @@ class Run:
         """In a deployment, waits for the clients; what they or the server say against it is told."""
         if self._roster is None:
             return
-        self._progress.phase(f"waiting for {counted(self._config.federation.clients, 'client')}")
+        self._progress.phase(f"waiting for {plural(self._config.federation.clients, 'client')}")
         self._roster.muster(self._session, self._chronicle.member)
 
     def _initial(self) -> State:

@@ -16,7 +16,7 @@ from fedsim.checkpoints import NO_BASES, Bases, Checkpoint
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.fedbuff import Buffer
 from fedsim.core.global_state import GlobalState
-from fedsim.core.missing import Missing, counted
+from fedsim.core.missing import Missing, count_by_reason
 from fedsim.errors import UserError
 from fedsim.flower.facts import RoundFacts
 from fedsim.flower.worker import Accepted, read_memory, write_memory
@@ -56,7 +56,7 @@ class State:
 
     def count_missing(self, missing: Iterable[Missing]) -> None:
         """Adds up replies that were asked for and did not count."""
-        self.missing = dict(Counter(self.missing) + Counter(counted(missing)))
+        self.missing = dict(Counter(self.missing) + Counter(count_by_reason(missing)))
 
 
 def checkpoint_of(

@@ -15,7 +15,7 @@ from fedsim.choices import Init, Mode
 from fedsim.config import Config
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
-from fedsim.core.missing import Missing, Reason, counted, told
+from fedsim.core.missing import Missing, Reason, count_by_reason, missing_text
 from fedsim.core.network import Ending
 from fedsim.core.participation import givers, least_replies
 from fedsim.core.traffic import needed_for_gradients
@@ -38,6 +38,7 @@ from fedsim.flower.transfer import Packer
 from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, METRICS
 from fedsim.privacy.accounting import Mechanism
 from fedsim.privacy.ledger import PrivacyLedger
+from fedsim.progress import plural
 from fedsim.session import Session
 from fedsim.types import Adapter
 
@@ -318,12 +319,12 @@ def _check_answers(correct: float, loss: float, num_examples: float, num_losses:
 def too_few(replied: int, least: int, missing: Sequence[Missing]) -> str:
     """Returns the line with which a run stops that too few clients reply to."""
     details = Counter(each.detail.rstrip(".") for each in missing)
-    reasons = "; ".join(f"{detail} ({number} {'client' if number == 1 else 'clients'})" for detail, number in details.most_common(3))
+    reasons = "; ".join(f"{detail} ({plural(number, 'client')})" for detail, number in details.most_common(3))
     diverged = all(DIVERGED in each.detail for each in missing)
     remedy = (
         "Training has diverged: lower training.learning_rate and begin anew, in another run_dir= or with overwrite=true."
         if missing and diverged
         else "The rounds before are in the last checkpoint: mend it and go on with resume=true."
     )
-    found = f"got {replied}, {told(counted(missing))}: {reasons}"
+    found = f"got {replied}, {missing_text(count_by_reason(missing))}: {reasons}"
     return f"Expected replies of at least {least} clients (federation.min_replies), {found}. {remedy}"
