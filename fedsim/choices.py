@@ -28,7 +28,7 @@ FROM_GRADIENTS = (Init.gradient, Init.gradient_public, Init.gradient_dp)
 """Initialisations from gradients of the base weights."""
 
 
-class Reading(Enum):
+class PairReading(Enum):
     together = "both in one sequence"
     apart = "each on its own, compared by the means of its token states, as encoders of sentences are trained"
 

@@ -17,9 +17,9 @@ from fedsim.choices import (
     OnError,
     Optimizer,
     OverNorm,
+    PairReading,
     Partition,
     PrivacyUnit,
-    Reading,
     Residual,
     Schedule,
     ServerRule,
@@ -54,7 +54,7 @@ class ModelConfig:
     """Type of the frozen base weights; the trained factors are always float32."""
     device: str = "auto"
     """Device of the base model: auto takes the first GPU if there is one."""
-    pairs: Reading = Reading.together
+    pairs: PairReading = PairReading.together
     """How an encoder reads the texts of a row that is classified; apart, a single one is the mean of its token states, too."""
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fedsim.choices import FROM_GRADIENTS, Accountant, DirichletOver, Partition, PrivacyUnit, Reading
+from fedsim.choices import FROM_GRADIENTS, Accountant, DirichletOver, PairReading, Partition, PrivacyUnit
 from fedsim.config import AdapterConfig, Config
 from fedsim.core.methods import METHODS, Method, combinations, with_head
 from fedsim.core.participation import round_size
@@ -57,7 +57,7 @@ def _check_sketch(adapter: AdapterConfig, method: Method) -> None:
 
 
 def _check_pairs(config: Config) -> None:
-    if config.model.pairs is Reading.apart and labels(config.data) == ():
+    if config.model.pairs is PairReading.apart and labels(config.data) == ():
         raise UserError(
             f"model.pairs=apart: texts of a pair are read apart where they are classified, and data={config.data.name} is answered; "
             "choose data=snli, sick or classification, or a model that generates."

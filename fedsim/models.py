@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedsim.choices import Dtype, Reading
+from fedsim.choices import Dtype, PairReading
 from fedsim.config import ModelConfig
 from fedsim.core.adapters import is_linear
 from fedsim.core.bi_encoder import BiEncoder
@@ -108,7 +108,7 @@ def _settings_at_hand(path: str) -> Any | None:
 
 def reading(model: nn.Module, config: ModelConfig, labels: Sequence[str], texts: int) -> nn.Module:
     """Returns the model that reads as the configuration says: a classifier may read each text of a row on its own."""
-    return BiEncoder(model, texts) if labels and config.pairs is Reading.apart else model
+    return BiEncoder(model, texts) if labels and config.pairs is PairReading.apart else model
 
 
 def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype, on: torch.device) -> nn.Module:

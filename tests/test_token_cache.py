@@ -14,7 +14,7 @@ import pytest
 from conftest import LABELS, save_classifier, write_sick
 
 from fedsim import token_cache
-from fedsim.choices import Init, Reading, TrainOn
+from fedsim.choices import Init, PairReading, TrainOn
 from fedsim.config import AdapterConfig, Config, DataConfig, FederationConfig, ModelConfig
 from fedsim.models import load_model
 from fedsim.plain import to_dict
@@ -93,18 +93,18 @@ def test_tokens_are_the_same_made_anew_kept_and_found(folder, train_on, monkeypa
     assert not mapped(plain[0])
 
 
-@pytest.mark.parametrize("reading", Reading)
+@pytest.mark.parametrize("reading", PairReading)
 def test_pairs_are_the_same_made_anew_kept_and_found(classified, reading, monkeypatch):
     told = dataclasses.replace(classified, model=dataclasses.replace(classified.model, pairs=reading))
     plain = tokens(without(told))
     assert tokens(told) == plain
     monkeypatch.setattr(Session, "encode", None)
     assert tokens(told) == plain
-    assert bool(plain[0][0].split) == (reading is Reading.apart)
+    assert bool(plain[0][0].split) == (reading is PairReading.apart)
 
 
 def test_a_file_is_for_one_pool_one_tokenizer_and_one_way_to_encode(folder, classified):
-    apart = dataclasses.replace(classified, model=dataclasses.replace(classified.model, pairs=Reading.apart))
+    apart = dataclasses.replace(classified, model=dataclasses.replace(classified.model, pairs=PairReading.apart))
     others = [config(max_length=200), config(train_on=TrainOn.all), dataclasses.replace(config(), seed=1), classified, apart]
     for count, each in enumerate([config(), *others], 1):
         tokens(each)

@@ -9,7 +9,7 @@ from fedsim.choices import OnError
 from fedsim.config import DataConfig
 from fedsim.data.classified import Form
 from fedsim.data.columns import named
-from fedsim.data.rows import WITH_HEADER, Malformed, NoColumn, Row, Unreadable
+from fedsim.data.rows import WITH_HEADER, Malformed, NoColumn, NumberedRow, Unreadable
 from fedsim.data.sets import DataSet, labels
 from fedsim.errors import UserError
 from fedsim.seeding import numpy_generator
@@ -53,7 +53,7 @@ class Source:
     owned: bool = True  # not of a test set on its own
 
 
-def divided(reading: Reading, source: Source, rows: Iterable[Row]) -> dict[str, list[AnyExample]]:
+def divided(reading: Reading, source: Source, rows: Iterable[NumberedRow]) -> dict[str, list[AnyExample]]:
     """Returns the examples of a file that holds train and test: as a column of its rows tells, or else a seeded part is held out."""
     if source.place not in reading.divided:
         numbered = list(rows)
@@ -68,11 +68,11 @@ def told_split(row: Any, column: str | None) -> str | None:
     return str(row[column]).strip().lower() if isinstance(row, Mapping) and column in row else None
 
 
-def _as_told(reading: Reading, source: Source, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
+def _as_told(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> dict[str, list[AnyExample]]:
     """A row that tells nothing belongs to the training set, where its fault is found; one of a third split to neither."""
     column = source.each.split_column
-    split_of = lambda row: told_split(row[1], column) or "train"  # noqa: E731
-    parts = {split: [row for row in rows if split_of(row) == split] for split in ("train", "test")}
+    splits = [told_split(row, column) or "train" for _, row in rows]
+    parts = {split: [row for row, own in zip(rows, splits, strict=True) if own == split] for split in ("train", "test")}
     left_out = len(rows) - sum(map(len, parts.values()))
     if left_out:
         reading.notes.append(f"{source.place}: {left_out} of {len(rows)} rows belong to neither train nor test")
@@ -83,7 +83,7 @@ def _as_told(reading: Reading, source: Source, rows: Sequence[Row]) -> dict[str,
     return found
 
 
-def _held_out(reading: Reading, source: Source, rows: Sequence[Row]) -> dict[str, list[AnyExample]]:
+def _held_out(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> dict[str, list[AnyExample]]:
     examples, where = converted(reading, source, rows), source.place
     count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
     if count == 0:
@@ -97,7 +97,7 @@ def _held_out(reading: Reading, source: Source, rows: Sequence[Row]) -> dict[str
     return {"train": train, "test": [examples[i] for i in sorted(chosen)]}
 
 
-def converted(reading: Reading, source: Source, rows: Iterable[Row]) -> list[AnyExample]:
+def converted(reading: Reading, source: Source, rows: Iterable[NumberedRow]) -> list[AnyExample]:
     """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says. Rows without a label are counted."""
     found: list[AnyExample] = []
     num_left_out = num_unlabelled = 0

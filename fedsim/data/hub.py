@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fedsim.data.rows import BATCH, Row, batch_rows, read
+from fedsim.data.rows import BATCH, NumberedRow, batch_rows, read
 from fedsim.errors import UserError
 from fedsim.files import atomically, cache_folder
 
@@ -29,7 +29,7 @@ class Hub:
         """Returns the name of a split for messages."""
         return f"{self.name} ({split})"
 
-    def rows(self, split: str) -> Iterator[Row]:
+    def rows(self, split: str) -> Iterator[NumberedRow]:
         """Yields the rows of a split, numbered from one. Raises UserError where they cannot be fetched."""
         tables = self._load(split).with_format("arrow").iter(batch_size=BATCH)
         yield from enumerate((row for table in tables for row in batch_rows(table)), 1)
@@ -68,7 +68,7 @@ class Address:
         """Returns the URL of a split."""
         return self.url.format(split=split)
 
-    def rows(self, split: str) -> Iterator[Row]:
+    def rows(self, split: str) -> Iterator[NumberedRow]:
         """Yields the rows of the file with their lines. Raises UserError where it cannot be fetched."""
         url = self.place(split)
         path = cache_folder() / urlsplit(url).netloc / urlsplit(url).path.lstrip("/")

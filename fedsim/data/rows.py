@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from fedsim.errors import UserError
 
-Row = tuple[int, Any]
+NumberedRow = tuple[int, Any]
 """Line where it begins (row number in Parquet), counted from one, and the parsed value; a `Malformed` where it could not be parsed."""
 
 BATCH = 1024
@@ -34,7 +34,7 @@ class NoColumn(Malformed):
     """A row lacks a column; in a table all rows do."""
 
 
-def read(path: Path) -> Iterator[Row]:
+def read(path: Path) -> Iterator[NumberedRow]:
     """Yields the rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file in its order; one without rows yields one `Malformed`.
 
     Text must be UTF-8, with or without a byte-order mark. Raises UserError for another ending or a file that cannot be opened.
@@ -71,7 +71,7 @@ def _not_utf8(text: str) -> Malformed | None:
     return Malformed(f"expected UTF-8, got the byte 0x{ord(found[0]) - 0xDC00:02x}; save the file as UTF-8") if found else None
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path) -> Iterator[NumberedRow]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -140,7 +140,7 @@ class _Window:
 _VISIBLE, _BRACE = re.compile(r"\S"), re.compile(r"\{")
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[NumberedRow]:
     """Elements of an array, or objects one after another. Behind a broken one, reading goes on at the next brace that opens."""
     with _open(path) as file:
         window = _Window(file)
@@ -164,7 +164,7 @@ def _json(path: Path) -> Iterator[Row]:
                 window.move(window.at + 1)
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[NumberedRow]:
     """The first row names the columns; a cell in quotes may hold line breaks."""
     with _open(path, newline="") as file:
         reader, header = csv.reader(file, strict=True), list[str]()
@@ -182,7 +182,7 @@ def _csv(path: Path) -> Iterator[Row]:
             header = header or cells
 
 
-def _tsv(path: Path) -> Iterator[Row]:
+def _tsv(path: Path) -> Iterator[NumberedRow]:
     """Cells between tabs, as they stand: a quotation mark is a character like others. The first row names the columns."""
     with _open(path) as file:
         header = list[str]()
@@ -199,7 +199,7 @@ def _row_of(header: list[str], cells: list[str]) -> Any:
     return dict(zip(header, cells, strict=True))
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[NumberedRow]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -228,7 +228,7 @@ def batch_rows(batch: Any) -> Iterator[Any]:
             yield from batch_rows(batch.slice(i, 1))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".csv": _csv,

@@ -8,7 +8,7 @@ from conftest import KINDS, LABELS, adapted_classifier, save_classifier, tiny_cl
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from fedsim.choices import Optimizer, Reading, Schedule
+from fedsim.choices import Optimizer, PairReading, Schedule
 from fedsim.cli.compose import compose
 from fedsim.config import DataConfig, EvaluationConfig, ModelConfig
 from fedsim.core.adapters import factors
@@ -100,7 +100,7 @@ def test_each_text_is_a_sequence_of_the_tokenizer_of_half_the_length_at_most(tmp
 
 
 def test_evaluation_is_that_of_the_encoder_used_by_hand(tmp_path):
-    model, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu", pairs=Reading.apart), LABELS)
+    model, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu", pairs=PairReading.apart), LABELS)
     assert isinstance(model, BiEncoder)
     examples = [Labelled("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
     with torch.no_grad():

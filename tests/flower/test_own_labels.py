@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from clients.owner import Owner, own_view
-from fedsim.choices import DirichletOver, Init, Partition, PrivacyUnit, Reading
+from fedsim.choices import DirichletOver, Init, PairReading, Partition, PrivacyUnit
 from fedsim.cli.compose import compose
 from fedsim.cli.cost import costs
 from fedsim.cli.main import main
@@ -54,7 +54,7 @@ def base(tmp_path_factory):
 
 
 def apart(config):
-    return replace(config, model=replace(config.model, pairs=Reading.apart))
+    return replace(config, model=replace(config.model, pairs=PairReading.apart))
 
 
 def rows_of_the_test(config):
@@ -67,7 +67,7 @@ def opened_by_peft(config, folder):
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    if config.model.pairs is Reading.together:
+    if config.model.pairs is PairReading.together:
         whole = AutoModelForSequenceClassification.from_pretrained(config.model.path, num_labels=len(LABELS))
         model = PeftModel.from_pretrained(whole, folder).eval()
         return lambda text: model(**tokenizer(text, return_tensors="pt")).logits[0]
