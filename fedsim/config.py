@@ -33,7 +33,7 @@ class MethodConfig:
     name: str = "fed_sb"
     """What is trained, what travels and how the server combines it."""
     residual: Residual = Residual.stacked
-    """FedEx-LoRA and FLoRA: how what is added to the base weights travels."""
+    """FedEx-LoRA and FLoRA: the form in which the change of the base weights is sent."""
     residual_rank: Optional[int] = None
     """FedEx-LoRA: send the best approximation of this rank of the residual; null sends all of it."""
     heads: int = 4
@@ -49,13 +49,13 @@ class ModelConfig:
     path: Optional[str] = None
     """Hugging Face model id or local folder; null is the small model inside the package."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Entries of config.json that fix the layers' shapes; they tell the cost of a model whose path is no folder on this machine."""
+    """Entries of config.json that determine the layers' shapes, to compute the cost of a model that is not on this machine."""
     dtype: Dtype = Dtype.float32
     """Type of the frozen base weights; the trained factors are always float32."""
     device: str = "auto"
     """Device of the base model: auto takes the first GPU if there is one."""
     pairs: PairReading = PairReading.together
-    """How an encoder reads the texts of a row that is classified; apart, a single one is the mean of its token states, too."""
+    """How an encoder reads the two texts of a classified row; apart also takes the mean of the token states of a single text."""
 
 
 @dataclass
@@ -63,20 +63,20 @@ class AdapterConfig:
     rank: Optional[int] = None
     """Rank r: the trained matrix R of each adapted layer is r x r; null takes 64, or the smallest side of the layers if that is less."""
     init: Optional[Init] = None
-    """Where the factors start, and with them the common bases B and A; null takes the method's own: gradient for
-    Fed-SB, weight_svd with privacy."""
+    """How the factors are initialised, and with them the common bases B and A; null takes the method's default: for Fed-SB gradient, or
+    weight_svd with privacy."""
     refresh_every: int = 0
     """Fed-SB: after every k-th round add B R A to the base weights and compute new bases; 0 keeps the first ones."""
     init_samples: int = 100
-    """Examples in all from which the initial gradient is estimated; clients give equal shares, one with fewer examples than its share all
-    that it has. gradient_dp: as many are expected, each example being drawn by its own coin."""
+    """Total number of examples from which the initial gradient is estimated. Clients give equal shares; one with fewer examples than its
+    share gives all it has. gradient_dp: the expected number, since each example is drawn independently."""
     sketch: bool = False
-    """Take sketches of the initial gradients in place of whole matrices, a few times rank numbers for each row and column of a layer
-    (where that is half at most): of a 7B model at rank 200 a seventh of the bytes and memory, for bases that train nearly as well."""
+    """Send sketches of the initial gradients instead of whole matrices: a few times rank numbers per row and column of a layer, for layers
+    where that is at most half. A 7B model at rank 200 takes a seventh of the bytes and memory; the bases train nearly as well."""
     scaling: float = 1.0
     """Scaling s of the update s B R A."""
     target_modules: list[str] = field(default_factory=list)
-    """Names of the linear layers to adapt, by last part of their path; empty takes all of the architecture's blocks."""
+    """Names of the linear layers to adapt, by the last part of their path; empty takes all those in the architecture's blocks."""
 
 
 @dataclass
@@ -88,12 +88,12 @@ class DataConfig:
     test: list[str] = field(default_factory=lambda: ["embedded"])
     """Test sets, by name."""
     path: Optional[str] = None
-    """Local file or folder, or hub name; null takes each set's own hub name, which instructions and classification have not."""
+    """Local file or folder, or hub name; null takes each set's own hub name (instructions and classification have none)."""
     labels: list[str] = field(default_factory=list)
-    """classification: the labels, in the order of the model's outputs; empty takes those of the training rows, sorted. A deployment, where
-    nobody sees all rows, needs them."""
+    """classification: the labels, in the order of the model's outputs; empty takes the sorted labels of the training rows. Required in a
+    deployment, where nobody sees all rows."""
     train_examples: Optional[int] = None
-    """Keep at most this many training examples in all; null keeps all."""
+    """Keep at most this many training examples in total; null keeps all."""
     test_examples: Optional[int] = None
     """Keep at most this many test examples of each task; null keeps all."""
     max_length: int = 512
@@ -101,13 +101,13 @@ class DataConfig:
     train_on: TrainOn = TrainOn.response
     """Which tokens carry the loss."""
     client_column: Optional[str] = None
-    """Column of the training rows that names their owner, for federation.partition=natural; null where none does."""
+    """Column of the training rows that names their owner, for federation.partition=natural; null if there is none."""
     task_column: Optional[str] = None
-    """Column of the rows that names their task, which is a row of the results and what partitions skew; null takes the set's name."""
+    """Column that names the task of a row: results are reported and partitions skewed by task; null takes the set's name."""
     on_error: OnError = OnError.stop
-    """What a malformed row does."""
+    """What happens when a row is malformed."""
     token_cache: bool = True
-    """Keep the tokens of large training data in ~/.cache/fedsim/tokens, for later runs; the folder may be deleted at any time."""
+    """Cache the tokens of large training data in ~/.cache/fedsim/tokens for later runs; the folder may be deleted at any time."""
     owner: Optional[int] = None
     """The one client to which all training examples belong, as in a client's own worker; null deals them to the clients."""
 
@@ -131,30 +131,30 @@ class FederationConfig:
     quantity_sigma: float = 0.0
     """Log-normal sigma of the clients' numbers of examples; 0 deals equal shares."""
     ranks: dict[int, float] = field(default_factory=dict)
-    """Clients of different rank, as {rank: share of the clients}; empty gives every client adapter.rank."""
+    """Ranks of the clients, as {rank: share of the clients}; empty gives every client adapter.rank."""
     dropout: float = 0.0
-    """Simulation: probability that a client vanishes in mid-round, before its upload; with secure aggregation as often after it, too."""
+    """Simulation: probability that a client drops out mid-round, before its upload; with secure aggregation, as often after it too."""
     network: str = "none"
     """Simulation: links that turn bytes and tokens into seconds: none, uniform, broadband, mobile, or a YAML or CSV file of links."""
     deadline: Optional[float] = None
-    """Simulated network: seconds after which a round goes on without those that are late, if min_replies are there; null waits for all."""
+    """Simulated network: seconds after which a round goes on without late clients if min_replies have arrived; null waits for all."""
     mode: Mode = Mode.sync
-    """How updates are brought together; fedbuff needs a simulated network, and a round is one new version."""
+    """How updates are combined; fedbuff needs a simulated network, and a round of it is one new version of the factors."""
     concurrency: Optional[int] = None
-    """fedbuff: clients that work at the same time; null takes fraction of them."""
+    """fedbuff: number of clients that train at the same time; null takes federation.fraction of them."""
     buffer: Optional[int] = None
-    """fedbuff: updates that make a new version; null takes half of concurrency."""
+    """fedbuff: number of updates that make a new version; null takes half of concurrency."""
     round_timeout: Optional[float] = None
-    """Seconds for which the clients that were asked are waited for: in each asking again anew (retries), and in each stage of secure
-    aggregation. The round goes on without those that have not replied. null waits for all that are alive."""
+    """Seconds to wait for replies, counted anew for each retry and for each stage of secure aggregation. The round goes on without
+    clients that have not replied by then. null waits for all that are alive."""
     min_replies: float = 0.5
     """Replies a round needs: a fraction of the selected clients if below 1, else a count. Simulated drop-outs do not count."""
     over_selection: float = 0.0
-    """Select this fraction more clients than a round wants; it goes on when as many as it wants have replied."""
+    """Select this fraction more clients than the round needs; it goes on as soon as enough have replied."""
     retries: int = 2
-    """How often clients that have not replied are asked again where fewer than min_replies have; after that the run stops."""
+    """How often clients that have not replied are asked again if fewer than min_replies have; after that the run stops."""
     max_examples: int = 1_000_000
-    """Most training examples that a client may claim to have; the number is its weight in the average."""
+    """Largest number of training examples that a client may claim to have; the number is its weight in the average."""
 
 
 @dataclass
@@ -176,7 +176,7 @@ class TrainingConfig:
     schedule: Schedule = Schedule.cosine
     """Learning rate over all local steps of all rounds."""
     warmup_ratio: float = 0.02
-    """Part of all steps in which the learning rate rises linearly to its peak."""
+    """Fraction of all steps in which the learning rate rises linearly to its peak."""
     batch_size: int = 4
     """Examples per client and micro-batch."""
     accumulation: int = 1
@@ -188,25 +188,25 @@ class TrainingConfig:
     group_by_length: bool = True
     """Put examples of similar length into the same batch."""
     activation_checkpointing: bool = False
-    """Compute activations again in the backward pass to save memory."""
+    """Recompute activations in the backward pass to save memory."""
     tokens_per_pass: Union[int, str] = AUTO
-    """Most tokens, with padding to the longest row, in one forward and backward pass, to which a cohort's step is cut; auto chooses for
-    the device."""
+    """Maximum number of tokens in one forward and backward pass, padding included; a cohort's step is split into passes of this size. auto
+    chooses for the device."""
     proximal_mu: float = 0.0
     """FedProx: weight mu of the pull mu/2 |x - x_start|^2 towards the start of the round."""
     scaffold: bool = False
-    """SCAFFOLD: control variates against drift; they travel both ways with the factors. Needs training.optimizer=sgd without momentum
+    """SCAFFOLD: control variates against client drift, sent both ways with the factors. Needs training.optimizer=sgd without momentum
     and without proximal_mu."""
 
 
 @dataclass
 class ServerConfig:
     rule: ServerRule = ServerRule.mean
-    """How the clients' uploads become one."""
+    """How the clients' uploads are combined."""
     trimmed: float = 0.1
-    """trimmed_mean: part of the clients that is left out at each end."""
+    """trimmed_mean: fraction of the clients that is left out at each end."""
     malicious: int = 0
-    """krum: number of clients that may be malicious."""
+    """krum: largest number of clients that may be malicious."""
     kept: int = 0
     """krum: number of uploads that are averaged; 0 averages all but the malicious."""
     optimizer: str = "fedavg"
@@ -220,9 +220,9 @@ class ServerConfig:
     tau: float = 1e-3
     """Adaptivity: term added to the denominator of the adaptive ones."""
     max_update_norm: Optional[float] = 1e6
-    """Largest L2 norm of a client's update, and of a change of its control variate, that is believed; null believes all that are finite."""
+    """Largest L2 norm accepted of a client's update and of a change of its control variate; null accepts all that are finite."""
     over_norm: OverNorm = OverNorm.refuse
-    """What is done with an update beyond max_update_norm."""
+    """What is done with an update larger than max_update_norm."""
 
 
 @dataclass
@@ -230,9 +230,9 @@ class CompressionConfig:
     name: str = "none"
     """How an upload is compressed: none, bfloat16, int8, int4 or top_k."""
     density: float = 0.01
-    """top_k: part of the entries that is sent."""
+    """top_k: fraction of the entries that is sent."""
     error_feedback: bool = False
-    """A client adds what compression cost to its next upload."""
+    """A client adds the compression error to its next upload."""
 
 
 @dataclass
@@ -246,46 +246,46 @@ class PrivacyConfig:
     clip_norm: float = 1.0
     """Largest L2 norm of an example's gradient, or of a client's update, over all layers."""
     delta: Optional[float] = None
-    """Delta of every client; null takes 1 / n^1.1 of its examples, or of the clients. One of 1 / n or more is refused."""
+    """Delta of every client; null takes 1 / n^1.1, n being the number of its examples, or of clients. 1 / n or more is refused."""
     accountant: Accountant = Accountant.prv
     """How epsilon is computed; with noise of the clients under secure aggregation always by skellam."""
     init_share: float = 0.2
-    """adapter.init=gradient_dp: part of epsilon that the initialisation may spend."""
+    """adapter.init=gradient_dp: fraction of epsilon that the initialisation may spend."""
     init_noise_multiplier: Optional[float] = None
     """adapter.init=gradient_dp: its noise; null calibrates it to init_share x epsilon."""
     adaptive_clip: bool = False
-    """unit=client: let clip_norm follow a quantile of the updates' norms; the noised counts are in the price."""
+    """unit=client: let clip_norm follow a quantile of the updates' norms; the noised counts are accounted for."""
     clip_quantile: float = 0.5
     """unit=client, adaptive_clip: the quantile."""
     clip_rate: float = 0.2
     """unit=client, adaptive_clip: learning rate of the clip norm's logarithm."""
     noise: NoiseSource = NoiseSource.seed
-    """What noise is drawn from, and the coins of examples or, with unit=client, of clients. A deployment always takes system; of
-    simulations only engine=inprocess does."""
+    """Source of the noise, and of the random sampling of examples or, with unit=client, of clients. A deployment always takes system; among
+    simulations only engine=inprocess can."""
     unsafe_init: bool = False
     """Allow adapter.init=gradient, which leaks, with privacy: for audits only; no epsilon is claimed then."""
     secure_aggregation: bool = False
-    """The server sees sums of uploads only (SecAgg+, see secure), of linear methods. With unit=client the clients add the noise."""
+    """The server sees only sums of uploads (SecAgg+, see secure); linear methods only. With unit=client the clients add the noise."""
 
 
 @dataclass
 class SecureConfig:
     bits: int = 16
-    """Secure aggregation: bits of a value of an upload; with its sum's carry bits, in whole bytes, it is what travels."""
+    """Secure aggregation: bits of each value of an upload; what is sent also has the carry bits of the sum, in whole bytes."""
     range: float = 1.0
     """Largest change of an entry in a round that an upload can hold; what is larger is clipped, and counted. unit=client: clip_norm."""
     gradient_range: float = 16.0
     """The same for an entry of a client's initial gradient or its sketch, in 32 bits; with gradient_dp at least 8 times its noise."""
     threshold: float = 0.6
-    """Part of the round's clients that must stay to the end; with fewer the round is given up. unit=client: sized to give all the noise."""
+    """Fraction of the round's clients that must stay to the end, or the round is given up. unit=client: as many give all the noise."""
     neighbours: int = 0
-    """Clients with which each shares masks and secrets (an odd number is made even); 0 takes all others."""
+    """Number of clients with which each one shares masks and secrets (an odd number is made even); 0 takes all others."""
 
 
 @dataclass
 class AuditConfig:
     canaries: int = 0
-    """Examples of random tokens, dealt to the clients in turn, each put in by a coin from the seed; 0: none, 128 in fedsim audit."""
+    """Examples of random tokens, dealt to the clients in turn, each included by a coin flip from the seed; 0: none, in fedsim audit 128."""
     confidence: float = 0.95
     """Probability with which the lower bound on epsilon holds."""
 
@@ -295,12 +295,12 @@ class EvaluationConfig:
     every: int = 0
     """Evaluate after every k-th round as well; 0 evaluates before the first and after the last only."""
     max_new_tokens: int = 96
-    """Longest generated answer in tokens; one without its end is right only if it has named its result ("####", a box)."""
+    """Longest generated answer in tokens; one that is cut off is right only if it has stated its result ("####", a box)."""
     tokens_per_pass: Union[int, str] = AUTO
-    """Most tokens (prompt, answer and padding) in one generation batch; auto: 16384 on a CPU, on a GPU what its memory holds, halved
-    where that runs out."""
+    """Maximum number of tokens (prompt, answer and padding) in one generation batch; auto: 16384 on a CPU, on a GPU what its memory holds,
+    halved if it runs out."""
     diagnosis: bool = True
-    """After every round measure how exact the average is, how far clients drift apart, and the effective rank of the update."""
+    """Measure after every round how exact the average is, how far clients drift apart, and the effective rank of the update."""
 
 
 @dataclass
@@ -310,13 +310,13 @@ class EngineConfig:
     superlink: Optional[str] = None
     """deployment: name of the SuperLink in Flower's configuration (flwr config list)."""
     wait_seconds: float = 120.0
-    """deployment: how long clients that are not connected are waited for when a run begins; afterwards a round goes on without them."""
+    """deployment: how long to wait at the beginning of a run for clients that are not connected; afterwards rounds go on without them."""
     actors: Optional[int] = None
-    """ray: worker processes, each with a GPU or core and a base model of its own; null takes one per GPU, else one per core."""
+    """ray: number of worker processes, each with its own GPU or core and base model; null takes one per GPU, else one per core."""
     address: Optional[str] = None
-    """ray: address of a Ray cluster that is running (auto finds one on this machine); null starts Ray here, for this run."""
+    """ray: address of a running Ray cluster (auto finds one on this machine); null starts Ray here, for this run."""
     cohort_size: int = 0
-    """Clients that a worker trains together in one message; 0 deals the round's clients to the workers in equal parts."""
+    """Number of clients that a worker trains together per message; 0 deals the round's clients to the workers in equal parts."""
 
 
 @dataclass
@@ -337,10 +337,10 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
-    """Seed of everything random: data, partition, choice of clients, batches, bases."""
+    """Seed of everything random: data, partition, client sampling, batches, bases."""
     run_dir: Optional[str] = None
     """Run folder; null makes runs/<date>/<time>-<method>."""
     resume: bool = False
-    """Go on from the last checkpoint of run_dir."""
+    """Continue from the last checkpoint of run_dir."""
     overwrite: bool = False
     """Replace a finished or interrupted run in run_dir."""
