@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import fedsim
@@ -49,33 +50,13 @@ def _dispatch(words: list[str]) -> int:
     verb, rest = (words[0], words[1:]) if words else ("help", [])
     if verb == "--version":
         print(f"fedsim {fedsim.__version__}")
-    elif verb in _HELP or verb == "help" or any(word in _HELP for word in rest):
+        return 0
+    if verb in _HELP or verb == "help" or any(word in _HELP for word in rest):
         _help(words)
-    elif verb == "run":
-        return _run(rest)
-    elif verb == "data":
-        return _data(rest)
-    elif verb == "cost":
-        return _cost(rest)
-    elif verb == "privacy":
-        return _privacy(rest)
-    elif verb == "verify":
-        return _verify(rest)
-    elif verb == "deploy":
-        from fedsim.cli.deploy import deploy
-
-        return deploy(rest)
-    elif verb == "worker":
-        from clients.worker import main as worker
-
-        return worker(rest)
-    elif verb == "audit":
-        return _audit(rest)
-    elif verb == "estimate":
-        return _estimate(rest)
-    else:
+        return 0
+    if verb not in _ACTIONS:
         raise _unknown(verb)
-    return 0
+    return _ACTIONS[verb](rest)
 
 
 def _help(words: list[str]) -> None:
@@ -211,6 +192,32 @@ def _estimate(words: list[str]) -> int:
     found = estimate_of(config, tokens=tokens, megabits=numbers.get("--megabits", MEGABITS), again="--again" in flags)
     print(json.dumps(plain(found), indent=2) if "--json" in flags else estimate_table(found))
     return 0
+
+
+def _deploy(words: list[str]) -> int:
+    from fedsim.cli.deploy import deploy
+
+    return deploy(words)
+
+
+def _worker(words: list[str]) -> int:
+    from clients.worker import main as worker
+
+    return worker(words)
+
+
+_ACTIONS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "data": _data,
+    "cost": _cost,
+    "estimate": _estimate,
+    "privacy": _privacy,
+    "audit": _audit,
+    "verify": _verify,
+    "deploy": _deploy,
+    "worker": _worker,
+}
+"""Carries out a verb with the words after it and returns the exit code."""
 
 
 def _positive(flag: str, text: str) -> float:

@@ -88,7 +88,7 @@ def sweep(overrides: list[str]) -> int:
         if not options.resume:
             _remove_former(folder, jobs)
         _save(folder, jobs)
-        code = _launch(master, jobs, folder)
+        code = _launch(master, jobs)
     _save(folder, jobs)
     plain = [asdict(job) for job in jobs]
     print("\n", "\n\n".join(filter(None, (sweep_table(plain), seeds_table(plain), str(folder / SWEEP)))), sep="")
@@ -198,7 +198,7 @@ def _remove_former(folder: Path, jobs: list[Job]) -> None:
         (folder / f"{name}.log").unlink(missing_ok=True)
 
 
-def _launch(master: DictConfig, jobs: list[Job], folder: Path) -> int:
+def _launch(master: DictConfig, jobs: list[Job]) -> int:
     """Launches the jobs that have not finished, enters in each what has become of it, and returns the exit code."""
     stamps = {job.number: _stamp(job) for job in jobs}
     waiting = [job for job in jobs if not _is_done(job)]
