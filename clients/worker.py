@@ -25,7 +25,9 @@ LONGEST_SOCKET_PATH = 100  # Linux takes 107 bytes, macOS 103
 STALLED_SECONDS = 60.0
 """A client app that has begun a message and sends nothing more for so long is given up."""
 LEAVING_SECONDS = 20.0
-"""How long a worker that ends may take until it is gone."""
+"""How long a worker that has been told to end may take."""
+KILLED_SECONDS = 5.0
+"""How long the system may take to end one that was killed."""
 
 log = logging.getLogger("fedsim.worker")
 
@@ -78,12 +80,12 @@ def running_pid(owner: Owner) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def stop(owner: Owner, seconds: float = 20.0) -> bool:
+def stop(owner: Owner) -> bool:
     """Ends the worker, by force if it has not ended by itself in time. Returns whether there was one."""
     pid = running_pid(owner)
     if pid is None:
         return False
-    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, 5.0)):
+    for number, patience in ((signal.SIGTERM, LEAVING_SECONDS), (signal.SIGKILL, KILLED_SECONDS)):
         os.kill(pid, number)
         ends = time.monotonic() + patience
         while time.monotonic() < ends:

@@ -10,11 +10,13 @@ from typing import Any
 from fedsim.errors import UserError, nearest
 
 FLWR = (sys.executable, "-m", "flwr.cli.app")
+ACTION_SECONDS, LOOK_SECONDS, LOG_SECONDS = 120.0, 60.0, 30.0
+"""How long Flower may take to do something at a SuperLink, to read its own configuration, and to show a log."""
 
 
-def flwr(*words: str, timeout: float = 120.0) -> dict[str, Any]:
+def flwr(*words: str) -> dict[str, Any]:
     """Returns the JSON that `flwr WORDS --format json` prints. Raises UserError with its reason where it fails or takes too long."""
-    done = _called(*words, "--format", "json", timeout=timeout)
+    done = _called(*words, "--format", "json", timeout=ACTION_SECONDS)
     found = _values(done.stdout)
     if done.returncode or not found.get("success"):
         reason = found.get("error-message") or done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
@@ -28,7 +30,7 @@ def asking(superlink: str, key: str) -> Iterator[None]:
     try:
         yield
     except UserError:
-        known = _values(_called("config", "list", "--format", "json", timeout=60.0).stdout).get("superlink", [])
+        known = _values(_called("config", "list", "--format", "json", timeout=LOOK_SECONDS).stdout).get("superlink", [])
         if not known or superlink in known:
             raise
         raise UserError(
@@ -37,9 +39,9 @@ def asking(superlink: str, key: str) -> Iterator[None]:
         ) from None
 
 
-def log_of(run_id: str, superlink: str, timeout: float = 30.0) -> str:
+def log_of(run_id: str, superlink: str) -> str:
     """Returns the log of a run so far, nothing where there is none. Raises UserError where Flower does not answer in time."""
-    return _called("log", run_id, superlink, "--show", timeout=timeout).stdout
+    return _called("log", run_id, superlink, "--show", timeout=LOG_SECONDS).stdout
 
 
 def _values(text: str) -> dict[str, Any]:

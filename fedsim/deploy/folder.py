@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -85,11 +86,11 @@ def _write(folder: Path, federation: Federation, *, new_keys: bool, final: Path)
     hosts = list(dict.fromkeys([*federation.hosts, *LOCAL_HOSTS]))
     issued = writer.has("server/server.crt") and is_issued_by(writer.read("server/server.crt"), ca)  # not if --new-keys was broken off
     other = before.hosts != federation.hosts or not issued
-    issue = lambda: server_certificate(ca, ca_key, hosts)  # noqa: E731
+    issue = partial(server_certificate, ca, ca_key, hosts)
     writer.pair("server/server.crt", "server/server.key", "server certificate", issue, replace=other)
     for client in range(federation.clients):
         home, name = f"clients/client-{client}", f"client-{client}"
-        writer.pair(f"server/keys/{name}.pub", f"{home}/key", f"key of client {client}", lambda name=name: client_key(name))
+        writer.pair(f"server/keys/{name}.pub", f"{home}/key", f"key of client {client}", partial(client_key, name))
         writer.keep(f"{home}/client.yaml", owner_text(federation.owner(client)).encode(), PLAIN)
         _client_files(writer, federation, client, ca)
     _server_files(writer, federation, ca, final)

@@ -29,6 +29,7 @@ from fedsim.errors import UserError
 from fedsim.interruption import interruptible
 
 NAME = "local"
+TAIL_LINES = 5  # of a log, that an error message shows
 START_SECONDS = 60.0
 PATIENCE_SECONDS = 15.0
 """How long a process may take to end after SIGTERM before it is killed."""
@@ -129,16 +130,15 @@ def local_federation(
     clients: int,
     folder: Path | None = None,
     *,
-    shard: bool = True,
     connect: bool = True,
     data_path: str | None = None,
     model_path: str | None = None,
 ) -> Iterator[Local]:
     """A running federation of so many clients; its folder is a temporary one unless `folder` is given, which stays.
 
-    `shard` has them train on their shards of the experiment's data, which lies at `data_path`, with the base model at `model_path`, both as
-    in the configuration, absolute where they are on disk; without `connect` their SuperNodes are the caller's to start. Flower's programs
-    use the federation's configuration in the block (FLWR_HOME).
+    They train on their shards of the experiment's data, which lies at `data_path`, with the base model at `model_path`, both as in the
+    configuration, absolute where they are on disk; without `connect` their SuperNodes are the caller's to start. Flower's programs use the
+    federation's configuration in the block (FLWR_HOME).
 
     Guarantees: when the block is left, however, nothing that was started runs any more. Raises UserError for a folder that is not its own,
     and for one in which a client takes shards of other data or has another base model.
@@ -146,7 +146,7 @@ def local_federation(
     if folder is not None and (folder / SETTINGS).is_file() and (name := load(folder).name) != NAME:
         raise UserError(f"Expected {folder} to be new or of an earlier trial, got the folder of the federation {name}. Choose another one.")
     place = folder or Path(tempfile.mkdtemp(prefix="fedsim-"))
-    federation = Federation(NAME, clients, ("localhost",), free_port(), shard, data_path, model_path)
+    federation = Federation(NAME, clients, ("localhost",), free_port(), True, data_path, model_path)
     local, home = Local(place, federation), os.environ.get("FLWR_HOME")
     _check_owners(local)  # before anything is written there
     try:
@@ -196,9 +196,9 @@ def free_port() -> int:
         return port
 
 
-def tail(log: Path, lines: int = 5) -> str:
+def tail(log: Path) -> str:
     """Returns the last lines of a log as one line."""
-    return " | ".join(log.read_text(errors="replace").strip().splitlines()[-lines:]) or "(its log is empty)"
+    return " | ".join(log.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:]) or "(its log is empty)"
 
 
 @contextmanager
