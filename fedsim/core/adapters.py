@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.core.forms import RAVAN, AdapterSpec, Factors, Form, product
-from fedsim.core.heads import head_layers, put_in
+from fedsim.core.heads import head_layers, insert_heads
 from fedsim.core.products import affine
 from fedsim.errors import UserError, nearest
 from fedsim.types import Adapter
@@ -146,7 +146,7 @@ def adapt(
     ends with a name of `target_modules`. Raises UserError for a name that fits no layer and for a rank above a layer's size.
     """
     model.requires_grad_(False)
-    head = put_in(model, classification_head)
+    head = insert_heads(model, classification_head)
     layers = {name: matrix_shape(model.get_submodule(name)) for name in target_layers(model, target_modules)}
     _refuse_tied(model, layers)
     spec = adapter_spec(layers, form, rank, heads, scaling, head)

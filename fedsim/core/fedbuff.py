@@ -115,36 +115,27 @@ def advance(
     begun: list[Job] = []
     arrived: list[Job] = []
     lost: list[Job] = []
+
+    def send_out() -> None:
+        """Fills free places with clients that neither work nor have worked from this version."""
+        while len(queue.working) < concurrency:
+            busy = {job.client for job in (*queue.working, *begun)}
+            free = [client for client in clients if client not in busy]
+            if not free:
+                return
+            client = free[int(numpy_generator(seed, "job", queue.num_jobs).integers(len(free)))]
+            job = Job(queue.time + seconds(client), queue.num_jobs, client, version, vanishes(client))
+            queue.num_jobs += 1
+            heapq.heappush(queue.working, job)
+            begun.append(job)
+
     heapq.heapify(queue.working)
-    _send_out(queue, version, clients, concurrency, seconds, vanishes, seed, begun)
+    send_out()
     while queue.working and len(arrived) < buffer:
         queue.time = queue.working[0].finish
         while queue.working and queue.working[0].finish == queue.time and len(arrived) < buffer:
             job = heapq.heappop(queue.working)
             (lost if job.vanishes else arrived).append(job)
         if len(arrived) < buffer:
-            _send_out(queue, version, clients, concurrency, seconds, vanishes, seed, begun)
+            send_out()
     return Flush(tuple(begun), tuple(arrived), tuple(lost))
-
-
-def _send_out(
-    queue: Queue,
-    version: int,
-    clients: Sequence[int],
-    concurrency: int,
-    seconds: Callable[[int], float],
-    vanishes: Callable[[int], bool],
-    seed: int,
-    begun: list[Job],
-) -> None:
-    """Fills free places with clients that neither work nor have worked from this version."""
-    while len(queue.working) < concurrency:
-        busy = {job.client for job in (*queue.working, *begun)}
-        free = [client for client in clients if client not in busy]
-        if not free:
-            return
-        client = free[int(numpy_generator(seed, "job", queue.num_jobs).integers(len(free)))]
-        job = Job(queue.time + seconds(client), queue.num_jobs, client, version, vanishes(client))
-        queue.num_jobs += 1
-        heapq.heappush(queue.working, job)
-        begun.append(job)

@@ -27,7 +27,7 @@ class HeadLinear(nn.Module):
         return affine(torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1), None, chain=(self.head,))
 
 
-def put_in(model: nn.Module, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
+def insert_heads(model: nn.Module, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Replaces the linear layers at `paths` by `HeadLinear` in place, and returns their (out, in)."""
     for path in paths:
         parent, _, child = path.rpartition(".")
