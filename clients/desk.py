@@ -22,7 +22,7 @@ from clients.owner import Owner, RefusedError, accept, own_view
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
 from fedsim.config_check import check
-from fedsim.core.network import POPULATIONS
+from fedsim.core.network import NO_NETWORK, POPULATIONS
 from fedsim.core.participation import steps_per_round
 from fedsim.core.traffic import GRADIENTS_NEED
 from fedsim.errors import UserError
@@ -31,7 +31,6 @@ from fedsim.flower.requests import REQUEST, is_above_zero, texts
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD
 from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, REFUSED, handle
-from fedsim.links import NONE
 from fedsim.memory import give_back_gpu_memory
 from fedsim.plain import from_text, to_dict
 from fedsim.privacy.accounting import Mechanism
@@ -114,7 +113,7 @@ class Desk:
             check(config)
         except (UserError, KeyError, ValueError) as error:
             raise RefusedError(f"the configuration is not one of fedsim {fedsim.__version__}: {error!s:.200}") from error
-        if config.federation.network not in (NONE, *POPULATIONS):
+        if config.federation.network not in (NO_NETWORK, *POPULATIONS):
             raise RefusedError("federation.network names a file, and no message opens a file here")
         accept(self._owner, config)
         if "clients" in request and whole_numbers(request, "clients") != [self._owner.client]:

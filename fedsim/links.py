@@ -12,21 +12,20 @@ from typing import Any
 import yaml
 
 from fedsim.config import Config
-from fedsim.core.network import POPULATIONS, Link, links
+from fedsim.core.network import NO_NETWORK, POPULATIONS, Link, draw_links
 from fedsim.errors import UserError, nearest
 
 COLUMNS = ("uplink", "downlink", "latency", "dropout", "speed")
 OPTIONAL = {"dropout": 0.0, "latency": 0.0, "speed": inf}
-NONE = "none"
 
 
 def links_of(config: Config, num_parameters: int) -> list[Link] | None:
     """Returns the link of each client, None where no network is simulated. Raises UserError for an unknown name and a bad file."""
     name, clients = config.federation.network, config.federation.clients
-    if name == NONE:
+    if name == NO_NETWORK:
         return None
     if name in POPULATIONS:
-        return links(POPULATIONS[name], clients, num_parameters, config.seed)
+        return draw_links(POPULATIONS[name], clients, num_parameters, config.seed)
     rows = _read(name)
     return [rows[client % len(rows)] for client in range(clients)]
 
@@ -39,7 +38,7 @@ def check(config: Config) -> None:
 def _read(name: str) -> list[Link]:
     path = Path(name)
     if not path.is_file():
-        known = [NONE, *POPULATIONS]
+        known = [NO_NETWORK, *POPULATIONS]
         raise UserError(f"federation.network: expected one of {', '.join(known)} or a file, got {name!r}.{nearest(name, known)}")
     try:
         text = path.read_text()

@@ -25,7 +25,7 @@ from fedsim.core.forms import RAVAN
 from fedsim.core.global_state import GlobalState
 from fedsim.core.gradient_parts import parts_of
 from fedsim.core.initialization import DERIVED, new_head
-from fedsim.core.network import Link, rates
+from fedsim.core.network import Link, dropout_rates
 from fedsim.core.participation import steps_per_round
 from fedsim.core.partition import holdings
 from fedsim.core.ranks import deal_ranks
@@ -168,7 +168,7 @@ class Session:
     @cached_property
     def dropouts(self) -> list[float] | None:
         """Each client's probability of vanishing in a round, None where it is `federation.dropout` for all."""
-        return rates(self.links, self.config.federation.dropout) if self.links else None
+        return dropout_rates(self.links, self.config.federation.dropout) if self.links else None
 
     @cached_property
     def canaries(self) -> list[Canary]:

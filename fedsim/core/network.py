@@ -13,6 +13,8 @@ import numpy as np
 
 from fedsim.seeding import numpy_generator
 
+NO_NETWORK = "none"
+"""Value of `federation.network` with which nothing is simulated."""
 MBIT = 1e6
 FLOPS_PER_PARAMETER = 6  # of one token, forward and backward
 
@@ -54,7 +56,7 @@ POPULATIONS = {
 of its medians of that time. Spreads, drop-outs and speeds are assumptions: a desktop GPU and a phone that reach 10 and 0.1 TFLOP/s."""
 
 
-def links(population: Population, clients: int, num_parameters: int, seed: int) -> list[Link]:
+def draw_links(population: Population, clients: int, num_parameters: int, seed: int) -> list[Link]:
     """Returns the links of the clients, drawn from the seed; `num_parameters` of the model give the tokens that its operations make."""
     drawn = numpy_generator(seed, "network").standard_normal((clients, 2))
     bandwidth, speed = np.exp(drawn * (population.bandwidth_sigma, population.speed_sigma)).T.tolist()
@@ -90,6 +92,6 @@ def ending(seconds: Mapping[int, float], wanted: int, least: int, deadline: floa
     return Ending(last, tuple(client for client in order if seconds[client] <= last)[:wanted])
 
 
-def rates(links: Sequence[Link], everywhere: float) -> list[float]:
+def dropout_rates(links: Sequence[Link], everywhere: float) -> list[float]:
     """Returns the probability with which each client vanishes in a round, where `everywhere` is that of all clients besides."""
     return [1 - (1 - link.dropout) * (1 - everywhere) for link in links]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.core.network import POPULATIONS, Ending, Link, ending, links, rates
+from fedsim.core.network import POPULATIONS, Ending, Link, draw_links, dropout_rates, ending
 
 LINK = Link(uplink=8e6, downlink=80e6, latency=0.25, dropout=0.1, speed=50.0)
 
@@ -16,8 +16,8 @@ def test_a_clients_time_is_that_of_a_hand_computation():
 
 
 def test_links_are_drawn_from_the_seed_around_the_medians():
-    drawn = links(POPULATIONS["mobile"], 4001, num_parameters=1_000_000, seed=3)
-    assert drawn == links(POPULATIONS["mobile"], 4001, 1_000_000, 3) != links(POPULATIONS["mobile"], 4001, 1_000_000, 4)
+    drawn = draw_links(POPULATIONS["mobile"], 4001, num_parameters=1_000_000, seed=3)
+    assert drawn == draw_links(POPULATIONS["mobile"], 4001, 1_000_000, 3) != draw_links(POPULATIONS["mobile"], 4001, 1_000_000, 4)
     logs = np.log([[link.uplink, link.downlink, link.speed] for link in drawn])
     np.testing.assert_allclose(np.exp(np.median(logs, axis=0)), [9e6, 34e6, 1e11 / 6e6], rtol=0.06)
     np.testing.assert_allclose(logs.std(axis=0), [1.0, 1.0, 0.7], rtol=0.05)
@@ -25,12 +25,12 @@ def test_links_are_drawn_from_the_seed_around_the_medians():
 
 
 def test_more_clients_do_not_change_the_first_and_uniform_ones_are_alike():
-    assert links(POPULATIONS["broadband"], 9, 100, 0)[:5] == links(POPULATIONS["broadband"], 5, 100, 0)
-    assert len(set(links(POPULATIONS["uniform"], 9, 100, 0))) == 1
+    assert draw_links(POPULATIONS["broadband"], 9, 100, 0)[:5] == draw_links(POPULATIONS["broadband"], 5, 100, 0)
+    assert len(set(draw_links(POPULATIONS["uniform"], 9, 100, 0))) == 1
 
 
 def test_dropouts_of_network_and_of_everywhere_are_independent():
-    assert rates([LINK, Link(1, 1, 0, 0.0, 1)], 0.5) == pytest.approx([0.55, 0.5])
+    assert dropout_rates([LINK, Link(1, 1, 0, 0.0, 1)], 0.5) == pytest.approx([0.55, 0.5])
 
 
 TIMES = {0: 5.0, 1: 1.0, 2: 3.0, 3: 9.0}

@@ -7,6 +7,7 @@ from fedsim.config import Config
 from fedsim.core.compression import CODECS
 from fedsim.core.forms import RAVAN
 from fedsim.core.methods.method import Method
+from fedsim.core.network import NO_NETWORK
 from fedsim.core.participation import buffer_size, concurrency, round_size
 from fedsim.core.quantization import limit_of
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS
@@ -72,6 +73,8 @@ def _pooled(config: Config, method: Method) -> Iterator[str]:
             f"training.local_epochs: an epoch of {method.name} is over all of the data, of a round with federation.fraction="
             f"{config.federation.fraction:g} over its clients' part; use training.local_steps."
         )
+    if method.pooled and config.federation.dropout:
+        yield f"federation.dropout: {method.name} has one party, got {config.federation.dropout:g}; leave it out."
 
 
 def _server(config: Config, method: Method) -> Iterator[str]:
@@ -120,7 +123,7 @@ def _failures(config: Config, method: Method) -> Iterator[str]:
 
 
 def _network(config: Config, method: Method) -> Iterator[str]:
-    federation, simulated = config.federation, config.federation.network != "none"
+    federation, simulated = config.federation, config.federation.network != NO_NETWORK
     if simulated and (method.pooled or config.engine.name == "deployment"):
         yield f"federation.network: expected a simulation in which something is sent, got {federation.network}; leave it out."
     if simulated and config.privacy.secure_aggregation:
@@ -191,8 +194,6 @@ def _method_options(config: Config, method: Method) -> Iterator[str]:
 
 def _secure(config: Config, method: Method) -> Iterator[str]:
     clients, key = round_size(config.federation.clients, config.federation.fraction), "privacy.secure_aggregation"
-    if config.federation.dropout and method.pooled:
-        yield f"federation.dropout: {method.name} has one party, got {config.federation.dropout:g}; leave it out."
     if not config.privacy.secure_aggregation:
         return
     if not method.linear:
