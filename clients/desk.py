@@ -30,10 +30,10 @@ from fedsim.flower.records import numbers, whole_numbers
 from fedsim.flower.requests import REQUEST, is_above_zero, texts
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD
-from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, REFUSED, handle
+from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, REFUSED, TRAIN, handle
 from fedsim.memory import give_back_gpu_memory
 from fedsim.plain import from_text, to_dict
-from fedsim.privacy.accounting import Mechanism
+from fedsim.privacy.accounting import INITIALIZATION, Mechanism
 from fedsim.seeding import NoiseKey
 from fedsim.session import Session, open_session
 from fedsim.training.private import sampling_rate
@@ -124,16 +124,16 @@ class Desk:
         """Returns what the work costs in privacy, None for nothing. Raises RefusedError if the owner does not accept it."""
         config, size = session.config, self._num_examples(session)
         steps = steps_per_round(size, config.training)
-        if kind == "train" and steps > self._owner.max_local_steps:
+        if kind == TRAIN and steps > self._owner.max_local_steps:
             raise RefusedError(f"{steps} local steps are more than the {self._owner.max_local_steps} accepted")
         if kind == EVALUATE and not self._owner.shard and (self._promised(config) or self._owner.masked_only):
             raise RefusedError("its test rows are the owner's, and how many are answered right would leave without noise or mask")
-        masked = config.privacy.unit is PrivacyUnit.client and config.privacy.secure_aggregation and kind == "train"
+        masked = config.privacy.unit is PrivacyUnit.client and config.privacy.secure_aggregation and kind == TRAIN
         if masked:
             self._check_noise(kind, request, "noise_multiplier")
         if config.privacy.unit is PrivacyUnit.client and kind == INITIAL_GRADIENT:
             raise RefusedError("an initial gradient would leave as it is, which privacy.unit=client does not cover")
-        if config.privacy.unit is not PrivacyUnit.example or not kind.startswith("train"):
+        if config.privacy.unit is not PrivacyUnit.example or not kind.startswith(TRAIN):
             return None
         if "noise" not in request:
             raise RefusedError(f"{kind} would leave without noise")
@@ -143,7 +143,7 @@ class Desk:
         mechanism = Mechanism(noise, sampling_rate(size, batch), steps)
         if kind == INITIAL_GRADIENT:
             (rate,) = numbers(request, "rates")
-            mechanism = Mechanism(noise, rate, 1, "initialization")
+            mechanism = Mechanism(noise, rate, 1, INITIALIZATION)
         return mechanism
 
     def _check_noise(self, kind: str, request: ConfigRecord, key: str) -> None:

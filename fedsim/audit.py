@@ -24,10 +24,10 @@ from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.flower.grid import WatchedGrid
 from fedsim.flower.records import from_record, whole_numbers
-from fedsim.flower.worker import INITIAL_GRADIENT, METRICS, client_key
-from fedsim.privacy.accounting import Mechanism, epsilon
+from fedsim.flower.requests import METRICS
+from fedsim.flower.worker import INITIAL_GRADIENT, TRAIN, client_key
+from fedsim.privacy.accounting import INITIALIZATION, TRAINING, Mechanism, epsilon
 from fedsim.privacy.auditing import Bound, audit
-from fedsim.privacy.plan import INITIALIZATION, TRAINING
 from fedsim.session import Session, open_session
 from fedsim.training.gradients import FactoredGradients, example_gradients, factor_gradients
 from fedsim.types import EncodedExample
@@ -151,7 +151,7 @@ class Auditor:
         number = int(reply.metadata.group_id)
         if reply.metadata.message_type == INITIAL_GRADIENT:
             self._look_at_initial_gradients(reply, number)
-        elif reply.metadata.message_type == "train" and METRICS in reply.content:
+        elif reply.metadata.message_type == TRAIN and METRICS in reply.content:
             if (Part.bases, 0) not in self._seen and self._session.config.adapter.init in (Init.gradient, Init.gradient_dp):
                 self._look_at_bases()
             self._look_at_uploads(reply, number)

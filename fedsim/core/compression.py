@@ -23,6 +23,7 @@ Arrays = dict[str, Tensor]
 """What travels: arrays by name, on the CPU, typed and shaped as they are serialised."""
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Type and shape of each of such arrays."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fedsim.flower.in_flight import TRAINING, InFlight
 from fedsim.flower.requests import REQUEST
 from fedsim.flower.secure_worker import secure_key
 from fedsim.flower.transfer import ADAPTER, BASES, FOLD, Packer
-from fedsim.flower.worker import EVALUATE
+from fedsim.flower.worker import EVALUATE, TRAIN
 from fedsim.plain import to_dict
 from fedsim.privacy.accounting import Mechanism
 from fedsim.privacy.ledger import PrivacyLedger
@@ -54,12 +54,12 @@ class Asking:
         config: Config,
         state: GlobalState,
         charges: Charges,
-        privacy: PrivacyLedger | None = None,
-        homes: Homes | None = None,
-        in_flight: InFlight | None = None,
+        privacy: PrivacyLedger | None,
+        homes: Homes | None,
+        in_flight: InFlight,
     ) -> None:
         self._session, self._state, self._charges, self._privacy, self.homes = session, state, charges, privacy, homes
-        self._in_flight = in_flight or InFlight()
+        self._in_flight = in_flight
         self._config_text = json.dumps(to_dict(config))
         self._cohort_size = config.engine.cohort_size
         self._unit = session.config.privacy.unit
@@ -173,7 +173,7 @@ class Asking:
         """Yields one request per cohort of these clients, made when it is asked for."""
         for node, cohort in self.cohorts(clients, grid):
             content = self.brought_up(server_round, cohort, packer, **self.private_facts(cohort))
-            yield Ask(Message(content, node, "train", group_id=str(server_round)), tuple(cohort))
+            yield Ask(Message(content, node, TRAIN, group_id=str(server_round)), tuple(cohort))
 
     def private_facts(self, clients: Sequence[int]) -> dict[str, Any]:
         """Returns what a request says of privacy."""

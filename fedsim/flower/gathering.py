@@ -34,9 +34,9 @@ def gathered(
     asks: Iterable[Ask],
     again: Callable[[Ask], Ask],
     *,
-    timeout: float | None = None,
-    enough: Callable[[], bool] = lambda: False,
-    in_turn: bool = False,
+    timeout: float | None,
+    enough: Callable[[], bool],
+    in_turn: bool,
 ) -> Iterator[tuple[Ask, Message | Failure]]:
     """Yields each request with its reply, as they come; a request is made only when its turn comes.
 

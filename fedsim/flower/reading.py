@@ -1,7 +1,7 @@
 """What the server makes of a reply: nothing in it is believed before it is checked; what fails is refused, never averaged."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite, sqrt
 
 import torch
@@ -25,7 +25,8 @@ from fedsim.flower.records import (
     whole_number,
     whole_numbers,
 )
-from fedsim.flower.worker import METRICS, client_key, control_key
+from fedsim.flower.requests import METRICS
+from fedsim.flower.worker import client_key, control_key
 from fedsim.session import Session
 
 DIVERGED = "Expected a finite training loss"
@@ -35,15 +36,21 @@ CLEARLY = 0.9  # of a bound: norms above this part of it are always taken in flo
 
 
 @dataclass(frozen=True)
-class Upload:
-    """One client's reply to a request to train, checked and decompressed."""
+class Claim:
+    """What a client says of its training."""
 
     client: int
     num_examples: int
     num_tokens: int
     loss: float
     within: bool  # whether the update was within the clip norm of client-level privacy
-    flat: Tensor = torch.empty(0)  # the uploaded factors at `positions` of their flat array  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class Upload(Claim):
+    """One client's reply to a request to train, checked and decompressed."""
+
+    flat: Tensor  # the uploaded factors at `positions` of their flat array
     positions: Tensor | None = None  # None for all
     control: Tensor | None = None  # change of SCAFFOLD's control variate
     clipped: bool = False  # to server.max_update_norm
@@ -84,7 +91,7 @@ class Reader:
     def _refused(self, client: int, reason: str) -> Missing:
         return Missing(client, self._round, Reason.refused_by_server, reason[:300])
 
-    def _claims(self, ask: Ask, reply: Message) -> dict[int, Upload]:
+    def _claims(self, ask: Ask, reply: Message) -> dict[int, Claim]:
         """Returns what the reply says of its clients. Raises ValueError for a reply that cannot be the one to this request."""
         if reply.metadata.src_node_id != ask.message.metadata.dst_node_id:
             raise ValueError("Expected the reply of the node that was asked, got that of another.")
@@ -99,9 +106,9 @@ class Reader:
             raise ValueError("Expected as many numbers as clients in every list of the reply.")
         if len(set(clients)) != len(clients) or not set(clients) <= set(ask.clients):
             raise ValueError(f"Expected a reply for clients {list(ask.clients)[:5]}, got one for {clients[:5]}.")
-        return {row[0]: Upload(*row) for row in zip(clients, examples, tokens, losses, map(bool, within), strict=True)}
+        return {row[0]: Claim(*row) for row in zip(clients, examples, tokens, losses, map(bool, within), strict=True)}
 
-    def _upload(self, claim: Upload, own: dict[str, ArrayRecord]) -> Upload:
+    def _upload(self, claim: Claim, own: dict[str, ArrayRecord]) -> Upload:
         """Returns the claim with its arrays, and takes out of the client's records what it has charged.
 
         Raises ValueError for what is not to be believed.
@@ -116,9 +123,9 @@ class Reader:
         if clipped := bounded is not flat:
             distance = _distance(bounded, start, self._space)
         control = None if self._state.control is None else self._control(claim.client, own)
-        return replace(claim, flat=bounded, positions=positions, control=control, clipped=clipped, distance=distance)
+        return Upload(**vars(claim), flat=bounded, positions=positions, control=control, clipped=clipped, distance=distance)
 
-    def _check_counts(self, claim: Upload) -> None:
+    def _check_counts(self, claim: Claim) -> None:
         self._session.check_num_examples(claim.client, claim.num_examples)
         if not 0 <= claim.num_tokens <= MOST:
             raise ValueError(f"Expected a number of tokens, got {claim.num_tokens}.")

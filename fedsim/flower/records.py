@@ -4,7 +4,7 @@ Tensors only: NumPy's own format without pickle. What arrives is checked before 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from math import isfinite, prod
@@ -16,6 +16,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from flwr.common.constant import SType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from torch import Tensor
+
+from fedsim.core.compression import Arrays, Shapes
 
 KEY = "values"  # the one array in a record
 NUMPY_HEAD = re.compile(
@@ -136,11 +138,18 @@ def numbers(record: ConfigRecord | MetricRecord, key: str) -> list[float]:
     return [float(value) for value in values]
 
 
-def arrays_from_record(record: ArrayRecord, types: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+def byte_rows(rows: Sequence[bytes], length: int) -> Tensor:
+    """Returns rows of `length` bytes each as uint8 [rows, length]."""
+    if not rows:
+        return torch.zeros(0, length, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(rows), length)
+
+
+def arrays_from_record(record: ArrayRecord, shapes: Shapes) -> Arrays:
     """Returns the named arrays. Raises ValueError where names, types or shapes are not the expected ones."""
-    if set(record) != set(types):
-        raise ValueError(f"Expected the arrays {sorted(types)}, got {sorted(record)[:5]}.")
-    return {name: _decoded(name, record[name], dtype, shape) for name, (dtype, shape) in types.items()}
+    if set(record) != set(shapes):
+        raise ValueError(f"Expected the arrays {sorted(shapes)}, got {sorted(record)[:5]}.")
+    return {name: _decoded(name, record[name], dtype, shape) for name, (dtype, shape) in shapes.items()}
 
 
 def identifiers(record: ArrayRecord, name: str) -> list[int]:

@@ -16,7 +16,8 @@ from fedsim.config_check import check
 from fedsim.flower.records import numbers, whole_number, whole_numbers
 from fedsim.plain import from_text
 
-REQUEST = "request"
+REQUEST, METRICS = "request", "metrics"
+"""Names of the record that every request holds, and of the one in a reply with what was counted and measured."""
 LIMIT = 2**31
 Value = TypeVar("Value")
 SETUP = "setup"

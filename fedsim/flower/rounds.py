@@ -76,7 +76,7 @@ class TrainingRound(Round):
         charges: Charges,
         server_round: int,
         wanted: int,
-        in_time: Collection[int] | None = None,
+        in_time: Collection[int] | None,
     ) -> None:
         super().__init__(asking, server_round, wanted)
         self._in_time = in_time

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.core.communication import Direction, Purpose
+from fedsim.core.compression import Shapes
 from fedsim.core.dropout import Stage
 from fedsim.core.missing import Missing, Reason
 from fedsim.core.quantization import Quantizer
@@ -35,20 +36,18 @@ from fedsim.core.secure_aggregation import (
     neighbour_graph,
 )
 from fedsim.errors import RunStopped
-from fedsim.flower.asking import REQUEST, Ask
+from fedsim.flower.asking import Ask
 from fedsim.flower.charging import Charges
 from fedsim.flower.gathering import Failure
-from fedsim.flower.records import arrays_from_record, arrays_to_record, whole_numbers
-from fedsim.flower.secure_worker import secure_key
+from fedsim.flower.records import arrays_from_record, arrays_to_record, byte_rows, whole_numbers
+from fedsim.flower.requests import METRICS, REQUEST
+from fedsim.flower.secure_worker import KEYS, SHARES, UNMASK, secure_key
 from fedsim.flower.worker import client_key
 
 Cohorts = Sequence[tuple[int, list[int]]]
 """Node and clients of each message; the same in all stages, because a client's secrets stay at its node."""
 Work = Callable[[list[int], dict[str, Any]], RecordDict]
 """Makes the request for uploads of some clients, with what secure aggregation tells them besides."""
-
-
-Types = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class SumRefused(RunStopped):
@@ -153,10 +152,10 @@ class Protocol:
 
         def take(client: int, reply: Message) -> None:
             keys = self._received(client, reply, {"keys": (torch.uint8, (2 * KEY_BYTES,))})["keys"].numpy()
-            counts[client] = self._num_examples(client, reply.content.metric_records["metrics"])
+            counts[client] = self._num_examples(client, reply.content.metric_records[METRICS])
             publics[client] = bytes(keys[:KEY_BYTES]), bytes(keys[KEY_BYTES:])
 
-        self._gather("query.secure_keys", self._graph, lambda clients: {REQUEST: self._request(clients)}, take)
+        self._gather(KEYS, self._graph, lambda clients: {REQUEST: self._request(clients)}, take)
         return publics, counts
 
     def _shares(self, publics: Mapping[int, Public]) -> dict[int, dict[int, bytes]]:
@@ -165,7 +164,7 @@ class Protocol:
 
         def content(clients: list[int]) -> dict[str, ArrayRecord | ConfigRecord]:
             rows = {client: [b"".join(publics[peer]) for peer in peers[client]] for client in clients}
-            records = {client: {"peers": _ids(peers[client]), "keys": _table(rows[client], 2 * KEY_BYTES)} for client in clients}
+            records = {client: {"peers": _ids(peers[client]), "keys": byte_rows(rows[client], 2 * KEY_BYTES)} for client in clients}
             thresholds = [self._threshold(client) for client in clients]
             return {REQUEST: self._request(clients, thresholds=thresholds), **self._sent(records)}
 
@@ -173,23 +172,23 @@ class Protocol:
             rows = self._received(client, reply, {"sealed": (torch.uint8, (len(peers[client]), SEALED_BYTES))})["sealed"].numpy()
             sealed[client] = {peer: bytes(row) for peer, row in zip(peers[client], rows, strict=True)}
 
-        self._gather("query.secure_shares", publics, content, take)
+        self._gather(SHARES, publics, content, take)
         return sealed
 
     def _uploads(self, wanted: Wanted, sealed: Mapping[int, Mapping[int, bytes]], largest: int) -> MaskedSum:
         total = MaskedSum(wanted.entries)
-        types: Types = {"masked": (torch.uint8, (wanted.entries, wanted.quantizer.width))}
+        shapes: Shapes = {"masked": (torch.uint8, (wanted.entries, wanted.quantizer.width))}
 
         def content(clients: list[int]) -> dict[str, Any]:
             peers = {client: [peer for peer in self._graph[client] if peer in sealed] for client in clients}
             rows = {client: [sealed[peer][client] for peer in peers[client]] for client in clients}
-            records = {client: {"peers": _ids(peers[client]), "sealed": _table(rows[client], SEALED_BYTES)} for client in clients}
+            records = {client: {"peers": _ids(peers[client]), "sealed": byte_rows(rows[client], SEALED_BYTES)} for client in clients}
             told = {"largest": largest, "contributors": len(self._graph), **self.told}
             return {**wanted.work(clients, told), **self._sent(records)}
 
         def take(client: int, reply: Message) -> None:
             record = reply.content.array_records[client_key(client)]
-            masked = self._read(client, wanted.purpose, record, types)["masked"].numpy()
+            masked = self._read(client, wanted.purpose, record, shapes)["masked"].numpy()
             self.charges.up(self.server_round, client, wanted.purpose, wanted.parameters, record)
             total.add(client, wanted.quantizer.from_wire(masked))
             self.came(client)
@@ -216,7 +215,7 @@ class Protocol:
             for owner, row in zip(owners, rows, strict=True):
                 shares[owner][client] = bytes(row)
 
-        self._gather("query.secure_unmask", survivors, content, take)
+        self._gather(UNMASK, survivors, content, take)
         return shares, answered
 
     # ---- messages
@@ -258,16 +257,16 @@ class Protocol:
             self.charges.protocol(self.server_round, client, Direction.downlink, record)
         return {secure_key(client): record for client, record in made.items()}
 
-    def _received(self, client: int, reply: Message, types: Types) -> dict[str, Tensor]:
+    def _received(self, client: int, reply: Message, shapes: Shapes) -> dict[str, Tensor]:
         record = reply.content.array_records[secure_key(client)]
-        arrays = self._read(client, Purpose.secure_aggregation, record, types)
+        arrays = self._read(client, Purpose.secure_aggregation, record, shapes)
         self.charges.protocol(self.server_round, client, Direction.uplink, record)
         return arrays
 
-    def _read(self, client: int, purpose: Purpose, record: ArrayRecord, types: Types) -> dict[str, Tensor]:
+    def _read(self, client: int, purpose: Purpose, record: ArrayRecord, shapes: Shapes) -> dict[str, Tensor]:
         """Returns the arrays of a record; what cannot be read is charged as bytes. Raises ValueError."""
         try:
-            return arrays_from_record(record, types)
+            return arrays_from_record(record, shapes)
         except ValueError:
             self.charges.unread(self.server_round, client, purpose, record)
             raise
@@ -304,11 +303,3 @@ class Protocol:
 
 def _ids(clients: Sequence[int]) -> Tensor:
     return torch.tensor(clients, dtype=torch.int64)
-
-
-def _table(rows: Sequence[bytes], length: int) -> Tensor:
-    return (
-        torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, length)
-        if rows
-        else torch.zeros(0, length, dtype=torch.uint8)
-    )

@@ -14,7 +14,7 @@ from fedsim.core.global_state import GlobalState
 from fedsim.core.quantization import LOSS_UNITS, gradient_quantizer, num_counters, upload_quantizer
 from fedsim.flower.requests import SETUP
 from fedsim.flower.secure import Protocol, Summed, Wanted, Work
-from fedsim.flower.worker import INITIAL_GRADIENT
+from fedsim.flower.worker import INITIAL_GRADIENT, TRAIN
 from fedsim.session import Session
 
 ROOM_FOR_NOISE = 8
@@ -41,7 +41,7 @@ def secure_round(session: Session, state: GlobalState, protocol: Protocol, work:
     config, kinds = session.config, session.method.uploaded(protocol.server_round)
     start = state.flat(kinds).double()
     quantizer = upload_quantizer(config, len(protocol.clients))
-    wanted = Wanted("train", Purpose.adapter, quantizer, len(start), num_counters(config), work)
+    wanted = Wanted(TRAIN, Purpose.adapter, quantizer, len(start), num_counters(config), work)
     summed = protocol.carry_out(wanted)
     counts = [summed.num_examples[client] for client in summed.survivors]
     by_examples = config.federation.weighting is Weighting.examples

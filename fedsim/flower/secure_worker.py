@@ -22,11 +22,14 @@ from fedsim.core.dropout import Stage, heard
 from fedsim.core.quantization import LOSS_UNITS, Quantizer, gradient_quantizer, residues, upload_quantizer
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
-from fedsim.flower.records import arrays_from_record, arrays_to_record, identifiers, record_of, whole_numbers
-from fedsim.flower.requests import SETUP, Request, needed
+from fedsim.flower.records import arrays_from_record, arrays_to_record, byte_rows, identifiers, record_of, whole_numbers
+from fedsim.flower.requests import METRICS, SETUP, Request, needed
 from fedsim.local_round import VALUES, ClientReply
 from fedsim.seeding import numpy_generator
 from fedsim.session import Session
+
+KEYS, SHARES, UNMASK = "query.secure_keys", "query.secure_shares", "query.secure_unmask"
+"""Types of the messages of the protocol, besides the one that asks for uploads."""
 
 
 def secure_key(client: int) -> str:
@@ -46,9 +49,9 @@ def keys(session: Session, request: Request, message: Message, context: Context)
     for client in clients:
         party = Party(client)
         _keep(context, party)
-        content[secure_key(client)] = arrays_to_record({"keys": _bytes(party.public)})
+        content[secure_key(client)] = arrays_to_record({"keys": byte_rows(party.public, KEY_BYTES).flatten()})
     counts = [len(session.client_data(client).examples) for client in clients]
-    content["metrics"] = MetricRecord({"clients": clients, "num_examples": counts})
+    content[METRICS] = MetricRecord({"clients": clients, "num_examples": counts})
     return Message(content, reply_to=message)
 
 
@@ -69,7 +72,7 @@ def shares(session: Session, request: Request, message: Message, context: Contex
             )
         sealed = party.share(dict(zip(peers, publics, strict=True)), thresholds[client])
         _keep(context, party)
-        content[secure_key(client)] = arrays_to_record({"sealed": _rows([sealed[peer] for peer in peers], SEALED_BYTES)})
+        content[secure_key(client)] = arrays_to_record({"sealed": byte_rows([sealed[peer] for peer in peers], SEALED_BYTES)})
     return Message(content, reply_to=message)
 
 
@@ -106,7 +109,7 @@ def unmask(session: Session, request: Request, message: Message, context: Contex
         _unmask_once(context, client, f"{request.round} {request.setup}", survivors)
         revealed = party.reveal(survivors, vanished)
         del context.state[party_key(client)]
-        content[secure_key(client)] = arrays_to_record({"shares": _rows([*revealed.values()], SHARE_BYTES)})
+        content[secure_key(client)] = arrays_to_record({"shares": byte_rows([*revealed.values()], SHARE_BYTES)})
     return Message(content, reply_to=message)
 
 
@@ -201,14 +204,6 @@ def masked_gradient(session: Session, request: Request, context: Context, client
 def with_counters(quantizer: Quantizer, values: NDArray[np.int64], counters: Sequence[float]) -> NDArray[np.int64]:
     """Returns the integers with counters as digits at their end."""
     return np.concatenate([values, *(quantizer.counter(count) for count in counters)])
-
-
-def _bytes(parts: Sequence[bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
-
-
-def _rows(rows: Sequence[bytes], length: int) -> Tensor:
-    return _bytes(rows).view(len(rows), length) if rows else torch.zeros(0, length, dtype=torch.uint8)
 
 
 def _keep(context: Context, party: Party) -> None:

@@ -60,7 +60,7 @@ class State:
 
 
 def checkpoint_of(
-    state: State, memories: dict[str, Tensor], tokens_per_pass: int, moving: Collection[str], labels: Sequence[str] = ()
+    state: State, memories: dict[str, Tensor], tokens_per_pass: int, moving: Collection[str], labels: Sequence[str]
 ) -> Checkpoint:
     """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`.
 

@@ -29,13 +29,13 @@ from fedsim.flower.gathering import Failure, gathered
 from fedsim.flower.in_flight import GRADIENT, InFlight
 from fedsim.flower.reading import DIVERGED, MOST
 from fedsim.flower.records import numbers
-from fedsim.flower.requests import REQUEST
+from fedsim.flower.requests import METRICS, REQUEST
 from fedsim.flower.rounds import GradientRound, Round, TrainingRound
 from fedsim.flower.secure import Protocol, SumRefused
 from fedsim.flower.secure_round import secure_gradients, secure_round
 from fedsim.flower.simulated import Simulation
 from fedsim.flower.transfer import Packer
-from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, METRICS
+from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT
 from fedsim.privacy.accounting import Mechanism
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.progress import plural
@@ -68,7 +68,7 @@ class FedsimStrategy:
     ) -> None:
         self._session, self._state, self._ledger, self._privacy = session, state, ledger, privacy
         self._charges = Charges(session, state, ledger)
-        self.asking = Asking(session, config, state, self._charges, privacy, homes, in_flight)
+        self.asking = Asking(session, config, state, self._charges, privacy, homes, in_flight or InFlight())
         self._simulation = Simulation(session, state, self._charges, session.links) if session.links else None
         self.facts = RoundFacts()
 

@@ -16,17 +16,15 @@ from fedsim.core.adapters import bound, merged
 from fedsim.core.dropout import Stage
 from fedsim.flower import secure_worker
 from fedsim.flower.records import arrays_to_record, to_record
-from fedsim.flower.requests import Request
+from fedsim.flower.requests import METRICS, Request
 from fedsim.flower.transfer import control_of, take_in
 from fedsim.initial_gradient import client_gradient
 from fedsim.local_round import PERSONAL, VALUES, ClientReply, Memory, train_clients
 from fedsim.session import Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
 
-INITIAL_GRADIENT, EVALUATE = "train.initial_gradient", "evaluate"
-"""Types of messages that others speak of."""
-METRICS = "metrics"
-"""Name of the record in a reply with what was counted and measured."""
+TRAIN, INITIAL_GRADIENT, EVALUATE = "train", "train.initial_gradient", "evaluate"
+"""Types of messages; those of secure aggregation are in `fedsim.flower.secure_worker`."""
 NEEDS_STATE = "needs_state"
 """Name of a record in the reply of a worker that lacks something of the global state."""
 REFUSED = 1000
@@ -208,11 +206,11 @@ def _secure(stage: Callable[[Session, Request, Message, Context], Message]) -> C
 
 
 HANDLERS: dict[str, Callable[[Message, Context], Message]] = {
-    "train": train,
+    TRAIN: train,
     INITIAL_GRADIENT: initial_gradient,
     EVALUATE: evaluate,
-    "query.secure_keys": _secure(secure_worker.keys),
-    "query.secure_shares": _secure(secure_worker.shares),
-    "query.secure_unmask": _secure(secure_worker.unmask),
+    secure_worker.KEYS: _secure(secure_worker.keys),
+    secure_worker.SHARES: _secure(secure_worker.shares),
+    secure_worker.UNMASK: _secure(secure_worker.unmask),
 }
 """What is done with a message, by its type; a new kind of message is one more line."""

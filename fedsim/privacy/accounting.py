@@ -12,7 +12,9 @@ from functools import lru_cache
 from fedsim.errors import UserError
 from fedsim.privacy.bounds import ACCOUNTANTS, NO_NOISE, Parts, merged, upper_bound
 
-NAMES = ("initialization", "training")
+NAMES = INITIALIZATION, TRAINING = "initialization", "training"
+"""What a mechanism was for."""
+
 SLACK = 1e-3  # of the target epsilon: what a calibration may leave unused
 LARGEST_NOISE = 1e6
 
@@ -27,7 +29,7 @@ class Mechanism:
     noise_multiplier: float
     sampling_rate: float
     steps: int
-    name: str = "training"
+    name: str = TRAINING
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise_multiplier < math.inf:

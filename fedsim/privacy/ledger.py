@@ -10,7 +10,7 @@ from dataclasses import astuple
 from typing import Any
 
 from fedsim.errors import UserError
-from fedsim.privacy.accounting import History, Mechanism, check_accountant, epsilon, exceeds, extended
+from fedsim.privacy.accounting import INITIALIZATION, History, Mechanism, check_accountant, epsilon, exceeds, extended
 
 UNITS = ("example", "client")
 
@@ -94,7 +94,7 @@ class PrivacyLedger:
             "client": client,
             "epsilon": self.epsilon(client),
             "delta": self._deltas[client],
-            "initialization_epsilon": self.epsilon(client, "initialization"),
+            "initialization_epsilon": self.epsilon(client, INITIALIZATION),
             "mechanisms": [vars(mechanism).copy() for mechanism in self._histories[client]],
         }
 

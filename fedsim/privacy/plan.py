@@ -15,11 +15,10 @@ from fedsim.core.participation import draw_participants, round_size, spares, ste
 from fedsim.core.quantization import limit_of
 from fedsim.core.secure_aggregation import fewest_survivors
 from fedsim.errors import UserError
-from fedsim.privacy.accounting import Mechanism, check_delta, default_delta, noise_multiplier_for
+from fedsim.privacy.accounting import INITIALIZATION, TRAINING, Mechanism, check_delta, default_delta, noise_multiplier_for
 from fedsim.privacy.discrete import gaussian_of_skellam, skellam_of_gaussian
 from fedsim.training.private import coin_rate, sampling_rate
 
-TRAINING, INITIALIZATION = "training", "initialization"
 ROOM_FOR_NOISE = 10
 """Standard deviations of the noise for which a sum has room: more wraps around once in 10^23 entries, which costs no privacy."""
 

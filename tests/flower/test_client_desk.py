@@ -15,9 +15,10 @@ from fedsim.choices import Init, PrivacyUnit, Weighting
 from fedsim.core.missing import Reason
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import from_record, record_of
+from fedsim.flower.requests import METRICS
 from fedsim.flower.roster import JOIN, Member
 from fedsim.flower.strategy import FedsimStrategy
-from fedsim.flower.worker import INITIAL_GRADIENT, METRICS, REFUSED, client_key
+from fedsim.flower.worker import INITIAL_GRADIENT, REFUSED, client_key
 from fedsim.local_round import train_clients
 from fedsim.plain import to_dict
 from fedsim.privacy.accounting import epsilon

@@ -9,7 +9,8 @@ from fedsim.choices import Optimizer
 from fedsim.core.adapters import merged
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import arrays_to_record
-from fedsim.flower.worker import METRICS, handle, memory_key, read_memory, write_memory
+from fedsim.flower.requests import METRICS
+from fedsim.flower.worker import handle, memory_key, read_memory, write_memory
 from fedsim.training.evaluation import evaluate
 
 
