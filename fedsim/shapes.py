@@ -53,7 +53,7 @@ def adapter_of(config: Config, method: Method, labels: Sequence[str], texts: int
     return adapter_spec(layers, method.form, adapter.rank, config.method.heads, adapter.scaling, head)
 
 
-def head_shapes(model: ModelConfig, labels: Sequence[str], texts: int = 2) -> dict[str, LayerShape]:
+def head_shapes(model: ModelConfig, labels: Sequence[str], texts: int) -> dict[str, LayerShape]:
     """Returns (out_features, in_features) of each layer of the classification head, by path; empty without labels."""
     if not labels:
         return {}

@@ -128,7 +128,8 @@ class Collector:
         self._spec, self._start, self._origin, self._options = spec, start, origin, options
         self._layout = spec.layout(kinds)
         self._mean = WeightedMean(self._layout.num_parameters)
-        self._rule, self._uploads = rule, []  # type: tuple[Rule | None, list[Tensor]]
+        self._rule = rule
+        self._uploads: list[Tensor] = []  # for the rule
         self._keep_products, self._keep_clients = keep_products, keep_clients
         self._products: Adapter = {}
         self._clients: list[Adapter] = []
@@ -162,7 +163,7 @@ class Collector:
         """Returns A and B without the ranks that a client of smaller rank does not have: rows of A that are all zero in every layer."""
         used = torch.stack([client[f"{layer}.A"].any(dim=1) for layer in self._spec.layers]).any(dim=0)
         rank = int(used.nonzero().max()) + 1 if used.any() else 1
-        own = self._spec.pick(client, self._spec.form_kinds)
+        own = self._spec.pick(client, self._spec.form.kinds)
         return {name: tensor[:rank] if name.endswith(".A") else tensor[:, :rank] for name, tensor in own.items()}
 
     def mean(self) -> Tensor:

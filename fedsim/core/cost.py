@@ -193,7 +193,10 @@ class _Walk:
 
     def _down(self, number: int, client: int, needed: Collection[str]) -> Iterator[Charge]:
         lacking = [part for part in self._exchange.lacking(client) if part in needed]
-        sizes = lambda kinds: self._control if kinds == (CONTROL,) else self._size(kinds, self._rank[client])  # noqa: E731
+
+        def sizes(kinds: Sequence[str]) -> int:
+            return self._control if kinds == (CONTROL,) else self._size(kinds, self._rank[client])
+
         for purpose, size in down_sizes(self._exchange, self._method.moving, client, lacking, sizes, self._whole, self._increment):
             yield Charge(number, client, Direction.downlink, purpose, size, 4 * size)
         self._exchange.sent(client, needed)
@@ -244,4 +247,4 @@ class _Walk:
         self._increment = self._size(("R",))
         self._exchange.added(number, ("B", "A"))
         yield from self._gradients(number)
-        self._exchange.changed(self._spec.form_kinds, number)
+        self._exchange.changed(self._spec.form.kinds, number)

@@ -87,14 +87,9 @@ class AdapterSpec:
         return self.form.shapes(*self.layers[layer], self.rank, self.heads)
 
     @property
-    def form_kinds(self) -> tuple[str, ...]:
-        """All kinds of factors of an adapted layer."""
-        return self.form.kinds
-
-    @property
     def kinds(self) -> tuple[str, ...]:
         """All kinds of factors: the form's, and the head's where there is one."""
-        return (*self.form_kinds, *((HEAD,) if self.head else ()))
+        return (*self.form.kinds, *((HEAD,) if self.head else ()))
 
     def _factors(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """Yields layer, kind and shape of each factor of the given kinds, in the model's order, those of the head last."""
@@ -127,7 +122,7 @@ class AdapterSpec:
 
     def factors(self, adapter: Adapter, layer: str) -> Factors:
         """Returns the factors of one adapted layer by kind."""
-        return {kind: adapter[f"{layer}.{kind}"] for kind in self.form_kinds}
+        return {kind: adapter[f"{layer}.{kind}"] for kind in self.form.kinds}
 
     def update(self, adapter: Adapter, layer: str) -> Tensor:
         """Returns the dense weight update [out, in] of one layer, scaling included."""

@@ -29,7 +29,7 @@ CHANGED_AFTERWARDS = ("final_logit_softcapping", "logit_scale", "logits_scaling"
 """Entries of transformers' configurations of which one that is not None has a model do something with its logits."""
 
 
-def logit_bytes(tokens: float, vocabulary: int, *, in_parts: bool = True) -> float:
+def logit_bytes(tokens: float, vocabulary: int, *, in_parts: bool) -> float:
     """Returns what the loss holds at its peak: of all logits, or with `head_loss` of those that are there at once."""
     return LOGIT_COPIES * min(4.0 * tokens * vocabulary, LOGIT_BYTES if in_parts else inf)
 

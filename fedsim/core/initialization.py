@@ -33,7 +33,7 @@ def from_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], eta: fl
     return adapter
 
 
-def from_noised_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], seed: int, device: torch.device = CPU) -> Adapter:
+def from_noised_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], seed: int, device: torch.device) -> Adapter:
     """Returns B and A of the singular vectors of the noised sum of clipped gradients, and R = 0.
 
     Without the sign of the first step: it would make every entry's noise as large as the gradient. With R = 0, since the singular values
@@ -82,7 +82,7 @@ def lora(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
 
 def zero(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
     """Returns zeros for every factor of the form."""
-    layout = spec.layout(spec.form_kinds)
+    layout = spec.layout(spec.form.kinds)
     return {name: torch.zeros(shape) for name, shape in zip(layout.names, layout.shapes, strict=True)}
 
 

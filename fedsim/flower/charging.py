@@ -65,7 +65,10 @@ class Charges:
         if increment is None:
             increment = sum(tensor.numel() for tensor in state.increment.values())
         control = len(state.control) if state.control is not None else 0
-        sizes = lambda kinds: control if kinds == (CONTROL,) else self._size(kinds, rank)  # noqa: E731
+
+        def sizes(kinds: tuple[str, ...]) -> int:
+            return control if kinds == (CONTROL,) else self._size(kinds, rank)
+
         return down_sizes(state.exchange, self._session.method.moving, client, parts, sizes, whole, increment)
 
     def up(self, server_round: int, client: int, purpose: Purpose, parameters: int, record: ArrayRecord) -> None:

@@ -183,7 +183,7 @@ class Run:
         missing: Sequence[Missing] = ()
         if self._init not in DERIVED:
             factors, missing = self._factors_from_gradients(shared, ledger, privacy, 0)
-            shared.replace(shared.factors | factors, self._session.spec.form_kinds, 0)
+            shared.replace(shared.factors | factors, self._session.spec.form.kinds, 0)
         seconds = time.perf_counter() - begun
         facts = {"wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"], "digests": shared.digests()}
         facts["tokens_per_pass"] = self._chronicle.tokens_per_pass = self._session.budget.tokens
@@ -248,7 +248,7 @@ class Run:
             factors, missing = self._factors_from_gradients(shared, state.ledger, state.privacy, number)
             state.count_missing(missing)
         state.simulated_seconds += set_up_seconds(self._session.links, islice(state.ledger.rows(), num_transfers, None))
-        shared.replace(shared.factors | factors, self._session.spec.form_kinds, number)
+        shared.replace(shared.factors | factors, self._session.spec.form.kinds, number)
         shared.moments = {}
         after = state.ledger.totals()
         moved = {name: after[name] - before[name] for name in ("uplink_bytes", "downlink_bytes", "setup_bytes")}

@@ -148,7 +148,7 @@ def _check_increment(spec: AdapterSpec, told: dict[str, tuple[int, ...]]) -> Non
     for layer, (rows, columns) in spec.layers.items():
         left, right = told.get(f"{layer}.U", ()), told.get(f"{layer}.V", ())
         as_factors = {name: shape for name, shape in told.items() if name.rpartition(".")[0] == layer}
-        own = {f"{layer}.{kind}": spec.shapes(layer)[kind] for kind in spec.form_kinds}
+        own = {f"{layer}.{kind}": spec.shapes(layer)[kind] for kind in spec.form.kinds}
         stacked = len(left) == len(right) == 2 and (left[0], right[1], left[1]) == (rows, columns, right[0]) and len(as_factors) == 2
         if not stacked and not (as_factors and as_factors.items() <= own.items()):
             raise ValueError(f"Expected an increment that fits {layer!r}, got {as_factors!s:.100}.")

@@ -67,7 +67,7 @@ def evaluate(
     budget = budget or TokenBudget.of_evaluation(config, model)
     labelled = [example for example in examples if isinstance(example, Labelled)]
     if labelled:
-        return _classify(model, tokenizer, labelled, budget, data, on_progress)
+        return _classify(model, tokenizer, labelled, data, budget, on_progress)
     return _answer(model, tokenizer, [example for example in examples if isinstance(example, Example)], config, data, budget, on_progress)
 
 
@@ -75,8 +75,8 @@ def _classify(
     model: nn.Module,
     tokenizer: Any,
     labelled: Sequence[Labelled],
-    budget: TokenBudget,
     data: DataConfig,
+    budget: TokenBudget,
     on_progress: Callable[[int, int], None],
 ) -> TaskResult:
     device = next(model.parameters()).device
