@@ -1,4 +1,4 @@
-"""What is carried out of a configuration, once the method has settled what it decides; known without model and data."""
+"""The configuration that is actually carried out, once the method has settled its defaults; needs neither model nor data."""
 
 from dataclasses import replace
 
@@ -13,9 +13,9 @@ from fedsim.privacy import checks as privacy_checks
 
 
 def effective(config: Config) -> Config:
-    """Returns the configuration that is carried out, with nothing left open that the method decides.
+    """Returns the configuration that is carried out, with all defaults that depend on the method filled in.
 
-    A pooled method has one client, who has everything, whatever the partition, and whose batch is the union of those of a round's clients.
+    A pooled method has one client, which holds all data whatever the partition; its batch is the union of the batches of a round's clients.
     """
     method = method_of(config)
     combinations.check(config, method)
@@ -30,7 +30,7 @@ def effective(config: Config) -> Config:
     if config.federation.ranks:
         adapter = replace(adapter, rank=max(config.federation.ranks))
     config = replace(config, adapter=adapter, federation=replace(config.federation, dirichlet_over=_dirichlet_over(config)))
-    if config.privacy.secure_aggregation or config.privacy.unit is PrivacyUnit.client:  # it tells of uploads as they came
+    if config.privacy.secure_aggregation or config.privacy.unit is PrivacyUnit.client:  # it would reveal single uploads
         config = replace(config, evaluation=replace(config.evaluation, diagnosis=False))
     if config.privacy.secure_aggregation and config.privacy.unit is PrivacyUnit.client:
         config = replace(config, privacy=replace(config.privacy, accountant=Accountant.skellam))
@@ -43,7 +43,7 @@ def effective(config: Config) -> Config:
 
 
 def _dirichlet_over(config: Config) -> DirichletOver:
-    """What is classified is skewed by label, as is usual of it, unless its rows name tasks: a set alone is one task."""
+    """Classified data is skewed by label, as is usual, unless its rows name tasks: a single set is one task."""
     by_label = labels(config.data) != () and config.data.task_column is None
     return config.federation.dirichlet_over or (DirichletOver.label if by_label else DirichletOver.task)
 

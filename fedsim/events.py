@@ -1,4 +1,4 @@
-"""events.jsonl: the facts of a run, one line each, in the order in which they happened."""
+"""events.jsonl: what happened in a run, one line per event, in order."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def append(descriptor: int, line: bytes) -> None:
 
 
 class EventLog:
-    """The open log of a run; one process writes it, anyone may read it meanwhile. A line that a kill has torn is ended first."""
+    """The open log of a run: one process writes it, anyone may read it meanwhile. A line cut short by a kill is ended first."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: both end a run in good order, and neither is lost.
+"""Ctrl-C and SIGTERM: both end a run cleanly, and neither is lost.
 
-Python swallows a KeyboardInterrupt that comes while a destructor or a callback of a library runs, as Ray's often do: it prints it and goes
-on. So that it has come is kept, and `raise_if_due` raises it again where a run can be left.
+Python swallows a KeyboardInterrupt that arrives while a destructor or a callback of a library runs, as Ray's often do: it prints it and
+goes on. The signal is therefore remembered, and `raise_if_due` raises it again where a run can be stopped.
 """
 
 import signal

@@ -1,7 +1,7 @@
 """The clients' links that a configuration asks for: drawn around published medians, or read from a file.
 
 A file has a row for each kind of client, YAML (a list of mappings) or CSV with a header: uplink and downlink in bit/s, latency in seconds
-one way, speed in tokens/s, and dropout, a probability. Client k has row k; of fewer rows than clients each serves several in turn.
+one way, speed in tokens/s, and dropout, a probability. Client k has row k; with fewer rows than clients, rows are reused in turn.
 """
 
 import csv

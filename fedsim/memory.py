@@ -1,6 +1,6 @@
-"""Memory of a training process: keeping it, how much of it there is, and giving a GPU's back.
+"""Memory of a training process: keeping freed memory, measuring it, and returning a GPU's.
 
-A pass frees what the next one asks for again. The C library gives large blocks back to the kernel, which zeroes every page anew: with
+A pass frees what the next one allocates again. The C library returns large blocks to the kernel, which zeroes every page anew: with
 per-example gradients of hundreds of MB that takes a fifth of the time.
 """
 
@@ -23,8 +23,8 @@ def keep_freed_memory() -> None:
 
 
 def give_back_gpu_memory() -> None:
-    """Leaves what this process keeps of a GPU for its next tensors to other processes; without a GPU in use nothing is done."""
-    import torch  # what looks at a process's memory does not need it
+    """Returns the GPU memory that this process caches, for other processes to use; without a GPU in use nothing is done."""
+    import torch  # measuring a process's memory does not need it
 
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A configuration as plain values, which JSON and YAML can hold, and back; what comes over a network is not believed."""
+"""A configuration to and from plain values that JSON and YAML can hold; what comes over a network is validated."""
 
 import json
 from dataclasses import fields, is_dataclass
@@ -9,8 +9,7 @@ from fedsim.config import Config
 from fedsim.errors import UserError
 
 WITHOUT_A_RESULT = ("run_dir", "resume", "overwrite", "engine", "data.token_cache")
-"""Options that say where and how a run is computed, not what: with others it is still the same run."""
-
+"""Options that say where and how a run is computed, not what: changing them leaves it the same run."""
 
 LEAVES = (str, bool, int, float, type(None))  # asked for first: every message of a run goes through `to_dict`
 
@@ -76,7 +75,7 @@ def from_text(text: str) -> Config:
 
 
 def _from_plain(kind: Any, value: Any, name: str) -> Any:
-    """Returns the value of this type. Raises UserError for one of another type: what comes over a network is not believed."""
+    """Returns the value as this type. Raises UserError for a value of another type."""
     if get_origin(kind) is Union:
         return value if type(value) in get_args(kind) else _from_plain(get_args(kind)[0], value, name)
     if is_dataclass(kind) and isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Options that were given and that nothing looks at, because of another option: they are told, and nothing else."""
+"""Options that were given but have no effect because of another option: they are reported, and the run goes on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ADAPTIVE = ("fedadagrad", "fedyogi", "fedadam")
 
 @dataclass(frozen=True)
 class Condition:
-    """Some options are looked at only where `holds`, which `text` says in the words of a command line."""
+    """Some options have an effect only where `holds`; `text` says so in the words of the command line."""
 
     keys: tuple[str, ...]
     text: str

@@ -69,8 +69,8 @@ class AdaptedLinear(nn.Module):
     def fold(self, update: Tensor | None) -> None:
         """Has the layer compute with W + update [out, in], W being the one that the model was loaded with; None makes it W again.
 
-        A W in bfloat16 or float16 is not changed: the update lies beside it, since of a sum all that is less than half of the last digit of
-        an entry of W would be lost, which for small updates is nearly all.
+        A W in bfloat16 or float16 is not changed; the update is kept beside it. In a sum, whatever is smaller than half of the last digit
+        of an entry of W would be lost, which is nearly all of a small update.
         """
         matrix = weight_matrix(self.base)
         self.folded = update
@@ -87,7 +87,7 @@ class AdaptedLinear(nn.Module):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer of the base model without an adapter, such as the one that gives the logits; it has the speed of the others."""
+    """A linear layer of the base model without an adapter, such as the output layer, by the same fast product as the others."""
 
     is_last: bool | None = None  # of a head: whether the model gives its result as it is, None until that is found out
     _came: list[Tensor] | None = None
@@ -100,7 +100,7 @@ class FrozenLinear(nn.Linear):
 
     @contextmanager
     def stepping_aside(self) -> Iterator[list[Tensor]]:
-        """Runs the block with the layer giving what it gets, and gives the list of that."""
+        """Within the block the layer returns its input unchanged; yields the list of inputs that it received."""
         self._came = []
         try:
             yield self._came
@@ -138,9 +138,9 @@ def adapt(
     target_modules: list[str],
     classification_head: Sequence[str] = (),
 ) -> AdapterSpec:
-    """Freezes the model, replaces its target layers by `AdaptedLinear` in place, and returns what was put in.
+    """Freezes the model, replaces its target layers by `AdaptedLinear` in place, and returns their spec.
 
-    The layers of a classification head, by path, are no targets: they become `HeadLinear`.
+    The layers of a classification head, given by path, are not targets: they become `HeadLinear`.
 
     Targets are all linear layers inside the repeated blocks (heads, embeddings and poolers stay out), or those whose path
     ends with a name of `target_modules`. Raises UserError for a name that fits no layer and for a rank above a layer's size.

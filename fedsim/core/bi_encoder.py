@@ -1,8 +1,8 @@
 """An encoder that reads the two texts of a pair each on its own, and compares what it has read (Sentence-BERT, arXiv 1908.10084).
 
-A text is the mean of its token states, of unit length; the head sees (u, v, |u - v|), or u where there is one text. An encoder of
-sentences has learnt just that, where reading both in one sequence would have to be learnt anew; so little is left to learn that it
-survives the noise of DP-SGD.
+A text is represented by the mean of its token states, scaled to unit length; the head sees (u, v, |u - v|), or u if there is one text.
+Sentence encoders were trained to do exactly this, whereas reading both texts in one sequence would have to be learnt anew; so little is
+left to learn that it survives the noise of DP-SGD.
 """
 
 from types import SimpleNamespace

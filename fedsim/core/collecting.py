@@ -1,7 +1,7 @@
-"""The server's side of a round: what the clients send is taken in one at a time, and what a method needs of it is kept.
+"""The server's side of a round: uploads are taken in one at a time, and only what a method needs of them is kept.
 
 Streaming: the mean holds one float64 sum and the mean of the dense updates one dense sum, whatever the number of clients. Only stacked
-factors and robust rules keep every client's upload, because that is what they are made of.
+factors and robust rules keep every client's upload, because they are made of all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 
 
 class WeightedMean:
-    """sum_i w_i x_i / sum_i w_i of flat vectors, in float64; an entry that some clients lack is averaged over those that sent it."""
+    """sum_i w_i x_i / sum_i w_i over flat vectors, in float64; an entry that some clients lack is averaged over those that sent it."""
 
     def __init__(self, num_parameters: int) -> None:
         self._total = torch.zeros(num_parameters, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The communication ledger: what every transfer cost, kept in columns.
 
-A published "communication cost" is often one direction and one kind of tensor. Here every transfer is written down with what it was for,
-so that the bases, the initial gradients and the other direction are counted as well as the adapters.
+A published "communication cost" often covers one direction and one kind of tensor. Here every transfer is recorded with its purpose, so
+that the bases, the initial gradients and the other direction are counted as well as the adapters.
 """
 
 import zlib
@@ -74,7 +74,7 @@ class CommunicationLedger:
     """All transfers of a run: 50 bytes each in memory, one row per transfer, in the order in which they were added.
 
     In all totals `setup_*` are bases and initial gradients, both directions together, and `uplink_*` and `downlink_*` the rest; the three
-    add up to everything that travelled. `*_bytes` are as serialized, `*_payload_bytes` the arrays alone, `*_raw_bytes` their float32 size.
+    add up to all traffic. `*_bytes` are as serialized, `*_payload_bytes` the arrays alone, `*_raw_bytes` their float32 size.
     """
 
     def __init__(self) -> None:

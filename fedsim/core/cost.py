@@ -1,9 +1,9 @@
-"""What a run will send, foretold from shapes alone: no weight, no data and no training.
+"""What a run will send, predicted from shapes alone: no weights, no data and no training.
 
-All rounds are gone through with the `Exchange`, the draws and the sizes that a run itself uses, so that parameters and payload bytes are
-those that the ledger of the run will hold, transfer by transfer. Drop-outs of a simulated network are left out; those of
-`federation.dropout` are not. With `federation.over_selection` the bytes of all that are asked count, as in a run that asks them in one
-message; where cohorts are smaller, some are not asked any more once enough have replied.
+It walks through all rounds with the `Exchange`, the random draws and the sizes that a run itself uses, so parameters and payload bytes are
+those of the run's ledger, transfer by transfer. Drop-outs of a simulated network are left out; those of `federation.dropout` are not. With
+`federation.over_selection` the bytes of all clients that are asked count, as in a run that asks them in one message; with smaller cohorts,
+some are no longer asked once enough have replied.
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -54,8 +54,8 @@ class Amount(NamedTuple):
 class Forecast:
     """The cost of a run.
 
-    The first fields are of one client that takes part in every round; where clients differ in rank, the mean over clients. `up` and `down`
-    are of a middle round, so without set-up and without what is special about the first round; of rounds that differ, the mean.
+    The first fields are for one client that takes part in every round; if clients differ in rank, they are means over clients. `up` and
+    `down` are for a middle round, without set-up and the peculiarities of the first round; if rounds differ, they are means over rounds.
     """
 
     trained: float  # parameters in a round

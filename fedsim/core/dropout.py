@@ -1,7 +1,7 @@
-"""Clients that vanish in the middle of a round: who and when is a function of seed, round and client.
+"""Clients that drop out in the middle of a round: who and when is a function of seed, round and client.
 
-A client fails before its upload with probability `federation.dropout`; with secure aggregation the moment is one of three, and a client
-whose upload has come fails as often before the unmasking. The same clients are lost with and without secure aggregation.
+A client fails before its upload with probability `federation.dropout`. With secure aggregation it does so at one of three stages, and a
+client whose upload has arrived fails with the same probability before the unmasking. The same clients are lost either way.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Rates = Sequence[float] | None
 
 
 def vanishes(config: Config, server_round: int, client: int, rates: Rates = None) -> Stage | None:
-    """Returns what the client does not send any more in this round, None where it stays. Round 0 is the set-up, in which all stay."""
+    """Returns the first stage that the client no longer reaches in this round, None if it stays. In round 0, the set-up, all stay."""
     rate = config.federation.dropout if rates is None else rates[client]
     if not rate or not server_round:
         return None
@@ -39,17 +39,17 @@ def vanishes(config: Config, server_round: int, client: int, rates: Rates = None
 
 
 def heard(config: Config, server_round: int, clients: Sequence[int], stage: Stage = Stage.upload, rates: Rates = None) -> list[int]:
-    """Returns those of the clients that send this in the round."""
+    """Returns the clients that still respond at this stage of the round."""
     moments = {client: vanishes(config, server_round, client, rates) for client in clients}
     return [client for client, moment in moments.items() if moment is None or moment > stage]
 
 
 Attendance = dict[Stage, list[int]]
-"""Who is heard at each stage of a round of secure aggregation, as far as it goes."""
+"""The clients that respond at each stage of a round of secure aggregation, up to the last stage that is reached."""
 
 
 def attendance(config: Config, server_round: int, graph: Graph) -> Attendance:
-    """Returns who is heard in a round; a stage at which too few are is the last. In round 0, the set-up, all are heard."""
+    """Returns the clients that respond at each stage; the first stage with too few is the last. In round 0, the set-up, all respond."""
     found: Attendance = {}
     left = list(graph)
     for stage in Stage:
@@ -60,6 +60,6 @@ def attendance(config: Config, server_round: int, graph: Graph) -> Attendance:
 
 
 def enough_heard(config: Config, graph: Graph, found: Attendance, stage: Stage) -> bool:
-    """Returns whether enough clients are heard at a stage; after the last one, whether there is a sum."""
+    """Whether enough clients respond at a stage; for the last one, whether there is a sum."""
     owners = found.get(stage if stage <= Stage.shares else Stage.shares)
     return stage in found and complete(graph, owners or [], found[stage], config.secure.threshold)

@@ -1,7 +1,7 @@
-"""What a run will take in time and memory, foretold from shapes and a few measured rates: arithmetic alone, no weight and no clock.
+"""The time and memory that a run will take, predicted from shapes and a few measured rates: arithmetic alone, no weights and no clock.
 
-FLOPs are those of the matrix products, two for each multiply-add. The base is frozen, so a token costs a forward pass and the gradient
-of the activations, 4 x parameters, and no gradient of the weights. Bytes of transfers are `fedsim.core.cost`'s.
+FLOPs are those of the matrix products, two per multiply-add. The base is frozen, so a token costs a forward pass and the gradient of the
+activations, 4 x parameters, and no gradient of the weights. Bytes of transfers come from `fedsim.core.cost`.
 """
 
 from dataclasses import dataclass
@@ -113,7 +113,7 @@ def training_flops(
 def estimate(
     config: Config, method: Method, spec: AdapterSpec, shape: ModelShape, work: Work, rates: Calibration, cost: Forecast
 ) -> Estimate:
-    """Returns the estimate of the run that `config` describes, in which nothing is left open: not what the method decides, nor a pass."""
+    """Returns the estimate of the run that `config` describes; the method's defaults and the sizes of passes must be settled in it."""
     plan = _Plan(config, method, spec, shape, work, rates, cost)
     phases = (plan.initialization(), plan.training(), plan.transfers(), plan.evaluation())
     return Estimate(phases, plan.memory(), dict(cost.totals), plan.flops_of_training)

@@ -1,7 +1,7 @@
-"""Who holds which version of which part of the global state, and so what a message to a client must carry.
+"""Which client holds which version of each part of the global state, and therefore what a message to it must carry.
 
 Parts are the kinds of factors, "W" (what has been added to the base weights since the beginning) and "c" (SCAFFOLD's control variate of
-the server). A run and the command that predicts its cost ask the same class, so that they cannot disagree.
+the server). A run and the command that predicts its cost use the same class, so they cannot disagree.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,8 @@ WEIGHTS, CONTROL = "W", "c"
 class Exchange:
     """Versions are the rounds in which a part last changed.
 
-    What all derive from seed and base model, everybody holds: the `derived` parts at version 0, the `rederived` ones at every version.
+    Everybody can derive some parts from seed and base model, and so holds them: the `derived` parts at version 0, the `rederived` ones at
+    every version.
     """
 
     versions: dict[str, int]

@@ -1,9 +1,9 @@
 """Buffered asynchronous aggregation (FedBuff, Nguyen et al., arXiv 2106.06639) over simulated time.
 
-Some clients work at any time, each from the version of the global factors that it was sent. The server takes in what arrives; with every
-K-th arrival it makes a new version of the buffered updates, each scaled by 1 / sqrt(1 + versions since its client was sent one). A place
-that falls free goes to another client at once, drawn from the seed. A client works from each version once: where no other is free, a place
-stays empty until the next version.
+A fixed number of clients train at any time, each from the version of the global factors that it was sent. The server buffers updates as
+they arrive; every K-th arrival makes a new version from the buffer, in which an update that is t versions old is scaled by 1 / sqrt(1 + t).
+A client that finishes is replaced at once by another, drawn from the seed. A client trains from each version at most once: if no other
+client is free, the place stays empty until the next version.
 """
 
 import heapq
@@ -23,18 +23,18 @@ def staleness_weight(versions: int) -> float:
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """One client at work: it is done at `finish`, from the start of `version`; `number` counts all jobs of a run."""
+    """One client's training, begun from `version` and done at time `finish`; `number` counts all jobs of a run."""
 
     finish: float
     number: int
     client: int
     version: int
-    vanishes: bool = False  # nothing arrives; its place is free when it would have
+    vanishes: bool = False  # nothing arrives; its place becomes free when the update was due
 
 
 @dataclass
 class Queue:
-    """Who is at work. A value that a checkpoint holds whole; what follows is a function of it, the seed and the clients' times."""
+    """The jobs under way, a value that a checkpoint holds whole. What follows depends on it, the seed and the clients' times only."""
 
     time: float = 0.0
     num_jobs: int = 0
@@ -53,7 +53,7 @@ class Queue:
 
 @dataclass
 class Update:
-    """What a client at work will send, as it is known to the simulation from the moment at which it begins."""
+    """What a client will send, known to the simulation from the moment that its job begins."""
 
     num_examples: int
     num_tokens: int
@@ -64,7 +64,7 @@ class Update:
 
 @dataclass
 class Buffer:
-    """All that is under way between two versions."""
+    """Everything that is under way between two versions."""
 
     queue: Queue = field(default_factory=Queue)
     updates: dict[int, Update] = field(default_factory=dict)  # by the job's number: a client may begin anew when it has just arrived
@@ -90,7 +90,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Flush:
-    """What happens from one version to the next: who begins to work from it, whose updates fill the buffer, and whose come to nothing."""
+    """What happens between two versions: the jobs that begin, those whose updates fill the buffer, and those that are lost."""
 
     begun: tuple[Job, ...]
     arrived: tuple[Job, ...]
@@ -107,17 +107,17 @@ def advance(
     vanishes: Callable[[int], bool],
     seed: int,
 ) -> Flush:
-    """Brings the queue to the moment at which the version's buffer is full, and returns what happened.
+    """Advances the queue to the moment at which the version's buffer is full, and returns what happened.
 
-    What arrives at the same moment is taken in, in the order of the jobs, before anybody is sent out. The buffer stays short only if nobody
-    is left who could fill it.
+    Jobs that finish at the same moment are taken in, in their order, before new ones begin. The buffer stays short only if no client is
+    left to fill it.
     """
     begun: list[Job] = []
     arrived: list[Job] = []
     lost: list[Job] = []
 
     def send_out() -> None:
-        """Fills free places with clients that neither work nor have worked from this version."""
+        """Fills free places with clients that are not training and have not trained from this version."""
         while len(queue.working) < concurrency:
             busy = {job.client for job in (*queue.working, *begun)}
             free = [client for client in clients if client not in busy]

@@ -1,4 +1,4 @@
-"""What is sent of the gradient of each adapted weight, from which the bases come: the whole matrix, or a sketch of it.
+"""What is sent of the gradient of each adapted weight, from which the bases are computed: the whole matrix, or a sketch of it.
 
 The sketch of G [out, in] is G Omega and Psi G, with random Omega [in, a] and Psi [b, out] that are the same for all clients. It is linear:
 sums of sketches are the sketch of the sum, so that averaging, masks and noise work on it as on G itself. The largest directions of G come

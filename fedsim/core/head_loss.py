@@ -16,32 +16,31 @@ from torch.nn import functional
 from fedsim.core.products import affine
 
 LOGIT_BYTES = 1 << 28
-"""Of the logits in float32 that are there at once."""
+"""Size of the float32 logits that exist at one time."""
 
 TILE = 128
-"""Tokens that a GPU multiplies together: a part of a few more than whole tiles would take another one, of which most is idle."""
+"""Tokens that a GPU multiplies together: a few tokens beyond whole tiles would take another tile, most of it idle."""
 
 LOGIT_COPIES = 3
-"""float32 numbers held for each of them at the peak: its log-softmax, and the gradients of that and of the logit."""
-
+"""float32 numbers held per logit at the peak: its log-softmax, and the gradients of that and of the logit."""
 
 CHANGED_AFTERWARDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Entries of transformers' configurations of which one that is not None has a model do something with its logits."""
+"""Entries of transformers' configurations that, if not None, make a model transform its logits."""
 
 
 def logit_bytes(tokens: float, vocabulary: int, *, in_parts: bool) -> float:
-    """Returns what the loss holds at its peak: of all logits, or with `head_loss` of those that are there at once."""
+    """Returns the peak bytes of the loss: for all logits, or `in_parts`, as `head_loss` does, for those that exist at one time."""
     return LOGIT_COPIES * min(4.0 * tokens * vocabulary, LOGIT_BYTES if in_parts else inf)
 
 
 def tokens_at_once(vocabulary: int) -> int:
-    """Returns of how many tokens the logits are there at once: whole tiles, or less than one."""
+    """Returns the number of tokens whose logits exist at one time: whole tiles, or less than one tile."""
     most = max(1, LOGIT_BYTES // (4 * vocabulary))
     return most if most < TILE else most - most % TILE
 
 
 def gives_its_logits(settings: Any) -> bool:
-    """Whether a model of this configuration gives what its head makes as it is, as `head_loss` needs."""
+    """Whether a model with this configuration returns the output of its head unchanged, as `head_loss` needs."""
     return all(getattr(settings, name, None) is None for name in CHANGED_AFTERWARDS)
 
 

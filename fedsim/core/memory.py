@@ -1,4 +1,4 @@
-"""What a training pass holds at its peak, from shapes alone: for `fedsim estimate`, and to choose how many tokens share a pass.
+"""The peak memory of a training pass, from shapes alone: for `fedsim estimate`, and to choose how many tokens share a pass.
 
 A frozen layer keeps nothing for the backward pass. Kept are the inputs of norms, what attention and activations need, the inputs of
 factors that train, and all factors in the type of the base. Workspaces of kernels and gaps between tensors come in addition.

@@ -1,4 +1,4 @@
-"""The one way in which a client's reply can be missing from a round, with its reason."""
+"""How a client's missing reply is represented: one form for every reason."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Reason(Enum):
-    """Why the server goes on without a client."""
+    """Why the server continues without a client."""
 
     timeout = "no reply within the deadline"
     died = "its worker failed or is gone"
@@ -19,7 +19,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True)
 class Missing:
-    """A client that was asked in a round and is not part of its result. The weights of the others sum to one without it."""
+    """A client that was asked in a round but is not part of its result; the weights of the others sum to one."""
 
     client: int
     round: int

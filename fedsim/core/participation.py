@@ -1,4 +1,4 @@
-"""Who takes part, and with how many steps: functions of seed, or key, and round, never of node ids or of the order of arrival."""
+"""Who takes part and with how many steps: functions of the round and the seed (or key), never of node ids or the order of arrival."""
 
 from math import ceil
 
@@ -8,7 +8,7 @@ from fedsim.seeding import NoiseKey, numpy_generator
 
 
 def drawn(config: Config, server_round: int, key: NoiseKey | None = None) -> list[int]:
-    """Returns the clients of a round, in ascending order; coins of their own are drawn from `key`, by default the seed's."""
+    """Returns the clients of a round, in ascending order. With a coin for each (`by_coin`), `key` gives the coins, by default the seed's."""
     clients, fraction = config.federation.clients, config.federation.fraction
     if by_coin(config):
         return draw_by_coin(clients, fraction, key or NoiseKey.of_seed(config.seed), server_round)
@@ -16,20 +16,20 @@ def drawn(config: Config, server_round: int, key: NoiseKey | None = None) -> lis
 
 
 def by_coin(config: Config) -> bool:
-    """Whether each client is drawn by a coin of its own that nobody sees, which amplifies client-level privacy.
+    """Whether each client is drawn by its own secret coin, which amplifies client-level privacy.
 
-    With secure aggregation the server, from which the clients' own noise is to protect, sees who takes part: nothing is amplified.
+    With secure aggregation the clients' noise protects them from the server, which sees who takes part: nothing is amplified.
     """
     return config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation
 
 
 def server_adds_noise(config: Config) -> bool:
-    """Whether the server adds the noise of client-level privacy, to every round, whoever takes part; behind masks the clients do."""
+    """Whether the server adds the noise of client-level privacy, in every round, whoever takes part; with secure aggregation clients do."""
     return by_coin(config)
 
 
 def spares(config: Config, server_round: int) -> list[int]:
-    """Returns the clients that a round draws beyond need, in ascending order: `federation.over_selection` of its size, of the others."""
+    """Returns the extra clients of a round, in ascending order: `federation.over_selection` of its size, drawn from the others."""
     count = count_of(config.federation.over_selection, round_size(config.federation.clients, config.federation.fraction))
     if not count:
         return []
@@ -89,7 +89,7 @@ def draw_by_coin(clients: int, fraction: float, key: NoiseKey, server_round: int
 
 
 def share_samples(samples: int, clients: int, seed: int) -> dict[int, int]:
-    """Returns how many samples each client gives that gives any: equal shares; of fewer samples than clients, a seeded choice gives one."""
+    """Returns the number of samples of each client that gives any: equal shares, or one each from a seeded choice if there are too few."""
     order = numpy_generator(seed, "init_shares").permutation(clients).tolist()
     shares = {client: samples // clients + (place < samples % clients) for place, client in enumerate(order)}
     return {client: shares[client] for client in sorted(shares) if shares[client]}

@@ -1,11 +1,11 @@
-"""The product of an adapted layer, W x + b + s P x, in one step of autograd. P is a product of factors that rows share or do not.
+"""The product of an adapted layer, W x + b + s P x, as one autograd step. Rows may share the factors of P or have their own.
 
 A factor may carry leading axes. [groups, j, k]: the rows of the batch fall into as many equal, contiguous groups, and each group meets its
 own factor. [groups, rows, j, k]: the same with one factor per row, so that its gradient is per example. Where that is an expanded view of
 the groups' factors, nothing is copied: the product is taken by groups, and only the gradient is formed row by row.
 
-One step instead of one for each matrix: the sums of the two branches, forward and backward, are taken by the products themselves, and
-what nobody needs (the gradients of frozen matrices) is not even recorded.
+With one step instead of one per matrix, the products themselves add up the two branches, forward and backward, and nothing is recorded that
+is not needed (such as gradients of frozen matrices).
 """
 
 from collections.abc import Sequence

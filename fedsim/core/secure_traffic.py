@@ -1,4 +1,4 @@
-"""What the protocol of secure aggregation itself sends, in bytes: of who is heard at each stage, so that a cost can be foretold."""
+"""The bytes that the secure aggregation protocol itself sends, computed from who responds at each stage, to predict a run's cost."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

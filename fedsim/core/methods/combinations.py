@@ -1,4 +1,4 @@
-"""Which options make sense together with which method; the others are refused with the reason."""
+"""Which options make sense with which method; other combinations are refused with the reason."""
 
 from collections.abc import Iterator
 
