@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedsim.config import TrainingConfig
 from fedsim.core.participation import steps_per_round
 from fedsim.core.payload import Layout
-from fedsim.training.batches import collate, local_batches, pack
+from fedsim.training.batches import Pass, collate, local_batches, pack
 from fedsim.training.budget import TokenBudget
 from fedsim.training.loss import group_gradients
 from fedsim.training.optimizers import OptimizerState, learning_rate, update
@@ -90,65 +90,121 @@ def train_cohort(
     own factors are unchanged. The optimizer state starts anew; the schedule runs over the local steps of all rounds. `budget` limits the
     passes (None takes that of `training`, chosen for the base model alone) and is left halved where memory ran out.
     """
-    device = next(model.parameters()).device
-    batches_of = _batches_of(clients, training, private, seed, round)
-    order = sorted(range(len(clients)), key=lambda i: _place(clients[i], batches_of[clients[i].client]))
-    cohort = [clients[i] for i in order]
-    steps = [len(batches_of[data.client]) for data in cohort]
-    stack = start.to(device, torch.float32).expand(len(clients), layout.num_parameters)[order].contiguous()  # picking rows has copied them
-    space = torch.empty_like(stack)  # of the gradients
-    adjust = _Adjustment(rule or LocalRule(), stack, layout, order)
-    state = OptimizerState(num_kept=sum(n > 1 for n in steps))
-    total_losses = torch.zeros(len(cohort), device=device)
+    cohort = _Cohort(model, start, layout, clients, training, pad_id, seed, round, rounds, rule or LocalRule(), private, on_pass)
     budget = budget or TokenBudget.of(training, model)
-
-    def take_step(gradients: Tensor) -> None:
-        adjust.gradients(stack, gradients)
-        rates = [learning_rate((round - 1) * n + step, rounds * n, training) for n in steps[: len(gradients)]]
-        update(stack, gradients, state, rates, training)
-        adjust.values(stack)
-
-    noised = private and _private_optimizer(private, cohort, order, stack, layout, take_step, training, round)
-
-    def gradients_of(step: int, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
-        """Returns the gradients [active, parameters], clipped where private, and the losses [active] of the clients that take this step."""
-        active = sum(n > step for n in steps)
-        rows = {slot: [data.examples[i] for i in batches_of[data.client][step]] for slot, data in enumerate(cohort[:active])}
-        gradients, step_losses = space[:active].zero_(), torch.zeros(active, device=device)
-        if noised:
-            noised.start(gradients)
-        unit = 1 if noised else training.batch_size  # Poisson batches are of all sizes: row by row they need the least padding
-        for each in pack(rows, unit, tokens_per_pass):
-            batch = collate([row.example for row in each.rows], pad_id, device)
-            weights = on_device(torch.tensor([row.weight for row in each.rows]), device)
-            owners = on_device(torch.tensor([row.slot for row in each.rows]), device)
-            where = place(each.slots, device)
-            parts = layout.unpack(stack[where])
-            if noised:
-                losses, found = group_gradients(model, parts, batch, torch.ones_like(weights), per_example=True)
-                noised.add(where, adjust.masked(where, found))
-            else:
-                losses, found = group_gradients(model, parts, batch, weights)
-                accumulate(gradients, layout, where, found)
-            del parts, found  # the next pass needs their memory
-            step_losses.index_add_(0, owners, losses * weights)
-            on_pass(PassFacts(batch.num_tokens, losses.mean() * (nan if noised else 1.0), (step + 1) / max(steps)))
-        return gradients, step_losses
-
-    for step in range(max(steps)):
-        gradients, step_losses = budget.within_memory(partial(gradients_of, step))
-        total_losses[: len(step_losses)].add_(step_losses)
-        if noised:
-            noised.finish()
-        else:
-            take_step(gradients)
-
-    trained, of_slot = stack.cpu(), total_losses.cpu().tolist()
-    results = {
-        data.client: _result(data, batches_of[data.client], trained[slot], of_slot[slot], told=noised is None)
-        for slot, data in enumerate(cohort)
-    }
+    for step in range(cohort.num_steps):
+        cohort.take_step(step, budget)
+    results = cohort.results()
     return [results[data.client] for data in clients]
+
+
+class _Cohort:
+    """Clients in training. Their rows of the stack are ordered by `_place`, so that those which still train come first."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        start: Tensor,
+        layout: Layout,
+        clients: Sequence[ClientData],
+        training: TrainingConfig,
+        pad_id: int,
+        seed: int,
+        round: int,
+        rounds: int,
+        rule: LocalRule,
+        private: PrivateRule | None,
+        on_pass: Callable[[PassFacts], None],
+    ) -> None:
+        self._model, self._layout, self._training, self._pad_id = model, layout, training, pad_id
+        self._device, self._on_pass = next(model.parameters()).device, on_pass
+        self._batches_of = _batches_of(clients, training, private, seed, round)
+        order = sorted(range(len(clients)), key=lambda i: _place(clients[i], self._batches_of[clients[i].client]))
+        self._clients = [clients[i] for i in order]
+        self._num_steps = [len(self._batches_of[data.client]) for data in self._clients]
+        stack = start.to(self._device, torch.float32).expand(len(clients), layout.num_parameters)
+        self._stack = stack[order].contiguous()  # picking rows has copied them
+        self._space = torch.empty_like(self._stack)  # of the gradients
+        self._adjust = _Adjustment(rule, self._stack, layout, order)
+        self._steps = _Steps(self._stack, self._adjust, self._num_steps, training, round, rounds)
+        self._losses = torch.zeros(len(clients), device=self._device)  # sums over the steps so far
+        self._noised: CohortDPOptimizer | None = None
+        if private is not None:
+            self._noised = _private_optimizer(private, self._clients, order, self._stack, layout, self._steps.take, training, round)
+
+    @property
+    def num_steps(self) -> int:
+        """The most local steps that a client takes."""
+        return max(self._num_steps)
+
+    def take_step(self, step: int, budget: TokenBudget) -> None:
+        """Has every client that takes this step do so."""
+        gradients, losses = budget.within_memory(partial(self._gradients, step))
+        self._losses[: len(losses)].add_(losses)
+        if self._noised is None:
+            self._steps.take(gradients)
+        else:
+            self._noised.finish()
+
+    def results(self) -> dict[int, LocalResult]:
+        """Returns the results by client."""
+        trained, losses = self._stack.cpu(), self._losses.cpu().tolist()
+        return {
+            data.client: _result(data, self._batches_of[data.client], trained[slot], losses[slot], told=self._noised is None)
+            for slot, data in enumerate(self._clients)
+        }
+
+    def _gradients(self, step: int, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
+        """Returns the gradients [active, parameters], clipped where private, and the losses [active] of the clients that take this step."""
+        active = sum(n > step for n in self._num_steps)
+        rows = {slot: [data.examples[i] for i in self._batches_of[data.client][step]] for slot, data in enumerate(self._clients[:active])}
+        gradients, losses = self._space[:active].zero_(), torch.zeros(active, device=self._device)
+        if self._noised is not None:
+            self._noised.start(gradients)
+        unit = self._training.batch_size if self._noised is None else 1  # Poisson batches are of all sizes: single rows need least padding
+        for each in pack(rows, unit, tokens_per_pass):
+            num_tokens, of_rows = self._pass(each, gradients, losses)
+            shown = of_rows.mean() * (1.0 if self._noised is None else nan)
+            self._on_pass(PassFacts(num_tokens, shown, (step + 1) / self.num_steps))
+        return gradients, losses
+
+    def _pass(self, each: Pass, gradients: Tensor, losses: Tensor) -> tuple[int, Tensor]:
+        """Adds the gradients and losses of a pass to those of its clients; returns its number of tokens and the losses of its rows.
+
+        Nothing else of it is kept: the next pass needs the memory.
+        """
+        batch = collate([row.example for row in each.rows], self._pad_id, self._device)
+        weights = on_device(torch.tensor([row.weight for row in each.rows]), self._device)
+        owners = on_device(torch.tensor([row.slot for row in each.rows]), self._device)
+        where = place(each.slots, self._device)
+        parts = self._layout.unpack(self._stack[where])
+        if self._noised is None:
+            of_rows, found = group_gradients(self._model, parts, batch, weights)
+            accumulate(gradients, self._layout, where, found)
+        else:
+            of_rows, found = group_gradients(self._model, parts, batch, torch.ones_like(weights), per_example=True)
+            self._noised.add(where, self._adjust.masked(where, found))
+        losses.index_add_(0, owners, of_rows * weights)
+        return batch.num_tokens, of_rows
+
+
+class _Steps:
+    """The optimizer steps of a stack of clients of which the i-th takes `num_steps[i]` in the round, most steps first."""
+
+    def __init__(
+        self, stack: Tensor, adjust: "_Adjustment", num_steps: Sequence[int], training: TrainingConfig, round: int, rounds: int
+    ) -> None:
+        self._stack, self._adjust, self._num_steps, self._training = stack, adjust, num_steps, training
+        self._round, self._rounds = round, rounds
+        self._state = OptimizerState(num_kept=sum(n > 1 for n in num_steps))
+
+    def take(self, gradients: Tensor) -> None:
+        """Takes the next step of the first clients along their gradients [active, parameters], which are used up."""
+        self._adjust.gradients(self._stack, gradients)
+        steps, done = self._num_steps[: len(gradients)], self._state.step
+        rates = [learning_rate((self._round - 1) * n + done, self._rounds * n, self._training) for n in steps]
+        update(self._stack, gradients, self._state, rates, self._training)
+        self._adjust.values(self._stack)
 
 
 Batches = list[list[int]]
