@@ -1,7 +1,7 @@
-"""What this machine does in a second with a model of a given shape: a few seconds of measuring, kept for the next time.
+"""The rates of this machine for a model of a given shape, measured in a few seconds and kept for the next time.
 
-A model of up to `DIRECT_LIMIT` parameters is built with random weights and trained as a run would train it. A larger one is foretold from
-the throughput of matrix products of its width, times the part of it that a model of 20 M parameters reaches here.
+A model of up to `DIRECT_LIMIT` parameters is built with random weights and trained as a run would train it. For a larger one the rates are
+predicted from the throughput of matrix products of its width, times the part of it that a model of 20 M parameters reaches here.
 """
 
 import json

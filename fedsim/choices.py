@@ -1,4 +1,4 @@
-"""The words that options can be: enums whose values tell what each word means.
+"""The words that options accept: enums whose values explain each word.
 
 Members are written by name: `training.optimizer=sgd`.
 """
@@ -6,7 +6,7 @@ Members are written by name: `training.optimizer=sgd`.
 from enum import Enum
 
 AUTO = "auto"
-"""Value of an option that is settled where data, model and device are known."""
+"""Value of an option that is settled once data, model and device are known."""
 
 
 class Dtype(Enum):

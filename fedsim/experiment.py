@@ -1,4 +1,4 @@
-"""Carries an experiment out on the engine that the configuration names."""
+"""Runs an experiment on the engine that the configuration names."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The manifest of a run: with what, where and when it was made, so that a result can be made again or a difference explained."""
+"""The manifest of a run: with what, where and when it was made, so that a result can be reproduced or a difference explained."""
 
 import os
 import platform

@@ -1,7 +1,7 @@
-"""Who may have a run folder: what lies there, whose it is, and how it is cleared.
+"""Who may use a run folder: what it contains, whose it is, and how it is cleared.
 
-What is in a folder tells how far its run came, at whatever moment it was killed: config.yaml is written last of what begins a run and
-summary.json last of what ends it. A lock that dies with its process tells whether the run still goes on.
+The contents of a folder tell how far its run got, whenever it was killed: config.yaml is the last file written at the beginning of a run
+and summary.json the last one at its end. A lock that dies with its process tells whether the run is still going on.
 """
 
 import fcntl

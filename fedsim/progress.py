@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display on a terminal, one plain line a phase and a round elsewhere.
+"""The display of a run in progress: live on a terminal, elsewhere one plain line per phase and round.
 
 Sizes are decimal: 1 MB is 10^6 bytes. Losses are read from the device a few times a second, never at every pass.
 """

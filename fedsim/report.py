@@ -1,4 +1,4 @@
-"""What is left to read after a run: the table of results, who held what, and every transfer. Pictures are in `fedsim.pictures`."""
+"""What there is to read after a run: the table of results, who held what, and every transfer. Pictures are in `fedsim.pictures`."""
 
 import csv
 import io
@@ -14,10 +14,10 @@ Holdings = Sequence[dict[str, int]]
 
 PICTURES = ("curves.png", "diagnosis.png", "partition.png", "privacy.png", "network.png")
 FILES = ("summary.json", *PICTURES, "holdings.txt", "communication.csv", "events.jsonl")
-"""What a run's folder may hold for its reader, in the order in which it is told."""
+"""Files of a run folder that are meant to be read, in the order in which the summary names them."""
 
 LOOSE_DELTA = 0.05
-"""A larger delta is told to be none: the mechanism may give one in twenty away altogether."""
+"""A larger delta is reported as hardly a guarantee: the mechanism may give one in twenty away altogether."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

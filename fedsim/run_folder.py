@@ -1,4 +1,4 @@
-"""The folder of one run: its configuration, manifest, events, checkpoints and results. Who may have it, `fedsim.occupancy` decides."""
+"""The folder of one run: its configuration, manifest, events, checkpoints and results. `fedsim.occupancy` decides who may use it."""
 
 import json
 import os

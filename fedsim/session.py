@@ -51,11 +51,10 @@ from fedsim.training.encoding import encode, has_response
 from fedsim.training.labelled import encode_labelled
 from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example, Labelled
 
-OWN_DATA = "own data"  # in the holdings, of clients that do not tell the tasks of theirs
-
+OWN_DATA = "own data"  # in the holdings, of clients that do not say what tasks theirs has
 
 _SOME_LABELS = ("no", "yes")
-"""Stand for those that only the rows tell: how many there are is nothing to the layers with an adapter."""
+"""Stand-ins for labels that only the rows tell: their number makes no difference to the layers with an adapter."""
 
 
 def check(config: Config) -> None:
@@ -87,7 +86,7 @@ def open_session(config: Config) -> "Session":
 
 
 def forget_session() -> None:
-    """Has the next session read model, data and methods anew: what a configuration names may have changed since."""
+    """Makes the next session read model, data and methods anew: what a configuration names may have changed since."""
     _latest.clear()
 
 
@@ -131,7 +130,7 @@ class Session:
         return plan(self.config, [self.own_data.get(client) or len(self.client_data(client).examples) for client in clients])
 
     def hear(self, own_data: dict[int, int]) -> None:
-        """Takes note of how many examples clients have that train on data of their own, in place of the shards dealt here."""
+        """Notes the numbers of examples of clients that train on data of their own instead of the shards dealt here."""
         self.own_data = own_data
         self.__dict__.pop("privacy_plan", None)
         self.__dict__.pop("holdings", None)

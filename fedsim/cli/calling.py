@@ -1,4 +1,4 @@
-"""How the command was called, so that a hint can be typed as it stands, and what the libraries beneath are told."""
+"""How the command was called, so that hints can be copied as they are, and how libraries are kept quiet."""
 
 import logging
 import os

@@ -87,7 +87,7 @@ class Form:
     _found: set[str] = field(default_factory=set, init=False)
 
     def take(self, example: Labelled) -> None:
-        """Takes a row to the others. Raises Malformed where it does not belong to them."""
+        """Adds a row. Raises Malformed if it does not fit the others."""
         texts = len(example.texts)
         if self.texts not in (0, texts):
             raise Malformed(f"expected {_counted(self.texts)} as in the rows before, got {_counted(texts)}")

@@ -1,4 +1,4 @@
-"""Who gets what of the training examples: a public sample that no client owns, where the server takes one, and the clients' shards."""
+"""How the training examples are dealt: to a public sample that the server holds, if it takes one, and to the clients' shards."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

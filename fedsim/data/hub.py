@@ -1,4 +1,4 @@
-"""Rows that lie elsewhere: data sets of the Hugging Face hub, and files at an address. Both are fetched once and kept in a cache."""
+"""Rows from elsewhere: data sets of the Hugging Face hub, and files at a URL. Both are fetched once and cached."""
 
 import shutil
 import urllib.request

@@ -1,7 +1,7 @@
-"""Rows of local files, each with the line where it stands, so that whatever is wrong with it can be named.
+"""Rows of local files, each with its line number, so that error messages can name it.
 
 JSON lines, JSON, CSV and tab-separated text are read here and not through `datasets`, whose errors name neither line nor field; Parquet
-goes through pyarrow. All are read piece by piece in little memory, and reading goes on behind a broken row: whether it is an error is
+goes through pyarrow. All are read piece by piece in little memory, and reading continues after a broken row: whether it is an error is
 decided elsewhere.
 """
 

@@ -18,10 +18,10 @@ NODE, KEY = "node-id", "public-key"
 
 
 def register(server: Path, superlink: str, tell: Callable[[str], None] = lambda line: None) -> None:
-    """Has the running SuperLink admit the keys of a federation's `server` folder, and tells a line for each client.
+    """Has the running SuperLink admit the keys of a federation's `server` folder, and reports one line per client.
 
-    A key that another one has taken the place of is turned away from then on; a SuperLink that has lost its database is told all again. May
-    be broken off and begun again at any point. Raises UserError where the SuperLink does not answer or does not admit a key.
+    A key that was replaced by another is turned away from then on; a SuperLink that has lost its database is told all keys again. May be
+    interrupted and repeated at any point. Raises UserError where the SuperLink does not answer or does not admit a key.
     """
     folder = server / REGISTERED
     folder.mkdir(exist_ok=True)

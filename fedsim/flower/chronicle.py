@@ -1,4 +1,4 @@
-"""What a run tells of itself: events for whoever looks at its folder, the journal for whoever checks it, the display for whoever waits."""
+"""What a run reports: events in its folder, the journal for whoever audits it, and the display for whoever is waiting."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from fedsim.unused import unused
 
 
 class Chronicle:
-    """Tells what happens to the clients and in the rounds of one run. `tokens_per_pass` is the bound of passes that was told last."""
+    """Reports what happens to the clients and in the rounds of one run. `tokens_per_pass` is the bound of passes last reported."""
 
     def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
         self._session, self._config, self._folder, self._progress = session, session.config, folder, progress

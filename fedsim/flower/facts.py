@@ -1,4 +1,4 @@
-"""What a round came to: who is in its result with which weight, who is missing and why, and what the clients told."""
+"""The facts of a round: who is in its result and with what weight, who is missing and why, and what the clients reported."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class RoundFacts:
     diagnosis: dict[str, Any] = field(default_factory=dict)
 
     def miss_untold(self, asked: Iterable[int], server_round: int) -> None:
-        """Writes down, of those asked, whom nothing was heard or told of."""
+        """Records as missing those asked clients of which nothing is known."""
         told = {*self.clients, *(each.client for each in self.missing)}
         detail = "not connected, or its turn did not come in time"
         self.missing += [Missing(client, server_round, Reason.died, detail) for client in asked if client not in told]

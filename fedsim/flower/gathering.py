@@ -1,7 +1,7 @@
-"""How replies come in, from any Flower Grid: one after the other, until all are there, enough are there, or the time is up.
+"""How replies are collected from any Flower Grid: one after the other, until all or enough have arrived, or the time is up.
 
 A Grid's own `send_and_receive` returns nothing before the last reply or the timeout, so one dead node holds up everybody. Here messages are
-pushed and replies pulled in a loop; where there will be no reply, that is told with its reason as soon as it is known.
+pushed and replies pulled in a loop; a reply that will not come is reported with its reason as soon as that is known.
 """
 
 import time

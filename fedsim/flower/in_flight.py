@@ -1,8 +1,8 @@
-"""What a deployment was charged after the checkpoint from which it goes on: its clients may have answered before the server died.
+"""What a deployment was charged after the checkpoint from which it resumes: its clients may have answered before the server died.
 
-A client that is asked the same again sends its kept answer, the last of its kind, which costs nothing more. Any other request is answered
-with other noise, and both are charged; so is every request behind masks, of which no answer is kept. That a client has other data of the
-same size, and so gives another answer, only its own accountant can know.
+A client that is asked the same again sends its stored answer, the last of its kind, which costs nothing more. Any other request is answered
+with fresh noise, and both are charged; so is every request under secure aggregation, whose answers are not stored. If a client has other
+data of the same size, and so gives another answer, only its own accountant can know.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from fedsim.privacy.accounting import Mechanism
 from fedsim.privacy.ledger import PrivacyLedger
 
 CHARGED = "charged"
-"""Kind of the audit log's lines of what privacy costs."""
+"""Kind of the audit log's lines that record the cost in privacy."""
 BEFORE = "before"
 """Marks lines that repeat, after a resumption, what lines before it have said."""
 GRADIENT, TRAINING = "initial gradient", "training"

@@ -1,4 +1,4 @@
-"""What the server makes of a reply: nothing in it is believed before it is checked; what fails is refused, never averaged."""
+"""How the server reads a reply: nothing in it is trusted before it is checked; what fails a check is refused, never averaged."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from fedsim.session import Session
 
 DIVERGED = "Expected a finite training loss"
 MOST = 2**53  # no count is larger: beyond it float64 has no whole numbers
-SHORT = 1 << 20  # numbers whose squares float32 sums well enough to tell what is far below a bound, three times as fast as float64
+SHORT = 1 << 20  # so many squares float32 sums well enough to tell what is far below a bound, three times as fast as float64
 CLEARLY = 0.9  # of a bound: norms above this part of it are always taken in float64
 
 

@@ -1,6 +1,6 @@
-"""What a message to a worker says, read without trust: a request is whole and makes sense, or it is refused before anything is done.
+"""What a message to a worker asks, read without trust: a request is complete and makes sense, or it is refused before anything is done.
 
-Raised is ValueError, or UserError where the configuration is at fault; nothing else, whatever the message holds.
+Raises ValueError, or UserError if the configuration is at fault, and nothing else, whatever the message holds.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What is under way: replies are taken in as they come, and whoever is not in the result is written down with the reason."""
+"""A round in progress: replies are taken in as they arrive, and every client that is not in the result is recorded with the reason."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -20,7 +20,7 @@ from fedsim.session import Session
 from fedsim.types import Adapter
 
 COMES_BACK = (Reason.timeout, Reason.died)
-"""Reasons for which asking a client again makes sense; who has refused or was refused would only do the same again."""
+"""Reasons for which asking a client again makes sense; one that has refused or was refused would only do the same again."""
 
 
 class Round:
@@ -45,7 +45,7 @@ class Round:
                 self._use(ask, reply)
 
     def note_absent(self, asked: Sequence[int]) -> None:
-        """Writes down those to whom no message could go, unless nobody waits for them any more."""
+        """Records the clients to which no message could be sent, unless they are no longer waited for."""
         if not self.full:
             self.facts.miss_untold(asked, self._round)
 

@@ -5,7 +5,7 @@
     train...              the sealed shares besides the work's own request, for masked uploads, which are summed as they come
     query.secure_unmask   who survived and who vanished, for shares of the survivors' own masks and of the vanished ones' keys
 
-A client that is not heard at a stage is out. Below the threshold the sum is given up: `SumRefused`.
+A client that does not respond at a stage is out. Below the threshold the sum is given up: `SumRefused`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,7 +82,7 @@ class Summed:
 
 @dataclass
 class Protocol:
-    """The four stages over some clients: those of `cohorts` are asked, others of `clients` count as not heard."""
+    """The four stages over some clients: those in `cohorts` are asked, the others in `clients` count as not responding."""
 
     config: Config
     server_round: int
@@ -125,7 +125,7 @@ class Protocol:
         self._counted |= counts
 
     def facts(self) -> dict[str, Any]:
-        """Returns what the log tells: how many took part and had to stay, who vanished before what, and the numbers of the grid."""
+        """Returns log facts: how many took part and had to stay, who dropped out before which stage, and the numbers of the grid."""
         vanished: dict[str, str] = {}
         left = set(self.clients)
         for stage, here in self._heard.items():
@@ -134,7 +134,7 @@ class Protocol:
         return {"participants": len(self.clients), "needed": self._needed, "vanished": vanished, **self._counted}
 
     def missing(self) -> list[Missing]:
-        """Returns who is not in the sum, with the reason; after a refusal, who was not heard."""
+        """Returns the clients that are not in the sum, with the reason; after a refusal, those that did not respond."""
         stages = {int(client): name for client, name in self.facts()["vanished"].items() if name != Stage.unmasking.name}
         asked = {client for _, clients in self.cohorts for client in clients}
         found = []

@@ -1,8 +1,8 @@
-"""The server: sets a run up, carries its rounds out over any Flower Grid, evaluates, and leaves a checkpoint after each step.
+"""The server: sets up a run, carries out its rounds over any Flower Grid, evaluates, and leaves a checkpoint after each step.
 
-What can be wrong with options, paths, shapes and the run folder is found before model and data are loaded, and most of the rest before the
-folder is made; a mistake that is found later, but before the first checkpoint, leaves no folder behind. The state is a value that a
-checkpoint holds whole, so a run that was killed at any moment goes on from the last checkpoint and ends with the same adapter, bit for bit.
+Mistakes in options, paths, shapes and the run folder are found before model and data are loaded, and most others before the folder is made;
+one that is found later, but before the first checkpoint, leaves no folder behind. The state is a value that a checkpoint holds whole, so a
+run that was killed at any moment continues from the last checkpoint and ends with the same adapter, bit for bit.
 """
 
 import errno
@@ -53,7 +53,7 @@ from fedsim.training.evaluation import evaluate
 from fedsim.types import Adapter
 
 SOONEST_SECONDS = 0.025
-"""Between checkpoints of a simulation: one costs some milliseconds, which is a third of a round in which nothing else is done."""
+"""Least time between checkpoints of a simulation: one costs milliseconds, a third of a round in which little else is done."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of the system that say that nothing more can be written."""
 

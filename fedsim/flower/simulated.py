@@ -1,4 +1,4 @@
-"""The simulated side of a run: what a client takes for a round, from the bytes that it will be charged and the tokens that it trains on.
+"""The simulated network: how long a client takes for a round, from the bytes that it will be charged and the tokens that it trains on.
 
 All of it is known before anybody is asked, so who is late does not depend on the order in which the simulation trains the clients.
 """

@@ -1,4 +1,4 @@
-"""What private data cost: epsilon of a history of Gaussian mechanisms, and the noise multiplier that a budget needs.
+"""The cost of using private data: epsilon of a history of Gaussian mechanisms, and the noise multiplier that a budget needs.
 
 Every epsilon here is an upper bound. Neighbours differ by one unit added or removed (an example, or a client's whole update), the noise has
 the standard deviation noise_multiplier * clip_norm, and a unit is drawn into each step by its own secret coin (Poisson sampling).

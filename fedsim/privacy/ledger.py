@@ -1,6 +1,6 @@
-"""The privacy ledger: all that was computed from each client's private data, and what it adds up to.
+"""The privacy ledger: everything that was computed from each client's private data, and what it adds up to.
 
-A published epsilon often leaves out the initialisation, or is one client's. Here every release is written down with the client whose data
+A published epsilon often leaves out the initialisation, or is one client's. Here every release is recorded with the client whose data
 it came from, and what is reported is the worst client's total. Nothing is ever taken back: a resumed run goes on where it stopped.
 """
 
@@ -48,7 +48,7 @@ class PrivacyLedger:
         return self._deltas[client]
 
     def hold_at(self, client: int, delta: float) -> None:
-        """Tells all of the client's epsilon at this delta from now on: what was released is the same, whatever it is told at."""
+        """Reports all of the client's epsilon at this delta from now on; what was released does not depend on it."""
         self._deltas[client] = delta
 
     def history(self, client: int) -> History:

@@ -1,7 +1,7 @@
 """Which examples meet which optimizer step, and how the rows of a step are packed into forward passes.
 
 Both are pure functions of lengths and seeds. A client's steps depend on its own examples alone, and the packing changes
-nothing but the order of float additions; so a result does not depend on the company in which a client is trained.
+nothing but the order of float additions; so a result does not depend on which clients are trained together.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from fedsim.training.padding import padded_width
 from fedsim.training.stack import on_device
 from fedsim.types import AnyEncoded, EncodedExample, EncodedLabelled
 
-PASS_COST = 1 / 8  # of the most positions of a pass: what it costs besides its own; a tenth to a quarter of 1024 was measured on a CPU
+PASS_COST = 1 / 8  # overhead of a pass, as a part of the most positions it may have; a tenth to a quarter of 1024 was measured on a CPU
 MEGABATCH_STEPS = 8  # examples are sorted by length within this many steps, so that batches stay random
 
 

@@ -24,21 +24,21 @@ TOKENS_PER_THREAD = 512  # from 256 to 8192 tokens models of 2 to 20 M parameter
 CPU_RANGE = (1024, 16_384)
 GPU_RANGE = (256, 65_536)
 GPU_SHARE = 0.9
-"""Of the free memory, for passes and the clients' factors. Passes take 0.78 to 1.02 of what is reckoned with for them (section k of the
+"""Of the free memory, for passes and the clients' factors. Passes take 0.78 to 1.02 of what is estimated for them (section k of the
 benchmarks); what is left is for workspaces and for gaps."""
 
 GPU_SHARE_OF_ANSWERS = 0.6
 SMALLEST = 16  # tokens; a budget is not halved below
 GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
-LOSS_SHARE = 4  # what a generation batch has more tokens than a pass for losses, which stays near the caches
-ROW_TOKENS = 64  # of a row, where the number of rows counts: nobody has looked at the data yet
+LOSS_SHARE = 4  # how many times more tokens a generation batch has than a pass for losses, which stays near the caches
+ROW_TOKENS = 64  # assumed length of a row where the number of rows matters: the data is not known yet
 STACKS = 4  # of a client's factors: themselves, their gradient, and two moments
 
 
 @dataclass(frozen=True)
 class Load:
-    """What passes hold besides what their tokens take, whatever the data are."""
+    """The memory that passes need besides that of their tokens, whatever the data."""
 
     spec: AdapterSpec = field(default_factory=lambda: AdapterSpec(DENSE, {}, 1))
     trained: tuple[str, ...] = ()

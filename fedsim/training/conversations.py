@@ -11,7 +11,7 @@ ALPACA_OPENING = "Below is an instruction that describes a task. Write a respons
 ALPACA_MARKS = {"user": "### Instruction:\n", "assistant": "### Response:"}
 
 DATE = datetime(2024, 7, 26)
-"""What templates that tell the model the date are given: with today's, a run would be another one tomorrow."""
+"""The date given to templates that mention it: with today's, the same run would differ tomorrow."""
 
 _FORMATTED = "".join(f" | replace('%{part}', '{DATE.strftime(f'%{part}')}')" for part in "aAbBdHIjmMpSyY")
 _FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FORMATTED} }}}}{{%- endmacro -%}}"
@@ -34,8 +34,8 @@ def in_alpaca(turns: Sequence[Turn]) -> str:
 def rendered(turns: Sequence[Turn], tokenizer: Any, *, answered: bool = False) -> str:
     """Returns the turns in the template's form, up to where the assistant's next one begins unless they are `answered` already.
 
-    Where the template knows no system, or none at that place, what that says stands before the next question. Raises UserError for what it
-    refuses even so.
+    If the template has no system role, or none at that place, system text is put before the next question. Raises UserError for what it
+    refuses even then.
     """
     try:
         return _by_template(turns, tokenizer, answered)

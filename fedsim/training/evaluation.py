@@ -59,7 +59,7 @@ def evaluate(
 
     Guarantees: no gradient, no change of the model; the result does not depend on the order of the examples, beyond float tolerance. A
     prompt that fills the model's context counts as answered wrongly, and so does an answer that is cut off before it says that it is the
-    final one; one that must equal a whole text is not written on when it is twice as long as the longest reference. A response that
+    final one; one that must equal a whole text is given up at twice the length of the longest reference. A response that
     `data.max_length` cuts away has no loss. No examples give accuracy 0 and loss nan.
     """
     if not examples:

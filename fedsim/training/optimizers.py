@@ -32,14 +32,14 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
 
 
 SCRATCH_ROWS = 16
-"""Clients at a time whose moments nobody needs after the step; so few that theirs stay near the processor."""
+"""Clients stepped at a time whose moments are not kept: few enough that these stay in the caches."""
 
 
 @dataclass
 class OptimizerState:
     """Moments of the first clients of the stack, [clients, parameters] each, and the number of steps taken in this round.
 
-    `num_kept` clients take more than one step; the moments of the others would not be looked at again, and are not kept.
+    `num_kept` clients take more than one step; the moments of the others would never be used again, and are not kept.
     """
 
     num_kept: int

@@ -1,4 +1,4 @@
-"""How wide the rows of a pass are padded: to few numbers of tokens, because each number has kernels of its own.
+"""The width to which the rows of a pass are padded: one of a few, because each number of tokens has kernels of its own.
 
 oneDNN compiles a product for every number of tokens that it meets (a millisecond, and half a megabyte as long as it is kept), and the
 tensor cores of a GPU like multiples of eight.
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 Whole = TypeVar("Whole", int, NDArray[np.int64])
 
 WIDTH_STEP = 8
-"""No row gets more than one position less than this beyond the longest one."""
+"""A row gets fewer than this many positions beyond the longest one."""
 
 TOKEN_STEP = 32
-"""A pass has a multiple of so many tokens, as far as WIDTH_STEP allows it."""
+"""A pass has a multiple of this many tokens, as far as WIDTH_STEP allows."""
 
 
 def padded_width(rows: Whole, longest: Whole) -> Whole:
