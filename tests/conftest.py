@@ -131,6 +131,15 @@ KINDS = ("R", HEAD)
 """What those classifiers train."""
 
 
+def own_leaves(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Gives every layer of an adapted classifier a head and an R that autograd knows, and returns them by name."""
+    leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(model, KINDS).items()}
+    for name, leaf in leaves.items():
+        path, _, kind = name.rpartition(".")
+        setattr(model.get_submodule(path), kind, leaf)
+    return leaves
+
+
 def train_pairs(model: nn.Module, clients: list[ClientData], private: PrivateRule | None = None, **options: Any) -> list[LocalResult]:
     """Trains a cohort of an adapted classifier for three steps of four pairs."""
     current = factors(model, KINDS)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import KINDS, LABELS, adapted_classifier, save_classifier, tiny_classifier, train_pairs
+from conftest import KINDS, LABELS, adapted_classifier, own_leaves, save_classifier, tiny_classifier, train_pairs
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -62,10 +62,7 @@ def test_a_cohort_equals_clients_trained_one_by_one(pairs):
 
 def gradients_by_hand(model, rows):
     """[{name: gradient} of each row], by autograd through the encoder used by hand."""
-    leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(model, KINDS).items()}
-    for name, leaf in leaves.items():
-        path, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(path), kind, leaf)
+    leaves = own_leaves(model)
     return [dict(zip(leaves, torch.autograd.grad(loss_by_hand(model, pair), list(leaves.values())), strict=True)) for pair in rows]
 
 

@@ -98,13 +98,18 @@ def test_a_client_shares_no_secret_that_half_of_its_group_could_open():
     assert len(party.share(others, 3)) == 3
 
 
+def three_that_have_shared():
+    """Three clients, and the sealed shares of each by neighbour."""
+    parties = {client: Party(client) for client in range(3)}
+    publics = {client: party.public for client, party in parties.items()}
+    return parties, {client: party.share({p: publics[p] for p in parties if p != client}, 2) for client, party in parties.items()}
+
+
 def test_a_share_is_read_by_its_receiver_alone_and_unchanged_only():
     found = Round(full_graph(4))
     sealed = found.sealed[0]
     assert not any(found.parties[0].held)  # forgotten after the unmasking
-    fresh = {client: Party(client) for client in range(3)}
-    publics = {client: party.public for client, party in fresh.items()}
-    sent = {client: party.share({p: publics[p] for p in fresh if p != client}, 2) for client, party in fresh.items()}
+    fresh, sent = three_that_have_shared()
     with pytest.raises(ValueError, match="that client 1 sealed for client 2"):
         fresh[2].take({1: sent[1][0]})
     with pytest.raises(ValueError, match="that client 1 sealed for client 2"):
@@ -126,9 +131,7 @@ def test_a_masked_vector_is_uniform_and_differs_from_round_to_round_while_the_va
     zeros = np.zeros(20_000, dtype=np.uint32)
     uploads = []
     for _ in range(2):
-        parties = {client: Party(client) for client in range(3)}
-        publics = {client: party.public for client, party in parties.items()}
-        sent = {client: party.share({p: publics[p] for p in parties if p != client}, 2) for client, party in parties.items()}
+        parties, sent = three_that_have_shared()
         parties[0].take({1: sent[1][0], 2: sent[2][0]})
         uploads.append(parties[0].masked(zeros))
     for upload in uploads:

@@ -136,6 +136,13 @@ def exact_mean(clients, shares, dense):
     return {name: sum(p * dense(client[name]) for p, client in zip(shares, clients, strict=True)) for name in clients[0]}
 
 
+def best_of_rank(exact):
+    """LoRA's factors of the best approximation of an update of the rank, by LAPACK's SVD."""
+    u, s, vt = torch.linalg.svd(exact)
+    sign = torch.diag(u[u.abs().argmax(0)[:RANK], range(RANK)].sign())
+    return {"B": (u[:, :RANK] * s[:RANK]) @ sign / SCALING, "A": sign @ vt[:RANK]}
+
+
 def assert_agrees(run, expected):
     found = run.change()
     for name in expected:
@@ -236,9 +243,7 @@ def test_flexlora_hands_out_the_best_approximation_of_the_mean():
     for round_ in (1, 2):
         clients = [oracle.train(factors, "BA", lora_dense, lora_rule, client, round_) for client in range(CLIENTS)]
         for layer, exact in exact_mean(clients, run.shares, lora_dense).items():
-            u, s, vt = torch.linalg.svd(exact)
-            sign = torch.diag(u[u.abs().argmax(0)[:RANK], range(RANK)].sign())
-            factors[layer] = {"B": (u[:, :RANK] * s[:RANK]) @ sign / SCALING, "A": sign @ vt[:RANK]}
+            factors[layer] = best_of_rank(exact)
     assert_agrees(run, {layer: lora_dense(own) for layer, own in factors.items()})
 
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from rounds import CLIENTS, RANK, SCALING, Rounds, of_method
+from rounds import CLIENTS, RANK, Rounds, of_method
 from safetensors.torch import load_file
-from test_methods import Oracle, by_layer, exact_mean, lora_dense, lora_rule, sb_dense, sb_rule
+from test_methods import Oracle, best_of_rank, by_layer, exact_mean, lora_dense, lora_rule, sb_dense, sb_rule
 
 from fedsim.checkpoints import load, saved
 from fedsim.choices import Init, Residual
@@ -119,9 +119,7 @@ def test_flexlora_hands_every_client_the_leading_part_of_the_truncated_svd():
     for round_ in (1, 2):
         clients = [oracle.train(leading(factors, ranks[client]), "BA", lora_dense, lora_rule, client, round_) for client in range(CLIENTS)]
         for layer, exact in exact_mean(clients, run.shares(range(CLIENTS)), lora_dense).items():
-            u, s, vt = torch.linalg.svd(exact)
-            sign = torch.diag(u[u.abs().argmax(0)[:RANK], range(RANK)].sign())
-            factors[layer] = {"B": (u[:, :RANK] * s[:RANK]) @ sign / SCALING, "A": sign @ vt[:RANK]}
+            factors[layer] = best_of_rank(exact)
     assert_agrees(run.change(), {layer: lora_dense(own) for layer, own in factors.items()})
 
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import CLASSIFIERS, KINDS, LABELS, WithLinearR, adapted_classifier, save_classifier, tiny_classifier, train_pairs
+from conftest import CLASSIFIERS, KINDS, LABELS, WithLinearR, adapted_classifier, own_leaves, save_classifier, tiny_classifier, train_pairs
 from torch import nn
 
 from fedsim.choices import Optimizer, Schedule
@@ -41,15 +41,6 @@ def cohort(pairs, architecture="bert"):
     return [ClientData(i, pairs(n, seed=i, segments=architecture == "bert")) for i, n in enumerate(SIZES)]
 
 
-def plain(model):
-    """Gives every layer of an adapted model a head and an R that autograd knows, and returns them by name."""
-    leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(model, KINDS).items()}
-    for name, leaf in leaves.items():
-        path, _, kind = name.rpartition(".")
-        setattr(model.get_submodule(path), kind, leaf)
-    return leaves
-
-
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
 def test_a_row_has_the_loss_of_hugging_face_whatever_its_company(architecture, pairs):
     model, rows = adapted_classifier(architecture), pairs(6, segments=architecture == "bert")
@@ -74,7 +65,7 @@ def test_per_example_gradients_of_head_and_r_equal_one_by_one_autograd(architect
     model, rows = adapted_classifier(architecture), pairs(5, segments=architecture == "bert")
     stacked = {name: tensor.expand(len(rows), *tensor.shape) for name, tensor in factors(model, KINDS).items()}
     _, found = group_gradients(model, stacked, collate(rows, 0, CPU), torch.ones(len(rows)))
-    leaves = plain(model)
+    leaves = own_leaves(model)
     for row, pair in enumerate(rows):
         expected = torch.autograd.grad(model(**told(pair)).loss, list(leaves.values()))
         for name, gradient in zip(leaves, expected, strict=True):
