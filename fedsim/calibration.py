@@ -49,7 +49,7 @@ PROXY |= {"vocab_size": 2272, "max_position_embeddings": 512, "tie_word_embeddin
 """The model whose part of the matrix products' throughput stands for that of a larger one."""
 
 MOST_NUMBERS = 1 << 22
-"""Numbers in the message that is measured; larger ones are foretold from it."""
+"""Numbers in the message that is measured; larger ones are predicted from it."""
 
 VERSION = 5  # of what is measured: another one makes kept calibrations worthless
 

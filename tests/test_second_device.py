@@ -134,7 +134,7 @@ def test_an_audit_and_an_estimate_mix_no_devices(tmp_path):
     on_second_device("audit", "experiment=audit", "privacy.epsilon=2", "federation.rounds=1", f"run_dir={tmp_path}")
 
 
-def test_passes_take_the_memory_that_is_reckoned_with():
+def test_passes_take_the_memory_that_is_estimated():
     """Ratios of the bytes measured for a pass to `pass_bytes`: kinds of models, of factors, types and ways of training."""
     measured = with_device(
         """
@@ -176,8 +176,8 @@ for (name, entries), dtype, sparing, noise, (form, kinds) in product(MODELS.item
     took = DEVICE.memory.peak - before - 16 * layout.num_parameters * len(clients)
     rows = max(tokens) / LENGTH
     groups = rows if noise else rows / BATCH
-    reckoned = pass_bytes(shape_of(model), spec, kinds, max(tokens), length=LENGTH, groups=groups, checkpointing=sparing)
-    print(took / reckoned, name, dtype.value, form.name, "checkpointing" * sparing, "DP" * bool(noise))
+    expected = pass_bytes(shape_of(model), spec, kinds, max(tokens), length=LENGTH, groups=groups, checkpointing=sparing)
+    print(took / expected, name, dtype.value, form.name, "checkpointing" * sparing, "DP" * bool(noise))
 """,
         made_of="shapes",
     )

@@ -172,7 +172,10 @@ def work_of_a_worker(model: str, clients: int, device: str, quick: bool) -> dict
     workload = workload_of(model, clients, 1 if quick else 2)
     on = subject_of(model, device, False)
     data = workload.all_clients(on.vocabulary)
-    task = lambda: _synchronised(lambda: workloads.train(on, data, workload.training), torch.device(device))  # noqa: E731
+
+    def task() -> float:
+        return _synchronised(lambda: workloads.train(on, data, workload.training), torch.device(device))
+
     speed = medians(interleaved({"cohort": task}, turns=3))["cohort"]
     return {"tokens": workload.num_tokens, "seconds": workload.num_tokens / speed}
 

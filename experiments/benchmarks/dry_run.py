@@ -75,8 +75,8 @@ def gone_through(model: str, clients: int, way: str) -> Found:
     found["budget"] = load.pass_bytes(shape, most, checkpointing=checkpointing) / 1e9 / found["pass_gb"]
     if work is _steps:
         groups = max(1.0, most / tokens / unit)
-        reckoned = pass_bytes(shape, on.spec, ("R",), most, length=tokens, groups=groups, checkpointing=checkpointing)
-        found["estimate"] = reckoned / 1e9 / found["pass_gb"]
+        expected = pass_bytes(shape, on.spec, ("R",), most, length=tokens, groups=groups, checkpointing=checkpointing)
+        found["estimate"] = expected / 1e9 / found["pass_gb"]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Section h: what `fedsim estimate` foretells against what the run then takes, each in a process of its own."""
+"""Section h: what `fedsim estimate` predicts against what the run then takes, each in a process of its own."""
 
 import statistics
 import tempfile
@@ -15,7 +15,7 @@ from fedsim.memory import resident_bytes
 
 SMALL = "data.test_examples=40 evaluation.max_new_tokens=48"
 EMBEDDED, LARGE = "embedded", "llama_87m"
-"""The second has random weights, and more of them than a calibration builds: it is foretold from products of matrices."""
+"""The second has random weights, and more of them than a calibration builds: it is predicted from products of matrices."""
 
 CONFIGURATIONS = (
     "federation.rounds=3",
@@ -48,17 +48,17 @@ def measure(case: Case, settings: Settings) -> Found:
             save_base_model(case["model"], Path(folder))
             overrides.append(f"model.path={folder}")
         told = {"overrides": overrides, "threads": torch.get_num_threads()}
-        foretold, took = (call("experiments.benchmarks.estimates", {**told, "run": way}) for way in (False, True))
+        predicted, took = (call("experiments.benchmarks.estimates", {**told, "run": way}) for way in (False, True))
     return {
         **{f"{name}_s": took[name] for name in ("initialisation", "training", "evaluation")},
-        **{f"{name}_x": foretold[name] / took[name] for name in ("training", "evaluation", "total", "memory")},
+        **{f"{name}_x": predicted[name] / took[name] for name in ("training", "evaluation", "total", "memory")},
         "memory_mb": took["memory"] / 1e6,
-        "initialisation_x": foretold["initialisation"] / took["initialisation"] if foretold["initialisation"] else None,
+        "initialisation_x": predicted["initialisation"] / took["initialisation"] if predicted["initialisation"] else None,
     }
 
 
-def foretell(overrides: list[str]) -> dict[str, float]:
-    """Returns seconds by phase and the peak of memory in bytes, as the command foretells them."""
+def predict(overrides: list[str]) -> dict[str, float]:
+    """Returns seconds by phase and the peak of memory in bytes, as the command predicts them."""
     from fedsim.cli.compose import compose
     from fedsim.cli.estimate import estimate_of
 
@@ -121,4 +121,4 @@ SECTION = Section(
 if __name__ == "__main__":
     given = asked()
     torch.set_num_threads(given["threads"])
-    answer((carry_out if given["run"] else foretell)(given["overrides"]))
+    answer((carry_out if given["run"] else predict)(given["overrides"]))

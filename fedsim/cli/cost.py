@@ -92,7 +92,7 @@ def costs(overrides: list[str]) -> Costs:
 
 
 def _jobs(overrides: list[str]) -> tuple[list[Job], bool]:
-    """Returns the combinations, and whether the methods among them were asked for: in so many words or by a preset."""
+    """Returns the combinations, and whether the methods among them were asked for, explicitly or by a preset."""
     if any(override.key_or_group in ("method", "method.name") for override in parse(overrides)):
         return plan(overrides)[1], True
     every = ",".join(name for name, method in METHODS.items() if not method.pooled)

@@ -20,19 +20,19 @@ SMALL = (
 
 
 def test_the_calculator_says_what_the_run_then_spends(tmp_path):
-    foretold = privacy_of(compose([*SMALL, "privacy.epsilon=4"]))
+    predicted = privacy_of(compose([*SMALL, "privacy.epsilon=4"]))
     spent = run(
         compose([*SMALL, "privacy.epsilon=4", "data.test_examples=2", "evaluation.max_new_tokens=2", f"run_dir={tmp_path / 'run'}"]),
         quiet=True,
     )["privacy"]
-    (kind,) = foretold["clients"]
+    (kind,) = predicted["clients"]
     assert kind["clients"] == len(spent["per_client"]) == 3
     for client in spent["per_client"]:
         assert client["epsilon"] == kind["epsilon_rdp"]
         assert client["mechanisms"][0]["noise_multiplier"] == kind["noise_multiplier"]
-    assert foretold["over_rounds"][-1]["epsilon_rdp"] == kind["epsilon_rdp"] <= 4
+    assert predicted["over_rounds"][-1]["epsilon_rdp"] == kind["epsilon_rdp"] <= 4
     two_steps = Mechanism(kind["noise_multiplier"], kind["sampling_rate"], 2)
-    assert foretold["over_rounds"][0]["epsilon_rdp"] == epsilon([two_steps], kind["delta"], "rdp")
+    assert predicted["over_rounds"][0]["epsilon_rdp"] == epsilon([two_steps], kind["delta"], "rdp")
 
 
 def test_what_is_public_belongs_to_no_client():

@@ -1,4 +1,4 @@
-"""What is foretold from shapes is what the ledger of a real run holds, transfer by transfer."""
+"""What is predicted from shapes is what the ledger of a real run holds, transfer by transfer."""
 
 import csv
 import time

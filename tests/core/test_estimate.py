@@ -71,7 +71,7 @@ def test_the_parts_of_a_model_are_those_of_its_skeleton(name):
     assert 0.9 < (shape.block_parameters + shape.head_parameters) / shape.parameters < 1.01, "the rest is norms and an untied embedding"
 
 
-def foretold(overrides=(), work=WORK, rates=RATES):
+def predicted(overrides=(), work=WORK, rates=RATES):
     given = compose(["training.tokens_per_pass=4096", "evaluation.tokens_per_pass=16384", *overrides])
     config, method = effective(given), method_of(given)
     layers = layer_shapes(given.model, config.adapter.target_modules)
@@ -82,14 +82,14 @@ def foretold(overrides=(), work=WORK, rates=RATES):
 
 @pytest.mark.parametrize("method", ["fed_sb", "fedit", "centralized", "full"])
 def test_bytes_are_those_of_the_cost(method):
-    found, cost = foretold([f"method={method}", "federation.rounds=3"])
+    found, cost = predicted([f"method={method}", "federation.rounds=3"])
     assert found.num_bytes == cost.totals
     assert found.seconds == sum(phase.seconds for phase in found.phases) > 0
     assert found.peak_bytes > RATES.process_bytes + found.memory["base model"]
 
 
 def test_twice_the_rounds_take_twice_the_training():
-    one, two = (foretold([f"federation.rounds={rounds}"])[0] for rounds in (3, 6))
+    one, two = (predicted([f"federation.rounds={rounds}"])[0] for rounds in (3, 6))
     assert two.flops == 2 * one.flops
     times = [{phase.name: phase.seconds for phase in found.phases} for found in (one, two)]
     assert times[1]["training"] == pytest.approx(2 * times[0]["training"])
@@ -99,20 +99,20 @@ def test_twice_the_rounds_take_twice_the_training():
 
 def test_a_cohort_of_all_clients_takes_fewer_passes_than_clients_alone():
     together, alone = (
-        {phase.name: phase.seconds for phase in foretold([f"engine.cohort_size={size}"])[0].phases}["training"] for size in (0, 1)
+        {phase.name: phase.seconds for phase in predicted([f"engine.cohort_size={size}"])[0].phases}["training"] for size in (0, 1)
     )
     assert together < alone
 
 
 def test_memory_does_not_grow_with_clients_but_for_their_own_factors():
-    few, many = (foretold([f"federation.clients={clients}", "training.tokens_per_pass=512"])[0].memory for clients in (25, 100))
+    few, many = (predicted([f"federation.clients={clients}", "training.tokens_per_pass=512"])[0].memory for clients in (25, 100))
     own = "clients' factors, gradients, moments and uploads"
     assert many.pop(own) == 4 * few.pop(own)
     assert many == few
 
 
 def test_epochs_count_the_examples_of_a_client():
-    one = foretold(["training.local_epochs=1"])[0]
-    assert one.flops == pytest.approx(foretold(["training.local_epochs=2"])[0].flops / 2)
-    fewer = foretold(["training.local_epochs=1"], replace(WORK, train_examples=5000))[0]
+    one = predicted(["training.local_epochs=1"])[0]
+    assert one.flops == pytest.approx(predicted(["training.local_epochs=2"])[0].flops / 2)
+    fewer = predicted(["training.local_epochs=1"], replace(WORK, train_examples=5000))[0]
     assert fewer.flops == pytest.approx(one.flops / 2)

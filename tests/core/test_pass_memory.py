@@ -1,4 +1,4 @@
-"""What a pass is reckoned to hold, against the tensors that autograd keeps; its peak is measured in tests/test_second_device.py."""
+"""What a pass is estimated to hold, against the tensors that autograd keeps; its peak is measured in tests/test_second_device.py."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def kept_by_autograd(model, kinds, examples, *, groups=2, per_example=False):
 
 @pytest.mark.parametrize(("form", "kinds"), TRAINED)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_decoder_keeps_what_is_reckoned(architecture, form, kinds):
+def test_a_decoder_keeps_what_is_estimated(architecture, form, kinds):
     model = tiny_model(architecture)
     spec = adapt(model, form, 4, 2, 1.0, [])
     kept = kept_by_autograd(model, kinds, texts())
@@ -63,7 +63,7 @@ def test_a_decoder_keeps_what_is_reckoned(architecture, form, kinds):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("form", "kinds"), TRAINED[:2])
 @pytest.mark.parametrize("architecture", [*CLASSIFIERS, "apart"])
-def test_an_encoder_keeps_what_is_reckoned(architecture, form, kinds, attention):
+def test_an_encoder_keeps_what_is_estimated(architecture, form, kinds, attention):
     model = tiny_classifier(architecture)
     getattr(model, model.base_model_prefix).set_attn_implementation(attention)
     spec = adapt(model, form, 4, 1, 1.0, [], head_paths(model))
@@ -94,7 +94,7 @@ def test_a_model_and_its_adapted_self_have_one_shape():
     assert shape_of(model, 2).block_bytes(LENGTH) == bare.block_bytes(LENGTH) / 2
 
 
-def test_logits_are_reckoned_in_parts_only_where_the_loss_takes_them_so(monkeypatch):
+def test_logits_are_counted_in_parts_only_where_the_loss_takes_them_so(monkeypatch):
     monkeypatch.setattr(head_loss, "LOGIT_BYTES", 1000)
     last, scaled, adapted = tiny_model("llama"), tiny_model("llama"), tiny_model("llama")
     scaled.config.logit_scale = 2.0

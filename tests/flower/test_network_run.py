@@ -55,9 +55,9 @@ def test_the_bytes_that_drive_the_times_are_those_of_the_ledger(config):
     rounds = Rounds(changed(config, federation={"network": "uniform"}))
     for number in (1, 2):
         charges = rounds.strategy._charges
-        foretold = {client: (charges.bytes_down(client), charges.bytes_up(number, client)) for client in range(3)}
+        predicted = {client: (charges.bytes_down(client), charges.bytes_up(number, client)) for client in range(3)}
         rounds.next()
-        assert bytes_of(rounds, number) == foretold
+        assert bytes_of(rounds, number) == predicted
 
 
 def test_a_round_takes_the_time_of_its_slowest_client(tmp_path):
