@@ -8,7 +8,7 @@ from fedsim.seeding import NoiseKey, numpy_generator
 
 
 def drawn(config: Config, server_round: int, key: NoiseKey | None = None) -> list[int]:
-    """Returns the clients of a round, in ascending order. With a coin for each (`by_coin`), `key` gives the coins, by default the seed's."""
+    """Returns the clients of a round, in ascending order. `key` gives the coins where each has one (`by_coin`), by default the seed's."""
     clients, fraction = config.federation.clients, config.federation.fraction
     if by_coin(config):
         return draw_by_coin(clients, fraction, key or NoiseKey.of_seed(config.seed), server_round)
