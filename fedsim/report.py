@@ -65,14 +65,18 @@ def summary_table(summary: dict[str, Any]) -> str:
 
 
 def _cut_off_lines(evaluation: dict[str, Any]) -> list[str]:
-    counts = {
-        name: sum(found[name].get("num_cut_off", 0) for found in evaluation.values())  # a run of an earlier version did not count
-        for name in ("base", "final")
-    }
-    if not any(counts.values()):
+    base, final = (_num_cut_off(evaluation, name) for name in ("base", "final"))
+    if not base and not final:
         return []
-    told = f"{counts['base']:,} of the base model, {counts['final']:,} of the final one"
+    of_final = "those of the final one are not counted" if final is None else f"{final:,} of the final one"
+    told = f"{base or 0:,} of the base model, {of_final}"
     return [f"cut off: {told}: answers without an end, right only where they had named their result (evaluation.max_new_tokens)"]
+
+
+def _num_cut_off(evaluation: dict[str, Any], name: str) -> int | None:
+    """Returns a count over all tasks, None where nobody counted: neither clients with models of their own do, nor did earlier versions."""
+    counts = [found[name]["num_cut_off"] for found in evaluation.values() if "num_cut_off" in found[name]]
+    return sum(counts) if counts else None
 
 
 def _missing_lines(counts: dict[str, int]) -> list[str]:

@@ -87,6 +87,8 @@ def test_the_summary_tells_how_many_answers_were_cut_off_where_any_were():
     (line,) = lines({"num_cut_off": 600}, {"num_cut_off": 1})
     assert line.startswith("cut off: 1,200 of the base model, 2 of the final one")
     assert lines({"num_cut_off": 0}, {"num_cut_off": 0}) == lines({}, {}) == []
+    (line,) = lines({"num_cut_off": 600}, {})
+    assert line.startswith("cut off: 1,200 of the base model, those of the final one are not counted"), "clients with models of their own"
 
 
 def test_holdings_are_shown_with_totals_and_long_ones_are_cut():
