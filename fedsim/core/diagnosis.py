@@ -9,32 +9,33 @@ from torch import Tensor
 
 from fedsim.core.collecting import Collected, Collector
 from fedsim.core.forms import LORA_SB, AdapterSpec, Factors
-from fedsim.core.global_state import GlobalState
-from fedsim.core.methods.method import Method
+from fedsim.core.global_state import GlobalState, dense_updates
 from fedsim.types import Adapter
 
 DENSE_SVD_LIMIT = 2048  # above this smaller side the singular values of a dense update are not computed
 
 
-def diagnose(method: Method, collector: Collector, collected: Collected, state: GlobalState, *, exact: bool) -> dict[str, Any]:
-    """Returns {drift, effective_rank, deviation} of a round. Effective rank is a mean over the layers.
+def diagnose(collector: Collector, collected: Collected, state: GlobalState, fold: Adapter, *, exact: bool) -> dict[str, Any]:
+    """Returns {drift, effective_rank, deviation} of a round that led to this state. Effective rank is a mean over the layers.
 
-    `deviation` is {layer: |mean of updates - update of the mean| / |mean of updates|} where the mean of the clients' dense updates is
-    known. Otherwise it is {} where the average is `exact` by construction, and absent where it is not.
+    `deviation` is {} where the average is `exact` by construction. Otherwise it is {layer: |mean of updates - update of the round| /
+    |mean of updates|} where the mean of the clients' dense updates is known, and absent where it is not. The update of the round is that
+    of the state's factors and `fold`, what it has added to the base weights.
     """
     found: dict[str, Any] = {"drift": collector.drift(), "effective_rank": _mean_effective_rank(state)}
-    if collected.products or collected.clients:
-        average = state.factors if method.products and not method.folds else collected.factors  # the former are made from the updates
-        found["deviation"] = {layer: _deviation(collected, average, layer) for layer in collected.spec.layers}
-    elif exact:
+    if exact:
         found["deviation"] = {}
+    elif collected.products or collected.clients:
+        folded = dense_updates(state.spec, fold, {}) if fold else {}
+        found["deviation"] = {layer: _deviation(collected, state, folded, layer) for layer in state.spec.layers}
     return found
 
 
-def _deviation(collected: Collected, factors: Adapter, layer: str) -> float:
-    exact = collected.product(layer)
+def _deviation(collected: Collected, state: GlobalState, folded: Adapter, layer: str) -> float:
+    exact, update = collected.product(layer), state.spec.update(state.factors, layer)
+    missed = exact - (update + folded[layer] if folded else update)
     norm = float(exact.norm())
-    return float((exact - collected.spec.update(factors, layer)).norm()) / norm if norm else nan
+    return float(missed.norm()) / norm if norm else nan
 
 
 def _mean_effective_rank(state: GlobalState) -> float:

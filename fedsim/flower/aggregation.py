@@ -90,7 +90,7 @@ class Aggregation:
             state.control = state.control + self._control_change
             state.exchange.changed([CONTROL], self._round)
         if config.evaluation.diagnosis:
-            self.facts.diagnosis = diagnose(method, self._collector, collected, state, exact=averages_exactly(config, method))
+            self.facts.diagnosis = diagnose(self._collector, collected, state, outcome.fold, exact=averages_exactly(config, method))
 
     def _mean(self) -> Tensor:
         """Raises RunStopped where fewer clients have come than the server's rule can do with."""
@@ -138,11 +138,11 @@ class Aggregation:
 
 def averages_exactly(config: Config, method: Method) -> bool:
     """Whether a round's global update is the weighted mean of the clients' updates, by construction: with no robust rule, no other step
-    of the server, no entry that only some of the clients send, and nothing that stays at the clients."""
+    of the server, no entry that only some of the clients send, no truncated residual, and nothing that stays at the clients."""
     server, heads = config.server, config.method.heads
     of_some = method.linear and (bool(config.federation.ranks) or (config.method.client_heads or heads) < heads)
     as_it_is = server.rule is ServerRule.mean and server.optimizer == "fedavg" and server.learning_rate == 1
-    return method.exact and as_it_is and not of_some and not method.personal
+    return method.exact and as_it_is and not of_some and config.method.residual_rank is None and not method.personal
 
 
 def _server_options(server: ServerConfig) -> ServerOptions:

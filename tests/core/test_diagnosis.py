@@ -34,8 +34,8 @@ def spec_of(form, rank=3):
     return AdapterSpec(form, LAYERS, rank, heads=2 if form is RAVAN else 1, scaling=0.5)
 
 
-def collected(name, options=None, *, ranks=(None,) * 3, **keep):
-    """Three clients' uploads of all trained kinds through a collector, and what is diagnosed of it."""
+def collected(name, options=None, *, ranks=(None,) * 3, exact=None, **keep):
+    """Three clients' uploads of all trained kinds through a collector, and what is diagnosed of it; `exact` as the method says if None."""
     options, method = options or MethodConfig(), METHODS[name]
     spec, kinds = spec_of(method.form), method.uploaded(1)
     start, collector = factors_of(spec, 0), None
@@ -49,7 +49,7 @@ def collected(name, options=None, *, ranks=(None,) * 3, **keep):
     state = GlobalState(spec, outcome.factors, Exchange(dict.fromkeys((*spec.kinds, "W"), 0), frozenset()))
     if outcome.fold:
         state.fold(outcome.fold, 1)
-    facts = diagnose(method, collector, found, state, exact=method.exact)
+    facts = diagnose(collector, found, state, outcome.fold, exact=method.exact if exact is None else exact)
     return spec, start, flats, places, state, facts
 
 
@@ -91,10 +91,8 @@ def missed(exact, update):
     return np.linalg.norm(exact - update.double().numpy()) / np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("keep", [{"keep_products": True}, {"keep_products": False, "keep_clients": True}])
-def test_deviation_is_what_the_mean_of_factors_misses_of_the_mean_of_updates(keep):
-    options = MethodConfig(residual=Residual.stacked)
-    spec, _, flats, _, _, facts = collected("fedex_lora", options, **keep)
+def test_deviation_is_what_the_mean_of_factors_misses_of_the_mean_of_updates():
+    spec, _, flats, _, _, facts = collected("fedit", keep_products=True)
     mean = spec.layout(("B", "A")).unpack(sum(float(p) * flat for p, flat in zip(P, flats, strict=True)))
     for layer in LAYERS:
         expected = missed(dense_mean(spec, flats, layer), spec.update(mean, layer))
@@ -114,6 +112,26 @@ def test_deviation_of_flexlora_is_what_the_truncation_cuts_off():
         values = np.linalg.svd(dense_mean(spec, flats, layer), compute_uv=False)
         expected = np.sqrt((values[3:] ** 2).sum() / (values**2).sum())
         assert facts["deviation"][layer] == pytest.approx(expected, rel=1e-4)
+
+
+def test_deviation_of_a_truncated_residual_is_what_the_truncation_cuts_off():
+    spec, _, flats, _, _, facts = collected("fedex_lora", MethodConfig(residual_rank=2), exact=False, keep_products=True)
+    mean = spec.layout(("B", "A")).unpack(sum(float(p) * flat.double() for p, flat in zip(P, flats, strict=True)))
+    for layer in LAYERS:
+        exact = dense_mean(spec, flats, layer)
+        values = np.linalg.svd(exact - spec.update(mean, layer).numpy(), compute_uv=False)
+        expected = np.linalg.norm(values[2:]) / np.linalg.norm(exact)
+        assert expected > 0.01
+        assert facts["deviation"][layer] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fedex_lora", "flora"])
+@pytest.mark.parametrize("keep", [{"keep_products": True}, {"keep_products": False, "keep_clients": True}])
+def test_what_is_made_up_for_in_the_base_weights_is_not_missed(name, keep):
+    assert collected(name, **keep)[-1]["deviation"] == {}
+    measured = collected(name, exact=False, **keep)[-1]["deviation"]
+    assert set(measured) == set(LAYERS)
+    assert max(measured.values()) < 1e-6
 
 
 def test_an_average_that_is_exact_has_no_layer_that_deviates_and_one_that_was_not_measured_tells_nothing():

@@ -212,6 +212,8 @@ def test_what_goes_together_is_not_refused(overrides, composed):
         ("fed_sb", {"server": {"optimizer": "fedadam"}}, False),
         ("fed_sb", {"server": {"learning_rate": 0.5}}, False),
         ("fedit", {}, False),
+        ("fedex_lora", {}, True),
+        ("fedex_lora", {"method": {"residual_rank": 2}}, False),
         ("fedsa_lora", {}, False),
         ("ravan", {}, True),
         ("ravan", {"method": {"client_heads": 2}}, True),
