@@ -53,6 +53,14 @@ def test_a_rank_above_the_smaller_side_gives_all_there_is():
     torch.testing.assert_close(left * values @ right, matrix, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e20, 1e37])
+def test_no_scale_that_float32_has_is_lost_in_the_gram_matrix(scale):
+    matrix = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    left, values, right = truncated_svd(matrix, 3, 0, "x")
+    scaled = truncated_svd(scale * matrix, 3, 0, "x")
+    torch.testing.assert_close((scaled[0], scaled[1] / scale, scaled[2]), (left, values, right), rtol=1e-5, atol=1e-5)
+
+
 def test_the_largest_entry_of_every_left_vector_is_positive():
     left, _, _ = truncated_svd(torch.randn(30, 20, generator=torch.Generator().manual_seed(2)), 10, 0, "x")
     assert (left.gather(0, left.abs().argmax(0, keepdim=True)) > 0).all()
