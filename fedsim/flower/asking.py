@@ -97,13 +97,18 @@ class Asking:
 
     def affordable(self, clients: Iterable[int], costs: Mapping[int, Mechanism]) -> list[int]:
         """Returns those of the clients whose budget their cost would not exceed; who is not in `costs` pays nothing."""
-        ledger = self._privacy
-        return [client for client in clients if ledger is None or client not in costs or not ledger.would_exceed(client, costs[client])]
+        if (ledger := self._privacy) is None:
+            return list(clients)
+        return [each for each in clients if each not in costs or not ledger.would_exceed(each, costs[each], self._delta(each))]
 
     def charge(self, costs: Mapping[int, Mechanism]) -> None:
-        """Writes down what each client is charged, at the delta of the data that it has now."""
+        """Writes down what each client is charged."""
         for client, mechanism in costs.items():
-            self._privacy.charge(client, mechanism, self._session.privacy_plan[client].delta)  # type: ignore[union-attr]
+            self._privacy.charge(client, mechanism, self._delta(client))  # type: ignore[union-attr]
+
+    def _delta(self, client: int) -> float:
+        """Returns the delta of the data that the client has now."""
+        return self._session.privacy_plan[client].delta
 
     def _costs(self, server_round: int, clients: Iterable[int]) -> dict[int, Mechanism]:
         """Returns what a round costs each of the clients, without those that are asked again what they were charged for."""

@@ -65,11 +65,12 @@ class PrivacyLedger:
         kinds = {(self._histories[client], delta): client for client, delta in self._deltas.items()}
         return max(self.epsilon(client) for client in kinds.values())
 
-    def would_exceed(self, client: int, mechanism: Mechanism) -> bool:
-        """Returns whether the client's epsilon would be above the budget after the mechanism. Changes nothing."""
+    def would_exceed(self, client: int, mechanism: Mechanism, delta: float | None = None) -> bool:
+        """Returns whether the client's epsilon would be above the budget after the mechanism, `delta` as in `charge`. Changes nothing."""
         if self.budget is None:
             return False
-        return exceeds(extended(self._histories[client], mechanism), self.budget, self._deltas[client], self.accountant)
+        held_at = self._deltas[client] if delta is None else min(delta, self._deltas[client])
+        return exceeds(extended(self._histories[client], mechanism), self.budget, held_at, self.accountant)
 
     def summary(self) -> dict[str, Any]:
         """Returns plain values for summary.json: `epsilon`, `initialization_epsilon` and `delta` are maxima over clients.

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from privacy_oracles import pld_epsilon
@@ -191,3 +192,10 @@ def test_a_client_that_brings_more_data_has_its_whole_epsilon_at_the_smaller_del
     alone.charge(0, Mechanism(1.0, 0.1, 30))
     assert ledger.epsilon(0) == pytest.approx(alone.epsilon(0))
     assert ledger.epsilon(0) > ledger.epsilon(1)
+
+
+def test_a_budget_is_asked_at_the_delta_at_which_its_charge_will_be_held():
+    step = Mechanism(1.0, 0.1, 10)
+    ledger = PrivacyLedger("example", {0: 1e-2}, "rdp", budget=1.01 * epsilon([replace(step, steps=20)], 1e-2, "rdp"))
+    ledger.charge(0, step)
+    assert [ledger.would_exceed(0, step, delta) for delta in (None, 1e-2, 0.5, 1e-5)] == [False, False, False, True]
