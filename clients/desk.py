@@ -36,7 +36,7 @@ from fedsim.plain import from_text, to_dict
 from fedsim.privacy.accounting import INITIALIZATION, Mechanism
 from fedsim.seeding import NoiseKey
 from fedsim.session import Session, open_session
-from fedsim.training.private import sampling_rate
+from fedsim.training.private import coin_rate, sampling_rate
 from fedsim.types import AnyEncoded
 
 log = logging.getLogger("fedsim.worker")
@@ -143,7 +143,7 @@ class Desk:
         mechanism = Mechanism(noise, sampling_rate(size, batch), steps)
         if kind == INITIAL_GRADIENT:
             (rate,) = numbers(request, "rates")
-            mechanism = Mechanism(noise, rate, 1, INITIALIZATION)
+            mechanism = Mechanism(noise, coin_rate(rate), 1, INITIALIZATION)
         return mechanism
 
     def _check_noise(self, kind: str, request: ConfigRecord, key: str) -> None:

@@ -152,6 +152,16 @@ def test_the_clients_accountant_agrees_with_the_servers_plan(tmp_path):
         assert desk._budget._ledger.history(client) == (replace(mechanism, steps=2 * mechanism.steps),)
 
 
+def test_an_initial_gradient_costs_the_rate_at_which_its_coins_fall(tmp_path):
+    """A coin has 2^24 sides, so no rate is smaller than that of one side, whatever the server asks for."""
+    config = privately()
+    deployed = Deployed(config, tmp_path)
+    request = {"config": json.dumps(to_dict(config)), "clients": [0], "round": 0, "digests": '{"W": ""}'}
+    for rate in (1e-12, 1.5 * 2.0**-24, 0.5):
+        assert not deployed.ask(0, INITIAL_GRADIENT, **request, samples=[0], noise=[1.0], rates=[rate]).has_error()
+    assert [each.sampling_rate for each in deployed.desks[0]._budget._ledger.history(0)] == [2.0**-24, 2.0**-23, 0.5]
+
+
 def test_training_without_noise_is_refused_where_the_configuration_promises_it(tmp_path):
     deployed = Deployed(privately(), tmp_path)
     error = deployed.ask(0, "train", config=json.dumps(to_dict(privately())), clients=[0], round=1).error
