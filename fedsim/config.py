@@ -220,7 +220,8 @@ class ServerConfig:
     tau: float = 1e-3
     """Adaptivity: term added to the denominator of the adaptive ones."""
     max_update_norm: Optional[float] = 1e6
-    """Largest L2 norm accepted of a client's update and of a change of its control variate; null accepts all that are finite."""
+    """Largest L2 norm accepted of a client's update and of a change of its control variate; null accepts all that are finite. With
+    privacy.unit=client it is clip_norm instead, and longer updates are scaled to it without a word."""
     over_norm: OverNorm = OverNorm.refuse
     """What is done with an update larger than max_update_norm."""
 

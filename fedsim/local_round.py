@@ -5,7 +5,7 @@ What an upload is depends on the configuration: the factors as they are, their c
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import nan
+from math import isfinite, nan
 
 import torch
 from torch import Tensor
@@ -132,10 +132,21 @@ def _upload(
     update = flat - (origin if positions is None else origin[positions])
     if session.config.privacy.unit is PrivacyUnit.client:
         assert clip_norm is not None
-        norm = float(update.norm())
         told = replace(result, loss=nan, num_tokens=0)  # nothing leaves the client without noise
-        return ClientReply(told, {VALUES: origin + update * min(1.0, clip_norm / max(norm, 1e-12))}, None, norm <= clip_norm)
+        update, within = clipped_update(update, clip_norm)
+        return ClientReply(told, {VALUES: origin + update}, None, within)
     return ClientReply(result, _compressed(session, update, round, result.client, own), change)
+
+
+def clipped_update(update: Tensor, clip_norm: float) -> tuple[Tensor, bool]:
+    """Returns the update [parameters], scaled to an L2 norm of at most `clip_norm`, and whether it was within that.
+
+    One that is not finite counts as zeros: left out, or sent as it is to be refused, it would tell of the client without noise.
+    """
+    norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))  # float32 loses the small ones of many
+    if not isfinite(norm):
+        return torch.zeros_like(update), False
+    return update * min(1.0, clip_norm / max(norm, 1e-12)), norm <= clip_norm
 
 
 def _control_change(session: Session, result: LocalResult, start: Tensor, round: int, control: Tensor, own: dict[str, Tensor]) -> Tensor:

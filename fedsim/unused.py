@@ -77,8 +77,8 @@ CONDITIONS = (
     ),
     Condition(
         ("server.max_update_norm", "server.over_norm"),
-        "uploads that the server sees, privacy.secure_aggregation=false",
-        lambda config, _: not config.privacy.secure_aggregation,
+        "uploads that the server sees as they are, neither privacy.secure_aggregation=true nor privacy.unit=client",
+        lambda config, _: not config.privacy.secure_aggregation and config.privacy.unit is not PrivacyUnit.client,
     ),
     Condition(
         ("federation.min_replies", "federation.retries"),

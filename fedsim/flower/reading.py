@@ -13,7 +13,7 @@ from fedsim.core.communication import Purpose
 from fedsim.core.compression import CODECS
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing, Reason
-from fedsim.flower.asking import Ask
+from fedsim.flower.asking import Ask, clip_norm
 from fedsim.flower.charging import Charges
 from fedsim.flower.records import (
     arrays_from_record,
@@ -63,6 +63,7 @@ class Reader:
     def __init__(self, session: Session, state: GlobalState, charges: Charges, server_round: int) -> None:
         self._session, self._config, self._state, self._charges = session, session.config, state, charges
         self._round = server_round
+        self._hidden = session.config.privacy.unit is PrivacyUnit.client  # what an update was like without noise is not told
         self._start = state.flat(session.method.uploaded(server_round))
         self._space = torch.empty_like(self._start)  # for differences
 
@@ -120,8 +121,9 @@ class Reader:
         distance = _distance(flat, start, self._space)
         self._charges.up(self._round, claim.client, Purpose.adapter, len(start), own.pop(client_key(claim.client)))
         bounded = self._bounded(flat, start, distance)
-        if clipped := bounded is not flat:
+        if bounded is not flat:
             distance = _distance(bounded, start, self._space)
+        clipped = bounded is not flat and not self._hidden
         control = None if self._state.control is None else self._control(claim.client, own)
         return Upload(**vars(claim), flat=bounded, positions=positions, control=control, clipped=clipped, distance=distance)
 
@@ -142,12 +144,13 @@ class Reader:
         return start + codec.decode(arrays, len(start), options.density)
 
     def _bounded(self, flat: Tensor, start: Tensor, distance: float) -> Tensor:
-        most = self._config.server.max_update_norm
+        """With client-level privacy the bound is the clip norm, within which all honest updates are: nothing of them is refused for it."""
+        most = clip_norm(self._session, self._state) if self._hidden else self._config.server.max_update_norm
         if most is None or (len(flat) <= SHORT and distance <= CLEARLY * most):
             return flat
         if (norm := float((flat.double() - start.double()).norm())) <= most:
             return flat
-        if self._config.server.over_norm is OverNorm.refuse:
+        if self._config.server.over_norm is OverNorm.refuse and not self._hidden:
             raise ValueError(f"Expected an update of norm {most:g} at most (server.max_update_norm), got {norm:.3g}.")
         return (start.double() + (flat.double() - start.double()) * (most / norm)).float()
 

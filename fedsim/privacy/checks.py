@@ -54,6 +54,8 @@ def _client_reasons(config: Config, method: Method) -> Iterator[str]:
         yield "federation.weighting: noise is scaled for equal weights; with unit=client set federation.weighting=uniform."
     if not method.linear or method.pooled:
         yield f"privacy.unit=client: noise belongs to a mean of updates, which {method.name} does not form; use privacy.unit=example."
+    if method.personal:
+        yield f"privacy.unit=client: {method.name} leaves factors at the clients that no noise covers; use privacy.unit=example."
     if config.federation.ranks or config.method.client_heads or config.training.scaffold:
         yield "privacy.unit=client: expected every client to send all factors and nothing else; leave out ranks, client_heads and scaffold."
     if privacy.secure_aggregation and privacy.noise_multiplier == 0:

@@ -7,7 +7,7 @@ from faults import faulty, rebuilt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from rounds import changed, of_method
 
-from fedsim.choices import Init, OverNorm
+from fedsim.choices import Init, OverNorm, PrivacyUnit, Weighting
 from fedsim.core.missing import Reason
 from fedsim.flower.records import to_record
 
@@ -188,6 +188,16 @@ def test_an_update_beyond_the_bound_is_refused_or_scaled_down_to_it(over):
     start = run.spec.pack(run.spec.pick(run.start, ("R",)), ("R",))
     step = run.flat("R") - start
     assert float(step.norm()) <= 1e-3 * (1 + 1e-4) < float((free.flat("R") - start).norm())
+
+
+@pytest.mark.parametrize("values", [{}, {(1, 2): with_values(lambda values: values * 1e9)}])
+def test_with_client_level_privacy_no_client_is_told_to_have_sent_too_long_an_update_and_none_moves_more_than_the_clip_norm(values):
+    privacy = {"unit": PrivacyUnit.client, "noise_multiplier": 0.0, "clip_norm": 1e-3}
+    private = changed(CONFIG, privacy=privacy, federation={"weighting": Weighting.uniform}, server={"max_update_norm": 1e-4})
+    run = faulty(private, values).next()
+    assert (run.strategy.facts.missing, run.strategy.facts.num_clipped) == ([], 0)
+    step = run.flat("R") - run.spec.pack(run.spec.pick(run.start, ("R",)), ("R",))
+    assert 1e-4 < float(step.norm()) <= 1e-3 * (1 + 1e-4)
 
 
 @pytest.mark.parametrize(("part", "missing"), [(1 - 1e-6, []), (1 + 1e-6, [2])])
