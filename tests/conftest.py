@@ -198,3 +198,20 @@ class WithLinearR(nn.Module):
 
     def forward(self, x):
         return self.base(x) + self.R(x @ self.A.T) @ self.B.T
+
+
+@pytest.fixture
+def opacus_draws_as_we_do(monkeypatch):
+    """Has Opacus take its normal numbers, of the deviation that it decides on, from a generator of NumPy in float64."""
+
+    def drawn(std, reference, generator, secure_mode):
+        return torch.from_numpy(std * generator.standard_normal(tuple(reference.shape))).to(reference.dtype)
+
+    monkeypatch.setattr("opacus.optimizers.optimizer._generate_noise", drawn)
+
+
+def told_by_last_bits(released, before):
+    """In how many entries no number of float32 leads from what there was before to what was released: the attack of Mironov, CCS 2012."""
+    noise = (released.double() - before.double()).float()
+    near = (noise, *(torch.nextafter(noise, torch.full_like(noise, side)) for side in (float("-inf"), float("inf"))))
+    return int((~torch.stack([before + each == released for each in near]).any(0)).sum())

@@ -135,8 +135,8 @@ def test_what_a_private_run_claims_is_not_refuted(tmp_path, init, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_third_of_the_noise_is_caught(tmp_path, monkeypatch, seed):
-    made = fedsim.training.private._generate_noise
-    monkeypatch.setattr(fedsim.training.private, "_generate_noise", lambda std, **rest: made(std=std / 3, **rest))
+    made = fedsim.training.private.gaussian_noise
+    monkeypatch.setattr(fedsim.training.private, "gaussian_noise", lambda deviation, *rest: made(deviation / 3, *rest))
     found = audit_of(tmp_path / "run", "adapter.init=weight_svd", "privacy.epsilon=2", "audit.canaries=2048", f"seed={seed}", base=SLOW)
     assert found["parts"]["training"]["refuted"]
 

@@ -49,6 +49,10 @@ class WeightedMean:
         weights = self._weights + self._weight
         return torch.where(weights > 0, self._total / weights.clamp(min=torch.finfo(torch.float64).tiny), otherwise.double()).float()
 
+    def change(self, origin: Tensor) -> Tensor:
+        """Returns sum_i w_i (x_i - origin) in float64, where every client has sent every entry; zeros where none has come."""
+        return self._total - self._weight * origin.double()
+
     @property
     def has_all_entries(self) -> bool:
         """Whether every client so far has sent every entry."""
@@ -173,6 +177,10 @@ class Collector:
         if not self._uploads:
             raise ValueError("Expected at least one client, got none.")
         return self._rule(torch.stack(self._uploads), torch.tensor(self._weights))
+
+    def change(self) -> Tensor:
+        """Returns the weighted sum of the clients' changes since the start of the round, float64, where all have sent every entry."""
+        return self._mean.change(self._origin)
 
     def drift(self) -> float:
         """Returns how far clients are apart: root of sum_i p_i |x_i - mean|^2 over |mean - start|, x the uploaded factors; nan at rest.

@@ -22,6 +22,7 @@ from fedsim.flower.reading import Upload
 from fedsim.flower.secure_round import SecureRound
 from fedsim.privacy.accounting import split_noise
 from fedsim.session import Session
+from fedsim.training.private import gaussian_noise
 
 RULES = {
     ServerRule.median: lambda options: lambda updates, weights: robust.median(updates),
@@ -76,9 +77,7 @@ class Aggregation:
         if not self.facts.clients and not noised:
             return
         start = state.flat(self._kinds)
-        mean = self._mean() if self.facts.clients else start
-        if noised:
-            mean = self._noised(start, mean)
+        mean = self._noised(start) if noised else self._mean()
         new, state.moments = SERVER_OPTIMIZERS[config.server.optimizer].step(start, mean, state.moments, _server_options(config.server))
         collected = self._collector.collected(new, config.seed, self._round)
         outcome = method.finish(collected)
@@ -102,22 +101,25 @@ class Aggregation:
                 "in the last checkpoint; begin anew with a larger federation.min_replies or another rule, or try again with resume=true."
             ) from None
 
-    def _noised(self, start: Tensor, mean: Tensor) -> Tensor:
+    def _noised(self, start: Tensor) -> Tensor:
         """Client-level privacy: the sum of clipped updates with noise, over the number of clients that are drawn on average.
 
-        With `privacy.adaptive_clip` the clip norm follows the quantile of the updates' norms, by a noised count (arXiv 1905.03871).
+        All of it is in float64 and rounded once, see `gaussian_noise`; the sum out of a mean in float32 would move by more than the clip
+        norm with a client. With `privacy.adaptive_clip` the clip norm follows the quantile of the updates' norms, by a noised count
+        (arXiv 1905.03871).
         """
         config, facts = self._config, self.facts
         options, expected = config.privacy, config.federation.fraction * config.federation.clients
-        generator = self._session.noise_key.torch("server noise", self._round)
+        generator = self._session.noise_key.numpy("server noise", self._round)
         noise, bound = self._session.privacy_plan[0].noise_multiplier, clip_norm(self._session, self._state)
         if options.adaptive_clip:
             count_noise = max(expected / 20, noise)
             noise = split_noise(noise, count_noise)
-            count = facts.num_within - len(facts.clients) / 2 + count_noise * float(torch.randn((), generator=generator))
-            self._state.clip_norm = bound * exp(-options.clip_rate * (count / expected + 0.5 - options.clip_quantile))
-        total = (mean - start) * len(facts.clients)
-        return start + (total + noise * bound * torch.randn(total.shape, generator=generator)) / expected
+            count = facts.num_within - len(facts.clients) / 2 + float(gaussian_noise(count_noise, (), generator))
+            adapted = bound * exp(-options.clip_rate * (count / expected + 0.5 - options.clip_quantile))
+            self._state.clip_norm = float(torch.tensor(adapted, dtype=torch.float32))  # which clients are told
+        total = self._collector.change()
+        return (start + (total + gaussian_noise(noise * bound, total.shape, generator)) / expected).float()
 
     def _new_collector(self) -> Collector:
         config, method = self._config, self._session.method

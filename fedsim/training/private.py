@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
-from opacus.optimizers.optimizer import _generate_noise
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ class _StackOptimizer(torch.optim.Optimizer):
 class CohortDPOptimizer(DPOptimizer):
     """An Opacus optimizer over a stack [clients, parameters]; row i belongs to client i and meets its noise alone.
 
-    Guarantees: equal to one `DPOptimizer` per client with the same generator, to float tolerance; an example moves the sum of its client
+    Guarantees: equal to one `DPOptimizer` per client with the same noise, to float tolerance; an example moves the sum of its client
     by at most `clip_norm`, whatever it is and the others are; noise is added in every step, after an empty batch too.
     """
 
@@ -82,7 +82,7 @@ class CohortDPOptimizer(DPOptimizer):
         noise_multipliers: Sequence[float],
         clip_norm: float,
         expected_batch_sizes: Sequence[float],
-        generators: Sequence[torch.Generator],
+        generators: Sequence[np.random.Generator],
     ) -> None:
         self._parameter = nn.Parameter(stack)
         self._stack_optimizer = _StackOptimizer(self._parameter, step)
@@ -135,19 +135,17 @@ class CohortDPOptimizer(DPOptimizer):
         noises = self._noises or (self._pool.map if self._pool else map)(self._drawn, range(len(self._sum)))
         self._noises = None
         for total, noise in zip(self._sum, noises, strict=True):
-            total.add_(on_device(noise, total.device))
+            total.add_(on_device(noise, total.device))  # in float64, rounded once
 
     def _drawn(self, slot: int) -> Tensor:
         """Returns the noise of a client's step, by its own generator, so that it may be drawn in a thread of its own."""
-        std = self._noise_multipliers[slot] * self.max_grad_norm
-        reference = torch.empty(self._sum.shape[1:])  # on the CPU, as the generators: noise is the same on every device
-        return _generate_noise(std=std, reference=reference, generator=self._generators[slot])
+        return gaussian_noise(self._noise_multipliers[slot] * self.max_grad_norm, self._sum.shape[1:], self._generators[slot])
 
     def scale_grad(self) -> None:
         self._stack_optimizer.gradients = self._sum.div_(self._expected[: len(self._sum)])
 
 
-def noise_of_initial_gradient(gradient: Tensor, noise_multiplier: float, clip_norm: float, generator: torch.Generator) -> Tensor:
+def noise_of_initial_gradient(gradient: Tensor, noise_multiplier: float, clip_norm: float, generator: np.random.Generator) -> Tensor:
     """Returns the flat sum of clipped gradients with Gaussian noise of standard deviation noise_multiplier x clip_norm in every entry.
 
     One example moves the sum by at most clip_norm in L2 norm over all layers, which is the sensitivity; the SVD that makes the bases of
@@ -155,4 +153,15 @@ def noise_of_initial_gradient(gradient: Tensor, noise_multiplier: float, clip_no
     """
     if not math.isfinite(noise_multiplier) or noise_multiplier < 0:
         raise ValueError(f"Expected a finite noise multiplier of at least 0, got {noise_multiplier}.")
-    return gradient + _generate_noise(std=noise_multiplier * clip_norm, reference=gradient, generator=generator)
+    return (gradient + gaussian_noise(noise_multiplier * clip_norm, gradient.shape, generator)).float()
+
+
+def gaussian_noise(deviation: float, shape: Sequence[int], generator: np.random.Generator) -> Tensor:
+    """Returns Gaussian noise [shape] in float64 on the CPU, the same for every device, to be added in float64 and rounded to float32 once.
+
+    Noise of float32 lies on a grid, and the last bits of a sum with it tell what it was added to, however large it is (Mironov, CCS 2012,
+    doi 10.1145/2382196.2382264). Rounding hides the grid of float64, which is 29 bits finer.
+    """
+    noise = np.asarray(generator.standard_normal(tuple(shape)))
+    noise *= deviation
+    return torch.from_numpy(noise)

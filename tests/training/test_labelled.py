@@ -115,7 +115,7 @@ def opacus_alone(data, noise):
         noise_multiplier=noise,
         max_grad_norm=CLIP,
         expected_batch_size=len(data.examples) * sampling_rate(len(data.examples), 4),
-        generator=KEY.torch("noise", 1, data.client),
+        generator=KEY.numpy("noise", 1, data.client),
     )
     steps = TrainingConfig(batch_size=4, local_steps=3)
     for batch in private_batches([e.num_tokens for e in data.examples], steps, KEY.torch("poisson", 1, data.client)):
@@ -132,6 +132,7 @@ def opacus_alone(data, noise):
     return torch.cat([parameter.detach().flatten() for parameter in trained])
 
 
+@pytest.mark.usefixtures("opacus_draws_as_we_do")
 @pytest.mark.filterwarnings("ignore")  # of Opacus, about its hooks
 def test_a_private_cohort_with_a_head_equals_genuine_opacus_client_by_client(pairs):
     clients, model = cohort(pairs), adapted_classifier()

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import WithLinearR, adapted_classifier, adapted_model, tiny_classifier, tiny_model
+from conftest import WithLinearR, adapted_classifier, adapted_model, tiny_classifier, tiny_model, told_by_last_bits
 
 from fedsim.choices import Optimizer, Schedule
 from fedsim.config import TrainingConfig
@@ -18,7 +18,7 @@ from fedsim.models import head_paths
 from fedsim.seeding import NoiseKey
 from fedsim.training.cohort import ClientData, LocalRule, private_batches, train_cohort
 from fedsim.training.gradients import FactoredGradients, clipped_weight_gradients, weight_gradients
-from fedsim.training.private import PrivateRule, noise_of_initial_gradient, poisson_batches, sampling_rate
+from fedsim.training.private import CohortDPOptimizer, PrivateRule, noise_of_initial_gradient, poisson_batches, sampling_rate
 from fedsim.types import EncodedExample
 
 KEY = NoiseKey.of_seed(0)
@@ -61,7 +61,7 @@ def opacus_alone(architecture, data, noise, options):
         noise_multiplier=noise,
         max_grad_norm=CLIP,
         expected_batch_size=expected,
-        generator=KEY.torch("noise", 1, data.client),
+        generator=KEY.numpy("noise", 1, data.client),
     )
     lengths = [example.num_tokens for example in data.examples]
     for batch in private_batches(lengths, training(), KEY.torch("poisson", 1, data.client)):
@@ -120,6 +120,7 @@ def test_the_sum_of_clipped_gradients_equals_autograd_one_example_at_a_time_for_
         torch.testing.assert_close(result.factors, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("opacus_draws_as_we_do")
 @pytest.mark.filterwarnings("ignore")  # of Opacus, about its hooks
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2, "accumulation": 2}, {"optimizer": Optimizer.adamw, "learning_rate": 0.01}])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
@@ -313,5 +314,29 @@ def test_no_examples_have_a_clipped_gradient_of_zero():
 
 
 def test_the_noise_of_the_initial_gradient_has_its_standard_deviation():
-    noised = noise_of_initial_gradient(torch.zeros(40_000), 1.5, 0.2, torch.Generator().manual_seed(0))
+    noised = noise_of_initial_gradient(torch.zeros(40_000), 1.5, 0.2, KEY.numpy("noise"))
     assert float(noised.std()) == pytest.approx(0.3, rel=0.02)
+    assert not noise_of_initial_gradient(torch.zeros(4), 0.0, 0.2, KEY.numpy("noise")).any()
+
+
+def noised_step(total):
+    """The noised gradients of a step of DP-SGD whose clipped gradients have this sum."""
+    found, stack = [], torch.zeros(1, len(total))
+    options = {"noise_multipliers": [1.0], "clip_norm": 1.0, "expected_batch_sizes": [1.0], "generators": [KEY.numpy("noise")]}
+    optimizer = CohortDPOptimizer(stack, Layout.of({"R": total}), lambda gradients: found.append(gradients[0].clone()), **options)
+    optimizer.start(total.clone().unsqueeze(0))
+    optimizer.finish()
+    return found[0]
+
+
+@pytest.mark.parametrize("release", [noised_step, lambda total: noise_of_initial_gradient(total, 1.0, 1.0, KEY.numpy("noise"))])
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_last_bits_of_what_is_released_do_not_tell_what_noise_was_added_to(release, inside):
+    generator = torch.Generator().manual_seed(0)
+    without = 0.02 * torch.randn(100_000, generator=generator)
+    example = torch.randn(100_000, generator=generator)
+    sums = without, without + example / example.norm()
+    released = release(sums[inside])
+    false, true = (told_by_last_bits(released, each) for each in (sums[not inside], sums[inside]))
+    assert true == pytest.approx(false, rel=0.15), "with noise of float32 none of the true sum, thousands of the other one"
+    assert told_by_last_bits(sums[inside] + torch.randn(100_000, generator=generator), sums[inside]) == 0 < false
