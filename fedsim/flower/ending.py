@@ -13,7 +13,7 @@ from fedsim.export import peft_files
 from fedsim.flower.state import State
 from fedsim.local_round import PERSONAL
 from fedsim.models import source
-from fedsim.occupancy import TRANSFERS
+from fedsim.occupancy import NOISE_KEY, TRANSFERS
 from fedsim.pictures import curves_png, diagnosis_png, network_png, partition_png, privacy_png
 from fedsim.report import holdings_table, transfers_csv
 from fedsim.run_folder import RunFolder
@@ -48,6 +48,7 @@ def finish(session: Session, given: Config, state: State, memories: dict[str, Te
     if state.privacy is not None:
         folder.write_bytes("privacy.png", privacy_png(events))
     folder.finish(summary)
+    (folder.folder / NOISE_KEY).unlink(missing_ok=True)  # nothing goes on from here, and with it the noise could be taken off
     return summary
 
 

@@ -3,10 +3,11 @@
 import json
 from dataclasses import replace
 from functools import cache
-from math import log
+from math import isfinite, log
 
 import pytest
 import torch
+from conftest import told_by_last_bits
 
 from clients.app import app
 from fedsim.cli.compose import compose
@@ -20,7 +21,7 @@ from fedsim.flower.facts import RoundFacts
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Upload
 from fedsim.flower.strategy import FedsimStrategy
-from fedsim.local_round import train_clients
+from fedsim.local_round import clipped_update, train_clients
 from fedsim.privacy.accounting import epsilon
 from fedsim.seeding import NoiseKey
 from fedsim.session import open_session
@@ -149,20 +150,47 @@ def test_a_run_that_protects_clients_tells_nothing_of_their_uploads_as_they_came
 
 
 @pytest.mark.parametrize("unit", ["example", "client"])
-def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other(unit, tmp_path):
+def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other_and_its_key_goes_when_the_run_has_finished(
+    unit, tmp_path, monkeypatch
+):
     options = (f"privacy={unit}", "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "adapter.init=orthogonal", "privacy.noise=system")
-    whole = run_in(tmp_path / "whole", *options)
     key = tmp_path / "whole/noise.key"
+    with monkeypatch.context() as stopping:
+        stopping.setattr("fedsim.flower.server.finish", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_in(tmp_path / "whole", *options)
     assert key.stat().st_mode & 0o777 == 0o600
     assert key.read_text() not in (tmp_path / "whole/events.jsonl").read_text()
-    (tmp_path / "whole/summary.json").unlink()
+    *_, last = events_of(tmp_path / "whole", "round")
     for path in (tmp_path / "whole/checkpoints").glob("round_0002*"):
         path.unlink()
-    assert run_in(tmp_path / "whole", *options, "resume=true")["adapter_digest"] == whole["adapter_digest"]
-    assert run_in(tmp_path / "other", *options)["adapter_digest"] != whole["adapter_digest"]
-    seeded = run_in(tmp_path / "seeded", *options[:-1])
+    whole = run_in(tmp_path / "whole", *options, "resume=true")["adapter_digest"]
+    assert whole == last["adapter_digest"]
+    assert not key.exists(), "with which the noise could be taken off"
+    assert run_in(tmp_path / "other", *options)["adapter_digest"] != whole
+    assert run_in(tmp_path / "seeded", *options[:-1])["adapter_digest"] != whole
     assert not (tmp_path / "seeded/noise.key").exists()
-    assert seeded["adapter_digest"] != whole["adapter_digest"]
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("secure", ["true", "false"])
+def test_a_client_that_has_diverged_is_not_told_of_where_clients_are_protected(secure, tmp_path):
+    options = ("privacy.noise_multiplier=1.0", "privacy.epsilon=null", f"privacy.secure_aggregation={secure}", "federation.rounds=1")
+    run_in(tmp_path / "run", *CLIENT, *options, "training.optimizer=sgd", "training.learning_rate=1e30")
+    (event,) = events_of(tmp_path / "run", "round")
+    assert (event["clients"], event["missing"]) == ([0, 1, 2], [])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30, 1.0])
+def test_no_update_is_longer_than_the_clip_norm(bad):
+    update, within = clipped_update(torch.cat([torch.tensor([bad, 1.0]), torch.full((10_000_000,), 0.7)]), 0.5)
+    assert float(update.double().norm()) <= 0.5 * (1 + 1e-6)
+    assert bool(update.any()) == isfinite(bad)
+    assert not within
+    assert clipped_update(torch.tensor([0.3, 0.4]), 0.5 + 1e-6)[1]
 
 
 def test_who_takes_part_in_a_private_round_is_drawn_from_a_key_and_not_from_the_seed_that_clients_are_told():
@@ -224,8 +252,7 @@ def aggregation_of(noise, *overrides, number=1):
     half = ("federation.clients=4", "federation.fraction=0.5", "privacy.clip_norm=0.1", f"privacy.noise_multiplier={noise}")
     session = open_session(effective(compose([*SMALL, *CLIENT, *half, "privacy.epsilon=null", *overrides])))
     state = session.initial_state(session.derived_factors(1))
-    start = session.spec.pack(state.factors, ("R",))
-    return Aggregation(session, state, number, RoundFacts()), state, start
+    return Aggregation(session, state, number, RoundFacts()), state, state.flat(session.method.uploaded(number))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -236,6 +263,33 @@ def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_d
         aggregation.add(Upload(client, 10, 0, 0.0, True, start + update))
     aggregation.finish()
     torch.testing.assert_close(aggregation._session.spec.pack(state.factors, ("R",)) - start, update * count / 2, rtol=1e-4, atol=1e-7)
+
+
+def test_a_client_moves_the_sum_by_the_clip_norm_at_most_among_however_many_others():
+    """A mean of float32 is rounded as far as the start is from zero, and a sum made of it as many times as far."""
+
+    def sum_of(count):
+        aggregation, state, start = aggregation_of(0.0, "method=fedit", "adapter.init=lora", "privacy.clip_norm=1e-3")
+        update = torch.randn(len(start), generator=torch.Generator().manual_seed(1))
+        for client in range(count):
+            aggregation.add(Upload(client, 10, 0, 0.0, True, start + 0.999e-3 * update.roll(client) / update.norm()))
+        aggregation.finish()
+        return 2 * (state.flat(("B", "A")) - start)
+
+    assert float((sum_of(4000) - sum_of(3999)).norm()) < 1.01e-3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_last_bits_of_the_new_factors_do_not_tell_who_is_in_the_sum(count):
+    aggregation, state, start = aggregation_of(1.0, "adapter.rank=32")
+    assert not start.any()
+    updates = 0.1 * torch.nn.functional.normalize(torch.randn(2, len(start), generator=torch.Generator().manual_seed(1)))
+    for client in range(count):
+        aggregation.add(Upload(client, 10, 0, 0.0, True, updates[client]))
+    aggregation.finish()
+    sums = updates[0], updates[0] + updates[1]
+    true, false = (told_by_last_bits(2 * state.flat(("R",)), each) for each in (sums[count - 1], sums[2 - count]))
+    assert min(true, false) > 100, "with noise of float32 none of the true sum"
 
 
 def test_a_round_in_which_nobody_is_drawn_is_noise_over_the_expected_number():
@@ -255,7 +309,7 @@ def test_the_count_behind_an_adaptive_clip_norm_has_its_noise_and_not_two_thirds
     counts = []
     for number in range(1, 401):
         state.clip_norm, aggregation._round = 0.1, number
-        aggregation._noised(start, start)
+        aggregation._noised(start)
         counts.append(-2 * log(state.clip_norm / 0.1) / 0.5)
     sigma = torch.tensor(counts).std().item()
     assert sigma == pytest.approx(1.2, rel=0.15)
@@ -274,6 +328,7 @@ REFUSED = [
     (("privacy=client", "method=flora"), "a mean of updates, which flora does not form"),
     (("privacy=client", "server.rule=median"), "a plain mean"),
     (("privacy=client", "adapter.init=gradient_dp"), "with unit=client it has no price"),
+    (("privacy=client", "method=fedsa_lora"), "fedsa_lora leaves factors at the clients that no noise covers"),
 ]
 
 
