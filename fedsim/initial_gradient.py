@@ -46,7 +46,7 @@ def _private_gradient(session: Session, client: int, noise: float, round: int, r
             session.model, mine, clip_norm, pad_id=pad_id, tokens_per_pass=max(1, tokens // 2), parts=parts
         )
     )
-    generator = session.noise_key.numpy("init noise", round, client)
+    generator = session.noise_key.torch("init noise", round, client)
     return noise_of_initial_gradient(parts.layout.pack_on_cpu(gradients), noise, clip_norm, generator)
 
 

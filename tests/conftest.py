@@ -192,22 +192,14 @@ class WithLinearR(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.base, self.B, self.A = layer.base, layer.B, layer.A
+        self.base = layer.base
+        self.register_buffer("B", layer.B)
+        self.register_buffer("A", layer.A)
         self.R = nn.Linear(layer.R.shape[1], layer.R.shape[0], bias=False)
         self.R.weight.data = layer.R.clone()
 
     def forward(self, x):
         return self.base(x) + self.R(x @ self.A.T) @ self.B.T
-
-
-@pytest.fixture
-def opacus_draws_as_we_do(monkeypatch):
-    """Has Opacus take its normal numbers, of the deviation that it decides on, from a generator of NumPy in float64."""
-
-    def drawn(std, reference, generator, secure_mode):
-        return torch.from_numpy(std * generator.standard_normal(tuple(reference.shape))).to(reference.dtype)
-
-    monkeypatch.setattr("opacus.optimizers.optimizer._generate_noise", drawn)
 
 
 def told_by_last_bits(released, before):

@@ -110,7 +110,7 @@ class Aggregation:
         """
         config, facts = self._config, self.facts
         options, expected = config.privacy, config.federation.fraction * config.federation.clients
-        generator = self._session.noise_key.numpy("server noise", self._round)
+        generator = self._session.noise_key.torch("server noise", self._round)
         noise, bound = self._session.privacy_plan[0].noise_multiplier, clip_norm(self._session, self._state)
         if options.adaptive_clip:
             count_noise = max(expected / 20, noise)

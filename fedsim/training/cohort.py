@@ -259,7 +259,7 @@ def _private_optimizer(
         noise_multipliers=[private.noise_multipliers[i] for i in order],
         clip_norm=private.clip_norm,
         expected_batch_sizes=[n * sampling_rate(n, batch_size) for n in sizes],
-        generators=[private.key.numpy("noise", round, data.client) for data in cohort],
+        generators=[private.key.torch("noise", round, data.client) for data in cohort],
     )
 
 

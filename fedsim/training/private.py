@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _generate_noise
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor, nn
 
@@ -82,7 +82,7 @@ class CohortDPOptimizer(DPOptimizer):
         noise_multipliers: Sequence[float],
         clip_norm: float,
         expected_batch_sizes: Sequence[float],
-        generators: Sequence[np.random.Generator],
+        generators: Sequence[torch.Generator],
     ) -> None:
         self._parameter = nn.Parameter(stack)
         self._stack_optimizer = _StackOptimizer(self._parameter, step)
@@ -145,7 +145,7 @@ class CohortDPOptimizer(DPOptimizer):
         self._stack_optimizer.gradients = self._sum.div_(self._expected[: len(self._sum)])
 
 
-def noise_of_initial_gradient(gradient: Tensor, noise_multiplier: float, clip_norm: float, generator: np.random.Generator) -> Tensor:
+def noise_of_initial_gradient(gradient: Tensor, noise_multiplier: float, clip_norm: float, generator: torch.Generator) -> Tensor:
     """Returns the flat sum of clipped gradients with Gaussian noise of standard deviation noise_multiplier x clip_norm in every entry.
 
     One example moves the sum by at most clip_norm in L2 norm over all layers, which is the sensitivity; the SVD that makes the bases of
@@ -156,12 +156,11 @@ def noise_of_initial_gradient(gradient: Tensor, noise_multiplier: float, clip_no
     return (gradient + gaussian_noise(noise_multiplier * clip_norm, gradient.shape, generator)).float()
 
 
-def gaussian_noise(deviation: float, shape: Sequence[int], generator: np.random.Generator) -> Tensor:
-    """Returns Gaussian noise [shape] in float64 on the CPU, the same for every device, to be added in float64 and rounded to float32 once.
+def gaussian_noise(deviation: float, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Returns Opacus's Gaussian noise [shape] in float64 on the CPU, the same for every device: add it in float64, round to float32 once.
 
     Noise of float32 lies on a grid, and the last bits of a sum with it tell what it was added to, however large it is (Mironov, CCS 2012,
     doi 10.1145/2382196.2382264). Rounding hides the grid of float64, which is 29 bits finer.
     """
-    noise = np.asarray(generator.standard_normal(tuple(shape)))
-    noise *= deviation
-    return torch.from_numpy(noise)
+    noise: Tensor = _generate_noise(std=deviation, reference=torch.empty(shape, dtype=torch.float64), generator=generator)
+    return noise
