@@ -63,12 +63,12 @@ class Job:
 
 
 def is_sweep(overrides: list[str]) -> bool:
-    """Returns whether the chosen preset asks for a sweep of its own (`hydra.mode: MULTIRUN`)."""
-    parsed = parse(overrides)
-    if swept(parsed) or not any(override.key_or_group in ("experiment", "hydra.mode") for override in parsed):
+    """Returns whether the chosen preset asks for a sweep of its own (`hydra.mode: MULTIRUN`), to which `overrides` may add values."""
+    single = [override for override in parse(overrides) if not override.is_sweep_override()]
+    if not any(override.key_or_group in ("experiment", "hydra.mode") for override in single):
         return False  # several values without --multirun are a mistake, which `compose` explains
     with initialized():
-        return compose_with_hydra(overrides).hydra.mode == RunMode.MULTIRUN
+        return compose_with_hydra([str(override.input_line) for override in single]).hydra.mode == RunMode.MULTIRUN
 
 
 def sweep(overrides: list[str]) -> int:

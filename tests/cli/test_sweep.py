@@ -250,6 +250,18 @@ def test_a_preset_can_be_a_sweep_of_its_own(runs):
     assert [(config.method.name, config.seed) for config in runs.configs] == [("fed_sb", 4), ("centralized", 4)]
 
 
+def test_several_values_beside_a_sweeping_preset_are_swept_with_its_own(runs, capsys):
+    assert main(["run", "experiment=fed_sb_vs_centralized", "run_dir=all", "seed=0,1"]) == 0
+    assert [(config.method.name, config.seed) for config in runs.configs] == [
+        ("fed_sb", 0),
+        ("fed_sb", 1),
+        ("centralized", 0),
+        ("centralized", 1),
+    ]
+    assert main(["run", "experiment=demo", "seed=0,1"]) == 2  # this one is no sweep
+    assert "Add --multirun" in capsys.readouterr().err
+
+
 def test_the_command_line_replaces_values_of_a_sweeping_preset(runs):
     assert main(["run", "-m", "experiment=initializations", "adapter.init=orthogonal,weight_svd", "run_dir=all"]) == 0
     assert [config.adapter.init.name for config in runs.configs] == ["orthogonal", "weight_svd"]
