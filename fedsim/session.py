@@ -6,6 +6,7 @@ worker processes each open their own from the same configuration.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -47,7 +48,7 @@ from fedsim.shapes import adapter_of, skeleton
 from fedsim.training import conversations
 from fedsim.training.budget import Load, TokenBudget, chosen
 from fedsim.training.cohort import ClientData, PassFacts
-from fedsim.training.encoding import encode, has_response
+from fedsim.training.encoding import encode, end_tokens, has_response, is_cut, longest_told
 from fedsim.training.labelled import encode_labelled
 from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example, Labelled
 
@@ -117,7 +118,7 @@ class Session:
         self.digests: dict[str, str] = {}  # of the parts of the global state that are installed in the model
         self.folded: Adapter = {}  # what has been added to the base weights, on the CPU
         self.own_data: dict[int, int] = {}  # numbers of examples of clients that have brought data of their own
-        self.num_too_long = 0  # examples left out so far because nothing of their response is within data.max_length
+        self.lengths: Counter[str] = Counter()  # of clients' examples so far: "read", of them "left out" and "cut", see `client_data`
         self._clients: dict[int, ClientData] = {}
         self._positions: dict[tuple[tuple[str, ...], int], Tensor | None] = {}
 
@@ -211,23 +212,29 @@ class Session:
         return token_cache.kept(self.pool, self.tokenizer, how, self.encode)
 
     def client_data(self, client: int) -> ClientData:
-        """Returns the encoded examples of one client, encoded once, without those whose response lies beyond `data.max_length`.
+        """Returns the encoded examples of one client, encoded once, without those whose response lies beyond the longest sequence.
 
-        Raises UserError where none is left.
+        Raises UserError where none is left. How many that are, and of how many others the end is cut off, is counted in `lengths`.
         """
         if client not in self._clients:
             shard, kept_tokens = self.shards[client], self._kept_tokens
             encoded = [kept_tokens[i] for i in shard] if kept_tokens else self.encode([self.pool[i] for i in shard])
             kept = [example for example in encoded if not isinstance(example, EncodedExample) or has_response(example)]
             if not kept:
+                longest = longest_told(self.config.data.max_length, self.tokenizer)
                 raise UserError(
-                    f"data.max_length: expected room for a response of client {client}, got {self.config.data.max_length} tokens, "
-                    "which its prompts fill; raise it or give the clients more examples."
+                    f"data.max_length: expected room for a response of client {client}, got {longest}, which its prompts fill; "
+                    "raise it or give the clients more examples."
                 )
             inside: list[AnyEncoded] = [each.example for each in self.canaries if each.client == client and each.inside]
             self._clients[client] = ClientData(client, kept + inside)
-            self.num_too_long += len(encoded) - len(kept)
+            cut = [example for example in kept if isinstance(example, EncodedExample) and is_cut(example, self._ends)]
+            self.lengths += Counter({"read": len(encoded), "left out": len(encoded) - len(kept), "cut": len(cut)})
         return self._clients[client]
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        return set(end_tokens([example for example in self.pool if isinstance(example, Example)], self.tokenizer))
 
     # ---- the global state in this process
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
 from fedsim.session import Session
 from fedsim.training.cohort import PassFacts
+from fedsim.training.encoding import longest_told
 from fedsim.unused import unused
 
 
@@ -29,7 +31,7 @@ class Chronicle:
 
     def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
         self._session, self._config, self._folder, self._progress = session, session.config, folder, progress
-        self._told_too_long = 0
+        self._told: Counter[str] = Counter()  # of the lengths of examples
         self.tokens_per_pass = session.budget.tokens
 
     def started(self, given: Config) -> None:
@@ -82,6 +84,7 @@ class Chronicle:
     def gradients_taken(self, number: int, facts: RoundFacts) -> None:
         """Tells whose initial gradients are in the sum, and whose are not and why."""
         self.taken(number, facts)
+        self._tell_too_long()
         if facts.secure:
             self._folder.event("secure_gradients", round=number, **facts.secure)
         if facts.missing:
@@ -99,8 +102,8 @@ class Chronicle:
         self._folder.record("released", round=number, adapter_digest=report["adapter_digest"])
         if "refused" in facts.secure:
             self._progress.note(f"round {number} changes nothing: {facts.secure['refused']}")
-        self._progress.round_finished(number, report | {"missing": count_by_reason(facts.missing)}, after)
         self._tell_too_long()
+        self._progress.round_finished(number, report | {"missing": count_by_reason(facts.missing)}, after)
         self._tell_less_memory(number)
 
     @contextmanager
@@ -120,13 +123,15 @@ class Chronicle:
             self._session.on_pass = lambda facts: None
 
     def _tell_too_long(self) -> None:
-        """Says how many examples this process has left out since it said so last."""
-        count = self._session.num_too_long - self._told_too_long
-        if count:
-            limit = self._config.data.max_length
-            self._progress.note(f"left out: {count} training examples whose response lies beyond data.max_length={limit}")
-            self._folder.event("too_long", num_examples=count, max_length=limit)
-            self._told_too_long = self._session.num_too_long
+        """Says of the examples that this process has read since it said so last how many it has left out or cut for their length."""
+        new = self._session.lengths - self._told
+        outcomes = {"left out": "left out, whose response lies beyond", "cut": "cut"}
+        what = [f"{new[name]:,} {words}" for name, words in outcomes.items() if new[name]]
+        if what:
+            longest = longest_told(self._config.data.max_length, self._session.tokenizer)
+            self._progress.note(f"longer than {longest}: of {new['read']:,} training examples {', '.join(what)}")
+            self._folder.event("too_long", **{name.replace(" ", "_"): number for name, number in new.items()})
+        self._told = Counter(self._session.lengths)
 
     def _tell_less_memory(self, number: int) -> None:
         """Says to what passes in this process were cut because memory ran out; the next checkpoint keeps it."""

@@ -4,7 +4,7 @@ Prompt and response are tokenised apart, so no merge across their border can dif
 for a few texts at a time, which for short texts takes two thirds of the time of one by one; more at a time are slower again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -37,7 +37,7 @@ def encode_prompts(examples: Sequence[Example], tokenizer: Any, max_length: int 
     `max_length` the oldest exchanges are left out, as far as that helps; nothing else is cut. Raises UserError for one that the template
     refuses.
     """
-    most = None if max_length is None else int(PROMPT_SHARE * _limit(max_length, tokenizer))
+    most = None if max_length is None else int(PROMPT_SHARE * longest(max_length, tokenizer))
     for in_turns, group in groupby(examples, lambda example: bool(example.turns)):
         mine = list(group)
         templated = in_turns and has_template(tokenizer)
@@ -61,8 +61,16 @@ def _prompts(texts: Sequence[str], tokenizer: Any, *, templated: bool) -> Iterat
         yield ids
 
 
-def _limit(max_length: int, tokenizer: Any) -> int:
+def longest(max_length: int, tokenizer: Any) -> int:
+    """Returns the tokens of the longest sequence: `max_length`, or less where the model reads less."""
     return int(min(max_length, tokenizer.model_max_length))
+
+
+def longest_told(max_length: int, tokenizer: Any) -> str:
+    """Returns the longest sequence in words, with what bounds it."""
+    limit = longest(max_length, tokenizer)
+    why = "data.max_length" if limit == max_length else f"data.max_length is {max_length}, but the model reads no more"
+    return f"{limit} tokens ({why})"
 
 
 def end_tokens(examples: Sequence[Example], tokenizer: Any) -> list[int]:
@@ -79,7 +87,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, train_o
     """
     prompts = encode_prompts(examples, tokenizer, max_length)
     responses = token_ids(tokenizer, [example.response for example in examples], add_special_tokens=False)
-    limit, ends = _limit(max_length, tokenizer), end_tokens(examples, tokenizer)
+    limit, ends = longest(max_length, tokenizer), end_tokens(examples, tokenizer)
     rows = zip(prompts, responses, ends, strict=True)
     return [_joined(prompt, [*response, end], limit, train_on) for prompt, response, end in rows]
 
@@ -90,6 +98,11 @@ def _joined(prompt: list[int], response: list[int], limit: int, train_on: TrainO
     if train_on is TrainOn.all and start < len(ids):
         start = 1  # the first token is not predicted
     return EncodedExample(np.array(ids, dtype=np.int32), start)
+
+
+def is_cut(encoded: EncodedExample, ends: Collection[int]) -> bool:
+    """Whether the cut to the longest sequence took some of the response, which ends with one of `ends` (see `end_tokens`) otherwise."""
+    return encoded.input_ids[-1] not in ends
 
 
 def has_response(encoded: EncodedExample) -> bool:

@@ -7,10 +7,12 @@ import time
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from clients.app import app
 from fedsim import __version__, checkpoints
 from fedsim.cli.compose import compose
+from fedsim.data import load
 from fedsim.errors import RunStopped, UserError
 from fedsim.events import read_events
 from fedsim.experiment import run
@@ -19,6 +21,7 @@ from fedsim.flower.roster import JOIN, Member, Roster
 from fedsim.flower.server import serve
 from fedsim.flower.worker import NEEDS_STATE
 from fedsim.journal import Journal
+from fedsim.models import EMBEDDED
 from fedsim.session import open_session
 
 SMALL = (
@@ -64,6 +67,25 @@ def test_the_event_of_an_evaluation_tells_how_many_answers_were_cut_off(finished
         task: found["base"]["num_cut_off"] for task, found in summary["evaluation"].items()
     }
     assert all(0 <= event["num_cut_off"] <= 8 for event in told)
+
+
+def test_how_many_examples_are_left_out_or_cut_for_their_length_is_told_before_the_first_round(tmp_path, capsys):
+    limit = 45
+    config = compose([*SMALL, f"run_dir={tmp_path / 'run'}", "method=fed_sb", f"data.max_length={limit}"])
+    run(config)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    count = lambda text, **options: len(tokenizer(text, **options)["input_ids"])  # noqa: E731
+    lengths = [(count(each.prompt), count(each.response, add_special_tokens=False) + 1) for each in load(config.data, config.seed).train]
+    left_out = sum(prompt >= limit for prompt, _ in lengths)
+    cut = sum(prompt < limit < prompt + response for prompt, response in lengths)
+    assert 0 < left_out < cut + left_out < len(lengths)
+    told = [event for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "too_long"]
+    assert [(event["read"], event["left_out"], event["cut"]) for event in told] == [(len(lengths), left_out, cut)]
+    line = (
+        f"longer than {limit} tokens (data.max_length): of {len(lengths)} training examples {left_out} left out, whose response lies beyond"
+    )
+    before_the_rounds = capsys.readouterr().err.partition("round 1/")[0]
+    assert f"{line}, {cut} cut\n" in before_the_rounds
 
 
 def test_a_mistake_that_the_clients_find_leaves_the_folder_to_the_corrected_run(tmp_path):

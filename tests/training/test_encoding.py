@@ -5,7 +5,7 @@ import pytest
 
 from fedsim.choices import TrainOn
 from fedsim.embedded import BASE_MODEL, FAMILIES, examples
-from fedsim.training.encoding import encode, encode_prompts, has_response
+from fedsim.training.encoding import encode, encode_prompts, end_tokens, has_response, is_cut, longest_told
 from fedsim.types import Example, Family
 
 STORIES = Path(__file__).resolve().parents[2] / "../shared/data/models/stories260K"
@@ -117,6 +117,7 @@ def test_a_cut_takes_from_the_end_and_a_lost_response_leaves_no_loss(tokenizer, 
     prompt = len(next(encode_prompts([EXAMPLE], tokenizer)))
     assert cut.input_ids.tolist() == full.input_ids[:max_length].tolist()
     assert has_response(cut) == (max_length > prompt)
+    assert is_cut(cut, end_tokens([EXAMPLE], tokenizer)) == (max_length < full.num_tokens)
     assert cut.loss_start == (full.loss_start if max_length > prompt else max_length)
 
 
@@ -124,6 +125,8 @@ def test_the_limit_of_the_tokenizer_holds_too():
     tokenizer = bert_like()
     tokenizer.model_max_length = 8
     assert encode([EXAMPLE], tokenizer, 1000, TrainOn.response)[0].num_tokens == 8
+    assert longest_told(1000, tokenizer) == "8 tokens (data.max_length is 1000, but the model reads no more)"
+    assert longest_told(6, tokenizer) == "6 tokens (data.max_length)"
 
 
 def test_the_tokens_of_embedded_examples_give_their_text_back():
