@@ -36,10 +36,9 @@ class Finished:
         """All bytes of all clients, the set-up included."""
         return sum(self.summary["communication"][f"{way}_bytes"] for way in ("uplink", "downlink", "setup"))
 
-    def accuracy(self, tasks: Sequence[str]) -> float:
-        """The mean final accuracy on the tasks in percent; nan where one of them was not measured."""
-        found = [self.summary["evaluation"].get(task) for task in tasks]
-        return mean(100 * or_nan(each["final"]["accuracy"]) if each else math.nan for each in found)
+    def final(self, tasks: Sequence[str], figure: str) -> float:
+        """The mean final "accuracy" (0 to 1) or "loss" on the tasks; nan where one of them was not measured."""
+        return mean(or_nan(self.summary["evaluation"].get(task, {}).get("final", {}).get(figure)) for task in tasks)
 
 
 def comparison_png(jobs: Sequence[Finished]) -> bytes:
@@ -50,8 +49,9 @@ def comparison_png(jobs: Sequence[Finished]) -> bytes:
 def comparison(jobs: Sequence[Finished]) -> "Figure":
     """Draws the jobs' training loss by round, and beside it the final accuracy of each task over all bytes, the set-up included.
 
-    Jobs of one label are drawn as their mean, and their standard deviation as a band or a bar. A job that sends nothing is a line across;
-    of more tasks than `MOST_TASKS` the mean accuracy is shown. Of more labels than `MOST_LABELS` none is named.
+    Jobs of one label are drawn as their mean, and their standard deviation as a band or a bar. A job that sends nothing is a line;
+    of more tasks than `MOST_TASKS` the mean is shown. In place of an accuracy that is zero for all, as of texts that nobody hits exactly,
+    the final loss is drawn. Of more labels than `MOST_LABELS` none is named.
     """
     repeated: dict[str, list[Finished]] = {}
     for job in jobs:
@@ -69,8 +69,8 @@ def comparison(jobs: Sequence[Finished]) -> "Figure":
     _draw_training_losses(training, repeated, styles)
     unit = size(min((job.moved_bytes for job in jobs if job.moved_bytes), default=0)).split()[1]
     for axes, (title, shown) in zip(others, panels.items(), strict=True):
-        _draw_accuracies(axes, repeated, styles, shown, unit)
-        axes.set_title(f"{title}, final accuracy (%)", fontsize=10)
+        _draw_finals(axes, repeated, styles, shown, unit)
+        axes.set_title(f"{title}, {axes.get_title()}", fontsize=10)
     if columns:
         legend_outside((training, *others)[-1], columns)
     if (most := max(map(len, repeated.values()), default=1)) > 1:
@@ -91,16 +91,19 @@ def _draw_training_losses(axes: "Axes", repeated: dict[str, list[Finished]], sty
             low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
             axes.fill_between(list(losses), low, high, color=styles[label]["color"], alpha=0.15, linewidth=0)
         last = max([last, *losses])
-    dress(axes, "training loss (nats per token)", last)
+    dress(axes, "training loss (nats)", last)
     _spread(axes)
 
 
-def _draw_accuracies(
+def _draw_finals(
     axes: "Axes", repeated: dict[str, list[Finished]], styles: dict[str, dict[str, Any]], tasks: Sequence[str], unit: str
 ) -> None:
+    hit = any(job.final([task], "accuracy") > 0 for jobs in repeated.values() for job in jobs for task in tasks)
+    figure, scale, title = ("accuracy", 100.0, "final accuracy (%)") if hit else ("loss", 1.0, "final held-out loss (nats)")
+    axes.set_title(title)
     for label, jobs in repeated.items():
-        accuracies = [job.accuracy(tasks) for job in jobs]
-        middle, half = mean(accuracies), _deviation(accuracies)
+        finals = [scale * job.final(tasks, figure) for job in jobs]
+        middle, half = mean(finals), _deviation(finals)
         moved = mean(job.moved_bytes for job in jobs) / UNITS[unit]
         color = styles[label]["color"]
         if moved:
@@ -113,7 +116,7 @@ def _draw_accuracies(
     axes.set_xlabel(f"moved in all, set-up included ({unit})", fontsize=9)
     axes.margins(0.12)
     low, high = axes.get_ylim()
-    if high - low < 2:  # of a hundred: no wide gap where there is no difference
+    if hit and high - low < 2:  # of a hundred: no wide gap where there is no difference
         axes.set_ylim(max(0.0, (low + high) / 2 - 1), (low + high) / 2 + 1)
     if any(job.moved_bytes for jobs in repeated.values() for job in jobs):
         _logarithmic(axes, "x")

@@ -36,12 +36,12 @@ def curves(events: Iterable[Event]) -> "Figure":
     (accuracy, loss), (training, moved) = figure.subplots(2, 2)
     _draw_by_task(accuracy, evaluated, "accuracy", 100.0)
     _draw_by_task(loss, evaluated, "loss", 1.0)
-    _draw_training_loss(training, rounds)
+    _draw_training_loss(training, rounds, [event["round"] for event in rounds])
     unit = _draw_bytes(moved, [event for event in found if event["kind"] in ("initialized", "round", "refreshed")])
     titles = [
         "held-out accuracy (%)",
-        "held-out loss (nats per token)",
-        "training loss (nats per token)",
+        "held-out loss (nats)",
+        "training loss (nats)",
         f"sent so far, all clients ({unit})",
     ]
     last = max([event["round"] for event in rounds], default=1)
@@ -98,10 +98,10 @@ def network_curves(events: Iterable[Event]) -> "Figure":
     evaluated = [event | {"round": times.get(event["round"], 0.0)} for event in found if event["kind"] == "evaluated"]
     figure = new_figure(11.0, 3.6)
     loss, accuracy = figure.subplots(1, 2)
-    draw_line(loss, [times[event["round"]] for event in rounds], [or_nan(event["train_loss"]) for event in rounds], color="black")
+    _draw_training_loss(loss, rounds, [times[event["round"]] for event in rounds])
     _draw_by_task(accuracy, evaluated, "accuracy", 100.0, over_time=True)
     last = max(times.values(), default=1.0)
-    for axes, title in ((loss, "training loss (nats per token)"), (accuracy, "held-out accuracy (%)")):
+    for axes, title in ((loss, "training loss (nats)"), (accuracy, "held-out accuracy (%)")):
         dress(axes, title, last)
         axes.set_xlabel("simulated seconds", fontsize=9)
         axes.set_xlim(0, last)
@@ -168,10 +168,10 @@ def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, scale: float,
         draw_line(axes, rounds, values, color=color, label=label, linestyle=between)
 
 
-def _draw_training_loss(axes: "Axes", rounds: list[Event]) -> None:
-    """The mean over clients, by their examples."""
+def _draw_training_loss(axes: "Axes", rounds: list[Event], places: list[float]) -> None:
+    """The mean over clients, by their examples; `places` are where the rounds lie from left to right."""
     losses = [or_nan(event["train_loss"]) for event in rounds]
-    draw_line(axes, [event["round"] for event in rounds], losses, color="black")
+    draw_line(axes, places, losses, color="black")
     if losses and all(map(math.isnan, losses)):
         say(axes, "withheld: private clients tell none")
 

@@ -23,6 +23,16 @@ def test_a_sweep_is_drawn_as_loss_by_round_and_accuracy_over_bytes():
     assert [text.get_text() for text in words.get_legend().get_texts()] == ["one", "pooled"]
 
 
+def test_a_sweep_that_hits_no_answer_word_for_word_is_drawn_by_its_losses():
+    one, two = job("one", 2_000_000, texts=0.0, sums=0.0), job("two", 4_000_000, texts=0.0, sums=0.5)
+    one.summary["evaluation"]["texts"]["final"]["loss"] = 1.25
+    two.summary["evaluation"]["texts"]["final"]["loss"] = None
+    _, texts, sums = comparison([one, two]).axes
+    assert lines_of(texts) == {"one": [(2.0, 1.25)], "two": []}
+    assert texts.get_title() == "texts, final held-out loss (nats)"
+    assert sums.get_title() == "sums, final accuracy (%)"
+
+
 def test_a_sweep_over_many_tasks_is_drawn_by_their_mean():
     _, mean = comparison([job("one", 2000, a=0.0, b=0.2, c=0.4, d=0.6)]).axes
     assert lines_of(mean) == {"one": [(2.0, 30.0)]}

@@ -108,11 +108,13 @@ def test_the_only_round_does_not_lie_on_the_edge_of_its_picture():
 
 
 def test_a_training_loss_that_is_withheld_is_told_to_be():
-    def told(loss):
-        return [text.get_text() for axes in curves([event | {"train_loss": loss} for event in EVENTS]).axes for text in axes.texts]
+    def told(draw, loss):
+        events = [event | {"train_loss": loss, "simulated_time": 10.0 * event.get("round", 0)} for event in EVENTS]
+        return [text.get_text() for axes in draw(events).axes for text in axes.texts]
 
-    assert "withheld: private clients tell none" in told(None)
-    assert "withheld: private clients tell none" not in told(1.0)
+    for draw in (curves, network_curves):
+        assert "withheld: private clients tell none" in told(draw, None)
+        assert "withheld: private clients tell none" not in told(draw, 1.0)
 
 
 def test_the_partition_of_many_clients_is_drawn_as_outlines():

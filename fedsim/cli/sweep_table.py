@@ -1,7 +1,8 @@
 """The table at the end of a sweep, as plain aligned text: what each job varied, its accuracies, its bytes and its time."""
 
 from collections.abc import Callable
-from statistics import mean, stdev
+from math import isnan
+from statistics import fmean, mean, stdev
 from textwrap import shorten
 from typing import Any
 
@@ -10,13 +11,14 @@ from fedsim.report import table
 Row = dict[str, str]
 WIDEST_REASON = 120
 """Characters of the reason why a job failed; sweep.json and the job's own lines have all of it."""
-_LAST = ("epsilon", "MB up", "MB down", "MB set-up", "seconds", "status")
+_LAST = ("loss", "epsilon", "MB up", "MB down", "MB set-up", "seconds", "status")
 
 
 def sweep_table(jobs: list[dict[str, Any]]) -> str:
     """Returns one line a job in the given order: {number, varied, status, error, summary}.
 
-    A column per varied option and per task ("base > final" accuracy in percent); a job without a summary shows its status and why.
+    A column per varied option and per task ("base > final" accuracy in percent), and the loss, mean over all questions, which tells more
+    where texts are answered that nobody hits word for word. A job without a summary shows its status and why.
     """
     rows = [_row(job) for job in jobs]
     names = dict.fromkeys(name for row in rows for name in row if name != "error")
@@ -27,8 +29,8 @@ def sweep_table(jobs: list[dict[str, Any]]) -> str:
 
 
 def seeds_table(jobs: list[dict[str, Any]]) -> str:
-    """Returns a line for each combination of the other options that has finished with several seeds: final accuracies in percent, as mean
-    and sample standard deviation over the seeds. "" where there is none.
+    """Returns a line for each combination of the other options that has finished with several seeds: final accuracies in percent and the
+    final loss, as mean and sample standard deviation over the seeds. "" where there is none.
     """
     groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for job in jobs:
@@ -48,7 +50,17 @@ def _over_seeds(summaries: list[dict[str, Any]]) -> Row:
         for task, measured in summary["evaluation"].items():
             if measured["final"]["accuracy"] is not None:
                 found.setdefault(task, []).append(100 * measured["final"]["accuracy"])
-    return {task: f"{mean(values):.1f} ± {stdev(values):.1f}" for task, values in found.items() if len(values) == len(summaries)}
+    told = {task: f"{mean(values):.1f} ± {stdev(values):.1f}" for task, values in found.items() if len(values) == len(summaries)}
+    losses = [loss for summary in summaries if (loss := _loss(summary, "final")) is not None]
+    return told | ({"loss": f"{mean(losses):.3f} ± {stdev(losses):.3f}"} if len(losses) == len(summaries) else {})
+
+
+def _loss(summary: dict[str, Any], when: str) -> float | None:
+    """Returns the mean loss over the questions of all tasks; None where a task has none."""
+    found = [(each[when]["loss"], each["num_examples"]) for each in summary["evaluation"].values()]
+    if not found or any(loss is None or isnan(loss) for loss, _ in found):
+        return None
+    return fmean([loss for loss, _ in found], [count for _, count in found])
 
 
 def _varied(job: dict[str, Any]) -> Row:
@@ -64,6 +76,7 @@ def _row(job: dict[str, Any]) -> Row:
 
 def _results(summary: dict[str, Any]) -> Row:
     row = {task: f"{_percent(found['base'])} > {_percent(found['final'])}" for task, found in summary["evaluation"].items()}
+    row["loss"] = " > ".join(_number(_loss(summary, when), "{:.3f}".format) for when in ("base", "final"))
     communication, training = summary["communication"], summary["training"]
     if summary.get("privacy"):
         row["epsilon"] = _number(summary["privacy"]["epsilon"], "{:.2f}".format)

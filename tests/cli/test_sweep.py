@@ -1,6 +1,7 @@
 """Sweeps through Hydra's launchers. The run of a job is stood in for where only what the sweep makes of it is asked."""
 
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from fedsim.cli.compose import compose_with_hydra, initialized, to_config
 from fedsim.cli.groups import groups
 from fedsim.cli.main import main
 from fedsim.cli.sweep import plan
-from fedsim.cli.sweep_table import _megabytes
+from fedsim.cli.sweep_table import _megabytes, sweep_table
+from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.models import PACKAGE
 from fedsim.plain import to_dict
@@ -71,8 +73,22 @@ def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, 
     assert {path.name for path in Path("all").iterdir()} == {"sweep.json", "comparison.png", *(Path(name).name for name in expected)}
     assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves nothing
     table = capsys.readouterr().out.split("\n\n")[-3].splitlines()
-    assert table[0].split() == ["job", "seed", "adapter.rank", "sums", "MB", "up", "MB", "down", "MB", "set-up", "seconds", "status"]
-    assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "1.2", "7.7", "0.05", "12", "finished"]
+    assert table[0].split() == [
+        "job",
+        "seed",
+        "adapter.rank",
+        "sums",
+        "loss",
+        "MB",
+        "up",
+        "MB",
+        "down",
+        "MB",
+        "set-up",
+        "seconds",
+        "status",
+    ]
+    assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "2.000", ">", "1.000", "1.2", "7.7", "0.05", "12", "finished"]
 
 
 def test_sweep_json_tells_all_about_the_jobs(runs):
@@ -167,12 +183,25 @@ def test_a_sweep_over_seeds_tells_their_mean_and_deviation_for_each_combination(
     assert main(["run", "-m", "adapter.rank=4,8", "seed=0,1,2,3", "run_dir=all"]) == 1
     text = capsys.readouterr().out.partition("mean ± standard deviation over seeds\n")[2].splitlines()
     assert [line.split() for line in text[:4] if "-" not in line] == [
-        ["adapter.rank", "seeds", "sums"],
-        ["4", "3", "13.7", "±", "15.3"],  # 0.4, 10.4 and 30.4 percent
-        ["8", "3", "14.1", "±", "15.3"],
+        ["adapter.rank", "seeds", "sums", "loss"],
+        ["4", "3", "13.7", "±", "15.3", "1.000", "±", "0.000"],  # 0.4, 10.4 and 30.4 percent
+        ["8", "3", "14.1", "±", "15.3", "1.000", "±", "0.000"],
     ]
     assert main(["run", "-m", "adapter.rank=4,8", "run_dir=other"]) == 0
     assert "over seeds" not in capsys.readouterr().out
+
+
+def test_the_loss_of_a_job_is_the_mean_over_all_its_questions_and_none_where_a_task_has_none():
+    def told(loss):
+        task = lambda loss, count: {"base": {"accuracy": 0, "loss": 4.0}, "final": {"accuracy": 0, "loss": loss}, "num_examples": count}  # noqa: E731
+        evaluation = {"sums": task(1.0, 30), "texts": task(loss, 10)}
+        others = {name: value for name, value in summary(Config()).items() if name != "evaluation"}
+        done = {"number": 0, "varied": [], "status": "finished", "error": None, "summary": {"evaluation": evaluation, **others}}
+        return sweep_table([done]).splitlines()[2]
+
+    assert "4.000 > 1.500" in told(3.0)
+    assert "4.000 > - " in told(None)
+    assert "4.000 > - " in told(math.nan)
 
 
 def test_few_bytes_are_not_shown_as_none():
