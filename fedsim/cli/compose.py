@@ -32,7 +32,7 @@ def compose(overrides: list[str]) -> Config:
     """
     several = swept(parse(overrides))
     if several:
-        raise UserError(f"Expected one value, got {several[0].input_line!r}. Add --multirun for a sweep, or write [..] for a list.")
+        raise UserError(f"Expected one value, got {several[0].input_line!r}. Write [..] for a list; a sweep is fedsim run --multirun.")
     with initialized():
         return to_config(compose_with_hydra(overrides))
 

@@ -259,13 +259,22 @@ def _split(verb: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
         first, takes, example = known.get(name, "").partition("=")
         if not first or (given and not takes):
             allowed = [*dict.fromkeys([*known, *_HELP])]
-            raise UserError(
-                f"Unknown flag {word!r}: expected one of {', '.join(allowed)}.{nearest(name, allowed)} All flags: fedsim {verb} --help"
-            )
+            hint = _as_option(verb, name) or nearest(name, allowed)
+            raise UserError(f"Unknown flag {word!r}: expected one of {', '.join(allowed)}.{hint} All flags: fedsim {verb} --help")
         if takes and not given:
             raise UserError(f"Expected a value with {name}, got none. Write {name}={example}, with an equals sign.")
         flags[first] = value
     return flags, [word for word in words if not _is_flag(word)]
+
+
+def _as_option(verb: str, flag: str) -> str:
+    """Returns how an option is written that was given as a flag (--seed, --rounds); "" where there is none, or the verb takes none."""
+    from fedsim.cli.help import WITH_OPTIONS
+    from fedsim.cli.options import options
+
+    name = flag.lstrip("-").replace("-", "_")
+    found = [key for key in options() if name in (key, key.rpartition(".")[2])]
+    return f" Options are written without dashes: {found[0]}=..." if found and verb in ("run", *WITH_OPTIONS) else ""
 
 
 def _is_flag(word: str) -> bool:

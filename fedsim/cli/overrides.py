@@ -5,6 +5,7 @@ Hydra finds the same mistakes, but in several lines and without the nearest name
 
 import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,6 +21,7 @@ from fedsim.errors import UserError, nearest
 from fedsim.plain import written
 
 HELP = "All options: fedsim run --help"
+_OWN_PLACES = {"model": "model.path=", "data": "data=instructions (or another set) data.path="}
 _OWN_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir")
 
 
@@ -53,8 +55,9 @@ def _parse_one(word: str) -> Override:
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"Expected option=value, got {word!r} ({reason}). Quote special characters: \"option='text'\". {HELP}") from None
+        reason = str(error).splitlines()[0].partition(" expecting ")[0]  # the grammar's own names help nobody
+        remedy = "Write several values without spaces: a,b" if word.endswith(",") else "Quote special characters: \"option='text'\""
+        raise UserError(f"Expected option=value, got {word!r} ({reason}). {remedy}. {HELP}") from None
 
 
 def _check_override(override: Override) -> None:
@@ -89,8 +92,15 @@ def _check_choice(override: Override, choices: dict[str, str]) -> None:
         )
     for value in map(written, _values(override)):
         if value not in choices:
-            allowed = ", ".join(choices) or "none yet"
-            raise UserError(f"Unknown {override.key_or_group} {value!r}: expected one of {allowed}.{nearest(value, list(choices))} {HELP}")
+            allowed, hint = ", ".join(choices) or "none yet", _own(override.key_or_group, value) or nearest(value, list(choices))
+            raise UserError(f"Unknown {override.key_or_group} {value!r}: expected one of {allowed}.{hint} {HELP}")
+
+
+def _own(group: str, value: str) -> str:
+    """Returns how a user's own model or data is given, where a choice that there is not looks like a place; "" otherwise."""
+    if group not in _OWN_PLACES or not ("/" in value or Path(value).exists()):
+        return ""
+    return f" For your own write {_OWN_PLACES[group]}{value}."
 
 
 def _unknown(key: str, override: Override) -> str:

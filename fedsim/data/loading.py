@@ -118,7 +118,8 @@ def _check_names(config: DataConfig) -> None:
                 raise UserError(f"data.{split}: {name} has no {split} split. Choose another set for data.{split}.")
     if config.path is not None and {*config.train, *config.test} == {EMBEDDED}:
         raise UserError(
-            f"data.path={config.path}: the embedded data reads no file. Leave out data.path, or choose a set such as data=gsm8k."
+            f"data.path={config.path}: the embedded data reads no file. Choose what reads it, such as data=instructions or "
+            "data=classification, or leave it out."
         )
     for option, column in (("data.client_column", config.client_column), ("data.task_column", config.task_column)):
         if column is not None and EMBEDDED in (*config.train, *config.test):

@@ -69,7 +69,7 @@ def test_a_model_is_named_after_its_path_unless_it_has_a_name(overrides, name):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["seed=0,1"], "Add --multirun"),
+        (["seed=0,1"], "a sweep is fedsim run --multirun"),
         (["model=local"], "Expected model.path with model=local"),
         (["model.name=${data.nme}"], "Interpolation key 'data.nme' not found"),
         (["hydra.nothing=1"], "'nothing' not in 'HydraConf'"),

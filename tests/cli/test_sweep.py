@@ -288,7 +288,7 @@ def test_several_values_beside_a_sweeping_preset_are_swept_with_its_own(runs, ca
         ("centralized", 1),
     ]
     assert main(["run", "experiment=demo", "seed=0,1"]) == 2  # this one is no sweep
-    assert "Add --multirun" in capsys.readouterr().err
+    assert "a sweep is fedsim run --multirun" in capsys.readouterr().err
 
 
 def test_the_command_line_replaces_values_of_a_sweeping_preset(runs):
