@@ -22,15 +22,19 @@ def run(*overrides: str, quiet: bool = False) -> dict[str, Any]:
     `["communication"]["uplink_bytes"]` (`downlink_bytes`, `setup_bytes`) are serialised bytes over all clients and rounds, and
     `["adapter_digest"]` is a SHA-256 of the result, the same as of the command with these options. "run_dir" names the folder of the run,
     which lies below the current one unless `run_dir=` says otherwise.
+    A preset that is a sweep is refused.
 
     Raises UserError for what can be mended in the options, RunStopped and RunFailedError for a run that cannot go on, and
     KeyboardInterrupt with the run folder, from which `resume=true` goes on.
     """
     keep_libraries_quiet()
     from fedsim.cli.compose import composed
+    from fedsim.cli.sweep import is_sweep
     from fedsim.experiment import run as carry_out
     from fedsim.session import forget_session
 
+    if is_sweep(list(overrides)):
+        raise UserError("Expected one run, got a preset that is a sweep. Call run() for each of its values, or use the command fedsim run.")
     config = composed(list(overrides))
     if config.method.name not in _OWN and config.engine.name != "inprocess":
         raise UserError(

@@ -113,4 +113,6 @@ def test_a_mistake_is_an_error_of_one_line(tmp_path):
         run(*BRIEF, "method=mine", f"run_dir={tmp_path}/run", quiet=True)
     with pytest.raises(UserError, match=r"Expected federation.rounds >= 1"):
         run("federation.rounds=0")
+    with pytest.raises(UserError, match=r"Expected one run, got a preset that is a sweep"):
+        run("experiment=methods", f"run_dir={tmp_path}/run", quiet=True)
     assert not (tmp_path / "run").exists()

@@ -232,9 +232,14 @@ def _positive(flag: str, text: str) -> float:
 
 
 def _composed(overrides: list[str]) -> "Config":
+    """Returns the checked configuration of one run, and says so where the preset is a sweep of several."""
     from fedsim.cli.compose import composed
+    from fedsim.cli.sweep import is_sweep
 
-    return composed(overrides)
+    config = composed(overrides)
+    if is_sweep(overrides):
+        print(f"The preset is a sweep; this is of one run, with method={config.method.name}, whatever the sweep varies.", file=sys.stderr)
+    return config
 
 
 def _print_configuration(config: "Config") -> None:

@@ -104,6 +104,15 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
+@pytest.mark.parametrize("words", [["data"], ["run", "--cfg"]])
+def test_what_shows_one_run_says_so_where_the_preset_is_a_sweep(words, capsys):
+    told = "The preset is a sweep; this is of one run, with method=fed_sb, whatever the sweep varies.\n"
+    assert main([*words, "experiment=fed_sb_vs_centralized"]) == 0
+    assert capsys.readouterr().err == told
+    assert main([*words, "experiment=demo"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_data_tells_who_holds_what_and_names_the_owners_of_a_natural_partition(capsys, tmp_path):
     rows = [{"prompt": f"{i}?", "completion": str(i), "user": user} for i, user in enumerate(["ann", "bob", "ann", "cy"])]
     for split in ("train", "test"):
