@@ -102,9 +102,13 @@ def _privacy_lines(spent: dict[str, Any] | None) -> list[str]:
     first = f", of it initialisation {spent['initialization_epsilon']:.2f}" if spent["initialization_epsilon"] else ""
     told = f"epsilon of one {spent['unit']}, largest over clients{first}; delta {spent['delta']:.2g}, {spent['accountant']}"
     lines = [f"privacy           {spent['epsilon']:>9.2f}   {told}"]
-    if spent["delta"] > LOOSE_DELTA:
-        lines.append(f"{'':30}delta {spent['delta']:.2g} is hardly a guarantee: it should be far below one over their number")
-    return lines
+    return [*lines, *(f"{'':30}{line}" for line in loose_delta_lines(spent["delta"]))]
+
+
+def loose_delta_lines(delta: float) -> list[str]:
+    """Returns a line for a delta that guarantees hardly anything, none for another."""
+    told = f"delta {delta:.2g} is hardly a guarantee: it should be far below one over their number"
+    return [told] if delta > LOOSE_DELTA else []
 
 
 def _task_row(task: str, found: dict[str, Any]) -> list[str]:

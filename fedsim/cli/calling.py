@@ -1,4 +1,4 @@
-"""How the command was called, so that hints can be copied as they are, and how libraries are kept quiet."""
+"""How the command was called, so that hints can be copied as they are, how wide its output may be, and how libraries are kept quiet."""
 
 import logging
 import os
@@ -23,6 +23,11 @@ def keep_libraries_quiet() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("flwr").propagate = False  # it has a handler of its own: with a second one at the root each line came twice
+
+
+def width() -> int:
+    """Returns how many characters a line of prose may take: as many as the terminal has, between 80 and 140; 120 where there is none."""
+    return max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
 
 
 def command() -> str:

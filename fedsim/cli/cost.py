@@ -8,7 +8,6 @@ import io
 import json
 import math
 import re
-import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedsim.choices import PrivacyUnit, Residual
+from fedsim.cli.calling import width
 from fedsim.cli.compose import compose_with_hydra, initialized, to_config
 from fedsim.cli.groups import default_choices
 from fedsim.cli.overrides import parse
@@ -202,8 +202,7 @@ def cost_table(found: Costs) -> str:
     }
     if any(row.published for row in rows):
         columns["published"] = lambda row: _published_cell(row.published)
-    width = max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
-    notes = [textwrap.fill(note, width, subsequent_indent="  ") for note in _notes(found)]
+    notes = [textwrap.fill(note, width(), subsequent_indent="  ") for note in _notes(found)]
     body = table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
     return "\n".join([_title(rows), "", body, "", *notes])
 

@@ -3,6 +3,7 @@
 Nothing is trained, and no weight is loaded: bytes are those of `fedsim cost`, the arithmetic is in `fedsim.core.estimate`.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from fedsim.calibration import calibrated
 from fedsim.choices import AUTO, TrainOn
+from fedsim.cli.calling import width
 from fedsim.config import Config, DataConfig
 from fedsim.core.cost import forecast
 from fedsim.core.estimate import Calibration, Estimate, Work, estimate
@@ -224,7 +226,11 @@ def estimate_table(answer: Answer) -> str:
         table(["memory at the peak", "", ""], [*memory, ["total", size(round(found.peak_bytes)), ""]]),
         table(["bytes that travel", "", ""], travelled),
     ]
-    return "\n\n".join([title, *blocks, "\n".join(f"- {line}" for line in answer.assumptions)])
+    return "\n\n".join([title, *blocks, "\n".join(map(_item, answer.assumptions))])
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, width(), initial_indent="- ", subsequent_indent="  ")
 
 
 def rough_duration(seconds: float) -> str:

@@ -1,10 +1,10 @@
 """The help: verbs, groups, presets and options with their meanings, printed without importing anything heavy."""
 
-import shutil
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from fedsim.cli.calling import width
 from fedsim.cli.groups import default_choices, groups
 from fedsim.cli.options import Option, options
 from fedsim.errors import UserError, nearest
@@ -186,7 +186,6 @@ def _option(option: Option) -> str:
 
 
 def _line(head: str, text: str, column: int = 42) -> str:
-    width = max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
-    wrapped = textwrap.wrap(text, width - column) or [""]
+    wrapped = textwrap.wrap(text, width() - column) or [""]
     first = f"{head:<{column - 1}} {wrapped[0]}"
     return "\n".join([first.rstrip()] + [" " * column + more for more in wrapped[1:]])

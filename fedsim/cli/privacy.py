@@ -19,7 +19,7 @@ from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.privacy.accounting import Mechanism, epsilon
 from fedsim.privacy.plan import ClientPlan, plan
-from fedsim.report import table
+from fedsim.report import loose_delta_lines, table
 
 COMPARED = ("prv", "rdp")
 MOST_ROUNDS = 10
@@ -54,7 +54,7 @@ def privacy_of(config: Config) -> dict[str, Any]:
 
 def privacy_table(found: dict[str, Any]) -> str:
     """Returns the tables of `privacy_of` as text."""
-    unit = "examples" if found["unit"] == "example" else "clients"
+    unit = "examples" if found["unit"] == "example" else "of them in all"
     names = found["accountants"]
     head = ["clients", unit, "sampling rate", "steps", "delta", "noise", f"epsilon {names[0]}", *names[1:], "of it initialisation"]
     rows = [
@@ -72,6 +72,7 @@ def privacy_table(found: dict[str, Any]) -> str:
     over = [[str(row["rounds"]), *(_written(row[f"epsilon_{name}"]) for name in names)] for row in found["over_rounds"]]
     known = found["if_participation_is_known"]
     lines = [f"{found['unit']}-level, clip norm {found['clip_norm']:g}, initialisation {found['init']}", "", table(head, rows)]
+    lines += loose_delta_lines(max(row["delta"] for row in found["clients"]))
     if over:
         lines += [
             "",

@@ -247,7 +247,9 @@ def _files(each: DataSet, folder: Path, split: str) -> list[Path]:
         if found:
             return found
     wanted = ", ".join(each.patterns(split)[:5])
-    raise _MissingError(f"{each.name}: expected a {split} file in {folder}, such as {wanted}; found none")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
+    found_instead = f" but {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}; rename them, or name one file" if others else ""
+    raise _MissingError(f"{each.name}: expected a {split} file in {folder}, such as {wanted}; found none{found_instead}")
 
 
 def _line_or_row(path: Path) -> str:

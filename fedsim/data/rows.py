@@ -180,6 +180,9 @@ def _csv(path: Path) -> Iterator[NumberedRow]:
             if header and cells:
                 yield line, _not_utf8("".join(cells)) or _row_of(header, cells)
             header = header or cells
+            if len(header) == 1 and (other := re.search("[;\t|]", header[0])):
+                yield line, Unreadable(f"expected commas between the names of columns, got {other[0]!r} in {header[0]!r:.40}")
+                return
 
 
 def _tsv(path: Path) -> Iterator[NumberedRow]:

@@ -6,7 +6,7 @@ import pytest
 
 from fedsim.calibration import calibrated
 from fedsim.cli.compose import compose
-from fedsim.cli.estimate import MEMORY_FACTOR, TIME_FACTOR, estimate_of, rough_duration
+from fedsim.cli.estimate import MEMORY_FACTOR, TIME_FACTOR, estimate_of, estimate_table, rough_duration
 from fedsim.cli.main import main
 from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import forecast
@@ -22,6 +22,14 @@ SMALL += ["training.tokens_per_pass=128", "evaluation.tokens_per_pass=256", "eva
 def own_cache(monkeypatch, tmp_path):
     """Calibrations of the tests stay in the test's folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_assumptions_are_no_wider_than_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = estimate_table(estimate_of(compose(SMALL))).partition("- Rates")[2].splitlines()
+    assert len(shown) > 5
+    assert max(map(len, shown)) <= columns
 
 
 def test_the_command_prints_phases_memory_bytes_and_assumptions(capsys):

@@ -74,5 +74,10 @@ def test_the_table_names_its_columns_and_a_run_without_privacy_is_no_question(ca
     out = capsys.readouterr().out
     assert "sampling rate" in out
     assert "after so many of its rounds" in out
+    assert "hardly a guarantee" not in out
+    assert main(["privacy", *SMALL, "privacy=client"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].split()[:5] == ["clients", "of", "them", "in", "all"]
+    assert "delta 0.3 is hardly a guarantee" in out
     assert main(["privacy"]) == 2
     assert "add privacy=example or privacy=client" in capsys.readouterr().err

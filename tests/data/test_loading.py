@@ -274,6 +274,7 @@ def test_of_a_single_file_other_test_sets_are_reported(tmp_path):
         ({"test": ["metamathqa"]}, "data.test: metamathqa has no test split"),
         ({"test": ["math"]}, "math: expected a test file in "),
         ({"train": ["math"]}, "math: expected a train file in "),
+        ({"train": ["math"]}, "; found none but gsm8k_train.jsonl; rename them, or name one file"),
         ({"train": ["embedded"], "test": ["embedded"]}, "the embedded data reads no file"),
         ({"train": ["gsm8k", "math"], "file": "gsm8k_train.jsonl"}, "a single file holds one training set, got data.train=[gsm8k,math]"),
         ({"file": "gsm8k_train.jsonl"}, "expected at least 10 rows to hold some out as a test, got 5"),

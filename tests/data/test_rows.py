@@ -80,6 +80,8 @@ def test_a_csv_row_carries_the_line_where_it_begins(tmp_path):
         ("data.jsonl", b" \n\n", 1, "expected rows, got none"),
         ("data.json", b"[]", 1, "expected rows, got none"),
         ("data.csv", b"a,b\n", 1, "expected rows, got none"),
+        ("data.csv", b"ask;answer\n1,5;2\n", 1, "expected commas between the names of columns, got ';' in 'ask;answer'"),
+        ("data.csv", b"\xef\xbb\xbfask\tanswer\r\n1\t2\r\n", 1, r"expected commas between the names of columns, got '\t' in 'ask\tanswer'"),
         ("data.parquet", b"PAR1 this is none", 1, "no Parquet: "),
         ("data.jsonl", '[\n{"a": 1}\n]'.encode("utf-16"), 1, "expected UTF-8, got UTF-16; save the file as UTF-8"),
         ("data.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", 1, "no JSON: "),
