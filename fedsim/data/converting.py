@@ -75,7 +75,7 @@ def _as_told(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> d
     parts = {split: [row for row, own in zip(rows, splits, strict=True) if own == split] for split in ("train", "test")}
     left_out = len(rows) - sum(map(len, parts.values()))
     if left_out:
-        reading.notes.append(f"{source.place}: {left_out} of {len(rows)} rows belong to neither train nor test")
+        reading.notes.append(f"{source.place}: {left_out:,} of {len(rows):,} rows belong to neither train nor test")
     found = {split: converted(reading, replace(source, owned=split == "train"), part) for split, part in parts.items()}
     for split, examples in found.items():
         if not examples:
@@ -92,7 +92,7 @@ def _held_out(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> 
             f"{where}: expected at least {least} rows to hold some out as a test, got {len(examples)}{others}. Give more or a folder."
         )
     chosen = set(numpy_generator(reading.seed, "held out").permutation(len(examples))[:count].tolist())
-    reading.notes.append(f"{where}: {count} of {len(examples)} rows are held out as the test set")
+    reading.notes.append(f"{where}: {count:,} of {len(examples):,} rows are held out as the test set")
     train = [example for i, example in enumerate(examples) if i not in chosen]
     return {"train": train, "test": [examples[i] for i in sorted(chosen)]}
 
@@ -119,9 +119,9 @@ def converted(reading: Reading, source: Source, rows: Iterable[NumberedRow]) -> 
             if num_left_out <= MOST_NOTES:
                 reading.notes.append(fault)
     if num_left_out:
-        reading.notes.append(f"{where}: {num_left_out} of {num_left_out + len(found)} rows left out")
+        reading.notes.append(f"{where}: {num_left_out:,} of {num_left_out + len(found):,} rows left out")
     if num_unlabelled:
-        reading.notes.append(f"{where}: {num_unlabelled} rows have no label and are left out, as {source.each.name} means them to be")
+        reading.notes.append(f"{where}: {num_unlabelled:,} rows have no label and are left out, as {source.each.name} means them to be")
     return found
 
 

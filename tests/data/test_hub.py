@@ -72,7 +72,7 @@ def test_of_ones_own_data_set_without_a_test_split_a_part_is_held_out(hub_folder
     data = load(DataConfig(train=["gsm8k"], test=["gsm8k"], path="someone/else"), 0)
     assert (len(data.train), len(data.test["gsm8k"])) == (2700, 300)
     assert {example.answer for example in (*data.train, *data.test["gsm8k"])} == {str(n) for n in range(3000)}
-    assert data.skipped == [f"{hub_folder} (train): 300 of 3000 rows are held out as the test set"]
+    assert data.skipped == [f"{hub_folder} (train): 300 of 3,000 rows are held out as the test set"]
 
 
 def test_a_split_that_a_data_set_lacks_is_one_clear_line(hub_folder):
