@@ -1,7 +1,7 @@
 """The rates of this machine for a model of a given shape, measured in a few seconds and kept for the next time.
 
 A model of up to `DIRECT_LIMIT` parameters is built with random weights and trained as a run would train it. For a larger one the rates are
-predicted from the throughput of matrix products of its width, times the part of it that a model of 20 M parameters reaches here.
+predicted from the throughput of matrix products of its width, times the part that a model of 20 M parameters of its kind reaches here.
 """
 
 import json
@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
-from fedsim.config import Config, ModelConfig
+from fedsim.config import Config
 from fedsim.core import gemm
 from fedsim.core.adapters import adapt, install
 from fedsim.core.adapters import factors as installed
+from fedsim.core.bi_encoder import BiEncoder
 from fedsim.core.collecting import WeightedMean
 from fedsim.core.decomposition import svd_flops, truncated_svd
-from fedsim.core.estimate import Calibration, chain_parameters, forward_flops, training_flops
-from fedsim.core.forms import AdapterSpec
-from fedsim.core.initialization import from_seed, lora
+from fedsim.core.estimate import Calibration, chain_parameters, forward_flops, trained_parameters, training_flops
+from fedsim.core.forms import LORA, AdapterSpec
+from fedsim.core.heads import head_layers
+from fedsim.core.initialization import from_seed, lora, new_head
 from fedsim.core.memory import ModelShape
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size
@@ -32,30 +34,39 @@ from fedsim.files import atomic_write_json, cache_folder
 from fedsim.flower.records import from_record, serialized_bytes, to_record
 from fedsim.manifest import cpu_name
 from fedsim.memory import resident_bytes
-from fedsim.models import DTYPES, device
+from fedsim.models import DTYPES, device, head_paths
 from fedsim.plain import to_dict
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import model_shape, random_model
 from fedsim.training.budget import TokenBudget
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.evaluation import generate
-from fedsim.types import EncodedExample
+from fedsim.training.padding import WIDTH_STEP
+from fedsim.types import AnyEncoded, EncodedExample, EncodedLabelled
 
 DIRECT_LIMIT = 60_000_000
 """Parameters of the largest model that is built to be measured."""
 
-PROXY = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 16}
-PROXY |= {"vocab_size": 2272, "max_position_embeddings": 512, "tie_word_embeddings": True}
+PROXY: dict[str, Any] = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
+PROXY |= {"num_attention_heads": 16, "vocab_size": 2272, "max_position_embeddings": 512, "tie_word_embeddings": True}
 """The model whose part of the matrix products' throughput stands for that of a larger one."""
+
+ENCODER: dict[str, Any] = {"model_type": "bert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+ENCODER |= {"num_attention_heads": 8, "vocab_size": 2272, "max_position_embeddings": 512}
+"""The same for one that classifies."""
 
 MOST_NUMBERS = 1 << 22
 """Numbers in the message that is measured; larger ones are predicted from it."""
 
-VERSION = 5  # of what is measured: another one makes kept calibrations worthless
+VERSION = 6  # of what is measured: another one makes kept calibrations worthless
 
 
-def calibrated(config: Config, method: Method, spec: AdapterSpec, tokens: int, *, again: bool = False) -> Calibration:
+def calibrated(
+    config: Config, method: Method, spec: AdapterSpec, tokens: int, labels: Sequence[str] = (), texts: int = 2, *, again: bool = False
+) -> Calibration:
     """Returns the rates of this machine for the model and training that `config` names, for examples of `tokens` tokens.
+
+    With labels these are rows of so many texts that are classified.
 
     They are kept in the user's cache folder, by machine, versions, model and training; `again` measures anew.
     """
@@ -64,8 +75,8 @@ def calibrated(config: Config, method: Method, spec: AdapterSpec, tokens: int, *
         known = json.loads(path.read_bytes())
         if set(known) == {field.name for field in fields(Calibration)}:
             return Calibration(**known)
-    shape = model_shape(config.model)
-    found = _direct(config, method, shape, tokens) if shape.parameters <= DIRECT_LIMIT else _from_products(config, method, shape, tokens)
+    measure = _direct if model_shape(config.model, labels, texts).parameters <= DIRECT_LIMIT else _from_products
+    found = measure(config, method, tokens, labels, texts)
     copy_bytes, client_seconds = _message_rates(spec.num_parameters(method.uploaded(1)))
     found = replace(found, copy_bytes=copy_bytes, client_seconds=client_seconds, svd_flops=_svd_rate(spec))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,15 +119,17 @@ def _device_name(config: Config) -> str:
 # ---- a model that is built
 
 
-def _direct(config: Config, method: Method, shape: ModelShape, tokens: int) -> Calibration:
+def _direct(config: Config, method: Method, tokens: int, labels: Sequence[str], texts: int) -> Calibration:
     kernels = gemm.KERNEL_BYTES if gemm.is_for_onednn(DTYPES[config.model.dtype], device(config.model)) else 0
     process = resident_bytes() + kernels
-    model = random_model(config.model, device(config.model))
-    spec = adapt(model, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling, config.adapter.target_modules)
-    factors = lora(spec, {}, 0) if spec.kinds == ("B", "A") else from_seed(spec, {}, 0) if "R" in spec.kinds or "H" in spec.kinds else {}
-    install(model, {name: tensor.to(device(config.model)) for name, tensor in factors.items()})
+    shape, on, adapter = model_shape(config.model, labels, texts), device(config.model), config.adapter
+    model = random_model(config.model, on, labels, texts)
+    head = head_paths(model) if labels else []
+    spec = adapt(model, method.form, adapter.rank, config.method.heads, adapter.scaling, adapter.target_modules, head)
+    bases = (lora if spec.form is LORA else from_seed)(spec, {}, 0) if spec.form.low_rank else {}
+    install(model, {name: tensor.to(on) for name, tensor in (new_head(spec, 0) | bases).items()})
     flops, pass_seconds, client_seconds = _training_rates(config, method, shape, spec, model, tokens)
-    decode_flops, decode_seconds = _generation_rates(config, shape, model, tokens, flops)
+    decode_flops, decode_seconds = (0.0, 0.0) if labels else _generation_rates(config, shape, model, tokens, flops)
     return Calibration(
         flops=flops,
         pass_seconds=pass_seconds,
@@ -134,32 +147,47 @@ def _direct(config: Config, method: Method, shape: ModelShape, tokens: int) -> C
 def _training_rates(
     config: Config, method: Method, shape: ModelShape, spec: AdapterSpec, model: Any, tokens: int
 ) -> tuple[float, float, float]:
-    """Returns FLOP/s, seconds of a pass and seconds of a client's step: the three unknowns of a few cohorts' times."""
+    """Returns FLOP/s, seconds of a pass and seconds of a client's step: the three unknowns of a few cohorts' times.
+
+    Rows are of lengths that are not padded, so that padding is not in the rates.
+    """
     training = replace(config.training, local_steps=1, local_epochs=None)
     batch = training.batch_size * training.accumulation
+    step = WIDTH_STEP * _sequences(model)
+    steps = max(2, tokens // step)
+    tokens, short = steps * step, steps // 2 * step
     most = max(1, min(round_size(config.federation.clients, config.federation.fraction), int(training.tokens_per_pass) // (batch * tokens)))
-    short = max(4, tokens // 2)
     points = dict.fromkeys([(1, tokens), (most, tokens), (max(1, most // 2), tokens), (most, short), (1, short)])
     kinds = method.trained(1)
     layout, start = spec.layout(kinds), spec.pack(installed(model, kinds), kinds)
 
     def train(clients: int, length: int) -> None:
-        data = [_client(number, batch, length, shape.vocabulary) for number in range(clients)]
+        data = [ClientData(number, _examples(number, batch, length, model)) for number in range(clients)]
         train_cohort(model, start, layout, data, training, pad_id=0, seed=0, round=1, rounds=1)
 
-    adapters, trained = chain_parameters(spec), layout.num_parameters
+    adapters, trained = chain_parameters(spec), trained_parameters(spec, kinds)
     rows, seconds = [], []
     for clients, length in points:
-        flops = training_flops(shape, clients * batch * length, length, clients * batch * length / 2, adapters, trained)
-        rows.append([flops, max(1, -(-clients * batch * length // int(training.tokens_per_pass))), clients])
+        total = clients * batch * length
+        flops = training_flops(shape, total, length / _sequences(model), total / 2, adapters, trained)
+        rows.append([flops, max(1, -(-total // int(training.tokens_per_pass))), clients])
         seconds.append(_fastest(lambda clients=clients, length=length: train(clients, length)))  # type: ignore[misc]
     per_flop, per_pass, per_client = _solved(rows, seconds)
     return 1.0 / max(per_flop, 1e-18), per_pass, per_client
 
 
-def _client(number: int, batch: int, tokens: int, vocabulary: int) -> ClientData:
-    ids = numpy_generator(0, "calibration", number).integers(0, vocabulary, (batch, tokens)).astype(np.int32)
-    return ClientData(number, [EncodedExample(row, max(1, tokens // 2)) for row in ids])
+def _examples(client: int, batch: int, tokens: int, model: Any) -> list[AnyEncoded]:
+    """Returns random rows of which half the tokens carry a loss, or that are classified, as the model reads them."""
+    ids = numpy_generator(0, "calibration", client).integers(0, model.config.vocab_size, (batch, tokens)).astype(np.int32)
+    if not head_layers(model):
+        return [EncodedExample(row, max(1, tokens // 2)) for row in ids]
+    split = tokens // 2 if _sequences(model) == 2 else 0
+    return [EncodedLabelled(row, row[:0], 0, split) for row in ids]
+
+
+def _sequences(model: Any) -> int:
+    """Returns in how many sequences the model reads a row."""
+    return model.texts if isinstance(model, BiEncoder) else 1
 
 
 def _generation_rates(config: Config, shape: ModelShape, model: Any, tokens: int, flops: float) -> tuple[float, float]:
@@ -202,23 +230,23 @@ def _solved(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[f
 # ---- a model that is too large to be built
 
 
-def _from_products(config: Config, method: Method, shape: ModelShape, tokens: int) -> Calibration:
-    proxy = ModelConfig(architecture=dict(PROXY), dtype=config.model.dtype, device=config.model.device)
+def _from_products(config: Config, method: Method, tokens: int, labels: Sequence[str], texts: int) -> Calibration:
+    shape, architecture = model_shape(config.model, labels, texts), ENCODER if labels else PROXY
+    proxy = replace(config.model, path=None, architecture=dict(architecture))
     adapter = replace(config.adapter, rank=min(config.adapter.rank or 64, 64), target_modules=[])
-    proxy_shape = model_shape(proxy)
-    measured = _direct(replace(config, model=proxy, adapter=adapter), method, proxy_shape, min(tokens, 256))
+    measured = _direct(replace(config, model=proxy, adapter=adapter), method, min(tokens, 256), labels, texts)
     on, dtype = device(config.model), DTYPES[config.model.dtype]
-    part = min(1.0, measured.flops / product_flops(PROXY["hidden_size"], PROXY["intermediate_size"], on, dtype))  # type: ignore[arg-type]
+    part = min(1.0, measured.flops / product_flops(architecture["hidden_size"], architecture["intermediate_size"], on, dtype))
     rate = product_flops(min(shape.hidden, 4096), min(4 * shape.hidden, 14336), on, dtype)
-    layers = shape.layers / proxy_shape.layers
-    return replace(
+    found = replace(
         measured,
         flops=part * rate,
-        pass_seconds=measured.pass_seconds * layers,
-        decode_flops=part * rate,
-        decode_seconds=shape.weight_bytes * shape.parameters / _memory_rate(on),
+        pass_seconds=measured.pass_seconds * shape.layers / architecture["num_hidden_layers"],
         source=f"matrix products of its width, {rate / 1e9:,.0f} GFLOP/s, times the part that a 20 M-parameter model reaches, {part:.2f}",
     )
+    if labels:
+        return found
+    return replace(found, decode_flops=found.flops, decode_seconds=shape.weight_bytes * shape.parameters / _memory_rate(on))
 
 
 def product_flops(inner: int, outer: int, on: torch.device, dtype: torch.dtype, tokens: int = 1024) -> float:

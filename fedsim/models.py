@@ -44,15 +44,37 @@ def load_model(
     The head may be missing, or of other labels, since its start is drawn by `fedsim.core.initialization.new_head`; nothing else may.
     Raises UserError where the path or architecture does not serve.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
     from transformers.utils import logging as told
 
     told.disable_progress_bar()  # the run has a display of its own
     path = source(config)
     settings = _guarded(path, lambda: AutoConfig.from_pretrained(path))
-    _check_architecture(path, settings, labels)
+    check_architecture(path, settings, labels)
     on = device(config)
     model = _weights(path, settings, labels, DTYPES[config.dtype], on)
+    tokenizer = _tokenizer(path, settings, labels)
+    model = prepare(model, on, activation_checkpointing=activation_checkpointing)
+    return reading(model, config, labels, texts), tokenizer
+
+
+def tokenizer_at_hand(config: ModelConfig, labels: Sequence[str] = ()) -> Any | None:
+    """Returns the tokenizer that `load_model` would; None where it is not on this machine."""
+    from transformers import AutoConfig
+
+    try:
+        folder = Path(source(config))
+    except UserError:  # a package that is not installed
+        return None
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+        return None
+    return _tokenizer(str(folder), _guarded(str(folder), lambda: AutoConfig.from_pretrained(folder)), labels)
+
+
+def _tokenizer(path: str, settings: Any, labels: Sequence[str]) -> Any:
+    """Returns the tokenizer, with a padding token, and with the model's limit if that is less than its own."""
+    from transformers import AutoTokenizer
+
     tokenizer = _guarded(path, lambda: AutoTokenizer.from_pretrained(path))
     if labels and tokenizer.pad_token_id is None:
         raise UserError(f"model.path={path}: expected a tokenizer with a padding token, got none; add pad_token to its configuration.")
@@ -62,13 +84,17 @@ def load_model(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    context = getattr(settings, "max_position_embeddings", None)
-    if labels and context and settings.model_type == "roberta":
-        context -= settings.pad_token_id + 1  # its positions begin behind that of padding
-    if context:  # many tokenizers do not know the limit of their model; rows are padded up to the next step
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context - context % WIDTH_STEP)
-    model = prepare(model, on, activation_checkpointing=activation_checkpointing)
-    return reading(model, config, labels, texts), tokenizer
+    if room := context(settings, labels):  # many tokenizers do not know the limit of their model
+        tokenizer.model_max_length = min(tokenizer.model_max_length, room)
+    return tokenizer
+
+
+def context(settings: Any, labels: Sequence[str]) -> int | None:
+    """Returns the most tokens of a sequence by transformers' settings of a model; None where they set no limit."""
+    positions: int | None = getattr(settings, "max_position_embeddings", None)
+    if labels and positions and settings.model_type == "roberta":
+        positions -= settings.pad_token_id + 1  # its positions begin behind that of padding
+    return positions and positions - positions % WIDTH_STEP  # rows are padded up to the next step
 
 
 def check(config: ModelConfig, labels: Sequence[str]) -> None:
@@ -77,7 +103,7 @@ def check(config: ModelConfig, labels: Sequence[str]) -> None:
     _refuse_empty(path)
     device(config)
     if (settings := _settings_at_hand(path)) is not None:
-        _check_architecture(path, settings, labels)
+        check_architecture(path, settings, labels)
 
 
 def config_file(path: str) -> Path | None:
@@ -119,8 +145,7 @@ def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype
         settings.id2label, settings.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
     auto: Any = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     options: dict[str, Any] = {"ignore_mismatched_sizes": True} if labels else {}
-    if labels and on.type == "cpu":
-        options["attn_implementation"] = "eager"  # with a padding mask and short texts, fused attention takes twice the time to train
+    options["attn_implementation"] = attention(labels, on)
     with _quiet() if labels else nullcontext():
         model, info = _guarded(path, lambda: auto.from_pretrained(path, config=settings, dtype=dtype, output_loading_info=True, **options))
     new = head_paths(model) if labels else []
@@ -131,6 +156,14 @@ def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype
             f"model.path={path}: {len(missing)} weights of the {settings.model_type!r} architecture are missing, first {missing[0]!r}."
         )
     return model
+
+
+def attention(labels: Sequence[str], on: torch.device) -> str | None:
+    """Returns how a model attends on a device, None for transformers' choice.
+
+    A classifier on a CPU does it in single steps: with a padding mask and short texts, fused attention takes twice the time to train.
+    """
+    return "eager" if labels and on.type == "cpu" else None
 
 
 def head_paths(model: nn.Module) -> list[str]:
@@ -270,7 +303,8 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
-def _check_architecture(path: str, settings: Any, labels: Sequence[str]) -> None:
+def check_architecture(path: str, settings: Any, labels: Sequence[str]) -> None:
+    """Raises UserError for transformers' settings of a model that cannot do what the data ask for; `path` is where it was found."""
     decoder = getattr(settings, "is_decoder", False)
     if labels and (settings.model_type not in CLASSIFIERS or decoder):
         kinds = ", ".join(sorted(CLASSIFIERS))

@@ -48,9 +48,9 @@ from fedsim.shapes import adapter_of, skeleton
 from fedsim.training import conversations
 from fedsim.training.budget import Load, TokenBudget, chosen
 from fedsim.training.cohort import ClientData, PassFacts
-from fedsim.training.encoding import encode, end_tokens, has_response, is_cut, longest_told
-from fedsim.training.labelled import encode_labelled
-from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example, Labelled
+from fedsim.training.encoding import end_tokens, has_response, is_cut, longest_told
+from fedsim.training.labelled import encode_any
+from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example
 
 OWN_DATA = "own data"  # in the holdings, of clients that do not say what tasks theirs has
 
@@ -193,11 +193,7 @@ class Session:
 
     def encode(self, examples: Sequence[AnyExample]) -> list[AnyEncoded]:
         """Returns the tokens of the examples, which are of one kind."""
-        data, labelled = self.config.data, [example for example in examples if isinstance(example, Labelled)]
-        if labelled:
-            return [*encode_labelled(labelled, self.tokenizer, data.max_length, apart=isinstance(self.model, BiEncoder))]
-        answered = [example for example in examples if isinstance(example, Example)]
-        return [*encode(answered, self.tokenizer, data.max_length, data.train_on)]
+        return encode_any(examples, self.tokenizer, self.config.data, apart=isinstance(self.model, BiEncoder))
 
     @cached_property
     def _kept_tokens(self) -> list[AnyEncoded] | None:

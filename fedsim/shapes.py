@@ -22,7 +22,7 @@ from fedsim.core.forms import AdapterSpec
 from fedsim.core.memory import ModelShape, shape_of
 from fedsim.core.methods import Method
 from fedsim.errors import UserError, nearest
-from fedsim.models import DTYPES, EMBEDDED, ENCODERS, config_file, head_paths, prepare, reading, source
+from fedsim.models import DTYPES, EMBEDDED, ENCODERS, attention, config_file, device, head_paths, prepare, reading, source
 from fedsim.plain import from_dict, to_dict
 
 LayerShape = tuple[int, int]
@@ -66,20 +66,22 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in skeleton(model).parameters())
 
 
-def model_shape(model: ModelConfig) -> ModelShape:
-    """Returns what the cost of the base model depends on. Raises UserError as `skeleton` does."""
-    return shape_of(skeleton(model), DTYPES[model.dtype].itemsize)
+def model_shape(model: ModelConfig, labels: Sequence[str] = (), texts: int = 2) -> ModelShape:
+    """Returns what the cost of the base model on its device depends on. Raises UserError as `skeleton` and `device` do."""
+    return shape_of(skeleton(model, labels, texts), DTYPES[model.dtype].itemsize, attention(labels, device(model)))
 
 
-def random_model(model: ModelConfig, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
-    """Returns the model with random weights made on a device, frozen, in the type that the configuration names.
+def random_model(
+    model: ModelConfig, on: torch.device, labels: Sequence[str] = (), texts: int = 2, *, activation_checkpointing: bool = False
+) -> nn.Module:
+    """Returns the model with random weights made on a device, frozen, in the type that the configuration names; otherwise as loaded.
 
     Raises UserError as `skeleton` does. The weights depend on torch's random state, which is left as it was.
     """
     entries, origin = _entries(model)
     with _silence(), torch.random.fork_rng():
-        bare = _build(entries, origin, (), on, DTYPES[model.dtype])
-    return prepare(bare, on, activation_checkpointing=activation_checkpointing)
+        bare = _build(entries, origin, labels, on, DTYPES[model.dtype])
+    return reading(prepare(bare, on, activation_checkpointing=activation_checkpointing), model, labels, texts)
 
 
 def skeleton(model: ModelConfig, labels: Sequence[str] = (), texts: int = 2) -> nn.Module:
@@ -170,7 +172,7 @@ def _build(
     if labels:
         settings.id2label, auto = dict(enumerate(labels)), transformers.AutoModelForSequenceClassification
     with on:
-        model: nn.Module = auto.from_config(settings, dtype=dtype, trust_remote_code=False)
+        model: nn.Module = auto.from_config(settings, dtype=dtype, attn_implementation=attention(labels, on), trust_remote_code=False)
     return model
 
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_model
+from conftest import ARCHITECTURES, LABELS, save_classifier, tiny_model
 
 from fedsim.cli.compose import compose
 from fedsim.cli.groups import groups
@@ -17,10 +17,11 @@ from fedsim.config import Config, ModelConfig
 from fedsim.config_check import check
 from fedsim.core.adapters import adapt
 from fedsim.core.forms import LORA_SB
+from fedsim.core.memory import shape_of
 from fedsim.errors import UserError
 from fedsim.models import load_model
 from fedsim.plain import from_dict, to_dict
-from fedsim.shapes import layer_shapes, num_parameters, skeleton
+from fedsim.shapes import layer_shapes, model_shape, num_parameters, random_model, skeleton
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TINY = {
@@ -91,6 +92,19 @@ def test_a_local_folder_has_the_shapes_of_its_model(architecture, tmp_path):
     total = sum(p.numel() for p in real.parameters())
     assert num_parameters(config) == total
     assert list(layer_shapes(config, []).items()) == list(adapt(real, LORA_SB, 4, 1, 1.0, []).layers.items())
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize("pairs", ["together", "apart"])
+def test_an_encoder_of_random_weights_is_but_for_these_the_one_that_is_loaded(pairs, texts, tmp_path):
+    config = compose(["model=local", f"model.path={save_classifier(tmp_path)}", f"model.pairs={pairs}", "model.device=cpu"]).model
+    loaded, _ = load_model(config, LABELS, texts)
+    made = random_model(config, torch.device("cpu"), LABELS, texts)
+    assert str(made) == str(loaded)
+    told = [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in loaded.named_parameters()]
+    assert [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in made.named_parameters()] == told
+    assert made.config._attn_implementation == loaded.config._attn_implementation
+    assert model_shape(config, LABELS, texts) == shape_of(loaded)
 
 
 def test_the_entries_of_a_choice_give_what_its_config_json_would(tmp_path):

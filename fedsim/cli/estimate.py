@@ -11,36 +11,43 @@ from statistics import mean
 from typing import Any
 
 from fedsim.calibration import calibrated
-from fedsim.choices import AUTO, TrainOn
+from fedsim.choices import AUTO, PairReading, PrivacyUnit, TrainOn
 from fedsim.cli.calling import width
 from fedsim.config import Config, DataConfig
 from fedsim.core.cost import forecast
-from fedsim.core.estimate import Calibration, Estimate, Work, estimate
+from fedsim.core.decomposition import CPU
+from fedsim.core.estimate import PADDED, Calibration, Estimate, Work, estimate
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.memory import ModelShape
 from fedsim.core.participation import round_size
 from fedsim.data import Dataset, labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
-from fedsim.models import EMBEDDED, device, looks_local
+from fedsim.models import EMBEDDED, check_architecture, context, device, looks_local, tokenizer_at_hand
 from fedsim.progress import plural, size
 from fedsim.report import table
 from fedsim.seeding import numpy_generator
-from fedsim.shapes import adapter_of, model_shape
+from fedsim.shapes import adapter_of, model_shape, skeleton
+from fedsim.training.batches import collate, local_batches, pack
 from fedsim.training.budget import GENERATED, Load, chosen_for, chosen_for_answers_within, chosen_on_cpu, free_bytes
-from fedsim.training.encoding import encode
-from fedsim.types import AnyExample, Example
+from fedsim.training.labelled import encode_any
+from fedsim.types import AnyEncoded, AnyExample, EncodedExample, Labelled
 
 TRAIN_SIZES = {"gsm8k": 7473, "math": 7500, "metamathqa": 395_000, "commonsense_170k": 170_420}
 TEST_SIZES = {"gsm8k": 1319, "math": 5000, "boolq": 3270, "piqa": 1838, "social_i_qa": 1954, "hellaswag": 10_042, "winogrande": 1267}
 TEST_SIZES |= {"ARC-Challenge": 1172, "ARC-Easy": 2376, "openbookqa": 500}
-"""Examples of the sets that are not on this machine, as their authors give them."""
+TRAIN_SIZES |= {"snli": 549_367, "sick": 8935}
+TEST_SIZES |= {"snli": 9824, "sick": 992}
+"""Examples of the sets that are not on this machine, as they are read."""
+
+TOKENS = {"snli": 26, "sick": 23}
+"""Of an example as BERT reads it, where that is not about half of data.max_length."""
 
 SAMPLED = 400
 """Examples whose length is looked at."""
 
 TOKENS_A_WORD = 1.4
-"""Where the model's tokenizer is not on this machine."""
+"""And for what a tokenizer puts around texts, where the model's tokenizer is not on this machine."""
 
 MEGABITS = 100.0
 
@@ -77,15 +84,18 @@ def estimate_of(
 
     Raises UserError for a model without known shapes and for data that cannot be read.
     """
-    if labels(given.data) != ():
-        raise UserError("data: expected texts that are answered, got labels; an estimate of classification is not known. Use fedsim cost.")
     config, method = effective(given), method_of(given)
-    spec, shape = adapter_of(config, method, ()), model_shape(given.model)
+    data = _data(given.data, given.seed)
+    classes, texts = (data.labels, data.texts) if data else (labels(given.data) or (), 2)
+    settings = skeleton(given.model, classes, texts).config
+    check_architecture(given.model.path or str(EMBEDDED), settings, classes)
+    spec, shape = adapter_of(config, method, classes, texts), model_shape(given.model, classes, texts)
     given, config = (_with_passes(each, shape, Load.of(config, spec, method)) for each in (given, config))
-    work, told = _work(given, tokens)
-    rates = rates or calibrated(config, method, spec, max(4, round(work.tokens)), again=again)
+    limit = min(given.data.max_length, context(settings, classes) or given.data.max_length)
+    work, told = _plural(config, data, limit) if data else _assumed(config, tokens, limit)
+    rates = rates or calibrated(config, method, spec, max(4, round(work.tokens)), classes, texts, again=again)
     found = estimate(config, method, spec, shape, work, rates, forecast(config, method, spec))
-    return Answer(given, spec, shape, work, rates, found, megabits, (*told, *_assumptions(config, rates)))
+    return Answer(given, spec, shape, work, rates, found, megabits, (*told, *_assumptions(config, spec, work, rates)))
 
 
 def _with_passes(config: Config, shape: ModelShape, load: Load) -> Config:
@@ -100,14 +110,18 @@ def _with_passes(config: Config, shape: ModelShape, load: Load) -> Config:
     return replace(config, training=replace(training, tokens_per_pass=most), evaluation=replace(evaluation, tokens_per_pass=answers))
 
 
-def _assumptions(config: Config, rates: Calibration) -> list[str]:
+_ANSWERS = "The base model's answers run to evaluation.max_new_tokens (whole texts to less), later ones to the length of the references."
+
+
+def _assumptions(config: Config, spec: AdapterSpec, work: Work, rates: Calibration) -> list[str]:
     told = [
         f"Rates: {rates.source}; {rates.flops / 1e9:,.1f} GFLOP/s in training.",
         f"Error: against runs of models of up to 87 M parameters on a CPU, total time was off by up to {TIME_FACTOR:g} times and memory by "
-        f"up to {MEMORY_FACTOR:g} times (docs/performance.md); a GPU is not in these figures.",
+        f"up to {MEMORY_FACTOR:g} times (docs/performance.md); {'a GPU and classification are' if spec.head else 'a GPU is'} not in these "
+        "figures.",
         "One process is server and worker. Start-up, the reading of data and the loading of weights come in addition.",
-        "The base model's answers run to evaluation.max_new_tokens (whole texts to less), later ones to the length of the references.",
-        "Clients have equal shares; a step is as long as its mean; padding adds a twelfth to the time of training.",
+        *([] if spec.head else [_ANSWERS]),
+        f"Clients have equal shares; a step is as long as its mean; padding adds {work.padded - 1:.0%} to the tokens of training.",
     ]
     if config.privacy.secure_aggregation:
         told.append("The masks and shares of secure aggregation are in the bytes, not in the time.")
@@ -119,23 +133,15 @@ def _assumptions(config: Config, rates: Calibration) -> list[str]:
 # ---- data
 
 
-def _work(config: Config, tokens: int | None) -> tuple[Work, list[str]]:
-    """Returns the examples and their lengths, and what was assumed of them."""
-    if _at_hand(config.data):
-        return _counted(config, load(config.data, config.seed))
-    unknown = [name for name in config.data.train if name not in TRAIN_SIZES] + [
-        name for name in config.data.test if name not in TEST_SIZES
-    ]
+def _data(config: DataConfig, seed: int) -> Dataset | None:
+    """Returns the data; None where they are not on this machine, but as many as their sets have. Raises UserError for other sets."""
+    if _at_hand(config):
+        return load(config, seed)
+    sizes = ((config.train, TRAIN_SIZES), (config.test, TEST_SIZES))
+    unknown = [name for names, known in sizes for name in names if name not in known]
     if unknown:
         raise UserError(f"data: {unknown[0]!r} is not on this machine and its size is not known. Name its folder: data.path=...")
-    length = tokens or config.data.max_length // 2
-    kept = config.data.train_examples or sum(TRAIN_SIZES.get(name, 0) for name in config.data.train)
-    most = config.data.test_examples or max(TEST_SIZES.values())
-    questions = sum(min(most, TEST_SIZES.get(name, 0)) for name in config.data.test)
-    work = Work(length, length / 2, kept, questions, length / 2, min(length / 2, config.evaluation.max_new_tokens))
-    return work, [
-        f"Data are not on this machine: {kept:,} examples of {length} tokens (--tokens=), half of them response; {questions:,} questions."
-    ]
+    return None
 
 
 def _at_hand(data: DataConfig) -> bool:
@@ -144,42 +150,83 @@ def _at_hand(data: DataConfig) -> bool:
     return data.train == ["embedded"] and data.test == ["embedded"]
 
 
-def _counted(config: Config, data: Dataset) -> tuple[Work, list[str]]:
+def _assumed(config: Config, tokens: int | None, limit: int) -> tuple[Work, list[str]]:
+    """Returns the examples and lengths of sets that are not on this machine, and what was assumed of them."""
+    data = config.data
+    length = tokens or min(limit, round(mean(TOKENS.get(name, data.max_length // 2) for name in data.train)))
+    response = 0 if labels(data) else length / 2
+    kept = data.train_examples or sum(TRAIN_SIZES[name] for name in data.train)
+    most = data.test_examples or max(TEST_SIZES.values())
+    questions = sum(min(most, TEST_SIZES[name]) for name in data.test)
+    answer = min(response, config.evaluation.max_new_tokens)
+    work = Work(length, response, kept, questions, length - response, answer, 2 if config.model.pairs is PairReading.apart else 1)
+    parts = ", half of them response" if response else ""
+    told = f"Data are not on this machine: {kept:,} examples of {length} tokens (--tokens=){parts}; {questions:,} questions."
+    return work, [told]
+
+
+def _plural(config: Config, data: Dataset, limit: int) -> tuple[Work, list[str]]:
+    """Returns the examples and the lengths of a sample of them, and what was assumed for want of the model's tokenizer."""
+    apart = config.model.pairs is PairReading.apart
     tests = [example for examples in data.test.values() for example in examples]
-    tokenizer = _tokenizer(config)
-    train = _lengths(config, data.train, tokenizer, config.data.train_on)
-    questions = _lengths(config, tests, tokenizer, TrainOn.response)
-    told = [] if tokenizer else [f"Tokens of the data: {TOKENS_A_WORD} for each word, as the model's tokenizer is not on this machine."]
+    train, questions = (_sample(examples, config.seed) for examples in (data.train, tests))
+    tokenizer, padded, told = tokenizer_at_hand(config.model, data.labels), PADDED, []
+    if tokenizer is None:
+        lengths, asked = ([_by_words(example, limit) for example in each] for each in (train, questions))
+        told = [f"Tokens of the data: {TOKENS_A_WORD} for each word, as the model's tokenizer is not on this machine."]
+    else:
+        in_tests = replace(config.data, train_on=TrainOn.response)
+        kinds = ((train, config.data), (questions, in_tests))
+        encoded, of_tests = (encode_any(each, tokenizer, how, apart=apart) for each, how in kinds)
+        lengths, asked, padded = _lengths(encoded), _lengths(of_tests), _padded(config, encoded)
     work = Work(
-        tokens=mean(whole for whole, _ in train),
-        responses=mean(whole - start for whole, start in train),
+        tokens=mean(whole for whole, _ in lengths),
+        responses=mean(whole - start for whole, start in lengths),
         train_examples=len(data.train),
         questions=len(tests),
-        prompt=mean(start for _, start in questions),
-        answer=mean(whole - start for whole, start in questions),
+        prompt=mean(start for _, start in asked),
+        answer=mean(whole - start for whole, start in asked),
+        sequences=data.texts if apart else 1,
+        padded=padded,
     )
     return work, told
 
 
-def _lengths(config: Config, examples: Sequence[AnyExample], tokenizer: Any, train_on: TrainOn) -> list[tuple[float, float]]:
-    """Returns length and length of what has no loss of a seeded sample of the examples, cut as for training."""
-    count, limit = min(SAMPLED, len(examples)), config.data.max_length
-    drawn = [examples[i] for i in numpy_generator(config.seed, "estimate").choice(len(examples), count, replace=False)]
-    chosen = [example for example in drawn if isinstance(example, Example)]
-    if tokenizer is None:
-        pairs = [(len(example.prompt.split()), len(example.response.split())) for example in chosen]
-        return [(min(limit, TOKENS_A_WORD * (prompt + response)), min(limit, TOKENS_A_WORD * prompt)) for prompt, response in pairs]
-    return [(each.num_tokens, each.loss_start) for each in encode(chosen, tokenizer, limit, train_on)]
+def _sample(examples: Sequence[AnyExample], seed: int) -> list[AnyExample]:
+    count = min(SAMPLED, len(examples))
+    return [examples[i] for i in numpy_generator(seed, "estimate").choice(len(examples), count, replace=False)]
 
 
-def _tokenizer(config: Config) -> Any:
-    """Returns the model's tokenizer if it is on this machine, None otherwise."""
-    folder = EMBEDDED if config.model.path is None else Path(config.model.path)
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    from transformers import AutoTokenizer
+def _lengths(encoded: Sequence[AnyEncoded]) -> list[tuple[float, float]]:
+    """Returns length and length of what has no loss, which of a row that is classified is all of it."""
+    return [(each.num_tokens, each.loss_start if isinstance(each, EncodedExample) else each.num_tokens) for each in encoded]
 
-    return AutoTokenizer.from_pretrained(str(folder))
+
+def _by_words(example: AnyExample, limit: int) -> tuple[float, float]:
+    """Returns about the same, cut as for training."""
+    first, *others = (" ".join(example.texts),) if isinstance(example, Labelled) else (example.prompt, example.response)
+    start = len(first.split())
+    whole = start + sum(len(text.split()) for text in others)
+    return min(limit, TOKENS_A_WORD * whole), min(limit, TOKENS_A_WORD * start)
+
+
+def _padded(config: Config, encoded: Sequence[AnyEncoded]) -> float:
+    """Returns the positions for each token where a cohort trains on the examples for an epoch, as a run does it."""
+    training, drawn = replace(config.training, local_epochs=1), round_size(config.federation.clients, config.federation.fraction)
+    clients = max(1, min(config.engine.cohort_size or drawn, drawn, len(encoded) // (training.batch_size * training.accumulation)))
+    shards = [encoded[client::clients] for client in range(clients)]
+    batches = [
+        local_batches([example.num_tokens for example in shard], training, seed=config.seed, round=1, client=client)
+        for client, shard in enumerate(shards)
+    ]
+    unit = 1 if config.privacy.unit is PrivacyUnit.example else training.batch_size
+    positions = tokens = 0
+    for step in zip(*batches, strict=False):
+        rows = {client: [shards[client][i] for i in batch] for client, batch in enumerate(step)}
+        for each in pack(rows, unit, int(training.tokens_per_pass)):
+            batch = collate([row.example for row in each.rows], 0, CPU)
+            positions, tokens = positions + batch.input_ids.numel(), tokens + batch.num_tokens
+    return positions / tokens
 
 
 # ---- what is printed

@@ -4,6 +4,7 @@ FLOPs are those of the matrix products, two per multiply-add. The base is frozen
 activations, 4 x parameters, and no gradient of the weights. Bytes of transfers come from `fedsim.core.cost`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -13,7 +14,7 @@ from fedsim.choices import Init, Optimizer, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.cost import Forecast
 from fedsim.core.decomposition import svd_flops
-from fedsim.core.forms import AdapterSpec
+from fedsim.core.forms import HEAD, AdapterSpec
 from fedsim.core.gradient_parts import parts_of
 from fedsim.core.initialization import DERIVED
 from fedsim.core.memory import ModelShape, pass_bytes
@@ -22,12 +23,12 @@ from fedsim.core.participation import round_size, steps_per_round
 from fedsim.core.traffic import refresh_due
 
 PADDED = 1.08
-"""Positions of a pass for each of its tokens: rows are padded to the longest, and to few widths. Of the embedded data, 1.06 to 1.09."""
+"""Positions of a pass for each of its tokens, where the rows are not known. They are padded to the longest, and to few widths."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do, in examples and tokens; means over examples."""
+    """What there is to do, in examples and tokens; means over examples. Of what is classified no token carries a loss or is generated."""
 
     tokens: float  # of a training example, cut to data.max_length
     responses: float  # of these, tokens that carry a loss
@@ -35,6 +36,13 @@ class Work:
     questions: int  # of all test sets
     prompt: float  # tokens of a test question
     answer: float  # tokens of a generated answer after training
+    sequences: int = 1  # in which an example is read: two where its texts are read apart
+    padded: float = PADDED  # positions of a training pass for each of its tokens
+
+    @property
+    def length(self) -> float:
+        """Tokens of a sequence in training."""
+        return self.tokens / self.sequences
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Calibration:
     flops: float  # per second in training, matrix products
     pass_seconds: float  # of a training pass besides its FLOPs
     client_step_seconds: float  # of a client's step besides its passes
-    decode_flops: float  # per second in generation
+    decode_flops: float  # per second in generation; 0 where nothing is generated
     decode_seconds: float  # of a generation step besides its FLOPs
     copy_bytes: float  # per second that a message's arrays go through packing, checks and averaging
     client_seconds: float  # of a client's messages in a round besides their bytes
@@ -80,6 +88,11 @@ class Estimate:
     def peak_bytes(self) -> float:
         """Memory at the peak."""
         return sum(self.memory.values())
+
+
+def trained_parameters(spec: AdapterSpec, kinds: Sequence[str]) -> int:
+    """Returns how many of the trained numbers every token meets: those of a classification head are for a row."""
+    return spec.num_parameters([kind for kind in kinds if kind != HEAD])
 
 
 def chain_parameters(spec: AdapterSpec) -> int:
@@ -145,9 +158,9 @@ class _Plan:
         return self._cohort * self._batch * self._work.tokens
 
     @property
-    def _pass_tokens(self) -> float:
-        """Tokens of one pass: the most that it may have, or a whole step where that is less."""
-        return min(self._most_tokens, max(self._step_tokens, self._work.tokens))
+    def _pass_positions(self) -> float:
+        """Positions of one pass: the most that it may have, or a whole step where that is less."""
+        return min(self._most_tokens, self._work.padded * max(self._step_tokens, self._work.tokens))
 
     @property
     def _most_tokens(self) -> float:
@@ -160,15 +173,15 @@ class _Plan:
         tokens = self._client_steps * self._batch * self._work.tokens
         targets = self._client_steps * self._batch * self._work.responses
         checkpointing = self._config.training.activation_checkpointing
-        return training_flops(self._shape, tokens, self._work.tokens, targets, self._adapters, self._trained, checkpointing=checkpointing)
+        trained = trained_parameters(self._spec, self._method.trained(1))
+        return training_flops(self._shape, tokens, self._work.length, targets, self._adapters, trained, checkpointing=checkpointing)
 
     def training(self) -> Phase:
         """Passes, and each client's optimizer steps."""
-        passes = self._client_steps / self._cohort * ceil(PADDED * self._step_tokens / self._most_tokens)
-        rates = self._rates
-        seconds = (
-            PADDED * self.flops_of_training / rates.flops + passes * rates.pass_seconds + self._client_steps * rates.client_step_seconds
-        )
+        rates, padded = self._rates, self._work.padded
+        passes = self._client_steps / self._cohort * ceil(padded * self._step_tokens / self._most_tokens)
+        seconds = padded * self.flops_of_training / rates.flops + passes * rates.pass_seconds
+        seconds += self._client_steps * rates.client_step_seconds
         tokens = self._client_steps * self._batch * self._work.tokens
         return Phase("training", seconds, f"{tokens:,.0f} tokens, {passes:,.0f} passes, {self.flops_of_training:.3g} FLOPs")
 
@@ -182,7 +195,7 @@ class _Plan:
             return Phase("initialisation", (1 + again) * svd, "decomposition of the base weights")
         samples = min(self._config.adapter.init_samples, self._work.train_examples)
         tokens = samples * self._work.tokens
-        flops = training_flops(self._shape, tokens, self._work.tokens, samples * self._work.responses, 0, self._shape.block_parameters)
+        flops = training_flops(self._shape, tokens, self._work.length, samples * self._work.responses, 0, self._shape.block_parameters)
         givers = max(1, self._cost.givers)
         moved = 2.0 * 4 * self._of_gradients * givers / self._rates.copy_bytes
         seconds = flops / self._rates.flops + givers * self._rates.pass_seconds + svd + moved
@@ -213,24 +226,36 @@ class _Plan:
         )
 
     def evaluation(self) -> Phase:
-        """The base model's answers, taken to run to the limit, and after training; and the loss of the references."""
+        """Of what is classified, forward passes. Else the base model's answers, taken to run to the limit, those after training, and the
+        loss of the references."""
         options, work = self._config.evaluation, self._work
         rounds = self._config.federation.rounds
         later = 1 + (len([n for n in range(1, rounds) if n % options.every == 0]) if options.every else 0)
+        if self._spec.head:
+            return Phase("evaluation", (1 + later) * self._classification(), f"{work.questions:,} rows {1 + later} times")
         answers = (float(options.max_new_tokens), *(min(work.answer, options.max_new_tokens) for _ in range(later)))
         seconds = sum(self._generation(answer) for answer in answers)
         tokens = work.questions * sum(answers)
         return Phase("evaluation", seconds, f"{work.questions:,} questions {1 + later} times, {tokens:,.0f} generated tokens")
 
     @property
-    def _answers_at_once(self) -> int:
-        """Rows of a generation batch."""
-        options, work = self._config.evaluation, self._work
-        return int(max(1, min(work.questions, int(options.tokens_per_pass) // (work.prompt + options.max_new_tokens))))
+    def _questions_at_once(self) -> int:
+        """Rows of a batch of evaluation."""
+        most = int(self._config.evaluation.tokens_per_pass) // (self._work.prompt + self._longest_answer)
+        return int(max(1, min(self._work.questions, most)))
+
+    @property
+    def _longest_answer(self) -> int:
+        return 0 if self._spec.head else self._config.evaluation.max_new_tokens
+
+    def _classification(self) -> float:
+        work, rates = self._work, self._rates
+        flops = forward_flops(self._shape, work.questions * work.prompt, work.prompt / work.sequences, 0)
+        return work.padded * flops / rates.flops + ceil(work.questions / self._questions_at_once) * rates.pass_seconds
 
     def _generation(self, answer: float) -> float:
         options, work, shape, rates = self._config.evaluation, self._work, self._shape, self._rates
-        batches = ceil(work.questions / self._answers_at_once)
+        batches = ceil(work.questions / self._questions_at_once)
         length = work.prompt + answer / 2
         flops = forward_flops(shape, work.questions * work.prompt, work.prompt, work.questions) / rates.flops
         flops += forward_flops(shape, work.questions * answer, length, work.questions * answer) / rates.decode_flops
@@ -246,22 +271,21 @@ class _Plan:
         moments = {Optimizer.adamw: 2, Optimizer.sgd: 1 if config.training.momentum else 0}[config.training.optimizer]
         moments = moments if config.training.local_epochs or config.training.local_steps > 1 else 0  # a single step keeps none
         private = 1 if config.privacy.unit is PrivacyUnit.example else 0
-        tokens, length = self._pass_tokens, self._work.tokens
+        positions, padded = self._pass_positions, self._work.padded
         held = pass_bytes(
             shape,
             self._spec,
             self._method.trained(1),
-            tokens,
-            length=length,
-            groups=max(1.0, tokens / length / (1 if private else config.training.batch_size)),
-            targets=min(1.0, self._work.responses / length + 0.2) * tokens,  # rows differ in where their response begins
+            positions,
+            length=padded * self._work.length,
+            groups=max(1.0, positions / (padded * self._work.tokens) / (1 if private else config.training.batch_size)),
+            targets=min(1.0, self._work.responses / self._work.tokens + 0.2) * positions,  # rows differ in where their response begins
             checkpointing=config.training.activation_checkpointing,
         )
         whole = self._spec.num_parameters(self._spec.kinds)
         gradients = 0 if config.adapter.init in DERIVED else 3 * 4 * self._of_gradients
-        answer = self._work.prompt + config.evaluation.max_new_tokens
         merged = number * self._whole if number >= 4 else 0  # answers come from merged weights, where those are in float32
-        generation = self._answers_at_once * answer * shape.cache_bytes + merged
+        evaluation = self._questions_at_once * self._question_bytes + merged
         folds = self._method.folds or config.adapter.refresh_every > 0
         return {
             "process": float(self._rates.process_bytes),
@@ -269,5 +293,12 @@ class _Plan:
             "common factors": 2.0 * 4 * whole,
             "what is folded into the base model": float((number + 4) * self._whole if folds else 0),
             "clients' factors, gradients, moments and uploads": 4.0 * self._trained * self._cohort * (4 + moments + private),
-            "largest of a training pass, initial gradients and generation": max(held, float(gradients), generation),
+            "largest of a training pass, initial gradients and evaluation": max(held, float(gradients), evaluation),
         }
+
+    @property
+    def _question_bytes(self) -> float:
+        """What a row of a batch of evaluation takes: the cache of its answer, or what a block makes of it."""
+        tokens = self._work.prompt + self._longest_answer
+        length, shape = tokens / self._work.sequences, self._shape
+        return tokens * (shape.block_bytes(length) + shape.backward_bytes(length) if self._spec.head else shape.cache_bytes)

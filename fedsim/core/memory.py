@@ -61,10 +61,10 @@ class ModelShape:
         return self.cache_bytes + self.weight_bytes * made
 
 
-def shape_of(model: Any, weight_bytes: int | None = None) -> ModelShape:
+def shape_of(model: Any, weight_bytes: int | None = None, attention: str | None = None) -> ModelShape:
     """Returns the shape of a language model or an encoder of transformers, adapted or not, on any device.
 
-    `weight_bytes` is the size of a weight where the model is to have another type than it has here.
+    `weight_bytes` is the size of a weight, and `attention` the name of its implementation, where the model is to have others than here.
     """
     settings, output = model.config, model.get_output_embeddings()
     size = weight_bytes or next(model.parameters()).element_size()
@@ -89,7 +89,7 @@ def shape_of(model: Any, weight_bytes: int | None = None) -> ModelShape:
         weight_bytes=size,
         norm_bytes=sum(_norm_width(part, hidden, queries) for part in parts) // layers * (size if in_one_step else 4),
         kept_by_gate=2 if any(map(_is(GatedMLP), parts)) else _kept_by_activation(parts) + (2 if made > 1.5 * inner else 0),
-        score_bytes=_score_bytes(settings, heads, size),
+        score_bytes=_score_bytes(settings, attention or settings._attn_implementation, heads, size),
         loss_in_parts=output is not None and is_linear(output) and gives_its_logits(settings),
     )
 
@@ -122,9 +122,9 @@ def _kept_by_activation(parts: Sequence[nn.Module]) -> int:
     return max(1, sum(tensor.numel() for tensor in kept.values()) // len(x))
 
 
-def _score_bytes(settings: Any, heads: int, size: int) -> int:
+def _score_bytes(settings: Any, attention: str, heads: int, size: int) -> int:
     """Returns what attention in single steps keeps for each pair of tokens: the softmax in float32, it in the type of values, a tanh."""
-    if settings._attn_implementation != "eager":
+    if attention != "eager":
         return 0
     copy = size if size < 4 else 0
     capped = size if getattr(settings, "attn_logit_softcapping", None) else 0

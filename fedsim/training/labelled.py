@@ -13,10 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsim.training.encoding import token_ids, tokenized
+from fedsim.config import DataConfig
+from fedsim.training.encoding import encode, token_ids, tokenized
 from fedsim.training.padding import padded_width
 from fedsim.training.stack import on_device
-from fedsim.types import EncodedLabelled, Labelled, Tokens
+from fedsim.types import AnyEncoded, AnyExample, EncodedLabelled, Example, Labelled, Tokens
+
+
+def encode_any(examples: Sequence[AnyExample], tokenizer: Any, data: DataConfig, *, apart: bool = False) -> list[AnyEncoded]:
+    """Returns the tokens of examples of one kind, answered or classified, as `data` says; two texts are read `apart` or in one sequence."""
+    labelled = [example for example in examples if isinstance(example, Labelled)]
+    if labelled:
+        return [*encode_labelled(labelled, tokenizer, data.max_length, apart=apart)]
+    return [*encode([example for example in examples if isinstance(example, Example)], tokenizer, data.max_length, data.train_on)]
 
 
 def encode_labelled(examples: Sequence[Labelled], tokenizer: Any, max_length: int, *, apart: bool = False) -> list[EncodedLabelled]:

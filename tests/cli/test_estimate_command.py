@@ -1,18 +1,24 @@
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import save_classifier, write_sick
 
+from fedsim import calibration as calibrations
 from fedsim.calibration import calibrated
 from fedsim.cli.compose import compose
 from fedsim.cli.estimate import MEMORY_FACTOR, TIME_FACTOR, estimate_of, estimate_table, rough_duration
 from fedsim.cli.main import main
 from fedsim.core.adapters import adapter_spec
 from fedsim.core.cost import forecast
+from fedsim.core.estimate import Calibration
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
-from fedsim.shapes import layer_shapes, num_parameters
+from fedsim.experiment import run
+from fedsim.shapes import adapter_of, layer_shapes, num_parameters
+from fedsim.training import cohort
 
 SMALL = ["data.train_examples=40", "data.test_examples=5", "federation.clients=2", "federation.rounds=2", "training.batch_size=1"]
 SMALL += ["training.tokens_per_pass=128", "evaluation.tokens_per_pass=256", "evaluation.max_new_tokens=8", "adapter.rank=4"]
@@ -82,8 +88,6 @@ def test_data_that_are_not_here_are_assumed_and_said_so(monkeypatch):
 
 def calibration():
     """Rates that nobody measured."""
-    from fedsim.core.estimate import Calibration
-
     return Calibration(1e10, 1e-2, 1e-3, 1e9, 5e-3, 1e9, 1e-3, 1e9, 400_000_000, "made up")
 
 
@@ -107,3 +111,145 @@ def test_a_wrong_flag_is_one_line(flags, capsys):
 def test_times_are_written_as_one_reads_them():
     words = [rough_duration(seconds) for seconds in (0.44, 12, 312, 11_160, 3_542_400, 72_580_000, 1e9)]
     assert words == ["0.4 s", "12 s", "5.2 min", "3.1 h", "41 days", "2.3 years", "32 years"]
+
+
+# ---- what is classified
+
+
+@pytest.fixture
+def classified(tmp_path):
+    """A small encoder and pairs of words that it knows, 36 to train on and 4 as a test."""
+    pairs = write_sick(tmp_path / "SICK.txt")
+    federation = ["federation.clients=2", "federation.rounds=2", "training.batch_size=2", "training.local_epochs=1"]
+    return ["model=local", f"model.path={save_classifier(tmp_path / 'encoder')}", "data=sick", f"data.path={pairs}", *federation]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_work_of_pairs_is_their_tokens_as_the_model_reads_them(apart, classified, tmp_path):
+    from transformers import AutoTokenizer
+
+    given = compose([*classified, f"model.pairs={'apart' if apart else 'together'}", "adapter.rank=4"])
+    answer = estimate_of(given, rates=calibration())
+    tokenizer = AutoTokenizer.from_pretrained(given.model.path)
+    rows = [line.split("\t") for line in (tmp_path / "SICK.txt").read_text().splitlines()[1:]]
+    lengths = [len(tokenizer(*each[1:3]).input_ids) + apart for each in rows]  # apart, the second begins with a token of its own
+    work = answer.work
+    assert 36 * work.tokens + 4 * work.prompt == pytest.approx(sum(lengths))
+    assert (work.train_examples, work.questions, work.responses, work.answer, work.sequences) == (36, 4, 0, 0, 1 + apart)
+    config, method = effective(given), method_of(given)
+    spec = adapter_of(config, method, ("entailment", "neutral", "contradiction"))
+    assert spec.head["classifier"] == (3, 3 * 32 if apart else 32)
+    assert answer.found.num_bytes == forecast(config, method, spec).totals
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_padding_is_that_of_a_run(apart, classified, tmp_path, monkeypatch):
+    given = compose([*classified, f"model.pairs={'apart' if apart else 'together'}", "adapter.rank=4", f"run_dir={tmp_path / 'run'}"])
+    passes = []
+    real = cohort.group_gradients
+    monkeypatch.setattr(
+        cohort, "group_gradients", lambda model, parts, batch, *rest: passes.append(batch) or real(model, parts, batch, *rest)
+    )
+    run(given, quiet=True)
+    padded = sum(batch.input_ids.numel() for batch in passes) / sum(batch.num_tokens for batch in passes)
+    assert padded > 1.1
+    assert estimate_of(given, rates=calibration()).work.padded == pytest.approx(padded, rel=0.1)
+
+
+@pytest.mark.parametrize("pairs", ["apart", "together"])
+def test_an_encoder_is_measured_and_nothing_is_said_of_answers(pairs, classified, capsys):
+    assert main(["estimate", *classified, "adapter.rank=4", f"model.pairs={pairs}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(found["calibration"][name] > 0 for name in ("flops", "copy_bytes", "client_seconds", "svd_flops", "process_bytes"))
+    assert found["calibration"]["decode_flops"] == found["calibration"]["decode_seconds"] == 0
+    assert all(seconds > 0 for seconds in found["phases"].values())
+    assert main(["estimate", *classified, "adapter.rank=4", f"model.pairs={pairs}"]) == 0
+    text = capsys.readouterr().out
+    assert "4 rows 2 times" in text
+    assert "classification are not in these figures" in text
+    assert not any(word in text for word in ("answer", "generat", "max_new_tokens", "response"))
+
+
+def once(work, times=1):
+    """What a calibration takes the fastest of a few of."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+@pytest.mark.parametrize("labels", [("yes", "no"), ()])
+def test_a_large_model_is_foretold_from_one_of_its_kind(labels, monkeypatch):
+    built = []
+    real = calibrations.random_model
+    monkeypatch.setattr(calibrations, "DIRECT_LIMIT", 0)
+    monkeypatch.setattr(calibrations, "random_model", lambda *given: built.append(real(*given)) or built[-1])
+    monkeypatch.setattr(calibrations, "_fastest", once)
+    data = ["model=minilm", "data=snli"] if labels else []
+    config = compose([*SMALL, "data.train_examples=40", *data])
+    settled, method = effective(config), method_of(config)
+    found = calibrated(settled, method, adapter_of(settled, method, labels), 20, labels)
+    assert (built[0].config.model_type, bool(found.decode_flops)) == (("bert", False) if labels else ("llama", True))
+    assert "matrix products" in found.source
+
+
+def test_calibrations_of_other_labels_or_of_texts_read_otherwise_are_others(classified, tmp_path):
+    def key(*overrides, labels=("yes", "no"), texts=2):
+        config = compose([*classified, *overrides])
+        method = method_of(config)
+        settled = effective(config)
+        return calibrations._key(settled, adapter_of(settled, method, labels, texts), 20)
+
+    apart = "model.pairs=apart"
+    keys = [key(), key(labels=("a", "b", "c")), key(apart), key(apart, labels=("a", "b", "c")), key(apart, texts=1)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_labels_of_ones_own_and_single_texts_are_read_from_the_rows(classified, tmp_path):
+    rows = [f"w{i} w{i + 1} w{i + 2},{'abcd'[i % 4]}" for i in range(40)]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    own = [*classified, "data=classification", f"data.path={tmp_path / 'mine.csv'}"]
+    answer = estimate_of(compose([*own, "model.pairs=apart"]), rates=calibration())
+    assert answer.spec.head["classifier"] == (4, 32), "one text has one state"
+    assert (answer.work.tokens, answer.work.sequences) == (5, 1), "three words between [CLS] and [SEP]"
+
+
+def test_words_are_counted_where_there_is_no_tokenizer(classified, tmp_path):
+    folder = tmp_path / "encoder"
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    given = compose(classified)
+    answer = estimate_of(given, rates=calibration())
+    rows = [line.split("\t") for line in (tmp_path / "SICK.txt").read_text().splitlines()[1:]]
+    words = [len(f"{each[1]} {each[2]}".split()) for each in rows]
+    assert 36 * answer.work.tokens + 4 * answer.work.prompt == pytest.approx(1.4 * sum(words))
+    assert answer.work.answer == answer.work.responses == 0
+    assert "1.4 for each word" in answer.assumptions[0]
+    room = 8  # of the positions of a smaller model
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": room}))
+    cut = estimate_of(given, rates=calibration()).work
+    assert 36 * cut.tokens + 4 * cut.prompt == pytest.approx(sum(min(room, 1.4 * number) for number in words))
+
+
+@pytest.mark.parametrize("model", ["minilm", "bert_base", "roberta_large"])
+def test_inference_sets_that_are_not_here_are_as_large_as_they_are_read(model):
+    answer = estimate_of(compose([f"model={model}", "data=snli"]), rates=calibration())
+    assert (answer.work.train_examples, answer.work.questions) == (549_367, 9824)
+    assert (answer.work.sequences, answer.work.answer) == (2 if model == "minilm" else 1, 0)
+    assert "response" not in answer.assumptions[0]
+    assert estimate_of(compose([f"model={model}", "data=snli"]), tokens=40, rates=calibration()).work.tokens == 40
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["data=snli"], "takes an encoder"),
+        (["model=bert_base", "data=gsm8k"], "cannot generate answers"),
+        (["model=bert_base", "data=classification"], "its size is not known"),
+    ],
+)
+def test_data_that_the_model_cannot_serve_are_refused_in_a_line(overrides, reason, capsys):
+    assert main(["estimate", *overrides]) == 2
+    told = capsys.readouterr().err
+    assert reason in told
+    assert told.count("\n") == 1

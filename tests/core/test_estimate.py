@@ -4,21 +4,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from conftest import LABELS, VOCABULARY, tiny_classifier, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.cli.compose import compose
 from fedsim.config import ModelConfig
 from fedsim.core import gemm
-from fedsim.core.adapters import adapt, adapter_spec, factors
+from fedsim.core.adapters import adapt, factors
 from fedsim.core.cost import forecast
-from fedsim.core.estimate import Calibration, Work, chain_parameters, estimate, forward_flops, training_flops
-from fedsim.core.forms import LORA, LORA_SB
+from fedsim.core.estimate import (
+    Calibration,
+    Work,
+    chain_parameters,
+    estimate,
+    forward_flops,
+    trained_parameters,
+    training_flops,
+)
+from fedsim.core.forms import HEAD, LORA, LORA_SB
+from fedsim.core.memory import shape_of
 from fedsim.effective import effective, method_of
-from fedsim.shapes import layer_shapes, model_shape, num_parameters
+from fedsim.models import head_paths
+from fedsim.shapes import adapter_of, layer_shapes, model_shape, num_parameters
 from fedsim.training.batches import collate
 from fedsim.training.loss import batch_loss, group_gradients
-from fedsim.types import EncodedExample
+from fedsim.types import EncodedExample, EncodedLabelled
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "tie_word_embeddings": True}
@@ -57,6 +67,33 @@ def test_flops_equal_those_that_torch_counts(form, kinds, monkeypatch):
     assert training_flops(SHAPE, TOKENS, LENGTH, targets, adapters, trained) - unneeded == both
 
 
+def pairs(model, *, apart):
+    """Rows without padding that are classified, in one sequence or in two of half the length."""
+    return collate([EncodedLabelled(tuple(range(3, 3 + LENGTH)), (), 0, LENGTH // 2 * apart)] * ROWS, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_flops_of_a_classifier_are_those_that_torch_counts_but_for_what_a_row_goes_through(apart, monkeypatch):
+    monkeypatch.setattr(gemm, "has_onednn", lambda: False)
+    model = tiny_classifier("apart" if apart else "bert")
+    model.bert.set_attn_implementation("eager")
+    spec, kinds = adapt(model, LORA, RANK, 1, 1.0, [], head_paths(model)), ("B", "A", HEAD)
+    batch, sequences = pairs(model, apart=apart), 1 + apart
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        batch_loss(model, batch)
+    stacked = {name: factor.unsqueeze(0) for name, factor in factors(model, kinds).items()}
+    with FlopCounterMode(display=False) as both:
+        group_gradients(model, stacked, batch, torch.ones(ROWS))
+    adapters, trained = chain_parameters(spec), trained_parameters(spec, kinds)
+    width = 32 * (3 if apart else 1)
+    pooler, head = 2 * ROWS * sequences * 32 * 32, 2 * ROWS * len(LABELS) * (width + 1)
+    assert forward_flops(shape_of(model), TOKENS, LENGTH / sequences, 0, adapters) == forward.get_total_flops() - pooler - head
+    unneeded = 2 * TOKENS * 3 * (32 * 32 + RANK * 32)  # gradients of the input of the first three layers
+    through_pooler = pooler * (1 if apart else 2)  # of its result nothing is made where texts are read apart
+    rest = both.get_total_flops() - through_pooler - 3 * head
+    assert training_flops(shape_of(model), TOKENS, LENGTH / sequences, 0, adapters, trained) - unneeded == rest
+
+
 def test_checkpointing_costs_one_more_forward_without_logits():
     more = training_flops(SHAPE, TOKENS, LENGTH, 20, 0, 0, checkpointing=True) - training_flops(SHAPE, TOKENS, LENGTH, 20, 0, 0)
     assert more == forward_flops(SHAPE, TOKENS, LENGTH, 0)
@@ -71,13 +108,12 @@ def test_the_parts_of_a_model_are_those_of_its_skeleton(name):
     assert 0.9 < (shape.block_parameters + shape.head_parameters) / shape.parameters < 1.01, "the rest is norms and an untied embedding"
 
 
-def predicted(overrides=(), work=WORK, rates=RATES):
+def predicted(overrides=(), work=WORK, rates=RATES, labels=()):
     given = compose(["training.tokens_per_pass=4096", "evaluation.tokens_per_pass=16384", *overrides])
     config, method = effective(given), method_of(given)
-    layers = layer_shapes(given.model, config.adapter.target_modules)
-    spec = adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
+    spec = adapter_of(config, method, labels)
     cost = forecast(config, method, spec)
-    return estimate(config, method, spec, model_shape(given.model), work, rates, cost), cost
+    return estimate(config, method, spec, model_shape(given.model, labels), work, rates, cost), cost
 
 
 @pytest.mark.parametrize("method", ["fed_sb", "fedit", "centralized", "full"])
@@ -116,3 +152,39 @@ def test_epochs_count_the_examples_of_a_client():
     assert one.flops == pytest.approx(predicted(["training.local_epochs=2"])[0].flops / 2)
     fewer = predicted(["training.local_epochs=1"], replace(WORK, train_examples=5000))[0]
     assert fewer.flops == pytest.approx(one.flops / 2)
+
+
+ROWS_APART = Work(tokens=30, responses=0, train_examples=9000, questions=1000, prompt=30, answer=0, sequences=2, padded=1.25)
+CLASSIFIED = ["model=minilm", "data=sick", "adapter.init=orthogonal", "model.device=cpu"]
+
+
+def test_rows_that_are_classified_take_forward_passes_and_no_answers():
+    overrides = [*CLASSIFIED, "federation.rounds=4", "evaluation.every=1"]
+    longer = [*overrides, "evaluation.max_new_tokens=500"]
+    slower = replace(RATES, decode_flops=0.0, decode_seconds=1e9)
+    one, other = predicted(overrides, ROWS_APART, labels=LABELS)[0], predicted(longer, ROWS_APART, slower, LABELS)[0]
+    assert one == other, "nothing is generated"
+    phase = one.phases[-1]
+    shape = model_shape(compose(CLASSIFIED).model, LABELS)
+    flops = 2 * 1000 * 30 * (shape.block_parameters + 2 * 384 * 15 * 6)  # scores and values of 15 tokens in 6 blocks 384 wide
+    assert phase.seconds == pytest.approx(5 * (1.25 * flops / RATES.flops + 2 * RATES.pass_seconds)), "546 rows of 30 tokens fit in a pass"
+    assert phase.detail == "1,000 rows 5 times"
+
+
+def test_texts_that_are_read_apart_look_at_half_as_many_tokens():
+    together = predicted(CLASSIFIED, replace(ROWS_APART, sequences=1), labels=LABELS)[0]
+    apart = predicted(CLASSIFIED, ROWS_APART, labels=LABELS)[0]
+    tokens = 12 * 25 * 10 * 4 * 30  # rounds, clients, steps, rows
+    assert together.flops - apart.flops == pytest.approx(6 * 2 * tokens * 384 * 15 * 6), "three times forward, each with two products"
+
+
+def test_padding_is_time_and_memory_of_passes_and_no_flops():
+    tight, wide = (predicted(work=replace(WORK, padded=padded), rates=replace(RATES, pass_seconds=0.0))[0] for padded in (1.0, 1.5))
+    assert tight.flops == wide.flops
+    of_steps = 12 * 25 * 10 * RATES.client_step_seconds
+    assert wide.phases[1].seconds - of_steps == pytest.approx(1.5 * (tight.phases[1].seconds - of_steps))
+    small = ["federation.clients=2", "adapter.init=orthogonal", "data.test_examples=1"]
+    tight, wide = (predicted(small, replace(WORK, padded=padded, questions=1))[0].memory for padded in (1.0, 1.5))
+    largest = "largest of a training pass, initial gradients and evaluation"
+    assert wide.pop(largest) > tight.pop(largest)
+    assert wide == tight
