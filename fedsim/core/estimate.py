@@ -5,7 +5,7 @@ activations, 4 x parameters, and no gradient of the weights. Bytes of transfers 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from torch import empty
@@ -14,16 +14,20 @@ from fedsim.choices import Init, Optimizer, PrivacyUnit
 from fedsim.config import Config
 from fedsim.core.cost import Forecast
 from fedsim.core.decomposition import svd_flops
-from fedsim.core.forms import HEAD, AdapterSpec
+from fedsim.core.forms import DENSE, HEAD, AdapterSpec
 from fedsim.core.gradient_parts import parts_of
 from fedsim.core.initialization import DERIVED
-from fedsim.core.memory import ModelShape, pass_bytes
+from fedsim.core.memory import FACTOR_BYTES, ModelShape, pass_bytes
 from fedsim.core.methods import Method
 from fedsim.core.participation import round_size, steps_per_round
 from fedsim.core.traffic import refresh_due
 
 PADDED = 1.08
 """Positions of a pass for each of its tokens, where the rows are not known. They are padded to the longest, and to few widths."""
+
+GRADIENT_COPIES = 9
+"""Of initial gradients in a process that is server and worker and gives nothing back: as summed, flat and in a message, of a client and of
+the one before; the sum over clients in float64, and in float32."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +197,9 @@ class _Plan:
         svd = self._svd_flops() / self._rates.svd_flops
         if init is Init.weight_svd:
             return Phase("initialisation", (1 + again) * svd, "decomposition of the base weights")
-        samples = min(self._config.adapter.init_samples, self._work.train_examples)
+        samples, givers = self._samples, self._givers
         tokens = samples * self._work.tokens
         flops = training_flops(self._shape, tokens, self._work.length, samples * self._work.responses, 0, self._shape.block_parameters)
-        givers = max(1, self._cost.givers)
         moved = 2.0 * 4 * self._of_gradients * givers / self._rates.copy_bytes
         seconds = flops / self._rates.flops + givers * self._rates.pass_seconds + svd + moved
         return Phase(
@@ -204,6 +207,15 @@ class _Plan:
             (1 + again) * seconds,
             f"gradients of {samples:,} examples of {givers:,} clients, {len(self._spec.layers)} SVDs",
         )
+
+    @property
+    def _samples(self) -> int:
+        """Examples of all initial gradients."""
+        return min(self._config.adapter.init_samples, self._work.train_examples)
+
+    @property
+    def _givers(self) -> int:
+        return max(1, self._cost.givers)
 
     @property
     def _whole(self) -> int:
@@ -279,11 +291,10 @@ class _Plan:
             positions,
             length=padded * self._work.length,
             groups=max(1.0, positions / (padded * self._work.tokens) / (1 if private else config.training.batch_size)),
-            targets=min(1.0, self._work.responses / self._work.tokens + 0.2) * positions,  # rows differ in where their response begins
+            targets=self._targets(positions),
             checkpointing=config.training.activation_checkpointing,
         )
         whole = self._spec.num_parameters(self._spec.kinds)
-        gradients = 0 if config.adapter.init in DERIVED else 3 * 4 * self._of_gradients
         merged = number * self._whole if number >= 4 else 0  # answers come from merged weights, where those are in float32
         evaluation = self._questions_at_once * self._question_bytes + merged
         folds = self._method.folds or config.adapter.refresh_every > 0
@@ -293,8 +304,24 @@ class _Plan:
             "common factors": 2.0 * 4 * whole,
             "what is folded into the base model": float((number + 4) * self._whole if folds else 0),
             "clients' factors, gradients, moments and uploads": 4.0 * self._trained * self._cohort * (4 + moments + private),
-            "largest of a training pass, initial gradients and evaluation": max(held, float(gradients), evaluation),
+            "largest of a training pass, initial gradients and evaluation": max(held, self._initial_bytes, evaluation),
         }
+
+    @property
+    def _initial_bytes(self) -> float:
+        """What initial gradients hold: a pass that keeps every layer's input, and what becomes of the sums."""
+        if self._config.adapter.init in DERIVED:
+            return 0.0
+        positions, length = min(self._most_tokens, self._work.padded * self._samples / self._givers * self._work.tokens), self._work.length
+        dense = replace(self._spec, form=DENSE)
+        held = pass_bytes(
+            self._shape, dense, ("D",), positions, length=self._work.padded * length, groups=0, targets=self._targets(positions)
+        )
+        return held + GRADIENT_COPIES * FACTOR_BYTES * self._of_gradients
+
+    def _targets(self, positions: float) -> float:
+        """Returns how many of a pass have logits: rows differ in where their response begins."""
+        return min(1.0, self._work.responses / self._work.tokens + 0.2) * positions
 
     @property
     def _question_bytes(self) -> float:
