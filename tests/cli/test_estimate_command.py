@@ -94,7 +94,7 @@ def calibration():
 @pytest.mark.parametrize("machine", ["benchmarks", "benchmarks_fast", "benchmarks_avx2"])
 def test_estimates_were_off_by_no_more_than_they_say(machine):
     path = Path(__file__).parents[2] / "experiments" / "results" / f"{machine}.json"
-    rows = [row["found"] for row in json.loads(path.read_bytes()).get("h", {}).get("rows", []) if "failed" not in row["found"]]
+    rows = [row["found"] for row in json.loads(path.read_bytes()).get("h", {}).get("rows", []) if "total_x" in row["found"]]
     if not rows:
         pytest.skip("no estimate has been measured (make bench)")
     for key, factor in (("total_x", TIME_FACTOR), ("memory_x", MEMORY_FACTOR)):
