@@ -121,7 +121,7 @@ def _assumptions(config: Config, spec: AdapterSpec, work: Work, rates: Calibrati
         "figures.",
         "One process is server and worker. Start-up, the reading of data and the loading of weights come in addition.",
         *([] if spec.head else [_ANSWERS]),
-        f"Clients have equal shares; a step is as long as its mean; padding adds {work.padded - 1:.0%} to the tokens of training.",
+        f"Clients have equal shares; a step is as long as its mean; padding adds {100 * (work.padded - 1):.0f} % to its tokens.",
     ]
     if config.privacy.secure_aggregation:
         told.append("The masks and shares of secure aggregation are in the bytes, not in the time.")
@@ -161,7 +161,7 @@ def _assumed(config: Config, tokens: int | None, limit: int) -> tuple[Work, list
     answer = min(response, config.evaluation.max_new_tokens)
     work = Work(length, response, kept, questions, length - response, answer, 2 if config.model.pairs is PairReading.apart else 1)
     parts = ", half of them response" if response else ""
-    told = f"Data are not on this machine: {kept:,} examples of {length} tokens (--tokens=){parts}; {questions:,} questions."
+    told = f"Data are not on this machine: {kept:,} examples of {length} tokens (--tokens=){parts}; {questions:,} test examples."
     return work, [told]
 
 

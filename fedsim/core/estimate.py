@@ -312,11 +312,10 @@ class _Plan:
         """What initial gradients hold: a pass that keeps every layer's input, and what becomes of the sums."""
         if self._config.adapter.init in DERIVED:
             return 0.0
-        positions, length = min(self._most_tokens, self._work.padded * self._samples / self._givers * self._work.tokens), self._work.length
-        dense = replace(self._spec, form=DENSE)
-        held = pass_bytes(
-            self._shape, dense, ("D",), positions, length=self._work.padded * length, groups=0, targets=self._targets(positions)
-        )
+        work, dense = self._work, replace(self._spec, form=DENSE)
+        positions = min(self._most_tokens, work.padded * work.tokens * self._samples / self._givers)
+        targets = self._targets(positions)
+        held = pass_bytes(self._shape, dense, ("D",), positions, length=work.padded * work.length, groups=0, targets=targets)
         return held + GRADIENT_COPIES * FACTOR_BYTES * self._of_gradients
 
     def _targets(self, positions: float) -> float:
