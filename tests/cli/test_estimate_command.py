@@ -178,7 +178,7 @@ def once(work, times=1):
 
 
 @pytest.mark.parametrize("labels", [("yes", "no"), ()])
-def test_a_large_model_is_foretold_from_one_of_its_kind(labels, monkeypatch):
+def test_a_large_model_is_predicted_from_one_of_its_kind(labels, monkeypatch):
     built = []
     real = calibrations.random_model
     monkeypatch.setattr(calibrations, "DIRECT_LIMIT", 0)

@@ -158,12 +158,12 @@ def test_an_upload_too_large_for_a_codec_is_a_mistake_of_the_user():
         list(charges(*planned(config)))
 
 
-def test_the_cost_of_an_asynchronous_run_is_not_foretold():
+def test_the_cost_of_an_asynchronous_run_is_not_predicted():
     with pytest.raises(UserError, match="only a run has"):
         list(charges(*planned(composed("federation.network=mobile federation.mode=fedbuff"))))
 
 
-def test_a_federation_of_billions_of_parameters_is_foretold_at_once():
+def test_a_federation_of_billions_of_parameters_is_predicted_at_once():
     config = composed(
         "method=flora model=mistral_7b adapter.target_modules=[] adapter.rank=32 federation.clients=25 data.train_examples=100"
     )

@@ -193,6 +193,6 @@ def test_padding_is_time_and_memory_of_passes_and_no_flops():
 
 def test_memory_holds_a_few_copies_of_what_is_sent_of_initial_gradients():
     small = ["adapter.rank=4", "training.tokens_per_pass=64", "evaluation.tokens_per_pass=64"]
-    sketched, whole = (foretold([*small, f"adapter.sketch={each}"]) for each in ("true", "false"))
+    sketched, whole = (predicted([*small, f"adapter.sketch={each}"]) for each in ("true", "false"))
     numbers = whole[1].gradient - sketched[1].gradient
     assert whole[0].peak_bytes - sketched[0].peak_bytes == pytest.approx(GRADIENT_COPIES * 4 * numbers, rel=0.05)

@@ -169,7 +169,7 @@ def test_every_method_averages_the_head_beside_its_own_kinds(base, name):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "centralized"])
-def test_the_ledger_counts_the_head_and_its_cost_is_foretold(base, name):
+def test_the_ledger_counts_the_head_and_its_cost_is_predicted(base, name):
     config = of_method(base, name)
     done = Run(config)
     session = done.session
