@@ -286,7 +286,7 @@ class SecureConfig:
 @dataclass
 class AuditConfig:
     canaries: int = 0
-    """Examples of random tokens, dealt to the clients in turn, each included by a coin flip from the seed; 0: none, in fedsim audit 128."""
+    """Examples of random tokens, dealt to the clients in turn, each included by a coin flip from the seed; 0: none, 128 in fedsim audit."""
     confidence: float = 0.95
     """Probability with which the lower bound on epsilon holds."""
 

@@ -29,7 +29,7 @@ from fedsim.report import table
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import adapter_of, model_shape, skeleton
 from fedsim.training.batches import collate, local_batches, pack
-from fedsim.training.budget import GENERATED, Load, chosen_for, chosen_for_answers_within, chosen_on_cpu, free_bytes
+from fedsim.training.budget import GENERATED, LOSS_SHARE, Load, chosen_for, chosen_for_answers_within, chosen_on_cpu, free_bytes
 from fedsim.training.labelled import encode_any
 from fedsim.types import AnyEncoded, AnyExample, EncodedExample, Labelled
 
@@ -92,7 +92,7 @@ def estimate_of(
     spec, shape = adapter_of(config, method, classes, texts), model_shape(given.model, classes, texts)
     given, config = (_with_passes(each, shape, Load.of(config, spec, method)) for each in (given, config))
     limit = min(given.data.max_length, context(settings, classes) or given.data.max_length)
-    work, told = _plural(config, data, limit) if data else _assumed(config, tokens, limit)
+    work, told = _counted(config, data, limit) if data else _assumed(config, tokens, limit)
     rates = rates or calibrated(config, method, spec, max(4, round(work.tokens)), classes, texts, again=again)
     found = estimate(config, method, spec, shape, work, rates, forecast(config, method, spec))
     return Answer(given, spec, shape, work, rates, found, megabits, (*told, *_assumptions(config, spec, work, rates)))
@@ -107,6 +107,7 @@ def _with_passes(config: Config, shape: ModelShape, load: Load) -> Config:
         free = max(0, free_bytes(on) - shape.parameters * shape.weight_bytes)
         found = chosen_for(shape, load, free, checkpointing=training.activation_checkpointing), chosen_for_answers_within(shape, free)
     most, answers = (choice if given == AUTO else int(given) for given, choice in zip(asked, found, strict=True))
+    answers //= LOSS_SHARE if labels(config.data) != () else 1  # what is classified goes through passes as losses do
     return replace(config, training=replace(training, tokens_per_pass=most), evaluation=replace(evaluation, tokens_per_pass=answers))
 
 
@@ -165,7 +166,7 @@ def _assumed(config: Config, tokens: int | None, limit: int) -> tuple[Work, list
     return work, [told]
 
 
-def _plural(config: Config, data: Dataset, limit: int) -> tuple[Work, list[str]]:
+def _counted(config: Config, data: Dataset, limit: int) -> tuple[Work, list[str]]:
     """Returns the examples and the lengths of a sample of them, and what was assumed for want of the model's tokenizer."""
     apart = config.model.pairs is PairReading.apart
     tests = [example for examples in data.test.values() for example in examples]

@@ -95,7 +95,7 @@ def _classify(
         return loss, correct
 
     with _inference(model), torch.no_grad():
-        loss, correct = budget.within_memory(classified)
+        loss, correct = budget.within_memory(lambda most: classified(chosen_for_losses(model, most)))
     return TaskResult(correct / len(labelled), loss / len(labelled), len(labelled), len(labelled))
 
 
