@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-KERNEL_BYTES = 100_000_000
+KERNEL_BYTES = 200_000_000
 """About what oneDNN keeps: kernels of the shapes and numbers of tokens that were met last, as many as `fedsim/__init__.py` says."""
 
 
