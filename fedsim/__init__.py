@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # variable that is set already stays as it is.
 _FOR_MANY_SIZES = {
     # oneDNN and PyTorch keep the kernels of 1,024 products each unless told otherwise: 300 to 700 MB after some dozens of rounds, and no
-    # faster (`make bench ARGS="--only d"`). With 64 of oneDNN's, private batches, which are of all sizes, make them anew: 9 % of DP-SGD's time.
+    # faster (`make bench ARGS="--only d"`). With 64 of oneDNN's, private batches, of all sizes, make them anew: 9 % of DP-SGD.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
     "LRU_CACHE_CAPACITY": "64",
     # On a GPU, blocks of one pass would not fit the next: segments that grow leave no gaps.
