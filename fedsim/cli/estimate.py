@@ -118,8 +118,7 @@ def _assumptions(config: Config, spec: AdapterSpec, work: Work, rates: Calibrati
     told = [
         f"Rates: {rates.source}; {rates.flops / 1e9:,.1f} GFLOP/s in training.",
         f"Error: against runs of models of up to 87 M parameters on a CPU, total time was off by up to {TIME_FACTOR:g} times and memory by "
-        f"up to {MEMORY_FACTOR:g} times (docs/performance.md); {'a GPU and classification are' if spec.head else 'a GPU is'} not in these "
-        "figures.",
+        f"up to {MEMORY_FACTOR:g} times (docs/performance.md); a GPU is not in these figures.",
         "One process is server and worker. Start-up, the reading of data and the loading of weights come in addition.",
         *([] if spec.head else [_ANSWERS]),
         f"Clients have equal shares; a step is as long as its mean; padding adds {100 * (work.padded - 1):.0f} % to its tokens.",

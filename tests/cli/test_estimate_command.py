@@ -166,7 +166,7 @@ def test_an_encoder_is_measured_and_nothing_is_said_of_answers(pairs, classified
     assert main(["estimate", *classified, "adapter.rank=4", f"model.pairs={pairs}"]) == 0
     text = capsys.readouterr().out
     assert "4 rows 2 times" in text
-    assert "classification are not in these figures" in text
+    assert "a GPU is not in these figures" in text
     assert not any(word in text for word in ("answer", "generat", "max_new_tokens", "response"))
 
 
