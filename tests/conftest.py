@@ -207,3 +207,19 @@ def told_by_last_bits(released, before):
     noise = (released.double() - before.double()).float()
     near = (noise, *(torch.nextafter(noise, torch.full_like(noise, side)) for side in (float("-inf"), float("inf"))))
     return int((~torch.stack([before + each == released for each in near]).any(0)).sum())
+
+
+def take_private_steps(private, optimizer, trained, batches, inputs):
+    """Takes the steps of genuine Opacus, one example at a time: no padding, no other row. `inputs(i)` is what the model is given."""
+    for batch in batches:
+        optimizer.zero_grad()
+        for i in batch:
+            private(**inputs(i)).loss.backward()
+            optimizer.signal_skip_step(True)
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.signal_skip_step(False)
+        for parameter in trained:
+            parameter.grad_sample = torch.zeros(0, *parameter.shape)
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in trained]).float()

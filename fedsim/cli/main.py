@@ -89,17 +89,18 @@ def _unknown(verb: str) -> UserError:
 
 def _run(words: list[str]) -> int:
     flags, overrides = _split("run", words)
+    from fedsim.cli.compose import composed
     from fedsim.cli.sweep import is_sweep, sweep
 
     show = "--cfg" in flags
     if show and "--multirun" in flags:
         raise UserError("Expected --multirun or --cfg, got both. Print the configuration of one job at a time.")
-    if not show and (flags or is_sweep(overrides)):
-        return sweep(overrides)
-    config = _composed(overrides)
     if show:
-        _print_configuration(config)
+        _print_configuration(_composed(overrides))
         return 0
+    if flags or is_sweep(overrides):
+        return sweep(overrides)
+    config = composed(overrides)
     from fedsim.experiment import run
 
     try:

@@ -4,7 +4,18 @@ import random
 
 import pytest
 import torch
-from conftest import CLASSIFIERS, KINDS, LABELS, WithLinearR, adapted_classifier, own_leaves, save_classifier, tiny_classifier, train_pairs
+from conftest import (
+    CLASSIFIERS,
+    KINDS,
+    LABELS,
+    WithLinearR,
+    adapted_classifier,
+    own_leaves,
+    save_classifier,
+    take_private_steps,
+    tiny_classifier,
+    train_pairs,
+)
 from torch import nn
 
 from fedsim.choices import Optimizer, Schedule
@@ -118,18 +129,8 @@ def opacus_alone(data, noise):
         generator=KEY.torch("noise", 1, data.client),
     )
     steps = TrainingConfig(batch_size=4, local_steps=3)
-    for batch in private_batches([e.num_tokens for e in data.examples], steps, KEY.torch("poisson", 1, data.client)):
-        optimizer.zero_grad()
-        for i in batch:
-            private(**told(data.examples[i])).loss.backward()
-            optimizer.signal_skip_step(True)
-            optimizer.step()
-            optimizer.zero_grad()
-        optimizer.signal_skip_step(False)
-        for parameter in trained:
-            parameter.grad_sample = torch.zeros(0, *parameter.shape)
-        optimizer.step()
-    return torch.cat([parameter.detach().flatten() for parameter in trained]).float()
+    batches = private_batches([e.num_tokens for e in data.examples], steps, KEY.torch("poisson", 1, data.client))
+    return take_private_steps(private, optimizer, trained, batches, lambda i: told(data.examples[i]))
 
 
 @pytest.mark.filterwarnings("ignore")  # of Opacus, about its hooks

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import WithLinearR, adapted_classifier, adapted_model, tiny_classifier, tiny_model, told_by_last_bits
+from conftest import WithLinearR, adapted_classifier, adapted_model, take_private_steps, tiny_classifier, tiny_model, told_by_last_bits
 
 from fedsim.choices import Optimizer, Schedule
 from fedsim.config import TrainingConfig
@@ -63,21 +63,14 @@ def opacus_alone(architecture, data, noise, options):
         expected_batch_size=expected,
         generator=KEY.torch("noise", 1, data.client),
     )
-    lengths = [example.num_tokens for example in data.examples]
-    for batch in private_batches(lengths, training(), KEY.torch("poisson", 1, data.client)):
-        optimizer.zero_grad()
-        for i in batch:  # one example at a time: no padding, no other row
-            example = data.examples[i]
-            labels = torch.tensor([[-100] * example.loss_start + example.input_ids[example.loss_start :].tolist()])
-            private(input_ids=torch.tensor([example.input_ids.tolist()]), labels=labels, use_cache=False).loss.backward()
-            optimizer.signal_skip_step(True)
-            optimizer.step()
-            optimizer.zero_grad()
-        optimizer.signal_skip_step(False)
-        for R in Rs:
-            R.grad_sample = torch.zeros(0, *R.shape)
-        optimizer.step()
-    return torch.cat([R.detach().flatten() for R in Rs]).float()
+    batches = private_batches([each.num_tokens for each in data.examples], training(), KEY.torch("poisson", 1, data.client))
+
+    def inputs(i):
+        example = data.examples[i]
+        labels = torch.tensor([[-100] * example.loss_start + example.input_ids[example.loss_start :].tolist()])
+        return {"input_ids": torch.tensor([example.input_ids.tolist()]), "labels": labels, "use_cache": False}
+
+    return take_private_steps(private, optimizer, Rs, batches, inputs)
 
 
 TRAINED = [(LORA, ("B", "A")), (LORA, ("B",)), (RAVAN, ("H", "s")), (DENSE, ("D",))]
