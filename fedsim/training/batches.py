@@ -1,7 +1,7 @@
-"""Which examples meet which optimizer step, and how the rows of a step are packed into forward passes.
+"""Assigns examples to optimizer steps and packs the rows of a step into forward passes.
 
-Both are pure functions of lengths and seeds. A client's steps depend on its own examples alone, and the packing changes
-nothing but the order of float additions; so a result does not depend on which clients are trained together.
+Both are pure functions of lengths and seeds. A client's steps depend on its own examples alone, and packing changes
+only the order of float additions; so a result does not depend on which clients train together.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +20,13 @@ from fedsim.training.padding import padded_width
 from fedsim.training.stack import on_device
 from fedsim.types import AnyEncoded, EncodedExample, EncodedLabelled
 
-PASS_COST = 1 / 8  # overhead of a pass, as a part of the most positions it may have; a tenth to a quarter of 1024 was measured on a CPU
+PASS_COST = 1 / 8  # overhead of a pass, as a fraction of its largest number of positions; 1/10 to 1/4 of 1024 measured on a CPU
 MEGABATCH_STEPS = 8  # examples are sorted by length within this many steps, so that batches stay random
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example in a pass: `slot` is the client's place in the cohort; `weight` is its share of the client's step loss."""
+    """One example in a pass: `slot` is the client's position in the cohort, `weight` the example's share of the client's step loss."""
 
     slot: int
     example: AnyEncoded
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows of one forward and backward pass, in equal contiguous groups; group g belongs to the client at `slots[g]`."""
+    """The rows of one forward and backward pass, in contiguous groups of equal size; group g belongs to the client at `slots[g]`."""
 
     slots: tuple[int, ...]
     rows: tuple[Row, ...]
@@ -44,8 +44,8 @@ class Pass:
 def local_batches(lengths: Sequence[int], training: TrainingConfig, *, seed: int, round: int, client: int) -> list[list[int]]:
     """Returns the example indices of each local step of one client in one round.
 
-    Every epoch visits each example once, in an order drawn from (seed, round, client, epoch); the last batch of an epoch may be short.
-    With `group_by_length`, examples of similar length share a batch, and the batches come in random order. Raises ValueError where there
+    Every epoch visits each example once, in an order drawn from (seed, round, client, epoch); one batch of an epoch may be short.
+    With `group_by_length`, examples of similar length share a batch, and the batches come in random order. Raises ValueError if there
     are no examples.
     """
     if not len(lengths):
@@ -75,11 +75,11 @@ def _epoch(lengths: np.ndarray, training: TrainingConfig, generator: np.random.G
 
 
 def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, tokens_per_pass: int) -> Iterator[Pass]:
-    """Cuts one local step of a cohort into passes of at most `tokens_per_pass` tokens, padding to the longest row included.
+    """Cuts one local step of a cohort into passes of at most `tokens_per_pass` tokens, including padding to the longest row.
 
-    The unit is one client's micro-batch of `batch_size` examples (cut further only where it alone exceeds the budget); units of similar
-    length share a pass, and there are as many passes as save padding. The groups of a pass are as large as its units' sizes allow: their
-    greatest common divisor. A single row is never refused, however long it is.
+    The unit is one client's micro-batch of `batch_size` examples, cut further only if it alone exceeds the budget. Units of similar
+    length share a pass; the cut balances padding against the overhead of a pass. The group size of a pass is the greatest common
+    divisor of its units' sizes. A single row is never refused, however long it is.
     """
     units: list[list[Row]] = []
     for slot, examples in rows_of_slot.items():
@@ -97,10 +97,10 @@ def pack(rows_of_slot: Mapping[int, Sequence[AnyEncoded]], batch_size: int, toke
 
 
 def _cuts(lengths: Sequence[int], sizes: Sequence[int], tokens_per_pass: int) -> list[tuple[int, int]]:
-    """Returns where each pass begins and where the next one does, for units of `sizes` rows of which the longest have `lengths` tokens.
+    """Returns the (start, stop) of each pass over the units, which have `sizes` rows, the longest of `lengths` tokens.
 
-    Of all ways to cut the units in their order, none has fewer positions, padding and PASS_COST included. By dynamic programming: `least`
-    is the cost of the units before each place, `cut` where the pass that ends there begins.
+    Minimises the number of positions, including padding and PASS_COST, over all cuts that keep the order of the units. Dynamic programming:
+    `least[i]` is the cost of the first i units, `cut[i]` the start of the pass that ends at i.
     """
     longest, rows, cost_of_pass = np.array(lengths), np.array(sizes), PASS_COST * tokens_per_pass
     least, cut = np.full(len(rows) + 1, np.inf), np.zeros(len(rows) + 1, dtype=np.int64)
@@ -128,22 +128,22 @@ def _as_pass(units: list[list[Row]]) -> Pass:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors of a pass. Padding is on the right, where no token of a causal model can see it."""
+    """Padded tensors of a pass. Padding is on the right, where a causal model's tokens cannot see it."""
 
     input_ids: Tensor  # [rows, tokens]
     labels: Tensor  # [rows, positions]; -100 where there is no loss; labels[:, t] is the token after position first + t
-    targets: Tensor  # [targets]; where the flat labels carry a loss, in order
+    targets: Tensor  # [targets]; indices of the flat labels that carry a loss, ascending
     first: int  # first position whose next token carries a loss in any row
     num_tokens: int  # tokens without padding
 
     @property
     def positions(self) -> Tensor:
-        """Positions of the logits that `labels` are for: [positions]."""
+        """Returns the positions whose logits predict `labels`: [positions]."""
         return torch.arange(self.first, self.first + self.labels.shape[1], device=self.input_ids.device)
 
 
 AnyBatch = Batch | LabelledBatch
-"""What `fedsim.training.loss.batch_loss` takes."""
+"""The batches that `fedsim.training.loss.batch_loss` takes."""
 
 
 def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -> AnyBatch:
@@ -155,7 +155,7 @@ def collate(examples: Sequence[AnyEncoded], pad_id: int, device: torch.device) -
 
 
 def _collate_responses(examples: Sequence[EncodedExample], pad_id: int, device: torch.device) -> Batch:
-    """Pads examples and shifts the labels; no logits are asked for beyond the longest one."""
+    """Pads examples and shifts the labels; the labels end at the longest example, so padding beyond it needs no logits."""
     longest = max(example.num_tokens for example in examples)
     width = padded_width(len(examples), longest)
     first = max(0, min(example.loss_start for example in examples) - 1)

@@ -1,7 +1,7 @@
-"""How many tokens share a pass: chosen from the device, and halved where it runs out of memory.
+"""Limits the tokens of a pass: chosen for the device, and halved when it runs out of memory.
 
-The choice changes nothing but the order of float additions. On a CPU a pass should stay near the caches, and more tokens than that bring
-nothing; on a GPU more tokens keep it busy, and memory is the limit.
+The choice changes only the order of float additions. On a CPU a pass should roughly fit the caches, and more tokens gain nothing; on a GPU
+more tokens keep it busy, and memory is the limit.
 """
 
 from collections.abc import Callable
@@ -20,53 +20,53 @@ from fedsim.core.participation import round_size
 
 Result = TypeVar("Result")
 
-TOKENS_PER_THREAD = 512  # from 256 to 8192 tokens models of 2 to 20 M parameters differ by a tenth, and the best lies here
+TOKENS_PER_THREAD = 512  # the best for models of 2 to 20 M parameters; from 256 to 8192 tokens speed differs by a tenth
 CPU_RANGE = (1024, 16_384)
 GPU_RANGE = (256, 65_536)
 GPU_SHARE = 0.9
-"""Of the free memory, for passes and the clients' factors. Passes take 0.78 to 1.02 of what is estimated for them (section k of the
-benchmarks); what is left is for workspaces and for gaps."""
+"""Share of the free memory for passes and the clients' factors. Passes take 0.78 to 1.02 of their estimate (section k of the
+benchmarks); the rest is for workspaces and fragmentation."""
 
 GPU_SHARE_OF_ANSWERS = 0.6
-SMALLEST = 16  # tokens; a budget is not halved below
-GENERATED = 16_384  # tokens of a generation batch on a CPU, and the least that is tried on a GPU
+SMALLEST = 16  # tokens; a budget is not halved below this
+GENERATED = 16_384  # tokens of a generation batch on a CPU, and the smallest choice on a GPU
 GENERATED_ON_GPU = (GENERATED, 524_288)
-LOSS_SHARE = 4  # how many times more tokens a generation batch has than a pass for losses, which stays near the caches
-ROW_TOKENS = 64  # assumed length of a row where the number of rows matters: the data is not known yet
-STACKS = 4  # of a client's factors: themselves, their gradient, and two moments
+LOSS_SHARE = 4  # tokens of a generation batch per token of a loss pass, which should roughly fit the caches
+ROW_TOKENS = 64  # assumed length of a row when counting rows, since the data is not known yet
+STACKS = 4  # copies of a client's factors: values, gradient, and two moments
 
 
 @dataclass(frozen=True)
 class Load:
-    """The memory that passes need besides that of their tokens, whatever the data."""
+    """What determines the memory of a pass besides its tokens, whatever the data."""
 
     spec: AdapterSpec = field(default_factory=lambda: AdapterSpec(DENSE, {}, 1))
     trained: tuple[str, ...] = ()
-    groups: int = 1  # the most that meet in a pass, each with factors of its own
-    rows: int = 1  # of a group
-    longest: int = 512  # tokens of a row
-    held_bytes: int = 0  # beside every pass
+    groups: int = 1  # largest number in a pass, each with its own factors
+    rows: int = 1  # per group
+    longest: int = 512  # tokens of the longest row
+    held_bytes: int = 0  # allocated during every pass
 
     @classmethod
     def of(cls, config: Config, spec: AdapterSpec, method: Method) -> "Load":
-        """Returns the load of local training, of as many clients at once as one message of this process may name."""
+        """Returns the load of local training with the most clients that one message to this process may name."""
         training, federation, engine = config.training, config.federation, config.engine
         drawn = round_size(federation.clients, federation.fraction)
         clients = 1 if method.pooled or engine.name == "deployment" else min(engine.cohort_size or drawn, drawn)
         units = clients * training.accumulation
         rows = training.batch_size
-        if config.privacy.unit is PrivacyUnit.example:  # every row has gradients of its own
+        if config.privacy.unit is PrivacyUnit.example:  # one gradient per row
             units, rows = units * rows, 1
         kinds = tuple(sorted(method.ever_trained))
         held = STACKS * FACTOR_BYTES * spec.num_parameters(kinds) * clients
         return cls(spec, kinds, units, rows, config.data.max_length, held)
 
     def of_weight_gradients(self, parameters: int) -> "Load":
-        """Returns the load of passes for gradients of base weights, of which so many numbers are summed: every layer keeps its input."""
+        """Returns the load of passes that sum base-weight gradients of `parameters` entries; every layer keeps its input."""
         return replace(self, spec=replace(self.spec, form=DENSE), trained=("D",), groups=0, held_bytes=FACTOR_BYTES * parameters)
 
     def pass_bytes(self, shape: ModelShape, tokens: int, *, checkpointing: bool) -> float:
-        """Returns what a pass of so many tokens needs, and what is held beside it."""
+        """Returns the bytes that a pass of `tokens` tokens needs, including `held_bytes`."""
         groups = min(self.groups, -(-tokens // (ROW_TOKENS * self.rows)))
         length = min(self.longest, tokens)
         held = pass_bytes(shape, self.spec, self.trained, tokens, length=length, groups=groups, checkpointing=checkpointing)
@@ -74,13 +74,13 @@ class Load:
 
 
 NO_LOAD = Load()
-"""That of a base model alone."""
+"""The load of a base model alone."""
 
 
 class TokenBudget:
-    """The most tokens of a pass, padded to its longest row, in this process; it may shrink while the process runs.
+    """This process's limit on the tokens of a pass, padded to its longest row; it may shrink while the process runs.
 
-    Rows get up to 7 positions more (`padded_width`), which no memory is chosen so closely for.
+    Rows get up to 7 more positions (`padded_width`); the chosen limits leave room for them.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -88,18 +88,18 @@ class TokenBudget:
 
     @classmethod
     def of(cls, training: TrainingConfig, model: nn.Module, load: Load = NO_LOAD) -> "TokenBudget":
-        """Returns what `training.tokens_per_pass` says, chosen for the model, its device and the load where it says auto."""
+        """Returns the budget of `training.tokens_per_pass`; auto chooses it for the model, its device and the load."""
         return cls(chosen(model, load) if training.tokens_per_pass == AUTO else int(training.tokens_per_pass))
 
     @classmethod
     def of_evaluation(cls, evaluation: EvaluationConfig, model: nn.Module) -> "TokenBudget":
-        """Returns what `evaluation.tokens_per_pass` says, chosen for the model and its device where it says auto."""
+        """Returns the budget of `evaluation.tokens_per_pass`; auto chooses it for the model and its device."""
         return cls(chosen_for_answers(model) if evaluation.tokens_per_pass == AUTO else int(evaluation.tokens_per_pass))
 
     def within_memory(self, work: Callable[[int], Result]) -> Result:
-        """Returns work(tokens). Where memory runs out, the budget is halved and the work is done anew from its beginning.
+        """Returns work(tokens). When memory runs out, halves the budget and starts the work over.
 
-        Raises torch.OutOfMemoryError where even the smallest budget is too large.
+        Raises torch.OutOfMemoryError if even the smallest budget is too large.
         """
         while True:
             try:
@@ -108,17 +108,17 @@ class TokenBudget:
                 if self.tokens < 2 * SMALLEST:
                     raise
                 self.tokens //= 2
-            if torch.cuda.is_available():  # outside the block above, whose exception keeps the tensors of the pass
+            if torch.cuda.is_available():  # outside the except block, whose exception keeps the tensors of the pass alive
                 torch.cuda.empty_cache()
 
 
 def chosen(model: nn.Module, load: Load = NO_LOAD, *, checkpointing: bool | None = None) -> int:
-    """Returns the most tokens of a pass for a model on its device: a power of two. `checkpointing` is the model's own by default."""
+    """Returns the most tokens of a pass for a model on its device: a power of two. `checkpointing` defaults to the model's own."""
     device = next(model.parameters()).device
     if device.type != "cuda":
         return chosen_on_cpu()
-    sparing: bool = model.is_activation_checkpointing if checkpointing is None else checkpointing  # type: ignore[assignment]
-    return chosen_for(shape_of(model), load, free_bytes(device), checkpointing=sparing)
+    activation_checkpointing: bool = model.is_activation_checkpointing if checkpointing is None else checkpointing  # type: ignore[assignment]
+    return chosen_for(shape_of(model), load, free_bytes(device), checkpointing=activation_checkpointing)
 
 
 def chosen_on_cpu() -> int:
@@ -127,7 +127,7 @@ def chosen_on_cpu() -> int:
 
 
 def chosen_for(shape: ModelShape, load: Load, free_bytes: int, *, checkpointing: bool) -> int:
-    """Returns the most tokens of a pass on a GPU that has so much memory left once the model is there: a power of two."""
+    """Returns the most tokens of a pass on a GPU with `free_bytes` left after loading the model: a power of two."""
     low, tokens = GPU_RANGE
     while tokens > low and load.pass_bytes(shape, tokens, checkpointing=checkpointing) > GPU_SHARE * free_bytes:
         tokens //= 2
@@ -135,7 +135,7 @@ def chosen_for(shape: ModelShape, load: Load, free_bytes: int, *, checkpointing:
 
 
 def chosen_for_losses(model: nn.Module, answers: int) -> int:
-    """Returns the most tokens of a pass for losses without a gradient; `answers` are those of a generation batch."""
+    """Returns the most tokens of a pass for losses without a gradient; `answers` is the tokens of a generation batch."""
     most = max(1, answers // LOSS_SHARE)
     return most if next(model.parameters()).device.type != "cuda" else min(most, chosen(model, checkpointing=False))
 
@@ -147,12 +147,12 @@ def chosen_for_answers(model: nn.Module) -> int:
 
 
 def chosen_for_answers_within(shape: ModelShape, free_bytes: int) -> int:
-    """Returns the most tokens of a generation batch on a GPU that has so much memory left once the model is there: a power of two."""
+    """Returns the most tokens of a generation batch on a GPU with `free_bytes` left after loading the model: a power of two."""
     return _within(int(GPU_SHARE_OF_ANSWERS * free_bytes / shape.answer_bytes), GENERATED_ON_GPU)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the memory of a GPU that nobody uses, what this process has reserved for later included."""
+    """Returns the unused bytes of a GPU, including those that this process has reserved but not allocated."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

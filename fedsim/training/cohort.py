@@ -1,7 +1,7 @@
-"""Local training of a cohort of clients in batched passes over one shared base model.
+"""Trains a cohort of clients in batched passes over one shared base model.
 
-The base weights and the frozen factors are common, so the clients differ in the trained factors alone: these are stacked with a client
-axis, rows of all clients share a pass, and the gradient of the stack is per client. A single client is a cohort of one; there is no other
+Base weights and frozen factors are shared, so clients differ only in the trained factors: these are stacked along a client axis, rows
+of all clients share a pass, and the gradient of the stack is per client. A single client is a cohort of one; there is no other
 training path.
 """
 
@@ -27,14 +27,14 @@ from fedsim.types import Adapter, AnyEncoded
 
 @dataclass(frozen=True)
 class ClientData:
-    """What a cohort needs to know of one client: its id and its encoded training examples."""
+    """One client of a cohort: its id and its encoded training examples."""
 
     client: int
     examples: Sequence[AnyEncoded]
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """Returns the number of tokens of each example."""
         return [example.num_tokens for example in self.examples]
 
 
@@ -45,27 +45,27 @@ class LocalResult:
     client: int
     factors: Tensor
     num_examples: int
-    loss: float  # mean over the local steps of the step's loss before its update
+    loss: float  # mean over the local steps of the loss before the update
     num_steps: int
     num_tokens: int  # without padding
 
 
 @dataclass(frozen=True)
 class LocalRule:
-    """What local training does besides following its gradient; all tensors are [clients, parameters], in the order of the clients."""
+    """Changes to plain gradient steps; all tensors are [clients, parameters], in the order of the clients."""
 
-    proximal_mu: float = 0.0  # FedProx (arXiv 1812.06127): weight of the pull towards the start of the round
+    proximal_mu: float = 0.0  # FedProx (arXiv 1812.06127): weight of the proximal term around the start of the round
     shift: Tensor | None = None  # SCAFFOLD (arXiv 1910.06378): added to every gradient, c - c_i
-    trainable: Tensor | None = None  # bool: entries that the client trains; the others stay as they are
+    trainable: Tensor | None = None  # bool: entries that the client trains; the others stay unchanged
 
 
 @dataclass(frozen=True)
 class PassFacts:
-    """What a progress display is told after each pass."""
+    """Progress after one pass, for a display."""
 
     num_tokens: int
-    loss: Tensor  # mean over the rows of the pass, still on the device: reading it waits for the device
-    fraction: float  # of the cohort's local steps that are done
+    loss: Tensor  # mean over the rows of the pass, on the device: reading it waits for the device
+    fraction: float  # of the cohort's local steps, done so far
 
 
 def train_cohort(
@@ -86,9 +86,9 @@ def train_cohort(
 ) -> list[LocalResult]:
     """Trains every client from `start` on its own examples for one round and returns the results in the order of `clients`.
 
-    Guarantees: equal to training the clients one by one, to float tolerance; nothing couples two clients, nor two rows; the model's
-    own factors are unchanged. The optimizer state starts anew; the schedule runs over the local steps of all rounds. `budget` limits the
-    passes (None takes that of `training`, chosen for the base model alone) and is left halved where memory ran out.
+    Guarantees: equal to training the clients one by one, to float tolerance; neither clients nor rows affect each other; the model's
+    own factors are unchanged. The optimizer state starts fresh; the schedule runs over the local steps of all rounds. `budget` limits the
+    passes (None: that of `training`, chosen for the base model alone) and stays halved if memory ran out.
     """
     cohort = _Cohort(model, start, layout, clients, training, pad_id, seed, round, rounds, rule or LocalRule(), private, on_pass)
     budget = budget or TokenBudget.of(training, model)
@@ -99,7 +99,7 @@ def train_cohort(
 
 
 class _Cohort:
-    """Clients in training. Their rows of the stack are ordered by `_place`, so that those which still train come first."""
+    """Clients in training. Their rows of the stack are sorted by `_sort_key`, so those still training come first."""
 
     def __init__(
         self,
@@ -119,77 +119,77 @@ class _Cohort:
         self._model, self._layout, self._training, self._pad_id = model, layout, training, pad_id
         self._device, self._on_pass = next(model.parameters()).device, on_pass
         self._batches_of = _batches_of(clients, training, private, seed, round)
-        order = sorted(range(len(clients)), key=lambda i: _place(clients[i], self._batches_of[clients[i].client]))
+        order = sorted(range(len(clients)), key=lambda i: _sort_key(clients[i], self._batches_of[clients[i].client]))
         self._clients = [clients[i] for i in order]
         self._num_steps = [len(self._batches_of[data.client]) for data in self._clients]
         stack = start.to(self._device, torch.float32).expand(len(clients), layout.num_parameters)
-        self._stack = stack[order].contiguous()  # picking rows has copied them
-        self._space = torch.empty_like(self._stack)  # of the gradients
+        self._stack = stack[order].contiguous()  # indexing has copied the rows
+        self._gradient_buffer = torch.empty_like(self._stack)
         self._adjust = _Adjustment(rule, self._stack, layout, order)
         self._steps = _Steps(self._stack, self._adjust, self._num_steps, training, round, rounds)
-        self._losses = torch.zeros(len(clients), device=self._device)  # sums over the steps so far
-        self._noised: CohortDPOptimizer | None = None
+        self._losses = torch.zeros(len(clients), device=self._device)  # summed over the steps so far
+        self._dp_optimizer: CohortDPOptimizer | None = None
         if private is not None:
-            self._noised = _private_optimizer(private, self._clients, order, self._stack, layout, self._steps.take, training, round)
+            self._dp_optimizer = _private_optimizer(private, self._clients, order, self._stack, layout, self._steps.take, training, round)
 
     @property
     def num_steps(self) -> int:
-        """The most local steps that a client takes."""
+        """Returns the largest number of local steps of a client."""
         return max(self._num_steps)
 
     def take_step(self, step: int, budget: TokenBudget) -> None:
-        """Has every client that takes this step do so."""
+        """Takes the step for every client that has it."""
         gradients, losses = budget.within_memory(partial(self._gradients, step))
         self._losses[: len(losses)].add_(losses)
-        if self._noised is None:
+        if self._dp_optimizer is None:
             self._steps.take(gradients)
         else:
-            self._noised.finish()
+            self._dp_optimizer.finish()
 
     def results(self) -> dict[int, LocalResult]:
-        """Returns the results by client."""
+        """Returns each client's result by its id."""
         trained, losses = self._stack.cpu(), self._losses.cpu().tolist()
         return {
-            data.client: _result(data, self._batches_of[data.client], trained[slot], losses[slot], told=self._noised is None)
+            data.client: _result(data, self._batches_of[data.client], trained[slot], losses[slot], with_metrics=self._dp_optimizer is None)
             for slot, data in enumerate(self._clients)
         }
 
     def _gradients(self, step: int, tokens_per_pass: int) -> tuple[Tensor, Tensor]:
-        """Returns the gradients [active, parameters], clipped where private, and the losses [active] of the clients that take this step."""
+        """Returns the gradients [active, parameters], clipped if private, and losses [active] of the clients that take this step."""
         active = sum(n > step for n in self._num_steps)
         rows = {slot: [data.examples[i] for i in self._batches_of[data.client][step]] for slot, data in enumerate(self._clients[:active])}
-        gradients, losses = self._space[:active].zero_(), torch.zeros(active, device=self._device)
-        if self._noised is not None:
-            self._noised.start(gradients)
-        unit = self._training.batch_size if self._noised is None else 1  # Poisson batches are of all sizes: single rows need least padding
+        gradients, losses = self._gradient_buffer[:active].zero_(), torch.zeros(active, device=self._device)
+        if self._dp_optimizer is not None:
+            self._dp_optimizer.start(gradients)
+        unit = self._training.batch_size if self._dp_optimizer is None else 1  # Poisson batches vary: single rows need least padding
         for each in pack(rows, unit, tokens_per_pass):
             num_tokens, of_rows = self._pass(each, gradients, losses)
-            shown = of_rows.mean() * (1.0 if self._noised is None else nan)
+            shown = of_rows.mean() * (1.0 if self._dp_optimizer is None else nan)
             self._on_pass(PassFacts(num_tokens, shown, (step + 1) / self.num_steps))
         return gradients, losses
 
     def _pass(self, each: Pass, gradients: Tensor, losses: Tensor) -> tuple[int, Tensor]:
         """Adds the gradients and losses of a pass to those of its clients; returns its number of tokens and the losses of its rows.
 
-        Nothing else of it is kept: the next pass needs the memory.
+        Keeps nothing else of it: the next pass needs the memory.
         """
         batch = collate([row.example for row in each.rows], self._pad_id, self._device)
         weights = on_device(torch.tensor([row.weight for row in each.rows]), self._device)
         owners = on_device(torch.tensor([row.slot for row in each.rows]), self._device)
         where = place(each.slots, self._device)
         parts = self._layout.unpack(self._stack[where])
-        if self._noised is None:
+        if self._dp_optimizer is None:
             of_rows, found = group_gradients(self._model, parts, batch, weights)
             accumulate(gradients, self._layout, where, found)
         else:
             of_rows, found = group_gradients(self._model, parts, batch, torch.ones_like(weights), per_example=True)
-            self._noised.add(where, self._adjust.masked(where, found))
+            self._dp_optimizer.add(where, self._adjust.masked(where, found))
         losses.index_add_(0, owners, of_rows * weights)
         return batch.num_tokens, of_rows
 
 
 class _Steps:
-    """The optimizer steps of a stack of clients of which the i-th takes `num_steps[i]` in the round, most steps first."""
+    """The optimizer steps of a stack of clients; client i takes `num_steps[i]` in the round, in descending order."""
 
     def __init__(
         self, stack: Tensor, adjust: "_Adjustment", num_steps: Sequence[int], training: TrainingConfig, round: int, rounds: int
@@ -199,7 +199,7 @@ class _Steps:
         self._state = OptimizerState(num_kept=sum(n > 1 for n in num_steps))
 
     def take(self, gradients: Tensor) -> None:
-        """Takes the next step of the first clients along their gradients [active, parameters], which are used up."""
+        """Takes the next step of the first clients along their gradients [active, parameters], which it overwrites."""
         self._adjust.gradients(self._stack, gradients)
         steps, done = self._num_steps[: len(gradients)], self._state.step
         rates = [learning_rate((self._round - 1) * n + done, self._rounds * n, self._training) for n in steps]
@@ -222,16 +222,16 @@ def _batches_of(
     }
 
 
-def _result(data: ClientData, batches: Batches, factors: Tensor, total_loss: float, *, told: bool) -> LocalResult:
-    """A client of which loss and tokens are not `told` is private: it tells nothing that has no noise."""
-    tokens = sum(data.lengths[i] for batch in batches for i in batch) if told else 0
-    loss = total_loss / max(1, len(batches)) if told else nan
+def _result(data: ClientData, batches: Batches, factors: Tensor, total_loss: float, *, with_metrics: bool) -> LocalResult:
+    """Leaves loss and tokens out of a private client's result: it releases nothing without noise."""
+    tokens = sum(data.lengths[i] for batch in batches for i in batch) if with_metrics else 0
+    loss = total_loss / max(1, len(batches)) if with_metrics else nan
     return LocalResult(data.client, factors, len(data.examples), loss, len(batches), tokens)
 
 
-def _place(data: ClientData, batches: Batches) -> tuple[int, int]:
-    """Returns what orders the stack: clients of many steps come first, so that those which still train are a prefix; those of a single
-    step by their longest row, as `pack` orders rows, so that a pass meets neighbours, mostly, and copies nothing then."""
+def _sort_key(data: ClientData, batches: Batches) -> tuple[int, int]:
+    """Returns the sort key of the stack: most steps first, so that clients still training are a prefix; clients of a single step by their
+    longest row, as `pack` sorts units, so that the clients of a pass are mostly adjacent and need no copy."""
     return -len(batches), -max((data.lengths[i] for i in batches[0]), default=0) if len(batches) == 1 else 0
 
 
@@ -264,7 +264,7 @@ def _private_optimizer(
 
 
 class _Adjustment:
-    """A rule in force over a stack whose rows are in `order`."""
+    """Applies a rule to a stack whose rows are in `order`."""
 
     def __init__(self, rule: LocalRule, stack: Tensor, layout: Layout, order: list[int]) -> None:
         def sorted_like_stack(tensor: Tensor | None) -> Tensor | None:
@@ -275,7 +275,7 @@ class _Adjustment:
         self._start = stack.clone() if self._mu or self._trainable is not None else None
 
     def gradients(self, stack: Tensor, gradients: Tensor) -> None:
-        """Adds to the gradients of the active clients, in place."""
+        """Adds the rule's terms to the gradients of the active clients, in place."""
         active = len(gradients)
         if self._mu and self._start is not None:
             gradients.add_(stack[:active] - self._start[:active], alpha=self._mu)
@@ -290,6 +290,6 @@ class _Adjustment:
         return {name: gradient * masks[name].unsqueeze(1) for name, gradient in gradients.items()}
 
     def values(self, stack: Tensor) -> None:
-        """Puts back what a client does not train."""
+        """Restores the entries that a client does not train."""
         if self._trainable is not None and self._start is not None:
             torch.where(self._trainable, stack, self._start, out=stack)

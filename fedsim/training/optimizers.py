@@ -17,7 +17,7 @@ from fedsim.config import TrainingConfig
 
 
 def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
-    """Returns the number of steps in which the learning rate rises."""
+    """Returns the number of steps during which the learning rate rises."""
     return ceil(warmup_ratio * total_steps)
 
 
@@ -32,14 +32,14 @@ def learning_rate(step: int, total_steps: int, training: TrainingConfig) -> floa
 
 
 SCRATCH_ROWS = 16
-"""Clients stepped at a time whose moments are not kept: few enough that these stay in the caches."""
+"""Clients without kept moments that are stepped at a time: few enough that their moments stay in the caches."""
 
 
 @dataclass
 class OptimizerState:
     """Moments of the first clients of the stack, [clients, parameters] each, and the number of steps taken in this round.
 
-    `num_kept` clients take more than one step; the moments of the others would never be used again, and are not kept.
+    `num_kept` clients take more than one step; the moments of the others are never used again, so they are not kept.
     """
 
     num_kept: int
@@ -50,8 +50,8 @@ class OptimizerState:
 def update(values: Tensor, gradients: Tensor, state: OptimizerState, rates: Sequence[float], training: TrainingConfig) -> None:
     """Takes one step in place for the first `len(gradients)` clients of `values` [clients, parameters].
 
-    `rates` are the clients' learning rates; neighbours of the same rate are stepped together. The other rows, their moments included, stay
-    as they are. `gradients` is used up: nothing the size of the stack is allocated.
+    `rates` are the clients' learning rates; consecutive clients with the same rate are stepped together. The other rows and their moments
+    stay unchanged. Overwrites `gradients`: nothing the size of the stack is allocated.
     """
     rules = {Optimizer.adamw: _adamw, Optimizer.sgd: _sgd}
     count = {Optimizer.adamw: 2, Optimizer.sgd: int(training.momentum > 0)}[training.optimizer]
@@ -71,7 +71,7 @@ def update(values: Tensor, gradients: Tensor, state: OptimizerState, rates: Sequ
 
 
 def _adamw(values: Tensor, gradients: Tensor, moments: list[Tensor], step: int, rate: float, training: TrainingConfig) -> None:
-    """PyTorch's fused kernel: one pass over memory."""
+    """Calls PyTorch's fused kernel: one pass over memory."""
     mean, square = moments
     adamw(
         [values],
@@ -79,7 +79,7 @@ def _adamw(values: Tensor, gradients: Tensor, moments: list[Tensor], step: int, 
         [mean],
         [square],
         [],
-        [torch.full((), step - 1.0, device=values.device)],  # the kernel counts it up
+        [torch.full((), step - 1.0, device=values.device)],  # the kernel increments it
         fused=True,
         amsgrad=False,
         beta1=training.beta1,

@@ -1,4 +1,4 @@
-"""Rows of a stack [clients, parameters]: which of them a pass meets, and how their gradients come back to them."""
+"""Selects the rows of a stack [clients, parameters] for a pass and accumulates their gradients."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from fedsim.core.payload import Layout
 from fedsim.types import Adapter
 
 Place = slice | Tensor
-"""What picks rows of a stack: a slice, which gives a view, or an index, which gives a copy."""
+"""Selects rows of a stack: a slice gives a view, an index tensor a copy."""
 
 
 def place(slots: Sequence[int], device: torch.device) -> Place:
-    """Returns what picks the rows at `slots`, in this order: a slice where they follow one another."""
+    """Returns the selector of the rows at `slots`, in this order: a slice if they are consecutive."""
     first, last = slots[0], slots[-1]
     if list(slots) == list(range(first, last + 1)):
         return slice(first, last + 1)
@@ -21,7 +21,7 @@ def place(slots: Sequence[int], device: torch.device) -> Place:
 
 
 def accumulate(stack: Tensor, layout: Layout, where: Place, parts: Adapter) -> None:
-    """Adds stacked factors [groups, ...], in the order of the layout, to the rows of the stack at `where`; a row may be named twice."""
+    """Adds stacked factors [groups, ...], in the order of the layout, to the rows of the stack at `where`; a row may repeat."""
     if isinstance(where, slice):
         torch._foreach_add_(list(layout.unpack(stack[where]).values()), list(parts.values()))  # one call
     else:
@@ -29,5 +29,5 @@ def accumulate(stack: Tensor, layout: Layout, where: Place, parts: Adapter) -> N
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns the tensor on the device; a GPU takes it from pinned memory, so that nothing waits for the copy."""
+    """Returns the tensor on the device; copies to a GPU asynchronously, from pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
