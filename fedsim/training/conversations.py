@@ -1,4 +1,4 @@
-"""Conversations as a model reads them: in the form of its tokenizer's chat template, or in Alpaca's where it has none."""
+"""Renders conversations for a model: by its tokenizer's chat template, or in Alpaca's form if it has none."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -11,7 +11,7 @@ ALPACA_OPENING = "Below is an instruction that describes a task. Write a respons
 ALPACA_MARKS = {"user": "### Instruction:\n", "assistant": "### Response:"}
 
 DATE = datetime(2024, 7, 26)
-"""The date given to templates that mention it: with today's, the same run would differ tomorrow."""
+"""The date given to templates that mention it: with today's date, the same run would differ tomorrow."""
 
 _FORMATTED = "".join(f" | replace('%{part}', '{DATE.strftime(f'%{part}')}')" for part in "aAbBdHIjmMpSyY")
 _FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FORMATTED} }}}}{{%- endmacro -%}}"
@@ -19,12 +19,12 @@ SAID = "said"
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer has a form of its own for conversations."""
+    """Returns whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def in_alpaca(turns: Sequence[Turn]) -> str:
-    """Returns the turns in Alpaca's form, up to where the assistant's next one begins; one question is an instruction."""
+    """Returns the turns in Alpaca's form, ending where the assistant's next turn begins; one question is an instruction."""
     system = "\n\n".join(turn.content for turn in turns if turn.role == "system")
     said = "\n\n".join(ALPACA_MARKS[turn.role] + turn.content for turn in turns if turn.role != "system")
     opening = f"{system}\n\n" if system else ALPACA_OPENING
@@ -32,14 +32,14 @@ def in_alpaca(turns: Sequence[Turn]) -> str:
 
 
 def rendered(turns: Sequence[Turn], tokenizer: Any, *, answered: bool = False) -> str:
-    """Returns the turns in the template's form, up to where the assistant's next one begins unless they are `answered` already.
+    """Returns the turns in the template's form, ending where the assistant's next turn begins unless they are `answered`.
 
-    If the template has no system role, or none at that place, system text is put before the next question. Raises UserError for what it
-    refuses even then.
+    If the template refuses the system role, or refuses it at that place, system text goes before the next question. Raises UserError for
+    turns that it refuses even then.
     """
     try:
         return _by_template(turns, tokenizer, answered)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         told = _without_system(turns)
         if told != list(turns):
             return rendered(told, tokenizer, answered=answered)
@@ -68,12 +68,12 @@ def _by_template(turns: Sequence[Turn], tokenizer: Any, answered: bool) -> str:
     if "strftime_now" in template:
         template = _FIXED_DATE + template
     said = [turn._asdict() for turn in turns]
-    thinking = {"enable_thinking": False}  # templates that do not know it do not look at it
+    thinking = {"enable_thinking": False}  # other templates ignore it
     return str(tokenizer.apply_chat_template(said, chat_template=template, tokenize=False, add_generation_prompt=not answered, **thinking))
 
 
 def end_of_turn(tokenizer: Any) -> int:
-    """Returns the token with which the template ends an assistant's turn, the end-of-sequence token where it has no token of its own."""
+    """Returns the token with which the template ends an assistant's turn, the end-of-sequence token if it has none of its own."""
     whole = rendered([Turn("user", SAID), Turn("assistant", SAID)], tokenizer, answered=True)
     after = tokenizer(whole.rpartition(SAID)[2], add_special_tokens=False)["input_ids"]
     added = {token for token, text in tokenizer.added_tokens_decoder.items() if str(text).strip()}  # some have runs of spaces
@@ -82,7 +82,7 @@ def end_of_turn(tokenizer: Any) -> int:
 
 
 def shorter(turns: Sequence[Turn]) -> list[Turn] | None:
-    """Returns the turns without the oldest exchange, what the system says kept; None where a single question is left."""
+    """Returns the turns without the oldest exchange, keeping system turns before it; None if only one question is left."""
     asked = [place for place, turn in enumerate(turns) if turn.role == "user"]
     if len(asked) < 2:
         return None
@@ -90,7 +90,7 @@ def shorter(turns: Sequence[Turn]) -> list[Turn] | None:
 
 
 def check(examples: Iterable[AnyExample], tokenizer: Any) -> None:
-    """Raises UserError where the template refuses a conversation, by who says its turns."""
+    """Raises UserError if the template refuses a conversation; renders one conversation for each sequence of roles."""
     known: set[tuple[str, ...]] = set()
     for example in examples if has_template(tokenizer) else ():
         if isinstance(example, Example) and example.turns:

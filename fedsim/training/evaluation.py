@@ -1,7 +1,7 @@
 """Held-out accuracy and loss: greedy generation in batches with a key-value cache, and the mean loss of the reference responses.
 
-Rows of similar prompt length share a batch, padded on the left; rows that have ended leave the batch when they are half of it. A model
-that classifies answers with its most likely label.
+Rows of similar prompt length share a batch, padded on the left; rows that have ended leave the batch when they are half of it. A
+classifier answers with its most likely label.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,18 +27,18 @@ from fedsim.types import AnyExample, EncodedExample, EncodedLabelled, Example, F
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a model achieves on the test examples of one task."""
+    """A model's scores on the test examples of one task."""
 
-    accuracy: float  # part of all examples that are answered correctly, 0 to 1
-    loss: float  # mean over examples of the mean over the response's tokens; nan where every response was cut away
+    accuracy: float  # fraction of all examples that are answered correctly, 0 to 1
+    loss: float  # mean over examples of the mean over the response's tokens; nan if every response was cut away
     num_examples: int
-    num_losses: int = 0  # examples of whose response something is left: those in the loss
+    num_losses: int = 0  # examples in the loss: those with some response left after truncation
     num_cut_off: int = 0  # generated answers without an end: evaluation.max_new_tokens or the model's context came first
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer: its tokens without the end-of-sequence, and whether that came."""
+    """A generated answer: its tokens without the end-of-sequence token, and whether that token came."""
 
     tokens: list[int]
     ended: bool
@@ -55,11 +55,11 @@ def evaluate(
 ) -> TaskResult:
     """Answers every example and compares with the gold answers; `on_progress(done, total)` counts answered examples.
 
-    `budget` bounds the batches, and shrinks where memory runs out; without one it is chosen as `config` says.
+    `budget` bounds the batches and shrinks when memory runs out; without one it is chosen as `config` says.
 
     Guarantees: no gradient, no change of the model; the result does not depend on the order of the examples, beyond float tolerance. A
-    prompt that fills the model's context counts as answered wrongly, and so does an answer that is cut off before it says that it is the
-    final one; one that must equal a whole text is given up at twice the length of the longest reference. A response that
+    prompt that fills the model's context counts as wrong, and so does an answer cut off before it states its final result;
+    an answer that must equal a whole text stops at twice the length of the longest reference. A response that
     `data.max_length` cuts away has no loss. No examples give accuracy 0 and loss nan.
     """
     if not examples:
@@ -111,7 +111,7 @@ def _answer(
     with _inference(model):
         prompts = list(encode_prompts(examples, tokenizer, data.max_length))
         encoded = encode(examples, tokenizer, data.max_length, TrainOn.response)
-        longest = _longest_right(examples, tokenizer, config.max_new_tokens)
+        longest = _max_answer_tokens(examples, tokenizer, config.max_new_tokens)
         answers = generate(
             model,
             prompts,
@@ -124,24 +124,24 @@ def _answer(
         )
         texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
         pad_id = tokenizer.pad_token_id
-        of_losses = TokenBudget(chosen_for_losses(model, budget.tokens))
-        loss = of_losses.within_memory(lambda most: mean_loss(model, encoded, pad_id=pad_id, tokens_per_pass=most))
+        loss_budget = TokenBudget(chosen_for_losses(model, budget.tokens))
+        loss = loss_budget.within_memory(lambda most: mean_loss(model, encoded, pad_id=pad_id, tokens_per_pass=most))
     read = zip(texts, examples, answers, strict=True)
     correct = sum(is_correct(text, example, ended=answer.ended) for text, example, answer in read)
-    wrong_already = longest if longest < config.max_new_tokens else None  # the number of tokens at which it made no sense to go on
-    num_cut_off = sum(not answer.ended and len(answer.tokens) != wrong_already for answer in answers)
+    wrong_length = longest if longest < config.max_new_tokens else None  # answers of this length are wrong, not cut off by a limit
+    num_cut_off = sum(not answer.ended and len(answer.tokens) != wrong_length for answer in answers)
     return TaskResult(correct / len(examples), loss, len(examples), sum(map(has_response, encoded)), num_cut_off)
 
 
-def _longest_right(examples: Sequence[Example], tokenizer: Any, limit: int) -> int:
-    """Returns how many tokens a right answer may have: of whole texts twice those of the longest reference, which is room for spaces."""
+def _max_answer_tokens(examples: Sequence[Example], tokenizer: Any, limit: int) -> int:
+    """Returns the most tokens of a right answer: for whole texts twice the longest reference, which leaves room for white space."""
     if any(example.family is not Family.text for example in examples):
         return limit
     return min(limit, 2 * max(map(len, token_ids(tokenizer, [example.answer for example in examples], add_special_tokens=False))) + 1)
 
 
 def mean_loss(model: nn.Module, examples: Sequence[EncodedExample], *, pad_id: int, tokens_per_pass: int) -> float:
-    """Returns the mean over examples of each example's mean token loss, without gradient; nan where no example has a response."""
+    """Returns the mean over examples of each example's mean token loss, without gradient; nan if no example has a response."""
     device = next(model.parameters()).device
     usable = [example for example in examples if has_response(example)]
     if not usable:
@@ -167,11 +167,11 @@ def generate(
 ) -> list[Answer]:
     """Returns the greedy continuation of each prompt, up to the end-of-sequence token, in the order of the prompts.
 
-    An answer also ends with the token that `ends` has for its prompt.
+    An answer also ends with its prompt's token in `ends`.
 
     Guarantees: equal to generating one prompt at a time, to float tolerance. No sequence grows beyond the model's context; a prompt that
-    fills it gets an empty answer, which has not ended. Batches stay within the budget when every answer is as long as allowed; where
-    memory runs out, one is begun again with fewer rows.
+    fills it gets an empty answer, which has not ended. Batches of several rows stay within the budget even if every answer is as long as
+    allowed; when memory runs out, a batch starts over with fewer rows.
     """
     context = getattr(model.config, "max_position_embeddings", None) or max(map(len, prompts), default=0) + max_new_tokens
     answers = [Answer([], ended=False)] * len(prompts)
@@ -182,30 +182,30 @@ def generate(
         lengths = [len(prompts[i]) + max_new_tokens for i in fitting]
         rows = fitting[: _num_rows(lengths, most)]
         try:
-            mine = [eos_id if ends is None else ends[i] for i in rows]
-            return _generate_batch(model, [prompts[i] for i in rows], mine, eos_id, pad_id, max_new_tokens, context)
+            row_ends = [eos_id if ends is None else ends[i] for i in rows]
+            return _generate_batch(model, [prompts[i] for i in rows], row_ends, eos_id, pad_id, max_new_tokens, context)
         except torch.OutOfMemoryError:
-            budget.tokens = min(budget.tokens, len(rows) * lengths[len(rows) - 1])  # so that half of it has fewer rows
+            budget.tokens = min(budget.tokens, len(rows) * lengths[len(rows) - 1])  # so that halving it removes rows
             raise
 
     with torch.no_grad():
         while fitting:
             found = budget.within_memory(next_batch)
             for i, answer in zip(fitting, found, strict=False):
-                answers[i] = _answer_in(answer[: context - len(prompts[i])], eos_id)
+                answers[i] = _answer_of(answer[: context - len(prompts[i])], eos_id)
             fitting = fitting[len(found) :]
             done += len(found)
             on_progress(done, len(prompts))
     return answers
 
 
-def _answer_in(tokens: list[int], eos_id: int) -> Answer:
+def _answer_of(tokens: list[int], eos_id: int) -> Answer:
     ended = eos_id in tokens
     return Answer(tokens[: tokens.index(eos_id)] if ended else tokens, ended)
 
 
 def _num_rows(lengths: Sequence[int], most: int) -> int:
-    """Returns how many of the rows, the shortest first, make a batch of at most so many tokens; one at least."""
+    """Returns how many of the rows, sorted by length, make a batch of at most `most` tokens; at least one."""
     rows = 1
     while rows < len(lengths) and lengths[rows] * (rows + 1) <= most:
         rows += 1
@@ -215,9 +215,9 @@ def _num_rows(lengths: Sequence[int], most: int) -> int:
 def _generate_batch(
     model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], eos_id: int, pad_id: int, max_new_tokens: int, context: int
 ) -> list[list[int]]:
-    """Generates for prompts in order of length, until the shortest one fills the context; what a row gets beyond its own is meaningless.
+    """Generates for prompts in order of length, until the shortest fills the context; a row's tokens beyond the context are meaningless.
 
-    A row that has ended, by its token of `ends` or the end-of-sequence token, is filled with end-of-sequence tokens.
+    A row ends with its token of `ends` or the end-of-sequence token, and is filled with end-of-sequence tokens from there.
     """
     from transformers import DynamicCache
 
@@ -245,7 +245,7 @@ def _generate_batch(
             cache.batch_select_indices(chosen)
             alive, mask, positions = alive[chosen], mask[chosen], positions[chosen]
         input_ids = tokens[alive, step].unsqueeze(1)
-        positions = (positions[:, -1:] + 1).clamp(max=context - 1)  # a learnt position beyond the context does not exist
+        positions = (positions[:, -1:] + 1).clamp(max=context - 1)  # there are no learnt positions beyond the context
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
     return tokens.tolist()
 
@@ -260,7 +260,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.devic
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block: a model in training mode with activation checkpointing would not use its cache."""
+    """Sets evaluation mode within the block: in training mode with activation checkpointing a model would not use its cache."""
     training = model.training
     model.eval()
     try:

@@ -1,8 +1,8 @@
-"""Encoded examples of one kind as one flat array, which a file can hold and several processes can map, and back.
+"""Converts encoded examples of one kind to one flat array, which a file can hold and several processes can map, and back.
 
     [kind, number of examples | facts of each example | tokens and segments of each example]
 
-The facts are the lengths of both, and what `EncodedExample` or `EncodedLabelled` holds besides them.
+The facts are the lengths of tokens and segments, and the other fields of `EncodedExample` or `EncodedLabelled`.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def flattened(examples: Sequence[AnyEncoded]) -> Tokens:
 
 
 def unflattened(flat: Tokens) -> list[AnyEncoded]:
-    """Returns the examples of an array that `flattened` has made, as views of it."""
+    """Returns the examples in an array made by `flattened`, as views of it."""
     kind, count = flat[:HEAD].tolist()
     facts = flat[HEAD : HEAD + FACTS * count].reshape(count, FACTS)
     ends = HEAD + FACTS * count + facts[:, :2].sum(axis=1, dtype=np.int64).cumsum()

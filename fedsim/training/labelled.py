@@ -1,4 +1,4 @@
-"""Two texts, or one, and a label, for an encoder with a classification head: from text to tokens, and the loss of a row.
+"""Encodes one or two texts with a label for an encoder with a classification head, and computes the loss of a row.
 
 As for generated answers, no row's loss depends on another row: it is the cross-entropy of its own label.
 """
@@ -21,7 +21,7 @@ from fedsim.types import AnyEncoded, AnyExample, EncodedLabelled, Example, Label
 
 
 def encode_any(examples: Sequence[AnyExample], tokenizer: Any, data: DataConfig, *, apart: bool = False) -> list[AnyEncoded]:
-    """Returns the tokens of examples of one kind, answered or classified, as `data` says; two texts are read `apart` or in one sequence."""
+    """Returns the tokens of examples of one kind, answered or classified; two texts are encoded `apart` or as one sequence."""
     labelled = [example for example in examples if isinstance(example, Labelled)]
     if labelled:
         return [*encode_labelled(labelled, tokenizer, data.max_length, apart=apart)]
@@ -29,10 +29,10 @@ def encode_any(examples: Sequence[AnyExample], tokenizer: Any, data: DataConfig,
 
 
 def encode_labelled(examples: Sequence[Labelled], tokenizer: Any, max_length: int, *, apart: bool = False) -> list[EncodedLabelled]:
-    """Returns the text of each, or both, in the form of the tokenizer, cut to `max_length` or to the tokenizer's own limit.
+    """Returns the tokens of each example's one or two texts, truncated to `max_length` or to the tokenizer's own limit.
 
-    Of two texts the longer one is cut. All have as many texts. Where they are read `apart`, each is a sequence of its own, of at
-    most its part of `max_length`.
+    Of two texts the longer one is cut. All examples must have the same number of texts. With `apart`, each text is a sequence of its
+    own, of at most its share of `max_length`.
     """
     if not examples:
         return []
@@ -50,7 +50,7 @@ def encode_labelled(examples: Sequence[Labelled], tokenizer: Any, max_length: in
 
 
 def _rows(found: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """Returns tokens and segments of each row of a call of the tokenizer; no segments where the model is not told them."""
+    """Returns tokens and segments of each row of a tokenizer's output; no segments if the model takes none."""
     ids = found["input_ids"]
     return zip(ids, found.get("token_type_ids", [[]] * len(ids)), strict=True)
 
@@ -61,10 +61,10 @@ def _array(ids: list[int]) -> Tokens:
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """Padded tensors of a pass. Padding is on the right and masked: an encoder looks both ways."""
+    """Padded tensors of a pass. Padding is on the right and masked, since an encoder attends both ways."""
 
-    input_ids: Tensor  # [rows, tokens], or [rows, 2, tokens] where the texts are read apart
-    mask: Tensor  # of the same shape; 1 where there is a token
+    input_ids: Tensor  # [rows, tokens], or [rows, 2, tokens] if the texts are encoded apart
+    mask: Tensor  # of the same shape; 1 for a token, 0 for padding
     segments: Tensor | None  # [rows, tokens]
     labels: Tensor  # [rows]
     num_tokens: int  # tokens without padding
@@ -89,18 +89,18 @@ def _sequences(example: EncodedLabelled) -> list[Tokens]:
 
 
 def _padded(rows: Sequence[Tokens], value: int) -> tuple[Any, Any]:
-    """Returns the rows as one array, and another that is 1 where they have an entry: [rows, entries] each."""
+    """Returns the padded rows and their mask, 1 for an entry: [rows, entries] each."""
     filled = np.full((len(rows), padded_width(len(rows), max(map(len, rows)))), value, dtype=np.int64)
-    there = np.zeros_like(filled)
+    present = np.zeros_like(filled)
     for place, row in enumerate(rows):
-        filled[place, : len(row)], there[place, : len(row)] = row, 1
-    return filled, there
+        filled[place, : len(row)], present[place, : len(row)] = row, 1
+    return filled, present
 
 
 def label_logits(model: nn.Module, batch: LabelledBatch) -> Tensor:
     """Returns the logits of the labels, [rows, labels] float32."""
-    told = {} if batch.segments is None else {"token_type_ids": batch.segments}
-    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.mask, **told).logits
+    optional = {} if batch.segments is None else {"token_type_ids": batch.segments}
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.mask, **optional).logits
     return logits.float()
 
 

@@ -16,8 +16,8 @@ from fedsim.types import Adapter
 def batch_loss(model: nn.Module, batch: AnyBatch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns the sum of the rows' losses times `weights` [rows] (None: one each), which has a gradient, and the losses [rows], float32.
 
-    A row's loss is its cross-entropy averaged over its target tokens, 0 where it has none. Where the head is frozen, logits
-    are computed only for the tokens before those.
+    A row's loss is its cross-entropy averaged over its target tokens, 0 if it has none. With a frozen head, logits are computed
+    only at the positions that predict targets.
     """
     if isinstance(batch, LabelledBatch):
         losses = label_losses(model, batch)
@@ -25,7 +25,7 @@ def batch_loss(model: nn.Module, batch: AnyBatch, weights: Tensor | None = None)
     targets = (batch.labels != -100).sum(1).clamp(min=1)
     of_tokens = ((torch.ones_like(targets) if weights is None else weights) / targets).repeat_interleave(batch.labels.shape[1])
     labels = batch.labels.flatten()
-    hidden, head = _before_the_logits(model, batch)
+    hidden, head = _head_inputs(model, batch)
     if head is None:
         losses = cross_entropy(hidden.flatten(0, 1), labels)
         total = (losses * of_tokens).sum()
@@ -34,14 +34,14 @@ def batch_loss(model: nn.Module, batch: AnyBatch, weights: Tensor | None = None)
     return total, losses.detach().view_as(batch.labels).sum(1) / targets
 
 
-def _before_the_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, FrozenLinear | None]:
-    """Returns what the head makes logits of [rows, positions, hidden], and the head; or the logits and None, where the head has an adapter
-    or the model does something with what it gives, which is found out once."""
+def _head_inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, FrozenLinear | None]:
+    """Returns the head's inputs [rows, positions, hidden] and the head; or the logits and None if the head has an adapter or the model
+    changes its outputs, which is checked once."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, FrozenLinear):
         return _logits(model, batch), None
     if head.is_last is None:
-        head.is_last = _is_last(model, head, batch.input_ids[:, :1])  # all rows, since factors may be bound for groups of them
+        head.is_last = _is_last(model, head, batch.input_ids[:, :1])  # all rows, since factors may be bound per group
     if not head.is_last:
         return _logits(model, batch), None
     with head.stepping_aside():
@@ -49,14 +49,14 @@ def _before_the_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, FrozenLi
 
 
 def _is_last(model: nn.Module, head: FrozenLinear, tokens: Tensor) -> bool:
-    with torch.no_grad(), head.stepping_aside() as came:
+    with torch.no_grad(), head.stepping_aside() as captured:
         try:
             result = model(input_ids=tokens, use_cache=False).logits
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # what comes after it wants logits
+        except RuntimeError:  # the model uses the logits
             return False
-    return len(came) == 1 and result is came[0]
+    return len(captured) == 1 and result is captured[0]
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -69,8 +69,8 @@ def group_gradients(
 ) -> tuple[Tensor, Adapter]:
     """Returns the loss of each row and the gradients of the weighted sum of losses with respect to `factors`.
 
-    `factors` are stacked: [groups, ...], see `fedsim.core.products`; the gradient of group g comes from its own rows alone, and is
-    [groups, rows of a group, ...] where it is taken `per_example`. `weights` [rows] multiply the losses. Forward and backward run while
+    `factors` are stacked: [groups, ...], see `fedsim.core.products`; the gradient of group g comes from its own rows alone. With
+    `per_example` the gradients are [groups, rows of a group, ...]. `weights` [rows] multiply the losses. Forward and backward run while
     the factors are bound, as activation checkpointing needs.
     """
     leaves = {name: (_one_per_row(factor, len(weights)) if per_example else factor.detach()) for name, factor in factors.items()}
@@ -83,6 +83,6 @@ def group_gradients(
 
 
 def _one_per_row(factor: Tensor, rows: int) -> Tensor:
-    """Returns [groups, rows of a group, ...], a view that holds the factor of each group once."""
+    """Returns the factor expanded to [groups, rows of a group, ...], a view that stores each group's factor once."""
     groups, *shape = factor.shape
     return factor.detach().unsqueeze(1).expand(groups, rows // groups, *shape)

@@ -91,7 +91,7 @@ def test_losses_and_gradients_are_those_of_the_definition(name, logits_at_once, 
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
         for layer, gradient in expected_gradients.items():
             torch.testing.assert_close(gradients[layer].squeeze(0), gradient, rtol=1e-4, atol=1e-6)
-    assert (loss._before_the_logits(model, batch())[1] is not None) == aside
+    assert (loss._head_inputs(model, batch())[1] is not None) == aside
 
 
 def test_a_loss_in_one_piece_gives_the_bits_of_the_whole_logits():
