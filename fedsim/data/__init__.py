@@ -1,4 +1,4 @@
-"""Training and test examples of a configuration: embedded, from local files, or fetched."""
+"""Loads the training and test examples of a configuration: embedded, from local files, or fetched."""
 
 from fedsim.data.loading import Dataset, check, load
 from fedsim.data.sets import labels

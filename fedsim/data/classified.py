@@ -1,7 +1,7 @@
-"""Rows that are classified: two texts of language inference, or whatever texts and labels a user has.
+"""Reads rows for classification: pairs of language inference, or a user's own texts and labels.
 
-SNLI (arXiv 1508.05326) and SICK (Marelli et al., LREC 2014) have labels that are known. The columns and labels of a user's own set are
-those of its rows; the columns are called as in public sets (GLUE, IMDB, AG News, banking77).
+SNLI (arXiv 1508.05326) and SICK (Marelli et al., LREC 2014) have known labels. A user's own set takes its labels from its rows, and
+its columns are named as in public sets (GLUE, IMDB, AG News, banking77).
 """
 
 import re
@@ -14,19 +14,19 @@ from fedsim.errors import UserError
 from fedsim.types import Labelled
 
 INFERENCE = ("entailment", "neutral", "contradiction")
-"""Labels of natural language inference, in the order in which SNLI's hub data set numbers them."""
+"""Labels of natural language inference, in the order of SNLI's numbers on the hub."""
 
 
 def _label(row: Row, *names: str) -> str | None:
-    """Returns the label in the first of the columns that is there, by name or number; None for what SNLI marks as without a label."""
+    """Returns the label, given by name or number, in the first column of `names` that exists; None for SNLI's marks of no label."""
     column = column_of(row, *names)
-    told = str(row[column]).strip().lower()
-    if told in ("-1", "-"):
+    label_text = str(row[column]).strip().lower()
+    if label_text in ("-1", "-"):
         return None
     known = dict(zip((*INFERENCE, "0", "1", "2"), 2 * INFERENCE, strict=True))
-    if told not in known:
+    if label_text not in known:
         raise Malformed(f"expected {column!r} to be one of {', '.join(INFERENCE)} or 0, 1, 2, got {row[column]!r:.40}")
-    return known[told]
+    return known[label_text]
 
 
 def _pair(row: Row, name: str, premise: str, hypothesis: str, label: str | None) -> Labelled | None:
@@ -34,7 +34,7 @@ def _pair(row: Row, name: str, premise: str, hypothesis: str, label: str | None)
 
 
 def snli(row: Row, name: str) -> Labelled | None:
-    """A row of the hub, or of the original files. A pair on which its annotators did not agree has no label and is left out."""
+    """Reads a row of the hub or of the original files. A pair whose annotators disagreed has no label and is left out."""
     label = _label(row, "label", "gold_label")
     return _pair(row, name, *(("premise", "hypothesis") if "premise" in row else ("sentence1", "sentence2")), label)
 
@@ -44,7 +44,7 @@ def sick(row: Row, name: str) -> Labelled | None:
 
 
 TEXT = ("text", "sentence", "content", "review", "question", "title")
-"""Columns of a single text. The first that is there counts."""
+"""Columns of a single text. The first that exists counts."""
 
 TEXTS = (
     ("premise", "hypothesis"),
@@ -55,17 +55,17 @@ TEXTS = (
     ("question", "sentence"),
     ("question", "passage"),
 )
-"""Columns of two texts. The first of which both are there count, before those of a single one."""
+"""Columns of two texts. The first pair that exists counts, and takes precedence over a single text."""
 
 LABEL = ("label", "labels", "class", "category", "sentiment", "topic", "intent")
-"""Columns of the label. The first that is there counts."""
+"""Columns of the label. The first that exists counts."""
 
 MOST_LABELS = 1000
-"""More are names of something else, such as the numbers of the rows; each is a row of the head."""
+"""More labels mean that the column holds something else, such as row numbers; each label is a row of the head."""
 
 
 def classification(row: Row, name: str) -> Labelled:
-    """A text, or two, and the name or whole number of a label; which labels there are is known once all rows are."""
+    """Reads one or two texts and a label's name or whole number; the set of labels is known once all rows are read."""
     answer = named(row, column_of(row, *LABEL))
     both = next((pair for pair in TEXTS if all(column in row for column in pair)), None)
     if both is None and not any(column in row for column in TEXT):
@@ -77,36 +77,36 @@ def classification(row: Row, name: str) -> Labelled:
 
 @dataclass
 class Form:
-    """What the rows of a user's own set have in common: the labels, and how many texts each has.
+    """What all rows of a user's own set share: the labels, and the number of texts.
 
-    Labels are those that the configuration names, or else, once they are settled, those of the training rows.
+    Labels are those in the configuration, or else those of the training rows, once settled.
     """
 
     labels: tuple[str, ...]
-    texts: int = 0  # not known before the first row
+    texts: int = 0  # 0 before the first row
     _found: set[str] = field(default_factory=set, init=False)
 
     def take(self, example: Labelled) -> None:
-        """Adds a row. Raises Malformed if it does not fit the others."""
+        """Adds a row. Raises Malformed if it does not match the others."""
         texts = len(example.texts)
         if self.texts not in (0, texts):
             raise Malformed(f"expected {_counted(self.texts)} as in the rows before, got {_counted(texts)}")
         if self.labels and example.answer not in self.labels:
-            raise Malformed(f"expected a label out of {_some(self.labels)}, got {example.answer!r:.40}")
+            raise Malformed(f"expected a label out of {_shortened(self.labels)}, got {example.answer!r:.40}")
         self.texts = texts
         self._found.add(example.answer)
 
     def settled(self) -> tuple[str, ...]:
-        """Returns the labels, from now on those of the rows so far: numbers by size, others by letter.
+        """Returns the labels and fixes them to those read so far: numbers in numeric order, names in alphabetical order.
 
-        Raises UserError where there are too few or too many.
+        Raises UserError if there are too few or too many.
         """
         if self.labels:
             return self.labels
         if not 2 <= len(self._found) <= MOST_LABELS:
             raise UserError(
                 f"data.path: expected 2 to {MOST_LABELS:,} labels in the training rows, got {len(self._found):,}: "
-                f"{_some(sorted(self._found))}. Give rows of several labels, or name the labels: data.labels=[...]."
+                f"{_shortened(sorted(self._found))}. Give rows of several labels, or name the labels: data.labels=[...]."
             )
         numbers = all(re.fullmatch("-?[0-9]{1,18}", label) for label in self._found)
         self.labels = tuple(sorted(self._found, key=lambda label: (int(label) if numbers else 0, label)))
@@ -117,5 +117,5 @@ def _counted(texts: int) -> str:
     return "one text" if texts == 1 else "two texts"
 
 
-def _some(labels: Sequence[str]) -> str:
+def _shortened(labels: Sequence[str]) -> str:
     return ", ".join(f"{label:.40}" for label in labels[:20]) + (f" and {len(labels) - 20:,} more" if len(labels) > 20 else "")

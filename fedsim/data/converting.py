@@ -1,4 +1,4 @@
-"""From rows to examples: what becomes of a malformed row, and how a file that holds train and test is divided."""
+"""Converts rows to examples, handles malformed rows, and divides a file that holds both train and test."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,60 +16,60 @@ from fedsim.seeding import numpy_generator
 from fedsim.types import AnyExample, Labelled
 
 HELD_OUT = 0.1
-"""Part of a single file's rows that becomes the test set, at most MOST_HELD_OUT rows."""
+"""Fraction of a single file's rows that becomes the test set, at most MOST_HELD_OUT rows."""
 MOST_HELD_OUT = 1000
 
 MOST_NOTES = 10
-"""Malformed rows of one file that are reported one by one; beyond them only their number is."""
+"""Malformed rows of one file that are reported individually; the rest are only counted."""
 
 
 @dataclass
 class Reading:
-    """What is common to the reading of all sets of a configuration."""
+    """State shared by all sets of a configuration while they are read."""
 
     config: DataConfig
     seed: int
     notes: list[str] = field(default_factory=list)
     divided: dict[str, dict[str, list[AnyExample]]] = field(default_factory=dict)  # files that hold train and test, by place
-    form: Form = field(init=False)  # of a user's own rows that are classified
+    form: Form = field(init=False)  # of a user's own rows for classification
 
     def __post_init__(self) -> None:
         self.form = Form(tuple(self.config.labels))
 
     def labels(self) -> tuple[str, ...]:
-        """Returns those of the data; where its rows tell them, those of all that have been read, and of all that will be."""
+        """Returns the labels of the data; where its rows give them, fixes them to those of the rows read so far."""
         known = labels(self.config)
         return self.form.settled() if known is None else known
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, what they are examples of, and whether each must name its owner where the configuration has a column for it."""
+    """Where rows come from, their task, and whether each must name its client if the configuration has a column for that."""
 
     each: DataSet
     task: str
     place: str  # a file, an address, or a hub name
     unit: str  # what rows are counted in: lines or rows
-    owned: bool = True  # not of a test set on its own
+    owned: bool = True  # False for rows of a separate test set
 
 
 def divided(reading: Reading, source: Source, rows: Iterable[NumberedRow]) -> dict[str, list[AnyExample]]:
-    """Returns the examples of a file that holds train and test: as a column of its rows tells, or else a seeded part is held out."""
+    """Returns the examples of a file that holds train and test, split by a column of its rows, or else by a seeded choice."""
     if source.place not in reading.divided:
         numbered = list(rows)
-        told = {told_split(row, source.each.split_column) for _, row in numbered} - {None}
-        divide = _as_told if told else _held_out
+        named_splits = {told_split(row, source.each.split_column) for _, row in numbered} - {None}
+        divide = _split_by_column if named_splits else _hold_out
         reading.divided[source.place] = divide(reading, source, numbered)
     return reading.divided[source.place]
 
 
 def told_split(row: Any, column: str | None) -> str | None:
-    """Returns the split that a row tells, in lower case; None where it tells none."""
+    """Returns the split named in the row's `column`, in lower case; None if it names none."""
     return str(row[column]).strip().lower() if isinstance(row, Mapping) and column in row else None
 
 
-def _as_told(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> dict[str, list[AnyExample]]:
-    """A row that tells nothing belongs to the training set, where its fault is found; one of a third split to neither."""
+def _split_by_column(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> dict[str, list[AnyExample]]:
+    """Splits rows by column. Rows without one join the training set, where the fault is found; those of a third split are dropped."""
     column = source.each.split_column
     splits = [told_split(row, column) or "train" for _, row in rows]
     parts = {split: [row for row, own in zip(rows, splits, strict=True) if own == split] for split in ("train", "test")}
@@ -83,7 +83,7 @@ def _as_told(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> d
     return found
 
 
-def _held_out(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> dict[str, list[AnyExample]]:
+def _hold_out(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> dict[str, list[AnyExample]]:
     examples, where = converted(reading, source, rows), source.place
     count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
     if count == 0:
@@ -98,7 +98,7 @@ def _held_out(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> 
 
 
 def converted(reading: Reading, source: Source, rows: Iterable[NumberedRow]) -> list[AnyExample]:
-    """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says. Rows without a label are counted."""
+    """Returns the examples; a malformed row ends the run or is noted, as `data.on_error` says. Counts rows without a label."""
     found: list[AnyExample] = []
     num_left_out = num_unlabelled = 0
     where = source.place
@@ -134,7 +134,7 @@ def _remedy(error: Malformed, place: str) -> str:
 
 
 def _example(reading: Reading, source: Source, row: Any) -> AnyExample | None:
-    """Returns the row as an example of its set, with the task and the owner that it names where the configuration has columns for them."""
+    """Returns the row as an example of its set, with its task and client if the configuration has columns for them."""
     config, example = reading.config, source.each.example(row, source.task)
     if example is not None and config.task_column is not None:
         example = replace(example, task=named(row, config.task_column, "data.task_column"))

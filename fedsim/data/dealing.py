@@ -1,4 +1,4 @@
-"""How the training examples are dealt: to a public sample that the server holds, if it takes one, and to the clients' shards."""
+"""Deals the training examples to the clients' shards and, if the server needs one, to its public sample."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from fedsim.types import AnyExample
 
 
 class Dealt(NamedTuple):
-    """The training examples, each in one place."""
+    """The training examples, each dealt once."""
 
-    pool: list[AnyExample]  # those of the clients, in their order
+    pool: list[AnyExample]  # the clients' examples, in their original order
     shards: list[list[int]]  # positions in the pool of each client's examples
-    public: list[AnyExample]  # those that the server holds for `adapter.init=gradient_public`, in their order
+    public: list[AnyExample]  # the server's sample for `adapter.init=gradient_public`, in its original order
 
 
 def deal(config: Config, train: Sequence[AnyExample]) -> Dealt:
-    """Returns what the server and each client hold; where `data.owner` is set, all of it is that client's, for it brought it.
+    """Returns the examples of the server and of each client; if `data.owner` is set, all belong to that client, whose own data they are.
 
-    Raises UserError where nothing would be left to deal, and where `partition` cannot deal it.
+    Raises UserError if nothing would be left to deal, or if `partition` cannot deal it.
     """
     if (owner := config.data.owner) is not None:
         return Dealt(list(train), [list(range(len(train))) if i == owner else [] for i in range(config.federation.clients)], [])

@@ -1,4 +1,4 @@
-"""Rows from elsewhere: data sets of the Hugging Face hub, and files at a URL. Both are fetched once and cached."""
+"""Fetches remote rows: data sets of the Hugging Face hub, and files at a URL. Both are fetched once and cached."""
 
 import shutil
 import urllib.request
@@ -15,12 +15,12 @@ from fedsim.errors import UserError
 from fedsim.files import atomically, cache_folder
 
 PATIENCE_SECONDS = 10.0
-"""How long the first answer of a host may take."""
+"""Timeout of a host's first answer."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set of the hub, whose splits are called train and test; a local folder in the hub's form serves as well."""
+    """A data set of the hub with splits called train and test, or a local folder in the hub's form."""
 
     name: str
     config: str | None = None
@@ -30,12 +30,12 @@ class Hub:
         return f"{self.name} ({split})"
 
     def rows(self, split: str) -> Iterator[NumberedRow]:
-        """Yields the rows of a split, numbered from one. Raises UserError where they cannot be fetched."""
+        """Yields the rows of a split, numbered from one. Raises UserError if they cannot be fetched."""
         tables = self._load(split).with_format("arrow").iter(batch_size=BATCH)
         yield from enumerate((row for table in tables for row in batch_rows(table)), 1)
 
     def has_test(self) -> bool:
-        """Asks, once, whether there is a test split. Raises UserError where nobody answers."""
+        """Returns whether there is a test split, which it asks once. Raises UserError if that cannot be fetched."""
         return "test" in self._fetched("train", lambda: _splits(self.name, self.config))
 
     def _load(self, split: str) -> Any:
@@ -45,9 +45,9 @@ class Hub:
 
     def _fetched(self, split: str, fetch: Callable[[], Any]) -> Any:
         try:
-            _ask_once(self.name)
+            _check_reachable(self.name)
             return fetch()
-        except Exception as error:  # the libraries beneath raise dozens of kinds, for a wrong name and for a network that is down
+        except Exception as error:  # the libraries raise dozens of types, for a wrong name or a network that is down
             raise UserError(_not_fetched(self.place(split), error)) from error
 
 
@@ -69,7 +69,7 @@ class Address:
         return self.url.format(split=split)
 
     def rows(self, split: str) -> Iterator[NumberedRow]:
-        """Yields the rows of the file with their lines. Raises UserError where it cannot be fetched."""
+        """Yields the rows of the file with their line numbers. Raises UserError if it cannot be fetched."""
         url = self.place(split)
         path = cache_folder() / urlsplit(url).netloc / urlsplit(url).path.lstrip("/")
         if not path.is_file():
@@ -82,14 +82,14 @@ def _fetch(url: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as reply, atomically(path) as file:
             shutil.copyfileobj(reply, file)
-            if reply.length:  # what the announced size leaves to come
+            if reply.length:  # bytes of the announced size that are missing
                 raise OSError(f"the connection closed {reply.length} bytes too early")
     except (OSError, HTTPException) as error:  # of the network and of the disk
         raise UserError(_not_fetched(url, error)) from error
 
 
-def _ask_once(name: str) -> None:
-    """Asks whether the hub is there, since the library goes on asking for half a minute; not where it is told to stay offline."""
+def _check_reachable(name: str) -> None:
+    """Checks that the hub answers, since the library would retry for half a minute; skipped offline and for a local folder."""
     from huggingface_hub import constants, get_session
 
     if not constants.HF_HUB_OFFLINE and not Path(name).is_dir():

@@ -1,6 +1,6 @@
-"""From a configuration to examples: where each set is read from, what is left out, and which part is kept.
+"""Loads the examples of a configuration: finds each set, reads it, and keeps a part if asked.
 
-`data.path` is the training set's hub name, its file, or a folder for all sets; a set without it is fetched from where its authors put it.
+`data.path` is the training set's hub name, its file, or a folder for all sets; without it, a set is fetched from its authors' source.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,15 +21,15 @@ from fedsim.types import AnyExample, Labelled
 
 EMBEDDED = "embedded"
 EMBEDDED_SIZES = {"train": 5000, "test": 500}
-"""Examples of each task that the embedded data has unless the configuration asks for another number."""
+"""Examples of each task in the embedded data unless the configuration sets another number."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains and is tested on. `skipped` says, line by line, what was left out and why.
+    """A run's training and test examples. Each line of `skipped` says what was left out and why.
 
-    `labels` are those by which it is classified, in the order of a head's outputs, and `texts` how many each row has of them; empty
-    and 0 where it is answered.
+    For classification, `labels` are the labels in the order of the head's outputs and `texts` the number of texts per row; else they are
+    empty and 0.
     """
 
     train: list[AnyExample]
@@ -47,8 +47,8 @@ def load(config: DataConfig, seed: int) -> Dataset:
     """Reads the sets that the configuration names.
 
     Guarantees: the same arguments give the same examples in the same order; `train_examples` and `test_examples` are seeded choices.
-    Of several test sets, one that a folder does not hold is reported in `skipped`. Raises UserError, with file, line and reason, for
-    what cannot be read.
+    Of several test sets, one that is missing from a folder or has no usable row is reported in `skipped`. Raises UserError, with file,
+    line and reason, for anything that cannot be read.
     """
     _check_names(config)
     reading = Reading(config, seed)
@@ -57,10 +57,10 @@ def load(config: DataConfig, seed: int) -> Dataset:
         known = reading.labels()
     else:
         train = [example for name in config.train for example in _examples(reading, name, "train")]
-        known = reading.labels()  # before the test sets, which may add none
+        known = reading.labels()  # before the test sets, which may not add labels
         test = _tests(reading)
-    train = _at_most(train, config.train_examples, seed, "train")
-    test = {task: _at_most(examples, config.test_examples, seed, task) for task, examples in test.items()}
+    train = _sampled(train, config.train_examples, seed, "train")
+    test = {task: _sampled(examples, config.test_examples, seed, task) for task, examples in test.items()}
     texts = len(train[0].texts) if isinstance(train[0], Labelled) else 0
     tests = {task: _labelled(examples, known) for task, examples in test.items()}
     return Dataset(_labelled(train, known), tests, reading.notes, known, texts)
@@ -71,7 +71,7 @@ def _labelled(examples: Sequence[AnyExample], known: tuple[str, ...]) -> list[An
 
 
 def check(config: DataConfig) -> None:
-    """Raises UserError where `load` would, as far as names, files and the first row of each set tell it; nothing is fetched."""
+    """Raises UserError where `load` would, judging by names, files and the first row of each set; fetches nothing."""
     _check_names(config)
     reading = Reading(config, 0)
     if config.path is not None and Path(config.path).is_file():
@@ -101,7 +101,7 @@ def _check_set(reading: Reading, name: str, split: str) -> None:
 
 
 def _check_first_row(reading: Reading, source: Source) -> None:
-    """Raises UserError for the first row of a file, as the reading of all of them would; one that belongs to neither split is not read."""
+    """Raises UserError for a file's first row if `load` would; skips a row that belongs to neither split."""
     (first,) = islice(read(Path(source.place)), 1)
     split = told_split(first[1], source.each.split_column) or "train"
     if split in ("train", "test"):
@@ -124,17 +124,17 @@ def _check_names(config: DataConfig) -> None:
     for option, column in (("data.client_column", config.client_column), ("data.task_column", config.task_column)):
         if column is not None and EMBEDDED in (*config.train, *config.test):
             raise UserError(f"{option}={column}: the embedded data has no columns. Leave it out, or choose a set such as data=gsm8k.")
-    if config.path is not None and not Path(config.path).exists() and _means_a_place_here(config.path):
+    if config.path is not None and not Path(config.path).exists() and _is_local(config.path):
         raise UserError(f"data.path={config.path}: there is no such file or folder. Check the path.")
 
 
-def _means_a_place_here(path: str) -> bool:
-    """Whether a path is no name of the hub, where no data set is called like a file."""
+def _is_local(path: str) -> bool:
+    """Returns whether a path must be local: no data set of the hub is named like a file."""
     return looks_local(path) or Path(path).suffix.lower() in READERS
 
 
 def _from_single_file(reading: Reading, path: Path) -> tuple[list[AnyExample], dict[str, list[AnyExample]]]:
-    """The file is the training set; what it tells to be the test set is that, or a seeded part of it is held out."""
+    """Returns the training and test sets of a file, split by a column of its rows, or else by a seeded choice."""
     source = _single_file(reading.config, path)
     parts = divided(reading, source, read(path))
     others = [name for name in reading.config.test if name != source.each.name]
@@ -179,7 +179,7 @@ def _tests(reading: Reading) -> dict[str, list[AnyExample]]:
 
 
 def _examples(reading: Reading, name: str, split: str) -> list[AnyExample]:
-    """Returns the examples of one split of one set. Raises UserError where there is none."""
+    """Returns the examples of one split of one set. Raises UserError if there are none."""
     if name == EMBEDDED:
         return _embedded(reading, split)
     each, path, num_notes = SETS[name], reading.config.path, len(reading.notes)
@@ -200,7 +200,7 @@ def _examples(reading: Reading, name: str, split: str) -> list[AnyExample]:
 
 
 def remote_of(config: DataConfig, name: str) -> Hub | Address:
-    """Returns where a set is fetched from: a hub name in `data.path` is that of the training set; other sets keep their own sources.
+    """Returns where a set is fetched from: the hub name in `data.path` for the training set, else the set's own source.
 
     Raises UserError for a set that has none.
     """
@@ -230,7 +230,7 @@ def _from_folder(reading: Reading, each: DataSet, folder: Path, split: str) -> l
 
 
 def _sources(each: DataSet, folder: Path, split: str) -> list[Source]:
-    """Returns the files of a set, one at least; what stands in the folder of one of the eight commonsense sets is of its task."""
+    """Returns the files of a set, at least one; a file in the folder of one of the eight commonsense sets has that task."""
     owned, found = each.in_one or split == "train", []
     for file in _files(each, folder, split):
         task = file.parent.name if file.parent.name in COMMONSENSE else each.name
@@ -256,8 +256,8 @@ def _line_or_row(path: Path) -> str:
     return "row" if path.suffix.lower() == ".parquet" else "line"
 
 
-def _at_most(examples: Sequence[AnyExample], count: int | None, seed: int, purpose: str) -> list[AnyExample]:
-    """Returns a seeded choice of `count` examples, in their order; all of them where there are no more."""
+def _sampled(examples: Sequence[AnyExample], count: int | None, seed: int, purpose: str) -> list[AnyExample]:
+    """Returns a seeded choice of `count` examples, in their order; all of them if there are no more."""
     if count is None or count >= len(examples):
         return list(examples)
     chosen = numpy_generator(seed, "subset", purpose).choice(len(examples), count, replace=False)

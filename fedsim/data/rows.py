@@ -1,8 +1,8 @@
-"""Rows of local files, each with its line number, so that error messages can name it.
+"""Reads the rows of local files with their line numbers, so that error messages can name them.
 
 JSON lines, JSON, CSV and tab-separated text are read here and not through `datasets`, whose errors name neither line nor field; Parquet
-goes through pyarrow. All are read piece by piece in little memory, and reading continues after a broken row: whether it is an error is
-decided elsewhere.
+goes through pyarrow. All are read piece by piece in little memory, and reading continues after a broken row where it can: the caller
+decides whether that is an error.
 """
 
 import codecs
@@ -16,18 +16,18 @@ from typing import Any, TextIO
 from fedsim.errors import UserError
 
 NumberedRow = tuple[int, Any]
-"""Line where it begins (row number in Parquet), counted from one, and the parsed value; a `Malformed` where it could not be parsed."""
+"""The line where a row begins (row number in Parquet), from one, and the parsed value, a `Malformed` if it could not be parsed."""
 
 BATCH = 1024
-"""Rows of an Arrow table that become Python values at a time."""
+"""Rows of an Arrow table that are converted to Python values at a time."""
 
 
 class Malformed(ValueError):
-    """What is wrong with one row."""
+    """One row is wrong."""
 
 
 class Unreadable(Malformed):
-    """What is wrong with a file as a whole: leaving rows out does not help."""
+    """A whole file is wrong: leaving rows out does not help."""
 
 
 class NoColumn(Malformed):
@@ -35,9 +35,9 @@ class NoColumn(Malformed):
 
 
 def read(path: Path) -> Iterator[NumberedRow]:
-    """Yields the rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file in its order; one without rows yields one `Malformed`.
+    """Yields the rows of a .jsonl, .json, .csv, .tsv, .txt or .parquet file in order; a file without rows yields one `Malformed`.
 
-    Text must be UTF-8, with or without a byte-order mark. Raises UserError for another ending or a file that cannot be opened.
+    Text must be UTF-8, with or without a byte-order mark. Raises UserError for another suffix or a file that cannot be opened.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -62,7 +62,7 @@ def _is_utf_16(path: Path) -> bool:
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
-    """Bytes that are not UTF-8 become lone surrogates, which `_not_utf8` finds: so the rows around them can still be read."""
+    """Opens a text file. Invalid UTF-8 becomes lone surrogates, which `_not_utf8` finds, so that the rows around it can still be read."""
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -88,7 +88,7 @@ def _parsed(line: str) -> Any:
 
 
 class _Window:
-    """A part of a text file that slides over it; the next value begins at `at`, in line `line` of the file."""
+    """A window sliding over a text file; the next value begins at `at`, in line `line` of the file."""
 
     STEP = 1 << 20
 
@@ -96,8 +96,8 @@ class _Window:
         self.file, self.text, self.at, self.line = file, "", 0, 1
 
     def grow(self) -> bool:
-        """Forgets what was read and reads on; false at the end of the file."""
-        more = self.file.read(max(self.STEP, len(self.text) - self.at))  # doubling: a long value is parsed few times
+        """Drops the text before `at` and reads more; returns False at the end of the file."""
+        more = self.file.read(max(self.STEP, len(self.text) - self.at))  # doubling, so that a long value is parsed few times
         if more:
             self.text, self.at = self.text[self.at :] + more, 0
         return bool(more)
@@ -109,7 +109,7 @@ class _Window:
         self.line, self.at = self.line_of(to), to
 
     def seek(self, wanted: re.Pattern[str]) -> str:
-        """Moves to the next character that matches and returns it; to the end, with "", where there is none."""
+        """Moves to the next match and returns it; moves to the end and returns "" if there is none."""
         while (found := wanted.search(self.text, self.at)) is None:
             self.move(len(self.text))
             if not self.grow():
@@ -118,7 +118,7 @@ class _Window:
         return found[0]
 
     def take(self) -> Any:
-        """Returns the JSON value that begins here and moves behind it; a `Malformed` if it is not UTF-8. Raises what the decoder raises."""
+        """Returns the JSON value at the current position and moves past it; a `Malformed` if not UTF-8. Raises the decoder's errors."""
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
@@ -132,7 +132,7 @@ class _Window:
             return fault or value
 
     def resume(self) -> bool:
-        """Moves to the next brace that opens; false where there is none."""
+        """Moves to the next opening brace; returns False if there is none."""
         self.move(self.at + 1)
         return bool(self.seek(_BRACE))
 
@@ -141,7 +141,7 @@ _VISIBLE, _BRACE = re.compile(r"\S"), re.compile(r"\{")
 
 
 def _json(path: Path) -> Iterator[NumberedRow]:
-    """Elements of an array, or objects one after another. Behind a broken one, reading goes on at the next brace that opens."""
+    """Yields the elements of an array, or objects one after another. After a broken one, reading goes on at the next opening brace."""
     with _open(path) as file:
         window = _Window(file)
         end = "]" if window.seek(_VISIBLE) == "[" else ""
@@ -157,7 +157,7 @@ def _json(path: Path) -> Iterator[NumberedRow]:
                 yield window.line_of(error.pos), Malformed(f"no JSON: {error.msg}")
                 if not window.resume():
                     return
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
                 yield line, Malformed(f"no JSON: {error}; nothing behind it was read")
                 return
             if end and window.seek(_VISIBLE) == ",":
@@ -165,7 +165,7 @@ def _json(path: Path) -> Iterator[NumberedRow]:
 
 
 def _csv(path: Path) -> Iterator[NumberedRow]:
-    """The first row names the columns; a cell in quotes may hold line breaks."""
+    """Yields the rows after the first, which names the columns; a quoted cell may hold line breaks."""
     with _open(path, newline="") as file:
         reader, header = csv.reader(file, strict=True), list[str]()
         while True:
@@ -186,7 +186,7 @@ def _csv(path: Path) -> Iterator[NumberedRow]:
 
 
 def _tsv(path: Path) -> Iterator[NumberedRow]:
-    """Cells between tabs, as they stand: a quotation mark is a character like others. The first row names the columns."""
+    """Yields the rows after the first, which names the columns; cells are verbatim, quotation marks included."""
     with _open(path) as file:
         header = list[str]()
         for number, line in enumerate(file, 1):
@@ -215,12 +215,12 @@ def _parquet(path: Path) -> Iterator[NumberedRow]:
     except (ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # it cannot be opened
-        fault = Malformed if number else Unreadable  # the rows before the fault are there
+        fault = Malformed if number else Unreadable  # any rows before the fault were read
         yield number + 1, fault(f"no Parquet: {str(error).splitlines()[0].rstrip('.')}")
 
 
 def batch_rows(batch: Any) -> Iterator[Any]:
-    """Yields the rows of an Arrow batch or table as dictionaries, a `Malformed` for one whose text is not UTF-8."""
+    """Yields the rows of an Arrow batch or table as dictionaries, a `Malformed` for a row whose text is not UTF-8."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError as error:
@@ -239,7 +239,7 @@ READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
     ".txt": _tsv,
     ".parquet": _parquet,
 }
-"""Formats by the ending of a file's name."""
+"""The reader of each file suffix."""
 
 WITH_HEADER = (".csv", ".tsv", ".txt")
-"""Formats whose first line names the columns."""
+"""Suffixes of formats whose first line names the columns."""

@@ -1,9 +1,9 @@
-"""The data sets by name: where each is found and how one of its rows becomes an example.
+"""Defines the data sets by name: where each is found and how a row becomes an example.
 
-Prompts have Alpaca's form, as MetaMath (arXiv 2309.12284) and LLM-Adapters (arXiv 2304.01933) use it, at training and at generation
-alike. Left out are the spaces that LLM-Adapters' source puts before every line, and MetaMath's "Let's think step by step." in test
-questions only. Sets that are classified have no prompt (`fedsim.data.classified`).
-`instructions` is whatever texts or conversations a user has, in the columns that public sets of instructions use.
+Prompts have Alpaca's form, as in MetaMath (arXiv 2309.12284) and LLM-Adapters (arXiv 2304.01933), at both training and generation.
+Without the spaces that LLM-Adapters' source puts before every line, and without MetaMath's "Let's think step by step.", which only its
+test questions have. Sets for classification have no prompt (`fedsim.data.classified`).
+`instructions` takes a user's own texts or conversations, in the columns of public instruction sets.
 """
 
 import re
@@ -32,9 +32,9 @@ ALPACA_INPUT = (
 
 @dataclass(frozen=True)
 class DataSet:
-    """One named set. `train` and `test` are file patterns below a local folder: of several, the first that matches is taken.
+    """One named set. `train` and `test` are file patterns below a local folder; the first that matches is used.
 
-    `example` returns None for a row that the set itself means to be left out.
+    `example` returns None for a row that the set itself excludes.
     """
 
     name: str
@@ -42,17 +42,17 @@ class DataSet:
     train: tuple[str, ...]
     test: tuple[str, ...]
     remote: Hub | Address | None  # None for a set of the user's own
-    labels: tuple[str, ...] | None = ()  # where it is classified, in the order of the head's outputs; None where its rows tell them
-    in_one: bool = False  # train and test are one file, here and at `remote`
-    split_column: str | None = None  # where a file tells the split of a row
+    labels: tuple[str, ...] | None = ()  # for classification, in the order of the head's outputs; None if its rows give them
+    in_one: bool = False  # train and test are one file, locally and at `remote`
+    split_column: str | None = None  # names the split of a row
 
     def patterns(self, split: str) -> tuple[str, ...]:
-        """Returns the file patterns of "train" or "test"; empty where the set has no such split."""
+        """Returns the file patterns of "train" or "test"; empty if the set has no such split."""
         return self.train if split == "train" else self.test
 
 
 def _gsm8k(row: Row, name: str) -> Example:
-    """Calculator annotations such as <<16-3-4=9>> are left out, as usual."""
+    """Reads a row without its calculator annotations such as <<16-3-4=9>>, as usual."""
     question, solution = text_of(row, "question"), re.sub(r"<<[^>]*>>", "", text_of(row, "answer"))
     steps, mark, answer = solution.rpartition("####")
     if not mark or value(answer) is None:
@@ -85,43 +85,43 @@ def _commonsense(row: Row, name: str) -> Example:
     choices = options(instruction)
     if answer not in choices:
         raise Malformed(f"expected 'answer' to be one of the options {'/'.join(choices) or '(none named)'}, got {answer!r:.40}")
-    prompt = _alpaca(instruction, row, "input") + "\n"  # LLM-Adapters answers on a line of its own
+    prompt = _alpaca(instruction, row, "input") + "\n"  # in LLM-Adapters the answer starts on a new line
     return Example(name, Family.commonsense, prompt, response, answer)
 
 
 def _alpaca(instruction: str, row: Row, *inputs: str) -> str:
-    """Returns the prompt for an instruction, and for what it is about where the first of the columns that is there tells it.
+    """Returns the prompt for an instruction, with the input in the first of the columns `inputs` that exists.
 
-    Raises Malformed where that is no text.
+    Raises Malformed if the input is not text.
     """
     name = next((name for name in inputs if row.get(name) is not None), None)
-    told = "" if name is None else row[name]
-    if not isinstance(told, str):
-        raise Malformed(f"expected text in {name!r}, got {told!r:.40}")
-    template = ALPACA_INPUT if told.strip() else ALPACA
-    return template.format(instruction=instruction, input=unicode_text(told.strip(), str(name)))
+    raw = "" if name is None else row[name]
+    if not isinstance(raw, str):
+        raise Malformed(f"expected text in {name!r}, got {raw!r:.40}")
+    template = ALPACA_INPUT if raw.strip() else ALPACA
+    return template.format(instruction=instruction, input=unicode_text(raw.strip(), str(name)))
 
 
 ASKED, EXTRA, ANSWERED = ("instruction", "question", "query"), ("input", "context"), ("output", "response", "answer", "completion")
-"""Columns of a user's own set as Alpaca, Dolly and others have them: what is asked, about what, the answer. Of each the first counts."""
+"""Columns of a user's own set, as in Alpaca, Dolly and others: instruction, input, answer. The first of each that exists counts."""
 
 PROMPT, CONTINUED = "prompt", ("completion", "response", "output", "answer")
-"""Columns of a prompt that is taken as it is, and of what follows it."""
+"""Columns of a prompt that is used verbatim, and of its continuation."""
 
 
 CHATS = ("messages", "conversations", "conversation")
-"""Columns of a conversation: turns with role and content, as OpenAI has them, or from and value, as ShareGPT has them."""
+"""Columns of a conversation: turns with role and content, as in OpenAI's format, or from and value, as in ShareGPT's."""
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
-"""Who says a turn, by what public sets call them."""
+"""The role of a turn, by its name in public sets."""
 
 
 def _instructions(row: Row, name: str) -> Example:
-    """An instruction, with or without an input, in Alpaca's form; a prompt as it is; or a conversation, whose last turn is the response."""
+    """Reads an instruction, with or without an input; a prompt used verbatim; or a conversation, whose last turn is the response."""
     if isinstance(row, Mapping) and (column := _chat_column(row)):
         return _chat(row, column, name)
     if column_of(row, *ASKED, PROMPT) == PROMPT:
@@ -132,17 +132,17 @@ def _instructions(row: Row, name: str) -> Example:
 
 
 def _chat_column(row: Row) -> str | None:
-    """Returns the column of a conversation; one without turns counts only where there is nothing else to read."""
+    """Returns the column of a conversation; one without turns counts only if the row has nothing else to read."""
     others = any(name in row for name in (*ASKED, PROMPT))
     return next((name for name in CHATS if name in row and (not others or (isinstance(row[name], list) and row[name]))), None)
 
 
 def _chat(row: Row, column: str, name: str) -> Example:
-    """A conversation up to its last turn, and that: what the assistant says before the user has said anything is left out."""
-    told = row[column]
-    if not isinstance(told, list):
-        raise Malformed(f"expected a list of turns in {column!r}, got {told!r:.40}")
-    turns = [turn for each in told if (turn := _turn(each, column))]
+    """Reads a conversation: its last turn is the response. Drops assistant turns before the first user turn."""
+    raw = row[column]
+    if not isinstance(raw, list):
+        raise Malformed(f"expected a list of turns in {column!r}, got {raw!r:.40}")
+    turns = [turn for each in raw if (turn := _turn(each, column))]
     if isinstance(row.get("system"), str) and row["system"].strip() and not any(turn.role == "system" for turn in turns):
         turns.insert(0, Turn("system", text_of(row, "system").strip()))
     first = next((place for place, turn in enumerate(turns) if turn.role == "user"), len(turns))
@@ -154,40 +154,40 @@ def _chat(row: Row, column: str, name: str) -> Example:
     return Example(name, Family.text, in_alpaca(before), last.content, last.content, turns=tuple(before))
 
 
-def _turn(told: Any, column: str) -> Turn | None:
-    """Returns what one side says; None for a system that says nothing."""
-    if not isinstance(told, Mapping):
-        raise Malformed(f"expected turns with role and content in {column!r}, got {told!r:.40}")
-    told = {key: value for key, value in told.items() if value is not None}  # a table has all columns in all rows
-    given = text_of(told, "role", "from")
+def _turn(raw: Any, column: str) -> Turn | None:
+    """Returns one turn; None for an empty system turn."""
+    if not isinstance(raw, Mapping):
+        raise Malformed(f"expected turns with role and content in {column!r}, got {raw!r:.40}")
+    raw = {key: value for key, value in raw.items() if value is not None}  # in a table all rows have all columns
+    given = text_of(raw, "role", "from")
     if (role := ROLES.get(given)) is None:
         raise Malformed(f"expected turns of system, user and assistant in {column!r}, got one of {given!r:.40}")
-    content = told.get("content")
-    if isinstance(content, list):  # in parts, all of which must be text
-        told = {"content": "".join(text_of(part, "text") for part in content)}
-    if role == "system" and not str(told.get("content", told.get("value", ""))).strip():
+    content = raw.get("content")
+    if isinstance(content, list):  # parts, all of which must be text
+        raw = {"content": "".join(text_of(part, "text") for part in content)}
+    if role == "system" and not str(raw.get("content", raw.get("value", ""))).strip():
         return None
-    return Turn(role, text_of(told, "content", "value").strip())
+    return Turn(role, text_of(raw, "content", "value").strip())
 
 
 def _merged(turns: Sequence[Turn]) -> list[Turn]:
-    """Returns the turns with those of one side that follow each other as one; many models know none other."""
+    """Returns the turns with consecutive turns of one role joined; many models expect alternating roles."""
     return [Turn(role, "\n\n".join(turn.content for turn in together)) for role, together in groupby(turns, key=lambda turn: turn.role)]
 
 
 def _files(split: str, *names: str) -> tuple[str, ...]:
-    """Where a split may lie: gsm8k_train.jsonl, gsm8k/train.csv, train.json, or the hub's Parquet files, there or one folder below."""
+    """Returns patterns of a split: gsm8k_train.jsonl, gsm8k/train.csv, train.json, or the hub's Parquet, there or one folder below."""
     told = [f"{name}{link}{split}.*" for name in names for link in ("_", "-", "/")]
     return (*told, f"{split}.*", f"{split}-*.parquet", f"*/{split}-*.parquet")
 
 
 def _math_files(split: str) -> tuple[str, ...]:
-    """As above, or as MATH came: a folder for each subject with a file for each problem."""
+    """Returns the patterns above and those of the original MATH: a folder for each subject with a file for each problem."""
     return (*_files(split, "math", "MATH"), f"{split}/*/*.json", f"*/{split}/*/*.json")
 
 
 COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Challenge", "ARC-Easy", "openbookqa")
-"""The eight test sets of Commonsense170K by the names that LLM-Adapters gives them and their folders."""
+"""The eight test sets of Commonsense170K, named like their folders in LLM-Adapters."""
 
 _LLM_ADAPTERS = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/main"
 
@@ -216,7 +216,7 @@ SETS: dict[str, DataSet] = {
         DataSet(
             "commonsense_170k",
             _commonsense,
-            ("commonsense_170k.*", "*/train.*"),  # the whole, or else what there is of its parts
+            ("commonsense_170k.*", "*/train.*"),  # the whole set, or else those parts that exist
             (),
             Address(f"{_LLM_ADAPTERS}/ft-training_set/commonsense_170k.json"),
         ),
@@ -227,27 +227,27 @@ SETS: dict[str, DataSet] = {
         DataSet("sick", sick, _SICK_FILES, _SICK_FILES, Address(_SICK), INFERENCE, in_one=True, split_column="SemEval_set"),
     ]
 }
-"""All sets that are read from files, the hub or the web; the embedded one is made."""
+"""All sets that are read from files, the hub or the web; the embedded set is generated."""
 
 
 def labels(config: DataConfig) -> tuple[str, ...] | None:
-    """Returns the labels by which the configuration's sets are classified, in the order of a head's outputs; empty where they are answered.
+    """Returns the labels of the configuration's sets, in the order of the head's outputs; empty if the sets are not for classification.
 
-    None where they are the user's own, which the configuration names or the training rows tell (`Dataset.labels`). Raises UserError
-    where sets differ, and for labels that are named of a set whose labels are known.
+    None for the user's own labels, which the configuration or the training rows give (`Dataset.labels`). Raises UserError
+    if the sets differ, or if the configuration names labels for a set with known labels.
     """
     found = {name: SETS[name].labels if name in SETS else () for name in (*config.train, *config.test)}
     if len(set(found.values())) > 1:
-        kinds = ", ".join(f"{name} ({_said(own)})" for name, own in found.items())
+        kinds = ", ".join(f"{name} ({_described(own)})" for name, own in found.items())
         raise UserError(f"data.train, data.test: expected sets that one model serves, got {kinds}. Choose sets of one kind.")
     name, own = next(iter(found.items()), ("", ()))
     if config.labels and own is not None:
         raise UserError(
-            f"data.labels=[{','.join(config.labels)}]: the labels of {name} are known ({_said(own)}). "
+            f"data.labels=[{','.join(config.labels)}]: the labels of {name} are known ({_described(own)}). "
             "Leave data.labels out, or choose data=classification."
         )
     return own
 
 
-def _said(own: tuple[str, ...] | None) -> str:
+def _described(own: tuple[str, ...] | None) -> str:
     return "labels of your own" if own is None else "/".join(own) or "answered in words"
