@@ -1,1 +1,1 @@
-"""Differential privacy: what was spent, how much noise a budget needs, and the record of it."""
+"""Differential privacy: the spent budget, the noise that a budget needs, and the ledger of both."""

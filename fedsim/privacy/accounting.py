@@ -1,7 +1,7 @@
-"""The cost of using private data: epsilon of a history of Gaussian mechanisms, and the noise multiplier that a budget needs.
+"""Computes the epsilon of a history of Gaussian mechanisms, and the noise multiplier that a budget needs.
 
 Every epsilon here is an upper bound. Neighbours differ by one unit added or removed (an example, or a client's whole update), the noise has
-the standard deviation noise_multiplier * clip_norm, and a unit is drawn into each step by its own secret coin (Poisson sampling).
+standard deviation noise_multiplier * clip_norm, and an independent secret coin draws each unit into a step (Poisson sampling).
 """
 
 import math
@@ -13,17 +13,17 @@ from fedsim.errors import UserError
 from fedsim.privacy.bounds import ACCOUNTANTS, NO_NOISE, Parts, merged, upper_bound
 
 NAMES = INITIALIZATION, TRAINING = "initialization", "training"
-"""What a mechanism was for."""
+"""The purposes of a mechanism."""
 
-SLACK = 1e-3  # of the target epsilon: what a calibration may leave unused
+SLACK = 1e-3  # fraction of the target epsilon that a calibration may leave unused
 LARGEST_NOISE = 1e6
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """`steps` releases of a Gaussian mechanism on a Poisson sample; sampling_rate 1 means that everything is used in every step.
+    """`steps` releases of a Gaussian mechanism on a Poisson sample; sampling_rate 1 means that every step uses all data.
 
-    `name` says what it was for and does not change the cost. Raises ValueError for values that describe no mechanism.
+    `name` is its purpose and does not change the cost. Raises ValueError for values that describe no mechanism.
     """
 
     noise_multiplier: float
@@ -46,7 +46,7 @@ History = tuple[Mechanism, ...]
 
 
 def extended(history: Sequence[Mechanism], mechanism: Mechanism) -> History:
-    """Returns the history with the mechanism at its end, as more steps of the last one where only the steps differ."""
+    """Returns the history with the mechanism appended, merged into the last one if only the steps differ."""
     if not mechanism.steps:
         return tuple(history)
     if history and replace(history[-1], steps=mechanism.steps) == mechanism:
@@ -58,8 +58,9 @@ def epsilon(history: Iterable[Mechanism], delta: float, accountant: str = "prv")
     """Returns an epsilon for which everything in `history` together is (epsilon, delta)-differentially private. Cached by value.
 
     Guarantees: never below the truth; 0 for an empty history, infinite without noise. `prv` lies at most about 0.5 % above the truth from
-    epsilon 0.1 on after 1,000 steps, 1 after 100,000 (below, its grid gets coarse), and never above `rdp`, which stands in for it where
-    PRV cannot be computed: epsilon near 200, more than 32 different mechanisms, delta below 1e-13 of the steps, failing numerics.
+    epsilon 0.1 on after 1,000 steps and from epsilon 1 on after 100,000 (below, its grid gets coarse), and never above `rdp`, which
+    replaces it where PRV cannot be computed: epsilon near 200, more than 32 different mechanisms, delta below 1e-13 per step, numerical
+    failure.
     """
     check_accountant(accountant)
     if not 0 < delta < 1:
@@ -72,7 +73,7 @@ def _parts(history: Iterable[Mechanism]) -> Parts:
 
 
 def exceeds(history: Sequence[Mechanism], budget: float, delta: float, accountant: str = "prv") -> bool:
-    """Returns whether `epsilon` is above `budget`; takes milliseconds where the RDP bound is below it."""
+    """Returns whether `epsilon` is above `budget`; takes milliseconds if the RDP bound is not."""
     check_accountant(accountant)
     if accountant == "prv" and epsilon(history, delta, "rdp") <= budget:
         return False
@@ -113,8 +114,8 @@ def noise_multiplier_for(
     """Returns one noise multiplier for all planned steps, such that `already` and `planned` together stay within the target.
 
     Guarantees: their `epsilon` is at most `target_epsilon` and at least 99.9 % of it (less only where the bound jumps, see `epsilon`).
-    Takes seconds with PRV; cached by value, so clients with equal plans cost one calibration. Raises UserError where no noise suffices,
-    ValueError where nothing is planned.
+    Takes seconds with PRV; cached by value, so clients with equal plans share one calibration. Raises UserError if no noise suffices,
+    ValueError if nothing is planned.
     """
     check_accountant(accountant)
     if not 0 < target_epsilon < math.inf:
@@ -127,7 +128,7 @@ def noise_multiplier_for(
 
 @lru_cache(maxsize=1 << 14)
 def _calibrated(target: float, delta: float, plan: Parts, already: Parts, accountant: str) -> float:
-    """`plan` holds the planned parts as they would be with noise multiplier 1."""
+    """Calibrates the noise of `plan`, whose parts have noise multiplier 1."""
 
     def total(noise: float, by: str = accountant) -> float:
         return upper_bound(merged([*already, *((noise * unit, rate, steps) for unit, rate, steps in plan)]), delta, by)
@@ -152,7 +153,7 @@ def _calibrated(target: float, delta: float, plan: Parts, already: Parts, accoun
 def _least_noise(spent: Callable[[float], float], target: float, guess: float) -> float | None:
     """Returns a noise with `spent(noise)` within SLACK below the target, or None if even LARGEST_NOISE spends more.
 
-    `spent` falls roughly as a power of the noise: secants in logarithms, then bisection if they have not arrived.
+    `spent` falls roughly as a power of the noise: uses secants in log space, then bisection if they have not converged.
     """
     low, high = 0.0, math.inf  # spent(low) > target >= spent(high)
     noise, power = guess, 1.0
@@ -178,9 +179,9 @@ def _least_noise(spent: Callable[[float], float], target: float, guess: float) -
 def split_noise(noise_multiplier: float, count_noise: float) -> float:
     """Returns the noise multiplier for the sum of updates under adaptive quantile clipping (Andrew et al., arXiv 1905.03871, Theorem 1).
 
-    A round then releases two things: the sum of updates, and the sum of (b_i - 1/2) with b_i in {0, 1} saying whether client i's update
-    was within the clip norm, with noise of standard deviation `count_noise`. Guarantees: both together cost what one Gaussian mechanism
-    with `noise_multiplier` costs, which is what to charge. Raises UserError if count_noise is too small for that.
+    A round then releases two sums: the updates, and (b_i - 1/2) with noise of standard deviation `count_noise`, where b_i in {0, 1} says
+    whether client i's update was within the clip norm. Guarantees: both together cost as much as one Gaussian mechanism
+    with `noise_multiplier`, so charge that. Raises UserError if count_noise is too small.
     """
     if noise_multiplier == 0:
         return 0.0

@@ -1,9 +1,9 @@
-"""What a membership test proves about epsilon: the lower bound of auditing with one run (Steinke, Nasr, Jagielski, arXiv 2305.08846).
+"""Bounds epsilon from below by a membership test: auditing with one run (Steinke, Nasr, Jagielski, arXiv 2305.08846).
 
-Each of m canaries was in the data or not by its own fair coin. Whoever sees what an (epsilon, delta)-private mechanism released, and names
-the coins of r canaries, is right about no more of them than Binomial(r, e^epsilon / (1 + e^epsilon)), up to a term in delta (Theorem 5.2).
-Many right guesses therefore refute small epsilons. One run is enough, since the canaries are tried side by side; what the scores are made
-of is free, for a bad score can only make the bound lower.
+An independent fair coin put each of m canaries into the data or not. An adversary who sees the output of an (epsilon, delta)-private
+mechanism and guesses r coins is right about no more of them than Binomial(r, e^epsilon / (1 + e^epsilon)), up to a term in delta
+(Theorem 5.2). Many right guesses therefore refute small epsilons. One run is enough, since it tests all canaries at once. Any score is
+valid: a bad one can only lower the bound.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ import numpy as np
 from scipy import special
 
 PARTS_GUESSED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-"""Parts of the canaries that are tried as the number of guesses; the confidence is shared out among them, so that choosing is no cheat."""
-HALVINGS = 40  # of an interval of length 1 or more, to find the bound in
+"""Fractions of the canaries tried as the number of guesses; the error probability is divided among them, so taking the best is valid."""
+HALVINGS = 40  # bisection steps for the bound, from an interval of length 1 or more
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What the guesses prove: epsilon is at least `epsilon`, with the confidence that was asked for. 0 proves nothing."""
+    """The guesses prove, at the requested confidence, that epsilon is at least `epsilon`. 0 proves nothing."""
 
     epsilon: float
     num_right: int
@@ -47,7 +47,7 @@ def p_value(num_canaries: int, num_guesses: int, num_right: int, epsilon: float,
 
 
 def lower_bound(num_canaries: int, num_guesses: int, num_right: int, delta: float, confidence: float) -> float:
-    """Returns the largest epsilon that so many right guesses refute at this confidence, 0 where they refute none."""
+    """Returns the largest epsilon that `num_right` right guesses refute at this confidence, 0 if they refute none."""
     level = 1 - confidence
 
     def refuted(epsilon: float) -> bool:
@@ -65,17 +65,17 @@ def lower_bound(num_canaries: int, num_guesses: int, num_right: int, delta: floa
 
 
 def num_right(scores: np.ndarray, coins: np.ndarray, num_guesses: int) -> int:
-    """Returns how many guesses are right: the higher half of the guesses says that a canary was in, the lower half that it was not."""
+    """Returns the number of right guesses: half guess that the highest scores were in, half that the lowest were not."""
     order = np.argsort(scores, kind="stable")
     lowest, highest = order[: num_guesses // 2], order[len(order) - (num_guesses - num_guesses // 2) :]
     return int((~coins[lowest]).sum() + coins[highest].sum())
 
 
 def audit(scores: Sequence[float] | np.ndarray, coins: Sequence[bool] | np.ndarray, delta: float, confidence: float) -> Bound:
-    """Returns the best bound over several numbers of guesses, together at this confidence.
+    """Returns the best bound over several numbers of guesses, valid at this confidence.
 
-    `scores` are higher for canaries that seem to have been in; `coins` say which were. Raises ValueError where their lengths differ or
-    there is none.
+    `scores` are higher for canaries that seem to have been in; `coins` says which were. Raises ValueError if their lengths differ or
+    they are empty.
     """
     scores, coins = np.asarray(scores, dtype=float), np.asarray(coins, dtype=bool)
     if len(scores) != len(coins) or not len(scores):

@@ -1,7 +1,7 @@
 """Upper bounds on epsilon by Opacus's accountants: PRV (Gopi et al., arXiv 2106.02848) and RDP (Mironov et al., arXiv 1908.10530).
 
-Opacus's PRV accountant has an absolute error, a cost inverse to it, and inputs on which it fails. Here the error is chosen, and where PRV
-fails the RDP bound stands in for it: looser, never below the truth.
+Opacus's PRV accountant has an absolute error, a cost inverse to it, and inputs on which it fails. This module chooses the error, and where
+PRV fails it falls back to the RDP bound: looser, never below the truth.
 """
 
 import math
@@ -16,23 +16,23 @@ from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
 from scipy.integrate import IntegrationWarning
 
 Parts = tuple[tuple[float, float, int], ...]
-"""(noise_multiplier, sampling_rate, steps), as `merged` makes them: what epsilon depends on. Order does not matter."""
+"""(noise_multiplier, sampling_rate, steps), as returned by `merged`: all that epsilon depends on. Order does not matter."""
 
 NO_NOISE = 1e-3
-"""Noise below this counts as none, because the arithmetic overflows; it protects nobody whom sampling does not protect already."""
+"""Noise below this counts as none, because the arithmetic overflows; it protects no one beyond what sampling does."""
 
 ORDERS = [1 + x / 10 for x in range(1, 100)] + [float(x) for x in (*range(11, 64), 128, 256, 512, 1024)]
 """The Renyi orders that dp-accounting uses; the large ones serve small epsilons."""
 
-PRV_ERROR = 0.004  # of epsilon: what the upper bound adds for the grid
+PRV_ERROR = 0.004  # fraction of epsilon that the upper bound adds for the grid
 PRV_POINTS = 1 << 21  # of the grid: about 3 s and half a GB
-PRV_EPSILON = 200.0  # half the grid's width at most: exp(privacy loss) must stay far from the end of float64
+PRV_EPSILON = 200.0  # largest half-width of the grid: exp(privacy loss) must stay far from the end of float64
 PRV_MECHANISMS = 32  # different ones: each takes about 0.2 s
 PRV_ROUNDING = 1e-13  # delta per step: Fourier transforms in float64 lose tails of about 1e-14 per step
 
 
 def merged(parts: Iterable[tuple[float, float, int]]) -> Parts:
-    """Adds up the steps of equal mechanisms, and makes one Gaussian of all that are not subsampled, which is exact (arXiv 1905.02383)."""
+    """Adds up the steps of equal mechanisms, and merges all that are not subsampled into one Gaussian, exactly (arXiv 1905.02383)."""
     steps: dict[tuple[float, float], int] = {}
     for noise, rate, count in parts:
         steps[noise, rate] = steps.get((noise, rate), 0) + count
@@ -43,7 +43,7 @@ def merged(parts: Iterable[tuple[float, float, int]]) -> Parts:
 
 @lru_cache(maxsize=1 << 16)
 def upper_bound(parts: Parts, delta: float, accountant: str) -> float:
-    """Returns the epsilon of merged parts: 0 without any, infinite where one has no noise."""
+    """Returns the epsilon of merged parts: 0 without any, infinite if one has no noise."""
     if not parts:
         return 0.0
     if min(noise for noise, _, _ in parts) < NO_NOISE:
@@ -57,7 +57,7 @@ def rdp_epsilon(parts: Parts, delta: float) -> float:
 
 
 def whole_order_epsilon(parts: Parts, delta: float) -> float:
-    """Returns the RDP bound of the whole orders alone: it holds for noise whose cost is known at these only (see `discrete`)."""
+    """Returns the RDP bound over integer orders only, for noise whose cost is known only there (see `discrete`)."""
     return _best_order(parts, delta, [place for place, order in enumerate(ORDERS) if order.is_integer()])
 
 
@@ -71,8 +71,8 @@ def _best_order(parts: Parts, delta: float, places: Iterable[int]) -> float:
 def prv_epsilon(parts: Parts, delta: float) -> float:
     """Returns the smaller of PRV's upper bound and RDP's.
 
-    A first pass takes the error from the RDP bound, and a second one from the first's estimate where RDP was loose. Both choices meet
-    where they change over: the result is continuous in the noise, as calibration needs.
+    A first pass derives the error from the RDP bound; if that was loose, a second pass derives it from the first pass's estimate. Both
+    choices agree where they switch: the result is continuous in the noise, as calibration needs.
     """
     bound = rdp_epsilon(parts, delta)
     total, error_of_delta = sum(steps for _, _, steps in parts), delta / 1000
@@ -95,7 +95,7 @@ ACCOUNTANTS: dict[str, Callable[[Parts, float], float]] = {"prv": prv_epsilon, "
 
 
 def _prv_upper_bound(parts: Parts, delta: float, error: float) -> float:
-    """Returns Opacus's upper bound, or infinity, which is one too, where its numerics fail."""
+    """Returns Opacus's upper bound, or infinity, which is a bound too, if its numerics fail."""
     accountant = PRVAccountant()
     accountant.history = list(parts)
     try:
@@ -113,7 +113,7 @@ def _rdp_of_a_step(noise: float, rate: float) -> NDArray[np.float64]:  # [orders
 
 
 class _loose_orders_ignored(warnings.catch_warnings):  # noqa: N801 - reads as a statement
-    """Silences Opacus's hint that other orders would give a smaller bound: what it returns is a bound all the same."""
+    """Silences Opacus's hint that other orders would give a smaller bound: its result is a valid bound."""
 
     def __enter__(self) -> None:
         super().__enter__()

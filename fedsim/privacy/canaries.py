@@ -1,7 +1,7 @@
-"""Canaries: training examples of random tokens that an audit puts into clients' data, each by its own fair coin.
+"""Canaries: training examples of random tokens that an audit puts into clients' data, each by an independent fair coin.
 
-No text says what follows random tokens, so their gradients are large, and all of them unlike each other: each canary moves what its client
-sends in a direction of its own, and can be looked for without the others in the way.
+Random tokens are unpredictable, so their gradients are large and unlike each other: each canary moves its client's update
+in its own direction, so one can be detected without interference from the others.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import numpy as np
 from fedsim.seeding import numpy_generator
 from fedsim.types import EncodedExample
 
-NUM_TOKENS = 8  # the last one carries the loss: gradients of more targets have more in common
+NUM_TOKENS = 8  # only the last carries the loss: gradients of more targets have more in common
 
 
 @dataclass(frozen=True)
 class Canary:
-    """An example that its client has in its data if `inside`."""
+    """An example that is in its client's data if `inside`."""
 
     example: EncodedExample
     client: int
@@ -26,7 +26,7 @@ class Canary:
 def canaries(count: int, clients: int, vocabulary: list[int], seed: int) -> list[Canary]:
     """Returns the canaries of a run, dealt to the clients in turn.
 
-    Guarantees: the coins are fair, independent of each other and of everything else that is random in a run.
+    Guarantees: the coins are fair, and independent of each other and of all other randomness in a run.
     """
     tokens = numpy_generator(seed, "canaries").choice(vocabulary, (count, NUM_TOKENS))
     coins = numpy_generator(seed, "canary coins").random(count) < 0.5

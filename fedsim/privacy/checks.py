@@ -1,4 +1,4 @@
-"""Which options void a privacy guarantee; they are refused with the reason and the alternatives."""
+"""Refuses options that void a privacy guarantee, with the reason and the alternatives."""
 
 from collections.abc import Iterator
 
@@ -11,14 +11,14 @@ SAFE_INITS = (Init.gradient_dp, Init.gradient_public, Init.weight_svd, Init.orth
 
 
 def default_init(config: Config, method: Method) -> Init:
-    """Returns the method's own initialisation, or with privacy the first of its own that computes nothing from private data."""
+    """Returns the method's default initialisation, or with privacy `weight_svd` in place of `gradient`."""
     if config.privacy.unit is PrivacyUnit.none or method.inits[0] is not Init.gradient:
         return method.inits[0]
     return Init.weight_svd
 
 
 def check(config: Config, method: Method) -> None:
-    """Raises UserError for the first option that does not go with privacy, or goes with privacy only."""
+    """Raises UserError for the first option that is incompatible with privacy, or requires it."""
     for reason in _reasons(config, method):
         raise UserError(reason)
 

@@ -1,7 +1,7 @@
-"""The privacy ledger: everything that was computed from each client's private data, and what it adds up to.
+"""The privacy ledger: records every release of each client's private data and adds up its cost.
 
-A published epsilon often leaves out the initialisation, or is one client's. Here every release is recorded with the client whose data
-it came from, and what is reported is the worst client's total. Nothing is ever taken back: a resumed run goes on where it stopped.
+A published epsilon often omits the initialisation, or covers one client. The ledger records every release with the client whose data
+it used, and reports the worst client's total. No entry is ever removed: a resumed run continues the ledger.
 """
 
 import statistics
@@ -16,10 +16,10 @@ UNITS = ("example", "client")
 
 
 class PrivacyLedger:
-    """Histories of mechanisms, one for each client in `deltas`; `budget` is the epsilon that none may exceed, None for no limit.
+    """One history of mechanisms for each client in `deltas`; `budget` is the epsilon that none may exceed, None for no limit.
 
-    Write a mechanism down before its result leaves the client: what was released and not charged is lost when a run is interrupted.
-    Clients with equal histories and deltas are computed once, in this process (see `accounting.epsilon`).
+    Charge a mechanism before its result leaves the client: an interrupted run forgets what it released but did not charge.
+    Clients with equal histories and deltas are computed once per process (see `accounting.epsilon`).
     """
 
     def __init__(self, unit: str, deltas: Mapping[int, float], accountant: str = "prv", budget: float | None = None) -> None:
@@ -35,9 +35,9 @@ class PrivacyLedger:
         self._histories: dict[int, History] = dict.fromkeys(self._deltas, ())
 
     def charge(self, client: int, mechanism: Mechanism, delta: float | None = None) -> None:
-        """Writes down what was spent, even above the budget: ask `would_exceed` before spending. KeyError for an unknown client.
+        """Records a mechanism, even above the budget: ask `would_exceed` before spending. Raises KeyError for an unknown client.
 
-        `delta` is that of the data which the client has now; where it is the smaller one, all of its epsilon holds at it from now on.
+        `delta` belongs to the client's current data; if it is smaller than before, all of the client's epsilon holds at it from now on.
         """
         if delta is not None:
             self.hold_at(client, min(delta, self._deltas[client]))
@@ -48,20 +48,20 @@ class PrivacyLedger:
         return self._deltas[client]
 
     def hold_at(self, client: int, delta: float) -> None:
-        """Reports all of the client's epsilon at this delta from now on; what was released does not depend on it."""
+        """Reports all of the client's epsilon at this delta from now on; past releases do not depend on it."""
         self._deltas[client] = delta
 
     def history(self, client: int) -> History:
-        """Returns all that was charged to the client, in order, neighbours merged."""
+        """Returns all mechanisms charged to the client, in order, with consecutive equal ones merged."""
         return self._histories[client]
 
     def epsilon(self, client: int, name: str | None = None) -> float:
-        """Returns the client's epsilon over everything, or over the mechanisms of one name as if they were all there was."""
+        """Returns the client's epsilon over all mechanisms, or over those of one name as if there were no others."""
         chosen = [mechanism for mechanism in self._histories[client] if name in (None, mechanism.name)]
         return epsilon(chosen, self._deltas[client], self.accountant)
 
     def largest_epsilon(self) -> float:
-        """Returns the epsilon of the client that has spent most; clients with equal histories and deltas are computed once."""
+        """Returns the largest epsilon of a client; clients with equal histories and deltas are computed once."""
         kinds = {(self._histories[client], delta): client for client, delta in self._deltas.items()}
         return max(self.epsilon(client) for client in kinds.values())
 
@@ -75,7 +75,7 @@ class PrivacyLedger:
     def summary(self) -> dict[str, Any]:
         """Returns plain values for summary.json: `epsilon`, `initialization_epsilon` and `delta` are maxima over clients.
 
-        An infinite epsilon stays a float here. Takes up to a second for each distinct client that was not computed before.
+        An infinite epsilon stays a float. Takes up to a second for each distinct client not computed before.
         """
         clients = [self._of_client(client) for client in self._deltas]
         spent = [row["epsilon"] for row in clients]
@@ -106,7 +106,7 @@ class PrivacyLedger:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "PrivacyLedger":
-        """Returns the ledger that `to_json` was called on. Raises ValueError or UserError for values that no ledger holds."""
+        """Returns the ledger that `to_json` saved. Raises ValueError or UserError for values that no ledger holds."""
         deltas = {client: delta for client, delta, _ in value["clients"]}
         ledger = cls(value["unit"], deltas, value["accountant"], value["budget"])
         for client, _, mechanisms in value["clients"]:

@@ -1,9 +1,9 @@
-"""What every client's training will cost and how much noise it takes, before anything is computed: a function of configuration and sizes.
+"""Plans the privacy cost and the noise of every client's training in advance, from the configuration and the data sizes alone.
 
-Example-level: client i samples with rate batch / n_i in every local step of the rounds that it takes part in; who takes part is drawn
-from the seed and known to all, so no amplification is claimed for it. Client-level: each round every client is drawn by its own coin with
-probability `federation.fraction`, and the round is charged to all; where the clients add the noise themselves under secure aggregation,
-the server sees who takes part, and the round is charged to these without amplification.
+Example-level: client i samples with rate batch / n_i in every local step of the rounds that it takes part in; participants are drawn
+from the seed and known to all, so no amplification is claimed for it. Client-level: each round an independent coin draws every client with
+probability `federation.fraction`, and the round is charged to all; if the clients add the noise themselves under secure aggregation,
+the server sees the participants, and the round is charged to them without amplification.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from fedsim.privacy.discrete import gaussian_of_skellam, skellam_of_gaussian
 from fedsim.training.private import coin_rate, sampling_rate
 
 ROOM_FOR_NOISE = 10
-"""Standard deviations of the noise for which a sum has room: more wraps around once in 10^23 entries, which costs no privacy."""
+"""Standard deviations of noise that fit into a sum: one entry in 10^23 exceeds them and wraps around, which costs no privacy."""
 
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """What one client does: `rounds` times `steps` steps that sample at `rate`, after an initialisation where there is one."""
+    """One client's training: `rounds` times `steps` steps that sample at `rate`, after an optional initialisation."""
 
     num_examples: int
     rate: float
@@ -34,24 +34,24 @@ class ClientPlan:
     delta: float
     noise_multiplier: float
     initialization: Mechanism | None
-    charged_noise: float | None = None  # of the Gaussian mechanism that stands for discrete noise in the accounts
+    charged_noise: float | None = None  # of the Gaussian mechanism charged for discrete noise
 
     @property
     def round_mechanism(self) -> Mechanism:
-        """What one round costs."""
+        """Returns the mechanism of one round."""
         return Mechanism(self.noise_multiplier if self.charged_noise is None else self.charged_noise, self.rate, self.steps, TRAINING)
 
     @property
     def mechanisms(self) -> list[Mechanism]:
-        """Everything that the run will cost."""
+        """Returns all mechanisms of the run."""
         training = [replace(self.round_mechanism, steps=self.steps * self.rounds)] if self.rounds else []
         return [*([self.initialization] if self.initialization else []), *training]
 
 
 def plan(config: Config, sizes: Sequence[int]) -> list[ClientPlan]:
-    """Returns the plan of each client, `sizes` being their numbers of examples. Raises UserError where a budget cannot be kept.
+    """Returns the plan of each client from their numbers of examples, `sizes`. Raises UserError if a budget cannot be kept.
 
-    Clients whose plans are alike share one calibration, which takes seconds.
+    Clients with equal plans share one calibration, which takes seconds.
     """
     if config.privacy.unit is PrivacyUnit.example:
         return _example_level(config, sizes)
@@ -59,9 +59,9 @@ def plan(config: Config, sizes: Sequence[int]) -> list[ClientPlan]:
 
 
 def _client_level(config: Config) -> ClientPlan:
-    """The whole update of a client is the unit: neighbours differ in one client's update being replaced by zero.
+    """Plans for a client's whole update as the unit: neighbours differ by replacing one client's update with zero.
 
-    Every client is drawn by a coin of its own that nobody sees, the sum is divided by a constant (never by how many came), and each round
+    An independent secret coin draws every client, the sum is divided by a constant (never by the number of participants), and each round
     is charged to every client, drawn or not.
     """
     federation, privacy = config.federation, config.privacy
@@ -71,10 +71,10 @@ def _client_level(config: Config) -> ClientPlan:
 
 
 def _distributed(config: Config) -> list[ClientPlan]:
-    """Noise of the clients: one deviation for all, calibrated to the client that takes part most often.
+    """Plans for noise added by the clients: one deviation for all, calibrated to the client that takes part most often.
 
-    Those who take part are a set of fixed size: a round costs them a full mechanism and the others nothing. No amplification is claimed,
-    which is proven only for replacing a client, at twice the sensitivity, and does not compose as Poisson sampling does (arXiv 2405.20769).
+    The participants are a set of fixed size: a round costs each a full mechanism and the others nothing. No amplification is claimed:
+    it is proven only for replacing a client, at twice the sensitivity, and does not compose like Poisson sampling (arXiv 2405.20769).
     """
     federation, options = config.federation, config.secure
     delta, taken = _delta(config.privacy.delta, federation.clients), _rounds_taken(config)
@@ -92,7 +92,7 @@ def _distributed(config: Config) -> list[ClientPlan]:
 
 
 def _rounds_taken(config: Config) -> list[int]:
-    """Returns in how many rounds each client takes part, of those drawn with a fixed number of clients."""
+    """Returns the number of rounds that each client takes part in, spares included, if rounds draw a fixed number of clients."""
     federation = config.federation
     taken = [0] * federation.clients
     for number in range(1, federation.rounds + 1):
@@ -115,7 +115,7 @@ def _example_level(config: Config, sizes: Sequence[int]) -> list[ClientPlan]:
 
 
 def init_rate(config: Config, of_all_clients: int) -> float:
-    """Returns the probability with which an example is in the sample for the initial gradient, from all clients' number of examples."""
+    """Returns the probability that an example is in the sample for the initial gradient, given the total number of examples."""
     return coin_rate(config.adapter.init_samples / of_all_clients)
 
 
@@ -148,7 +148,7 @@ def _noise(config: Config, delta: float, rate: float, steps: int, already: list[
 
 
 def budget(config: Config) -> float | None:
-    """Returns the epsilon within which every client stays; null where the initialisation leaks (privacy.unsafe_init)."""
+    """Returns the epsilon that no client exceeds, or None if there is none or the initialisation leaks (privacy.unsafe_init)."""
     return None if config.adapter.init is Init.gradient else config.privacy.epsilon
 
 
