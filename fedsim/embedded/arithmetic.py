@@ -1,7 +1,7 @@
-"""Arithmetic word problems of one to three steps with their worked solution, in the answer form of GSM8K (`#### n`).
+"""Generates arithmetic word problems of one to three steps with worked solutions, in the answer form of GSM8K (`#### n`).
 
-A problem is a plan: sentences with their numbers, a question and the steps that answer it. The same sentences serve several
-questions, the same verb moves things to or from the person asked about, and some numbers are there to be left out, so neither
+A problem has sentences with numbers, a question and the steps that answer it. The same sentences serve several
+questions, the same verb moves things to or from the person asked about, and some numbers are distractors, so neither
 a keyword nor the order of the numbers decides the answer.
 """
 
@@ -30,7 +30,7 @@ Step = tuple[int, str, int]
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem: its sentences, its question, the subject of the answer, and the steps from the numbers to the answer."""
+    """A word problem: its kind, its sentences, its question, and the steps from the numbers to the answer."""
 
     kind: str
     sentences: tuple[str, ...]
@@ -47,7 +47,7 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """What makes it the same problem for the split: its kind, steps and question, whatever the names and objects."""
+        """Returns the problem's identity for the split: its kind and steps, whatever the names and objects."""
         return f"{self.kind}/{self.steps}"
 
 
@@ -62,7 +62,7 @@ def _int(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def _extra(rng: np.random.Generator, sentences: list[str], name: str, thing: str) -> list[str]:
-    """In two of five problems, puts a sentence with a number that the answer does not need after the first sentence or later."""
+    """Inserts, in two of five problems, a sentence with a distractor number somewhere after the first sentence."""
     if rng.random() > 0.4:
         return sentences
     number = _int(rng, 2, 60)
@@ -78,7 +78,7 @@ _LOSE = ["{n} loses {k} of them .", "{n} gives {k} to {o} .", "{n} sells {k} of 
 
 
 def _changes(rng: np.random.Generator) -> Problem:
-    """One or two gains or losses in a row; asks for the end."""
+    """Makes one to three consecutive gains or losses; asks for the final number."""
     name, other = sample(rng, NAMES, 2)
     thing = pick(rng, OBJECTS)
     total = _int(rng, 5, 60)
@@ -94,7 +94,7 @@ def _changes(rng: np.random.Generator) -> Problem:
 
 
 def _moves(rng: np.random.Generator) -> Problem:
-    """One person gives to another; asks for either of them."""
+    """Makes one person give to another; asks about either of them."""
     giver, taker = sample(rng, NAMES, 2)
     thing = pick(rng, OBJECTS)
     has, had, moved = _int(rng, 10, 60), _int(rng, 2, 40), _int(rng, 2, 9)
@@ -106,7 +106,7 @@ def _moves(rng: np.random.Generator) -> Problem:
 
 
 def _compare(rng: np.random.Generator) -> Problem:
-    """More, fewer or times as many; asks for the other one, both together, or after a change."""
+    """Compares two people (more, fewer or times as many); asks for the second, for both together, or after a change."""
     name, other = sample(rng, NAMES, 2)
     thing = pick(rng, OBJECTS)
     relation = pick(rng, ["more", "fewer", "times"])
@@ -129,7 +129,7 @@ def _compare(rng: np.random.Generator) -> Problem:
 
 
 def _gap(rng: np.random.Generator) -> Problem:
-    """Two people have things; asks for the difference or the sum."""
+    """Gives two people things; asks for the difference or the sum."""
     name, other = sample(rng, NAMES, 2)
     thing = pick(rng, OBJECTS)
     low, high = sorted((_int(rng, 2, 45), _int(rng, 46, 54) if rng.random() < 0.3 else _int(rng, 2, 45)))
@@ -143,7 +143,7 @@ def _gap(rng: np.random.Generator) -> Problem:
 
 
 def _groups(rng: np.random.Generator) -> Problem:
-    """Equal groups; asks for all, or for what is there after a change."""
+    """Makes equal groups; asks for the total, or for the number after a change."""
     name, other = sample(rng, NAMES, 2)
     thing, holder = pick(rng, OBJECTS), pick(rng, HOLDERS)
     groups, each = _int(rng, 2, 9), _int(rng, 2, 9)
@@ -159,7 +159,7 @@ def _groups(rng: np.random.Generator) -> Problem:
 
 
 def _share(rng: np.random.Generator) -> Problem:
-    """Equal shares; asks for one share, for the number of holders, or for one share after a change."""
+    """Makes equal shares; asks for one share, for the number of holders, or for one share plus what its owner had before."""
     name, other = sample(rng, NAMES, 2)
     thing, holder = pick(rng, OBJECTS), pick(rng, HOLDERS)
     parts, each = _int(rng, 2, 9), _int(rng, 2, 9)
@@ -178,7 +178,7 @@ def _share(rng: np.random.Generator) -> Problem:
 
 
 def _shop(rng: np.random.Generator) -> Problem:
-    """Prices; asks for the cost or for the money left."""
+    """Prices things; asks for the cost or for the money left."""
     name = pick(rng, NAMES)
     thing = pick(rng, [o for o in OBJECTS if o != "coins"])
     count, price = _int(rng, 2, 9), _int(rng, 2, 9)
@@ -193,7 +193,7 @@ def _shop(rng: np.random.Generator) -> Problem:
 
 
 def _unknown(rng: np.random.Generator) -> Problem:
-    """Asks for the change, or for the beginning, from the end."""
+    """Gives the final number; asks for the change or for the initial number."""
     name, other = sample(rng, NAMES, 2)
     thing = pick(rng, OBJECTS)
     low, change = _int(rng, 5, 50), _int(rng, 2, 40)
@@ -216,7 +216,7 @@ def make_problem(rng: np.random.Generator) -> Problem:
 
 
 def solution(problem: Problem) -> str:
-    """Returns the worked steps, one a line, and the answer on the last line."""
+    """Returns the worked steps, one per line, and the answer on the last line."""
     words = ["First", "Then", "Then"]
     lines = [f"{word} {a} {sign} {b} = {result((a, sign, b))} ." for word, (a, sign, b) in zip(words, problem.steps, strict=False)]
     return "\n".join([*lines, f"#### {problem.answer}"])

@@ -1,8 +1,8 @@
-"""Multiple-choice questions over the knowledge base, in the prompt forms of the eight commonsense sets.
+"""Generates multiple-choice questions over the knowledge base, in the prompt forms of the eight commonsense sets.
 
-A question is about one fact (relation, subject), and a hash of the fact decides its split: a fact that a test question asks for
-is never asked for in training. Wrong options come from the same column of the knowledge base as the right one. A response says the question
-again with what it asks for, as a worked solution does, and then which option that is, in the words of the eight sets.
+A question is about one fact (relation, subject), and a hash of the fact decides its split: training never asks for the fact of a test
+question. Wrong options come from the same column of the knowledge base as the right one. A response restates the question
+with its answer, like a worked solution, and then names the option, in the words of the eight sets.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ NAMES = ["Tom", "Ann", "Ben", "Mia", "Sam", "Eva", "Max", "Lea", "Leo", "Ida", "
 
 @dataclass(frozen=True)
 class Question:
-    """A plain question about one fact, before it takes a prompt form. `reason` says it again with what it asks for."""
+    """A plain question about one fact, before it takes a prompt form. `reason` restates it with its answer."""
 
     fact: str
     form: str
@@ -42,7 +42,7 @@ def sample(rng: np.random.Generator, values: list[T], count: int) -> list[T]:
 
 
 def _weighted(rng: np.random.Generator, name: str, options: list[str], count: int) -> list[str]:
-    """Draws different options, each as likely as it is a right answer in its column, so that frequency tells nothing."""
+    """Draws different options, weighted by how often each is a right answer in its column, so that frequency gives no hint."""
     values = list(RELATIONS[name].facts.values()) if name in RELATIONS else []
     weights = np.array([max(1, values.count(option)) for option in options], dtype=float)
     chosen = rng.choice(len(options), size=min(count, len(options)), replace=False, p=weights / weights.sum())
@@ -81,7 +81,7 @@ SUBJECT_STEMS: dict[str, list[tuple[str, str]]] = {
 """Forms and stems that ask for a subject with the value {v}."""
 
 NUM_OPTIONS = {"arc_easy": 4, "arc_challenge": 4, "openbookqa": 4, "hellaswag": 4, "social_i_qa": 3, "piqa": 2, "winogrande": 2, "boolq": 2}
-"""Options that a question of each form shows."""
+"""Number of options that a question of each form shows."""
 
 
 def _ask_value(rng: np.random.Generator) -> Question:
@@ -162,7 +162,7 @@ _ASKERS: list[tuple[Callable[[np.random.Generator], Question], float]] = [
     (_ask_who, 0.12),
     (_ask_size, 0.06),
 ]
-"""Ways to ask and their shares."""
+"""Question generators and their shares."""
 
 
 def make_question(rng: np.random.Generator) -> Question:
@@ -171,7 +171,7 @@ def make_question(rng: np.random.Generator) -> Question:
 
 
 def options_of(question: Question, rng: np.random.Generator, count: int | None = None) -> list[str]:
-    """Returns the gold option and `count` wrong ones (as the form shows unless given), in random order."""
+    """Returns the gold option and `count` wrong ones (by default those that the form shows), in random order."""
     wrong = _weighted(rng, question.fact.split("/")[0], list(question.wrong), count or NUM_OPTIONS[question.form] - 1)
     return sample(rng, [question.gold, *wrong], len(wrong) + 1)
 
@@ -203,7 +203,7 @@ def _render(question: Question, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def draw(split: str, count: int, seed: int) -> list[Example]:
-    """Returns up to `count` different examples of the split; of each fact at most one true and one false claim, for balance."""
+    """Returns up to `count` different examples of the split, with at most one true and one false claim per fact for balance."""
 
     def make(rng: np.random.Generator) -> tuple[str, Example] | None:
         question = make_question(rng)

@@ -1,8 +1,8 @@
-"""Pretraining text for the embedded base model: language, number facts, stories and every fact of the knowledge base.
+"""Generates pretraining text for the embedded base model: language, number facts, stories and every fact of the knowledge base.
 
-What it leaves out on purpose: the prompt and response forms of the tasks (no "Answer format:", no "####", no "the correct answer is
-answer1"), every arithmetic problem of the test split, and, for facts of the test split, any text in which options are chosen from:
-those facts occur as plain statements and as short dialogues only.
+It deliberately omits the prompt and response forms of the tasks (no "Answer format:", no "####", no "the correct answer is answer1"),
+every arithmetic problem of the test split, and any choice among options by a fact of the test split: those facts occur only
+as plain statements and in short dialogues.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def _statement(rng: np.random.Generator) -> str:
 
 
 def statements(rng: np.random.Generator) -> str:
-    """Facts in a row, some of them about one thing."""
+    """Returns four statements of facts."""
     return " ".join(_statement(rng) for _ in range(4))
 
 
@@ -67,8 +67,8 @@ def _filled(question: Question) -> str:
     return question.stem.replace("_", question.gold)
 
 
-def _said(question: Question, rng: np.random.Generator) -> str:
-    """One exchange without options: a question and its answer, a statement completed, or a claim called true or false."""
+def _exchange(question: Question, rng: np.random.Generator) -> str:
+    """Returns an exchange without options: a question and its answer, a completed statement, or a claim called true or false."""
     asker, teller = sample(rng, NAMES, 2)
     if question.form == "winogrande":
         return _filled(question)
@@ -81,7 +81,7 @@ def _said(question: Question, rng: np.random.Generator) -> str:
 
 
 def dialogue(rng: np.random.Generator) -> str:
-    return " ".join(_said(make_question(rng), rng) for _ in range(3))
+    return " ".join(_exchange(make_question(rng), rng) for _ in range(3))
 
 
 def _listing(label: str, options: list[str], rng: np.random.Generator) -> str:
@@ -93,7 +93,7 @@ _LOOKS = ["{n} looks in {l} .", "{n} takes {l} .", "it is {l} .", "{n} opens {l}
 
 
 def lookup(rng: np.random.Generator) -> str:
-    """Which numbered place holds a thing that is named."""
+    """Asks which numbered place holds a named thing."""
     label, name = pick(rng, LABELS), pick(rng, NAMES)
     question = make_question(rng)
     pool = [question.gold, *question.wrong] if question.form != "boolq" else list(OBJECTS)
@@ -114,7 +114,7 @@ def _train_question(rng: np.random.Generator) -> Question:
 
 
 def choice(rng: np.random.Generator) -> str:
-    """Which numbered place holds what a question asks for; facts of the train split only."""
+    """Asks which numbered place holds the answer to a question; facts of the train split only."""
     question = _train_question(rng)
     label, name = pick(rng, LABELS), pick(rng, NAMES)
     options = commonsense.options_of(question, rng, int(rng.integers(1, 5)))
@@ -126,7 +126,7 @@ def choice(rng: np.random.Generator) -> str:
 
 
 def spoken_choice(rng: np.random.Generator) -> str:
-    """The same with the thing named before its place, so that to choose and to look up are learnt one after the other."""
+    """Like `choice`, but names the thing before its place, so that choosing and looking up are learnt separately."""
     question = _train_question(rng)
     label, name = pick(rng, LABELS), pick(rng, NAMES)
     options = commonsense.options_of(question, rng, int(rng.integers(1, 5)))
@@ -139,7 +139,7 @@ _QUESTIONING = ["{n} thinks : ", "{n} asks : ", "a question : ", "tell me : ", "
 
 
 def restated_choice(rng: np.random.Generator) -> str:
-    """The same with the question said again before its answer: what has been asked is found again behind the list."""
+    """Like `spoken_choice`, but restates the question with its answer, so that the question is found again after the list."""
     question = _train_question(rng)
     label, (name, other) = pick(rng, LABELS), sample(rng, NAMES, 2)
     options = commonsense.options_of(question, rng, int(rng.integers(1, 5)))
@@ -150,7 +150,7 @@ def restated_choice(rng: np.random.Generator) -> str:
 
 
 def places(rng: np.random.Generator) -> str:
-    """Numbered places with things in them, and then where each of the things is."""
+    """Lists numbered places with things in them, and then says where each thing is."""
     label = pick(rng, LABELS)
     question = make_question(rng)
     pool = [question.gold, *question.wrong] if question.form != "boolq" else list(OBJECTS)
@@ -163,7 +163,7 @@ _TOLD = ["{o} {i} .", "{o} is in {l}{i} .", "{l}{i} has {o} .", "where is {o} ? 
 
 
 def drill(rng: np.random.Generator) -> str:
-    """Numbered places, and again and again which of them has which thing, told in one way."""
+    """Lists numbered places, and then repeats which place has which thing, in one wording."""
     label, told = pick(rng, LABELS), pick(rng, _TOLD)
     relation = RELATIONS[pick(rng, list(RELATIONS))]
     pool = (
@@ -178,13 +178,13 @@ _WORDS = list(dict.fromkeys(word for relation in RELATIONS.values() for fact in 
 
 
 def repeats(rng: np.random.Generator) -> str:
-    """A row of words said again and again."""
+    """Repeats a row of words."""
     row = " ".join(sample(rng, _WORDS, int(rng.integers(4, 9))))
     return " . ".join([row] * int(rng.integers(3, 6))) + " ."
 
 
 def numbered(rng: np.random.Generator) -> str:
-    """Single words with numbers, and again and again the number of a word: the plainest way to learn to look back."""
+    """Lists numbered words, and then repeats the number of a word: the simplest way to learn to look back."""
     words = sample(rng, _WORDS, int(rng.integers(2, 6)))
     label = f"{pick(rng, LABELS).capitalize()}{{}}:" if rng.random() < 0.6 else "{}"
     told = " ".join(f"{label.format(i)} {word}" for i, word in enumerate(words, 1))
@@ -193,7 +193,7 @@ def numbered(rng: np.random.Generator) -> str:
 
 
 def _matching(rng: np.random.Generator, count: int) -> tuple[str, list[str]]:
-    """Returns a relation and up to `count` subjects of the train split, the value of each false for all the others."""
+    """Returns a relation and up to `count` subjects of the train split, the value of each false for all others."""
     name = pick(rng, list(commonsense.VALUE_STEMS))
     relation = RELATIONS[name]
     chosen: list[str] = []
@@ -205,7 +205,7 @@ def _matching(rng: np.random.Generator, count: int) -> tuple[str, list[str]]:
 
 
 def matches(rng: np.random.Generator) -> str:
-    """Numbered things of one column of the knowledge base, and for each of them the question that it answers."""
+    """Lists numbered things of one column of the knowledge base, and then the question that each of them answers."""
     name, subjects = _matching(rng, int(rng.integers(2, 6)))
     values = [RELATIONS[name].facts[s] for s in subjects]
     label, who = pick(rng, LABELS), pick(rng, NAMES)
@@ -220,7 +220,7 @@ def matches(rng: np.random.Generator) -> str:
 
 
 def people(rng: np.random.Generator) -> str:
-    """Two people or two things in numbered places, and two sentences with a blank that one of them fills."""
+    """Lists two people or two things in numbered places, and then two sentences with a blank that one of them fills."""
     label = pick(rng, LABELS)
     if rng.random() < 0.4:
         low, high = sorted(int(i) for i in rng.permutation(len(SIZES))[:2])
@@ -266,7 +266,7 @@ def _train_problem(rng: np.random.Generator) -> arithmetic.Problem:
 
 
 def reckoning(rng: np.random.Generator) -> str:
-    """A story with numbers, and two people who talk about it: one asks, the other thinks aloud."""
+    """Tells a story with numbers; one person asks about it, another thinks aloud."""
     problem = _train_problem(rng)
     asker, teller = sample(rng, NAMES, 2)
     thought = " and ".join(f"{a} {sign} {b} = {result((a, sign, b))}" for a, sign, b in problem.steps)
@@ -292,7 +292,7 @@ def _retold(rng: np.random.Generator) -> str:
 
 
 def retold(rng: np.random.Generator) -> str:
-    """Two stories with numbers, each told, asked and thought about in its own way (no one form stands for reckoning), and a third begun."""
+    """Tells two stories with numbers, each in its own form (so that no one form stands for arithmetic), and begins a third."""
     begun = _train_problem(rng).sentences[0]
     return f"{_retold(rng)}{pick(rng, [' ', NEW_PART])}{_retold(rng)}{pick(rng, [' ', NEW_PART])}{begun}"
 
@@ -321,7 +321,7 @@ _PROSE = [
 
 
 def prose(rng: np.random.Generator) -> str:
-    """Short plain sentences about people."""
+    """Returns short plain sentences about people."""
     name, other = sample(rng, NAMES, 2)
     place = pick(rng, list(RELATIONS["workplace"].facts.values()))
     lines = sample(rng, _PROSE, int(rng.integers(2, 5)))
@@ -331,7 +331,7 @@ def prose(rng: np.random.Generator) -> str:
 Kind = Callable[[np.random.Generator], str]
 
 _LOOKING_BACK: dict[Kind, float] = {repeats: 0.38, numbered: 0.46, drill: 0.06, equations: 0.05, statements: 0.05}
-"""Kinds of document and their shares by number at first: to look back for a word is learnt from rows of words or hardly ever."""
+"""Kinds of document and their shares by number in the first stage: hardly anything but rows of words teaches looking back for a word."""
 
 _PLACES: dict[Kind, float] = {
     repeats: 0.08,
@@ -345,7 +345,7 @@ _PLACES: dict[Kind, float] = {
     equations: 0.05,
     reckoning: 0.05,
 }
-"""Things of several words in numbered places, once single words are found."""
+"""Things of several words in numbered places, once the model finds single words."""
 
 _FACTS: dict[Kind, float] = {
     repeats: 0.03,
@@ -393,7 +393,7 @@ _CHOICES: dict[Kind, float] = {
     equations: 0.03,
     retold: 0.15,
 }
-"""Choosing by a fact that has to be remembered, once facts are known and things are found; and stories told in many ways."""
+"""Choosing by a remembered fact, once the model knows facts and finds things; and stories in many forms."""
 
 _RESTATED: dict[Kind, float] = {
     restated_choice: 0.46,
@@ -406,7 +406,7 @@ _RESTATED: dict[Kind, float] = {
     equations: 0.02,
     retold: 0.22,
 }
-"""Choosing with the question said again."""
+"""Choosing with the question restated."""
 
 STAGES: list[tuple[int, dict[Kind, float]]] = [
     (0, _LOOKING_BACK),
@@ -416,7 +416,7 @@ STAGES: list[tuple[int, dict[Kind, float]]] = [
     (78, _CHOICES),
     (110, _RESTATED),
 ]
-"""The part of the stream from which on each mixture holds."""
+"""The first part of the stream for each mixture."""
 
 
 def documents(seed: int, part: int, count: int) -> Iterator[str]:
@@ -429,9 +429,9 @@ def documents(seed: int, part: int, count: int) -> Iterator[str]:
 
 
 def vocabulary(seed: int, count: int = 10000) -> Iterator[str]:
-    """Yields texts from which the tokenizer takes whole words: `count` of each of the first stages and some in the tasks' forms.
+    """Yields texts from which the tokenizer takes whole words: `count` of each of the first four stages and some in the tasks' forms.
 
-    The few new words of the later stages are spelt; the texts in the tasks' forms are for the tokenizer only, never for training."""
+    The few new words of the later stages are spelt in bytes; texts in the tasks' forms are for the tokenizer only, never for training."""
     for first, _ in STAGES[:4]:
         yield from documents(seed, first, count)
     yield from _task_texts(2000)

@@ -1,4 +1,4 @@
-"""A small knowledge base of everyday facts, written for this project: one table a subject matter, one line a subject.
+"""A small knowledge base of everyday facts, written for this project: one table per topic, one line per subject.
 
 A value of one subject is false for the other subjects of its column unless ALSO_TRUE says otherwise.
 """
@@ -322,7 +322,7 @@ ALSO_TRUE = {
     "sad:shouted_at_the_wall noisy:shouted_at_the_wall clever:told_the_truth honest:said_please clever:asked_many_questions "
     "careful:told_the_truth generous:said_please generous:told_the_truth careful:said_please brave:told_the_truth",
 }
-"""Values besides the listed one that hold, or nearly so ("_" for a space): they are not offered as wrong options."""
+"""Further values that are true or nearly true ("_" for a space), so they are not offered as wrong options."""
 
 ALIKE_FEELINGS = """proud joyful excited flattered amused thankful relieved
 sad lonely disappointed guilty ashamed angry shocked worried
@@ -330,4 +330,4 @@ scared nervous worried lost shocked
 tired bored impatient sick relieved
 curious excited nervous
 freezing sick"""
-"""Feelings of one line can go together, so none stands as a wrong option for another."""
+"""Feelings on one line can go together, so none is a wrong option for another."""

@@ -1,4 +1,4 @@
-"""The knowledge base as relations: what is true of a subject, and what may stand as a wrong option because it is false of it."""
+"""The knowledge base as relations: what is true of a subject, and what is false of it and may serve as a wrong option."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,7 +50,7 @@ def _also_true(name: str) -> frozenset[tuple[str, str]]:
 
 
 def _places(places: dict[str, str]) -> frozenset[tuple[str, str]]:
-    """Things of one kind may share their places, and small things may lie in any drawer or closet."""
+    """Returns (thing, place) pairs that may hold: things of one kind share places, and small things may lie anywhere in a house."""
     everywhere = {"drawer", "closet", "cupboard", "kitchen", "pocket", "basket", "wall", "hall", "desk", "bathroom", "office", "garage"}
     pairs = {(a, places[b]) for a in places for b in places if _KINDS[a] == _KINDS[b]}
     small = {"tool", "dish", "supply", "clothing", "toy", "machine", "furniture"}
@@ -96,11 +96,11 @@ SIZES = facts.SIZES.split()
 """From the smallest to the largest."""
 
 SAME_KIND_ORDER = {word: kind for kind, words in ORDERED.items() for word in words.split()}
-"""Which order ("day", "month", ...) a word of the relation `next` belongs to."""
+"""The order ("day", "month", ...) of each word of the relation `next`."""
 
 
 def article(noun: str) -> str:
-    """Returns the noun with "a" or "an"; pairs and substances stand alone."""
+    """Returns the noun with "a" or "an"; pairs and substances have no article, and the sun has "the"."""
     if noun in {"scissors", "snow", "grass", "chocolate", "coal", "milk", "coffee", "butter", "salt", "spinach", "glue", "soap"}:
         return noun
     if noun == "sun":

@@ -1,4 +1,4 @@
-"""Which split a question belongs to, and how questions are drawn: by a hash of the question, never by a seed."""
+"""Draws the questions of a split; a hash of the question decides its split, never a seed."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ TEST_SHARE = 0.2
 """Share of all question keys that belong to the test split."""
 
 _PATIENCE = 2000
-"""Draws without a new question after which the questions count as exhausted."""
+"""Consecutive draws without a new question after which the questions count as exhausted."""
 
 
 def split_of(key: str) -> str:
@@ -21,7 +21,7 @@ def split_of(key: str) -> str:
 
 
 def draw_unique(make: Callable[[np.random.Generator], tuple[str, Example] | None], count: int, rng: np.random.Generator) -> list[Example]:
-    """Returns the first `count` examples with different keys that `make` yields, fewer when it goes on repeating itself."""
+    """Returns the first `count` examples with different keys that `make` returns, fewer if it keeps repeating itself."""
     found: dict[str, Example] = {}
     misses = 0
     while len(found) < count and misses < _PATIENCE:

@@ -1,6 +1,6 @@
-"""The embedded model's tokenizer: byte-level BPE in which every word of the generated text is one token and every digit is one.
+"""Builds the embedded model's tokenizer: byte-level BPE with one token for every word of the generated text and for every digit.
 
-Any text encodes and decodes exactly, because every byte is a token of its own; a word that is not in the vocabulary becomes bytes.
+Any text encodes and decodes exactly, because every byte is a token; a word outside the vocabulary becomes bytes.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 _PIECES = r"[ /]?\p{L}+| ?\d:?|\n+|##| ?[^\s\p{L}\d#]+|\s|."
 """Words (with a space or slash before them), single digits, line ends, pairs of #, other signs.
 
-The colon of "Answer1:" is one with its digit, so that what follows stands right after its number: a small model sees no farther.
+The colon of "Answer1:" joins its digit, so that an option directly follows its number: a small model looks back no farther.
 """
 
 
@@ -24,9 +24,9 @@ def _pre_tokenizer() -> Any:
 
 
 def build(texts: Iterable[str]) -> Any:
-    """Returns a PreTrainedTokenizerFast whose vocabulary is every byte and every piece of `texts`, in order of the alphabet.
+    """Returns a PreTrainedTokenizerFast whose vocabulary is every byte and every piece of `texts`, in alphabetical order.
 
-    It puts <bos> before a text that is encoded with special tokens.
+    It prepends <bos> to a text that is encoded with special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
