@@ -1,1 +1,1 @@
-"""The entry: the command line, Hydra's composition and sweeps. Nothing below it knows Hydra."""
+"""The command line, Hydra composition and sweeps. No other package imports Hydra."""

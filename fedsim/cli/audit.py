@@ -1,4 +1,4 @@
-"""`fedsim audit`: carries a run out with canaries in it, and holds what can be proven of it against the epsilon that it claims."""
+"""`fedsim audit`: runs an experiment with canaries in its data and compares a proven lower bound on epsilon with the claim."""
 
 import math
 from dataclasses import replace
@@ -12,13 +12,13 @@ from fedsim.files import atomic_write_json
 from fedsim.report import table
 
 CANARIES = 128
-"""Canaries of an audit that names no number: the default of a run, 0, would leave nothing to look for."""
+"""Canaries of an audit whose configuration leaves audit.canaries at 0, the default of a run."""
 
 
 def audited(config: Config, *, quiet: bool = False) -> dict[str, Any]:
-    """Carries the run and its audit out and returns plain values, which are also in audit.json of the run folder.
+    """Runs and audits the experiment; returns plain values, which it also writes to audit.json in the run folder.
 
-    Raises UserError, before anything is computed, for what cannot be audited.
+    Raises UserError, before anything is computed, if the configuration cannot be audited.
     """
     config = replace(config, audit=replace(config.audit, canaries=config.audit.canaries or CANARIES))
     check(config)
@@ -44,7 +44,7 @@ def audited(config: Config, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def verdict(findings: dict[str, Finding]) -> str:
-    """Returns in one sentence what the findings say of the claim."""
+    """Returns one sentence on whether the findings contradict the claim."""
     together = findings["together"]
     proven = f"epsilon is at least {together.bound.epsilon:.2f}"
     refuted = [name for name, each in findings.items() if each.refuted]
@@ -57,7 +57,7 @@ def verdict(findings: dict[str, Finding]) -> str:
 
 
 def named(part: str) -> str:
-    """Returns a part's name as it is written in a sentence."""
+    """Returns a part's name for use in a sentence."""
     return part.replace("_", " ")
 
 

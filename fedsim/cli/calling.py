@@ -1,4 +1,4 @@
-"""How the command was called, so that hints can be copied as they are, how wide its output may be, and how libraries are kept quiet."""
+"""The command's name for hints that can be pasted, the width of its output, and the settings that keep libraries quiet."""
 
 import logging
 import os
@@ -15,23 +15,23 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-"""Environment variables under which libraries neither phone home nor print beside the run's own display."""
+"""Environment variables that keep libraries from phoning home and from printing into the run's display."""
 
 
 def keep_libraries_quiet() -> None:
-    """Sets what `QUIET` names; a value that the user has set stays."""
+    """Sets the variables of `QUIET` that the user has not set, and stops flwr's log lines from being printed twice."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("flwr").propagate = False  # it has a handler of its own: with a second one at the root each line came twice
+    logging.getLogger("flwr").propagate = False  # flwr has its own handler; a second one at the root would repeat each line
 
 
 def width() -> int:
-    """Returns how many characters a line of prose may take: as many as the terminal has, between 80 and 140; 120 where there is none."""
+    """Returns the width of a line of prose: the terminal's, limited to 80 to 140 characters; 120 without a terminal."""
     return max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
 
 
 def command() -> str:
-    """Returns the words that start this program in a shell: "fedsim" where that is on the path, or else as it was started."""
+    """Returns the shell words that start this program: "fedsim", unless it runs as `-m fedsim` or from a script that is not on PATH."""
     program = sys.argv[0]
     if program.endswith(("fedsim/__main__.py", "fedsim/cli/main.py")):
         return f"{shlex.quote(sys.orig_argv[0])} -m fedsim"

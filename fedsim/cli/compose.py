@@ -1,6 +1,6 @@
 """Composition: overrides and conf/ in, one typed Config out.
 
-Hydra merges the chosen files over the dataclasses of fedsim/config.py; nothing beyond this package sees a DictConfig.
+Hydra merges the chosen files over the dataclasses of fedsim/config.py; no other package sees a DictConfig.
 """
 
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ from fedsim.config_check import check
 from fedsim.errors import UserError
 
 _UNNAMED = ("embedded", "local")
-"""Names of choices of the group model that say nothing about the model behind model.path."""
+"""Choices of the group model whose names do not describe the model at model.path."""
 
 
 def compose(overrides: list[str]) -> Config:
-    """Returns the configuration that `overrides` choose, as `fedsim run` reads them; not yet checked for contradictions.
+    """Returns the configuration composed from the overrides of `fedsim run`, not yet checked for contradictions.
 
-    Raises UserError with one line for anything that does not compose.
+    Raises UserError, with a one-line message, for overrides that do not compose.
     """
     several = swept(parse(overrides))
     if several:
@@ -38,20 +38,20 @@ def compose(overrides: list[str]) -> Config:
 
 
 def composed(overrides: list[str]) -> Config:
-    """Returns the configuration that `overrides` choose, checked. Raises UserError for what is wrong with it."""
+    """Returns the configuration composed from `overrides`, checked. Raises UserError if it is invalid."""
     config = compose(overrides)
     check(config)
     return config
 
 
 def compose_with_hydra(overrides: list[str]) -> DictConfig:
-    """Returns the composed configuration with Hydra's own node; to be called within `initialized()`. Raises UserError."""
+    """Returns the composed configuration with Hydra's own node. Must be called within `initialized()`. Raises UserError."""
     with one_line():
         return hydra.compose("config", overrides, return_hydra_config=True)
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Returns the typed configuration of a composed one, without Hydra's node. Raises UserError."""
+    """Converts a composed configuration to the typed one, without Hydra's node. Raises UserError."""
     plain = composed.copy()
     with open_dict(plain):
         plain.pop("hydra", None)
@@ -66,7 +66,7 @@ def to_config(composed: DictConfig) -> Config:
 
 @contextmanager
 def initialized() -> Iterator[None]:
-    """Hydra over conf/, with the schema and the presets, for the time of the block."""
+    """Initialises Hydra over conf/, with the schema and the presets, for the duration of the block."""
     _store()
     with hydra.initialize_config_dir(str(conf_folder()), job_name="fedsim", version_base="1.3"):
         yield
@@ -74,7 +74,7 @@ def initialized() -> Iterator[None]:
 
 @cache
 def _store() -> None:
-    """Gives Hydra what does not lie in conf/, once for the process: it hands out copies."""
+    """Registers the schema and the presets, which are not in conf/; once per process, because Hydra hands out copies."""
     store = ConfigStore.instance()
     store.store(name="schema", node=_schema())
     for path in presets_folder().glob("*.yaml"):
@@ -83,7 +83,7 @@ def _store() -> None:
 
 
 def _schema() -> DictConfig:
-    """Returns the typed defaults; options that are tables, such as model.architecture, take new keys, for which Hydra asks ++ otherwise."""
+    """Returns the typed defaults; tables such as model.architecture accept new keys without Hydra's ++ prefix."""
     schema = OmegaConf.structured(Config)
     for section in schema.values():
         for option in section.values() if isinstance(section, DictConfig) else ():
@@ -94,7 +94,7 @@ def _schema() -> DictConfig:
 
 @contextmanager
 def one_line(where: str = "") -> Iterator[None]:
-    """Turns what Hydra, OmegaConf and YAML raise into a UserError of one line."""
+    """Converts errors of Hydra, OmegaConf and YAML to a UserError with a one-line message."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -102,5 +102,5 @@ def one_line(where: str = "") -> Iterator[None]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         lines = [line.strip() for line in str(cause).splitlines()]
-        told = [line for line in lines if line and not line.startswith(("full_key", "object_type", "reference_type"))]
-        raise UserError(f"Expected a configuration that composes, got: {where}{' '.join(told).rstrip('.')}. {HELP}") from None
+        kept = [line for line in lines if line and not line.startswith(("full_key", "object_type", "reference_type"))]
+        raise UserError(f"Expected a configuration that composes, got: {where}{' '.join(kept).rstrip('.')}. {HELP}") from None

@@ -1,6 +1,7 @@
-"""`fedsim cost`: what any methods would send, for any model and any number of clients, without weights, data or training.
+"""`fedsim cost`: what methods would send, for any model and number of clients, without weights or training.
 
-A comma list of any option makes rows, as in a sweep. The numbers are those of a run's ledger (`fedsim.core.cost`).
+Data is read only for the labels of a user's own set. A comma list of any option makes rows, as in a sweep. The numbers equal those of a
+run's ledger (`fedsim.core.cost`).
 """
 
 import csv
@@ -37,7 +38,7 @@ from fedsim.shapes import adapter_of
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: what distinguishes it, the configuration as it was given, and what it would cost."""
+    """One line of the table: the options that distinguish it, the given configuration, and its cost."""
 
     varied: dict[str, str]
     config: Config
@@ -54,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A combination that makes no sense, of a method that nobody asked for."""
+    """An invalid combination, of a method that the user did not ask for."""
 
     varied: dict[str, str]
     method: str
@@ -63,16 +64,16 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Costs:
-    """All rows, and what is left out."""
+    """All rows, and the combinations left out."""
 
     rows: list[Row]
     left_out: list[LeftOut]
 
 
 def costs(overrides: list[str]) -> Costs:
-    """Returns a row for each combination of the comma lists; without a method, for all methods through which something is sent.
+    """Returns a row for each combination of the comma lists; without a chosen method, for all methods that communicate.
 
-    Raises UserError for what does not compose, and for a row that makes no sense or whose model has no known shapes.
+    Raises UserError for overrides that do not compose, and if a requested row, or every row, is invalid or its model has no known shapes.
     """
     found = Costs([], [])
     with initialized():
@@ -92,7 +93,7 @@ def costs(overrides: list[str]) -> Costs:
 
 
 def _jobs(overrides: list[str]) -> tuple[list[Job], bool]:
-    """Returns the combinations, and whether the methods among them were asked for, explicitly or by a preset."""
+    """Returns the combinations, and whether the user or a preset chose their methods."""
     if any(override.key_or_group in ("method", "method.name") for override in parse(overrides)):
         return plan(overrides)[1], True
     every = ",".join(name for name, method in METHODS.items() if not method.pooled)
@@ -114,7 +115,7 @@ def _row(job: Job, given: Config) -> Row:
 
 @lru_cache
 def _classes(data: str, seed: int) -> tuple[tuple[str, ...], int]:
-    """Returns the labels of classified data and the texts of a row: a user's own set is read for them."""
+    """Returns the labels of classification data and the number of texts per row, which it reads from a user's own set."""
     config = from_dict(DataConfig, json.loads(data))
     known = labels(config)
     if known is not None:
@@ -124,18 +125,18 @@ def _classes(data: str, seed: int) -> tuple[tuple[str, ...], int]:
 
 
 def _published(config: Config, spec: AdapterSpec) -> Published | None:
-    """The published runs had all clients in the round, all of one rank, and factors that travel as they are."""
+    """Returns the published figures, if any: in those runs all clients took part, with equal ranks and stacked factors."""
     federation, options = config.federation, config.method
     if federation.fraction < 1 or federation.ranks or options.residual is not Residual.stacked or options.residual_rank is not None:
         return None
     return published(options.name, spec.rank, federation.clients, spec.layers.values())
 
 
-# ---- rows for machines
+# ---- machine-readable rows
 
 
 def plain_rows(found: Costs) -> list[dict[str, Any]]:
-    """Returns flat rows of plain values, all with the same keys. Numbers are of parameters or bytes; means may have a fraction."""
+    """Returns flat rows of plain values, all with the same keys. Counts are of parameters or bytes; means may be fractional."""
     return [_plain(row) for row in found.rows]
 
 
@@ -165,12 +166,12 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | int:
-    """A mean that is whole is written as a whole number."""
+    """Returns a mean as an integer if it is whole."""
     return round(value) if abs(value - round(value)) < 1e-6 else value
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:
-    """Returns the rows as CSV with a header, without a line end after the last."""
+    """Returns the rows as CSV with a header, without a trailing newline."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -182,7 +183,7 @@ def csv_text(rows: list[dict[str, Any]]) -> str:
 
 
 def cost_table(found: Costs) -> str:
-    """Returns title, table and notes as text."""
+    """Returns the title, table and notes as text."""
     rows = found.rows
     swept = [key for key in rows[0].varied if key not in ("method", "adapter.rank")]
     columns: dict[str, Callable[[Row], str]] = {
@@ -208,7 +209,7 @@ def cost_table(found: Costs) -> str:
 
 
 def amount(number: float) -> str:
-    """Returns a number of parameters, in millions as long as they can be read: "467 k", "8.96 M", "2,097 M", "14.0 G"."""
+    """Returns a number of parameters as text, in millions while that is readable: "467 k", "8.96 M", "2,097 M", "14.0 G"."""
     if number < 1000:
         return f"{number:.0f}"
     unit, letter = next((unit, letter) for below, unit, letter in _UNITS if number < below)
@@ -224,22 +225,22 @@ def _published_cell(found: Published | None) -> str:
 
 
 def _title(rows: list[Row]) -> str:
-    """Tells what all rows have in common."""
+    """Returns the facts that all rows share."""
     facts = [
         {row.config.model.name for row in rows},
         {plural(row.config.federation.clients, "client") for row in rows},
-        {_part(row.config.federation.fraction) for row in rows},
+        {_participation(row.config.federation.fraction) for row in rows},
         {plural(row.config.federation.rounds, "round") for row in rows},
     ]
     return ", ".join(next(iter(each)) for each in facts if len(each) == 1)
 
 
-def _part(fraction: float) -> str:
+def _participation(fraction: float) -> str:
     return "all in every round" if fraction == 1 else f"{100 * fraction:g} % of them in a round"
 
 
 def _notes(found: Costs) -> Iterator[str]:
-    """Yields what the table does not say by itself, each note once."""
+    """Yields the notes that explain the table, each once."""
     rows = found.rows
     yield (
         "trained, up, down: parameters of one client that takes part in every round, in a middle round. bases, gradient: of one client "
@@ -264,13 +265,13 @@ def _notes(found: Costs) -> Iterator[str]:
 
 
 def left_out_notes(found: Costs) -> Iterator[str]:
-    """Yields for methods without a row why they have none, and how many more combinations are left out."""
+    """Yields why methods have no row, and how many other combinations are left out."""
     present = {row.config.method.name for row in found.rows}
     by_reason: dict[str, list[str]] = {}
-    told: set[str] = set()
+    listed: set[str] = set()
     for each in found.left_out:
-        if each.method not in present | told:
-            told.add(each.method)
+        if each.method not in present | listed:
+            listed.add(each.method)
             reason = re.sub(rf"\b(method=)?{each.method}\b", "the method", each.reason)
             by_reason.setdefault(reason, []).append(each.method)
     for reason, methods in by_reason.items():
@@ -291,31 +292,33 @@ def _givers(rows: list[Row]) -> Iterator[str]:
 
 
 def _dense(rows: list[Row]) -> Iterator[str]:
-    """Tells where stacked factors are larger than what they make."""
-    told = []
+    """Yields a note on rows whose stacked factors are larger than their dense product."""
+    listed = []
     for row in rows:
         config = effective(row.config)
         if row.method.folds and config.method.residual is Residual.stacked and config.method.residual_rank is None:
             dense = forecast(replace(config, method=replace(config.method, residual=Residual.dense)), row.method, row.spec).down.parameters
             if dense < row.found.down.parameters:
-                told.append(f"{_label(row.config.method.name, row.varied)} {amount(dense)} instead of {amount(row.found.down.parameters)}")
-    if told:
-        yield f"method.residual=dense would send less down: {'; '.join(told)}."
+                listed.append(
+                    f"{_label(row.config.method.name, row.varied)} {amount(dense)} instead of {amount(row.found.down.parameters)}"
+                )
+    if listed:
+        yield f"method.residual=dense would send less down: {'; '.join(listed)}."
 
 
 def _label(method: str, varied: dict[str, str]) -> str:
-    """Returns what tells a row from the others: the method and the options that vary."""
+    """Returns a row's label: its method and the options that vary."""
     return " ".join([method, *(f"{key}={value}" for key, value in varied.items() if key != "method")])
 
 
 def _differences(rows: list[Row]) -> Iterator[str]:
-    told = [row for row in rows if row.published]
-    if told:
-        bases = max(row.found.bases for row in told)
+    listed = [row for row in rows if row.published]
+    if listed:
+        bases = max(row.found.bases for row in listed)
         yield (
             f"published: {SOURCE}; what a client sends in a round, for fedex_lora and flora what it receives. It leaves out the other "
             f"direction, the bases{f' (up to {amount(bases)} for each client)' if bases else ''} and the initial gradients."
         )
-    for found in dict.fromkeys(row.published for row in told):
+    for found in dict.fromkeys(row.published for row in listed):
         if found is not None and found.differs:
             yield f"* {found.method}: published is {found.differs}."

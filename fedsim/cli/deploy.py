@@ -1,4 +1,4 @@
-"""`fedsim deploy init | register | status | up`: reads the words; the work is in fedsim.deploy."""
+"""`fedsim deploy init | register | status | up`: parses the arguments; the work is in fedsim.deploy."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def usage() -> str:
 
 
 def deploy(words: list[str]) -> int:
-    """Does what the words after `fedsim deploy` ask for and returns the exit code. Raises UserError."""
+    """Executes the words after `fedsim deploy` and returns the exit code. Raises UserError."""
     part, rest = (words[0], words[1:]) if words else ("", [])
     if part not in PARTS:
         raise UserError(f"Expected fedsim deploy {' | '.join(PARTS)}, got {repr(part) if part else 'nothing'}.{nearest(part, list(PARTS))}")
@@ -85,17 +85,17 @@ def _register(words: list[str]) -> int:
         raise UserError(f"Expected the folder of a federation, got {len(rest)}. Usage: {USAGE['register']}")
     from fedsim.deploy.registering import register
 
-    server, superlink = _opened(Path(rest[0]))
+    server, superlink = _select_federation(Path(rest[0]))
     register(server, superlink, lambda line: print(line, flush=True))
     return 0
 
 
-def _opened(folder: Path) -> tuple[Path, str]:
-    """Has Flower's programs use the configuration of a federation; returns its server's folder and the name of its SuperLink."""
+def _select_federation(folder: Path) -> tuple[Path, str]:
+    """Points FLWR_HOME at a federation's configuration; returns its server folder and its SuperLink's name."""
     from fedsim.deploy.folder import load
 
     federation, folder = load(folder), folder.resolve()
-    server = folder / "server" if (folder / "server").is_dir() else folder  # which is copied to its machine alone
+    server = folder / "server" if (folder / "server").is_dir() else folder  # `server` may be copied to its machine alone
     os.environ["FLWR_HOME"] = str(server / "flwr")
     return server, federation.name
 
@@ -120,7 +120,7 @@ def _up(words: list[str]) -> int:
     config = named(config)
     config = replace(
         config,
-        run_dir=str(Path(str(config.run_dir)).resolve()),  # all programs of the trial are on this machine, each in its own folder
+        run_dir=str(Path(str(config.run_dir)).resolve()),  # the trial's programs run on this machine, but each in its own folder
         data=replace(config.data, path=_absolute("data.path", config.data.path)),
         model=replace(config.model, path=_absolute("model.path", config.model.path)),
     )
@@ -130,14 +130,14 @@ def _up(words: list[str]) -> int:
     try:
         with local_federation(clients, folder, data_path=config.data.path, model_path=config.model.path):
             run(config)
-    except KeyboardInterrupt:  # whether the run had begun or not: what it runs in is gone with it
+    except KeyboardInterrupt:  # at any stage: the federation is gone, so the run cannot continue
         print(f"\nStopped, and the federation is taken down. What there is of the run lies in {config.run_dir}", file=sys.stderr)
         return STOPPED
     return 0
 
 
 def _absolute(key: str, path: str | None) -> str | None:
-    """Returns the path of what lies on this disk, and a hub name as it is. Raises UserError for a local path where nothing lies."""
+    """Returns an existing path as absolute, a hub id unchanged. Raises UserError for a local path that does not exist."""
     from fedsim.models import looks_local
 
     if path is None:
@@ -157,7 +157,7 @@ def _status(words: list[str]) -> int:
     from fedsim.deploy.status import status, status_table
 
     if rest:
-        server, superlink = _opened(Path(rest[0]))
+        server, superlink = _select_federation(Path(rest[0]))
         found = status(superlink, server / REGISTERED)
     elif "--superlink" in options:
         superlink = options["--superlink"][-1]
@@ -170,7 +170,7 @@ def _status(words: list[str]) -> int:
 
 
 def _options(part: str, words: list[str], known: dict[str, int]) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the flags with their values and the other words; `known` tells how many values a flag takes. Raises UserError."""
+    """Returns the flags with their values, and the other words; `known` gives the values that a flag takes, 0 or 1. Raises UserError."""
     found: dict[str, list[str]] = {}
     rest: list[str] = []
     left = iter(words)

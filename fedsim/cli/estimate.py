@@ -1,6 +1,7 @@
-"""`fedsim estimate`: how long a run will take, what memory and what bytes, from shapes and a few seconds of measuring on this machine.
+"""`fedsim estimate`: predicts a run's time, memory and bytes from shapes and a few seconds of measurement on this machine.
 
-Nothing is trained, and no weight is loaded: bytes are those of `fedsim cost`, the arithmetic is in `fedsim.core.estimate`.
+No weights are loaded. The bytes are those of `fedsim cost`, the rates come from `fedsim.calibration`, and the arithmetic is in
+`fedsim.core.estimate`.
 """
 
 import textwrap
@@ -38,26 +39,26 @@ TEST_SIZES = {"gsm8k": 1319, "math": 5000, "boolq": 3270, "piqa": 1838, "social_
 TEST_SIZES |= {"ARC-Challenge": 1172, "ARC-Easy": 2376, "openbookqa": 500}
 TRAIN_SIZES |= {"snli": 549_367, "sick": 8935}
 TEST_SIZES |= {"snli": 9824, "sick": 992}
-"""Examples of the sets that are not on this machine, as they are read."""
+"""Number of examples, as loaded, of sets that may not be on this machine."""
 
 TOKENS = {"snli": 26, "sick": 23}
-"""Of an example as BERT reads it, where that is not about half of data.max_length."""
+"""Tokens of an example under BERT's tokenizer, for sets where data.max_length / 2 is a poor guess."""
 
 SAMPLED = 400
-"""Examples whose length is looked at."""
+"""Number of examples whose length is measured."""
 
 TOKENS_A_WORD = 1.4
-"""And for what a tokenizer puts around texts, where the model's tokenizer is not on this machine."""
+"""Includes the tokens that a tokenizer adds around texts; used if the model's tokenizer is not on this machine."""
 
 MEGABITS = 100.0
 
 TIME_FACTOR, MEMORY_FACTOR = 1.65, 1.36
-"""By what factor total time and peak memory were off at most on the two machines of experiments/results/benchmarks*.json."""
+"""The largest factors by which total time and peak memory were off on the two machines of experiments/results/benchmarks*.json."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The estimate with what it rests on."""
+    """An estimate and what it is based on."""
 
     config: Config
     spec: AdapterSpec
@@ -70,7 +71,7 @@ class Answer:
 
     @property
     def network_seconds(self) -> float:
-        """Seconds in which one client sends and receives what is its own, were it a machine of its own."""
+        """Seconds that one client's transfers would take if the client were a machine of its own."""
         moved = sum(number for name, number in self.found.num_bytes.items() if name.endswith("payload_bytes"))
         return moved / self.config.federation.clients * 8 / (self.megabits * 1e6)
 
@@ -78,11 +79,10 @@ class Answer:
 def estimate_of(
     given: Config, *, tokens: int | None = None, megabits: float = MEGABITS, again: bool = False, rates: Calibration | None = None
 ) -> Answer:
-    """Returns the estimate of a run of `given`. `tokens` is the mean length of an example where the data are not at hand.
+    """Returns the estimate of a run of `given`. `tokens` is the mean length of an example if the data is not on this machine.
 
-    `rates` are those of this machine, measured if need be, unless others are given.
-
-    Raises UserError for a model without known shapes and for data that cannot be read.
+    `rates` default to this machine's, which are measured if necessary. Raises UserError for a model without known shapes and for data that
+    cannot be read.
     """
     config, method = effective(given), method_of(given)
     data = _data(given.data, given.seed)
@@ -92,14 +92,14 @@ def estimate_of(
     spec, shape = adapter_of(config, method, classes, texts), model_shape(given.model, classes, texts)
     given, config = (_with_passes(each, shape, Load.of(config, spec, method)) for each in (given, config))
     limit = min(given.data.max_length, context(settings, classes) or given.data.max_length)
-    work, told = _counted(config, data, limit) if data else _assumed(config, tokens, limit)
+    work, notes = _counted(config, data, limit) if data else _assumed(config, tokens, limit)
     rates = rates or calibrated(config, method, spec, max(4, round(work.tokens)), classes, texts, again=again)
     found = estimate(config, method, spec, shape, work, rates, forecast(config, method, spec))
-    return Answer(given, spec, shape, work, rates, found, megabits, (*told, *_assumptions(config, spec, work, rates)))
+    return Answer(given, spec, shape, work, rates, found, megabits, (*notes, *_assumptions(config, spec, work, rates)))
 
 
 def _with_passes(config: Config, shape: ModelShape, load: Load) -> Config:
-    """Returns the configuration with the most tokens of a pass and of a generation batch chosen for this machine where it says auto."""
+    """Returns the configuration with tokens_per_pass=auto, of training and evaluation, resolved for this machine."""
     training, evaluation = config.training, config.evaluation
     on, asked = device(config.model), (training.tokens_per_pass, evaluation.tokens_per_pass)
     found = chosen_on_cpu(), GENERATED
@@ -107,7 +107,7 @@ def _with_passes(config: Config, shape: ModelShape, load: Load) -> Config:
         free = max(0, free_bytes(on) - shape.parameters * shape.weight_bytes)
         found = chosen_for(shape, load, free, checkpointing=training.activation_checkpointing), chosen_for_answers_within(shape, free)
     most, answers = (choice if given == AUTO else int(given) for given, choice in zip(asked, found, strict=True))
-    answers //= LOSS_SHARE if labels(config.data) != () else 1  # what is classified goes through passes as losses do
+    answers //= LOSS_SHARE if labels(config.data) != () else 1  # classification is evaluated in passes, as losses are
     return replace(config, training=replace(training, tokens_per_pass=most), evaluation=replace(evaluation, tokens_per_pass=answers))
 
 
@@ -115,7 +115,7 @@ _ANSWERS = "The base model's answers run to evaluation.max_new_tokens (whole tex
 
 
 def _assumptions(config: Config, spec: AdapterSpec, work: Work, rates: Calibration) -> list[str]:
-    told = [
+    notes = [
         f"Rates: {rates.source}; {rates.flops / 1e9:,.1f} GFLOP/s in training.",
         f"Error: against runs of models of up to 87 M parameters on a CPU, total time was off by up to {TIME_FACTOR:g} times and memory by "
         f"up to {MEMORY_FACTOR:g} times (docs/performance.md); a GPU is not in these figures.",
@@ -124,17 +124,17 @@ def _assumptions(config: Config, spec: AdapterSpec, work: Work, rates: Calibrati
         f"Clients have equal shares; a step is as long as its mean; padding adds {100 * (work.padded - 1):.0f} % to its tokens.",
     ]
     if config.privacy.secure_aggregation:
-        told.append("The masks and shares of secure aggregation are in the bytes, not in the time.")
+        notes.append("The masks and shares of secure aggregation are in the bytes, not in the time.")
     if config.engine.cohort_size == 0 and round_size(config.federation.clients, config.federation.fraction) > 1000:
-        told.append("All clients of a round train in one cohort: engine.cohort_size bounds the memory of their factors.")
-    return told
+        notes.append("All clients of a round train in one cohort: engine.cohort_size bounds the memory of their factors.")
+    return notes
 
 
 # ---- data
 
 
 def _data(config: DataConfig, seed: int) -> Dataset | None:
-    """Returns the data; None where they are not on this machine, but as many as their sets have. Raises UserError for other sets."""
+    """Returns the data, or None if it is not on this machine but its size is known. Raises UserError if its size is unknown."""
     if _at_hand(config):
         return load(config, seed)
     sizes = ((config.train, TRAIN_SIZES), (config.test, TEST_SIZES))
@@ -151,7 +151,7 @@ def _at_hand(data: DataConfig) -> bool:
 
 
 def _assumed(config: Config, tokens: int | None, limit: int) -> tuple[Work, list[str]]:
-    """Returns the examples and lengths of sets that are not on this machine, and what was assumed of them."""
+    """Returns assumed numbers and lengths of examples for sets that are not on this machine, and a note on them."""
     data = config.data
     length = tokens or min(limit, round(mean(TOKENS.get(name, data.max_length // 2) for name in data.train)))
     response = 0 if labels(data) else length / 2
@@ -161,24 +161,24 @@ def _assumed(config: Config, tokens: int | None, limit: int) -> tuple[Work, list
     answer = min(response, config.evaluation.max_new_tokens)
     work = Work(length, response, kept, questions, length - response, answer, 2 if config.model.pairs is PairReading.apart else 1)
     parts = ", half of them response" if response else ""
-    told = f"Data are not on this machine: {kept:,} examples of {length} tokens (--tokens=){parts}; {questions:,} test examples."
-    return work, [told]
+    notes = f"Data are not on this machine: {kept:,} examples of {length} tokens (--tokens=){parts}; {questions:,} test examples."
+    return work, [notes]
 
 
 def _counted(config: Config, data: Dataset, limit: int) -> tuple[Work, list[str]]:
-    """Returns the examples and the lengths of a sample of them, and what was assumed for want of the model's tokenizer."""
+    """Returns the number of examples and a sample's lengths, and a note if the model's tokenizer is missing."""
     apart = config.model.pairs is PairReading.apart
     tests = [example for examples in data.test.values() for example in examples]
     train, questions = (_sample(examples, config.seed) for examples in (data.train, tests))
-    tokenizer, padded, told = tokenizer_at_hand(config.model, data.labels), PADDED, []
+    tokenizer, padded, notes = tokenizer_at_hand(config.model, data.labels), PADDED, []
     if tokenizer is None:
         lengths, asked = ([_by_words(example, limit) for example in each] for each in (train, questions))
-        told = [f"Tokens of the data: {TOKENS_A_WORD} for each word, as the model's tokenizer is not on this machine."]
+        notes = [f"Tokens of the data: {TOKENS_A_WORD} for each word, as the model's tokenizer is not on this machine."]
     else:
         in_tests = replace(config.data, train_on=TrainOn.response)
         kinds = ((train, config.data), (questions, in_tests))
         encoded, of_tests = (encode_any(each, tokenizer, how, apart=apart) for each, how in kinds)
-        lengths, asked, padded = _lengths(encoded), _lengths(of_tests), _padded(config, encoded)
+        lengths, asked, padded = _lengths(encoded), _lengths(of_tests), _positions_per_token(config, encoded)
     work = Work(
         tokens=mean(whole for whole, _ in lengths),
         responses=mean(whole - start for whole, start in lengths),
@@ -189,7 +189,7 @@ def _counted(config: Config, data: Dataset, limit: int) -> tuple[Work, list[str]
         sequences=data.texts if apart else 1,
         padded=padded,
     )
-    return work, told
+    return work, notes
 
 
 def _sample(examples: Sequence[AnyExample], seed: int) -> list[AnyExample]:
@@ -198,20 +198,20 @@ def _sample(examples: Sequence[AnyExample], seed: int) -> list[AnyExample]:
 
 
 def _lengths(encoded: Sequence[AnyEncoded]) -> list[tuple[float, float]]:
-    """Returns length and length of what has no loss, which of a row that is classified is all of it."""
+    """Returns (tokens, tokens without loss) of each example; in a classification row no token has a loss."""
     return [(each.num_tokens, each.loss_start if isinstance(each, EncodedExample) else each.num_tokens) for each in encoded]
 
 
 def _by_words(example: AnyExample, limit: int) -> tuple[float, float]:
-    """Returns about the same, cut as for training."""
+    """Returns an example's `_lengths`, approximated from its words and truncated as for training."""
     first, *others = (" ".join(example.texts),) if isinstance(example, Labelled) else (example.prompt, example.response)
     start = len(first.split())
     whole = start + sum(len(text.split()) for text in others)
     return min(limit, TOKENS_A_WORD * whole), min(limit, TOKENS_A_WORD * start)
 
 
-def _padded(config: Config, encoded: Sequence[AnyEncoded]) -> float:
-    """Returns the positions for each token where a cohort trains on the examples for an epoch, as a run does it."""
+def _positions_per_token(config: Config, encoded: Sequence[AnyEncoded]) -> float:
+    """Returns the positions per token, padding included, when a cohort trains on the examples for one epoch as in a run."""
     training, drawn = replace(config.training, local_epochs=1), round_size(config.federation.clients, config.federation.fraction)
     clients = max(1, min(config.engine.cohort_size or drawn, drawn, len(encoded) // (training.batch_size * training.accumulation)))
     shards = [encoded[client::clients] for client in range(clients)]
@@ -229,7 +229,7 @@ def _padded(config: Config, encoded: Sequence[AnyEncoded]) -> float:
     return positions / tokens
 
 
-# ---- what is printed
+# ---- output
 
 
 def plain(answer: Answer) -> dict[str, Any]:
@@ -281,7 +281,7 @@ def _item(text: str) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-    """Returns a time as one reads it: "0.4 s", "12 s", "5.2 min", "3.1 h", "41 days", "2.3 years"."""
+    """Returns a time as text: "0.4 s", "12 s", "5.2 min", "3.1 h", "41 days", "2.3 years"."""
     units = ((60.0, 1.0, "s"), (3600.0, 60.0, "min"), (48 * 3600.0, 3600.0, "h"), (730 * 86400.0, 86400.0, "days"))
     unit, name = next(((unit, name) for below, unit, name in units if seconds < below), (365.25 * 86400.0, "years"))
     value = seconds / unit

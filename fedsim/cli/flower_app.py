@@ -1,7 +1,7 @@
 """The ServerApp of `flwr run .` and of `fedsim run engine=deployment`.
 
-A run configuration takes declared keys only. "config" carries a whole configuration, as `fedsim run engine=deployment` has resolved it;
-without it "overrides" are composed as `fedsim run` does its own: `flwr run . --run-config 'overrides="seed=1"'`.
+Flower's run configuration takes declared keys only. "config" carries a whole configuration, resolved by `fedsim run engine=deployment`;
+without it, "overrides" are composed as in `fedsim run`: `flwr run . --run-config 'overrides="seed=1"'`.
 """
 
 import json
@@ -24,11 +24,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Carries the experiment out over Flower's own Grid. Raises UserError and RunStopped; one who follows the run is told their line."""
+    """Runs the experiment over Flower's own Grid. Raises UserError and RunStopped, whose message also goes to the run's followers."""
     from fedsim.flower.telling import MISTAKE, STOPPED, tell
 
     try:
-        _carry_out(grid, _configuration(context))
+        _run_experiment(grid, _configuration(context))
     except (UserError, RunStopped) as error:
         tell(MISTAKE if isinstance(error, UserError) else STOPPED, str(error))
         raise
@@ -46,7 +46,7 @@ def _configuration(context: Context) -> Config:
     return config
 
 
-def _carry_out(grid: Grid, config: Config) -> None:
+def _run_experiment(grid: Grid, config: Config) -> None:
     from fedsim.deploy.registering import REGISTERED, registered_clients
     from fedsim.flower.roster import Roster
     from fedsim.flower.server import serve
@@ -59,6 +59,6 @@ def _carry_out(grid: Grid, config: Config) -> None:
             )
         serve(grid, config)
         return
-    roster = Roster(grid, config, lambda: registered_clients(Path(REGISTERED)))  # where the SuperLink runs
+    roster = Roster(grid, config, lambda: registered_clients(Path(REGISTERED)))  # in the SuperLink's working folder
     summary = serve(grid, config, roster=roster, quiet=True, display=TellingProgress)
     tell(SUMMARY, summary)

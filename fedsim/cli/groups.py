@@ -12,7 +12,7 @@ import yaml
 PACKAGE = Path(__file__).resolve().parents[1]
 
 LAUNCHERS = {"basic": "jobs of a sweep one after another", "joblib": "jobs of a sweep side by side: hydra.launcher.n_jobs=2"}
-"""Choices of the group hydra/launcher, which come with Hydra and not from a file here."""
+"""Choices of the group hydra/launcher, which come from Hydra, not from a file here."""
 
 
 def conf_folder() -> Path:
@@ -40,7 +40,7 @@ def default_choices() -> dict[str, str]:
 
 
 def choice_values(group: str, choice: str) -> dict[str, Any]:
-    """Returns what a choice sets in its own group, as plain values; a file for the whole configuration may set other options as well."""
+    """Returns what a choice sets in its own group, as plain values; a file with @package _global_ may set other options too."""
     text = (conf_folder() / group / f"{choice}.yaml").read_text()
     values = yaml.safe_load(text) or {}
     return values.get(group, {}) if "@package _global_" in text else values

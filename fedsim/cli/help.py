@@ -13,9 +13,9 @@ from fedsim.plain import written
 
 @dataclass(frozen=True)
 class Verb:
-    """What comes first on the command line: what it does, how it is called, its flags, and examples.
+    """A verb of the command line: its meaning, usage, flags and examples.
 
-    A flag is told as it is typed: "--json", "--cfg, -c" with a short form, "--tokens=N" with a value. `fedsim` takes these and no others.
+    A flag is written as typed: "--json", "--cfg, -c" with a short form, "--tokens=N" with a value. `fedsim` accepts only these and --help.
     """
 
     meaning: str
@@ -24,9 +24,9 @@ class Verb:
     examples: tuple[str, ...] = ()
 
     def spellings(self) -> dict[str, str]:
-        """Returns, for each way to type a flag, the flag as it is told first: {"-c": "--cfg", "--tokens": "--tokens=N"}."""
-        told = [flag.split(", ") for flag in self.flags]
-        return {spelling.partition("=")[0]: first for first, *more in told for spelling in (first, *more)}
+        """Maps each spelling of a flag to the first one in `flags`: {"-c": "--cfg", "--tokens": "--tokens=N"}."""
+        forms = [flag.split(", ") for flag in self.flags]
+        return {spelling.partition("=")[0]: first for first, *more in forms for spelling in (first, *more)}
 
 
 _JSON = {"--json": "print JSON in place of tables"}
@@ -105,7 +105,7 @@ WITH_OPTIONS = ("data", "cost", "estimate", "privacy", "audit")
 
 
 def overview() -> str:
-    """Returns the help of the whole program: its verbs, and where more is told."""
+    """Returns the help of the whole program: its verbs, examples and groups of options."""
     verbs = "\n".join(f"  {name:<9} {verb.meaning}" for name, verb in VERBS.items())
     topics = textwrap.fill(", ".join(topics_of_run()), 100, initial_indent="  ", subsequent_indent="  ")
     return (
@@ -160,7 +160,7 @@ def run_help(topic: str | None = None) -> str:
 
 
 def _by_section() -> dict[str, list[Option]]:
-    """Returns the options by the first part of their key; those without a dot come under their own names."""
+    """Groups the options by the first part of their key; an option without a dot is its own section."""
     found: dict[str, list[Option]] = {}
     for option in options().values():
         found.setdefault(option.key.partition(".")[0], []).append(option)
@@ -180,7 +180,7 @@ def _section(found: list[Option]) -> str:
 def _option(option: Option) -> str:
     kind = "" if option.members else f" [{option.kind}]"
     lines = [_line(f"  {option.key}={written(option.default)}", option.meaning + kind)]
-    if option.key.endswith(".name"):  # its members are the choices of the group, told above
+    if option.key.endswith(".name"):  # its members are the choices of the group, listed above
         return lines[0]
     return "\n".join(lines + [_line(f"      {member}", meaning) for member, meaning in option.members.items()])
 

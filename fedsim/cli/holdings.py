@@ -1,4 +1,4 @@
-"""Who holds what, from the data and the partition alone: no model is loaded and nothing is trained."""
+"""Each client's holdings, from the data and the partition alone, without loading a model or training."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from fedsim.effective import effective
 
 
 class Held(NamedTuple):
-    """What `fedsim data` shows of the clients, in their order."""
+    """The figures of `fedsim data`, in the order of the clients."""
 
-    holdings: list[dict[str, int]]  # number of training examples by task
-    owners: list[list[str]]  # names in the data of those who have them, of a natural partition
-    skipped: list[str]  # what was left out of the data
+    holdings: list[dict[str, int]]  # training examples by task
+    owners: list[list[str]]  # the clients' names in the data; empty unless the partition is natural
+    skipped: list[str]  # what was left out of the data, in words
 
 
 def holdings_of(config: Config) -> Held:
-    """Returns who holds what. Raises UserError for bad data."""
+    """Returns the clients' holdings. Raises UserError for bad data."""
     config = effective(config)
     data = load(config.data, config.seed)
     dealt = deal(config, data.train)

@@ -1,6 +1,6 @@
-"""The command `fedsim`: reads the verb, answers questions for help at once, and imports what a run needs only for a run.
+"""The command `fedsim`: dispatches the verb, shows help at once, and imports what a run needs only for a run.
 
-Exit codes: 0 done, 1 failed, 2 a mistake in what was asked (one line says which), 130 stopped by Ctrl-C, 143 by SIGTERM.
+Exit codes: 0 success, 1 failure, 2 invalid request (explained in one line), 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import json
@@ -23,11 +23,11 @@ _HELP = ("--help", "-h")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Does what the words of the command line ask for and returns the exit code."""
+    """Executes the words of the command line and returns the exit code."""
     keep_libraries_quiet()
-    with interruptible() as came:
+    with interruptible() as received:
         code = _exit_code(sys.argv[1:] if argv is None else argv)
-        return TERMINATED if code == STOPPED and came[:1] == [signal.SIGTERM] else code
+        return TERMINATED if code == STOPPED and received[:1] == [signal.SIGTERM] else code
 
 
 def _exit_code(words: list[str]) -> int:
@@ -41,7 +41,7 @@ def _exit_code(words: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return STOPPED
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -60,7 +60,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _help(words: list[str]) -> None:
-    """Prints the help of the program, of a verb, or of a group of options, whichever the words name."""
+    """Prints the help of the program, or of the verb or group of options that the words name."""
     from fedsim.cli.help import VERBS, overview, run_help, topics_of_run, verb_help
 
     words = [word for word in words if word not in _HELP]
@@ -109,7 +109,7 @@ def _run(words: list[str]) -> int:
         print(f"\n{left}", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt as interrupt:
-        if interrupt.args:  # the run had begun: it names its folder
+        if interrupt.args:  # the run had begun: the argument is its folder
             again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]
             again += [f"run_dir={interrupt.args[0]}", "resume=true"]
             print(f"\nStopped. Go on with: {command()} run {shlex.join(again)}", file=sys.stderr)
@@ -143,7 +143,7 @@ def _privacy(words: list[str]) -> int:
 
 
 def _audit(words: list[str]) -> int:
-    """An audit that refutes the claim has failed, as a test does."""
+    """Fails, with exit code 1, if the audit refutes the claim."""
     flags, overrides = _split("audit", words)
     config = _composed(overrides)
     from fedsim.cli.audit import audit_table, audited
@@ -218,11 +218,11 @@ _ACTIONS: dict[str, Callable[[list[str]], int]] = {
     "deploy": _deploy,
     "worker": _worker,
 }
-"""Carries out a verb with the words after it and returns the exit code."""
+"""By verb, the function that takes the words after it and returns the exit code."""
 
 
 def _positive(flag: str, text: str) -> float:
-    """Returns the number of a flag such as --tokens=200. Raises UserError for what is no positive number."""
+    """Returns the number of a flag such as --tokens=200. Raises UserError unless it is a positive number."""
     try:
         number = float(text)
     except ValueError:
@@ -233,7 +233,7 @@ def _positive(flag: str, text: str) -> float:
 
 
 def _composed(overrides: list[str]) -> "Config":
-    """Returns the checked configuration of one run, and says so where the preset is a sweep of several."""
+    """Returns the checked configuration of one run; prints a note if the preset is a sweep."""
     from fedsim.cli.compose import composed
     from fedsim.cli.sweep import is_sweep
 
@@ -252,9 +252,9 @@ def _print_configuration(config: "Config") -> None:
 
 
 def _split(verb: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Returns the flags, by their first spelling and with their values ("" without), and the other words; both may be mixed.
+    """Splits the words, in any order, into flags, {first spelling: value or ""}, and others.
 
-    The flags are those of which the help tells. Raises UserError for any other, and for one that lacks its value.
+    Raises UserError for a flag that the help does not list, and for one that lacks its value.
     """
     from fedsim.cli.help import VERBS
 
@@ -274,7 +274,7 @@ def _split(verb: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _as_option(verb: str, flag: str) -> str:
-    """Returns how an option is written that was given as a flag (--seed, --rounds); "" where there is none, or the verb takes none."""
+    """Returns a hint for an option given as a flag (--seed, --rounds); "" if there is no such option or the verb takes none."""
     from fedsim.cli.help import WITH_OPTIONS
     from fedsim.cli.options import options
 

@@ -29,7 +29,7 @@ _KINDS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option of the configuration. `members` are the allowed words with their meanings, empty where any value may come."""
+    """One option of the configuration. `members` maps allowed words to their meanings, and is empty if any value is allowed."""
 
     key: str
     kind: str
@@ -74,7 +74,7 @@ def _describe(key: str, kind: Any, members: dict[str, str]) -> str:
 
 
 def _members(key: str, kind: Any) -> dict[str, str]:
-    if key in ("method.name", "engine.name"):  # each has a file of its own in conf/
+    if key in ("method.name", "engine.name"):  # each choice has a file of its own in conf/
         return groups()[key.removesuffix(".name")]
     inner = next((part for part in get_args(kind) if part is not type(None)), None) if get_origin(kind) is Union else kind
     return {member.name: str(member.value) for member in inner} if isinstance(inner, type) and issubclass(inner, Enum) else {}

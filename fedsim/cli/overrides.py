@@ -1,6 +1,6 @@
-"""What a user writes after `fedsim run`, checked one by one before Hydra composes anything.
+"""Checks the overrides of `fedsim run` one by one before Hydra composes anything.
 
-Hydra finds the same mistakes, but in several lines and without the nearest name.
+Hydra finds the same mistakes, but reports them in several lines and without the nearest name.
 """
 
 import re
@@ -26,9 +26,9 @@ _OWN_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra
 
 
 def parse(words: list[str]) -> list[Override]:
-    """Returns the overrides in order.
+    """Parses and checks the overrides, in order.
 
-    Raises UserError for the first that is no override, names no option, group or choice, or holds a value of another type.
+    Raises UserError for the first that is malformed, names an unknown option, group or choice, or holds a value of the wrong type.
     """
     parsed = [_parse_one(word) for word in words]
     for override in parsed:
@@ -37,12 +37,12 @@ def parse(words: list[str]) -> list[Override]:
 
 
 def swept(overrides: list[Override]) -> list[Override]:
-    """Returns those that give several values, for the jobs of a sweep."""
+    """Returns the overrides with several values, which span the jobs of a sweep."""
     return [override for override in overrides if override.is_sweep_override()]
 
 
 def quote(value: str) -> str:
-    """Returns a text as Hydra reads it back, whatever characters it holds."""
+    """Quotes any text so that Hydra reads it back unchanged."""
     # In a quoted value only backslashes before a quote are escapes, so those before any quote or at the end are doubled.
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), value)
     return f"'{escaped}'"
@@ -55,7 +55,7 @@ def _parse_one(word: str) -> Override:
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
-        reason = str(error).splitlines()[0].partition(" expecting ")[0]  # the grammar's own names help nobody
+        reason = str(error).splitlines()[0].partition(" expecting ")[0]  # the names in the grammar do not help users
         remedy = "Write several values without spaces: a,b" if word.endswith(",") else "Quote special characters: \"option='text'\""
         raise UserError(f"Expected option=value, got {word!r} ({reason}). {remedy}. {HELP}") from None
 
@@ -92,12 +92,12 @@ def _check_choice(override: Override, choices: dict[str, str]) -> None:
         )
     for value in map(written, _values(override)):
         if value not in choices:
-            allowed, hint = ", ".join(choices) or "none yet", _own(override.key_or_group, value) or nearest(value, list(choices))
+            allowed, hint = ", ".join(choices) or "none yet", _own_hint(override.key_or_group, value) or nearest(value, list(choices))
             raise UserError(f"Unknown {override.key_or_group} {value!r}: expected one of {allowed}.{hint} {HELP}")
 
 
-def _own(group: str, value: str) -> str:
-    """Returns how a user's own model or data is given, where a choice that there is not looks like a place; "" otherwise."""
+def _own_hint(group: str, value: str) -> str:
+    """Returns a hint on how to give one's own model or data if an unknown choice looks like a path or hub id, "" otherwise."""
     if group not in _OWN_PLACES or not ("/" in value or Path(value).exists()):
         return ""
     return f" For your own write {_OWN_PLACES[group]}{value}."
@@ -119,15 +119,15 @@ def _schema() -> DictConfig:
 
 
 def _check_value(option: Option, value: Any) -> None:
-    """Tries the value on the typed schema, which is what Hydra merges it with later."""
+    """Tries the value on the typed schema, with which Hydra merges it later."""
     if isinstance(value, str) and "${" in value:
-        return  # an interpolation has its value only after composition
+        return  # interpolations are resolved in composition
     section, _, name = option.key.partition(".")
-    schema = OmegaConf.masked_copy(_schema(), [section]) if name else OmegaConf.structured(Config)  # the whole takes longest
+    schema = OmegaConf.masked_copy(_schema(), [section]) if name else OmegaConf.structured(Config)  # the whole schema is slow
     try:
         OmegaConf.update(schema, option.key, value)
         OmegaConf.to_object(schema)
-        fits = not option.members or value is None or str(value) in option.members  # null that does not fit has failed above
+        fits = not option.members or value is None or str(value) in option.members  # an invalid null has raised above
     except (OmegaConfBaseException, ValueError, TypeError):
         fits = False
     if not fits:

@@ -1,7 +1,7 @@
-"""`fedsim privacy`: what a run would cost in epsilon, and how much noise it takes, without model and training.
+"""`fedsim privacy`: the epsilon that a run would spend and the noise that it needs, without a model or training.
 
-The numbers are those of the run itself (`fedsim.privacy.plan`); only examples that the run leaves out because nothing of their response
-is within data.max_length are still counted here.
+The numbers equal those of the run (`fedsim.privacy.plan`), except that examples which the run skips, because data.max_length cuts off
+their whole response, still count here.
 """
 
 from collections import Counter
@@ -23,13 +23,13 @@ from fedsim.report import loose_delta_lines, table
 
 COMPARED = ("prv", "rdp")
 MOST_ROUNDS = 10
-"""Rounds that the table of epsilon over rounds shows."""
+"""Most rows of the table of epsilon over rounds."""
 
 
 def privacy_of(config: Config) -> dict[str, Any]:
-    """Returns plain values: what each kind of client costs (clients with the same plan are one kind), and epsilon over the rounds.
+    """Returns plain values: the privacy cost of each kind of client (those with equal plans), and epsilon over the rounds.
 
-    Raises UserError where nothing is claimed or a budget cannot be kept.
+    Raises UserError if the run claims no privacy or a budget cannot be kept.
     """
     if config.privacy.unit is PrivacyUnit.none:
         raise UserError("privacy.unit: expected a unit to protect, got none; add privacy=example or privacy=client.")
@@ -80,22 +80,22 @@ def privacy_table(found: dict[str, Any]) -> str:
             table(["rounds", f"epsilon {names[0]}", *names[1:]], over),
         ]
     if known:
-        told = ", ".join(f"{_written(row[f'epsilon_{names[0]}'])} of one that took part in {row['rounds']}" for row in known)
+        epsilons = ", ".join(f"{_written(row[f'epsilon_{names[0]}'])} of one that took part in {row['rounds']}" for row in known)
         lines += [
             "",
             "These figures hold against those who do not know who took part in which round. The run folder tells that (events.jsonl,",
-            f"journal.jsonl, communication.csv); against those who have seen it epsilon is {told} rounds.",
+            f"journal.jsonl, communication.csv); against those who have seen it epsilon is {epsilons} rounds.",
         ]
     return "\n".join(lines)
 
 
 def _written(value: float) -> str:
-    """Returns an epsilon with three decimals, a small one with three digits: little is not nothing."""
+    """Returns an epsilon with three decimals, below 0.1 with three significant digits so that it does not read as 0."""
     return f"{value:.3f}" if value >= 0.1 or value == 0 else f"{value:.3g}"
 
 
 def _if_known(config: Config, each: ClientPlan, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns epsilon without the amplification by coins that nobody sees, for one round and for as many as are expected of a client."""
+    """Returns epsilon without amplification by secret participation, for one round and for a client's expected number of rounds."""
     if not by_coin(config) or each.rate == 1 or not each.rounds:
         return []
     found = []

@@ -1,7 +1,7 @@
-"""A sweep: every combination of the given values, each a run in a folder of its own, and one table and picture at the end.
+"""A sweep: runs every combination of the given values, each in its own folder, and ends with one table and picture.
 
-Hydra expands the values and launches the jobs (basic or joblib). All jobs are composed and checked before the first starts. What a sweep
-is about lies in sweep.json in its folder, so that `resume=true` can go on with the jobs that have not finished.
+Hydra expands the values and launches the jobs (basic or joblib). All jobs are composed and checked before the first starts. The sweep's
+folder records them in sweep.json, so that `resume=true` can continue with the unfinished jobs.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks  # launchers ask for it, and there is no public way to make one
+from hydra._internal.callbacks import Callbacks  # launchers require it, and no public API makes one
 from hydra._internal.core_plugins.basic_sweeper import (
     BasicSweeper,
-)  # its expansion alone; its own `sweep` writes files and stops at a failure
+)  # only its expansion; its own `sweep` writes files and stops at a failure
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -44,7 +44,7 @@ SWEEP, PICTURE = "sweep.json", "comparison.png"
 
 @dataclass
 class Job:
-    """One combination: the overrides in which it differs from the others, all its overrides, and what has become of it."""
+    """One combination: the overrides that distinguish it, all its overrides, and its outcome."""
 
     number: int
     varied: list[str]
@@ -57,13 +57,13 @@ class Job:
 
     @property
     def label(self) -> str:
-        """What the picture calls the job. Those that differ in their seed alone have one name, unless there is nothing else to name."""
+        """The job's name in the picture. Jobs that differ only in their seed share it, unless only the seed varies."""
         words = [word for word in self.varied if not word.startswith("seed=")] or self.varied
         return words[0].partition("=")[2] if len(words) == 1 else " ".join(words)
 
 
 def is_sweep(overrides: list[str]) -> bool:
-    """Returns whether the chosen preset asks for a sweep of its own (`hydra.mode: MULTIRUN`), to which `overrides` may add values."""
+    """Returns whether the chosen preset is a sweep (`hydra.mode: MULTIRUN`), to which `overrides` may add values."""
     single = [override for override in parse(overrides) if not override.is_sweep_override()]
     if not any(override.key_or_group in ("experiment", "hydra.mode") for override in single):
         return False  # several values without --multirun are a mistake, which `compose` explains
@@ -72,11 +72,10 @@ def is_sweep(overrides: list[str]) -> bool:
 
 
 def sweep(overrides: list[str]) -> int:
-    """Runs all jobs, prints their table, writes sweep.json and, of two jobs or more, comparison.png.
+    """Runs all jobs, prints their table, writes sweep.json and, if two or more jobs finished, comparison.png.
 
-    Returns 0, 1 if a job failed, or 130 after Ctrl-C. A failed job does not stop the others. Raises UserError, before anything has been
-    written, if any job does not compose, contradicts itself or does not fit its model and data as far as `fedsim.session.check` sees that,
-    or if the folder belongs to something else.
+    Returns 0, 1 if a job failed, or 130 after Ctrl-C. A failed job does not stop the others. Raises UserError, before anything is written,
+    if a job does not compose, contradicts itself or fails `fedsim.session.check`, or if the folder holds something else.
     """
     with initialized():
         master, jobs, options = plan(overrides)
@@ -101,7 +100,7 @@ def sweep(overrides: list[str]) -> int:
 
 
 def plan(overrides: list[str]) -> tuple[DictConfig, list[Job], Config]:
-    """Returns Hydra's configuration for the launcher, the jobs without folders, and the options of the sweep itself (run_dir and such)."""
+    """Returns Hydra's configuration for the launcher, the jobs without folders, and the sweep's run_dir, resume and overwrite."""
     parsed = parse(overrides)
     several = swept(parsed)
     own = [o for o in parsed if o.key_or_group in ("run_dir", "resume", "overwrite")]
@@ -130,30 +129,30 @@ def _folder(options: Config) -> Path:
 
 
 def _place(jobs: list[Job], folder: Path, options: Config) -> None:
-    """Gives every job its folder and its checked configuration. A job that has begun is resumed, another starts anew."""
+    """Gives every job its folder and its checked configuration. With resume=true, jobs that have begun are resumed."""
     for job in jobs:
         name = re.sub(r"[^\w.,=+-]+", "_", ",".join(job.varied))[:120]
         job.folder = folder / (f"{job.number}-{name}" if name else str(job.number))
         resume = options.resume and (job.folder / LOCK).exists()
         job.overrides += [f"run_dir={quote(str(job.folder))}", f"resume={resume}", f"overwrite={options.overwrite}"]
         job.config = to_config(compose_with_hydra(job.overrides))
-        with _named(job):
+        with _attributed_to(job):
             check(job.config)
             _refuse_deployed(job.config)
 
 
 def _check(jobs: list[Job]) -> None:
-    """Raises UserError for the first job that its run would refuse before it loads anything."""
+    """Raises UserError for the first job whose run would be refused before anything is loaded."""
     from fedsim.session import check as check_session
 
     for job in jobs:
-        with _named(job):
+        with _attributed_to(job):
             check_session(job.config)
 
 
 @contextlib.contextmanager
-def _named(job: Job) -> Iterator[None]:
-    """Has a mistake tell whose it is."""
+def _attributed_to(job: Job) -> Iterator[None]:
+    """Prefixes a UserError of the block with the job that it is about."""
     try:
         yield
     except UserError as error:
@@ -188,7 +187,7 @@ def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
 
 
 def _remove_former(folder: Path, jobs: list[Job]) -> None:
-    """Removes the runs of a sweep that is overwritten, as far as no job takes their place; whatever else lies there stays."""
+    """Removes an overwritten sweep's runs and logs whose names no new job has; other files stay."""
     from fedsim.occupancy import remove
 
     former = json.loads((folder / SWEEP).read_bytes())["jobs"] if (folder / SWEEP).is_file() else []
@@ -199,7 +198,7 @@ def _remove_former(folder: Path, jobs: list[Job]) -> None:
 
 
 def _launch(master: DictConfig, jobs: list[Job]) -> int:
-    """Launches the jobs that have not finished, enters in each what has become of it, and returns the exit code."""
+    """Launches the unfinished jobs, records the outcome in every job, and returns the exit code."""
     stamps = {job.number: _stamp(job) for job in jobs}
     waiting = [job for job in jobs if not _is_done(job)]
     code, outcomes = 0, dict.fromkeys((job.number for job in waiting), None)
@@ -208,26 +207,26 @@ def _launch(master: DictConfig, jobs: list[Job]) -> int:
         outcomes = {job.number: value.return_value for job, value in zip(waiting, returned, strict=True)}
     except KeyboardInterrupt:
         code = 130
-    except Exception:  # a worker process that died, for example for want of memory, takes the launcher with it
+    except Exception:  # a worker process that dies, such as for lack of memory, takes the launcher with it
         traceback.print_exc()
         outcomes = dict.fromkeys(outcomes, "a worker process stopped, see above")
     for job in jobs:
-        _settle(job, outcomes.get(job.number), finished=job not in waiting or _stamp(job) not in (None, stamps[job.number]))
+        _record(job, outcomes.get(job.number), finished=job not in waiting or _stamp(job) not in (None, stamps[job.number]))
     return code or int(any(job.status == "failed" for job in jobs))
 
 
 def _is_done(job: Job) -> bool:
-    """Whether a sweep that is resumed leaves the job as it is."""
+    """Returns whether a resumed sweep skips the job."""
     return job.config.resume and _stamp(job) is not None
 
 
 def _stamp(job: Job) -> int | None:
-    """Returns the moment in which the job's summary was written: an older one belongs to a run that is to be overwritten."""
+    """Returns when the job's summary was written, None if there is none: an older one belongs to a run being overwritten."""
     path = job.folder / SUMMARY
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def _settle(job: Job, error: str | None, finished: bool) -> None:
+def _record(job: Job, error: str | None, finished: bool) -> None:
     if finished:
         job.status, job.summary = "finished", json.loads((job.folder / SUMMARY).read_bytes())
     elif error is not None:
@@ -242,14 +241,14 @@ def _launcher(master: DictConfig, count: int) -> Any:
 
 
 def _run_job(main_process: int, count: int, composed: DictConfig) -> str | None:
-    """Carries one job out, in this process or in a worker's, and returns the reason if it failed."""
+    """Runs one job, in this process or in a worker process, and returns the reason if it failed."""
     config = to_config(composed)
     folder = Path(str(config.run_dir))
     heading = f"job {folder.name} (of {count})"
     if os.getpid() == main_process:
         print(f"\n{heading}", flush=True)
         return _outcome(config)
-    # Displays of several jobs would be drawn over each other on one terminal.
+    # Several jobs would overwrite each other's displays on one terminal.
     log = folder.with_name(f"{folder.name}.log")
     print(f"{heading}: started, log in {log}", flush=True)
     with open(log, "a", buffering=1) as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
@@ -273,7 +272,7 @@ def _outcome(config: Config) -> str | None:
 
 
 def _draw(folder: Path, jobs: list[Job]) -> None:
-    """Draws the jobs that have finished, where there are several to compare. What cannot be drawn is told and stops nothing."""
+    """Draws the finished jobs if there are at least two. Reports jobs that cannot be drawn instead of raising."""
     (folder / PICTURE).unlink(missing_ok=True)
     finished = [job for job in jobs if job.summary is not None]
     if len(finished) < 2:

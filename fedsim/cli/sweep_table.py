@@ -10,15 +10,15 @@ from fedsim.report import table
 
 Row = dict[str, str]
 WIDEST_REASON = 120
-"""Characters of the reason why a job failed; sweep.json and the job's own lines have all of it."""
+"""Most characters shown of the reason why a job failed; sweep.json and the job's own output have all of it."""
 _LAST = ("loss", "epsilon", "MB up", "MB down", "MB set-up", "seconds", "status")
 
 
 def sweep_table(jobs: list[dict[str, Any]]) -> str:
-    """Returns one line a job in the given order: {number, varied, status, error, summary}.
+    """Returns one line per job {number, varied, status, error, summary}, in the given order.
 
-    A column per varied option and per task ("base > final" accuracy in percent), and the loss, mean over all questions, which tells more
-    where texts are answered that nobody hits word for word. A job without a summary shows its status and why.
+    The columns include each varied option, each task ("base > final" accuracy in percent), and the mean loss over all questions, which says
+    more than accuracy about free text that no answer matches word for word. A job without a summary shows its status and error.
     """
     rows = [_row(job) for job in jobs]
     names = dict.fromkeys(name for row in rows for name in row if name != "error")
@@ -29,8 +29,9 @@ def sweep_table(jobs: list[dict[str, Any]]) -> str:
 
 
 def seeds_table(jobs: list[dict[str, Any]]) -> str:
-    """Returns a line for each combination of the other options that has finished with several seeds: final accuracies in percent and the
-    final loss, as mean and sample standard deviation over the seeds. "" where there is none.
+    """Returns a line for each combination of the other options that has finished with several seeds, "" if there is none.
+
+    A line has the final accuracies in percent and the final loss, as mean and sample standard deviation over the seeds.
     """
     groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
     for job in jobs:
@@ -50,13 +51,13 @@ def _over_seeds(summaries: list[dict[str, Any]]) -> Row:
         for task, measured in summary["evaluation"].items():
             if measured["final"]["accuracy"] is not None:
                 found.setdefault(task, []).append(100 * measured["final"]["accuracy"])
-    told = {task: f"{mean(values):.1f} ± {stdev(values):.1f}" for task, values in found.items() if len(values) == len(summaries)}
+    accuracies = {task: f"{mean(values):.1f} ± {stdev(values):.1f}" for task, values in found.items() if len(values) == len(summaries)}
     losses = [loss for summary in summaries if (loss := _loss(summary, "final")) is not None]
-    return told | ({"loss": f"{mean(losses):.3f} ± {stdev(losses):.3f}"} if len(losses) == len(summaries) else {})
+    return accuracies | ({"loss": f"{mean(losses):.3f} ± {stdev(losses):.3f}"} if len(losses) == len(summaries) else {})
 
 
 def _loss(summary: dict[str, Any], when: str) -> float | None:
-    """Returns the mean loss over the questions of all tasks; None where a task has none."""
+    """Returns the mean loss over the questions of all tasks; None if a task has no loss."""
     found = [(each[when]["loss"], each["num_examples"]) for each in summary["evaluation"].values()]
     if not found or any(loss is None or isnan(loss) for loss, _ in found):
         return None
@@ -89,7 +90,7 @@ def _results(summary: dict[str, Any]) -> Row:
 
 
 def _megabytes(num_bytes: int) -> str:
-    """Returns megabytes to a tenth, less than one with three digits that count: little is not nothing."""
+    """Returns megabytes with one decimal, below 1 with three significant digits so that they do not read as 0."""
     megabytes = num_bytes / 1e6
     return f"{megabytes:,.1f}" if megabytes >= 1 else f"{megabytes:.3g}"
 

@@ -1,8 +1,8 @@
-"""`fedsim verify`: whether the audit log of a run is as it was written, and whether its results tell what the log tells.
+"""`fedsim verify`: checks that a run's audit log is unchanged and that the run's results agree with it.
 
-The log's last line holds the whole summary, so that the chain fixes every figure of it. What else there is of the run must agree: each
-transfer with the ledger in the last checkpoint, their sums and what events.jsonl tells of the end with the summary, and the files of the
-adapter with the hashes that the summary has of them.
+The log's last line holds the whole summary, so the hash chain fixes every figure in it. The other files must agree: each transfer with the
+ledger in the last checkpoint, the sums of the transfers and the figures in events.jsonl with the summary, and the adapter's files with
+their hashes in the summary.
 """
 
 import csv
@@ -24,13 +24,13 @@ from fedsim.plain import flat, written
 from fedsim.report import transfers_csv
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error, RecursionError)
-"""What a file may lead to that was changed, cut off or removed."""
+"""Errors that reading a changed, truncated or removed file may raise."""
 
 
 def verify(folder: Path) -> Verdict:
-    """Returns what is found in a run folder: the journal against itself, its checkpoints and its summary, and what was left as results.
+    """Checks a run folder: the journal against itself, the checkpoints and the summary, and the results against the journal.
 
-    A finished run has checkpoints; where they are gone, nothing but the summary would fix the chain. Raises UserError for no run folder.
+    A finished run without checkpoints is a problem: only the summary would fix the chain. Raises UserError if this is no run folder.
     """
     if not (folder / JOURNAL).exists():
         raise UserError(f"Expected a run folder with {JOURNAL}, got {folder}. Name the folder of a run.")
@@ -43,7 +43,7 @@ def verify(folder: Path) -> Verdict:
             damaged.append(str(error))
         except ValueError:
             damaged.append(f"{path.name} fixes no line of the journal")
-    summary, end, wrong = _end(folder / SUMMARY)
+    summary, end, wrong = _read_summary(folder / SUMMARY)
     if (folder / SUMMARY).exists() and not heads and not damaged:
         wrong.append(f"{SUMMARY} ends the run, but it has no checkpoint: {CHECKPOINTS}/ was emptied or removed")
     verdict = verified(folder / JOURNAL, heads, end)
@@ -51,8 +51,8 @@ def verify(folder: Path) -> Verdict:
     return verdict
 
 
-def _end(path: Path) -> tuple[dict[str, Any], Head | None, list[str]]:
-    """Returns the summary without the head of the journal, that head, and what is wrong with them."""
+def _read_summary(path: Path) -> tuple[dict[str, Any], Head | None, list[str]]:
+    """Returns the summary without the journal's head, that head, and the problems with them."""
     if not path.exists():
         return {}, None, []
     try:
@@ -63,14 +63,14 @@ def _end(path: Path) -> tuple[dict[str, Any], Head | None, list[str]]:
 
 
 def _results(folder: Path, summary: dict[str, Any], head: Head, last: Checkpoint | None) -> Iterator[str]:
-    """Yields each figure of the summary of which something else tells another, once, and which file cannot be as the run wrote it."""
+    """Yields each figure of the summary that another source contradicts, once, and each file that is not as the run wrote it."""
     mine, named = flat(summary), set()
     if last is not None and last.round != summary.get("rounds"):
         last = None
     sources = {
-        "the journal's last line": lambda: _fixed(folder / JOURNAL, head, mine),
-        EVENTS: lambda: _told(folder / EVENTS, mine),
-        TRANSFERS: lambda: _summed_up(folder / TRANSFERS, last),
+        "the journal's last line": lambda: _journal_figures(folder / JOURNAL, head, mine),
+        EVENTS: lambda: _event_figures(folder / EVENTS, mine),
+        TRANSFERS: lambda: _transfer_figures(folder / TRANSFERS, last),
     }
     for source, figures_of in sources.items():
         try:
@@ -85,7 +85,7 @@ def _results(folder: Path, summary: dict[str, Any], head: Head, last: Checkpoint
 
 
 def _changed(folder: Path, hashes: Any) -> Iterator[str]:
-    """Yields the files that are not those of which the summary has the hash; a run of an earlier version has none."""
+    """Yields the files that do not match their hash in the summary; a run of an earlier version has no hashes."""
     for name, wanted in hashes.items() if isinstance(hashes, dict) else ():
         try:
             found = sha256((folder / name).read_bytes()).hexdigest()
@@ -96,29 +96,29 @@ def _changed(folder: Path, hashes: Any) -> Iterator[str]:
             yield f"{name} is not as the run wrote it: its SHA-256 is {found[:16]}..., in {SUMMARY} {str(wanted)[:16]}..."
 
 
-def _fixed(path: Path, head: Head, mine: Iterable[str]) -> dict[str, Any]:
-    """Returns the figures in the journal's last line, None for those of `mine` that it lacks; a run of an earlier version wrote none."""
+def _journal_figures(path: Path, head: Head, mine: Iterable[str]) -> dict[str, Any]:
+    """Returns the figures in the journal's last line, None for those of `mine` that it lacks; {} if an earlier version wrote none."""
     ended = lines_after(path, head.lines - 1)
     return dict.fromkeys(mine) | flat(ended[0]["summary"]) if ended and "summary" in ended[0] else {}
 
 
-def _told(path: Path, mine: Container[str]) -> dict[str, Any]:
-    """Returns what the events tell of the figures that are `mine`. Raises ValueError where they do not tell the end."""
-    told: dict[str, Any] = {}
+def _event_figures(path: Path, mine: Container[str]) -> dict[str, Any]:
+    """Returns those figures of `mine` that the events contain. Raises ValueError if they lack the end of the run."""
+    figures: dict[str, Any] = {}
     for event in read_events(path):
         if event["kind"] == "evaluated":
-            told[f"evaluation.{event['task']}.{'final' if event['round'] else 'base'}"] = event
+            figures[f"evaluation.{event['task']}.{'final' if event['round'] else 'base'}"] = event
         elif event["kind"] == "round":
-            told["privacy"] = event
+            figures["privacy"] = event
         elif event["kind"] == "finished":
-            told |= {"rounds": event["round"], "adapter_digest": event["adapter_digest"]}
-    if "rounds" not in told:
+            figures |= {"rounds": event["round"], "adapter_digest": event["adapter_digest"]}
+    if "rounds" not in figures:
         raise ValueError("the end of the run is missing")
-    return {key: value for key, value in flat(told).items() if key in mine}
+    return {key: value for key, value in flat(figures).items() if key in mine}
 
 
-def _summed_up(path: Path, last: Checkpoint | None) -> dict[str, Any]:
-    """Returns what the transfers add up to. Raises ValueError for the first that is not as the ledger of the `last` checkpoint has it."""
+def _transfer_figures(path: Path, last: Checkpoint | None) -> dict[str, Any]:
+    """Returns the sums of the transfers. Raises ValueError for the first that differs from the ledger of the `last` checkpoint."""
     lines = path.read_text().splitlines()
     if last is not None:
         wanted = transfers_csv(CommunicationLedger.from_json(last.state["state"]["ledger"]).rows()).decode().splitlines()
@@ -131,7 +131,7 @@ def _summed_up(path: Path, last: Checkpoint | None) -> dict[str, Any]:
 
 
 def verdict_text(verdict: Verdict) -> str:
-    """Returns what a person reads: what holds, or where it does not."""
+    """Returns the verdict as text: what holds, or what does not."""
     if verdict.problems:
         return "\n".join(["The run folder is not as it was written:", *(f"  {problem}" for problem in verdict.problems)])
     again = f", {verdict.superseded} of them superseded by a resumed run" if verdict.superseded else ""
