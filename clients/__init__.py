@@ -1,1 +1,1 @@
-"""What runs at a client."""
+"""Code that runs at a client."""

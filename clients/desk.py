@@ -1,7 +1,7 @@
-"""What a client's worker does with a message: asks whether its owner accepts it, and has the same code carry it out as a simulation.
+"""How a client's worker handles a message: it checks that the owner accepts it, then runs the same code as a simulation.
 
-It knows no kinds of messages but the question whether a client joins; all others go to `fedsim.flower.worker.handle` with a Context
-that outlives the process.
+It answers the question whether a client joins; all other messages go to `fedsim.flower.worker.handle` with a Context that outlives the
+process.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from fedsim.types import AnyEncoded
 log = logging.getLogger("fedsim.worker")
 
 FAILED = 4
-"""Flower's code of an exception in the ClientApp."""
+"""Flower's error code for an exception in the ClientApp."""
 
 
 class Desk:
@@ -59,12 +59,12 @@ class Desk:
         self._loads = 0
 
     def answer(self, message: Message) -> Message:
-        """Returns the reply: the work's, or an error with the reason why there is none. What the reason says never tells of the data."""
+        """Returns the result, or an error with the reason why there is none. The reason never reveals anything about the data."""
         metadata, begun = message.metadata, time.perf_counter()
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = metadata.run_id, metadata.dst_node_id, metadata.run_id
         what = f"{metadata.message_type} of run {metadata.run_id}, round {metadata.group_id or '-'}"
         try:
-            reply = self._carried_out(message)
+            reply = self._execute(message)
             log.info("done: %s, %.2f s", what, time.perf_counter() - begun)
         except RefusedError as refusal:
             log.warning("refused: %s: %s", what, refusal)
@@ -73,31 +73,31 @@ class Desk:
             log.exception("failed: %s", what)
             reason = f"The worker of client {self._owner.client} failed ({type(error).__name__}); its log says why."
             reply = Message(Error(FAILED, reason), reply_to=message)
-        give_back_gpu_memory()  # this process may wait for days, others may want it
+        give_back_gpu_memory()  # this process may idle for days while others need it
         return reply
 
-    def _carried_out(self, message: Message) -> Message:
+    def _execute(self, message: Message) -> Message:
         request = message.content.config_records[REQUEST]
-        asked = self._acceptable(request)
+        asked = self._accepted_config(request)
         here = own_view(self._owner, asked)
-        session = self._opened(here)
+        session = self._open(here)
         if message.metadata.message_type == JOIN:
-            return Message(self._joined(session), reply_to=message)
-        mechanism = self._acceptable_work(message.metadata.message_type, request, session)
+            return Message(self._join_reply(session), reply_to=message)
+        mechanism = self._accepted_mechanism(message.metadata.message_type, request, session)
         context = Context(message.metadata.run_id, message.metadata.dst_node_id, {}, self._store.load(experiment_key(asked)), {})
         own = RecordDict({**message.content, REQUEST: ConfigRecord({**request, "config": json.dumps(to_dict(here))})})
         kind, digest = f"{experiment_key(here)}-{message.metadata.message_type}", ""
-        if mechanism is not None and not here.privacy.secure_aggregation:  # behind masks no answer is of any use a second time
-            digest = self._digest_of(message.metadata.message_type, request, session)
+        if mechanism is not None and not here.privacy.secure_aggregation:  # a masked answer is of no use a second time
+            digest = self._request_digest(message.metadata.message_type, request, session)
             if (said := self._answers.said(kind, digest)) is not None:
                 return Message(said, reply_to=message)
         if here.privacy.unit is not PrivacyUnit.none:
-            session.noise_key = NoiseKey.secret()  # of this answer and no other
+            session.noise_key = NoiseKey.secret()  # for this answer only
         if mechanism is not None:
             self._budget.check(mechanism, self._num_examples(session))
         reply = handle(Message(own, metadata=message.metadata), context)  # type: ignore[call-overload]  # as Flower itself rebuilds them
         if NEEDS_STATE in reply.content:
-            reply.content[REQUEST] = request  # as it came: it has none of the owner's paths
+            reply.content[REQUEST] = request  # unchanged: it has none of the owner's paths
             return reply
         if mechanism is not None:
             self._budget.charge(mechanism, self._num_examples(session))
@@ -106,8 +106,8 @@ class Desk:
             self._answers.keep(kind, digest, reply.content)
         return reply
 
-    def _acceptable(self, request: ConfigRecord) -> Config:
-        """Returns the configuration of a request. Raises RefusedError if it is none, or none that the owner accepts."""
+    def _accepted_config(self, request: ConfigRecord) -> Config:
+        """Returns the configuration of a request. Raises RefusedError if it is invalid or the owner does not accept it."""
         try:
             config = from_text(str(request["config"]))
             check(config)
@@ -120,13 +120,13 @@ class Desk:
             raise RefusedError(f"the message names clients {whole_numbers(request, 'clients')!r:.60}, this is client {self._owner.client}")
         return config
 
-    def _acceptable_work(self, kind: str, request: ConfigRecord, session: Session) -> Mechanism | None:
-        """Returns what the work costs in privacy, None for nothing. Raises RefusedError if the owner does not accept it."""
+    def _accepted_mechanism(self, kind: str, request: ConfigRecord, session: Session) -> Mechanism | None:
+        """Returns the work's privacy mechanism, None if it spends nothing. Raises RefusedError if the owner does not accept the work."""
         config, size = session.config, self._num_examples(session)
         steps = steps_per_round(size, config.training)
         if kind == TRAIN and steps > self._owner.max_local_steps:
             raise RefusedError(f"{steps} local steps are more than the {self._owner.max_local_steps} accepted")
-        if kind == EVALUATE and not self._owner.shard and (self._promised(config) or self._owner.masked_only):
+        if kind == EVALUATE and not self._owner.shard and (self._promises_privacy(config) or self._owner.masked_only):
             raise RefusedError("its test rows are the owner's, and how many are answered right would leave without noise or mask")
         masked = config.privacy.unit is PrivacyUnit.client and config.privacy.secure_aggregation and kind == TRAIN
         if masked:
@@ -147,26 +147,26 @@ class Desk:
         return mechanism
 
     def _check_noise(self, kind: str, request: ConfigRecord, key: str) -> None:
-        """Raises RefusedError for noise of zero, or none at all, where the owner asks for privacy."""
+        """Raises RefusedError for zero or missing noise if the owner requires privacy."""
         values = request.get(key)
         given = all(map(is_above_zero, values if isinstance(values, list) else [values]))
         if self._owner.min_privacy != PrivacyUnit.none.name and not given:
             raise RefusedError(f"{kind} would leave without the noise that min_privacy={self._owner.min_privacy} asks for")
 
-    def _promised(self, config: Config) -> bool:
-        """Whether the run or the owner promises the people in the data any privacy."""
+    def _promises_privacy(self, config: Config) -> bool:
+        """Returns whether the run or the owner promises privacy to the people in the data."""
         return config.privacy.unit is not PrivacyUnit.none or self._owner.min_privacy != PrivacyUnit.none.name
 
-    def _digest_of(self, kind: str, request: ConfigRecord, session: Session) -> str:
-        """Returns what tells a request, and the data and the model that it is answered from, from others of its kind in its experiment."""
+    def _request_digest(self, kind: str, request: ConfigRecord, session: Session) -> str:
+        """Returns a digest of a request, the data and the model behind its answer, unique within its kind and experiment."""
         asked = {name: value for name, value in request.items() if name not in ("config", ADAPTER, BASES, FOLD, "fold_shapes", "fold_on")}
         named = texts(request, "digests") if "digests" in request else {}
-        parts = GRADIENTS_NEED if kind == INITIAL_GRADIENT else session.digests  # a worker that began anew has no factors installed
+        parts = GRADIENTS_NEED if kind == INITIAL_GRADIENT else session.digests  # a restarted worker has no factors installed
         installed = {part: session.digests[part] for part in parts if part in session.digests and part not in named}
         self._data_digest = self._data_digest or digest_of(session.client_data(self._owner.client).examples)
         return hashlib.sha256(repr((self._data_digest, sorted(asked.items()), sorted(installed.items()))).encode()).hexdigest()
 
-    def _opened(self, config: Config) -> Session:
+    def _open(self, config: Config) -> Session:
         begun, session = time.perf_counter(), open_session(config)
         if session is not self._session:
             self._session, self._loads, self._data_digest = session, self._loads + 1, b""
@@ -176,13 +176,13 @@ class Desk:
     def _num_examples(self, session: Session) -> int:
         return len(session.client_data(self._owner.client).examples)
 
-    def _joined(self, session: Session) -> RecordDict:
+    def _join_reply(self, session: Session) -> RecordDict:
         member = Member(self._owner.client, self._num_examples(session), session.base_digest, fedsim.__version__, self._owner.shard)
         return member.to_records()
 
 
 def digest_of(examples: Sequence[AnyEncoded]) -> bytes:
-    """Returns the SHA-256 digest of encoded examples in their order; takes microseconds for each."""
+    """Returns the SHA-256 digest of encoded examples in their order; takes microseconds per example."""
     hashed = hashlib.sha256()
     for example in examples:
         for field in dataclasses.fields(example):

@@ -1,6 +1,6 @@
-"""How the client app has its worker do the work: it connects, starts the worker if there is none, and waits for the reply.
+"""Forwards a message from the client app to its worker: connects, starts the worker if there is none, and waits for the reply.
 
-No torch here: Flower starts the app anew for each message, and a start must cost little.
+No torch here: Flower starts the app for each message, so it must start fast.
 """
 
 import os
@@ -18,25 +18,25 @@ from clients.worker import LOG, START_LOCK, private_folder, running_pid, socket_
 
 START_SECONDS = 120.0
 TRIES = 2
-"""A worker that dies over a message is started once more for it."""
+"""A worker that dies while handling a message is restarted once for it."""
 
 
 class WorkerError(RuntimeError):
-    """The worker cannot be started, or died; its log says why."""
+    """The worker could not be started or died, and its log says why, or it is another client's."""
 
 
 def forward(message: Message, context: Context, file: str) -> Message:
-    """Returns the reply of the worker of the owner's file, which is started if there is none.
+    """Returns the reply of the worker for the owner's file, starting the worker if there is none.
 
-    Raises WorkerError where it dies over the message, or is another client than the SuperNode says; UserError for a wrong file; FrameError
-    for a reply that is larger than the owner allows.
+    Raises WorkerError if it does not start, dies while handling the message, or serves another client than the SuperNode names; UserError
+    for an invalid file; FrameError for a reply larger than the owner allows.
     """
     path = Path(file)
     owner = load_owner(path)
-    if (told := context.node_config.get("partition-id", owner.client)) != owner.client:
-        raise WorkerError(f"Expected partition-id={owner.client} as {path} has it, got {told}.")
+    if (given := context.node_config.get("partition-id", owner.client)) != owner.client:
+        raise WorkerError(f"Expected partition-id={owner.client} as {path} has it, got {given}.")
     for _ in range(TRIES):
-        with _connected(path, owner) as connection:
+        with _connect(path, owner) as connection:
             try:
                 write_message(connection.sendall, message)
                 return read_message(connection.recv, owner.max_message_mb * 10**6)
@@ -45,20 +45,20 @@ def forward(message: Message, context: Context, file: str) -> Message:
     raise WorkerError(f"Expected a reply of the worker, but it ended over the message {TRIES} times. See {Path(owner.folder) / LOG}.")
 
 
-def _connected(path: Path, owner: Owner) -> socket.socket:
-    """Returns a connection to the worker; only one of several client apps starts one."""
-    connection = _connection(owner)
+def _connect(path: Path, owner: Owner) -> socket.socket:
+    """Returns a connection to the worker; of several client apps only one starts it."""
+    connection = _try_connect(owner)
     if connection is not None:
         return connection
     start = take_lock(private_folder(owner) / START_LOCK, wait=True)
     assert start is not None
     try:
-        return _connection(owner) or _started(path, owner)
+        return _try_connect(owner) or _start_worker(path, owner)
     finally:
         os.close(start)
 
 
-def _connection(owner: Owner) -> socket.socket | None:
+def _try_connect(owner: Owner) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(str(socket_path(owner)))
@@ -68,7 +68,7 @@ def _connection(owner: Owner) -> socket.socket | None:
     return connection
 
 
-def _started(path: Path, owner: Owner) -> socket.socket:
+def _start_worker(path: Path, owner: Owner) -> socket.socket:
     """Starts the worker in a session of its own, so that it outlives this app, and waits until it listens."""
     log = private_folder(owner) / LOG
     with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
@@ -81,7 +81,7 @@ def _started(path: Path, owner: Owner) -> socket.socket:
         )
     ends = time.monotonic() + START_SECONDS
     while time.monotonic() < ends:
-        connection = _connection(owner)
+        connection = _try_connect(owner)
         if connection is not None:
             return connection
         if process.poll() is not None and running_pid(owner) is None:

@@ -1,7 +1,7 @@
-"""Flower's messages over a byte stream: how the client app talks to its worker, and how a worker keeps what its client remembers.
+"""Flower's messages as a byte stream, between the client app and its worker and in the files with a client's state.
 
-Flower 1.41 serialises a message as a tree of objects that name their children by SHA-256. Here they follow one another, children first,
-each after its length; what arrives has the digest by which its parent names it, or it is not found. No pickle, no compression, no code.
+Flower 1.41 serialises a message as a tree of objects that refer to their children by SHA-256. Here they follow one another, children
+first, each after its length; an altered object does not match the digest in its parent and is not found. No pickle, compression or code.
 """
 
 import struct
@@ -13,7 +13,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 
 Write = Callable[[bytes], object]
 Read = Callable[[int], bytes]
-"""Returns at most so many bytes, at least one unless the stream has ended."""
+"""Returns at most the given number of bytes, at least one unless the stream has ended."""
 
 MAGIC = b"fedsim1\n"
 MOST_OBJECTS = 1_000_000
@@ -23,20 +23,20 @@ _LENGTH = struct.Struct(">Q")
 
 
 class FrameError(ValueError):
-    """What was read is no message, is cut off, or is larger than allowed."""
+    """The input is no message, is cut off, or is larger than allowed."""
 
 
 class CutOffError(FrameError):
-    """The stream ended within a message: whoever wrote it is gone."""
+    """The stream ended within a message: the writer is gone."""
 
 
 def write_message(write: Write, message: Message) -> None:
-    """Writes a message with its id, which Flower leaves out of what it serialises but needs in a reply."""
+    """Writes a message with its id, which Flower does not serialise but needs in a reply."""
     _write(write, message, message.metadata.message_id)
 
 
 def read_message(read: Read, limit: int) -> Message:
-    """Returns the next message. Raises FrameError if it is none of at most `limit` bytes, EOFError if the stream ends before it begins."""
+    """Reads the next message. Raises FrameError unless it is one of at most `limit` bytes, EOFError if the stream ends before it begins."""
     found, name = _read(read, limit)
     if not isinstance(found, Message):
         raise FrameError(f"Expected a message, got {type(found).__name__}.")
@@ -68,17 +68,17 @@ def _write(write: Write, root: InflatableObject, name: str) -> None:
 
 
 def _read(read: Read, limit: int) -> tuple[InflatableObject, str]:
-    magic, length, count = _HEAD.unpack(_exactly(read, _HEAD.size, at_start=True))
+    magic, length, count = _HEAD.unpack(_read_exactly(read, _HEAD.size, at_start=True))
     if magic != MAGIC or length > LONGEST_ID or not 0 < count <= MOST_OBJECTS:
         raise FrameError(f"Expected the head of a message, got {magic!r} with {length=} and {count=}.")
-    name = _exactly(read, length)
+    name = _read_exactly(read, length)
     contents, left, last = {}, limit, ""
     for _ in range(count):
-        (size,) = _LENGTH.unpack(_exactly(read, _LENGTH.size))
+        (size,) = _LENGTH.unpack(_read_exactly(read, _LENGTH.size))
         left -= size
         if left < 0:
             raise FrameError(f"Expected a message of at most {limit} bytes, got more.")
-        content = _exactly(read, size)
+        content = _read_exactly(read, size)
         last = get_object_id(content)
         contents[last] = content
     return _inflated(contents, last), name.decode(errors="replace")
@@ -89,12 +89,12 @@ def _inflated(contents: dict[str, bytes], root: str) -> InflatableObject:
         for content in contents.values():
             validate_object_content(content)
         return inflate_object_from_contents(root, contents)
-    except Exception as error:  # whatever Flower and protobuf raise for bytes that are no objects
+    except Exception as error:  # whatever Flower and protobuf raise for invalid bytes
         raise FrameError(f"Expected Flower's objects, got something else ({type(error).__name__}: {error!s:.200}).") from error
 
 
-def _exactly(read: Read, size: int, *, at_start: bool = False) -> bytes:
-    """Reads so many bytes, in parts: a length that lies costs no memory before the bytes are there."""
+def _read_exactly(read: Read, size: int, *, at_start: bool = False) -> bytes:
+    """Reads `size` bytes in parts, so that a false length takes no memory before the bytes arrive."""
     parts, left = [], size
     while left:
         part = read(min(left, 1 << 20))

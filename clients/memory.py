@@ -1,6 +1,6 @@
-"""What a client keeps on its own disk: what it remembers of each experiment, and what was ever computed from its data.
+"""A client's files: its state in each experiment, its last noised answers, and the privacy that it has spent.
 
-Flower loses the state of a Context when a SuperNode starts again; here every message's outcome is on disk before its reply leaves.
+Flower loses the state of a Context when a SuperNode restarts; here every message's outcome is on disk before its reply leaves.
 """
 
 import hashlib
@@ -25,24 +25,24 @@ log = logging.getLogger("fedsim.worker")
 
 
 def experiment_key(config: Config) -> str:
-    """Returns the name of an experiment: the digest of all that can change its result, so a resumed run finds what its clients remember."""
+    """Returns an experiment's name: the digest of all options that can change its result, so a resumed run finds its clients' state."""
     return hashlib.sha256(json.dumps(with_a_result(to_dict(config)), sort_keys=True).encode()).hexdigest()[:24]
 
 
 class ContextStore:
-    """The state of Flower's Context of each experiment, in a file of its own."""
+    """Stores the state of Flower's Context of each experiment in its own file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def load(self, key: str) -> RecordDict:
-        """Returns what was saved last, nothing if there is none; a damaged file is set aside."""
+        """Returns the state saved last, empty if there is none; a damaged file is set aside."""
         path = self._folder / f"{key}.state"
         if not path.exists():
             return RecordDict()
         try:
-            content = path.read_bytes()  # as large as it was written: the owner's limit is one of messages
+            content = path.read_bytes()  # of any size: the owner's limit is for messages
             return read_records(io.BytesIO(content).read, len(content))
         except (FrameError, EOFError) as error:
             path.rename(path.with_suffix(".damaged"))
@@ -50,7 +50,7 @@ class ContextStore:
             return RecordDict()
 
     def save(self, key: str, state: RecordDict) -> None:
-        """Makes the state what is found from now on, also after a power cut."""
+        """Saves the state, durably also across a power cut."""
         path = self._folder / f"{key}.state"
         if not state and not path.exists():
             return
@@ -60,10 +60,10 @@ class ContextStore:
 
 
 class Answers:
-    """The last noised answer of each kind in each experiment: a client that is asked the same again says the very same, at no further cost.
+    """The last noised answer of each kind in each experiment: a repeated request gets the identical answer at no further cost.
 
-    Everything else has noise that nothing else ever has. To train anew with the same noise would not do: on a GPU no two runs are equal to
-    the last bit, and how much memory is free decides how examples are packed. The difference of two such answers would have no noise in it.
+    Any other request gets fresh noise. Training again with the same noise would leak: GPU runs are not bit-identical, and free memory
+    decides how examples are packed, so the difference of two such answers would contain no noise.
     """
 
     RECORD, DIGEST = "answers", "digest"
@@ -72,7 +72,7 @@ class Answers:
         self._store = ContextStore(folder)
 
     def said(self, kind: str, digest: str) -> RecordDict | None:
-        """Returns what was answered to the request of this digest, None where that was not the last of its kind."""
+        """Returns the answer to the request with this digest, None if it was not the last of its kind."""
         kept = self._store.load(kind)
         if self.RECORD not in kept.config_records or kept.config_records[self.RECORD][self.DIGEST] != digest:
             return None
@@ -80,19 +80,19 @@ class Answers:
         return kept
 
     def keep(self, kind: str, digest: str, content: RecordDict) -> None:
-        """Makes this the last answer of its kind, also after a power cut."""
+        """Saves the last answer of its kind, durably also across a power cut."""
         self._store.save(kind, RecordDict({**content, self.RECORD: ConfigRecord({self.DIGEST: digest})}))
 
 
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UserError)
-"""What a damaged file of the accountant may lead to."""
+"""Errors that reading a damaged file of the accountant may raise."""
 
 
 class Budget:
-    """The client's own accountant, over all runs that it ever takes part in; nothing is ever taken back."""
+    """The client's own accountant, over all runs that it ever joins; nothing spent is ever refunded."""
 
     def __init__(self, path: Path, owner: Owner) -> None:
-        """Raises UserError where the file is no accountant's: what was spent is not known then, and nothing may leave."""
+        """Raises UserError if the file is not an accountant's: the spent epsilon is then unknown, and nothing may leave the client."""
         self._path, self._owner = path, owner
         try:
             self._ledger = PrivacyLedger.from_json(_renumbered(json.loads(path.read_bytes()), owner.client)) if path.exists() else None
@@ -103,22 +103,22 @@ class Budget:
             ) from error
 
     def check(self, mechanism: Mechanism, num_examples: int) -> None:
-        """Raises RefusedError if the client's epsilon would be above its owner's limit after the mechanism."""
-        ledger = self._opened(num_examples)
+        """Raises RefusedError if the mechanism would raise the client's epsilon above its owner's limit."""
+        ledger = self._current_ledger(num_examples)
         if ledger.would_exceed(self._owner.client, mechanism):
             raise RefusedError(
                 f"epsilon would exceed the owner's {self._owner.max_epsilon:g}; {ledger.epsilon(self._owner.client):.4g} is spent"
             )
 
     def charge(self, mechanism: Mechanism, num_examples: int) -> None:
-        """Writes down what is about to leave the client."""
-        ledger = self._opened(num_examples)
+        """Records on disk the mechanism of an answer that is about to leave the client."""
+        ledger = self._current_ledger(num_examples)
         ledger.charge(self._owner.client, mechanism)
         atomic_write_json(self._path, ledger.to_json(), mode=0o600)
         self._ledger = ledger
 
-    def _opened(self, num_examples: int) -> PrivacyLedger:
-        """Returns the ledger under the owner's present limit and delta; one that is taken from the number of examples only shrinks."""
+    def _current_ledger(self, num_examples: int) -> PrivacyLedger:
+        """Returns the ledger with the owner's current limit and delta; a delta derived from the number of examples only shrinks."""
         client, delta = self._owner.client, self._owner.delta or default_delta(num_examples)
         ledger = self._ledger or PrivacyLedger("example", {client: delta})
         ledger.hold_at(client, delta if self._owner.delta else min(delta, ledger.delta(client)))
@@ -127,5 +127,5 @@ class Budget:
 
 
 def _renumbered(ledger: dict[str, Any], client: int) -> dict[str, Any]:
-    """Returns the history under the client's present number: what was spent was spent, whatever the number was then."""
+    """Returns the ledger with its history under the client's current number: past spending counts under any former number."""
     return ledger | {"clients": [[client, *history] for _, *history in ledger["clients"]]}

@@ -1,6 +1,6 @@
-"""What the owner of a client's data decides, in a file of its own: where the data and the base model lie, and what is acceptable.
+"""client.yaml, the decisions of the owner of a client's data: where the data and the base model are, and what the client accepts.
 
-Nothing that a server sends changes any of it. What is not acceptable is refused with a reason, which the server writes down.
+Nothing that a server sends changes them. What the client does not accept is refused with a reason, which the server records.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from fedsim.docstrings import field_docstrings
 from fedsim.errors import UserError, nearest
 
 STRENGTH = (PrivacyUnit.none, PrivacyUnit.client, PrivacyUnit.example)
-"""Units of privacy by how little the client must trust the server: noise of unit=client is the server's to add, but for masked uploads."""
+"""Units of privacy by how little the client must trust the server: with unit=client the server adds the noise, except to masked uploads."""
 
 
 class RefusedError(Exception):
-    """The owner does not accept what the server asks for; the reason is told to the server."""
+    """The owner does not accept the server's request; the reason is sent to the server."""
 
 
 @dataclass(frozen=True)
@@ -32,41 +32,41 @@ class Owner:
     client: int
     """Number of this client in the federation, from 0; the SuperNode's partition-id."""
     data_path: Optional[str] = None
-    """File or folder of this client's own data; null takes the sets' hub names."""
+    """File or folder of this client's own data; null loads the sets from the hub by name."""
     data_sets: list[str] = field(default_factory=list)
-    """Names of the training sets, as data.train has them; empty takes those that the experiment names."""
+    """Names of the training sets, as in data.train; empty takes the experiment's."""
     shard: bool = False
-    """Train on the shard that a simulation would deal this client, not on all of the data: to try a deployment out."""
+    """Train on the shard that a simulation would give this client, not on all of the data: to try out a deployment."""
     token_cache: bool = False
-    """Keep the tokens of large data in ~/.cache/fedsim/tokens, a copy outside of this folder, to start faster."""
+    """Keep the tokens of large data in ~/.cache/fedsim/tokens, a copy outside this folder, to start faster."""
     model_path: Optional[str] = None
     """Folder or hub id of the base model; null is the one inside the package."""
     device: str = "auto"
-    """Device of the base model, as model.device has it."""
+    """Device of the base model, as in model.device."""
     methods: list[str] = field(default_factory=list)
-    """Methods that are accepted; empty accepts all."""
+    """Accepted methods; empty accepts all."""
     max_local_steps: int = 1000
     """Most local steps in a round."""
     min_privacy: str = "none"
     """Weakest unit of privacy accepted: none, client (noise added by the server, or here if masked) or example (noise added here).
-    Noise of zero is refused. How much is enough only max_epsilon decides, which takes example."""
+    Zero noise is refused. Only max_epsilon, which requires example, demands a sufficient amount."""
     masked_only: bool = False
-    """Send uploads only behind masks, which takes privacy.secure_aggregation=true: the server then sees sums of several clients.
-    No evaluation on the owner's own rows is answered either."""
+    """Send only masked uploads, which requires privacy.secure_aggregation=true: the server then sees sums of several clients.
+    Evaluation on the owner's own rows is refused too."""
     max_epsilon: Optional[float] = None
-    """Example-level budget over all runs that this client ever takes part in; null sets no limit."""
+    """Example-level budget over all runs that this client ever joins; null sets no limit."""
     delta: Optional[float] = None
-    """Delta at which max_epsilon holds; null takes 1 / n^1.1 of the client's examples, or what was taken before where that is smaller."""
+    """Delta at which max_epsilon holds; null takes 1 / n^1.1 for the client's n examples, or the delta used before if it is smaller."""
     max_message_mb: int = 4096
-    """Largest message in megabytes (10^6 bytes), either way."""
+    """Largest message in megabytes (10^6 bytes), in either direction."""
     idle_minutes: float = 60.0
-    """The worker ends after so long without work; the next message starts it again."""
+    """Minutes without work after which the worker ends; the next message starts it again."""
     folder: str = "worker"
     """Where the worker keeps its socket, log, memory, last answers and accountant."""
 
 
 def owner_text(owner: Owner) -> str:
-    """Returns the file of an owner, with the meaning of every option above it."""
+    """Returns the text of client.yaml, with the meaning of every option above it."""
     lines = [
         "# What the owner of this client decides. It holds from the worker's next start: fedsim worker FILE --stop ends the present one.",
         "# Paths are relative to this file.",
@@ -87,7 +87,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def load_owner(path: Path) -> Owner:
-    """Reads client.yaml, with its paths made absolute. Raises UserError with one line for anything that is wrong in it."""
+    """Reads client.yaml and makes its paths absolute. Raises UserError, with a one-line message, if it is invalid."""
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -100,7 +100,7 @@ def load_owner(path: Path) -> Owner:
 
 
 def accept(owner: Owner, config: Config) -> None:
-    """Raises RefusedError with the reason if the owner does not accept to train under this configuration."""
+    """Raises RefusedError with the reason if the owner does not accept this configuration."""
     if owner.methods and config.method.name not in owner.methods:
         raise RefusedError(f"method.name={config.method.name} is not among those accepted: {', '.join(owner.methods)}")
     unit, least = config.privacy.unit, PrivacyUnit[owner.min_privacy]
@@ -117,9 +117,9 @@ def accept(owner: Owner, config: Config) -> None:
 
 
 def own_view(owner: Owner, config: Config) -> Config:
-    """Returns the configuration that is carried out here: the server's, with the owner's data, model and device.
+    """Returns the configuration to run here: the server's, with the owner's data, model and device.
 
-    How the experiment's data is dealt is of no account for data that the owner brings, so that is left out.
+    Options that partition the experiment's data do not apply to the owner's own data and are reset.
     """
     model = dataclasses.replace(config.model, path=owner.model_path, device=owner.device)
     data = dataclasses.replace(
@@ -172,7 +172,7 @@ def _described(kind: Any) -> str:
 
 
 def _with_absolute_paths(owner: Owner, folder: Path) -> Owner:
-    """Local paths are relative to the file; a hub name is one that no file beside it has."""
+    """Resolves local paths relative to the file; a name that no file there has is a hub id."""
 
     def local(path: str | None) -> str | None:
         if path is None:

@@ -1,7 +1,7 @@
 """The worker: one long-running process for one client on one device. It loads the base model once and answers over a Unix socket.
 
-The client app, which Flower starts anew for each message, starts it when it is not there; `fedsim worker FILE` does so by hand.
-The socket lies in a folder that only its owner can enter. A lock that dies with the process tells whether a worker is there.
+The client app, which Flower starts for each message, starts the worker if none is running; `fedsim worker FILE` starts it by hand.
+The socket is in a folder that only its owner can enter. A lock that is released when the process ends shows whether a worker is running.
 """
 
 import fcntl
@@ -23,23 +23,23 @@ from fedsim.errors import UserError
 LOG, LOCK, START_LOCK = "worker.log", "worker.lock", "start.lock"
 LONGEST_SOCKET_PATH = 100  # Linux takes 107 bytes, macOS 103
 STALLED_SECONDS = 60.0
-"""A client app that has begun a message and sends nothing more for so long is given up."""
+"""How long a connection to a client app may stall before it is dropped."""
 LEAVING_SECONDS = 20.0
-"""How long a worker that has been told to end may take."""
+"""How long a worker may take to end after SIGTERM."""
 KILLED_SECONDS = 5.0
-"""How long the system may take to end one that was killed."""
+"""How long the system may take to end a killed worker."""
 
 log = logging.getLogger("fedsim.worker")
 
 
 def private_folder(owner: Owner) -> Path:
-    """Returns the worker's folder, made with mode 0700 if need be. Raises UserError if others may enter it."""
+    """Returns the worker's folder, created with mode 0700 if necessary. Raises UserError if others may enter it."""
     folder = Path(owner.folder)
     return _private(folder)
 
 
 def socket_path(owner: Owner) -> Path:
-    """Returns where the worker listens: in its folder, or where that path is too long, in a private folder under the temporary one."""
+    """Returns the worker's socket path: in its folder or, if that is too long, in a private folder under the temporary one."""
     path = private_folder(owner) / "socket"
     if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
         return path
@@ -59,7 +59,7 @@ def _private(folder: Path) -> Path:
 
 
 def take_lock(path: Path, *, wait: bool = False) -> int | None:
-    """Returns the descriptor of the lock, which goes with the process; None if another process has it."""
+    """Returns the descriptor of the lock, None if another process has it. The lock is released when the process ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -70,7 +70,7 @@ def take_lock(path: Path, *, wait: bool = False) -> int | None:
 
 
 def running_pid(owner: Owner) -> int | None:
-    """Returns the process id of the worker that is there, None if there is none."""
+    """Returns the process id of the running worker, None if there is none."""
     path = private_folder(owner) / LOCK
     lock = take_lock(path)
     if lock is not None:
@@ -81,7 +81,7 @@ def running_pid(owner: Owner) -> int | None:
 
 
 def stop(owner: Owner) -> bool:
-    """Ends the worker, by force if it has not ended by itself in time. Returns whether there was one."""
+    """Ends the worker, by force if it does not end in time. Returns whether there was one."""
     pid = running_pid(owner)
     if pid is None:
         return False
@@ -96,11 +96,11 @@ def stop(owner: Owner) -> bool:
 
 
 def serve(owner: Owner) -> int:
-    """Answers messages until the worker has been idle for long, or is told to end. Returns the exit code."""
+    """Answers messages until the worker has been idle for too long or a signal ends it. Returns the exit code."""
     folder = private_folder(owner)
     ends = time.monotonic() + LEAVING_SECONDS
     while (lock := take_lock(folder / LOCK)) is None and time.monotonic() < ends and not socket_path(owner).exists():
-        time.sleep(0.05)  # one that is ending has no socket any more, and its lock until it is gone
+        time.sleep(0.05)  # a worker that is ending has removed its socket but holds its lock
     if lock is None:
         raise UserError(f"Expected no worker in {folder}, but process {running_pid(owner)} is one. Stop it: fedsim worker FILE --stop")
     os.ftruncate(lock, 0)
@@ -124,7 +124,7 @@ def serve(owner: Owner) -> int:
 
 
 def _answer_until_idle(listening: socket.socket, owner: Owner) -> None:
-    from clients.desk import Desk  # torch: a client app that waits can connect meanwhile
+    from clients.desk import Desk  # imports torch; a waiting client app can connect meanwhile
 
     desk = Desk(owner)
     listening.settimeout(owner.idle_minutes * 60)
@@ -140,8 +140,8 @@ def _answer_until_idle(listening: socket.socket, owner: Owner) -> None:
                 reply = desk.answer(message)
                 write_message(connection.sendall, reply)
             except EOFError:
-                pass  # somebody looked whether a worker is there
-            except (FrameError, OSError) as error:  # the client app has gone, or speaks another language
+                pass  # a probe for a running worker
+            except (FrameError, OSError) as error:  # the client app is gone or sends no valid message
                 log.error("no reply: %s", error)
 
 

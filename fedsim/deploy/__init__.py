@@ -1,1 +1,1 @@
-"""A real federation of machines: the files that each needs, a trial of it all on one machine, submitting a run, and looking at it."""
+"""A federation of real machines: the files that each needs, a trial on one machine, submitting runs, and their status."""

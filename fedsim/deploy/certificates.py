@@ -1,6 +1,6 @@
-"""The keys of a federation: a certificate authority of its own, the server's certificate, and a key pair for each client.
+"""The keys of a federation: its own certificate authority, the server's certificate, and a key pair for each client.
 
-SuperNodes trust the authority and nobody else; the SuperLink admits the public keys that are registered and nobody else.
+SuperNodes trust only this authority; the SuperLink admits only registered public keys.
 """
 
 import ipaddress
@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS, SERVER_DAYS = 3650, 825
-_BEFORE = timedelta(hours=1)  # clocks that differ
+_BEFORE = timedelta(hours=1)  # allows for clocks that differ
 
 
 def authority(name: str) -> tuple[bytes, bytes]:
@@ -28,7 +28,7 @@ def authority(name: str) -> tuple[bytes, bytes]:
 
 
 def server_certificate(ca_certificate: bytes, ca_key: bytes, hosts: list[str]) -> tuple[bytes, bytes]:
-    """Returns (certificate, private key) of a server, as PEM; it is valid for each of the host names and addresses, and for no other."""
+    """Returns (certificate, private key) of a server, as PEM; it is valid only for the given host names and addresses."""
     issuer = x509.load_pem_x509_certificate(ca_certificate)
     signer = serialization.load_pem_private_key(ca_key, None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
@@ -45,7 +45,7 @@ def server_certificate(ca_certificate: bytes, ca_key: bytes, hosts: list[str]) -
 
 
 def client_key(name: str) -> tuple[bytes, bytes]:
-    """Returns (public, private) key of a client in SSH's forms: ECDSA on P-384, as Flower's node authentication takes."""
+    """Returns the (public, private) key of a client in SSH's formats: ECDSA on P-384, as Flower's node authentication expects."""
     key = ec.generate_private_key(ec.SECP384R1())
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
@@ -53,7 +53,7 @@ def client_key(name: str) -> tuple[bytes, bytes]:
 
 
 def is_pair(public: bytes, private: bytes) -> bool:
-    """Whether the private key belongs to the certificate, or to the public key in SSH's form."""
+    """Returns whether the private key belongs to the certificate, or to the public key in SSH's format."""
     try:
         if public.startswith(b"-----BEGIN CERTIFICATE"):
             shown, secret = x509.load_pem_x509_certificate(public).public_key(), serialization.load_pem_private_key(private, None)
@@ -65,7 +65,7 @@ def is_pair(public: bytes, private: bytes) -> bool:
 
 
 def is_issued_by(certificate: bytes, ca_certificate: bytes) -> bool:
-    """Whether this authority, and no other of its name, has signed the certificate."""
+    """Returns whether this authority, not another of the same name, signed the certificate."""
     try:
         x509.load_pem_x509_certificate(certificate).verify_directly_issued_by(x509.load_pem_x509_certificate(ca_certificate))
     except (ValueError, InvalidSignature):

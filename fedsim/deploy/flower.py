@@ -1,4 +1,4 @@
-"""Flower's own command line, called for what only Flower can do: submitting, listing, stopping and following runs, registering nodes."""
+"""Calls Flower's command line for what only Flower can do: submitting, listing and following runs, and registering nodes."""
 
 import json
 import subprocess
@@ -11,12 +11,12 @@ from fedsim.errors import UserError, nearest
 
 FLWR = (sys.executable, "-m", "flwr.cli.app")
 ACTION_SECONDS, LOOK_SECONDS, LOG_SECONDS = 120.0, 60.0, 30.0
-"""How long Flower may take to do something at a SuperLink, to read its own configuration, and to show a log."""
+"""Time limits of a request to a SuperLink, of reading Flower's configuration, and of showing a log."""
 
 
 def flwr(*words: str) -> dict[str, Any]:
-    """Returns the JSON that `flwr WORDS --format json` prints. Raises UserError with its reason where it fails or takes too long."""
-    done = _called(*words, "--format", "json", timeout=ACTION_SECONDS)
+    """Returns the JSON that `flwr WORDS --format json` prints. Raises UserError with the reason if it fails or takes too long."""
+    done = _call(*words, "--format", "json", timeout=ACTION_SECONDS)
     found = _values(done.stdout)
     if done.returncode or not found.get("success"):
         reason = found.get("error-message") or done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
@@ -26,11 +26,11 @@ def flwr(*words: str) -> dict[str, Any]:
 
 @contextmanager
 def asking(superlink: str, key: str) -> Iterator[None]:
-    """Has a failure of Flower in the block be told as a wrong name where Flower has no SuperLink of this one, which was given as `key`."""
+    """Turns a UserError in the block into one about the option `key` if Flower's configuration lists SuperLinks, but not this one."""
     try:
         yield
     except UserError:
-        known = _values(_called("config", "list", "--format", "json", timeout=LOOK_SECONDS).stdout).get("superlink", [])
+        known = _values(_call("config", "list", "--format", "json", timeout=LOOK_SECONDS).stdout).get("superlink", [])
         if not known or superlink in known:
             raise
         raise UserError(
@@ -40,12 +40,12 @@ def asking(superlink: str, key: str) -> Iterator[None]:
 
 
 def log_of(run_id: str, superlink: str) -> str:
-    """Returns the log of a run so far, nothing where there is none. Raises UserError where Flower does not answer in time."""
-    return _called("log", run_id, superlink, "--show", timeout=LOG_SECONDS).stdout
+    """Returns the log of a run so far, "" if there is none. Raises UserError if Flower does not answer in time."""
+    return _call("log", run_id, superlink, "--show", timeout=LOG_SECONDS).stdout
 
 
 def _values(text: str) -> dict[str, Any]:
-    """Returns the JSON object in what a command has printed; empty where there is none."""
+    """Returns the JSON object in a command's output, empty if there is none."""
     try:
         found = json.loads(text[text.find("{") : text.rfind("}") + 1])
     except ValueError:
@@ -53,7 +53,7 @@ def _values(text: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _called(*words: str, timeout: float) -> "subprocess.CompletedProcess[str]":
+def _call(*words: str, timeout: float) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run([*FLWR, *words], capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:
@@ -61,12 +61,12 @@ def _called(*words: str, timeout: float) -> "subprocess.CompletedProcess[str]":
 
 
 def following(run_id: str, superlink: str) -> "subprocess.Popen[str]":
-    """Returns the process whose stdout is the log of a run, from its beginning until the run ends."""
+    """Starts and returns a process whose stdout is the log of a run, from its beginning until the run ends."""
     command = [*FLWR, "log", run_id, superlink, "--stream"]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
 def run_facts(run_id: str, superlink: str) -> dict[str, Any]:
-    """Returns what Flower says of a run, such as its status."""
+    """Returns Flower's record of a run, such as its status."""
     (found,) = flwr("list", superlink, "--run-id", run_id)["runs"]
     return dict(found)

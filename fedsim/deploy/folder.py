@@ -17,7 +17,7 @@ from fedsim.errors import UserError
 from fedsim.files import atomic_write, temporary
 
 SETTINGS = "federation.json"
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # the ServerApp reaches the SuperLink there
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")  # where the ServerApp reaches the SuperLink
 FIRST_RUNTIME_PORT = 9094
 
 SECRET, PROGRAM, PLAIN = 0o600, 0o755, 0o644
@@ -25,29 +25,29 @@ SECRET, PROGRAM, PLAIN = 0o600, 0o755, 0o644
 
 @dataclass(frozen=True)
 class Federation:
-    """What a federation's files are made of; `hosts` are names and addresses of the server, the first being the one that clients use."""
+    """The parameters of a federation's files; `hosts` are the server's names and addresses, of which clients use the first."""
 
     name: str
     clients: int
     hosts: tuple[str, ...]
     port: int = 9092
     shard: bool = False
-    """A trial: clients take their shards of the experiment's data."""
+    """Set in a trial: clients train on their shards of the experiment's data."""
     data_path: str | None = None
-    """Where the experiment's data lies in a trial, in which the server and the clients share a disk; None for none of its own."""
+    """Path of the experiment's data in a trial, in which the server and the clients share a disk; None for data without a path."""
     model_path: str | None = None
     """The same for the base model."""
 
     def owner(self, client: int) -> Owner:
-        """What client.yaml says at first."""
+        """Returns the initial contents of client.yaml."""
         return Owner(client, shard=self.shard, data_path=self.data_path, model_path=self.model_path)
 
 
 def init(folder: Path, federation: Federation, *, new_keys: bool = False) -> list[str]:
     """Writes the federation's files and returns, line by line, which keys are new, kept or replaced.
 
-    Guarantees: a new folder appears whole or not at all; in an old one keys and the owners' client.yaml stay unless `new_keys` asks for
-    other keys, and every file is replaced atomically. Raises UserError if the folder holds something else.
+    Guarantees: a new folder appears whole or not at all. In an existing one, client.yaml stays, valid keys stay unless `new_keys` is set
+    (the server's also change with its hosts), and every file is replaced atomically. Raises UserError if the folder holds something else.
     """
     if not folder.exists() or not any(folder.iterdir()):
         staging = temporary(folder)
@@ -66,7 +66,7 @@ def init(folder: Path, federation: Federation, *, new_keys: bool = False) -> lis
 
 
 def load(folder: Path) -> Federation:
-    """Returns what a federation's folder, or its `server` by itself, was made of. Raises UserError if it is neither."""
+    """Returns the parameters of a federation's folder, or of its `server` folder alone. Raises UserError if it is neither."""
     try:
         values = json.loads((folder / SETTINGS).read_text())
         return Federation(**values | {"hosts": tuple(values["hosts"])})
@@ -84,7 +84,7 @@ def _write(folder: Path, federation: Federation, *, new_keys: bool, final: Path)
     writer.pair("ca/ca.crt", "ca/ca.key", "certificate authority", lambda: authority(federation.name))
     ca, ca_key = writer.read("ca/ca.crt"), writer.read("ca/ca.key")
     hosts = list(dict.fromkeys([*federation.hosts, *LOCAL_HOSTS]))
-    issued = writer.has("server/server.crt") and is_issued_by(writer.read("server/server.crt"), ca)  # not if --new-keys was broken off
+    issued = writer.has("server/server.crt") and is_issued_by(writer.read("server/server.crt"), ca)  # not if --new-keys was interrupted
     other = before.hosts != federation.hosts or not issued
     issue = partial(server_certificate, ca, ca_key, hosts)
     writer.pair("server/server.crt", "server/server.key", "server certificate", issue, replace=other)
@@ -94,7 +94,7 @@ def _write(folder: Path, federation: Federation, *, new_keys: bool, final: Path)
         writer.keep(f"{home}/client.yaml", owner_text(federation.owner(client)).encode(), PLAIN)
         _client_files(writer, federation, client, ca)
     _server_files(writer, federation, ca, final)
-    writer.put(SETTINGS, _settings(federation), PLAIN)  # last: what has it is whole
+    writer.put(SETTINGS, _settings(federation), PLAIN)  # last: it marks a complete folder
     return lines
 
 
@@ -138,7 +138,7 @@ def _values(federation: Federation, client: int = 0, **others: Any) -> dict[str,
 
 
 class _Writer:
-    """Writes into the folder and notes what happens to keys."""
+    """Writes into the folder and records what happens to keys."""
 
     def __init__(self, folder: Path, new_keys: bool, lines: list[str]) -> None:
         self._folder, self._new_keys, self._lines = folder, new_keys, lines
@@ -162,12 +162,12 @@ class _Writer:
         self.put(name, Template(template).substitute(values).encode(), mode)
 
     def pair(self, public: str, private: str, what: str, make: Any, *, replace: bool = False) -> None:
-        """Writes a public and a private part unless both are there and belong together; the private one first."""
-        there = self.has(public) and self.has(private)
-        if there and not (self._new_keys or replace) and is_pair(self.read(public), self.read(private)):
+        """Writes a public and a private part, the private one first, unless a matching pair exists and may stay."""
+        exists = self.has(public) and self.has(private)
+        if exists and not (self._new_keys or replace) and is_pair(self.read(public), self.read(private)):
             self._lines.append(f"kept: {what} ({private})")
             return
         shown, secret = make()
         self.put(private, secret, SECRET)
         self.put(public, shown, PLAIN)
-        self._lines.append(f"{'replaced' if there else 'new'}: {what} ({private}, mode 0600)")
+        self._lines.append(f"{'replaced' if exists else 'new'}: {what} ({private}, mode 0600)")

@@ -1,7 +1,7 @@
-"""`fedsim deploy up --local N`: a complete federation on loopback, with TLS and node authentication, for the length of one run.
+"""`fedsim deploy up --local N`: a complete federation on loopback, with TLS and node authentication, for the duration of one run.
 
 The programs, scripts and files are those of `fedsim deploy init`; only the addresses are loopback's. Whatever happens, all processes
-that were started here are ended, and none else.
+started here are ended, and no others.
 """
 
 import os
@@ -29,7 +29,7 @@ from fedsim.errors import UserError
 from fedsim.interruption import interruptible
 
 NAME = "local"
-TAIL_LINES = 5  # of a log, that an error message shows
+TAIL_LINES = 5  # of a log, shown in an error message
 START_SECONDS = 60.0
 PATIENCE_SECONDS = 15.0
 """How long a process may take to end after SIGTERM before it is killed."""
@@ -37,7 +37,7 @@ PATIENCE_SECONDS = 15.0
 
 @dataclass
 class Local:
-    """A federation on this machine. Its SuperLink's name in Flower's configuration is `NAME`, under FLWR_HOME = `flwr_home`."""
+    """A federation on this machine. Its SuperLink is called `NAME` in Flower's configuration, in FLWR_HOME = `flwr_home`."""
 
     folder: Path
     federation: Federation
@@ -45,7 +45,7 @@ class Local:
 
     @property
     def flwr_home(self) -> Path:
-        """Flower's folder of whoever runs the federation."""
+        """FLWR_HOME of the federation's operator."""
         return self.folder / "server" / "flwr"
 
     def client_folder(self, client: int) -> Path:
@@ -53,7 +53,7 @@ class Local:
         return self.folder / "clients" / f"client-{client}"
 
     def log(self, name: str) -> Path:
-        """Where a program's output goes."""
+        """The file with a program's output."""
         return self.folder / "logs" / f"{name}.log"
 
     def start_superlink(self) -> None:
@@ -70,7 +70,7 @@ class Local:
         self.wait_for(answers, "superlink")
 
     def register(self) -> None:
-        """Has the SuperLink admit the keys of the clients."""
+        """Registers the clients' keys with the SuperLink."""
         register(self.folder / "server", self.federation.name)
 
     def start_client(self, client: int, **variables: str) -> None:
@@ -87,7 +87,7 @@ class Local:
             )
 
     def wait_for(self, ready: Callable[[], bool], name: str) -> None:
-        """Waits until `ready()` is true. Raises UserError with the end of the program's log if it ends before or takes too long."""
+        """Waits until `ready()` is true. Raises UserError with the end of the program's log if it ends first or takes too long."""
         ends = time.monotonic() + START_SECONDS
         while time.monotonic() < ends and self.processes[name].poll() is None:
             if ready():
@@ -96,7 +96,7 @@ class Local:
         raise UserError(f"Expected {name} to start, but it did not: {tail(self.log(name))}")
 
     def end(self, name: str) -> None:
-        """Ends one program and all that it has started: what has a session of its own, as the ServerApp has, is not in its group."""
+        """Ends a program and all its descendants, including those outside its process group, such as the ServerApp in its own session."""
         process = self.processes.pop(name)
         with suppress(psutil.NoSuchProcess):
             started = psutil.Process(process.pid).children(recursive=True)
@@ -104,11 +104,11 @@ class Local:
                 os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE_SECONDS)
-            deaf = psutil.wait_procs(started, timeout=PATIENCE_SECONDS)[1]
-            for each in deaf:
+            remaining = psutil.wait_procs(started, timeout=PATIENCE_SECONDS)[1]
+            for each in remaining:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
-            psutil.wait_procs(deaf, timeout=PATIENCE_SECONDS)
+            psutil.wait_procs(remaining, timeout=PATIENCE_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -120,7 +120,7 @@ class Local:
         for client in range(self.federation.clients):
             try:
                 owner = load_owner(self.client_folder(client) / "client.yaml")
-            except UserError:  # without an owner's file that can be read no worker was started
+            except UserError:  # no worker starts without a readable owner's file
                 continue
             stop(owner)
 
@@ -134,14 +134,14 @@ def local_federation(
     data_path: str | None = None,
     model_path: str | None = None,
 ) -> Iterator[Local]:
-    """A running federation of so many clients; its folder is a temporary one unless `folder` is given, which stays.
+    """Runs a federation of `clients` clients for the block, in a temporary folder unless `folder` is given, which stays.
 
-    They train on their shards of the experiment's data, which lies at `data_path`, with the base model at `model_path`, both as in the
-    configuration, absolute where they are on disk; without `connect` their SuperNodes are the caller's to start. Flower's programs use the
-    federation's configuration in the block (FLWR_HOME).
+    Clients train on their shards of the experiment's data at `data_path` with the base model at `model_path`, both as in the configuration,
+    absolute if on disk. Without `connect` the caller starts their SuperNodes. In the block, Flower's programs use the federation's
+    configuration (FLWR_HOME).
 
-    Guarantees: when the block is left, however, nothing that was started runs any more. Raises UserError for a folder that is not its own,
-    and for one in which a client takes shards of other data or has another base model.
+    Guarantees: however the block is left, nothing that was started still runs. Raises UserError for another federation's folder, and for
+    one in which a client takes shards of other data or has another base model.
     """
     if folder is not None and (folder / SETTINGS).is_file() and (name := load(folder).name) != NAME:
         raise UserError(f"Expected {folder} to be new or of an earlier trial, got the folder of the federation {name}. Choose another one.")
@@ -159,7 +159,7 @@ def local_federation(
                 local.start_client(client)
             yield local
     finally:
-        with _undisturbed():
+        with _ignoring_signals():
             try:
                 local.end_all()
             finally:
@@ -171,7 +171,7 @@ def local_federation(
 
 
 def _check_owners(local: Local) -> None:
-    """Raises UserError where client.yaml, which stays as it was in an old folder, names other data or another model than the trial."""
+    """Raises UserError if a client.yaml kept from an earlier trial names other data or another model than this trial."""
     wanted = local.federation
     for client in range(wanted.clients):
         path = local.client_folder(client) / "client.yaml"
@@ -184,12 +184,12 @@ def _check_owners(local: Local) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of the programs: this one, with the programs of this installation first in PATH."""
+    """Returns the environment of the programs: the current one, with this installation's programs first in PATH."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def free_port() -> int:
-    """Returns a port of loopback that nobody listens on now."""
+    """Returns a loopback port that is currently free."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -202,8 +202,8 @@ def tail(log: Path) -> str:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Neither Ctrl-C nor SIGTERM breaks the block off. Outside the main thread, which alone gets signals, there is nothing to do."""
+def _ignoring_signals() -> Iterator[None]:
+    """Ignores Ctrl-C and SIGTERM in the block. Does nothing outside the main thread, which alone receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,6 +1,6 @@
-"""`fedsim deploy register`: which public keys the SuperLink admits, and whose they are.
+"""`fedsim deploy register`: registers public keys with the SuperLink, and records which client each belongs to.
 
-The folder `registered` beside the keys remembers, for each client, the node that the SuperLink has given to its key, and that key.
+The folder `registered` next to the keys stores each client's key and the node that the SuperLink assigned to it.
 """
 
 import json
@@ -18,17 +18,17 @@ NODE, KEY = "node-id", "public-key"
 
 
 def register(server: Path, superlink: str, tell: Callable[[str], None] = lambda line: None) -> None:
-    """Has the running SuperLink admit the keys of a federation's `server` folder, and reports one line per client.
+    """Registers the keys of a federation's `server` folder with the running SuperLink, and reports one line per client.
 
-    A key that was replaced by another is turned away from then on; a SuperLink that has lost its database is told all keys again. May be
-    interrupted and repeated at any point. Raises UserError where the SuperLink does not answer or does not admit a key.
+    A replaced key is unregistered; all keys are registered again if the SuperLink has lost its database. May be interrupted and repeated at
+    any point. Raises UserError if the SuperLink does not answer or rejects a key.
     """
     folder = server / REGISTERED
     folder.mkdir(exist_ok=True)
     keys = sorted((server / KEYS).glob("*.pub"))
     if not keys:
         raise UserError(f"Expected public keys in {server / KEYS}, got none. Give the server's folder of a federation.")
-    live, written = _live(superlink), _written(folder)
+    live, written = _live(superlink), _recorded(folder)
     for path in keys:
         name, key = path.stem, path.read_text()
         node, known = written.get(name, (None, None))
@@ -44,24 +44,24 @@ def register(server: Path, superlink: str, tell: Callable[[str], None] = lambda 
 
 
 def registered_names(registered: Path) -> dict[int, str]:
-    """Returns the clients' names by node, as `register` has written them down."""
-    return {node: name for name, (node, _) in _written(registered).items()}
+    """Returns the clients' names by node, as recorded by `register`."""
+    return {node: name for name, (node, _) in _recorded(registered).items()}
 
 
 def registered_clients(registered: Path) -> dict[int, int]:
-    """Returns the clients' numbers by node, of those that are registered as client-<number>."""
+    """Returns the clients' numbers by node, for those registered as client-<number>."""
     numbers = ((node, name.removeprefix("client-")) for node, name in registered_names(registered).items() if name.startswith("client-"))
     return {node: int(number) for node, number in numbers if number.isdecimal()}
 
 
 def _admit(path: Path, superlink: str, named: set[int]) -> int:
-    """Returns the node of a key, which is registered if it is not. `named` are the nodes of which it is known whose they are."""
+    """Registers a key if necessary and returns its node. `named` are the nodes whose client is known."""
     try:
         return int(flwr("supernode", "register", str(path), superlink, "--name", path.stem)["node-id"])
     except UserError as error:
         if PUBLIC_KEY_ALREADY_IN_USE_MESSAGE not in str(error):
             raise
-    unnamed = sorted(_live(superlink) - named)  # it was registered, and that was not written down
+    unnamed = sorted(_live(superlink) - named)  # the key was registered, but its node was not recorded
     if len(unnamed) == 1:
         return unnamed[0]
     raise UserError(
@@ -76,8 +76,8 @@ def _live(superlink: str) -> set[int]:
     return {int(node["node-id"]) for node in flwr("supernode", "list", superlink)["nodes"] if node["status"] != "unregistered"}
 
 
-def _written(registered: Path) -> dict[str, tuple[int, str]]:
-    """Returns node and key by the name of the client. Raises UserError for a file that tells neither."""
+def _recorded(registered: Path) -> dict[str, tuple[int, str]]:
+    """Returns (node, key) by the client's name. Raises UserError for a file that lacks either."""
     found = {}
     for path in registered.glob("*.json"):
         try:

@@ -1,7 +1,7 @@
-"""`fedsim deploy status`: which clients are there, when each was last heard of, and how far the run has come.
+"""`fedsim deploy status`: which clients are connected, when each was last heard from, and how far the run has progressed.
 
-A node that is there tells the SuperLink so every half minute; one that has not for a minute is offline. Flower's command line gives the
-times at which a node came and went, and how long ago it came by the SuperLink's own clock, which is the only one that is asked here.
+A connected node sends a heartbeat every half minute; after a minute without one it is offline. Flower's command line reports when a node
+connected and disconnected, and how long ago it connected by the SuperLink's clock, the only clock used here.
 """
 
 from datetime import datetime
@@ -13,16 +13,16 @@ from fedsim.deploy.registering import registered_names
 from fedsim.flower.telling import STARTED, marked
 
 UNKNOWN = "unknown"
-"""Status of a client that was registered at a SuperLink which knows nothing of it, as after the loss of its database."""
+"""Status of a registered client that the SuperLink does not know, such as after the loss of its database."""
 SINCE = {"online": "online-at", "offline": "offline-at", "unregistered": "deleted-at"}
-"""Which of Flower's times tells since when a node has had its status."""
+"""The field of Flower's node with the time since which it has had its status."""
 UNITS = {"d": 24 * 3600, "h": 3600, "min": 60, "s": 1}
 
 
 def status(superlink: str, registered: Path | None = None) -> dict[str, Any]:
     """Returns {"nodes": [...], "runs": [...]}; the latest runs come first. `registered` is the folder that `register` writes.
 
-    `heard_seconds_ago` of a node is 0 while it is online, None where it never was, and else right to the minute for which it is waited.
+    `heard_seconds_ago` of a node is 0 while it is online, None if it never was, else accurate to the minute's wait for a heartbeat.
     """
     names = registered_names(registered) if registered else {}
     nodes = [_node(node, names.pop(int(node["node-id"]), "")) for node in flwr("supernode", "list", superlink)["nodes"]]
@@ -36,7 +36,7 @@ def status(superlink: str, registered: Path | None = None) -> dict[str, Any]:
 
 
 def status_table(found: dict[str, Any]) -> str:
-    """Returns the status as text for people."""
+    """Returns the status as a readable table."""
     lines = [f"{'client':<12} {'node':<22} {'status':<12} {'last heard':<12} since"]
     lines += [
         f"{node['client'] or '?':<12} {node['node']:<22} {node['status']:<12} {_heard(node):<12} {node['since'] or '-'}"
@@ -48,19 +48,19 @@ def status_table(found: dict[str, Any]) -> str:
 
 
 def _node(node: dict[str, Any], client: str) -> dict[str, Any]:
-    came = _time(node["online-at"])
-    went = [time for time in (_time(node["offline-at"]), _time(node["deleted-at"])) if time and came and time >= came]
+    connected = _time(node["online-at"])
+    disconnected = [time for time in (_time(node["offline-at"]), _time(node["deleted-at"])) if time and connected and time >= connected]
     heard: int | None = None
     if node["status"] == "online":
         heard = 0
-    elif came and went:
-        heard = max(0, round(node["online-elapsed"] - (went[0] - came).total_seconds()))
+    elif connected and disconnected:
+        heard = max(0, round(node["online-elapsed"] - (disconnected[0] - connected).total_seconds()))
     since = node[SINCE.get(node["status"], "created-at")]
     return {"client": client, "node": node["node-id"], "status": node["status"], "heard_seconds_ago": heard, "since": since}
 
 
 def _time(text: str) -> datetime | None:
-    """Returns the time that Flower writes, None where it writes that there is none."""
+    """Parses a time written by Flower, None if it is no time."""
     try:
         return datetime.fromisoformat(text)
     except ValueError:
@@ -79,7 +79,7 @@ def _heard(node: dict[str, Any]) -> str:
 
 
 def _round(run_id: str, superlink: str) -> str:
-    """Returns "3/12" where a run of fedsim has come to its third round, "-" where its log tells no round."""
+    """Returns "3/12" for a run of fedsim in its third round, "-" if its log names no round."""
     rounds, current = "?", ""
     for line in log_of(run_id, superlink).splitlines():
         name, arguments = marked(line)

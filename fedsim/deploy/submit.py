@@ -1,7 +1,7 @@
-"""`engine=deployment`: the server of the run is a ServerApp at the SuperLink; here it is submitted and followed.
+"""`engine=deployment`: submits a run, whose server is a ServerApp at the SuperLink, and follows it.
 
-The run folder lies where the SuperLink runs: run_dir is a path there, relative to the SuperLink's working folder. The bundle that Flower
-carries names the apps only, and the resolved configuration travels in it as one string.
+The run folder is on the SuperLink's machine: run_dir is relative to the SuperLink's working folder. Flower's bundle only names the apps;
+the resolved configuration travels with it as one string.
 """
 
 import json
@@ -42,37 +42,37 @@ config = ""
 overrides = ""
 """
 RECONNECTS = 5
-"""How often a log that breaks off while the run goes on is taken up again."""
+"""How often a log that breaks off during the run is reopened."""
 ABSENCE_SECONDS, LOOK_SECONDS = 60.0, 2.0
-"""How long a SuperLink that does not answer, as while it is started again, is waited for, and how often it is looked for."""
+"""How long to wait for a SuperLink that does not answer, such as during a restart, and the interval between attempts."""
 
 
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
-    """Submits the run, shows how it goes, and returns its summary.
+    """Submits the run, shows its progress, and returns its summary.
 
-    Raises UserError for a mistake and RunStopped for a run that cannot go on, also where the server finds that, RunFailedError if the run
-    fails, LeftRunningError on Ctrl-C: it goes on.
+    Raises UserError for a mistake and RunStopped for a run that cannot continue, also if the server finds it, RunFailedError if the run
+    fails, and LeftRunningError on Ctrl-C, after which the run continues.
     """
     if not config.engine.superlink:
         raise UserError("Expected engine.superlink with engine=deployment, got none. Name a SuperLink of `flwr config list`.")
     config = named(config)
-    effective(config)  # finds here and now what the server would find
+    effective(config)  # raises at once what the server would raise
     run_id = submitted(config)
     if not quiet:
         print(f"run {run_id} at the SuperLink {config.engine.superlink}; its run folder there: {config.run_dir}", file=sys.stderr)
     try:
-        summary = _followed(run_id, config, quiet=quiet)
+        summary = _follow_to_end(run_id, config, quiet=quiet)
     except KeyboardInterrupt:
-        raise LeftRunningError(_how_to_go_on(run_id, config)) from None
+        raise LeftRunningError(_resume_hint(run_id, config)) from None
     if not quiet:
         print(f"\n{summary_table(summary)}")
     return summary
 
 
 def named(config: Config) -> Config:
-    """Returns the configuration with a run folder, which whoever submits must know to resume the run.
+    """Returns the configuration with a run folder, whose name is needed to resume the run.
 
-    The folder is at the SuperLink: where that is another machine, what exists there is not known here, and a taken one is refused there.
+    The folder is at the SuperLink. If that is another machine, only the server can see, and refuse, a folder that is taken.
     """
     if config.run_dir:
         return config
@@ -81,7 +81,7 @@ def named(config: Config) -> Config:
 
 
 def submitted(config: Config) -> str:
-    """Hands the run to the SuperLink and returns Flower's number of it. Raises UserError."""
+    """Submits the run to the SuperLink and returns Flower's run id. Raises UserError."""
     with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
         (Path(folder) / "pyproject.toml").write_text(_APP.format(version=fedsim.__version__))
         values = Path(folder) / "values.toml"  # JSON strings are TOML strings
@@ -91,7 +91,7 @@ def submitted(config: Config) -> str:
             return str(flwr("run", folder, superlink, "--run-config", str(values))["run-id"])
 
 
-def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
+def _follow_to_end(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
     shown, taken = Following(quiet=quiet), 0
     superlink = str(config.engine.superlink)
     again = f"Go on with the same options and run_dir={config.run_dir} resume=true"
@@ -103,7 +103,7 @@ def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
                 raise RunStopped(f"{stopped} Its run folder there: {config.run_dir}.") from None
             if shown.summary is not None:
                 return shown.summary
-            facts = _patient_facts(run_id, superlink, again, quiet=quiet)
+            facts = _facts_with_retries(run_id, superlink, again, quiet=quiet)
             if str(facts["status"]).startswith("finished"):
                 break
     finally:
@@ -113,7 +113,7 @@ def _followed(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
 
 
 def _follow(run_id: str, superlink: str, shown: Following, taken: int) -> int:
-    """Shows the log after its first `taken` characters, until it ends. Returns how many characters there are."""
+    """Shows the log after its first `taken` characters, until it ends. Returns its number of characters."""
     with following(run_id, superlink) as process:
         assert process.stdout is not None
         try:
@@ -127,22 +127,22 @@ def _follow(run_id: str, superlink: str, shown: Following, taken: int) -> int:
             process.kill()
 
 
-def _patient_facts(run_id: str, superlink: str, again: str, *, quiet: bool) -> dict[str, Any]:
-    """Returns what Flower says of the run, if need be when the SuperLink is back. Raises RunFailedError if it stays away."""
-    ends, told = time.monotonic() + ABSENCE_SECONDS, False
+def _facts_with_retries(run_id: str, superlink: str, again: str, *, quiet: bool) -> dict[str, Any]:
+    """Returns Flower's record of the run, after waiting for the SuperLink if necessary. Raises RunFailedError if it stays unreachable."""
+    ends, warned = time.monotonic() + ABSENCE_SECONDS, False
     while True:
         try:
             return run_facts(run_id, superlink)
         except UserError as error:
             if time.monotonic() > ends:
                 raise RunFailedError(f"The SuperLink {superlink} has not answered for {ABSENCE_SECONDS:g} s. {again}\n{error}") from error
-        if not told and not quiet:
+        if not warned and not quiet:
             print(f"the SuperLink {superlink} does not answer: waiting for it", file=sys.stderr)
-        told = True
+        warned = True
         time.sleep(LOOK_SECONDS)
 
 
-def _how_to_go_on(run_id: str, config: Config) -> str:
+def _resume_hint(run_id: str, config: Config) -> str:
     superlink = config.engine.superlink
     return (
         f"The run goes on at the SuperLink. Follow its log: flwr log {run_id} {superlink}    Stop it: flwr stop {run_id} {superlink}\n"

@@ -41,7 +41,7 @@ def test_runs_that_are_submitted_in_the_same_second_get_folders_of_their_own(tmp
 def test_a_superlink_that_is_started_again_is_waited_for(monkeypatch, capsys):
     away = UserError("flwr list: Connection to the SuperLink is unavailable.")
     answers(monkeypatch, away, away, {"status": "running"})
-    assert submit._patient_facts("1", "mine", "Go on", quiet=False) == {"status": "running"}
+    assert submit._facts_with_retries("1", "mine", "Go on", quiet=False) == {"status": "running"}
     assert capsys.readouterr().err == "the SuperLink mine does not answer: waiting for it\n", "told once"
 
 
@@ -49,4 +49,4 @@ def test_one_that_stays_away_ends_the_command_with_how_to_go_on(monkeypatch):
     answers(monkeypatch, UserError("flwr list: Connection to the SuperLink is unavailable."))
     monkeypatch.setattr(submit, "ABSENCE_SECONDS", 0.05)
     with pytest.raises(RunFailedError, match=r"has not answered for 0\.05 s\. Go on with resume=true\nflwr list: Connection"):
-        submit._patient_facts("1", "mine", "Go on with resume=true", quiet=True)
+        submit._facts_with_retries("1", "mine", "Go on with resume=true", quiet=True)
