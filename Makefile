@@ -1,4 +1,4 @@
-# Every target sets up what it needs the first time; afterwards that costs nothing. ARGS is passed on: make test ARGS=tests/core
+# Every target sets up what it needs on its first use only. ARGS is passed on: make test ARGS=tests/core
 SHELL := /bin/bash
 BIN := .venv/bin
 

@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every matrix, Nesterov momentum, scaled by sqrt(max(1, m / n))."""
+        """Updates every matrix, with Nesterov momentum, scaled by sqrt(max(1, m / n))."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

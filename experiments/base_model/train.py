@@ -1,7 +1,7 @@
-"""Trains the embedded base model from text that the project generates: `python experiments/base_model/train.py`.
+"""Trains the embedded base model on text that the project generates: `python experiments/base_model/train.py`.
 
-One process, CPU or GPU, seeded. It goes on from its last checkpoint when started again, and writes the model with its tokenizer into
-fedsim/embedded/base_model. The cost and what came out are in MODEL_CARD.md beside this file.
+Runs in one process on the CPU, seeded, continues from its last checkpoint when restarted, and writes the model and its tokenizer to
+fedsim/embedded/base_model. MODEL_CARD.md next to this file has the cost and the results.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from fedsim.embedded import BASE_MODEL, corpus, tokenizer
 from fedsim.seeding import derive_seed
 
 PART = 4000
-"""Documents that are generated and shuffled into rows at a time."""
+"""Number of documents that are generated and packed into rows at a time."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Recipe:
     bfloat16_from: int = 200
 
     def rate(self, step: int) -> float:
-        """Cycles that end at the steps of `cycles`: warm-up, a plateau, and a linear fall to zero over the last part `decay` of each."""
+        """Returns the learning rate's factor: per cycle a warm-up, a plateau, and a linear decay to zero over its last fraction `decay`."""
         first, last = next((first, last) for first, last in pairwise((0, *self.cycles)) if step < last)
         return min(1.0, (step - first + 1) / self.warmup, (last - step) / (self.decay * (last - first)))
 
@@ -57,8 +57,8 @@ def make_tokenizer(recipe: Recipe) -> Any:
 def make_model(recipe: Recipe, words: Any) -> Any:
     """Returns the untrained Llama with tied embeddings.
 
-    Queries start equal to keys, and outputs as transposes of values: every head begins by copying from tokens like its own, and learns
-    to look back in a tenth of the steps (mimetic initialisation, arXiv 2305.09828, with the sign that copies).
+    Queries start equal to keys, and outputs as transposed values: every head starts by copying from similar tokens, and learns to look back
+    in a tenth of the steps (mimetic initialisation, arXiv 2305.09828, with the sign that copies).
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,7 +88,7 @@ def make_model(recipe: Recipe, words: Any) -> Any:
 
 
 def batches(recipe: Recipe, words: Any, part: int, row: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields batches [rows, length] from batch `row` of part `part` on, each with the position of the batch after it."""
+    """Yields batches [rows, length] from batch `row` of part `part` on, each with the position of the next."""
     size = recipe.rows * recipe.length
     while True:
         ids = [t for row_ids in words(list(corpus.documents(recipe.seed, part, PART)))["input_ids"] for t in (*row_ids, words.eos_token_id)]
@@ -98,7 +98,7 @@ def batches(recipe: Recipe, words: Any, part: int, row: int) -> Iterator[tuple[i
 
 
 def optimizers(recipe: Recipe, model: Any) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for embeddings and norms."""
+    """Returns Muon for the matrices of the blocks and AdamW for embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     adam = torch.optim.AdamW(others, lr=recipe.vector_rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -113,7 +113,7 @@ def save_checkpoint(path: Path, step: int, at: tuple[int, int], model: Any, opti
 
 
 def train(recipe: Recipe, work: Path, every: int) -> tuple[Any, Any]:
-    """Returns the trained model and its tokenizer; checkpoints in `work` every `every` steps."""
+    """Returns the trained model and its tokenizer; writes a checkpoint to `work` every `every` steps."""
     work.mkdir(parents=True, exist_ok=True)
     words = make_tokenizer(recipe)
     model = make_model(recipe, words).train()
@@ -147,7 +147,7 @@ def train(recipe: Recipe, work: Path, every: int) -> tuple[Any, Any]:
 
 
 def export(model: Any, words: Any, recipe: Recipe, folder: Path) -> None:
-    """Writes model (in half precision, for size), tokenizer and recipe in Hugging Face form."""
+    """Writes model (in half precision, for size), tokenizer and recipe in Hugging Face format."""
     model.half().save_pretrained(folder)
     words.save_pretrained(folder)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")

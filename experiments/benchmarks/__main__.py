@@ -59,7 +59,7 @@ def main(words: list[str] | None = None) -> int:
     if options.out and (options.out.suffix != ".json" or options.out.is_dir()):
         parser.error(f"--out: expected the name of a .json file, got {options.out}")
     os.environ.update({**OFFLINE, **os.environ})
-    keep_freed_memory()  # as a session of fedsim does; plain torch, peft and Opacus in this process have it too
+    keep_freed_memory()  # as in a session of fedsim; applies to plain torch, peft and Opacus in this process too
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     settings = Settings.of(options.quick, options.device, tuple(options.model.split(",")) if options.model else ())
     chosen = options.only.split(",") if options.only else [section.letter for section in SECTIONS]
@@ -79,7 +79,7 @@ def _measure(section: Section, settings: Settings, found: results.Results, out: 
     before = found.get(section.letter, {})
     same = resume and before.get("made", {}).get("quick") == settings.quick
     made = manifest(0, datetime.now()) | {"quick": settings.quick, "how": _command(sys.argv[1:])}
-    del made["command"], made["seed"]  # `how` says it, and seeds are fixed
+    del made["command"], made["seed"]  # `how` replaces the command, and seeds are fixed
     rows: list[dict[str, Any]] = []
     found[section.letter] = {"title": section.title, "made": before["made"] if same else made, "rows": rows}
     print(f"{section.letter}: {section.title}", flush=True)
@@ -91,15 +91,15 @@ def _measure(section: Section, settings: Settings, found: results.Results, out: 
 
 
 def _command(words: list[str]) -> str:
-    """Returns the command that measures the same; where the results went does not belong to it."""
+    """Returns the command that repeats the measurement, without the file of the results."""
     kept = [word for i, word in enumerate(words) if word != "--out" and words[i - 1 : i] != ["--out"]]
     return f'make bench ARGS="{shlex.join(kept)}"' if kept else "make bench"
 
 
 def _line(section: Section, row: dict[str, Any]) -> str:
     values = row["case"] | row["found"]
-    told = [f"{column.head} {cell}" for column in section.columns if (cell := column.cell(values))]
-    return "  ".join(told) if "failed" not in values else f"{row['case']} FAILED {values['failed']}"
+    cells = [f"{column.head} {cell}" for column in section.columns if (cell := column.cell(values))]
+    return "  ".join(cells) if "failed" not in values else f"{row['case']} FAILED {values['failed']}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
 """Section g: models of published size on a GPU, with random weights built on the device from their configuration.
 
 Model FLOPs are 4 x parameters x tokens: a frozen base costs a forward pass and the gradient of the activations, no gradient of weights.
-They are set against the throughput of the largest matrix product measured on the same device in the same run. Several GPUs: a worker
-each, with a share of the clients. On a CPU the section runs with a tiny model, to be tried; its figures mean nothing there.
+They are compared with the highest throughput of matrix products, measured on the same device in the same run. Several GPUs run one worker
+each, with a share of the clients. On a CPU the section runs a tiny model, as a test; its figures mean nothing.
 """
 
 import gc
@@ -28,7 +28,7 @@ from fedsim.memory import resident_bytes
 from fedsim.shapes import random_model
 
 PUBLISHED = {"llama32_1b": (256, 8), "llama32_3b": (256, 8), "mistral_7b": (512, 1)}
-"""Tokens of a sequence and batch of a client by model, as published (arXiv 2502.15436)."""
+"""(tokens of a sequence, batch of a client) by model, as published (arXiv 2502.15436)."""
 
 RANK = {"tiny": 16}
 BYTES_NEEDED = {"llama32_1b": 12e9, "llama32_3b": 24e9, "mistral_7b": 44e9}
@@ -36,14 +36,14 @@ BYTES_NEEDED = {"llama32_1b": 12e9, "llama32_3b": 24e9, "mistral_7b": 44e9}
 
 
 def device_of(settings: Settings) -> torch.device:
-    """Returns the device that is measured."""
+    """Returns the device to measure."""
     if settings.device != "auto":
         return torch.device(settings.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Returns model, clients and way of training of every row; on a CPU the tiny model alone, unless models are named."""
+    """Returns model, clients and way of training of every row; on a CPU only the tiny model, unless models are named."""
     device = device_of(settings)
     fitting = [name for name, needed in BYTES_NEEDED.items() if device.type == "cuda" and _memory(device) >= needed]
     models = settings.models or tuple(fitting) or ("tiny",)
@@ -61,7 +61,7 @@ def _memory(device: torch.device) -> float:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Measures one row: the cohort, and where it is plain the same clients one by one and centralised."""
+    """Measures one row: the cohort and, for plain training, the same clients one by one and centralised."""
     if case["way"].endswith("workers"):
         return _workers(case, settings)
     device, workload = device_of(settings), workload_of(case["model"], case["clients"], 1 if settings.quick else 2)
@@ -116,7 +116,7 @@ def subject_of(model: str, device: str, checkpointing: bool) -> Subject:
 
 
 def parameters(model: nn.Module) -> int:
-    """Parameters that every token is multiplied by: all but an embedding that is not also the head."""
+    """Returns the number of parameters that multiply every token: all but an embedding that is not also the head."""
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     tied = model.get_output_embeddings().weight is embedding  # type: ignore[operator]
     return sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else embedding.numel())
@@ -124,7 +124,7 @@ def parameters(model: nn.Module) -> int:
 
 @lru_cache
 def matrix_product_ceiling(device: str, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of square matrix products, the largest of a few sizes."""
+    """Returns the highest FLOP/s of square matrix products over a few sizes."""
     sizes = (4096, 8192, 16384) if device.startswith("cuda") else (512, 1024)
     return max(product_flops(size, size, torch.device(device), dtype, tokens=size) for size in sizes)
 
@@ -144,9 +144,9 @@ def _peak(device: torch.device) -> float:
 
 
 def _workers(case: Case, settings: Settings) -> Found:
-    """One process a device, each with its share of the clients, at the same time; the slowest counts.
+    """Measures one process per device, each with its share of the clients, at the same time; the slowest counts.
 
-    This process holds nothing meanwhile: what it has of the first GPU would be missing there.
+    This process frees its memory first, which the first GPU's worker would lack.
     """
     count, device = int(case["way"].split()[0]), device_of(settings)
     subject_of.cache_clear()
@@ -154,14 +154,14 @@ def _workers(case: Case, settings: Settings) -> Found:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = visible if len(visible) == count else [str(place) for place in range(count)]
     shares = [case["clients"] // count + (place < case["clients"] % count) for place in range(count)]
-    told = [{"model": case["model"], "clients": share, "device": str(device), "quick": settings.quick} for share in shares if share]
+    arguments = [{"model": case["model"], "clients": share, "device": str(device), "quick": settings.quick} for share in shares if share]
 
     def work(place: int) -> dict[str, Any]:
         seen = {"CUDA_VISIBLE_DEVICES": names[place]} if device.type == "cuda" else {}
-        return call("experiments.benchmarks.accelerator", told[place], environment=seen)
+        return call("experiments.benchmarks.accelerator", arguments[place], environment=seen)
 
-    with ThreadPoolExecutor(len(told)) as pool:
-        found = list(pool.map(work, range(len(told))))
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        found = list(pool.map(work, range(len(arguments))))
     workload = workload_of(case["model"], case["clients"], 1)
     tokens = sum(each["tokens"] for each in found)
     return {"tokens": workload.tokens, "batch": workload.batch, "cohort": tokens / max(each["seconds"] for each in found)}

@@ -1,6 +1,6 @@
-"""Section t: what torch.compile brings to the passes of a cohort, and what it costs first; on a GPU with CUDA graphs as well.
+"""Section t: how much torch.compile speeds up the passes of a cohort, and how long it compiles; on a GPU with CUDA graphs as well.
 
-fedsim does not compile its passes: the table says why.
+fedsim does not compile its passes: the table shows why.
 """
 
 import time
@@ -34,7 +34,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Measures passes of one shape in turns with and without compilation, and the seconds of the first that is compiled."""
+    """Measures passes of one shape in turns with and without compilation, and the seconds of the first compiled step."""
     device = device_of(settings)
     on_gpu = device.type == "cuda"
     workload = workload_of(case["model"], CLIENTS, 2) if on_gpu else Workload(case["model"], CLIENTS, batch=1, tokens=32, steps=2)
@@ -68,7 +68,7 @@ def _forward(model: nn.Module, forward: object) -> Iterator[None]:
 
 @contextmanager
 def _own_products() -> Iterator[None]:
-    """Within the block PyTorch's own library multiplies: it is the one that torch.compile makes code for."""
+    """Multiplies with PyTorch's own library in the block, for which torch.compile generates code."""
     before = gemm.has_onednn
     gemm.has_onednn = lambda: False  # type: ignore[assignment]
     try:

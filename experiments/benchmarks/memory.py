@@ -1,4 +1,4 @@
-"""Section d: memory against the number of clients, each in a process of its own, and how fast uploads are averaged."""
+"""Section d: memory by number of clients, each in a process of its own, and the speed of averaging uploads."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedsim.memory import keep_freed_memory, resident_bytes
 
 ROUNDS, EARLY, LATE = "rounds of a tenth of 1,000 clients", 4, 20
 PER_CLIENT_COPIES = 4
-"""float32 numbers that a client adds for each of its parameters: R, its gradient and two moments of AdamW."""
+"""float32 numbers per parameter of a client: R, its gradient and two moments of AdamW."""
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -43,21 +43,21 @@ def measure(case: Case, settings: Settings) -> Found:
 
 
 def rounds_in_this_process(clients: int) -> dict[str, Any]:
-    """Trains that many of a thousand clients in each round, others every time, and returns the memory after two of the rounds, in MB."""
+    """Trains `clients` of 1,000 clients in each round, drawn anew, and returns the memory in MB in the rounds EARLY and LATE."""
     sizes = ("federation.clients=1000", f"federation.fraction={clients / 1000}", f"federation.rounds={LATE}")
     config = compose([*BRIEF, *sizes, "adapter.init=orthogonal", "training.local_steps=1", "training.batch_size=1"])
     resident: dict[str, int] = {}
 
-    def look(reply: Message) -> None:
+    def record(reply: Message) -> None:
         resident[reply.metadata.group_id] = resident_bytes()
 
-    carried_out(config, lambda config: in_process(config, quiet=True, watch=lambda grid: WatchedGrid(grid, look)))
+    carried_out(config, lambda config: in_process(config, quiet=True, watch=lambda grid: WatchedGrid(grid, record)))
     early, late = (resident[str(number)] / 1e6 for number in (EARLY, LATE))
     return {"early_mb": early, "late_mb": late, "ratio": late / early}
 
 
 def train_in_this_process(clients: int) -> dict[str, Any]:
-    """Trains the embedded model at rank 64 for two steps of one sequence, and returns the memory that it took, in MB."""
+    """Trains the embedded model at rank 64 for two steps of one sequence, and returns the memory used, in MB."""
     keep_freed_memory()  # as a session does
     on = workloads.subject("embedded", 64)
     workload = Workload("embedded", clients, batch=1, tokens=64, steps=2, rank=64)

@@ -1,10 +1,10 @@
-"""What privacy costs in accuracy on SICK: Fed-SB from several initialisations, FFA-LoRA and FedIT at epsilon 1, 3 and 8, three seeds.
+"""The accuracy that privacy costs on SICK: Fed-SB from several initialisations, FFA-LoRA and FedIT at epsilon 1, 3 and 8, three seeds.
 
     pip install -e '.[nli]'
     python experiments/benchmarks/private_sick.py --data ../shared/data/nli/SICK.txt
 
-Writes experiments/results/private_sick.{json,md}. It may be stopped at any time: what has finished is not run again, and several processes
-may work on it at once, each taking runs that no other has begun. Rates and scalings come from a few tries on one seed at epsilon 3.
+Writes experiments/results/private_sick.{json,md}. It may be stopped at any time: finished runs are not repeated, and several processes may
+share the work, each taking runs that no other has begun. Rates and scalings come from a few trials on one seed at epsilon 3.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from fedsim.files import LOCK, atomic_write, atomic_write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 EPSILONS, SEEDS = (1.0, 3.0, 8.0, None), (0, 1, 2)
-"""None is without privacy."""
+"""None means no privacy."""
 
 _FREE = ("privacy=none", "privacy.epsilon=null", "training.learning_rate=4")
-"""Without clipping SGD wants smaller steps: at 16, accuracies fall to 60 %."""
+"""Without clipping SGD needs smaller steps: at a rate of 16, accuracies fall to 60 %."""
 _ADAM = ("training.optimizer=adamw", "training.learning_rate=0.1", "training.warmup_ratio=0.5")
-"""For bases that come with a first step of Adam, which is to be small (arXiv 2411.19557)."""
+"""For bases that come with a first step of Adam, which must be small (arXiv 2411.19557)."""
 ROWS = {
     "Fed-SB, weight_svd": ("method=fed_sb", "adapter.init=weight_svd"),
     "Fed-SB, orthogonal": ("method=fed_sb", "adapter.init=orthogonal"),
@@ -41,7 +41,7 @@ ROWS = {
     "Fed-SB, gradient_public, AdamW": ("method=fed_sb", "adapter.init=gradient_public", *_ADAM),
     "Fed-SB, gradient, AdamW": ("method=fed_sb", "adapter.init=gradient", *_ADAM),
 }
-LOSSES = (  # (what needs no public data, what is compared to it)
+LOSSES = (  # (reference, row that is compared with it)
     ("Fed-SB, weight_svd", "Fed-SB, gradient_dp"),
     ("Fed-SB, weight_svd", "Fed-SB, orthogonal"),
     ("Fed-SB, gradient_public, AdamW", "Fed-SB, weight_svd, AdamW"),
@@ -64,14 +64,14 @@ class Job:
         return f"{self.row.replace(', ', '-')}-epsilon{self.epsilon or 'none'}-seed{self.seed}".lower()
 
     def config(self, data: str, folder: Path) -> Config:
-        """What is run."""
+        """Returns the configuration of the run."""
         private = _FREE if self.epsilon is None else [f"privacy.epsilon={self.epsilon}"]
         words = ["experiment=private_sick", f"data.path={data}", *private, *ROWS[self.row], f"seed={self.seed}", f"run_dir={folder}"]
         return replace(compose(words), resume=(folder / LOCK).exists())
 
 
 def jobs() -> Iterator[Job]:
-    """Yields every run: seed by seed, so that a table that is cut short has all rows."""
+    """Yields every run, seed by seed, so that a partial table has all rows."""
     for seed in SEEDS:
         for epsilon in EPSILONS:
             for row in ROWS:
@@ -80,7 +80,7 @@ def jobs() -> Iterator[Job]:
 
 
 def carry_out(folder: Path, data: str, backwards: bool) -> None:
-    """Carries out what nobody has; a run that another process has in hand is left to it."""
+    """Executes the runs that are missing; skips a run that another process holds."""
     wanted = list(jobs())
     for job in reversed(wanted) if backwards else wanted:
         mine = folder / job.name
@@ -100,7 +100,7 @@ def accuracy(summary: dict[str, Any]) -> float:
 
 
 def found(folder: Path) -> list[dict[str, Any]]:
-    """Returns a line for each run that has finished."""
+    """Returns a line for each finished run."""
     lines = []
     for job in jobs():
         path = folder / job.name / "summary.json"
@@ -148,7 +148,7 @@ def _cell(lines: list[dict[str, Any]]) -> str:
 
 
 def losses(lines: list[dict[str, Any]]) -> str:
-    """Returns, as Markdown, by how many points one start differs from another, seed by seed."""
+    """Returns, as Markdown, the differences between initialisations in points, paired by seed."""
     text = []
     for reference, row in LOSSES:
         for epsilon in EPSILONS:
@@ -161,7 +161,7 @@ def losses(lines: list[dict[str, Any]]) -> str:
 
 
 def write(folder: Path, command: str) -> None:
-    """Writes both files of what has finished."""
+    """Writes both result files from the finished runs."""
     lines = found(folder)
     if not lines:
         raise SystemExit(f"{folder}: expected finished runs, found none; leave --table out.")
@@ -189,7 +189,7 @@ Made by `{command}` with {made["versions"]["torch"]} of torch on {made["hardware
 
 
 def main() -> None:
-    """Reads the command line, carries out what is missing and writes the table."""
+    """Parses the command line, executes the missing runs and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="SICK.txt")
     parser.add_argument("--runs", type=Path, default=Path("runs/private_sick"), help="folder of the runs")

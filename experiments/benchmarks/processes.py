@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own: a peer with its own runtime, or a memory that nobody else has touched."""
+"""Measurements that need a process of their own: for a peer with its own runtime, or for untouched memory."""
 
 import importlib.util
 import json
@@ -17,18 +17,18 @@ MARK = "RESULT "
 
 
 def require(*modules: str) -> None:
-    """Raises SkippedError where one of the modules of a peer is not installed."""
+    """Raises SkippedError if one of a peer's modules is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise SkippedError(f"{module} is not installed: pip install -e '.[dev,simulation,bench]'")
 
 
 def call(module: str, arguments: dict[str, Any], *, timeout: float = 600.0, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Runs `python -m module JSON` and returns the JSON after `MARK` in its output; without `environment` it sees no GPU.
+    """Runs `python -m module JSON` and returns the JSON after `MARK` in its output; it sees no GPU unless `environment` names one.
 
-    Raises RuntimeError with the end of what it said where it fails, and subprocess.TimeoutExpired.
+    Raises RuntimeError with its last line of output if it fails, and subprocess.TimeoutExpired.
     """
-    given = {"CUDA_VISIBLE_DEVICES": ""} | (environment or {})  # all but section g compare what a CPU does
+    given = {"CUDA_VISIBLE_DEVICES": ""} | (environment or {})  # all sections but g measure the CPU
     path = os.pathsep.join(filter(None, [given.get("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, json.dumps(arguments)],
@@ -46,10 +46,10 @@ def call(module: str, arguments: dict[str, Any], *, timeout: float = 600.0, envi
 
 
 def answer(value: dict[str, Any]) -> None:
-    """Prints what `call` returns."""
+    """Prints the value for `call` to return."""
     print(f"{MARK}{json.dumps(value)}", flush=True)
 
 
 def asked() -> dict[str, Any]:
-    """Returns the arguments that `call` gave."""
+    """Returns the arguments of `call`."""
     return json.loads(sys.argv[1])

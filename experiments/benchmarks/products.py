@@ -1,4 +1,4 @@
-"""Section m: the library that multiplies matrices on this CPU, against PyTorch's own choice."""
+"""Section m: fedsim's library for matrix products on this CPU against PyTorch's own choice."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from experiments.benchmarks.timing import Task, interleaved, medians, ratio
 from fedsim.core import gemm
 
 SHAPES = ((192, 192), (512, 192), (512, 1376), (2272, 192))
-"""Out and in of layers of the embedded model, of the one with 20 M parameters, and of a head."""
+"""(out, in) of layers of the embedded model, of the one with 20 M parameters, and of a head."""
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -21,7 +21,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Measures the product forward, as a layer asks for it, and backward, with the same matrix transposed."""
+    """Measures a layer's forward product, and the backward one with the same matrix transposed."""
     if not gemm.has_onednn():
         raise SkippedError("PyTorch's own library is taken here: the processor has no AVX-512, or oneDNN is missing.")
     generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ KINDS = {
     "optimizer and sums": ("lerp", "addcmul", "addcdiv", "sqrt", "index_add", "zero_", "fill_"),
     "other elementwise": ("",),
 }
-"""The first kind of which a part is in the operator's name."""
+"""An operator is of the first kind with one of its words in the operator's name."""
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -40,7 +40,7 @@ def measure(case: Case, settings: Settings) -> Found:
 
 
 def shares(times: dict[str, float]) -> Found:
-    """Returns percent by kind of operators' own times; "everything" is what passes outside of them, Python."""
+    """Returns the operators' own times by kind, in percent; "everything" is the time outside of them, in Python."""
     sums: dict[str, float] = defaultdict(float)
     for name, own in times.items():
         sums[_kind(name)] += own
@@ -52,7 +52,7 @@ def shares(times: dict[str, float]) -> Found:
 
 
 def _kind(name: str) -> str:
-    if name == "everything" or name.startswith("_Affine"):  # that step of autograd is written in Python
+    if name == "everything" or name.startswith("_Affine"):  # an autograd function written in Python
         return "Python"
     parts = name.lower().removeprefix("aten::")
     for kind, words in KINDS.items():

@@ -1,8 +1,8 @@
 """The results file, its tables, and the page that shows them: nothing on the page is written by hand.
 
-`benchmarks.json` holds for every section when, where and how it was measured, and its rows. The tables are made of it, in
-`benchmarks.md` and between the marks `<!-- bench:a -->` and `<!-- /bench:a -->` of the page. A file of another name (`--out`) has its
-tables beside it only: `benchmarks_fast.json` and `benchmarks_avx2.json` are of other machines.
+`benchmarks.json` holds, for every section, when, where and how it was measured, and its rows. The tables are generated from it, in
+`benchmarks.md` and between the marks `<!-- bench:a -->` and `<!-- /bench:a -->` of the page. The tables of another file (`--out`) are only
+written next to it: `benchmarks_fast.json` and `benchmarks_avx2.json` are of other machines.
 """
 
 import json
@@ -26,7 +26,7 @@ def load(path: Path) -> Results:
 
 
 def save(results: Results, path: Path, sections: list[Section], page: Path | None = None) -> None:
-    """Writes the JSON, the Markdown beside it, and the tables of the page if one is given; each file is old or new at any moment."""
+    """Writes the JSON, the Markdown next to it, and the tables of the page if one is given; each file is replaced atomically."""
     atomic_write_json(path, results)
     texts = section_texts(results, sections)
     atomic_write(path.with_suffix(".md"), document(texts, sections).encode())
@@ -35,7 +35,7 @@ def save(results: Results, path: Path, sections: list[Section], page: Path | Non
 
 
 def section_texts(results: Results, sections: list[Section]) -> dict[str, str]:
-    """Returns what is said of each section that has been measured, by letter."""
+    """Returns the text of each measured section, by letter."""
     return {section.letter: section_text(section, results[section.letter]) for section in sections if section.letter in results}
 
 
@@ -47,7 +47,7 @@ def document(texts: dict[str, str], sections: list[Section]) -> str:
 
 
 def filled(page: str, texts: dict[str, str]) -> str:
-    """Returns the page with each text between the marks of its letter; a letter without marks is left out."""
+    """Returns the page with each text between the marks of its letter; a letter without marks is skipped."""
     for letter, text in texts.items():
         marks = re.compile(rf"(<!-- bench:{letter} -->\n).*?(<!-- /bench:{letter} -->)", re.DOTALL)
         page = marks.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)  # type: ignore[misc]
@@ -87,7 +87,7 @@ def markdown_table(section: Section, rows: list[dict[str, Any]]) -> str:
 
 
 def _made(made: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Says when, where and how, and how busy the machine was: above one waiting process per core figures are of a disturbed machine."""
+    """Returns when, where and how a section was measured, and whether the machine was busy: more than one waiting process per core."""
     hardware, versions = made["hardware"], made["versions"]
     kernels = f" ({hardware['cpu_capability']})" if "cpu_capability" in hardware else ""
     devices = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}{kernels}, {hardware['cores']} cores"

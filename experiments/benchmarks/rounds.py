@@ -1,4 +1,4 @@
-"""Section c: what a round costs when clients do nothing, with everything else of a run: messages, ledger, diagnosis, log, checkpoints."""
+"""Section c: the cost of a round whose clients do nothing, with everything else of a run: messages, ledger, diagnosis, log, checkpoints."""
 
 import statistics
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from fedsim.training.cohort import LocalResult
 IN_PROCESS, RAY, PEER = "fedsim, in process", "fedsim, Ray", "Flower, Ray"
 
 COHORT = 100
-"""Clients in a message, so that the memory of ten thousand uploads is not needed at once."""
+"""Clients per message, so that ten thousand uploads are not in memory at once."""
 
 PEER_MOST = 1000
-"""Clients of the largest round of Flower's simulation: at tens of milliseconds a client one of 10,000 would take ten minutes."""
+"""Most clients in a round of Flower's simulation: at tens of milliseconds per client, 10,000 would take ten minutes."""
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -37,7 +37,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Measures rounds after the first, in which there is set-up, each row in a process of its own."""
+    """Measures the rounds after the first, which includes set-up, each row in a process of its own."""
     clients = case["clients"]
     rounds = _rounds(case["engine"], clients, settings)
     if case["engine"] != IN_PROCESS:
@@ -50,7 +50,7 @@ def measure(case: Case, settings: Settings) -> Found:
 
 
 def _rounds(engine: str, clients: int, settings: Settings) -> int:
-    """Returns how many rounds a row takes: many where they are short."""
+    """Returns the number of rounds of a row, more if they are short."""
     if settings.quick or clients > 1000:
         return 3
     if clients <= 100:
@@ -80,20 +80,20 @@ def _on_ray(config: Config) -> dict[str, Any]:
 
 
 def idle_app() -> ClientApp:
-    """Returns the ClientApp of fedsim, in a process that trains nothing from now on."""
-    worker.train_clients = _nothing
+    """Returns the ClientApp of fedsim, and disables training in this process."""
+    worker.train_clients = _train_nothing
     return app
 
 
-def _nothing(session: Session, clients: Sequence[int], round: int, *_: Any, **__: Any) -> list[ClientReply]:
-    """Returns the factors as they came."""
+def _train_nothing(session: Session, clients: Sequence[int], round: int, *_: Any, **__: Any) -> list[ClientReply]:
+    """Returns the factors unchanged."""
     kinds = session.method.uploaded(round)
     flat = session.spec.pack(factors(session.model, kinds), kinds)
     return [ClientReply(LocalResult(client, flat, 1, 0.0, 1, 1), {VALUES: flat}, None) for client in clients]
 
 
 def summary(rows: list[Found]) -> str:
-    """States what a round costs whatever the number of clients, and what each of them adds."""
+    """States the fixed cost of a round and the cost of each client."""
     own = {row["clients"]: row["round_ms"] for row in rows if row["engine"] == IN_PROCESS}
     few, many = min(own, default=0), max(own, default=0)
     if few == many:

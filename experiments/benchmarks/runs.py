@@ -1,4 +1,4 @@
-"""Whole runs of fedsim in a folder that goes away, and what their logs say."""
+"""Whole runs of fedsim in a temporary folder, and the figures in their logs."""
 
 import tempfile
 from collections import Counter
@@ -17,7 +17,7 @@ from fedsim.local_round import ClientReply
 from fedsim.session import Session
 
 BRIEF = ("data.test_examples=1", "evaluation.max_new_tokens=1", "model.device=cpu")
-"""Overrides of a run on the CPU that hardly evaluates."""
+"""Overrides of a run on the CPU with minimal evaluation."""
 
 Log = list[dict[str, Any]]
 """The events of a run."""
@@ -50,7 +50,7 @@ def round_rates(config: Config) -> list[float]:
 
 @contextmanager
 def _counted_tokens() -> Iterator[Counter[int]]:
-    """Gives the tokens of all passes by round: those of private training, which tells nothing of its batches, too."""
+    """Yields the tokens of all passes by round, including those of private training, whose events omit its batches."""
     train, tokens = worker.train_clients, Counter[int]()
 
     def counted(session: Session, clients: Sequence[int], round: int, *arguments: Any, **options: Any) -> list[ClientReply]:

@@ -1,6 +1,6 @@
 """Section s: what a million clients, or a model of 70 billion parameters, would need. Computed, not measured.
 
-`fedsim estimate` with the rates of an accelerator from its data sheet in place of this machine's; every assumption stands under the table.
+Runs `fedsim estimate` with rates from an accelerator's data sheet instead of this machine's; all assumptions are listed under the table.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from fedsim.shapes import model_shape
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device of a data sheet, and the part of it that is taken to be reached."""
+    """A device's data sheet, and the fractions of it that are assumed to be reached."""
 
     name: str = "H200"
     flops: float = 989e12  # bfloat16, dense
     memory_bytes: float = 141e9
     bytes_per_second: float = 4.8e12
-    training: float = 0.45  # of the FLOP/s: the aim, not measured
+    training: float = 0.45  # fraction of the FLOP/s: the goal, not measured
     decoding: float = 0.3
-    layer_seconds: float = 1e-3  # of a layer in a pass besides its FLOPs: launches of kernels
+    layer_seconds: float = 1e-3  # per layer in a pass besides its FLOPs: kernel launches
     svd_flops: float = 1e12
 
 
 DEVICE = Accelerator()
 MESSAGES = {"copy_bytes": 1e9, "client_seconds": 1e-3}
-"""Of the server: bytes a second that an upload goes through, seconds of a client's messages; section c measures them."""
+"""Of the server: bytes of uploads per second, and seconds for a client's messages; section c measures them."""
 
 TOKENS = 256
 
@@ -54,14 +54,14 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Returns time on one device, memory, and bytes."""
+    """Returns the time on one device, memory, and bytes."""
     given = compose(case["configuration"].split())
     answer = estimate_of(given, tokens=TOKENS, rates=rates_of(DEVICE, model_shape(given.model)))
     return needs(answer)
 
 
 def rates_of(device: Accelerator, shape: ModelShape) -> Calibration:
-    """Returns the rates that are assumed for a model on a device."""
+    """Returns the rates assumed for a model on a device."""
     return Calibration(
         flops=device.training * device.flops,
         pass_seconds=device.layer_seconds * shape.layers,

@@ -1,9 +1,9 @@
-"""A second device made of the CPU's memory: what must also run on a GPU, run on a machine without one.
+"""A second device in the CPU's memory, to try out on a machine without a GPU what must also run on one.
 
-As on a GPU, no operator takes a tensor of it beside one of the CPU (but a number in arithmetic, and an index), nothing of it is drawn with
-a generator of the CPU, and its memory ends: more than `limit` bytes raise OutOfMemoryError. Unlike a GPU it computes what the CPU does, or
-nothing at all: made of shapes only, it has models of any size, of which it tells memory and FLOPs. Code that asks for "cuda" by name does
-not take it for one.
+As on a GPU, no operator mixes its tensors with those of the CPU (except a number in arithmetic, and an index), no generator of the CPU
+draws its random numbers, and its memory is limited: more than `limit` bytes raise OutOfMemoryError. Unlike a GPU it computes what the CPU
+does, or nothing at all: made of shapes only, it holds models of any size and counts their memory and FLOPs. Code that checks for "cuda" by
+name does not recognise it as a GPU.
 
     python -m experiments.benchmarks.second_device <bytes of memory, 0 without limit> run method=fedit ...    a command of fedsim on it
 """
@@ -32,20 +32,20 @@ CROSSING = {aten._to_copy.default, aten.copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default}
 SIZED_LATER = ("arange", "arange.start", "arange.start_step", "eye", "eye.m")
-"""Factories whose results PyTorch makes empty and enlarges afterwards, which a wrapper cannot follow."""
+"""Factories whose results PyTorch creates empty and resizes afterwards, which a wrapper cannot follow."""
 KERNELS = ("native_layer_norm", "silu_backward")
-"""Operators that are one kernel on a GPU, where PyTorch would take another device through several."""
+"""Operators that are one kernel on a GPU but that PyTorch would split into several for another device."""
 
 
 class Memory:
-    """The device's memory: what lives in it, and the most that ever did, in bytes."""
+    """The device's memory: the bytes in use, and their peak."""
 
     def __init__(self) -> None:
         self.limit, self.held, self.peak, self.times_full = 0, 0, 0, 0
-        self.users: Counter[int] = Counter()  # of each storage, by its address
+        self.users: Counter[int] = Counter()  # tensors that use each storage, by its address
 
     def hold(self, storage: torch.UntypedStorage) -> "Held":
-        """Counts a storage as long as what is returned, or another that was returned for it, lives: views share one."""
+        """Counts a storage as long as any `Held` returned for it is alive: views share a storage."""
         if storage._cdata not in self.users:
             if self.limit and self.held + storage.nbytes() > self.limit:
                 self.times_full += 1
@@ -72,24 +72,24 @@ class Held:
 
 
 class SecondDevice:
-    """The device, its memory, and what was asked of it."""
+    """The device, its memory, and counts of its use."""
 
     def __init__(self) -> None:
         self.made_of = CPU
         self.memory = Memory()
         self.calls: Counter[Any] = Counter()  # by operator
-        self.waits = 0  # how often the CPU asked for a value, or a size that hangs on values
-        self.flops = 0  # of matrix products; attention is not among them
+        self.waits = 0  # how often the CPU needed a value, or a size that depends on values
+        self.flops = 0  # of matrix products, without attention
         self._libraries: list[torch.library.Library] = []
 
     def install(self, made_of: str = "values") -> torch.device:
-        """Makes the device known to PyTorch, in this process for good, and returns it. Made of "shapes", it knows no value but 0 and True.
+        """Registers the device with PyTorch for the rest of this process and returns it. Made of "shapes", its only values are 0 and True.
 
-        The norm keeps what CUDA's kernel keeps, and attention without a mask does on a device made of shapes.
+        The norm keeps as much for backward as CUDA's kernel, as does attention without a mask on a device made of shapes.
         """
         self.made_of = torch.device(DEVICE_TYPES[made_of])
         _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-        torch.__future__.set_swap_module_params_on_conversion(True)  # a module's parameters become others, not others' contents
+        torch.__future__.set_swap_module_params_on_conversion(True)  # converting a module replaces its parameters, not their contents
         operators, everything = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
         everything.fallback(lambda operator, *args, **kwargs: self.carried_out(operator, args, kwargs), "PrivateUse1")
         operators.impl("_copy_from", _copy_from, "PrivateUse1")
@@ -97,7 +97,7 @@ class SecondDevice:
             operators.impl(name, self._factory(name), "PrivateUse1")
         for name in KERNELS:
             operators.impl(name, self._kernel(name), "PrivateUse1")
-        self._libraries = [operators, everything]  # they undo what they did when they go
+        self._libraries = [operators, everything]  # they unregister their functions when they are deleted
         functional.rms_norm = _fused_norm  # type: ignore[assignment]
         if made_of == "shapes":
             functional.scaled_dot_product_attention = _fused_attention  # type: ignore[assignment]
@@ -113,7 +113,7 @@ class SecondDevice:
         return lambda *args, **kwargs: self.carried_out(operator, args, kwargs)
 
     def carried_out(self, operator: Any, args: Any, kwargs: Any) -> Any:
-        """Carries an operator out on what the device is made of; a result of the device is a tensor of it."""
+        """Executes an operator on the tensors underneath, and wraps results that stay on the device."""
         self.calls[operator] += 1
         given, shape = pytree.tree_flatten((args, kwargs))
         known = {id(value.raw if isinstance(value, SecondDeviceTensor) else value): value for value in given if isinstance(value, Tensor)}
@@ -122,8 +122,8 @@ class SecondDevice:
         own = bool(args) and isinstance(args[0], SecondDeviceTensor)
         numbers_may_come = own and torch.Tag.pointwise in operator.tags
         self.waits += operator in WAITING or (operator in CROSSING and own != stays)
-        if self.made_of != CPU and (told := _told_without_values(operator, args, kwargs, stays)) is not None:
-            return told
+        if self.made_of != CPU and (stand_in := _stand_in_value(operator, args, kwargs, stays)) is not None:
+            return stand_in
 
         def underneath(value: Any) -> Any:
             if isinstance(value, SecondDeviceTensor):
@@ -156,7 +156,7 @@ DEVICE = SecondDevice()
 
 
 class SecondDeviceTensor(Tensor):
-    """A tensor of the device; `raw` is what it is made of."""
+    """A tensor of the device; `raw` is the tensor underneath."""
 
     raw: Tensor
     held: Held
@@ -182,8 +182,8 @@ class SecondDeviceTensor(Tensor):
         return f"{NAME}({self.raw!r})"
 
 
-def _told_without_values(operator: Any, args: Any, kwargs: Any, stays: bool) -> Any:
-    """Returns what stands for values of the device that come to the CPU, None for an operator that asks for none."""
+def _stand_in_value(operator: Any, args: Any, kwargs: Any, stays: bool) -> Any:
+    """Returns the stand-in for values that move from the device to the CPU, None for an operator that moves none."""
     if operator is aten._local_scalar_dense.default:
         return True if args[0].dtype is torch.bool else 0
     if operator is aten._to_copy.default and not stays and isinstance(args[0], SecondDeviceTensor):
@@ -198,7 +198,7 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps queries, keys, values, result, and one number a row."""
+    """Keeps queries, keys, values, result, and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def _fused_attention(queries: Tensor, keys: Tensor, values: Tensor, attn_mask: T
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Keeps its input alone (CUDA's kernel keeps one number a row as well)."""
+    """Keeps only its input (CUDA's kernel also keeps one number per row)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Any) -> Tensor:
@@ -238,7 +238,7 @@ def _fused_norm(x: Tensor, *others: Any) -> Tensor:
 
 
 class _Module(_DummyBackendModule):
-    """What PyTorch asks of a device: for activation checkpointing, and to leave its random numbers as they were."""
+    """The module that PyTorch requires of a device for activation checkpointing and for restoring random states."""
 
     _initialized = False
 
@@ -253,7 +253,7 @@ class _Module(_DummyBackendModule):
 
 
 def choose(device: torch.device) -> None:
-    """Makes it the device of every model of fedsim in this process, whatever `model.device` says."""
+    """Makes `device` the device of every model of fedsim in this process, whatever `model.device` says."""
     import fedsim
     from fedsim import models
 
@@ -275,6 +275,6 @@ def _command(limit: int, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from experiments.benchmarks import second_device  # the module itself: __main__ is another one, with a device of its own
+    from experiments.benchmarks import second_device  # the module itself: __main__ is a second copy with a device of its own
 
     sys.exit(second_device._command(int(sys.argv[1]), sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""Section e: how long one waits: for the help, for the first training step of a run, and for the tokens of many examples."""
+"""Section e: the waiting time for the help, for the first training step of a run, and for the tokens of many examples."""
 
 import shutil
 import statistics
@@ -23,7 +23,7 @@ def cases(settings: Settings) -> list[Case]:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Returns the median over processes of their own."""
+    """Returns the median over several processes."""
     if case["what"] in (MADE, FIRST, KEPT):
         return _tokens(case["what"], 1 if settings.quick else 3)
     one = _help if case["what"] == HELP else lambda: _first_step(case["what"] == STEP_SEEDED)
@@ -58,7 +58,7 @@ def _tokens_once(what: str, folder: str) -> dict[str, float]:
 
 
 def tokens_of_all_clients(token_cache: bool) -> dict[str, float]:
-    """Asks a new session for the tokens of all clients, and returns the processor's seconds and the memory that this took, in MB."""
+    """Gets the tokens of all clients from a new session, and returns the CPU seconds and the MB of memory that this took."""
     from fedsim.config import Config
     from fedsim.session import Session
 
@@ -73,14 +73,14 @@ def tokens_of_all_clients(token_cache: bool) -> dict[str, float]:
 
 
 def _memory() -> dict[str, float]:
-    """Returns the resident memory of this process in MB: its own, and what it maps from files and so shares with others."""
+    """Returns the resident memory of this process in MB: private, and mapped from files and thus shared."""
     lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
     kilobytes = {line[0]: int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssFile:")}
     return {"private_mb": kilobytes.get("RssAnon:", 0) / 1e3, "shared_mb": kilobytes.get("RssFile:", 0) / 1e3}
 
 
 def run_to_first_step(seeded: bool) -> float:
-    """Begins the default experiment, with one test question, and returns the clock's time when the first pass has been trained."""
+    """Starts the default experiment, with one test question, and returns the wall-clock time at the end of the first pass."""
     from fedsim.cli.main import main
     from fedsim.flower import worker
 
@@ -104,7 +104,7 @@ def run_to_first_step(seeded: bool) -> float:
 
 
 class _FirstPassError(Exception):
-    """The first pass has been trained; the argument is when."""
+    """The first pass has been trained; the argument is the time."""
 
 
 SECTION = Section(

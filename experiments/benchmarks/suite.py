@@ -1,4 +1,4 @@
-"""A benchmark is a section: cases that are known beforehand, a function that measures one, and the columns of its table."""
+"""A benchmark is a section: cases known in advance, a function that measures one, and the columns of its table."""
 
 import os
 import time
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 Case = dict[str, Any]
-"""What tells a row from the others, as plain values."""
+"""What identifies a row, as plain values."""
 
 Found = dict[str, Any]
-"""What was measured, as plain values; `skipped` holds a reason where something was not."""
+"""What was measured, as plain values; `skipped` holds the reason if nothing was."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How thoroughly, and on what."""
+    """How thoroughly to measure, and on which device and models."""
 
     quick: bool = False
     device: str = "auto"
     models: tuple[str, ...] = ()  # of the section on the accelerator; empty takes what fits the device
     turns: int = 31
-    seconds: float = 60.0  # after which a comparison takes no further turn beyond its second
+    seconds: float = 60.0  # after which a comparison stops, once it has two turns
 
     @classmethod
     def of(cls, quick: bool, device: str = "auto", models: tuple[str, ...] = ()) -> "Settings":
@@ -30,12 +30,12 @@ class Settings:
 
 
 class SkippedError(Exception):
-    """What a case needs is not there; the message is the reason."""
+    """A case lacks something it needs; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table: the head, the key in the row, and how its value is written."""
+    """A column of the table: the head, the key in the row, and the format of its value."""
 
     head: str
     key: str
@@ -49,7 +49,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Section:
-    """One question. `about` says what is compared and in what the competitors differ."""
+    """One benchmark. `about` says what is compared and how the competitors differ."""
 
     letter: str
     title: str
@@ -61,9 +61,9 @@ class Section:
 
 
 def measured(section: Section, settings: Settings, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields a row {case, found, seconds, load} for each case, that of `rows` where it is there already.
+    """Yields a row {case, found, seconds, load} for each case, from `rows` if it was measured before.
 
-    A case that fails is a row whose `found` holds `failed`, one that cannot be measured here holds `skipped`: the others go on.
+    `found` holds `failed` if the case fails, and `skipped` if it cannot be measured here; the other cases continue.
     """
     present = {_key(row["case"]): row for row in rows if not {"failed", "skipped"} & set(row["found"])}
     for case in section.cases(settings):

@@ -1,4 +1,4 @@
-"""Comparisons on a machine that is never quite quiet: all competitors in turns, medians, and ratios of neighbours in time."""
+"""Comparisons on a noisy machine: competitors take turns, and results are medians and ratios within a turn."""
 
 import statistics
 import time
@@ -7,27 +7,27 @@ from functools import partial
 from math import inf, sqrt
 
 Task = Callable[[], float]
-"""Does some work and returns how much it was, in the unit of the comparison (tokens, clients, bytes)."""
+"""Does some work and returns its amount in the unit of the comparison (tokens, clients, bytes)."""
 
 Rates = dict[str, list[float]]
-"""Units per second of every competitor, one figure a turn."""
+"""Units per second of every competitor, one figure per turn."""
 
 SETTLED = 0.01
-"""Margin of a ratio, as a part of it, at which a comparison has turns enough."""
+"""Margin of a ratio, relative to it, at which a comparison has enough turns."""
 
 
 def interleaved(tasks: Mapping[str, Task], *, turns: int, seconds: float = inf) -> Rates:
-    """Returns the rates of all tasks, each called once before to warm up, see `in_turns`."""
+    """Returns the rates of all tasks, each called once first to warm up, see `in_turns`."""
     for task in tasks.values():
         task()
     return in_turns({name: partial(rate, task) for name, task in tasks.items()}, turns=turns, seconds=seconds)
 
 
 def in_turns(measures: Mapping[str, Callable[[], float]], *, turns: int, seconds: float = inf) -> Rates:
-    """Returns the rates that the measures give, over up to `turns` turns.
+    """Returns the rates of the measures over up to `turns` turns.
 
-    At least two where turns allow it; after them no more when `seconds` have passed, or the ratio of the first two has settled. Turns
-    run alternately forwards and backwards, so that a drift of the machine's speed meets all alike.
+    After two turns it stops as soon as `seconds` have passed or the ratio of the first two measures has settled. Turns alternate between
+    forward and backward order, so that a drift in the machine's speed affects all alike.
     """
     found: Rates = {name: [] for name in measures}
     begun = time.perf_counter()
@@ -53,15 +53,15 @@ def medians(rates: Rates) -> dict[str, float]:
 
 
 def ratio(rates: Rates, one: str, other: str) -> float:
-    """Returns the median over turns of how many times as fast `one` was as `other` in the same turn."""
+    """Returns the median over turns of the rate of `one` divided by that of `other` in the same turn."""
     return statistics.median(_ratios(rates, one, other))
 
 
 def margin(rates: Rates, one: str, other: str) -> float | None:
-    """Returns half the width of the 95 % interval of that median; None for fewer than five turns, which tell too little of it.
+    """Returns half the width of the 95 % interval of that median; None for fewer than five turns, too few to estimate it.
 
-    1.96 standard errors of a median, each 1.253 standard deviations over the root of the number of turns, with the deviation taken
-    from the interquartile range, which is 1.349 of it (McGill, Tukey and Larsen 1978, for numbers from a normal distribution).
+    It is 1.96 standard errors of a median, each 1.253 standard deviations over the root of the number of turns, with the deviation taken
+    from the interquartile range, 1.349 deviations (McGill, Tukey and Larsen 1978, for numbers from a normal distribution).
     """
     ratios = _ratios(rates, one, other)
     if len(ratios) < 5:

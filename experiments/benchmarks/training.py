@@ -1,4 +1,4 @@
-"""Section a: local training against centralised training and against what people run today.
+"""Section a: local training against centralised training and against the software in use today.
 
 Peers that work client by client cost the same for every client, so they are measured on a few clients of the workload.
 """
@@ -26,14 +26,14 @@ TOKENS = {1: 32, 4: 64, 16: 64}
 """Length of a sequence by the client's batch."""
 
 STEP_TOKENS = {"embedded": 140_000, "llama_4m": 140_000, "llama_20m": 13_000}
-"""Most tokens of one step of all clients: in a larger combination the sequences are shorter, or it would take minutes."""
+"""Most tokens in one step of all clients: larger combinations get shorter sequences, or they would take minutes."""
 
 ROW_TOKENS = {"embedded": 8_000, "llama_4m": 8_000, "llama_20m": 2_500}
-"""Tokens of all clients in about a second: a row takes as many steps, between one and eight."""
+"""Tokens that all clients train in about a second, which sets a row's steps, between one and eight."""
 
 PEER_CLIENTS = 5
 PEER_CASES = {("llama_4m", 25, 1), ("llama_4m", 25, 4)}
-"""Cases that are measured beside other people's software as well."""
+"""Cases that are also measured with other software."""
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -56,7 +56,7 @@ def workload_of(case: Case, settings: Settings) -> Workload:
 
 
 def measure(case: Case, settings: Settings) -> Found:
-    """Measures one row: our own ways in turns in this process, then the peers."""
+    """Measures one row: fedsim and centralised training in turns in this process, then the peers."""
     workload = workload_of(case, settings)
     on = workloads.subject(workload.model, workload.rank)
     clients = workload.all_clients(on.vocabulary)
@@ -75,12 +75,12 @@ def measure(case: Case, settings: Settings) -> Found:
             partial(whole_run.rates_of, workload, rounds=2 if settings.quick else 6), tasks["centralised"], settings
         )
         found |= {"run": whole["run"], "ratio_run": whole["ratio"], "margin_run": whole["margin"]}
-        found |= _beside_peers(workload, settings, whole["run"])
+        found |= _measure_peers(workload, settings, whole["run"])
     return found
 
 
-def _beside_peers(workload: Workload, settings: Settings, run: float) -> Found:
-    """Returns the rates of the peers beside that of whole runs, and what could not be measured."""
+def _measure_peers(workload: Workload, settings: Settings, run: float) -> Found:
+    """Returns the rates of the peers, the ratios of whole runs to them, and what could not be measured."""
     found: Found = {}
     missing = []
     for name, peer in PEERS.items():
@@ -119,7 +119,7 @@ def _rounds(peer: str, workload: Workload, settings: Settings, told: dict[str, A
 
 
 PEERS: dict[str, Callable[[Workload, Settings], list[float]]] = {"trainer": _trainer, "flower_ray": _flower_ray, "pfl": _pfl}
-"""Tokens per second of other people's software, by the name of the column."""
+"""Functions that measure the tokens per second of other software, by the name of the column."""
 
 
 def summary(rows: list[Found]) -> str:

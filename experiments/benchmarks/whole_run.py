@@ -33,12 +33,12 @@ def measure(case: Case, settings: Settings) -> Found:
     session = open_session(config)
     session.install(from_seed(session.spec, {}, 0), {})
     on = Subject(session.model, session.spec)
-    clients = [session.client_data(client) for client in range(case["clients"])]  # tokens are made once, before the clock runs
+    clients = [session.client_data(client) for client in range(case["clients"])]  # encoded once, before the timing
     return beside_centralised(lambda: round_rates(config), lambda: centralised.train(on, clients, session.config.training), settings)
 
 
 def beside_centralised(run: Callable[[], list[float]], train: Task, settings: Settings) -> Found:
-    """Returns the rates of whole runs, of which `run` gives those of the rounds, and of centralised training, in turns."""
+    """Measures whole runs and centralised training in turns and returns their rates; `run` returns a rate per round."""
     train()
     measures = {"run": lambda: statistics.median(run()), "centralised": lambda: rate(train)}
     rates = in_turns(measures, turns=settings.turns, seconds=3 * settings.seconds)
@@ -60,7 +60,7 @@ def rates_of(workload: Workload, rounds: int) -> list[float]:
         session = open_session(config)
         for client in range(workload.clients):
             examples = workload.client(client, int(session.model.config.vocab_size)).examples  # type: ignore[union-attr, arg-type]
-            session.client_data(client).examples[:] = examples  # type: ignore[index]  # a list, which the session keeps
+            session.client_data(client).examples[:] = examples  # type: ignore[index]  # a list that the session keeps
         return round_rates(config)
 
 

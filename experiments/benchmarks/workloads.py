@@ -1,6 +1,6 @@
-"""What is trained in the comparisons: models, adapters and tokens that are equal for all competitors.
+"""The workloads of the comparisons: models, adapters and tokens that are equal for all competitors.
 
-Sequences are random tokens of one length with the loss on every position, so that no competitor pads and all have the same work.
+Sequences are random tokens of one length with the loss on every position, so that no competitor pads and all do the same work.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Workload:
 
     @property
     def training(self) -> TrainingConfig:
-        """AdamW at a constant rate, as all competitors are told."""
+        """AdamW at a constant rate, the same for all competitors."""
         return TrainingConfig(
             batch_size=self.batch,
             local_steps=self.steps,
@@ -80,14 +80,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapted model with LoRA-SB, of which R trains."""
+    """A model with LoRA-SB adapters, of which R trains."""
 
     model: nn.Module
     spec: AdapterSpec
 
     @property
     def layout(self) -> Layout:
-        """Layout of what trains."""
+        """Layout of the trained factors."""
         return self.spec.layout(("R",))
 
     @property
@@ -111,7 +111,7 @@ def base_model(name: str) -> nn.Module:
 
 
 def save_base_model(name: str, folder: Path) -> None:
-    """Writes a model of the workloads with the embedded tokenizer, as `model.path` wants it."""
+    """Writes a model of the workloads with the embedded tokenizer, for use as `model.path`."""
     from transformers import AutoTokenizer
 
     base_model(name).save_pretrained(folder)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What fedsim is compared with, each as its users run it."""
+"""The software that fedsim is compared with, each run as its users run it."""
 
 import sys
 from collections.abc import Iterator
@@ -10,8 +10,10 @@ from fedsim.core.fused import ROTATION, Rotation
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Runs the block with models as transformers has written them, which peers train: those that it loads are not fused, and what is fused
-    for a whole process (`fedsim.core.fused`) is not in force."""
+    """Runs the block with transformers' own model code, which peers train.
+
+    Models that it loads are not fused, and parts fused for the whole process (`fedsim.core.fused`) are suspended.
+    """
     models = [vars(module) for name, module in [*sys.modules.items()] if name.startswith("transformers.models.")]
     fused = [(names, names[ROTATION]) for names in models if isinstance(names.get(ROTATION), Rotation)]
     try:

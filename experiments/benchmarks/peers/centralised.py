@@ -19,7 +19,7 @@ from fedsim.types import EncodedExample
 def train(on: Subject, clients: Sequence[ClientData], training: TrainingConfig) -> int:
     """Trains one adapter on the union of all clients' batches, step by step, and returns the number of tokens.
 
-    One AdamW of torch, one loss a pass, rows in order of length in passes of as many tokens as a cohort's.
+    Uses torch's AdamW, one loss per pass, rows sorted by length, and passes with as many tokens as a cohort's.
     """
     leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(on.model, ("R",)).items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=training.learning_rate, weight_decay=0.0, fused=True)

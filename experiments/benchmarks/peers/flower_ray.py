@@ -1,7 +1,7 @@
 """The same experiment through Flower's own simulation: Ray actors, stock FedAvg, peft and the Hugging Face Trainer in each client.
 
-In a process of its own: `call("experiments.benchmarks.peers.flower_ray", {...})` returns the seconds of every round. Without a workload
-the clients do nothing. Ray finds the client app by importing this module, so that the model of an actor stays from round to round.
+Runs in its own process: `call("experiments.benchmarks.peers.flower_ray", {...})` returns the seconds of every round. Without a workload
+the clients do nothing. Ray finds the client app by importing this module, so an actor keeps its model from round to round.
 """
 
 import json
@@ -25,11 +25,11 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Trains one client, or returns what came where there is no workload."""
+    """Trains one client, or returns the received arrays if there is no workload."""
     config = message.content.config_records["config"]
     arrays, num_examples = message.content.array_records["arrays"], 1
     if config["workload"]:
-        torch.set_num_threads(1)  # there is an actor for every core
+        torch.set_num_threads(1)  # one actor per core
         workload = Workload(**json.loads(str(config["workload"])))
         model = _model(workload.model, workload.rank)
         start = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
@@ -47,7 +47,7 @@ def _model(name: str, rank: int) -> Any:
 
 
 class _Timed(FedAvg):
-    """FedAvg that notes when each round ends."""
+    """FedAvg that records when each round ends."""
 
     def __init__(self, clients: int) -> None:
         super().__init__(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
@@ -56,7 +56,7 @@ class _Timed(FedAvg):
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
         replies = list(replies)
         good = sum(reply.has_content() for reply in replies)
-        if good != self.min_train_nodes:  # FedAvg would go on with the others
+        if good != self.min_train_nodes:  # FedAvg would continue with the others
             raise RuntimeError(f"{good} of {self.min_train_nodes} clients answered")
         found = super().aggregate_train(server_round, replies)
         self.marks.append(time.perf_counter())
@@ -64,14 +64,14 @@ class _Timed(FedAvg):
 
 
 def simulate(clients: int, rounds: int, workload: dict[str, Any] | None) -> list[float]:
-    """Returns the seconds of every round; the first holds the start of the actors and the loading of their models."""
+    """Returns the seconds of every round; the first includes starting the actors and loading their models."""
     from flwr.simulation import run_simulation
 
     strategy, server = _Timed(clients), ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        arrays = {"R": torch.zeros(28 * 64 * 64)}  # as many numbers as the embedded model has at rank 64
+        arrays = {"R": torch.zeros(28 * 64 * 64)}  # the size of the embedded model's R at rank 64
         if workload:
             arrays = peft_trainer.trained(_model(workload["model"], workload["rank"]))
         strategy.marks = [time.perf_counter()]

@@ -28,7 +28,7 @@ def _train_client(model: nn.Module, start: dict[str, Tensor], client: ClientData
     with torch.no_grad():
         for name, parameter in trained(model).items():
             parameter.copy_(start[name])
-    logging.getLogger("opacus").setLevel(logging.ERROR)  # it warns of every empty batch
+    logging.getLogger("opacus").setLevel(logging.ERROR)  # it warns about every empty batch
     data = TensorDataset(torch.from_numpy(np.stack([example.input_ids for example in client.examples])).long())
     optimizer = torch.optim.AdamW(trained(model).values(), lr=training.learning_rate, weight_decay=0.0)
     num_tokens, steps = 0, 0
@@ -53,5 +53,5 @@ def _train_client(model: nn.Module, start: dict[str, Tensor], client: ClientData
                     if steps == training.local_steps:
                         break
         finally:
-            private.remove_hooks()  # the next client's engine puts its own in
+            private.remove_hooks()  # the next client's engine adds its own
     return num_tokens

@@ -1,6 +1,6 @@
-"""peft and the Hugging Face Trainer, client after client: what the scripts of the papers do.
+"""peft and the Hugging Face Trainer, client after client, as in the scripts of the papers.
 
-The adapter is LoRA-SB's as its authors build it: peft's LoRA with a square matrix between A and B, of which that matrix alone trains.
+The adapter is LoRA-SB's as its authors build it: peft's LoRA with a square matrix between A and B, of which only that matrix trains.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @as_written()
 def peft_model(name: str, rank: int) -> nn.Module:
-    """Returns the base model with peft's adapters, of which the matrices R train."""
+    """Returns the base model with peft's adapters, of which only the matrices R train."""
     from peft import LoraConfig, get_peft_model
 
     model: Any = get_peft_model(base_model(name), LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM"))
@@ -36,7 +36,7 @@ def peft_model(name: str, rank: int) -> nn.Module:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Returns what trains."""
+    """Returns the trainable parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

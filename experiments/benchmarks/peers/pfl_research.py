@@ -1,7 +1,7 @@
 """The same experiment through Apple's pfl-research: its SimulatedBackend with FederatedAveraging over a peft model.
 
-pfl asks for older versions of packages than ours, so it is installed without its dependencies into a folder of its own, which only the
-process that runs this module sees.
+pfl requires older versions of packages than fedsim, so it is installed without its dependencies into a folder that only the process that
+runs this module sees.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ PACKAGES = ("pfl==0.6.0", "multiprocess==0.70.19", "prv-accountant==0.2.0")
 
 
 def install() -> None:
-    """Puts pfl into its folder unless it is there. Raises SkippedError where that fails."""
+    """Installs pfl into its folder unless it is there. Raises SkippedError if that fails."""
     if (FOLDER / "pfl").is_dir():
         return
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(FOLDER), *PACKAGES]
@@ -36,7 +36,7 @@ def install() -> None:
 
 
 class _Trainable(nn.Module):
-    """What pfl asks of a model: a loss and metrics of a user's data."""
+    """What pfl requires of a model: a loss and metrics of a user's data."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
