@@ -42,7 +42,9 @@ def forward(message: Message, context: Context, file: str) -> Message:
                 return read_message(connection.recv, owner.max_message_mb * 10**6)
             except (CutOffError, EOFError, ConnectionError):
                 continue
-    raise WorkerError(f"Expected a reply of the worker, but it ended over the message {TRIES} times. See {Path(owner.folder) / LOG}.")
+    raise WorkerError(
+        f"Expected a reply of the worker, but it died {TRIES} times while handling the message. See {Path(owner.folder) / LOG}."
+    )
 
 
 def _connect(path: Path, owner: Owner) -> socket.socket:

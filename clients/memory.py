@@ -99,7 +99,7 @@ class Budget:
         except UNREADABLE as error:
             raise UserError(
                 f"{path}: expected what the accountant of client {owner.client} has written, got something else ({type(error).__name__}). "
-                "Put it back from a copy: without it nobody knows what epsilon is spent."
+                "Restore it from a backup: without it the spent epsilon is unknown."
             ) from error
 
     def check(self, mechanism: Mechanism, num_examples: int) -> None:

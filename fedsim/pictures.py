@@ -147,7 +147,7 @@ def holdings_bars(holdings: Holdings) -> "Figure":
         else:  # one outline: ten thousand bars take half a minute
             axes.stairs(top, [client - 0.5 for client in range(len(top) + 1)], baseline=bottom, fill=True, label=task, color=color)
         bottom = top
-    title = f"who holds what: {plural(len(holdings), 'client')}, {plural(sum(bottom), 'training example')}"
+    title = f"data of each client: {plural(len(holdings), 'client')}, {plural(sum(bottom), 'training example')}"
     middle, half = (len(holdings) - 1) / 2, max(len(holdings), 2) / 2 + 0.2  # a single bar does not fill the picture
     axes.set(title=title, xlabel="client", ylabel="training examples", xlim=(middle - half, middle + half))
     if len(holdings) <= MOST_NAMED:

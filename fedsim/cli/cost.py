@@ -258,7 +258,7 @@ def _notes(found: Costs) -> Iterator[str]:
     if any(row.config.compression.name != "none" for row in rows):
         yield "Compression makes uploads smaller in bytes, not in number."
     if any(row.config.privacy.unit is not PrivacyUnit.none for row in rows):
-        yield "Clients that stop because their privacy budget is spent are not foreseen."
+        yield "Clients that stop early because their privacy budget is spent are not modelled."
     yield from _dense(rows)
     yield from _differences(rows)
     yield from left_out_notes(found)

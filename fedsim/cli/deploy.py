@@ -34,7 +34,7 @@ _UP = """\
   --dir      keeps the folder with keys and logs; otherwise it is a temporary one. The folder of another federation is refused
 """
 _STATUS = """\
-  shows the clients, when each was last heard of (now: within the last minute), since when it is there or gone, and the round of the
+  shows the clients, when each was last seen (now: within the last minute), since when it has been online or offline, and the round of the
   latest runs; unknown is a client that was registered at a SuperLink which has lost its database since
 """
 _AFTER = """\

@@ -52,7 +52,7 @@ VERBS = {
         ),
     ),
     "data": Verb(
-        "show who holds what, without training",
+        "show each client's data, without training",
         "fedsim data [option=value ...]",
         {},
         ("fedsim data federation.partition=dirichlet federation.alpha=0.1",),
@@ -70,7 +70,7 @@ VERBS = {
             **_JSON,
             "--tokens=N": "tokens of an example, where the data is not here",
             "--megabits=N": "megabits a second of a client's connection",
-            "--again": "measure this machine anew",
+            "--again": "measure this machine again",
         },
         ("fedsim estimate model=mistral_7b federation.clients=100 how long a run takes on this machine, and what memory",),
     ),
@@ -93,7 +93,7 @@ VERBS = {
         "a federation of several machines", "fedsim deploy init DIR | register DIR | status [DIR] | up --local N [option=value ...]"
     ),
     "worker": Verb(
-        "what works for one client of a federation",
+        "run or stop one client's worker",
         "fedsim worker client.yaml [--stop]",
         {"--stop": "end the worker that runs for this file"},
         ("fedsim worker clients/client-0/client.yaml",),

@@ -239,7 +239,7 @@ def _composed(overrides: list[str]) -> "Config":
 
     config = composed(overrides)
     if is_sweep(overrides):
-        print(f"The preset is a sweep; this is of one run, with method={config.method.name}, whatever the sweep varies.", file=sys.stderr)
+        print(f"The preset is a sweep; this covers one run, method={config.method.name}, and ignores the sweep.", file=sys.stderr)
     return config
 
 

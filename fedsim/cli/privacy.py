@@ -83,7 +83,7 @@ def privacy_table(found: dict[str, Any]) -> str:
         epsilons = ", ".join(f"{_written(row[f'epsilon_{names[0]}'])} of one that took part in {row['rounds']}" for row in known)
         lines += [
             "",
-            "These figures hold against those who do not know who took part in which round. The run folder tells that (events.jsonl,",
+            "These figures assume an observer who does not know who took part in which round. The run folder records it (events.jsonl,",
             f"journal.jsonl, communication.csv); against those who have seen it epsilon is {epsilons} rounds.",
         ]
     return "\n".join(lines)

@@ -133,11 +133,13 @@ def _transfer_figures(path: Path, last: Checkpoint | None) -> dict[str, Any]:
 def verdict_text(verdict: Verdict) -> str:
     """Returns the verdict as text: what holds, or what does not."""
     if verdict.problems:
-        return "\n".join(["The run folder is not as it was written:", *(f"  {problem}" for problem in verdict.problems)])
+        return "\n".join(["The run folder was changed:", *(f"  {problem}" for problem in verdict.problems)])
     again = f", {verdict.superseded} of them superseded by a resumed run" if verdict.superseded else ""
     lines = [f"The journal holds: {verdict.head.lines} lines{again}; head {verdict.head.sha256}"]
     if verdict.finished:
         lines.append(f"{SUMMARY}, {TRANSFERS} and {EVENTS} agree with it.")
     else:
         lines.append("The run has not finished: lines after its last checkpoint could be missing unseen.")
-    return "\n".join([*lines, "Who can write every file of this folder can remake them all: compare the head with one kept elsewhere."])
+    return "\n".join(
+        [*lines, "Anyone who can write this folder could recreate all of its files: compare the head with a copy kept elsewhere."]
+    )

@@ -25,7 +25,7 @@ def column_of(row: Row, *names: str, option: str = "") -> str:
     if found := next((name for name in names if name in row), None):
         return found
     if len(row) == 1 and isinstance(next(iter(row.values())), list):
-        raise Malformed(f"expected a list of rows, got an object that holds one in {next(iter(row))!r}; write that list alone")
+        raise Malformed(f"expected a list of rows, got an object that holds one in {next(iter(row))!r}; write only that list")
     asked = f" ({option})" if option else ""
     raise NoColumn(f"expected the field {' or '.join(map(repr, names))}{asked}, got {columns(row)}")
 
@@ -46,7 +46,7 @@ def text_of(row: Row, *names: str) -> str:
 def unicode_text(text: str, name: str) -> str:
     """Returns the text of a column. Raises Malformed if it cannot be encoded."""
     if _LONE_SURROGATE.search(text):
-        raise Malformed(f"expected Unicode text in {name!r}, got half of a surrogate pair in it")
+        raise Malformed(f"expected Unicode text in {name!r}, got a lone surrogate")
     return text
 
 

@@ -79,7 +79,7 @@ def _split_by_column(reading: Reading, source: Source, rows: Sequence[NumberedRo
     found = {split: converted(reading, replace(source, owned=split == "train"), part) for split, part in parts.items()}
     for split, examples in found.items():
         if not examples:
-            raise UserError(f"{source.place}: expected rows with {split} in {column!r}, got none. Give them, or leave the column out.")
+            raise UserError(f"{source.place}: expected rows with {split} in {column!r}, got none. Add such rows, or remove the column.")
     return found
 
 
@@ -87,7 +87,7 @@ def _hold_out(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> 
     examples, where = converted(reading, source, rows), source.place
     count = min(MOST_HELD_OUT, int(HELD_OUT * len(examples)))
     if count == 0:
-        least, others = int(1 / HELD_OUT), f" beside malformed ones, first {reading.notes[0]}" if reading.notes else ""
+        least, others = int(1 / HELD_OUT), f" besides malformed ones, first {reading.notes[0]}" if reading.notes else ""
         raise UserError(
             f"{where}: expected at least {least} rows to hold some out as a test, got {len(examples)}{others}. Give more or a folder."
         )
@@ -121,16 +121,16 @@ def converted(reading: Reading, source: Source, rows: Iterable[NumberedRow]) -> 
     if num_left_out:
         reading.notes.append(f"{where}: {num_left_out:,} of {num_left_out + len(found):,} rows left out")
     if num_unlabelled:
-        reading.notes.append(f"{where}: {num_unlabelled:,} rows have no label and are left out, as {source.each.name} means them to be")
+        reading.notes.append(f"{where}: {num_unlabelled:,} rows have no label and are left out, as {source.each.name} intends")
     return found
 
 
 def _remedy(error: Malformed, place: str) -> str:
     if isinstance(error, Unreadable):
-        return "Mend the file."
+        return "Fix the file."
     if isinstance(error, NoColumn) and Path(place).suffix.lower() in WITH_HEADER:
         return "The first line of the file must name the columns: correct it, or put such a line above it where it is a row."
-    return "Mend it, or leave such rows out with data.on_error=skip."
+    return "Fix it, or skip such rows with data.on_error=skip."
 
 
 def _example(reading: Reading, source: Source, row: Any) -> AnyExample | None:

@@ -208,7 +208,7 @@ def remote_of(config: DataConfig, name: str) -> Hub | Address:
         return Hub(config.path)
     found = SETS[name].remote
     if found is None:
-        raise UserError(f"data.path: {name} is a set of your own; say where it lies: a file, a folder, or a hub name.")
+        raise UserError(f"data.path: {name} is a set of your own; set it to a file, a folder, or a hub name.")
     return found
 
 

@@ -82,9 +82,9 @@ def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        return Malformed(f"no JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
+        return Malformed(f"invalid JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # see `_json`
-        return Malformed(f"no JSON: {error}")
+        return Malformed(f"invalid JSON: {error}")
 
 
 class _Window:
@@ -149,16 +149,16 @@ def _json(path: Path) -> Iterator[NumberedRow]:
         while (character := window.seek(_VISIBLE)) != end:
             line = window.line
             if not character:
-                yield line, Malformed("no JSON: the array has no end; the file is cut off")
+                yield line, Malformed("invalid JSON: the array has no end; the file is cut off")
                 return
             try:
                 yield line, window.take()
             except json.JSONDecodeError as error:
-                yield window.line_of(error.pos), Malformed(f"no JSON: {error.msg}")
+                yield window.line_of(error.pos), Malformed(f"invalid JSON: {error.msg}")
                 if not window.resume():
                     return
             except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
-                yield line, Malformed(f"no JSON: {error}; nothing behind it was read")
+                yield line, Malformed(f"invalid JSON: {error}; nothing after it was read")
                 return
             if end and window.seek(_VISIBLE) == ",":
                 window.move(window.at + 1)
@@ -175,7 +175,7 @@ def _csv(path: Path) -> Iterator[NumberedRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield line, Malformed(f"no CSV: {error}")
+                yield line, Malformed(f"invalid CSV: {error}")
                 continue
             if header and cells:
                 yield line, _not_utf8("".join(cells)) or _row_of(header, cells)
@@ -216,7 +216,7 @@ def _parquet(path: Path) -> Iterator[NumberedRow]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # it cannot be opened
         fault = Malformed if number else Unreadable  # any rows before the fault were read
-        yield number + 1, fault(f"no Parquet: {str(error).splitlines()[0].rstrip('.')}")
+        yield number + 1, fault(f"invalid Parquet: {str(error).splitlines()[0].rstrip('.')}")
 
 
 def batch_rows(batch: Any) -> Iterator[Any]:

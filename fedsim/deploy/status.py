@@ -37,7 +37,7 @@ def status(superlink: str, registered: Path | None = None) -> dict[str, Any]:
 
 def status_table(found: dict[str, Any]) -> str:
     """Returns the status as a readable table."""
-    lines = [f"{'client':<12} {'node':<22} {'status':<12} {'last heard':<12} since"]
+    lines = [f"{'client':<12} {'node':<22} {'status':<12} {'last seen':<12} since"]
     lines += [
         f"{node['client'] or '?':<12} {node['node']:<22} {node['status']:<12} {_heard(node):<12} {node['since'] or '-'}"
         for node in found["nodes"]

@@ -109,7 +109,7 @@ def _follow_to_end(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any
     finally:
         shown.close()
     last = "\n".join(shown.others)
-    raise RunFailedError(f"Run {run_id} has not come to its end: {facts['status']}. {again}\nThe last lines of its log:\n{last}")
+    raise RunFailedError(f"Run {run_id} did not finish: {facts['status']}. {again}\nThe last lines of its log:\n{last}")
 
 
 def _follow(run_id: str, superlink: str, shown: Following, taken: int) -> int:

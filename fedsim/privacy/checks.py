@@ -30,7 +30,7 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
             yield "adapter.init=gradient_dp: its noise belongs to a privacy budget; choose privacy=example, or adapter.init=gradient."
         for option in ("epsilon", "noise_multiplier", "delta"):
             if (value := getattr(privacy, option)) is not None:
-                yield f"privacy.{option}={value:g} protects nobody alone: add privacy=example or privacy=client, or make it null."
+                yield f"privacy.{option}={value:g} has no effect alone: add privacy=example or privacy=client, or make it null."
         return
     if privacy.epsilon is None and privacy.noise_multiplier is None:
         yield "privacy: expected privacy.epsilon or privacy.noise_multiplier, got neither; give one of them."
@@ -49,7 +49,7 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
 def _client_reasons(config: Config, method: Method) -> Iterator[str]:
     privacy = config.privacy
     if config.adapter.init in (Init.gradient, Init.gradient_dp):
-        yield f"adapter.init={config.adapter.init.name}: with unit=client it has no price; use weight_svd, orthogonal or gradient_public."
+        yield f"adapter.init={config.adapter.init.name}: its cost is undefined with unit=client; use weight_svd, orthogonal or gradient_public."
     if config.federation.weighting is not Weighting.uniform:
         yield "federation.weighting: noise is scaled for equal weights; with unit=client set federation.weighting=uniform."
     if not method.linear or method.pooled:

@@ -106,7 +106,7 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
 
 @pytest.mark.parametrize("words", [["data"], ["run", "--cfg"]])
 def test_what_shows_one_run_says_so_where_the_preset_is_a_sweep(words, capsys):
-    told = "The preset is a sweep; this is of one run, with method=fed_sb, whatever the sweep varies.\n"
+    told = "The preset is a sweep; this covers one run, method=fed_sb, and ignores the sweep.\n"
     assert main([*words, "experiment=fed_sb_vs_centralized"]) == 0
     assert capsys.readouterr().err == told
     assert main([*words, "experiment=demo"]) == 0

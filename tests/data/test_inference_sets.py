@@ -89,7 +89,7 @@ def test_snli_is_read_from_local_files_of_every_form_and_what_has_no_label_is_co
     data = load(snli(path=str(tmp_path)), 0)
     assert [pair.answer for pair in data.train] == 2 * list(INFERENCE) == [pair.answer for pair in data.test["snli"]]
     assert [pair.premise for pair in data.train][:2] == ["Man 1 sleeps.", "Man 2 sleeps."]
-    assert [line.partition(": ")[2] for line in data.skipped] == 2 * ["2 rows have no label and are left out, as snli means them to be"]
+    assert [line.partition(": ")[2] for line in data.skipped] == 2 * ["2 rows have no label and are left out, as snli intends"]
 
 
 def write_tsv(path, rows):

@@ -116,7 +116,7 @@ def test_a_row_that_names_no_owner_is_malformed(tmp_path, name):
 
 
 def test_a_set_of_ones_own_lies_nowhere_unless_it_is_told_where():
-    with pytest.raises(UserError, match=r"data.path: instructions is a set of your own; say where it lies"):
+    with pytest.raises(UserError, match=r"data.path: instructions is a set of your own; set it to a file"):
         load(DataConfig(train=["instructions"], test=["instructions"]), 0)
 
 
@@ -152,7 +152,7 @@ def test_of_a_single_file_a_part_is_held_out(tmp_path):
 def test_of_a_file_that_cannot_be_read_at_all_no_rows_are_to_be_left_out(tmp_path, name, content):
     write(tmp_path / "test.jsonl", range(3))
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"[^.]\. Mend the file\.$"):
+    with pytest.raises(UserError, match=r"[^.]\. Fix the file\.$"):
         load(gsm8k(path=str(tmp_path)), 0)
 
 
@@ -347,13 +347,13 @@ def test_a_table_without_the_columns_says_what_its_first_line_must_be(tmp_path, 
         "'Say one, two and three in French, pleas, 'un'. The first line of the file must name the columns: "
         "correct it, or put such a line above it where it is a row."
     )
-    with pytest.raises(UserError, match=r"expected at least 10 rows .*, got 0 beside malformed ones, first .*line 2: expected the field"):
+    with pytest.raises(UserError, match=r"expected at least 10 rows .*, got 0 besides malformed ones, first .*line 2: expected the field"):
         load(replace(config, on_error=OnError.skip), 0)
 
 
 def test_of_a_row_of_many_fields_the_first_are_named(tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps({f"column {n}": n for n in range(500)}))
-    with pytest.raises(UserError, match=r"got 'column 0', .*'column 11', more\. Mend it, or leave such rows out"):
+    with pytest.raises(UserError, match=r"got 'column 0', .*'column 11', more\. Fix it, or skip such rows"):
         load(gsm8k(path=str(tmp_path / "mine.jsonl")), 0)
 
 

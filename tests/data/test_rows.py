@@ -59,7 +59,7 @@ def test_a_broken_line_is_one_malformed_row_among_good_ones(tmp_path):
     found = list(read(path))
     assert [line for line, _ in found] == [1, 2, 3, 4]
     assert [isinstance(row, Malformed) for _, row in found] == [False, True, True, False]
-    assert "no JSON" in str(found[1][1])
+    assert "invalid JSON" in str(found[1][1])
     assert "UTF-8" in str(found[2][1])
 
 
@@ -82,12 +82,12 @@ def test_a_csv_row_carries_the_line_where_it_begins(tmp_path):
         ("data.csv", b"a,b\n", 1, "expected rows, got none"),
         ("data.csv", b"ask;answer\n1,5;2\n", 1, "expected commas between the names of columns, got ';' in 'ask;answer'"),
         ("data.csv", b"\xef\xbb\xbfask\tanswer\r\n1\t2\r\n", 1, r"expected commas between the names of columns, got '\t' in 'ask\tanswer'"),
-        ("data.parquet", b"PAR1 this is none", 1, "no Parquet: "),
+        ("data.parquet", b"PAR1 this is none", 1, "invalid Parquet: "),
         ("data.jsonl", '[\n{"a": 1}\n]'.encode("utf-16"), 1, "expected UTF-8, got UTF-16; save the file as UTF-8"),
-        ("data.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", 1, "no JSON: "),
-        ("data.jsonl", b'{"a": ' + b"1" * 10_000 + b"}\n", 1, "no JSON: "),
-        ("data.json", b"{" + b'"a": {' * 100_000, 1, "no JSON: "),
-        ("data.json", b"nothing at all", 1, "no JSON: Expecting value"),
+        ("data.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", 1, "invalid JSON: "),
+        ("data.jsonl", b'{"a": ' + b"1" * 10_000 + b"}\n", 1, "invalid JSON: "),
+        ("data.json", b"{" + b'"a": {' * 100_000, 1, "invalid JSON: "),
+        ("data.json", b"nothing at all", 1, "invalid JSON: Expecting value"),
     ],
 )
 def test_a_file_without_any_row_is_malformed_with_line_and_reason(tmp_path, name, content, line, message):
@@ -102,16 +102,16 @@ def test_a_file_without_any_row_is_malformed_with_line_and_reason(tmp_path, name
 @pytest.mark.parametrize(
     ("name", "content", "line", "message"),
     [
-        ("data.json", b'[{"a": "1"},\n {"a": },\n {"a": "2"}]', 2, "no JSON: Expecting value"),
-        ("data.json", b'[{"a": "1"},\n {"a": "x,\n "b": "y"},\n {"a": "2"}]', 2, "no JSON: Invalid control character"),
-        ("data.json", b'[{"a": "1"},\n {"a": "x", b": "y"},\n {"a": "2"}]', 2, "no JSON: "),
+        ("data.json", b'[{"a": "1"},\n {"a": },\n {"a": "2"}]', 2, "invalid JSON: Expecting value"),
+        ("data.json", b'[{"a": "1"},\n {"a": "x,\n "b": "y"},\n {"a": "2"}]', 2, "invalid JSON: Invalid control character"),
+        ("data.json", b'[{"a": "1"},\n {"a": "x", b": "y"},\n {"a": "2"}]', 2, "invalid JSON: "),
         ("data.json", b'[{"a": "1"},\n {"a": "\xe9"},\n {"a": "2"}]', 2, "expected UTF-8, got the byte 0xe9"),
         ("data.json", b'[{"a": "1"},\n {"a": "2"}', 2, "the file is cut off"),
-        ("data.json", b'[{"a": "1"},\n {"a": "2"},\n {"a": "', 3, "no JSON: Unterminated string"),
-        ("data.json", b'{"a": "1"}\n{"a": \n{"a": "2"}\n', 4, "no JSON: "),
+        ("data.json", b'[{"a": "1"},\n {"a": "2"},\n {"a": "', 3, "invalid JSON: Unterminated string"),
+        ("data.json", b'{"a": "1"}\n{"a": \n{"a": "2"}\n', 4, "invalid JSON: "),
         ("data.csv", b"a\n1\n\xff\n2\n", 3, "expected UTF-8, got the byte 0xff"),
-        ("data.csv", b'a\n1\n2\n"3\n4\n', 4, "no CSV: unexpected end of data"),
-        ("data.csv", b'a\n1\n"x" y\n2\n', 3, "no CSV: "),
+        ("data.csv", b'a\n1\n2\n"3\n4\n', 4, "invalid CSV: unexpected end of data"),
+        ("data.csv", b'a\n1\n"x" y\n2\n', 3, "invalid CSV: "),
     ],
 )
 def test_a_fault_costs_one_row_and_is_named_with_line_and_reason(tmp_path, name, content, line, message):

@@ -53,7 +53,7 @@ def test_each_client_has_one_row_that_tells_when_it_was_last_heard_of_by_the_clo
 def test_the_table_tells_it_in_words_and_what_is_not_known_as_unknown(found):
     rows = [[row[:12].strip(), row[36:49].strip(), row[49:62].strip(), row[62:]] for row in status_table(found).splitlines()[:8]]
     assert rows == [
-        ["client", "status", "last heard", "since"],
+        ["client", "status", "last seen", "since"],
         ["client-0", "online", "now", "2026-03-04 09:00:00Z"],
         ["client-1", "offline", "5 min ago", "2026-03-04 11:55:00Z"],
         ["client-2", "registered", "never", "2026-02-20 12:00:00Z"],

@@ -321,13 +321,13 @@ REFUSED = [
     (("privacy=example", "adapter.init=gradient"), "without noise, which no epsilon covers; choose one of gradient_dp, gradient_public"),
     (("adapter.init=gradient_dp",), "its noise belongs to a privacy budget"),
     (("privacy.unit=example",), "expected privacy.epsilon or privacy.noise_multiplier"),
-    (("privacy.epsilon=3",), "privacy.epsilon=3 protects nobody alone: add privacy=example"),
-    (("privacy.noise_multiplier=1",), "privacy.noise_multiplier=1 protects nobody alone"),
-    (("privacy.delta=1e-5",), "privacy.delta=1e-05 protects nobody alone"),
+    (("privacy.epsilon=3",), "privacy.epsilon=3 has no effect alone: add privacy=example"),
+    (("privacy.noise_multiplier=1",), "privacy.noise_multiplier=1 has no effect alone"),
+    (("privacy.delta=1e-5",), "privacy.delta=1e-05 has no effect alone"),
     (("privacy=client", "federation.weighting=examples"), "set federation.weighting=uniform"),
     (("privacy=client", "method=flora"), "a mean of updates, which flora does not form"),
     (("privacy=client", "server.rule=median"), "a plain mean"),
-    (("privacy=client", "adapter.init=gradient_dp"), "with unit=client it has no price"),
+    (("privacy=client", "adapter.init=gradient_dp"), "its cost is undefined with unit=client"),
     (("privacy=client", "method=fedsa_lora"), "fedsa_lora leaves factors at the clients that no noise covers"),
 ]
 

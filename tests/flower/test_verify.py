@@ -122,7 +122,7 @@ def test_every_figure_of_the_summary_that_is_changed_is_named_in_one_line(copied
         assert problem.startswith(f"summary.json says {'.'.join(map(str, place))}=")
         assert len(others) == (place[0] == "sha256"), "the file of another hash is named as well"
     assert main(["verify", str(copied)]) == 1
-    assert "The run folder is not as it was written:\n  summary.json says " in capsys.readouterr().out
+    assert "The run folder was changed:\n  summary.json says " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["rounds", "evaluation", "communication", "privacy", "seed"])
