@@ -49,7 +49,7 @@ def _reasons(config: Config, method: Method) -> Iterator[str]:
 def _client_reasons(config: Config, method: Method) -> Iterator[str]:
     privacy = config.privacy
     if config.adapter.init in (Init.gradient, Init.gradient_dp):
-        yield f"adapter.init={config.adapter.init.name}: its cost is undefined with unit=client; use weight_svd, orthogonal or gradient_public."
+        yield f"adapter.init={config.adapter.init.name}: undefined cost with unit=client; use weight_svd, orthogonal or gradient_public."
     if config.federation.weighting is not Weighting.uniform:
         yield "federation.weighting: noise is scaled for equal weights; with unit=client set federation.weighting=uniform."
     if not method.linear or method.pooled:

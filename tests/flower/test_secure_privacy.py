@@ -182,7 +182,7 @@ def test_the_calculator_tells_the_epsilon_of_the_run():
         (("privacy.noise_multiplier=0", "privacy.epsilon=null"), "refuse to add none"),
         (("privacy.adaptive_clip=true",), "its counts have no price in discrete noise"),
         (("federation.weighting=examples",), "set federation.weighting=uniform"),
-        (("adapter.init=gradient_dp",), "its cost is undefined with unit=client"),
+        (("adapter.init=gradient_dp",), "undefined cost with unit=client"),
     ],
 )
 def test_what_would_void_the_guarantee_is_refused(overrides, reason):
