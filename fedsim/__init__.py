@@ -4,22 +4,22 @@ import os
 
 __version__ = "0.1.0"
 
-# Nearly every pass has a size of its own. What libraries keep for each size they ask here, when torch is imported or a GPU is used first; a
-# variable that is set already stays as it is.
+# Nearly every pass has a different size. These variables limit what libraries cache for each size; they are read when torch is imported or
+# a GPU is first used. A variable that is already set keeps its value.
 _FOR_MANY_SIZES = {
-    # oneDNN and PyTorch keep the kernels of 1,024 products each unless told otherwise: 300 to 700 MB after some dozens of rounds, and no
-    # faster (`make bench ARGS="--only d"`). With 64 of oneDNN's, private batches, of all sizes, make them anew: 9 % of DP-SGD.
+    # By default oneDNN and PyTorch each cache the kernels of 1,024 products: 300 to 700 MB after some dozens of rounds, without a speed-up
+    # (`make bench ARGS="--only d"`). With 64 in oneDNN, private batches, which have all sizes, recreate kernels: 9 % of DP-SGD's time.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
     "LRU_CACHE_CAPACITY": "64",
-    # On a GPU, blocks of one pass would not fit the next: segments that grow leave no gaps.
+    # On a GPU, blocks freed by one pass do not fit the next: expandable segments leave no gaps.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    # On Hopper PyTorch takes cuDNN's attention first, which makes a plan for each number of rows and tokens, so for each token of answers:
+    # On Hopper, PyTorch prefers cuDNN's attention, which builds a plan for each number of rows and tokens, so for each generated token:
     # 30 ms to half a second (pytorch/pytorch#155958, modelscope/FunASR#3704). Flash attention needs none.
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
 }
 _FOR_SHARED_CORES = {
-    # Threads of torch wait for each other in a loop before they sleep, by default for milliseconds, which two runs on the same cores take
-    # from each other: each came to a twentieth of its speed alone. So long as this costs nothing when alone, and each comes to a fifth.
+    # Torch's threads spin before they sleep, by default for milliseconds. Two runs on the same cores take that time from each other: each
+    # ran at a twentieth of its speed alone. With this count each runs at a fifth, and a run alone loses nothing.
     "GOMP_SPINCOUNT": "10000",
 }
 for _variable, _value in (_FOR_MANY_SIZES | _FOR_SHARED_CORES).items():

@@ -1,4 +1,4 @@
-"""`python -m fedsim` is the command `fedsim`."""
+"""Makes `python -m fedsim` the command `fedsim`."""
 
 import sys
 

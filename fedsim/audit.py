@@ -1,8 +1,8 @@
-"""The audit of a whole run: canaries in the clients' data, an observer of all that is sent, and what its guesses prove about epsilon.
+"""Privacy audit of a whole run: canaries in the clients' data, an observer of every message, and the lower bound on epsilon it proves.
 
-The run is the ordinary one; the observer only stands at the Grid. It knows the model, the canaries and every message, but no coin, no batch
-and no noise. For each canary it asks how far what a client sent lies along the canary's own gradient at that moment (as arXiv 2302.07956
-does for DP-SGD), with the client's other canaries taken into account, which are known as well. Any such score gives a valid bound.
+The run is an ordinary one with an observer at the Grid. The observer knows the model, the canaries and every message, but not the coins,
+batches or noise. It scores each canary by how far the client's message lies along the canary's current gradient (as arXiv 2302.07956 does
+for DP-SGD), corrected for the client's other canaries, which it also knows. Any such score gives a valid bound.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ from fedsim.training.gradients import FactoredGradients, example_gradients, fact
 from fedsim.types import EncodedExample
 
 LEAST_RIDGE, MOST_RIDGE = 1e-3, 1.0
-"""How far canaries that resemble each other are told apart: little keeps the regression solvable, more keeps it from fitting noise."""
+"""Bounds of the ridge that separates similar canaries: a small one keeps the regression solvable, a larger one avoids fitting noise."""
 
 
 class Part(Enum):
-    """What is released, and whose claim it is held against."""
+    """The released parts of a run that the audit bounds separately."""
 
     initial_gradient = "initial gradients, as the server receives them"
     bases = "bases made of them, as every client receives them"
@@ -46,19 +46,19 @@ class Part(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What the observer proves of one part, or of all together. `claimed` is infinite where nothing is claimed."""
+    """The bound for one part, or for all together, and the claimed epsilon, which is infinite if nothing is claimed."""
 
     claimed: float
     bound: Bound
 
     @property
     def refuted(self) -> bool:
-        """Whether the claim is proven wrong."""
+        """Whether the bound disproves the claim."""
         return self.bound.epsilon > self.claimed
 
 
 def check(config: Config) -> None:
-    """Raises UserError for what cannot be audited, before anything is computed."""
+    """Raises UserError for a configuration that cannot be audited, before anything is computed."""
     method, settled = method_of(config), effective(config)
     if config.privacy.unit is PrivacyUnit.client:
         raise UserError(
@@ -84,21 +84,21 @@ def check(config: Config) -> None:
 
 
 class Auditor:
-    """Watches one run of the configuration, which `check` has passed, and reports on it."""
+    """Observes one run of a configuration that has passed `check`, and reports its findings."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._seen: dict[tuple[Part, int], dict[int, float]] = {}  # by part and round: score by canary
 
     def watching(self, grid: Grid) -> Grid:
-        """Returns the Grid with the observer at it."""
-        return WatchedGrid(grid, self._look)
+        """Returns the Grid with the observer attached."""
+        return WatchedGrid(grid, self._observe)
 
     def findings(self, spent: dict[str, Any] | None) -> dict[str, Finding]:
-        """Returns what is proven of each part and of all `together`, `spent` being the run's own account of its privacy, None without.
+        """Returns the finding for each part and for all `together`; `spent` is the privacy account of the run, None without privacy.
 
-        Every part's bound holds with the confidence asked for; so does that of `together`, the best of the parts at a higher confidence.
-        Raises UserError if nothing was seen of any canary's client.
+        Every bound holds with the configured confidence. The bound of `together` is the best of the parts' at a higher confidence.
+        Raises UserError if no client with a canary took part.
         """
         delta, confidence = spent["delta"] if spent else 0.0, self._config.audit.confidence
         coins = [canary.inside for canary in self._session.canaries]
@@ -113,9 +113,9 @@ class Auditor:
         return found | {"together": Finding(claimed(spent), best)}
 
     def _claimed(self, spent: dict[str, Any] | None, part: Part) -> float:
-        """Returns what a part is held against: its own claim, or that of all where what was released before is used to look at it.
+        """Returns the epsilon to compare a part with: its own claim, or the whole run's if its scores depend on earlier releases.
 
-        Uploads are seen through bases that were made of the same canaries' gradients, and gradients for new bases through trained weights.
+        Uploads depend on bases made from the same canaries' gradients, and gradients for refreshed bases on trained weights.
         """
         adapter = effective(self._config).adapter
         seen_through_others = adapter.init in (Init.gradient, Init.gradient_dp) if part is Part.training else adapter.refresh_every > 0
@@ -123,13 +123,13 @@ class Auditor:
 
     @property
     def init(self) -> str:
-        """Name of the initialisation that the run had."""
+        """Name of the run's initialisation."""
         init = effective(self._config).adapter.init
         return init.name if init else ""
 
     @property
     def num_inside(self) -> int:
-        """Number of canaries that were in the data."""
+        """Number of canaries included in the data."""
         return sum(canary.inside for canary in self._session.canaries)
 
     @property
@@ -137,7 +137,7 @@ class Auditor:
         return open_session(self._config)  # the server's own
 
     def _scores(self, part: Part) -> np.ndarray:
-        """Returns [canaries]: the sum over rounds of scores of mean 0 and variance 1; 0 for a canary that was never looked for."""
+        """Returns [canaries]: the sum over rounds of scores with mean 0 and variance 1; 0 for a canary that was never scored."""
         total = np.zeros(len(self._session.canaries))
         for (seen, _), found in self._seen.items():
             if seen is part:
@@ -145,18 +145,18 @@ class Auditor:
                 total[list(found)] += (values - values.mean()) / (values.std() or 1.0)
         return total
 
-    # ---- looking at messages
+    # ---- observing messages
 
-    def _look(self, reply: Message) -> None:
+    def _observe(self, reply: Message) -> None:
         number = int(reply.metadata.group_id)
         if reply.metadata.message_type == INITIAL_GRADIENT:
-            self._look_at_initial_gradients(reply, number)
+            self._score_initial_gradients(reply, number)
         elif reply.metadata.message_type == TRAIN and METRICS in reply.content:
             if (Part.bases, 0) not in self._seen and self._session.config.adapter.init in (Init.gradient, Init.gradient_dp):
-                self._look_at_bases()
-            self._look_at_uploads(reply, number)
+                self._score_bases()
+            self._score_uploads(reply, number)
 
-    def _look_at_initial_gradients(self, reply: Message, number: int) -> None:
+    def _score_initial_gradients(self, reply: Message, number: int) -> None:
         session = self._session
         for client in range(len(session.shards)):
             mine = self._canaries_of(client)
@@ -170,14 +170,14 @@ class Auditor:
             plan = session.privacy_plan[client].initialization if session.privacy_plan else None
             clip = self._clip_factors(gram.diagonal().sqrt(), session.config.adapter.init is Init.gradient_dp)
             scores = separated(gram * torch.outer(clip, clip), along * clip, plan.noise_multiplier if plan else 0.0)
-            self._note(Part.initial_gradient, number, mine, scores)
+            self._add_scores(Part.initial_gradient, number, mine, scores)
 
     def _weight_gradients(self, mine: Sequence[int], parts: GradientParts = WHOLE) -> dict[str, FactoredGradients]:
         session = self._session
         return example_gradients(session.model, self._examples(mine), pad_id=session.tokenizer.pad_token_id, parts=parts)
 
-    def _look_at_bases(self) -> None:
-        """The first full step -B R A points against the gradients it was made of; without R, the bases' share of a gradient tells."""
+    def _score_bases(self) -> None:
+        """Scores by the first full step -B R A, which opposes the gradients it came from; without R, by a gradient's share in the bases."""
         session, spec = self._session, self._session.spec
         mine = list(range(len(session.canaries)))
         held = {name: tensor.cpu() for name, tensor in factors(session.model, spec.kinds).items()}
@@ -190,10 +190,10 @@ class Auditor:
             bases = {name: (held[f"{name}.B"].to(session.device), held[f"{name}.A"].to(session.device)) for name in spec.layers}
             inside = torch.stack([each.within(*bases[name]).squared_norms() for name, each in gradients.items()]).sum(0)
             scores = inside / torch.stack([each.squared_norms() for each in gradients.values()]).sum(0).clamp(min=1e-24)
-        self._note(Part.bases, 0, mine, scores)
+        self._add_scores(Part.bases, 0, mine, scores)
 
-    def _look_at_uploads(self, reply: Message, number: int) -> None:
-        """The model holds the state from which the clients started: the server changes it when all have answered."""
+    def _score_uploads(self, reply: Message, number: int) -> None:
+        """Relies on the model still holding the state from which the clients started: the server updates it after all replies."""
         metrics, training = reply.content.metric_records[METRICS], self._session.config.training
         plan = self._session.privacy_plan
         for client, count in zip(whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples"), strict=True):
@@ -203,10 +203,10 @@ class Auditor:
                 step = start - from_record(reply.content.array_records[client_key(client)], len(start)).to(start.device)
                 averaged_over = min(count, training.batch_size * training.accumulation)
                 noise = plan[client].noise_multiplier if plan else 0.0
-                self._note(Part.training, number, mine, averaged_over * separated(gradients @ gradients.T, gradients @ step, noise))
+                self._add_scores(Part.training, number, mine, averaged_over * separated(gradients @ gradients.T, gradients @ step, noise))
 
     def _gradients(self, mine: Sequence[int], client: int, number: int) -> tuple[Tensor, Tensor]:
-        """Returns the canaries' clipped gradients [canaries, sent], and what the client's upload would be had it not trained [sent]."""
+        """Returns the canaries' clipped gradients [canaries, sent] and the upload of an untrained client [sent]."""
         session, spec = self._session, self._session.spec
         trained, uploaded = session.method.trained(number), session.method.uploaded(number)
         start = spec.pack(factors(session.model, trained), trained)
@@ -228,15 +228,15 @@ class Auditor:
         canaries = self._session.canaries
         return [canaries[place].example for place in mine]
 
-    def _note(self, part: Part, number: int, mine: Sequence[int], scores: Tensor) -> None:
+    def _add_scores(self, part: Part, number: int, mine: Sequence[int], scores: Tensor) -> None:
         self._seen.setdefault((part, number), {}).update(zip(mine, scores.double().cpu().tolist(), strict=True))
 
 
 def separated(gram: Tensor, along: Tensor, noise_multiplier: float = 0.0) -> Tensor:
-    """Returns how much of each canary is in a noised sum of some of them: the ridge regression on their gradients.
+    """Returns each canary's coefficient in a noised sum of some of them, by ridge regression on their gradients.
 
-    `gram` [canaries, canaries] holds the gradients' inner products with each other, `along` [canaries] those with what was sent. The best
-    ridge for fair coins is (2 noise_multiplier)^2; it is kept low, because that noise is only claimed.
+    `gram` [canaries, canaries] holds the inner products of the gradients with each other, `along` [canaries] those with the sum. The best
+    ridge for fair coins is (2 noise_multiplier)^2; it is capped, because that noise is only claimed.
     """
     norms = gram.double().diagonal().sqrt().clamp(min=1e-12)
     cosines = gram.double() / torch.outer(norms, norms)
@@ -245,7 +245,7 @@ def separated(gram: Tensor, along: Tensor, noise_multiplier: float = 0.0) -> Ten
 
 
 def claimed(spent: dict[str, Any] | None, part: Part | None = None) -> float:
-    """Returns the largest epsilon of a client that a run's account claims for a part, or for all; infinite where nothing is claimed."""
+    """Returns the largest epsilon of a client that a run's account claims for a part, or for all; infinite if it claims nothing."""
     if spent is None:
         return float("inf")
     name = {None: None, Part.training: TRAINING}.get(part, INITIALIZATION)
@@ -257,7 +257,7 @@ def claimed(spent: dict[str, Any] | None, part: Part | None = None) -> float:
 
 
 def plain(findings: dict[str, Finding]) -> dict[str, dict[str, Any]]:
-    """Returns the findings as plain values; an infinite claim is null in a file."""
+    """Returns the findings as plain values; an infinite claim becomes null in a file."""
     return {
         name: {"claimed_epsilon": each.claimed, "lower_bound": each.bound.epsilon, "refuted": each.refuted}
         | {key: value for key, value in asdict(each.bound).items() if key != "epsilon"}
