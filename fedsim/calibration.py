@@ -1,7 +1,7 @@
-"""The rates of this machine for a model of a given shape, measured in a few seconds and kept for the next time.
+"""Measures this machine's training and generation rates for a given model shape, in a few seconds, and caches them.
 
-A model of up to `DIRECT_LIMIT` parameters is built with random weights and trained as a run would train it. For a larger one the rates are
-predicted from the throughput of matrix products of its width, times the part that a model of 20 M parameters of its kind reaches here.
+A model of up to `DIRECT_LIMIT` parameters is built with random weights and trained as in a run. For a larger model the rates are predicted:
+the throughput of matrix products of its width, times the fraction of it that a 20 M-parameter model of its kind reaches here.
 """
 
 import json
@@ -45,30 +45,29 @@ from fedsim.training.padding import WIDTH_STEP
 from fedsim.types import AnyEncoded, EncodedExample, EncodedLabelled
 
 DIRECT_LIMIT = 60_000_000
-"""Parameters of the largest model that is built to be measured."""
+"""Parameters of the largest model that is built and measured directly."""
 
 PROXY: dict[str, Any] = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
 PROXY |= {"num_attention_heads": 16, "vocab_size": 2272, "max_position_embeddings": 512, "tie_word_embeddings": True}
-"""The model whose part of the matrix products' throughput stands for that of a larger one."""
+"""The model whose fraction of the matrix-product throughput is assumed for larger models."""
 
 ENCODER: dict[str, Any] = {"model_type": "bert", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
 ENCODER |= {"num_attention_heads": 8, "vocab_size": 2272, "max_position_embeddings": 512}
-"""The same for one that classifies."""
+"""The same for classifiers."""
 
 MOST_NUMBERS = 1 << 22
-"""Numbers in the message that is measured; larger ones are predicted from it."""
+"""Most numbers in a measured message; larger messages are predicted from it."""
 
-VERSION = 6  # of what is measured: another one makes kept calibrations worthless
+VERSION = 6  # of the measurement: a new version invalidates cached calibrations
 
 
 def calibrated(
     config: Config, method: Method, spec: AdapterSpec, tokens: int, labels: Sequence[str] = (), texts: int = 2, *, again: bool = False
 ) -> Calibration:
-    """Returns the rates of this machine for the model and training that `config` names, for examples of `tokens` tokens.
+    """Returns this machine's rates for the model and training in `config`, for examples of `tokens` tokens.
 
-    With labels these are rows of so many texts that are classified.
-
-    They are kept in the user's cache folder, by machine, versions, model and training; `again` measures anew.
+    With `labels`, the examples are classified rows of `texts` texts each. The rates are cached in the user's cache folder by machine,
+    versions, model and training; `again` measures them again.
     """
     path = cache_folder() / "calibration" / f"{_key(config, spec, tokens)}.json"
     if path.exists() and not again:
@@ -116,7 +115,7 @@ def _device_name(config: Config) -> str:
     return cpu_name()
 
 
-# ---- a model that is built
+# ---- small models, measured directly
 
 
 def _direct(config: Config, method: Method, tokens: int, labels: Sequence[str], texts: int) -> Calibration:
@@ -147,9 +146,9 @@ def _direct(config: Config, method: Method, tokens: int, labels: Sequence[str], 
 def _training_rates(
     config: Config, method: Method, shape: ModelShape, spec: AdapterSpec, model: Any, tokens: int
 ) -> tuple[float, float, float]:
-    """Returns FLOP/s, seconds of a pass and seconds of a client's step: the three unknowns of a few cohorts' times.
+    """Returns FLOP/s, seconds per pass and seconds per client step, solved from the times of a few cohorts.
 
-    Rows are of lengths that are not padded, so that padding is not in the rates.
+    Row lengths need no padding, so that the rates exclude it.
     """
     training = replace(config.training, local_steps=1, local_epochs=None)
     batch = training.batch_size * training.accumulation
@@ -177,7 +176,7 @@ def _training_rates(
 
 
 def _examples(client: int, batch: int, tokens: int, model: Any) -> list[AnyEncoded]:
-    """Returns random rows of which half the tokens carry a loss, or that are classified, as the model reads them."""
+    """Returns random rows in the model's input format: classified, or with a loss on half of their tokens."""
     ids = numpy_generator(0, "calibration", client).integers(0, model.config.vocab_size, (batch, tokens)).astype(np.int32)
     if not head_layers(model):
         return [EncodedExample(row, max(1, tokens // 2)) for row in ids]
@@ -186,12 +185,12 @@ def _examples(client: int, batch: int, tokens: int, model: Any) -> list[AnyEncod
 
 
 def _sequences(model: Any) -> int:
-    """Returns in how many sequences the model reads a row."""
+    """Returns the number of sequences in which the model reads a row."""
     return model.texts if isinstance(model, BiEncoder) else 1
 
 
 def _generation_rates(config: Config, shape: ModelShape, model: Any, tokens: int, flops: float) -> tuple[float, float]:
-    """Returns FLOP/s of decoding and seconds of a decoding step besides."""
+    """Returns FLOP/s of decoding and the fixed seconds per decoding step."""
     options, prompt = config.evaluation, max(2, tokens // 2)
     most = max(2, min(128, int(options.tokens_per_pass) // (prompt + options.max_new_tokens)))
     rows, seconds = [], []
@@ -209,7 +208,7 @@ def _generation_rates(config: Config, shape: ModelShape, model: Any, tokens: int
 
 
 def _fastest(work: Callable[[], Any], times: int = 3) -> float:
-    """Returns the seconds of the fastest of a few calls after a first one: what disturbs only ever adds."""
+    """Returns the seconds of the fastest of a few calls after a warm-up: disturbances only add time."""
     work()
     found = []
     for _ in range(times):
@@ -220,14 +219,14 @@ def _fastest(work: Callable[[], Any], times: int = 3) -> float:
 
 
 def _solved(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Returns the non-negative seconds per unit of each column that explain the measured seconds best, relative errors counting alike."""
+    """Returns the seconds per unit of each column, by non-negative least squares on the relative errors of the measured seconds."""
     matrix, right = np.asarray(rows, dtype=float), np.asarray(seconds)
     scale = matrix.max(axis=0)
     found, _ = nnls(matrix / scale / right[:, None], np.ones(len(right)))
     return list(found / scale)
 
 
-# ---- a model that is too large to be built
+# ---- large models, predicted
 
 
 def _from_products(config: Config, method: Method, tokens: int, labels: Sequence[str], texts: int) -> Calibration:
@@ -250,7 +249,7 @@ def _from_products(config: Config, method: Method, tokens: int, labels: Sequence
 
 
 def product_flops(inner: int, outer: int, on: torch.device, dtype: torch.dtype, tokens: int = 1024) -> float:
-    """Returns the FLOP/s of a layer's product, [tokens, inner] by [outer, inner]."""
+    """Returns the FLOP/s of a layer's matrix product, [tokens, inner] by [outer, inner]."""
     left, right = torch.randn(tokens, inner, device=on).to(dtype), torch.randn(outer, inner, device=on).to(dtype)
 
     def multiply() -> None:
@@ -262,7 +261,7 @@ def product_flops(inner: int, outer: int, on: torch.device, dtype: torch.dtype, 
 
 
 def _memory_rate(on: torch.device) -> float:
-    """Returns the bytes per second at which weights are read."""
+    """Returns the bytes per second of reading weights from memory."""
     numbers = torch.ones(1 << 26, device=on)
 
     def read() -> None:
@@ -275,7 +274,7 @@ def _memory_rate(on: torch.device) -> float:
 
 
 def _message_rates(parameters: int) -> tuple[float, float]:
-    """Returns bytes per second of what an upload goes through (packing, counting, checks, the mean), and seconds of one without bytes."""
+    """Returns the bytes per second of processing an upload (packing, counting, checks, mean), and its fixed seconds."""
     large = max(1024, min(parameters, MOST_NUMBERS))
     few = _fastest(lambda: _message(64), 5)
     many = _fastest(lambda: _message(large))

@@ -1,8 +1,8 @@
-"""Checkpoints: one file holds the tensors of a round and the state that belongs to them, so that both become visible in one rename.
+"""Checkpoints: one file holds the tensors of a round and their state, so that a single rename publishes both.
 
-Tensors that stay the same from round to round (the bases) are not written every time: they lie beside it in files of their own, in two
-copies, so that one damaged file never spoils more than one checkpoint. All are ordinary safetensors files; the state is JSON in the
-metadata, beside a SHA-256 over all of it.
+Tensors that rarely change between rounds (the bases) are written only when they change, to two identical files next to the checkpoints, so
+that one damaged file never spoils more than one checkpoint. All are ordinary safetensors files; their metadata holds the state as JSON and
+a SHA-256 over the whole content.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from fedsim.files import atomic_write, sync_folder
 ROUNDS, BASES = "round_*.safetensors", "bases_*.safetensors"
 COPIES = 2
 UNREADABLE = (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What a damaged or missing file may lead to, besides an error of its format's own. A disk that cannot be read is no damage."""
+"""Errors that a damaged or missing file may raise, besides SafetensorError. A disk that cannot be read does not count as damage."""
 
 
 @dataclass(frozen=True)
 class Bases:
-    """Which tensors of a checkpoint stay the same, as a rule, from round to round; `digest` tells their present values from all others."""
+    """The names of the tensors that rarely change between rounds, and a digest that identifies their current values."""
 
     names: frozenset[str] = frozenset()
     digest: str = ""
@@ -44,13 +44,13 @@ class Checkpoint:
 
 
 class DamagedError(Exception):
-    """The file is not a whole checkpoint."""
+    """The file is not an intact checkpoint."""
 
 
 class Store:
-    """Writes the checkpoints of a run into a folder, of which the `keep` latest stay.
+    """Writes the checkpoints of a run into a folder and keeps the latest `keep`.
 
-    The first one writes the bases in any case: a copy that an earlier store has left may be damaged.
+    The first one always writes the bases, because copies of an earlier store may be damaged.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -58,10 +58,10 @@ class Store:
         self._written = NO_BASES
 
     def writing(self, checkpoint: Checkpoint) -> Callable[[], None]:
-        """Takes the checkpoint down as it is now, and returns what writes it; that may be called in another thread, before the next one.
+        """Copies the checkpoint and returns a function that writes it; another thread may call it, before the next checkpoint.
 
-        It writes folder/round_0003.safetensors atomically, after the bases if they are new, then removes what no kept round needs. The
-        state must be JSON: what is read back has text keys and lists. Floats and tensors of all types come back bit for bit.
+        The function writes folder/round_0003.safetensors atomically, after new bases, then removes files that no kept round needs. The
+        state must be JSON: it is read back with text keys and lists. Floats and tensors of all types are restored bit for bit.
         """
         bases, new = checkpoint.bases, checkpoint.bases != self._written
         tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if new or name not in bases.names}
@@ -72,7 +72,7 @@ class Store:
             first = not self._folder.exists()
             self._folder.mkdir(exist_ok=True)
             if first:
-                sync_folder(self._folder.parent)  # which holds its name, and those of the logs
+                sync_folder(self._folder.parent)  # makes the names of this folder and of the logs durable
             if new and bases.names:
                 content = _encoded({name: tensors.pop(name) for name in bases.names}, {"bases": bases.digest})
                 for path in _copies(self._folder, bases.digest):
@@ -95,12 +95,12 @@ class Store:
 
 
 def saved(folder: Path) -> list[Path]:
-    """Returns the checkpoints' paths, the latest round last."""
+    """Returns the checkpoint paths in the order of their rounds."""
     return sorted(folder.glob(ROUNDS), key=lambda path: int(path.stem.removeprefix("round_")))
 
 
 def load(path: Path) -> Checkpoint:
-    """Returns the checkpoint in `path`, on the CPU. Raises DamagedError if a single bit of it is wrong, or of every copy of its bases."""
+    """Returns the checkpoint in `path`, on the CPU. Raises DamagedError if a bit of it, or of every copy of its bases, is wrong."""
     tensors, metadata = _decoded(path)
     try:
         round_, state, digest = int(metadata["round"]), json.loads(metadata["state"]), metadata.get("bases", "")
@@ -111,7 +111,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _bases(folder: Path, digest: str) -> dict[str, Tensor]:
-    """Returns the bases of this digest from the first copy that is whole. Raises OSError or DamagedError where none is."""
+    """Returns the bases with this digest from the first intact copy. Raises OSError or DamagedError if there is none."""
     reasons: list[OSError | DamagedError] = []
     for path in _copies(folder, digest):
         try:
@@ -129,7 +129,7 @@ def _bases(folder: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _bases_needed(path: Path) -> str:
-    """Returns the digest of the bases that a checkpoint names, "" where it names none or its head is damaged."""
+    """Returns the digest of the bases that a checkpoint refers to, "" if there are none or its header is damaged."""
     try:
         with open(path, "rb") as file:
             size = file.read(8)
@@ -149,7 +149,7 @@ def _encoded(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
 
 
 def _decoded(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata of a file. Raises DamagedError if a single bit of it is wrong or it is not there."""
+    """Returns the tensors and the metadata of a file. Raises DamagedError if the file is missing or a single bit of it is wrong."""
     from safetensors import SafetensorError
     from safetensors.torch import load as tensors_of
 

@@ -1,12 +1,12 @@
-"""The words that options accept: enums whose values explain each word.
+"""Enums of the words that options accept; each value explains its word.
 
-Members are written by name: `training.optimizer=sgd`.
+Options take the name of a member: `training.optimizer=sgd`.
 """
 
 from enum import Enum
 
 AUTO = "auto"
-"""Value of an option that is settled once data, model and device are known."""
+"""Value of an option that is resolved once data, model and device are known."""
 
 
 class Dtype(Enum):

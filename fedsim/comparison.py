@@ -1,4 +1,4 @@
-"""The picture of a sweep: what its jobs reached, and what they moved for it."""
+"""The picture of a sweep: the results of its jobs against the bytes they moved."""
 
 import math
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_TASKS = 3
-"""Tasks that have a panel each; of more the mean is shown."""
+"""Most tasks with a panel each; for more, one panel shows the mean."""
 
 LABELS_IN_COLUMN, MOST_LABELS = 20, 60
-"""Labels that the legend names in a column, and in all."""
+"""Most labels in a column of the legend, and in the whole legend."""
 
 MARKERS = "osD^vP*X"
-"""In turn: colours alone do not tell a dozen apart."""
+"""Assigned in turn, because a dozen colours alone are hard to distinguish."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished job of a sweep: what it is called, its events and its summary. Jobs of one name repeat each other, with other seeds."""
+    """A finished job of a sweep: its label, events and summary. Jobs with the same label differ only in their seeds."""
 
     label: str
     events: Sequence[Event]
@@ -33,11 +33,11 @@ class Finished:
 
     @property
     def moved_bytes(self) -> int:
-        """All bytes of all clients, the set-up included."""
+        """Bytes of all clients in both directions, set-up included."""
         return sum(self.summary["communication"][f"{way}_bytes"] for way in ("uplink", "downlink", "setup"))
 
     def final(self, tasks: Sequence[str], figure: str) -> float:
-        """The mean final "accuracy" (0 to 1) or "loss" on the tasks; nan where one of them was not measured."""
+        """Returns the mean final "accuracy" (0 to 1) or "loss" over the tasks; nan if one of them was not measured."""
         return mean(or_nan(self.summary["evaluation"].get(task, {}).get("final", {}).get(figure)) for task in tasks)
 
 
@@ -47,11 +47,11 @@ def comparison_png(jobs: Sequence[Finished]) -> bytes:
 
 
 def comparison(jobs: Sequence[Finished]) -> "Figure":
-    """Draws the jobs' training loss by round, and beside it the final accuracy of each task over all bytes, the set-up included.
+    """Draws the jobs' training loss by round, and the final accuracy of each task over the bytes moved, set-up included.
 
-    Jobs of one label are drawn as their mean, and their standard deviation as a band or a bar. A job that sends nothing is a line;
-    of more tasks than `MOST_TASKS` the mean is shown. In place of an accuracy that is zero for all, as of texts that nobody hits exactly,
-    the final loss is drawn. Of more labels than `MOST_LABELS` none is named.
+    Jobs with the same label are drawn as their mean, with their standard deviation as a band or a bar. A job that sends nothing is a line.
+    With more than `MOST_TASKS` tasks, their mean is drawn. If all accuracies are zero, as for texts that no model matches exactly, the
+    final loss is drawn instead. With more than `MOST_LABELS` labels there is no legend.
     """
     repeated: dict[str, list[Finished]] = {}
     for job in jobs:
@@ -92,7 +92,7 @@ def _draw_training_losses(axes: "Axes", repeated: dict[str, list[Finished]], sty
             axes.fill_between(list(losses), low, high, color=styles[label]["color"], alpha=0.15, linewidth=0)
         last = max([last, *losses])
     dress(axes, "training loss (nats)", last)
-    _spread(axes)
+    _set_loss_scale(axes)
 
 
 def _draw_finals(
@@ -116,7 +116,7 @@ def _draw_finals(
     axes.set_xlabel(f"moved in all, set-up included ({unit})", fontsize=9)
     axes.margins(0.12)
     low, high = axes.get_ylim()
-    if hit and high - low < 2:  # of a hundred: no wide gap where there is no difference
+    if hit and high - low < 2:  # percentage points: do not magnify negligible differences
         axes.set_ylim(max(0.0, (low + high) / 2 - 1), (low + high) / 2 + 1)
     if any(job.moved_bytes for jobs in repeated.values() for job in jobs):
         _logarithmic(axes, "x")
@@ -124,19 +124,19 @@ def _draw_finals(
 
 
 def _deviation(values: Sequence[float]) -> float:
-    """Returns the sample standard deviation, 0 of one value; nan where a value is."""
+    """Returns the sample standard deviation, 0 for one value; nan if a value is nan."""
     return math.nan if any(map(math.isnan, values)) else stdev(values) if len(values) > 1 else 0.0
 
 
-def _spread(axes: "Axes") -> None:
-    """Shows small values of many lines apart, where all are above zero."""
+def _set_loss_scale(axes: "Axes") -> None:
+    """Separates small values by a logarithmic scale if all are above zero."""
     if 0 < axes.dataLim.minposy <= axes.dataLim.ymin < math.inf:
         _logarithmic(axes, "y")
         axes.set_ylim(0.95 * axes.dataLim.ymin, 1.05 * axes.dataLim.ymax)
 
 
 def _logarithmic(axes: "Axes", which: str) -> None:
-    """Gives the x or the y axis a logarithmic scale with plain numbers."""
+    """Gives the x or y axis a logarithmic scale with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set(**{f"{which}scale": "log"})
