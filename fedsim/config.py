@@ -1,6 +1,6 @@
-"""The configuration: plain typed dataclasses; the line under a field is its help.
+"""The configuration as typed dataclasses; the docstring under a field is its help text.
 
-Hydra composes conf/ against these types (`fedsim.cli.compose`), and nothing beyond the entry sees a DictConfig.
+Hydra composes conf/ against these types (`fedsim.cli.compose`); no code after that sees a DictConfig.
 """
 
 from dataclasses import dataclass, field
@@ -31,11 +31,11 @@ from fedsim.choices import (
 @dataclass
 class MethodConfig:
     name: str = "fed_sb"
-    """What is trained, what travels and how the server combines it."""
+    """Federated method: what clients train and send, and how the server combines it."""
     residual: Residual = Residual.stacked
     """FedEx-LoRA and FLoRA: the form in which the change of the base weights is sent."""
     residual_rank: Optional[int] = None
-    """FedEx-LoRA: send the best approximation of this rank of the residual; null sends all of it."""
+    """FedEx-LoRA: send only the residual's best approximation of this rank; null sends the whole residual."""
     heads: int = 4
     """RAVAN: heads per layer, each of rank adapter.rank."""
     client_heads: Optional[int] = None
@@ -63,7 +63,7 @@ class AdapterConfig:
     rank: Optional[int] = None
     """Rank r: the trained matrix R of each adapted layer is r x r; null takes 64, or the smallest side of the layers if that is less."""
     init: Optional[Init] = None
-    """How the factors are initialised, and with them the common bases B and A; null takes the method's default: for Fed-SB gradient, or
+    """How the factors are initialised, the common bases B and A included; null takes the method's default: for Fed-SB gradient, or
     weight_svd with privacy."""
     refresh_every: int = 0
     """Fed-SB: after every k-th round add B R A to the base weights and compute new bases; 0 keeps the first ones."""
@@ -71,8 +71,8 @@ class AdapterConfig:
     """Total number of examples from which the initial gradient is estimated. Clients give equal shares; one with fewer examples than its
     share gives all it has. gradient_dp: the expected number, since each example is drawn independently."""
     sketch: bool = False
-    """Send sketches of the initial gradients instead of whole matrices: a few times rank numbers per row and column of a layer, for layers
-    where that is at most half. A 7B model at rank 200 takes a seventh of the bytes and memory; the bases train nearly as well."""
+    """Send sketches of the initial gradients instead of whole matrices: a few times rank numbers per row and column, for layers where that
+    is at most half the matrix. A 7B model at rank 200 takes a seventh of the bytes and memory; the bases train nearly as well."""
     scaling: float = 1.0
     """Scaling s of the update s B R A."""
     target_modules: list[str] = field(default_factory=list)
@@ -91,7 +91,7 @@ class DataConfig:
     """Local file or folder, or hub name; null takes each set's own hub name (instructions and classification have none)."""
     labels: list[str] = field(default_factory=list)
     """classification: the labels, in the order of the model's outputs; empty takes the sorted labels of the training rows. Required in a
-    deployment, where nobody sees all rows."""
+    deployment, where no process sees all rows."""
     train_examples: Optional[int] = None
     """Keep at most this many training examples in total; null keeps all."""
     test_examples: Optional[int] = None
@@ -137,22 +137,22 @@ class FederationConfig:
     network: str = "none"
     """Simulation: links that turn bytes and tokens into seconds: none, uniform, broadband, mobile, or a YAML or CSV file of links."""
     deadline: Optional[float] = None
-    """Simulated network: seconds after which a round goes on without late clients if min_replies have arrived; null waits for all."""
+    """Simulated network: seconds after which a round continues without late clients if min_replies have arrived; null waits for all."""
     mode: Mode = Mode.sync
-    """How updates are combined; fedbuff needs a simulated network, and a round of it is one new version of the factors."""
+    """How updates are combined; fedbuff needs a simulated network, and each of its rounds is one new version of the factors."""
     concurrency: Optional[int] = None
     """fedbuff: number of clients that train at the same time; null takes federation.fraction of them."""
     buffer: Optional[int] = None
     """fedbuff: number of updates that make a new version; null takes half of concurrency."""
     round_timeout: Optional[float] = None
-    """Seconds to wait for replies, counted anew for each retry and for each stage of secure aggregation. The round goes on without
-    clients that have not replied by then. null waits for all that are alive."""
+    """Seconds to wait for replies, restarted for each retry and each stage of secure aggregation. The round then continues without the
+    missing clients. null waits for all that are alive."""
     min_replies: float = 0.5
-    """Replies a round needs: a fraction of the selected clients if below 1, else a count. Simulated drop-outs do not count."""
+    """Replies that a round needs: a fraction of the selected clients if below 1, else a count. Simulated drop-outs do not count."""
     over_selection: float = 0.0
-    """Select this fraction more clients than the round needs; it goes on as soon as enough have replied."""
+    """Select this fraction more clients than the round needs; it continues as soon as enough have replied."""
     retries: int = 2
-    """How often clients that have not replied are asked again if fewer than min_replies have; after that the run stops."""
+    """How often missing clients are asked again if fewer than min_replies have replied; after that the run stops."""
     max_examples: int = 1_000_000
     """Largest number of training examples that a client may claim to have; the number is its weight in the average."""
 
@@ -160,7 +160,7 @@ class FederationConfig:
 @dataclass
 class TrainingConfig:
     optimizer: Optimizer = Optimizer.adamw
-    """Optimizer of each client's local training; its state starts anew in every round."""
+    """Optimizer of each client's local training; its state is reset every round."""
     learning_rate: float = 3e-2
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -174,7 +174,7 @@ class TrainingConfig:
     momentum: float = 0.0
     """SGD: momentum."""
     schedule: Schedule = Schedule.cosine
-    """Learning rate over all local steps of all rounds."""
+    """Learning rate schedule over all local steps of all rounds."""
     warmup_ratio: float = 0.02
     """Fraction of all steps in which the learning rate rises linearly to its peak."""
     batch_size: int = 4
@@ -184,9 +184,9 @@ class TrainingConfig:
     local_steps: int = 10
     """Local optimizer steps of a client per round."""
     local_epochs: Optional[int] = None
-    """Passes over a client's examples per round; when set, it takes the place of local_steps."""
+    """Passes over a client's examples per round; replaces local_steps when set."""
     group_by_length: bool = True
-    """Put examples of similar length into the same batch."""
+    """Batch examples of similar length together."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     tokens_per_pass: Union[int, str] = AUTO
@@ -204,26 +204,26 @@ class ServerConfig:
     rule: ServerRule = ServerRule.mean
     """How the clients' uploads are combined."""
     trimmed: float = 0.1
-    """trimmed_mean: fraction of the clients that is left out at each end."""
+    """trimmed_mean: fraction of the clients left out at each end."""
     malicious: int = 0
     """krum: largest number of clients that may be malicious."""
     kept: int = 0
     """krum: number of uploads that are averaged; 0 averages all but the malicious."""
     optimizer: str = "fedavg"
-    """What the server does with the averaged update: fedavg, fedavgm, fedadam, fedyogi or fedadagrad."""
+    """How the server applies the averaged update: fedavg, fedavgm, fedadam, fedyogi or fedadagrad."""
     learning_rate: float = 1.0
     """Server learning rate."""
     momentum: float = 0.9
-    """Momentum of fedavgm; first moment's decay of the adaptive ones."""
+    """Momentum of fedavgm; decay of the first moment of fedadam and fedyogi."""
     beta2: float = 0.99
-    """Second moment's decay of fedadam and fedyogi."""
+    """Decay of the second moment of fedadam and fedyogi."""
     tau: float = 1e-3
-    """Adaptivity: term added to the denominator of the adaptive ones."""
+    """Adaptivity: term added to the denominator of fedadam, fedyogi and fedadagrad."""
     max_update_norm: Optional[float] = 1e6
-    """Largest L2 norm accepted of a client's update and of a change of its control variate; null accepts all that are finite. With
-    privacy.unit=client it is clip_norm instead, and longer updates are scaled to it without a word."""
+    """Largest accepted L2 norm of a client's update and of a change of its control variate; null accepts every finite one. With
+    privacy.unit=client, clip_norm takes its place, and larger updates are scaled to it silently."""
     over_norm: OverNorm = OverNorm.refuse
-    """What is done with an update larger than max_update_norm."""
+    """What happens to an update larger than max_update_norm."""
 
 
 @dataclass
@@ -231,7 +231,7 @@ class CompressionConfig:
     name: str = "none"
     """How an upload is compressed: none, bfloat16, int8, int4 or top_k."""
     density: float = 0.01
-    """top_k: fraction of the entries that is sent."""
+    """top_k: fraction of the entries to send."""
     error_feedback: bool = False
     """A client adds the compression error to its next upload."""
 
@@ -249,11 +249,11 @@ class PrivacyConfig:
     delta: Optional[float] = None
     """Delta of every client; null takes 1 / n^1.1, n being the number of its examples, or of clients. 1 / n or more is refused."""
     accountant: Accountant = Accountant.prv
-    """How epsilon is computed; with noise of the clients under secure aggregation always by skellam."""
+    """How epsilon is computed; always skellam if the clients add the noise under secure aggregation."""
     init_share: float = 0.2
     """adapter.init=gradient_dp: fraction of epsilon that the initialisation may spend."""
     init_noise_multiplier: Optional[float] = None
-    """adapter.init=gradient_dp: its noise; null calibrates it to init_share x epsilon."""
+    """adapter.init=gradient_dp: its noise multiplier; null calibrates it to init_share x epsilon."""
     adaptive_clip: bool = False
     """unit=client: let clip_norm follow a quantile of the updates' norms; the noised counts are accounted for."""
     clip_quantile: float = 0.5
@@ -261,10 +261,10 @@ class PrivacyConfig:
     clip_rate: float = 0.2
     """unit=client, adaptive_clip: learning rate of the clip norm's logarithm."""
     noise: NoiseSource = NoiseSource.seed
-    """Source of the noise, and of the random sampling of examples or, with unit=client, of clients. A deployment always takes system; among
-    simulations only engine=inprocess can."""
+    """Source of the noise, and of the random sampling of examples or, with unit=client, of clients. A deployment always takes system; of
+    the simulations, only engine=inprocess can."""
     unsafe_init: bool = False
-    """Allow adapter.init=gradient, which leaks, with privacy: for audits only; no epsilon is claimed then."""
+    """Allow adapter.init=gradient with privacy although it leaks: for audits only; the run then claims no epsilon."""
     secure_aggregation: bool = False
     """The server sees only sums of uploads (SecAgg+, see secure); linear methods only. With unit=client the clients add the noise."""
 
@@ -272,23 +272,23 @@ class PrivacyConfig:
 @dataclass
 class SecureConfig:
     bits: int = 16
-    """Secure aggregation: bits of each value of an upload; what is sent also has the carry bits of the sum, in whole bytes."""
+    """Bits per value of an upload; the message adds the carry bits of the sum and rounds up to whole bytes."""
     range: float = 1.0
-    """Largest change of an entry in a round that an upload can hold; what is larger is clipped, and counted. unit=client: clip_norm."""
+    """Largest change of an entry in a round that an upload can hold; larger ones are clipped and counted. unit=client: clip_norm."""
     gradient_range: float = 16.0
     """The same for an entry of a client's initial gradient or its sketch, in 32 bits; with gradient_dp at least 8 times its noise."""
     threshold: float = 0.6
-    """Fraction of the round's clients that must stay to the end, or the round is given up. unit=client: as many give all the noise."""
+    """Fraction of a round's clients that must stay to the end, or the round is abandoned. unit=client: they give all the noise."""
     neighbours: int = 0
-    """Number of clients with which each one shares masks and secrets (an odd number is made even); 0 takes all others."""
+    """Number of clients with which each client shares masks and secrets (an odd number is made even); 0 takes all others."""
 
 
 @dataclass
 class AuditConfig:
     canaries: int = 0
-    """Examples of random tokens, dealt to the clients in turn, each included by a coin flip from the seed; 0: none, 128 in fedsim audit."""
+    """Examples of random tokens, dealt to the clients in turn, each included by a seeded coin flip; 0: none, 128 in fedsim audit."""
     confidence: float = 0.95
-    """Probability with which the lower bound on epsilon holds."""
+    """Confidence level of the lower bound on epsilon."""
 
 
 @dataclass
@@ -296,7 +296,7 @@ class EvaluationConfig:
     every: int = 0
     """Evaluate after every k-th round as well; 0 evaluates before the first and after the last only."""
     max_new_tokens: int = 96
-    """Longest generated answer in tokens; one that is cut off is right only if it has stated its result ("####", a box)."""
+    """Longest generated answer in tokens; one that is cut off counts only if it has stated its result ("####", a box)."""
     tokens_per_pass: Union[int, str] = AUTO
     """Maximum number of tokens (prompt, answer and padding) in one generation batch; auto: 16384 on a CPU, on a GPU what its memory holds,
     halved if it runs out."""
@@ -307,22 +307,22 @@ class EvaluationConfig:
 @dataclass
 class EngineConfig:
     name: str = "inprocess"
-    """Which Flower Grid carries the messages."""
+    """Flower Grid that carries the messages."""
     superlink: Optional[str] = None
     """deployment: name of the SuperLink in Flower's configuration (flwr config list)."""
     wait_seconds: float = 120.0
-    """deployment: how long to wait at the beginning of a run for clients that are not connected; afterwards rounds go on without them."""
+    """deployment: seconds to wait at the start of a run for clients that are not connected; afterwards rounds run without them."""
     actors: Optional[int] = None
     """ray: number of worker processes, each with its own GPU or core and base model; null takes one per GPU, else one per core."""
     address: Optional[str] = None
     """ray: address of a running Ray cluster (auto finds one on this machine); null starts Ray here, for this run."""
     cohort_size: int = 0
-    """Number of clients that a worker trains together per message; 0 deals the round's clients to the workers in equal parts."""
+    """Number of clients that a worker trains together per message; 0 splits the round's clients equally over the workers."""
 
 
 @dataclass
 class Config:
-    """A whole experiment. Everything that can change a result is in here."""
+    """A whole experiment: everything that can change a result."""
 
     method: MethodConfig = field(default_factory=MethodConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -338,7 +338,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     seed: int = 0
-    """Seed of everything random: data, partition, client sampling, batches, bases."""
+    """Seed of all randomness: data, partition, client sampling, batches, bases."""
     run_dir: Optional[str] = None
     """Run folder; null makes runs/<date>/<time>-<method>."""
     resume: bool = False

@@ -1,4 +1,4 @@
-"""Which values the options may have, and which contradict each other whatever method, data and model are."""
+"""Checks the values of options, and contradictions between them that do not depend on method, data or model."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from fedsim.errors import UserError
 
 @dataclass(frozen=True)
 class Bounds:
-    """Finite numbers between `low` and `high`; an open end is not itself allowed."""
+    """Finite numbers between `low` and `high`; an open end is excluded."""
 
     low: float
     high: float = math.inf
@@ -34,13 +34,13 @@ def _written(number: float) -> str:
 
 
 MOST = 1_000_000
-"""Most rounds, clients, and local steps or epochs: many more than are ever run, few enough to be counted through."""
+"""Most rounds, clients, and local steps or epochs: more than any run needs, few enough to iterate over."""
 
 _COUNT = Bounds(1, MOST)
 _AT_LEAST_ONE, _NOT_NEGATIVE, _POSITIVE, _DECAY = Bounds(1), Bounds(0), Bounds(0, low_open=True), Bounds(0, 1, high_open=True)
 
 MAY_BE_AUTO = ("training.tokens_per_pass", "evaluation.tokens_per_pass")
-"""Options that are numbers or `AUTO`."""
+"""Options that accept a number or `AUTO`."""
 
 BOUNDS = {
     "method.residual_rank": _AT_LEAST_ONE,
@@ -113,11 +113,11 @@ BOUNDS = {
     "engine.cohort_size": _NOT_NEGATIVE,
     "seed": _NOT_NEGATIVE,
 }
-"""Allowed values of the options that are numbers; null is allowed where the type allows it."""
+"""Allowed values of the numeric options; null is allowed if the type allows it."""
 
 
 def check(config: Config) -> None:
-    """Raises UserError for the first value or contradiction that can be seen without data and model."""
+    """Raises UserError for the first wrong value or contradiction that shows without data and model."""
     for key, bounds in BOUNDS.items():
         value = value_of(config, key)
         if value == AUTO and key in MAY_BE_AUTO:

@@ -1,4 +1,4 @@
-"""The docstring under each field of a dataclass, which only the source holds."""
+"""Reads the docstrings under the fields of dataclasses from the source, since Python discards them."""
 
 import ast
 import inspect
@@ -6,7 +6,7 @@ from types import ModuleType
 
 
 def field_docstrings(module: ModuleType) -> dict[str, dict[str, str]]:
-    """Returns {class: {field: docstring, in one line}} of the classes of a module; a field without one has an empty text."""
+    """Returns {class: {field: docstring}} of a module's classes, each docstring in one line; empty for a field without one."""
     classes = [node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)]
     return {node.name: _of_class(node) for node in classes}
 

@@ -1,4 +1,4 @@
-"""What all pictures are drawn with: figures outside pyplot, lines, axes and legends of one look."""
+"""Shared drawing helpers: figures outside pyplot, and lines, axes and legends in one style."""
 
 import io
 import math
@@ -13,18 +13,18 @@ Event = dict[str, Any]
 Shown = TypeVar("Shown")
 
 MOST_NAMED = 30
-"""Clients that the picture of holdings numbers one by one, and rounds that the curves mark one by one."""
+"""Most clients that the picture of holdings numbers individually, and most rounds with large markers on curves."""
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure outside pyplot: nothing global is touched, and no display is needed."""
+    """Returns a figure outside pyplot, which changes no global state and needs no display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def as_png(draw: "Callable[[Shown], Figure]", shown: Shown) -> bytes:
-    """Returns what `draw` makes of `shown` as a file."""
+    """Returns the figure that `draw` makes of `shown` as a PNG file."""
     from matplotlib import rc_context
 
     content = io.BytesIO()
@@ -42,25 +42,25 @@ def colors(names: Sequence[str]) -> list[Any]:
 
 
 def say(axes: "Axes", text: str) -> None:
-    """Says in an empty panel why it is empty."""
+    """Writes into an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, transform=axes.transAxes)
 
 
 def draw_line(axes: "Axes", rounds: Sequence[float], values: list[float], linewidth: float = 1.5, **style: Any) -> None:
-    """Draws values by round, with a dot for each."""
+    """Draws values by round as a line with markers."""
     marker_size = linewidth + (2.5 if len(rounds) <= MOST_NAMED else 0.5)
     own: dict[str, Any] = {"marker": "o", "markersize": marker_size, "linewidth": linewidth, "clip_on": False}
-    if rounds:  # a line without points that is not clipped has no bounds, and the layout fails
+    if rounds:  # an unclipped line without points has no bounds, and the layout fails
         axes.plot(rounds, values, **own | style)
 
 
 def dress(axes: "Axes", title: str, last_round: float) -> None:
-    """Gives axes over the rounds up to the last their title, and shows them from zero."""
+    """Sets the title of axes over rounds, and starts both axes at zero."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("round", fontsize=9)
-    axes.set_xlim(0, max(1, last_round) if last_round != 1 else 1.5)  # the only round does not lie on the edge
+    axes.set_xlim(0, max(1, last_round) if last_round != 1 else 1.5)  # keeps a single round off the edge
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     plain(axes)
     highest = axes.dataLim.ymax  # -inf without data
@@ -68,7 +68,7 @@ def dress(axes: "Axes", title: str, last_round: float) -> None:
 
 
 def plain(axes: "Axes") -> None:
-    """Takes away what distracts from the data."""
+    """Removes visual clutter: small ticks, a faint grid, no top or right spine."""
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
@@ -76,11 +76,11 @@ def plain(axes: "Axes") -> None:
 
 
 def legend_outside(axes: "Axes", columns: int = 1) -> None:
-    """Puts the legend on the right of the axes: beside the data, never over it."""
+    """Puts the legend to the right of the axes, so that it never covers data."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8, ncols=columns)
 
 
 def or_nan(value: float | None) -> float:
-    """Returns the number, nan for None."""
+    """Returns the number, or nan for None."""
     return float("nan") if value is None else value

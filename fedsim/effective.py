@@ -1,4 +1,4 @@
-"""The configuration that is actually carried out, once the method has settled its defaults; needs neither model nor data."""
+"""Resolves the defaults that depend on the method, giving the configuration that actually runs; needs neither model nor data."""
 
 from dataclasses import replace
 
@@ -13,9 +13,9 @@ from fedsim.privacy import checks as privacy_checks
 
 
 def effective(config: Config) -> Config:
-    """Returns the configuration that is carried out, with all defaults that depend on the method filled in.
+    """Returns the configuration that runs, with all defaults that depend on the method filled in. Raises UserError for contradictions.
 
-    A pooled method has one client, which holds all data whatever the partition; its batch is the union of the batches of a round's clients.
+    A pooled method has one client, which holds all data regardless of the partition; its batch unites the batches of a round's clients.
     """
     method = method_of(config)
     combinations.check(config, method)
@@ -43,7 +43,7 @@ def effective(config: Config) -> Config:
 
 
 def _dirichlet_over(config: Config) -> DirichletOver:
-    """Classified data is skewed by label, as is usual, unless its rows name tasks: a single set is one task."""
+    """Returns the configured choice; by default label for classified data whose rows name no tasks, since it is one task, else task."""
     by_label = labels(config.data) != () and config.data.task_column is None
     return config.federation.dirichlet_over or (DirichletOver.label if by_label else DirichletOver.task)
 
@@ -65,7 +65,7 @@ def _check_pairs(config: Config) -> None:
 
 
 def _check_labels(config: Config) -> None:
-    """No process of a deployment sees all rows, and all must give the head's outputs the same labels."""
+    """Requires labels in a deployment: no process sees all rows, and all must map the head's outputs to the same labels."""
     if labels(config.data) is None and not config.data.labels and (config.engine.name == "deployment" or config.data.owner is not None):
         raise UserError(
             f"data.labels: expected the labels of data={config.data.name}, got none: clients of a deployment see rows of their own alone. "
@@ -87,9 +87,9 @@ def _check_canaries(config: Config) -> None:
 
 
 def method_of(config: Config) -> Method:
-    """Returns the method that the configuration names, with a classification head where the data has labels.
+    """Returns the configured method, with a classification head if the data has labels.
 
-    Raises UserError for an unknown one.
+    Raises UserError for an unknown name.
     """
     if config.method.name not in METHODS:
         raise UserError(

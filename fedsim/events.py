@@ -1,4 +1,4 @@
-"""events.jsonl: what happened in a run, one line per event, in order."""
+"""events.jsonl: the events of a run in order, one per line."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from fedsim.files import atomic_write, finite
 
 
 def append(descriptor: int, line: bytes) -> None:
-    """Writes a whole line at the end of a file, in one write. Raises OSError if only a part of it found room."""
+    """Appends a whole line to a file in one write. Raises OSError if only a part of it fits on the disk."""
     written = os.write(descriptor, line)
-    if written < len(line):  # the disk is full: the rest tells why
+    if written < len(line):  # the disk is full: writing the rest raises the reason
         os.write(descriptor, line[written:])
 
 
 class EventLog:
-    """The open log of a run: one process writes it, anyone may read it meanwhile. A line cut short by a kill is ended first."""
+    """The open log of a run, written by one process and readable by others meanwhile. Opening terminates a line cut short by a kill."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -30,13 +30,13 @@ class EventLog:
         event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **facts}
         try:
             text = json.dumps(event, allow_nan=False)
-        except ValueError:  # a loss that has become NaN, for which JSON has no word
+        except ValueError:  # a loss is NaN, which JSON lacks
             text = json.dumps(finite(event))
         append(self._descriptor, text.encode() + b"\n")
 
     @property
     def size(self) -> int:
-        """Bytes of the log so far."""
+        """Size of the log in bytes."""
         return os.fstat(self._descriptor).st_size
 
     def sync(self) -> None:
@@ -49,21 +49,21 @@ class EventLog:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the events of a log, none if it does not exist; a torn last line is left out. Raises ValueError for any other damage."""
+    """Yields the events of a log, none if it does not exist, without a torn last line. Raises ValueError for any other damage."""
     if path.exists():
         with open(path, "rb") as file:
             yield from (json.loads(line) for line in file if line.endswith(b"\n"))
 
 
 def cut_events(path: Path, size: int, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Keeps the first `size` bytes of a log and, of the whole lines after them, those that `keep` wants; no torn one. Atomic."""
+    """Keeps the first `size` bytes of a log and, after them, the whole lines whose event `keep` accepts. Atomic."""
     content = path.read_bytes()
     lines = content[size:].splitlines(keepends=True)
     atomic_write(path, content[:size] + b"".join(line for line in lines if (event := _event(line)) is not None and keep(event)))
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """Returns the event of a line, None for a torn one, ended or not."""
+    """Returns the event of a line, None for a torn line, terminated or not."""
     try:
         event = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

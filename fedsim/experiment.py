@@ -13,7 +13,7 @@ from fedsim.session import check
 
 
 def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
-    """Returns the summary of the finished run, see `fedsim.flower.server.serve`. Raises UserError for an unknown engine."""
+    """Runs the experiment and returns its summary, see `fedsim.flower.server.serve`. Raises UserError for an unknown engine."""
     if config.engine.name not in ENGINES:
         raise UserError(
             f"engine.name: expected one of {', '.join(ENGINES)}, got {config.engine.name!r}.{nearest(config.engine.name, list(ENGINES))}"
@@ -22,7 +22,7 @@ def run(config: Config, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def in_process(config: Config, quiet: bool, watch: Callable[[Grid], Grid] = lambda grid: grid) -> dict[str, Any]:
-    """Carries the run out in this process; `watch` may wrap the Grid, to see what passes."""
+    """Executes the run in this process; `watch` may wrap the Grid to observe its messages."""
     from fedsim.flower.grid import InProcessGrid
     from fedsim.flower.server import serve
 
@@ -54,4 +54,4 @@ ENGINES: dict[str, Callable[[Config, bool], dict[str, Any]]] = {
     "ray": _on_ray,
     "deployment": _in_a_deployment,
 }
-"""What carries a run out, by the name of the engine."""
+"""The function that executes a run, by engine name."""

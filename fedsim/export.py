@@ -1,9 +1,9 @@
-"""The adapter as an ordinary LoRA in PEFT's files, so that any PEFT user loads it without fedsim.
+"""Exports the adapter as an ordinary LoRA in PEFT's file format, so that it loads without fedsim.
 
-B' is the product of all factors but the last, A' the last, for LoRA-SB B R and A. Where the base weights have been added to, or the update
-has no factors, it is the SVD of the whole update, cut where the singular values end in rounding. A third matrix beside A and B would be
-opened by PEFT without a warning and give wrong results; it is never written. A classification head goes whole into `modules_to_save`; one
-over texts that are read apart has no place in an encoder, and goes into a file of its own. What its outputs mean stands beside it.
+B' is the product of all factors but the last, A' is the last: B R and A for LoRA-SB. If something was added to the base weights, or the
+update has no factors, B' and A' come from the SVD of the whole update, truncated at rounding level. A third matrix next to A and B is
+never written: PEFT would load the files without a warning and compute wrong results. A classification head goes into `modules_to_save`,
+or, since an encoder has no place for it, into a file of its own if it reads texts apart. labels.json names its outputs.
 """
 
 import json
@@ -22,8 +22,8 @@ from fedsim.core.heads import HeadLinear, head_layers
 def peft_files(model: nn.Module, base_model: str) -> dict[str, bytes]:
     """Returns {file name: content} of PEFT's adapter_config.json and adapter_model.safetensors for the factors installed in `model`.
 
-    Of a `BiEncoder` they are an adapter of its encoder (`AutoModel`), and head.safetensors is `weight` [labels, 3 * width], or of one
-    text [labels, width], and `bias`. Of a classifier labels.json lists the labels in the order of its outputs.
+    For a `BiEncoder` they adapt its encoder (`AutoModel`), and head.safetensors holds `weight` [labels, 3 * width], or [labels, width] for
+    a single text, and `bias`. For a classifier, labels.json lists the labels in the order of its outputs.
     """
     body = f"{model.base_model_prefix}." if isinstance(model, BiEncoder) else ""
     layers = {name.removeprefix(body): layer for name, layer in adapted_layers(model).items()}
@@ -68,7 +68,7 @@ def _affine(layer: HeadLinear) -> dict[str, torch.Tensor]:
 
 
 def _pair(layer: AdaptedLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns B' [out, k] and A' [k, in] with the product of the layer's whole change, the scaling in B'."""
+    """Returns B' [out, k] and A' [k, in], whose product is the layer's whole change; B' includes the scaling."""
     left, *others = layer.form.chain(layer.factors)
     if others and layer.folded is None:
         for matrix in others[:-1]:
