@@ -1,4 +1,4 @@
-"""Gradients of the base weights, of which the bases B and A are made: of a sample of a client's data, or of a public shard."""
+"""Gradients of the base weights for computing the bases B and A, on a sample of a client's data or on a public shard."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from fedsim.types import Adapter, AnyEncoded
 
 
 def summed_gradients(session: Session, examples: Sequence[AnyEncoded]) -> Adapter:
-    """Returns the summed loss gradient of every adapted base weight over the examples, without any update, in the session's parts."""
+    """Returns the loss gradient of every adapted base weight, summed over the examples without updates, in the session's parts."""
     pad_id, parts = session.tokenizer.pad_token_id, session.gradient_parts
     return session.gradient_budget.within_memory(
         lambda tokens: weight_gradients(session.model, examples, pad_id=pad_id, tokens_per_pass=tokens, parts=parts)
@@ -27,7 +27,7 @@ def client_gradient(
 ) -> Tensor:
     """Returns the weight gradients of a seeded sample of the client's own examples, in the session's parts as one flat array.
 
-    With `noise` it is private: every example is drawn by its own coin with probability `rate` (`num_samples` is not looked at),
+    With `noise` it is private: each example is drawn independently with probability `rate` (`num_samples` is ignored), its gradient is
     clipped, and the sum is noised.
     """
     examples = session.client_data(client).examples
@@ -51,7 +51,7 @@ def _private_gradient(session: Session, client: int, noise: float, round: int, r
 
 
 def factors_from_gradients(session: Session, gradients: Adapter, steps_taken: int = 0) -> Adapter:
-    """Returns B, R, A of the next full fine-tuning step along the summed gradients, given in the session's parts."""
+    """Returns B, R, A of the next full fine-tuning step along the summed gradients, in the session's parts; R is 0 with gradient_dp."""
 
     def whole(layer: str) -> Tensor:
         return session.gradient_parts.whole(gradients, layer)

@@ -1,11 +1,10 @@
-"""journal.jsonl: the audit log of a run. Who joined, what was asked, refused, accepted, released, and what it cost in privacy.
+"""journal.jsonl: the audit log of a run. Records who joined, what was requested, refused, accepted and released, and its privacy cost.
 
-Append-only: each line holds the SHA-256 of the line before it, so that a line cannot be changed, removed, added or moved without breaking
-the chain (Haber and Stornetta 1991). The head, which fixes all lines up to it, is also in every checkpoint and in summary.json: it tells
-when lines are missing at the end, and when the chain alone was made anew. The last line of a finished run holds its summary. Nothing is
-keyed: who remakes the chain and the heads in checkpoints and summary.json as well is noticed only by whoever has kept a head elsewhere. A
-run that goes on from a checkpoint removes nothing: its line `resumed` names the line that it goes on from, and those in between are
-superseded, but stay to be seen.
+Append-only: each line holds the SHA-256 of the previous line, so that changing, removing, adding or moving a line breaks the chain (Haber
+and Stornetta 1991). The head, which fixes all lines up to it, is also in every checkpoint and in summary.json; it reveals lines missing at
+the end and a rebuilt chain. The last line of a finished run holds its summary. No key is involved: rebuilding the chain together with the
+heads in checkpoints and summary.json shows only against a head stored elsewhere. A resumed run removes nothing: its line `resumed` names
+the line from which it continues; the lines in between are superseded but remain.
 """
 
 import hashlib
@@ -23,12 +22,12 @@ from fedsim.events import append
 from fedsim.files import finite
 
 FIRST = "0" * 64
-"""What the first line has in place of the hash of a line before it."""
+"""The previous hash in the first line."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The number of lines so far, and the SHA-256 of the last one."""
+    """The number of lines so far and the SHA-256 of the last one."""
 
     lines: int = 0
     sha256: str = FIRST
@@ -39,18 +38,18 @@ class Head:
 
     @classmethod
     def from_json(cls, value: Any) -> "Head":
-        """Returns the head that `to_json` was called on. Raises ValueError for anything else."""
+        """Returns the head from the value of `to_json`. Raises ValueError for anything else."""
         if not isinstance(value, dict) or set(value) != {"lines", "sha256"} or type(value["lines"]) is not int:
             raise ValueError(f"Expected lines and sha256, got {value!r:.60}.")
         return cls(value["lines"], str(value["sha256"]))
 
     def after(self, line: bytes) -> "Head":
-        """Returns the head after one more line, given without its end."""
+        """Returns the head after one more line, given without its newline."""
         return Head(self.lines + 1, hashlib.sha256(line).hexdigest())
 
 
 class Journal:
-    """The open journal of a run; one process writes it. It goes on where the file ends, also where a kill has torn the last line."""
+    """The open journal of a run, written by one process. It continues an existing file, even if a kill has torn the last line."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -79,19 +78,19 @@ class Journal:
 
 @dataclass
 class Verdict:
-    """What `verified` has found: whether the chain holds, and where it does not."""
+    """The result of `verified`: whether the chain is intact, and where it is broken."""
 
     head: Head = field(default_factory=Head)
-    superseded: int = 0  # lines, each counted once, after the checkpoint from which a resumed run went on
-    finished: bool = False  # whether a summary fixes the end; otherwise lines after the last checkpoint may be missing unseen
+    superseded: int = 0  # lines, each counted once, after the checkpoint from which a run was resumed
+    finished: bool = False  # whether a summary fixes the end; if not, lines missing after the last checkpoint go unnoticed
     problems: list[str] = field(default_factory=list)
 
 
 def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verdict:
-    """Checks every line of the journal against the one before, the `checkpoints`' heads (by name) against it, and the `end` of its summary.
+    """Checks every line of the journal against the previous one, and the heads in `checkpoints` (by name) and in its summary (`end`).
 
-    A change, a deletion, an insertion, a different order and a missing end are all found, as long as the heads that are given are those
-    that the run wrote; a missing end of a run without a summary is found as far as its last checkpoint.
+    Finds changed, deleted, inserted and reordered lines and a missing end, provided that the given heads are those that the run wrote. In
+    a run without a summary, a missing end is found up to its last checkpoint.
     """
     verdict, hashes, torn = Verdict(finished=end is not None), {0: FIRST}, 0
     standing: list[int] = []  # numbers of the lines that no resumption has superseded, ascending
@@ -101,7 +100,7 @@ def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verd
         if entry is None:
             torn = torn or number
         else:
-            verdict.problems += _links(entry, number, verdict.head, torn)
+            verdict.problems += _chain_problems(entry, number, verdict.head, torn)
             torn = 0
             if entry.get("kind") == "resumed":
                 from_line = entry.get("goes_on_from", number - 1)
@@ -116,17 +115,17 @@ def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verd
         hashes[number] = verdict.head.sha256
     if torn and (torn < verdict.head.lines or end is not None):
         verdict.problems.append(f"line {torn} cannot be read")
-    verdict.problems += _heads(checkpoints, end, hashes, verdict.head)
+    verdict.problems += _head_problems(checkpoints, end, hashes, verdict.head)
     return verdict
 
 
 def lines_after(path: Path, number: int) -> list[dict[str, Any]]:
-    """Returns the entries after so many lines, without those that cannot be read."""
+    """Returns the readable entries after line `number`."""
     entries = [_entry(line) for line, whole in islice(_lines(path), number, None) if whole]
     return [entry for entry in entries if entry is not None]
 
 
-def _links(entry: dict[str, Any], number: int, before: Head, torn: int) -> Iterator[str]:
+def _chain_problems(entry: dict[str, Any], number: int, before: Head, torn: int) -> Iterator[str]:
     if entry.get("line") != number:
         yield f"line {number} says that it is line {entry.get('line')!r:.20}: lines were removed, added or moved before it"
     if entry.get("previous") != before.sha256:
@@ -135,7 +134,7 @@ def _links(entry: dict[str, Any], number: int, before: Head, torn: int) -> Itera
         yield f"line {torn} cannot be read, and no run was resumed after it"
 
 
-def _heads(checkpoints: dict[str, Head], end: Head | None, hashes: dict[int, str], head: Head) -> Iterator[str]:
+def _head_problems(checkpoints: dict[str, Head], end: Head | None, hashes: dict[int, str], head: Head) -> Iterator[str]:
     for name, fixed in checkpoints.items():
         if fixed.lines > head.lines:
             yield f"{name} fixes {fixed.lines} lines, but the journal has {head.lines}: its end is missing"
@@ -146,7 +145,7 @@ def _heads(checkpoints: dict[str, Head], end: Head | None, hashes: dict[int, str
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Yields each line without its end, and whether it has one."""
+    """Yields each line without its newline, and whether it has one."""
     if path.exists():
         with open(path, "rb") as file:
             for line in file:

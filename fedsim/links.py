@@ -1,7 +1,7 @@
-"""The clients' links that a configuration asks for: drawn around published medians, or read from a file.
+"""The clients' network links: drawn around published medians, or read from a file.
 
-A file has a row for each kind of client, YAML (a list of mappings) or CSV with a header: uplink and downlink in bit/s, latency in seconds
-one way, speed in tokens/s, and dropout, a probability. Client k has row k; with fewer rows than clients, rows are reused in turn.
+A file has one row per kind of client, in YAML (a list of mappings) or CSV with a header: uplink and downlink in bit/s, one-way latency in
+seconds, speed in tokens/s, and dropout, a probability. Client k has row k; with fewer rows than clients, rows are reused in turn.
 """
 
 import csv
@@ -20,7 +20,7 @@ OPTIONAL = {"dropout": 0.0, "latency": 0.0, "speed": inf}
 
 
 def links_of(config: Config, num_parameters: int) -> list[Link] | None:
-    """Returns the link of each client, None where no network is simulated. Raises UserError for an unknown name and a bad file."""
+    """Returns each client's link, or None if no network is simulated. Raises UserError for an unknown name or a bad file."""
     name, clients = config.federation.network, config.federation.clients
     if name == NO_NETWORK:
         return None
@@ -31,7 +31,7 @@ def links_of(config: Config, num_parameters: int) -> list[Link] | None:
 
 
 def check(config: Config) -> None:
-    """Raises UserError where the network is neither known nor a file that can be read."""
+    """Raises UserError if the network is neither a known name nor a valid file."""
     links_of(config, 1)
 
 

@@ -1,6 +1,6 @@
-"""One round of some clients: where each starts, what it trains, and what leaves it.
+"""One round of a cohort of clients: the factors each starts from, what it trains, and its upload.
 
-What an upload is depends on the configuration: the factors as they are, their change compressed, or with client-level privacy clipped.
+Depending on the configuration, an upload holds the factors, their compressed change, or with client-level privacy their clipped change.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from fedsim.training.optimizers import learning_rate
 from fedsim.training.private import PrivateRule
 
 Memory = dict[int, dict[str, Tensor]]
-"""What clients keep for themselves from round to round, as flat arrays by client and name."""
+"""The state that clients keep between rounds: flat arrays by client and name."""
 
 PERSONAL, OWN_CONTROL, RESIDUE = "personal", "control", "residue"  # names in a client's memory
 VALUES = "values"  # the one array of an upload that is not compressed
@@ -28,7 +28,7 @@ VALUES = "values"  # the one array of an upload that is not compressed
 
 @dataclass(frozen=True)
 class ClientReply:
-    """What a client sends after local training, and what it told about it."""
+    """A client's upload after local training, and its training result."""
 
     result: LocalResult
     arrays: dict[str, Tensor]  # the flat factors, or their compressed change
@@ -46,10 +46,10 @@ def train_clients(
     noise: Sequence[float] = (),
     clip_norm: float | None = None,
 ) -> list[ClientReply]:
-    """Trains the clients from the installed state for one round, as one cohort, and returns what they send.
+    """Trains the clients for one round from the installed state, as one cohort, and returns their replies.
 
-    `memory` is what the clients keep for themselves from round to round; it is brought up to date. `control` is SCAFFOLD's c.
-    With `privacy.unit=example`, `noise` are the clients' noise multipliers; with unit=client, `clip_norm` bounds a client's update.
+    `memory` is the clients' state between rounds, updated in place. `control` is SCAFFOLD's c. With `privacy.unit=example`, `noise` holds
+    the clients' noise multipliers; with unit=client, `clip_norm` bounds a client's update.
     """
     options, kinds = session.config, session.method.trained(round)
     start = _starts(session, kinds, clients, memory)
@@ -74,9 +74,9 @@ def train_clients(
 
 
 def _starts(session: Session, kinds: Sequence[str], clients: Sequence[int], memory: Memory) -> Tensor:
-    """Returns [clients, parameters]: the installed factors, a client's own where they are personal, its block of a smaller rank.
+    """Returns [clients, parameters]: the installed factors, a client's own where personal, zeros outside the block of a smaller rank.
 
-    Where all start alike it is a view that holds the factors once.
+    If all clients start alike, it is a view of one copy of the factors.
     """
     common = session.spec.pack(factors(session.model, kinds), kinds)
     starts = common.expand(len(clients), len(common))
@@ -114,7 +114,7 @@ def _shift(clients: Sequence[int], memory: Memory, control: Tensor | None) -> Te
 def _upload(
     session: Session, result: LocalResult, start: Tensor, round: int, memory: Memory, control: Tensor | None, clip_norm: float | None
 ) -> ClientReply:
-    """Returns what leaves the client of a result; `start`, on the model's device, is looked at only where the upload depends on it."""
+    """Returns the reply of the result's client; `start`, on the model's device, is read only if the upload depends on it."""
     kinds, uploaded = session.method.trained(round), session.method.uploaded(round)
     layout, own = session.spec.layout(kinds), memory.setdefault(result.client, {})
     if session.method.personal:
@@ -132,25 +132,25 @@ def _upload(
     update = flat - (origin if positions is None else origin[positions])
     if session.config.privacy.unit is PrivacyUnit.client:
         assert clip_norm is not None
-        told = replace(result, loss=nan, num_tokens=0)  # nothing leaves the client without noise
+        public = replace(result, loss=nan, num_tokens=0)  # nothing leaves the client without noise
         update, within = clipped_update(update, clip_norm)
-        return ClientReply(told, {VALUES: origin + update}, None, within)
+        return ClientReply(public, {VALUES: origin + update}, None, within)
     return ClientReply(result, _compressed(session, update, round, result.client, own), change)
 
 
 def clipped_update(update: Tensor, clip_norm: float) -> tuple[Tensor, bool]:
-    """Returns the update [parameters], scaled to an L2 norm of at most `clip_norm`, and whether it was within that.
+    """Returns the update [parameters], scaled to an L2 norm of at most `clip_norm`, and whether it was within that norm.
 
-    One that is not finite counts as zeros: left out, or sent as it is to be refused, it would tell of the client without noise.
+    An update that is not finite becomes zeros: omitting it, or sending it to be refused, would reveal the client without noise.
     """
-    norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))  # float32 loses the small ones of many
+    norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))  # float32 loses small entries among many
     if not isfinite(norm):
         return torch.zeros_like(update), False
     return update * min(1.0, clip_norm / max(norm, 1e-12)), norm <= clip_norm
 
 
 def _control_change(session: Session, result: LocalResult, start: Tensor, round: int, control: Tensor, own: dict[str, Tensor]) -> Tensor:
-    """SCAFFOLD's option II: c_i becomes c_i - c + (x - y) / sum of the learning rates; returns what it changes by."""
+    """Updates c_i by SCAFFOLD's option II, to c_i - c + (x - y) / sum of the learning rates, and returns its change."""
     rounds = session.config.federation.rounds
     first, total = (round - 1) * result.num_steps, rounds * result.num_steps
     rates = sum(learning_rate(first + step, total, session.config.training) for step in range(result.num_steps))

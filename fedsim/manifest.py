@@ -1,4 +1,4 @@
-"""The manifest of a run: with what, where and when it was made, so that a result can be reproduced or a difference explained."""
+"""The manifest of a run: what produced it, where and when, to reproduce a result or explain a difference."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ("fedsim", "flwr", "torch", "transformers", "tokenizers", "safetensor
 
 
 def manifest(seed: int, now: datetime) -> dict[str, Any]:
-    """Returns versions, commit, seed, hardware, command line and start as plain values; null for what is not there."""
+    """Returns versions, commit, seed, hardware, command line and start time as plain values; None for what is unknown."""
     return {
         "started": now.isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -32,7 +32,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> dict[str, Any] | None:
-    """Returns id and dirtiness of the checkout that tracks this code, or None: an installed copy may lie in somebody else's checkout."""
+    """Returns commit id and dirtiness if a checkout tracks this file, else None: an installed copy may lie in another checkout."""
     if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     head = _git(folder, "rev-parse", "HEAD")
@@ -48,13 +48,13 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def _hardware() -> dict[str, Any]:
-    import torch  # a run has it loaded anyway
+    import torch  # a run has loaded it already
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "platform": platform.platform(),
         "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512: which kernels run, and so the last bits
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),  # AVX2, AVX512: selects kernels and so the last bits
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [torch.cuda.get_device_name(index) for index in range(count)],
@@ -63,7 +63,7 @@ def _hardware() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Returns what the processor calls itself, with family and model: different ones go by one name."""
+    """Returns the processor's name with family and model, since different processors share a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

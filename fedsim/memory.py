@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 def keep_freed_memory() -> None:
     """Lets this process keep freed memory for its next allocations; its resident set then stays at the peak.
 
-    Without glibc nothing is done.
+    Does nothing without glibc.
     """
     if platform.libc_ver()[0] == "glibc":
         library = ctypes.CDLL(None)
@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_gpu_memory() -> None:
-    """Returns the GPU memory that this process caches, for other processes to use; without a GPU in use nothing is done."""
+    """Frees the GPU memory that this process caches, for other processes; does nothing if no GPU is in use."""
     import torch  # measuring a process's memory does not need it
 
     if torch.cuda.is_initialized():
@@ -31,9 +31,9 @@ def give_back_gpu_memory() -> None:
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """Returns the resident memory of this process, or its peak since the program began; 0 where the system does not tell.
+    """Returns the resident memory of this process, or its peak since the program began; 0 if the system does not report it.
 
-    The peak of `getrusage` would not do: a process begins with that of the one that started it.
+    The peak of `getrusage` is unsuitable: a process inherits it from its parent.
     """
     status, name = Path("/proc/self/status"), "VmHWM:" if peak else "VmRSS:"
     lines = status.read_text().splitlines() if status.exists() else []

@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer: the one inside the package, a local folder, an installed package, or a Hugging Face model id."""
+"""Loads a base model and its tokenizer: the embedded one, or from a local folder, an installed package or a Hugging Face model id."""
 
 import json
 import logging
@@ -21,14 +21,14 @@ from fedsim.training.padding import WIDTH_STEP
 
 EMBEDDED = Path(__file__).parent / "embedded" / "base_model"
 PACKAGE = "package:"
-"""Begins a `model.path` that names an installed Python package with a model in its folder."""
+"""Prefix of a `model.path` that names an installed Python package with a model in its folder."""
 
 ENCODERS = {"bert", "roberta", "electra", "albert", "distilbert"}
 CLASSIFIERS = {"bert", "roberta", "distilbert"}
-"""Encoders whose classification head is trained here: linear layers outside the body, each an affine map."""
+"""Encoders whose classification head can be trained: it consists of linear layers outside the body."""
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
-"""Files of which a tokenizer has one at least."""
+"""Files of which every tokenizer has at least one."""
 
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -38,16 +38,16 @@ def load_model(
 ) -> tuple[nn.Module, Any]:
     """Returns the frozen causal language model, or with `labels` an encoder with a classification head, and its tokenizer.
 
-    `texts` is how many a row that is classified has.
+    `texts` is the number of texts in a classified row. The model is on its device, and the tokenizer has a padding token. All dropout is
+    off, because a mask drawn per batch would couple clients. The checkpoint may lack the head or hold one for other labels, since
+    `fedsim.core.initialization.new_head` draws its initial values; no other weights may be missing.
 
-    The model is on its device, the tokenizer has a padding token. All dropout is off: a mask drawn for a batch would couple clients.
-    The head may be missing, or of other labels, since its start is drawn by `fedsim.core.initialization.new_head`; nothing else may.
-    Raises UserError where the path or architecture does not serve.
+    Raises UserError for an unsuitable path or architecture.
     """
     from transformers import AutoConfig
-    from transformers.utils import logging as told
+    from transformers.utils import logging as hf_logging
 
-    told.disable_progress_bar()  # the run has a display of its own
+    hf_logging.disable_progress_bar()  # the run has its own display
     path = source(config)
     settings = _guarded(path, lambda: AutoConfig.from_pretrained(path))
     check_architecture(path, settings, labels)
@@ -59,7 +59,7 @@ def load_model(
 
 
 def tokenizer_at_hand(config: ModelConfig, labels: Sequence[str] = ()) -> Any | None:
-    """Returns the tokenizer that `load_model` would; None where it is not on this machine."""
+    """Returns the tokenizer that `load_model` would, or None if it is not on this machine."""
     from transformers import AutoConfig
 
     try:
@@ -72,7 +72,7 @@ def tokenizer_at_hand(config: ModelConfig, labels: Sequence[str] = ()) -> Any | 
 
 
 def _tokenizer(path: str, settings: Any, labels: Sequence[str]) -> Any:
-    """Returns the tokenizer, with a padding token, and with the model's limit if that is less than its own."""
+    """Returns the tokenizer with a padding token, limited to the model's context if that is shorter than its own limit."""
     from transformers import AutoTokenizer
 
     tokenizer = _guarded(path, lambda: AutoTokenizer.from_pretrained(path))
@@ -84,21 +84,21 @@ def _tokenizer(path: str, settings: Any, labels: Sequence[str]) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if room := context(settings, labels):  # many tokenizers do not know the limit of their model
+    if room := context(settings, labels):  # many tokenizers do not know their model's limit
         tokenizer.model_max_length = min(tokenizer.model_max_length, room)
     return tokenizer
 
 
 def context(settings: Any, labels: Sequence[str]) -> int | None:
-    """Returns the most tokens of a sequence by transformers' settings of a model; None where they set no limit."""
+    """Returns the longest sequence, in tokens, that a model's transformers config allows; None if it sets no limit."""
     positions: int | None = getattr(settings, "max_position_embeddings", None)
     if labels and positions and settings.model_type == "roberta":
-        positions -= settings.pad_token_id + 1  # its positions begin behind that of padding
+        positions -= settings.pad_token_id + 1  # its positions start after the padding position
     return positions and positions - positions % WIDTH_STEP  # rows are padded up to the next step
 
 
 def check(config: ModelConfig, labels: Sequence[str]) -> None:
-    """Raises UserError where `load_model` would, as far as path, device and a config.json that is on this machine tell it."""
+    """Raises the UserErrors of `load_model` that show from the path, the device and a config.json on this machine."""
     path = source(config)
     _refuse_empty(path)
     device(config)
@@ -107,20 +107,20 @@ def check(config: ModelConfig, labels: Sequence[str]) -> None:
 
 
 def config_file(path: str) -> Path | None:
-    """Returns config.json of a folder, or of a hub id as far as the hub's cache has it; None where there is none on this machine."""
+    """Returns config.json of a folder, or of a hub id from the hub's cache; None if it is not on this machine."""
     if _is_local(path):
         return file if (file := Path(path) / "config.json").is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
     try:
         found = try_to_load_from_cache(path, "config.json")
-    except ValueError:  # no id of the hub
+    except ValueError:  # not a hub id
         return None
     return Path(found) if isinstance(found, str) else None
 
 
 def _settings_at_hand(path: str) -> Any | None:
-    """Returns transformers' settings from `config_file`; None without it, and where it is for the loader to say what is wrong with it."""
+    """Returns the transformers config from `config_file`; None if the file is missing or invalid, which the loader then reports."""
     from transformers import CONFIG_MAPPING
 
     if (file := config_file(path)) is None:
@@ -128,17 +128,17 @@ def _settings_at_hand(path: str) -> Any | None:
     try:
         entries = json.loads(file.read_bytes())
         return CONFIG_MAPPING[entries["model_type"]].from_dict(entries)
-    except Exception:  # a wrong value surfaces as anything
+    except Exception:  # a wrong value may raise any type
         return None
 
 
 def reading(model: nn.Module, config: ModelConfig, labels: Sequence[str], texts: int) -> nn.Module:
-    """Returns the model that reads as the configuration says: a classifier may read each text of a row on its own."""
+    """Returns the model, wrapped if it is a classifier that reads each text of a row on its own."""
     return BiEncoder(model, texts) if labels and config.pairs is PairReading.apart else model
 
 
 def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype, on: torch.device) -> nn.Module:
-    """Returns the model with its weights, to be used on a device. Raises UserError where any but those of a new head are missing."""
+    """Returns the model with its weights, for use on a device. Raises UserError if weights other than a new head's are missing."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if labels:
@@ -159,42 +159,42 @@ def _weights(path: str, settings: Any, labels: Sequence[str], dtype: torch.dtype
 
 
 def attention(labels: Sequence[str], on: torch.device) -> str | None:
-    """Returns how a model attends on a device, None for transformers' choice.
+    """Returns the attention implementation of a model on a device, None for transformers' choice.
 
-    A classifier on a CPU does it in single steps: with a padding mask and short texts, fused attention takes twice the time to train.
+    A classifier on a CPU uses eager attention: with a padding mask and short texts, fused attention takes twice the time to train.
     """
     return "eager" if labels and on.type == "cpu" else None
 
 
 def head_paths(model: nn.Module) -> list[str]:
-    """Returns the linear layers of a classification head: those outside the body."""
+    """Returns the paths of the linear layers of a classification head: those outside the body."""
     body = f"{model.base_model_prefix}."
     return [name for name, module in model.named_modules() if is_linear(module) and not name.startswith(body)]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back transformers' report on a head that the checkpoint lacks: that is as it should be."""
-    from transformers.utils import logging as told
+    """Silences transformers' report on a head that the checkpoint lacks, which is expected."""
+    from transformers.utils import logging as hf_logging
 
-    level = told.get_verbosity()
-    told.set_verbosity_error()
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
     try:
         yield
     finally:
-        told.set_verbosity(level)
+        hf_logging.set_verbosity(level)
 
 
 def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: bool = False) -> nn.Module:
-    """Freezes the model, moves it to the device, turns dropout off, and fuses what has no weights to train.
+    """Freezes the model, moves it to the device, turns dropout off, and fuses operations that have no weights to train.
 
-    Checkpointing needs training mode, in which the model is left then.
+    With activation checkpointing the model stays in training mode, which checkpointing needs.
     """
     model.requires_grad_(False).to(on)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):  # probabilities that are given to a function
+        for holder in (module, getattr(module, "config", None)):  # probabilities passed to functional dropout
             for name, value in getattr(holder, "__dict__", {}).items():
                 if ("drop" in name or "jitter" in name) and isinstance(value, float):
                     setattr(holder, name, 0.0)
@@ -205,14 +205,14 @@ def prepare(model: nn.Module, on: torch.device, *, activation_checkpointing: boo
 
 
 def source(config: ModelConfig) -> str:
-    """Returns the folder or hub id that is loaded. Raises UserError for a package that is not installed or holds no model."""
+    """Returns the folder or hub id to load. Raises UserError for a package that is not installed or holds no model."""
     if config.path is None:
         return str(EMBEDDED)
     return str(_in_package(config.path)) if config.path.startswith(PACKAGE) else config.path
 
 
 def _in_package(path: str) -> Path:
-    """Returns the folder with config.json in the package that `path` names; nothing of the package is run."""
+    """Returns the folder with config.json in the package that `path` names, without importing the package."""
     name = path.removeprefix(PACKAGE)
     found = find_spec(name) if name.isidentifier() else None
     if found is None or found.origin is None:
@@ -226,7 +226,7 @@ def _in_package(path: str) -> Path:
 
 
 def device(config: ModelConfig) -> torch.device:
-    """Returns the device that `model.device` names; auto is the first GPU, or the CPU where there is none."""
+    """Returns the device that `model.device` names; auto is the first GPU, or the CPU without one."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -243,13 +243,13 @@ def device(config: ModelConfig) -> torch.device:
 
 
 def _guarded(path: str, load: Any) -> Any:
-    """Turns what a loader raises for a wrong path or a broken file into one line."""
+    """Calls the loader and turns its exceptions for a wrong path or a broken file into a one-line UserError."""
     _refuse_empty(path)
     from safetensors import SafetensorError
 
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
-    hub.setLevel(logging.ERROR)  # a line for each of its attempts; what they come to is told here
+    hub.setLevel(logging.ERROR)  # it logs each of its attempts; their outcome is reported here
     try:
         return load()
     except torch.OutOfMemoryError:
@@ -261,7 +261,7 @@ def _guarded(path: str, load: Any) -> Any:
 
 
 def _reason(path: str, error: Exception) -> str:
-    """Returns what is wrong, as far as the files tell it better than the library, and what to do."""
+    """Returns what is wrong and what to do, from the files where they explain more than the library's message."""
     from safetensors import SafetensorError
 
     told = str(error).strip().splitlines()[0].rstrip(" :.") if str(error).strip() else type(error).__name__
@@ -287,7 +287,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def _refuse_empty(path: str) -> None:
-    """Raises UserError for a place on this machine without a model."""
+    """Raises UserError for a local path without a model."""
     if _is_local(path) and config_file(path) is None:
         raise UserError(
             f"model.path={path}: expected a folder with config.json, or the id of a model on the Hugging Face hub; found neither."
@@ -299,12 +299,12 @@ def _is_local(path: str) -> bool:
 
 
 def looks_local(path: str) -> bool:
-    """Whether the path can only be a local one (a hub id is name or owner/name)."""
+    """Returns whether the path can only be local (a hub id is name or owner/name)."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def check_architecture(path: str, settings: Any, labels: Sequence[str]) -> None:
-    """Raises UserError for transformers' settings of a model that cannot do what the data ask for; `path` is where it was found."""
+    """Raises UserError if a model with this transformers config cannot do the data's task; `path` is the model's source."""
     decoder = getattr(settings, "is_decoder", False)
     if labels and (settings.model_type not in CLASSIFIERS or decoder):
         kinds = ", ".join(sorted(CLASSIFIERS))
