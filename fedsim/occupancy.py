@@ -1,7 +1,7 @@
-"""Who may use a run folder: what it contains, whose it is, and how it is cleared.
+"""Controls who may use a run folder: inspects its contents, locks it and clears it.
 
-The contents of a folder tell how far its run got, whenever it was killed: config.yaml is the last file written at the beginning of a run
-and summary.json the last one at its end. A lock that dies with its process tells whether the run is still going on.
+The contents show how far a run got, whenever it was killed: config.yaml is the last file written at the start of a run, summary.json the
+last one at its end. A lock that ends with its process shows whether the run is still active.
 """
 
 import fcntl
@@ -32,7 +32,7 @@ CONTENTS = (
     *("adapter", "audit.json", TRANSFERS, "holdings.txt"),
     *PICTURES,
 )
-"""All that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
+"""Everything that a run folder may hold. `overwrite` removes nothing else, and refuses a folder that holds anything else."""
 
 
 class Stage(Enum):
@@ -43,30 +43,30 @@ class Stage(Enum):
 
 
 def check(config: Config) -> None:
-    """Raises UserError where the folder that the configuration asks for cannot be taken, as far as that is seen without taking it."""
+    """Raises UserError if the configured folder visibly cannot be used for the run; does not take it."""
     refuse_foreign(config)
     if config.run_dir is None:
         return
     folder = Path(config.run_dir)
     if (folder / LOCK).exists():
-        os.close(_lock_of(folder))  # or says who has it
+        os.close(_acquire_lock(folder))  # raises if another process holds it
     refuse_unfit(folder, stage_of(folder), config)
 
 
 def remove(folder: Path) -> None:
-    """Removes a run, and its folder if nothing else lies there. Raises UserError where a process is in it."""
-    lock = _lock_of(folder)
+    """Removes a run, and its folder if it holds nothing else. Raises UserError if a process uses the folder."""
+    lock = _acquire_lock(folder)
     try:
         clear(folder)
         (folder / LOCK).unlink()
-        with suppress(OSError):  # somebody has put something there
+        with suppress(OSError):  # it holds other files
             folder.rmdir()
     finally:
         os.close(lock)
 
 
 def refuse_unfit(folder: Path, stage: Stage, config: Config) -> None:
-    """Raises UserError where a run that has begun there is neither this one, to be resumed, nor to be overwritten."""
+    """Raises UserError if the folder holds a run that is neither resumed with the same configuration nor overwritten."""
     if config.resume and stage is not Stage.free:
         _refuse_other_configuration(folder, config)
     elif not config.overwrite:
@@ -74,7 +74,7 @@ def refuse_unfit(folder: Path, stage: Stage, config: Config) -> None:
 
 
 def stage_of(folder: Path) -> Stage:
-    """Returns what lies in a folder. Where nobody holds its lock, that may change at any time."""
+    """Returns the stage of a folder. Unless its lock is held, the stage may change at any time."""
     if not folder.is_dir():
         return Stage.foreign if folder.exists() else Stage.free
     names = {entry.name if _is_ours(entry) else None for entry in folder.iterdir()}
@@ -86,7 +86,7 @@ def stage_of(folder: Path) -> Stage:
 
 
 def refuse_foreign(config: Config) -> None:
-    """Raises UserError where the folder that the configuration names holds what no run has written, or no run to resume."""
+    """Raises UserError if the configured folder holds anything that no run has written, or no run to resume."""
     folder = Path(config.run_dir) if config.run_dir else None
     if config.resume and (folder is None or stage_of(folder) is Stage.foreign or not (folder / LOCK).exists()):
         raise UserError(f"Expected run_dir= to name the interrupted run to resume, got {folder or 'none'}. Give the folder of that run.")
@@ -129,7 +129,7 @@ def _refuse_other_configuration(folder: Path, config: Config) -> None:
 
 
 def made_new(folder: Path) -> bool:
-    """Makes a folder, and those around it; returns False where it was there. Raises UserError where it cannot be made."""
+    """Creates a folder and its parents; returns False if it exists already. Raises UserError if it cannot be created."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
@@ -139,8 +139,8 @@ def made_new(folder: Path) -> bool:
     return True
 
 
-def _taken(lock: int) -> bool:
-    """Takes the lock. Waits a second for it: Linux may release that of a killed process a moment after the process is gone."""
+def _try_lock(lock: int) -> bool:
+    """Tries to take the lock for a second: Linux may release a killed process's lock a moment after the process is gone."""
     for pause in (0.0, *[0.1] * 10):
         time.sleep(pause)
         with suppress(BlockingIOError):
@@ -150,21 +150,21 @@ def _taken(lock: int) -> bool:
 
 
 def locked(folder: Path) -> int:
-    """Makes the folder if need be and returns the descriptor that holds its lock, which goes when the process does, however it ends."""
+    """Creates the folder if needed and returns the descriptor that holds its lock, released when the process ends in any way."""
     made_new(folder)
-    lock = _lock_of(folder)
+    lock = _acquire_lock(folder)
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     return lock
 
 
-def _lock_of(folder: Path) -> int:
-    """Takes the lock of a folder and returns its descriptor. Raises UserError where another process has it."""
+def _acquire_lock(folder: Path) -> int:
+    """Takes the lock of a folder and returns its descriptor. Raises UserError if another process holds it."""
     try:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"Expected to write in {folder}, but: {error.strerror}. Choose another run_dir=.") from error
-    if not _taken(lock):
+    if not _try_lock(lock):
         owner = os.read(lock, 100).decode().strip()
         os.close(lock)
         raise UserError(f"Expected a free run folder, but {folder} is in use by {owner}. Wait for it or choose another run_dir=.")
@@ -172,7 +172,7 @@ def _lock_of(folder: Path) -> int:
 
 
 def clear(folder: Path) -> None:
-    """Removes what an earlier run wrote. config.yaml goes first, so that a kill on the way leaves a folder where nothing has begun."""
+    """Removes what an earlier run wrote, config.yaml first, so that a kill midway leaves a folder in which no run has begun."""
     (folder / CONFIG).unlink(missing_ok=True)
     for entry in folder.iterdir():
         if entry.name == LOCK or not _is_ours(entry):

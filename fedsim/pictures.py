@@ -1,4 +1,4 @@
-"""What is left to look at after a run: pictures of its events alone, so that a folder can be drawn again."""
+"""Pictures of a run, drawn from its events alone, so that they can be redrawn from its folder."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_BARS = 60
-"""Clients that have a bar each in the picture of holdings."""
+"""Most clients with a bar each in the picture of holdings."""
 
 
 def curves_png(events: Iterable[Event]) -> bytes:
@@ -28,7 +28,7 @@ def partition_png(holdings: Holdings) -> bytes:
 
 
 def curves(events: Iterable[Event]) -> "Figure":
-    """Draws held-out accuracy and loss, training loss, and bytes by round, from the events of a run, whether it has ended or not."""
+    """Draws held-out accuracy and loss, training loss, and bytes by round from the events of a run, finished or not."""
     found = list(events)
     rounds = [event for event in found if event["kind"] == "round"]
     evaluated = [event for event in found if event["kind"] == "evaluated"]
@@ -48,7 +48,7 @@ def curves(events: Iterable[Event]) -> "Figure":
     for axes, title in zip((accuracy, loss, training, moved), titles, strict=True):
         dress(axes, title, last)
     accuracy.set_ylim(0, 100)
-    for axes in (loss, moved):  # on the right: beside the data, never over it
+    for axes in (loss, moved):  # the panels on the right
         legend_outside(axes)
     return figure
 
@@ -59,7 +59,7 @@ def diagnosis_png(events: Iterable[Event]) -> bytes:
 
 
 def diagnosis(events: Iterable[Event]) -> "Figure":
-    """Draws by round how far the average misses the mean of the clients' updates (a line per layer), the clients' drift, and the rank."""
+    """Draws by round how far the average misses the mean of the clients' updates (a line per layer), client drift, and effective rank."""
     rounds = [event for event in events if event["kind"] == "round"]
     figure = new_figure(11.0, 3.6)
     missed, drift, rank = figure.subplots(1, 3)
@@ -117,7 +117,7 @@ def privacy_png(events: Iterable[Event]) -> bytes:
 
 
 def privacy_curve(events: Iterable[Event]) -> "Figure":
-    """Draws the largest epsilon of a client by round, and the budget where there is one."""
+    """Draws the largest epsilon of a client by round, and the budget if there is one."""
     found = list(events)
     rounds = [event for event in found if event["kind"] == "round" and event.get("epsilon") is not None]
     budget = next((event["budget"] for event in found if event["kind"] == "privacy_planned"), None)
@@ -134,7 +134,7 @@ def privacy_curve(events: Iterable[Event]) -> "Figure":
 
 
 def holdings_bars(holdings: Holdings) -> "Figure":
-    """Draws how many examples of each task every client holds, stacked."""
+    """Draws the number of examples of each task that every client holds, stacked."""
     figure = new_figure(11.0, 4.0)
     axes = figure.subplots()
     tasks, clients = list(holdings[0]), range(len(holdings))
@@ -147,8 +147,8 @@ def holdings_bars(holdings: Holdings) -> "Figure":
         else:  # one outline: ten thousand bars take half a minute
             axes.stairs(top, [client - 0.5 for client in range(len(top) + 1)], baseline=bottom, fill=True, label=task, color=color)
         bottom = top
-    title = f"data of each client: {plural(len(holdings), 'client')}, {plural(sum(bottom), 'training example')}"
-    middle, half = (len(holdings) - 1) / 2, max(len(holdings), 2) / 2 + 0.2  # a single bar does not fill the picture
+    title = f"training data by client: {plural(len(holdings), 'client')}, {plural(sum(bottom), 'training example')}"
+    middle, half = (len(holdings) - 1) / 2, max(len(holdings), 2) / 2 + 0.2  # keeps a single bar from filling the picture
     axes.set(title=title, xlabel="client", ylabel="training examples", xlim=(middle - half, middle + half))
     if len(holdings) <= MOST_NAMED:
         axes.set_xticks(clients)
@@ -157,7 +157,7 @@ def holdings_bars(holdings: Holdings) -> "Figure":
 
 
 def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, scale: float, *, over_time: bool = False) -> None:
-    """A line is broken where rounds lie between two points that nobody has evaluated."""
+    """Draws one line per task, dashed if rounds without an evaluation lie between its points."""
     tasks = list(dict.fromkeys(event["task"] for event in evaluated))
     for task, color in zip(tasks, colors(tasks), strict=True):
         mine = [event for event in evaluated if event["task"] == task]
@@ -169,7 +169,7 @@ def _draw_by_task(axes: "Axes", evaluated: list[Event], name: str, scale: float,
 
 
 def _draw_training_loss(axes: "Axes", rounds: list[Event], places: list[float]) -> None:
-    """The mean over clients, by their examples; `places` are where the rounds lie from left to right."""
+    """Draws the mean loss over clients, weighted by their examples; `places` are the rounds' x coordinates."""
     losses = [or_nan(event["train_loss"]) for event in rounds]
     draw_line(axes, places, losses, color="black")
     if losses and all(map(math.isnan, losses)):
@@ -177,7 +177,7 @@ def _draw_training_loss(axes: "Axes", rounds: list[Event], places: list[float]) 
 
 
 def _draw_bytes(axes: "Axes", moving: list[Event]) -> str:
-    """Draws running totals, the initialisation as round 0, and returns their unit. Up is broad: down may lie on it and both are seen."""
+    """Draws running totals, the initialisation as round 0, and returns their unit. Uplink is broad, so that downlink shows on it."""
     kinds = {"up": ("uplink_bytes", 4.0), "down": ("downlink_bytes", 1.5), "set-up": ("setup_bytes", 1.5)}
     totals = {label: list(accumulate(event.get(name, 0) for event in moving)) for label, (name, _) in kinds.items()}
     most = max((values[-1] for values in totals.values() if values), default=0)

@@ -1,4 +1,4 @@
-"""A configuration to and from plain values that JSON and YAML can hold; what comes over a network is validated."""
+"""Converts configurations to and from plain values for JSON and YAML, and validates those received over a network."""
 
 import json
 from dataclasses import fields, is_dataclass
@@ -9,9 +9,9 @@ from fedsim.config import Config
 from fedsim.errors import UserError
 
 WITHOUT_A_RESULT = ("run_dir", "resume", "overwrite", "engine", "data.token_cache")
-"""Options that say where and how a run is computed, not what: changing them leaves it the same run."""
+"""Options that decide where and how a run is computed, not what: changing them leaves it the same run."""
 
-LEAVES = (str, bool, int, float, type(None))  # asked for first: every message of a run goes through `to_dict`
+LEAVES = (str, bool, int, float, type(None))  # checked first for speed: every message of a run goes through `to_dict`
 
 
 def to_dict(config: Any) -> Any:
@@ -30,7 +30,7 @@ def to_dict(config: Any) -> Any:
 
 
 def written(value: Any) -> str:
-    """Returns a value as it is written on the command line."""
+    """Returns a value in the syntax of the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
@@ -39,7 +39,7 @@ def written(value: Any) -> str:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {"training.batch_size": 8, ...} of nested values. Lists stay whole but those of dictionaries, which are numbered."""
+    """Returns nested values as {"training.batch_size": 8, ...}. Lists stay whole, but the entries of lists of dictionaries are numbered."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
@@ -49,13 +49,13 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_a_result(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the nested plain values of a configuration without the options that change no result."""
+    """Returns the nested plain values of a configuration without the options that do not change the result."""
     kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in WITHOUT_A_RESULT}
     return {key: with_a_result(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:
-    """Returns the dataclass `schema` of the nested plain values that `to_dict` gives. Raises UserError for unknown or missing names."""
+    """Returns the `schema` dataclass from nested plain values of `to_dict`. Raises UserError for unknown or missing names."""
     names = {f.name: f.type for f in fields(schema)}
     if set(values) != set(names):
         odd = sorted(set(values) ^ set(names))
@@ -66,7 +66,7 @@ def from_dict(schema: type, values: dict[str, Any]) -> Any:
 
 
 def from_text(text: str) -> Config:
-    """Returns the configuration of the JSON that `to_dict` gives. Raises UserError for anything else, whatever it is."""
+    """Returns the configuration from the JSON of `to_dict`. Raises UserError for any other text."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
@@ -75,7 +75,7 @@ def from_text(text: str) -> Config:
 
 
 def _from_plain(kind: Any, value: Any, name: str) -> Any:
-    """Returns the value as this type. Raises UserError for a value of another type."""
+    """Returns the value as type `kind`. Raises UserError for a value of another type."""
     if get_origin(kind) is Union:
         return value if type(value) in get_args(kind) else _from_plain(get_args(kind)[0], value, name)
     if is_dataclass(kind) and isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""The display of a run in progress: live on a terminal, elsewhere one plain line per phase and round.
+"""The progress display of a run: live on a terminal, otherwise one plain line per phase and round.
 
-Sizes are decimal: 1 MB is 10^6 bytes. Losses are read from the device a few times a second, never at every pass.
+Sizes are decimal: 1 MB is 10^6 bytes. Losses are read from the device only a few times a second, not on every pass.
 """
 
 import sys
@@ -45,10 +45,10 @@ def plural(number: int, noun: str) -> str:
 
 
 class Progress:
-    """The display of one run, on stderr unless told otherwise. As a context manager it leaves the terminal as it was, however the run ends.
+    """The display of one run, on stderr by default. As a context manager it restores the terminal, however the run ends.
 
-    `evaluations` are the rounds after which the model is evaluated, so that the time left allows for them. What is no terminal gets no
-    control characters, whatever the environment says of colours.
+    `evaluations` are the rounds after which the model is evaluated, which the time left allows for. Output that is not a terminal gets no
+    control characters, whatever the environment's colour settings.
     """
 
     def __init__(self, rounds: int, evaluations: Collection[int] = (), *, quiet: bool = False, file: IO[str] | None = None) -> None:
@@ -60,10 +60,10 @@ class Progress:
         self._whole = self._bars.add_task("starting", total=rounds)
         self._part = self._bars.add_task("", total=None)
         self._rounds, self._evaluations = rounds, evaluations
-        self._round_seconds: list[float] = []  # of the rounds and evaluations of this process
+        self._round_seconds: list[float] = []  # both lists: of this process only
         self._evaluation_seconds: list[float] = []
         self._number = self._clients = self._tokens = 0
-        self._evaluated = -1  # the round after which the model was evaluated last
+        self._evaluated = -1  # the round after which the latest evaluation ran
         self._sent: Totals = {}
         self._text = ""
         self._begun = self._read = 0.0
@@ -77,30 +77,30 @@ class Progress:
         self._bars.stop()
 
     def phase(self, text: str) -> None:
-        """Says what is going on between rounds."""
+        """Shows the current phase between rounds."""
         if self._live:
             self._show_part(text, None)
         else:
             self._line(text)
 
     def done(self, part: int, whole: int) -> None:
-        """Says how far the phase has come."""
+        """Shows the progress of the phase."""
         if self._live:
             self._bars.update(self._part, total=whole, completed=part, description=f"{self._text}  {part:,}/{whole:,}")
             self._show_whole()
 
     def evaluated(self, number: int, seconds: float) -> None:
-        """Says how long the evaluation after round `number` has taken."""
+        """Records the duration of the evaluation after round `number`."""
         self._evaluation_seconds.append(seconds)
         self._evaluated = number
-        self._foresee(number)
+        self._estimate_end(number)
 
     def note(self, text: str) -> None:
-        """Leaves a line that stays."""
+        """Prints a permanent line."""
         self._line(text)
 
     def round_started(self, number: int, num_clients: int, sent: "Totals") -> None:
-        """Begins round `number`, before which `sent` had travelled, with that many clients."""
+        """Starts the display of round `number` with `num_clients` clients; `sent` holds the bytes sent before it."""
         self._number, self._clients, self._tokens, self._sent = number, num_clients, 0, sent
         self._begun = time.monotonic()
         if self._live:
@@ -108,7 +108,7 @@ class Progress:
             self._show_part(f"training {plural(num_clients, 'client')}", 1.0)
 
     def step(self, num_tokens: int, loss: "Tensor", fraction: float) -> None:
-        """Counts one pass in this process; `fraction` of the round is done. Costs a microsecond unless it is time to read the loss."""
+        """Counts one pass in this process; `fraction` of the round is done. Costs a microsecond unless a loss reading is due."""
         self._tokens += num_tokens
         now = time.monotonic()
         if not self._live or now - self._read < REFRESH:
@@ -118,25 +118,25 @@ class Progress:
         text = f"{self._text}  loss {float(loss):.3f}  {rate:,.0f} tokens/s"
         self._bars.update(self._part, completed=fraction, description=text)
         self._bars.update(self._whole, completed=self._number - 1 + fraction)
-        self._foresee(self._number - 1 + fraction)
+        self._estimate_end(self._number - 1 + fraction)
         self._show_whole()
 
     def round_finished(self, number: int, report: dict[str, Any], sent: "Totals") -> None:
-        """Leaves the line of a round: clients, loss, speed, all that has been `sent` so far, time left."""
+        """Prints the line of a round: clients, loss, speed, bytes `sent` so far, time left."""
         self._round_seconds.append(report["wall_seconds"])
         self._sent = sent
-        self._foresee(number)
+        self._estimate_end(number)
         rate = report["tokens"] / max(report["wall_seconds"], 1e-9)
-        private = "epsilon" in report  # clients then tell neither their loss nor their tokens
+        private = "epsilon" in report  # clients then report neither loss nor tokens
         facts = f"epsilon {report['epsilon']:.3f}" if private else f"loss {report['train_loss']:.4f}  {rate:,.0f} tokens/s"
         missing = missing_text(report.get("missing", {}))
         clients = f"{plural(self._clients, 'client')}{f', {missing}' if missing else ''}"
-        self._line(f"{self._heading(number)}  {clients}  {facts}{self._sent_so_far()}{self._left()}")
+        self._line(f"{self._heading(number)}  {clients}  {facts}{self._sent_so_far()}{self._time_left()}")
         if self._live:
             self._bars.update(self._whole, completed=number)
 
-    def _foresee(self, finished: float) -> None:
-        """Sets the end from the rounds and evaluations so far; before the first round has ended, from its part that is done."""
+    def _estimate_end(self, finished: float) -> None:
+        """Estimates the end of the run from the rounds and evaluations so far, or from the finished part of the first round."""
         part = finished - (self._number - 1)
         if not self._round_seconds and (part <= 0 or not self._number):
             return
@@ -147,14 +147,14 @@ class Progress:
         self._ends = now + each * (self._rounds - finished) + evaluation * waiting
 
     def _show_part(self, text: str, total: float | None) -> None:
-        """Begins a new bar for what is done now; without a total it pulses."""
+        """Starts a new bar for the current work; it pulses without a total."""
         self._text = text
         self._bars.remove_task(self._part)
         self._part = self._bars.add_task(text, total=total)
         self._show_whole()
 
     def _show_whole(self) -> None:
-        self._bars.update(self._whole, description=f"{self._heading(self._number)}{self._left()}{self._sent_so_far()}")
+        self._bars.update(self._whole, description=f"{self._heading(self._number)}{self._time_left()}{self._sent_so_far()}")
 
     def _heading(self, number: int) -> str:
         return f"round {number:>{len(str(self._rounds))}}/{self._rounds}"
@@ -163,7 +163,7 @@ class Progress:
         kinds = {"up": "uplink_bytes", "down": "downlink_bytes", "set-up": "setup_bytes"}
         return "".join(f"  {word} {size(self._sent[name])}" for word, name in kinds.items() if self._sent.get(name))
 
-    def _left(self) -> str:
+    def _time_left(self) -> str:
         seconds = 0.0 if self._ends is None else self._ends - time.monotonic()
         return f"  {duration(seconds)} left" if seconds >= 0.5 else ""
 

@@ -1,6 +1,6 @@
-"""Communication counts that the authors of Fed-SB published (arXiv 2502.15436): parameters of one round, for one client, in one direction.
+"""Communication counts published by the authors of Fed-SB (arXiv 2502.15436): parameters of one round, for one client, in one direction.
 
-They leave out the bases, the initial gradients and the other direction.
+They exclude the bases, the initial gradients and the other direction.
 """
 
 from collections import Counter
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 SOURCE = "arXiv 2502.15436"
 MISTRAL_7B = Counter({(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32})
-"""How many of the adapted layers have which shape (out, in): q, k, v, o, gate, up and down of 32 blocks."""
+"""Number of adapted layers of each shape (out, in): q, k, v, o, gate, up and down of 32 blocks."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """One published count. `differs` says why this project counts something else, where it does."""
+    """One published count. `differs` says why this project's count differs, if it does."""
 
     method: str
     rank: int
     millions: str  # of parameters, as printed
-    down: bool = False  # whether it is what a client receives; else what it sends
+    down: bool = False  # whether the client receives them; else it sends them
     differs: str = ""
 
     @property
@@ -38,11 +38,11 @@ PUBLISHED = (
     Published("flora", 32, "2097", down=True),
 )
 CLIENTS = 25
-"""Clients of the published runs, all of them in the one round."""
+"""Clients of the published runs, all of them in the single round."""
 
 
 def published(method: str, rank: int, clients: int, shapes: Iterable[tuple[int, int]]) -> Published | None:
-    """Returns what was published for this method, rank, number of clients in a round and shapes (out, in) of all adapted layers."""
+    """Returns the published count for this method, rank, number of clients in a round and shapes (out, in) of all adapted layers."""
     if clients != CLIENTS or Counter(shapes) != MISTRAL_7B:
         return None
     return next((each for each in PUBLISHED if (each.method, each.rank) == (method, rank)), None)

@@ -1,4 +1,4 @@
-"""What there is to read after a run: the table of results, who held what, and every transfer. Pictures are in `fedsim.pictures`."""
+"""Text reports of a run: the table of results, the clients' holdings, and every transfer. Pictures are in `fedsim.pictures`."""
 
 import csv
 import io
@@ -14,14 +14,14 @@ Holdings = Sequence[dict[str, int]]
 
 PICTURES = ("curves.png", "diagnosis.png", "partition.png", "privacy.png", "network.png")
 FILES = ("summary.json", *PICTURES, "holdings.txt", "communication.csv", "events.jsonl")
-"""Files of a run folder that are meant to be read, in the order in which the summary names them."""
+"""Files of a run folder for readers, in the order in which the summary lists them."""
 
 LOOSE_DELTA = 0.05
-"""A larger delta is reported as hardly a guarantee: the mechanism may give one in twenty away altogether."""
+"""A larger delta is reported as hardly a guarantee: the mechanism may fully reveal one record in twenty."""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns aligned text: the first column to the left, the others to the right."""
+    """Returns an aligned text table: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
 
     def line(row: Sequence[str]) -> str:
@@ -32,14 +32,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """Returns what a run came to: accuracy and loss by task, what travelled, how long it took, where its files are, and what to do next."""
+    """Returns a run's results as text: accuracy and loss by task, traffic, duration, the location of its files, and what to do next."""
     head = ["task", "questions", "accuracy base", "final", "points gained", "loss base", "final"]
     rows = [_task_row(task, found) for task, found in summary["evaluation"].items()]
     moved, training, folder = summary["communication"], summary["training"], summary["run_dir"]
     speed = f"{training['tokens']:,} tokens, {training['tokens_per_second']:,.0f} tokens/s" if training["tokens"] else "tokens withheld"
     rank = "" if summary["rank"] is None else f", rank {summary['rank']}"
     run = f"{plural(summary['clients'], 'client')}, {plural(summary['rounds'], 'round')}{rank}"
-    adapter = summary.get("adapter", "adapter")  # of methods with models of the clients' own the first, where they are in this process
+    adapter = summary.get("adapter", "adapter")  # of personal methods the first client's, None if adapters stay at the workers
     loaded = [f'next      PEFT loads it: PeftModel.from_pretrained(base_model, "{folder}/{adapter}")'] if adapter else []
     lines = [
         f"{summary['method']}: {run}, seed {summary['seed']}",
@@ -69,12 +69,12 @@ def _cut_off_lines(evaluation: dict[str, Any]) -> list[str]:
     if not base and not final:
         return []
     of_final = "those of the final one are not counted" if final is None else f"{final:,} of the final one"
-    told = f"{base or 0:,} of the base model, {of_final}"
-    return [f"cut off: {told}: answers without an end, right only where they had named their result (evaluation.max_new_tokens)"]
+    text = f"{base or 0:,} of the base model, {of_final}"
+    return [f"cut off: {text}: answers without an end, right only where they had named their result (evaluation.max_new_tokens)"]
 
 
 def _num_cut_off(evaluation: dict[str, Any], name: str) -> int | None:
-    """Returns a count over all tasks, None where nobody counted: neither clients with models of their own do, nor did earlier versions."""
+    """Returns a count over all tasks; None without one, as for personal methods and runs of earlier versions."""
     counts = [found[name]["num_cut_off"] for found in evaluation.values() if "num_cut_off" in found[name]]
     return sum(counts) if counts else None
 
@@ -94,21 +94,21 @@ def _network_lines(network: dict[str, Any] | None) -> list[str]:
 
 
 def _privacy_lines(spent: dict[str, Any] | None) -> list[str]:
-    """An epsilon without bound is infinite in a run's memory and null in its files."""
+    """An unbounded epsilon is infinite in memory and null in files."""
     if spent is None:
         return []
     if spent["epsilon"] is None or math.isinf(spent["epsilon"]):
         return [f"privacy           {'none':>9}   something was computed from private data without noise: no epsilon is claimed"]
     first = f", of it initialisation {spent['initialization_epsilon']:.2f}" if spent["initialization_epsilon"] else ""
-    told = f"epsilon of one {spent['unit']}, largest over clients{first}; delta {spent['delta']:.2g}, {spent['accountant']}"
-    lines = [f"privacy           {spent['epsilon']:>9.2f}   {told}"]
+    text = f"epsilon of one {spent['unit']}, largest over clients{first}; delta {spent['delta']:.2g}, {spent['accountant']}"
+    lines = [f"privacy           {spent['epsilon']:>9.2f}   {text}"]
     return [*lines, *(f"{'':30}{line}" for line in loose_delta_lines(spent["delta"]))]
 
 
 def loose_delta_lines(delta: float) -> list[str]:
-    """Returns a line for a delta that guarantees hardly anything, none for another."""
-    told = f"delta {delta:.2g} is hardly a guarantee: it should be far below one over their number"
-    return [told] if delta > LOOSE_DELTA else []
+    """Returns a warning line for a delta above LOOSE_DELTA, else no line."""
+    text = f"delta {delta:.2g} is hardly a guarantee: it should be far below one over their number"
+    return [text] if delta > LOOSE_DELTA else []
 
 
 def _task_row(task: str, found: dict[str, Any]) -> list[str]:
@@ -119,14 +119,14 @@ def _task_row(task: str, found: dict[str, Any]) -> list[str]:
 
 
 def _loss(value: float | None) -> str:
-    """A loss that is no number is NaN in a run's memory and null in its files."""
+    """Formats a loss, "-" without a number: NaN in memory, null in files."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def holdings_table(holdings: Holdings, max_clients: int | None = 40, owners: Sequence[Sequence[str]] = ()) -> str:
-    """Returns who holds how many examples of each task, with totals; of more than `max_clients` clients only the first are shown.
+    """Returns a table of each client's number of examples by task, with totals; shows at most the first `max_clients` clients.
 
-    `owners` are the names, in the data, of those whose examples each client holds, where it has any.
+    `owners` are, if the data names any, the owners whose examples each client holds.
     """
     tasks = list(holdings[0])
     rows = [[f"client {i}", *_with_total([held[task] for task in tasks])] for i, held in enumerate(holdings[:max_clients])]
@@ -137,13 +137,13 @@ def holdings_table(holdings: Holdings, max_clients: int | None = 40, owners: Seq
     if owners:
         head.append("owners")
         for row, names in zip(rows, owners[:max_clients], strict=False):
-            row.append(_some(names))
+            row.append(_abbreviated(names))
         rows = [[*row, *[""] * (len(head) - len(row))] for row in rows]
     return table(head, rows)
 
 
-def _some(names: Sequence[str]) -> str:
-    """Returns the first three names, without what a terminal would take for more than letters, and how many more there are."""
+def _abbreviated(names: Sequence[str]) -> str:
+    """Returns the first three names, with unprintable characters replaced, and the number of further ones."""
     shown = ["".join(letter if letter.isprintable() else "?" for letter in name[:24]) for name in names[:3]]
     return ", ".join(shown) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 

@@ -1,4 +1,4 @@
-"""The folder of one run: its configuration, manifest, events, checkpoints and results. `fedsim.occupancy` decides who may use it."""
+"""The folder of a run: its configuration, manifest, events, checkpoints and results. `fedsim.occupancy` controls who may use it."""
 
 import json
 import os
@@ -39,40 +39,40 @@ from fedsim.occupancy import (
 from fedsim.plain import to_dict
 
 KEPT_ON_RESUME = ("interrupted", "resumed", "damaged_checkpoint")
-"""Events that tell what happened to the run itself: kept when the rounds after the last checkpoint are cut off."""
+"""Events about the run itself, which are kept when the rounds after the last checkpoint are cut off."""
 
 
 class RunFolder:
-    """An open run folder, locked until `close` or the end of the process. Made by `open`."""
+    """An open run folder, created by `open` and locked until `close` or the end of the process."""
 
     def __init__(self, folder: Path, lock: int, keep: int) -> None:
         self.folder = folder
         self.finished_summary: dict[str, Any] | None = None
-        """The summary, if `resume=true` was asked of a run that is already finished; nothing is to be done then."""
+        """The summary if `resume=true` was given for a finished run, which has nothing left to do."""
         self.superseded: list[dict[str, Any]] = []
-        """Lines of the journal after the checkpoint from which a resumed run goes on."""
+        """Journal entries after the checkpoint from which the run resumes."""
         self._lock = lock
         self._log: EventLog | None = None
         self._journal: Journal | None = None
         self._checkpoints = Store(folder / CHECKPOINTS, keep)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None  # the checkpoint that is under way
-        self._may_go: list[Path] | None = None  # folders made for a run that has begun here and has no checkpoint yet, the inner first
+        self._writing: Future[None] | None = None  # the checkpoint in progress
+        self._removable: list[Path] | None = None  # folders created for a new run without a checkpoint yet, innermost first
 
     @classmethod
     def open(cls, config: Config, now: datetime | None = None, keep: int = 2) -> "RunFolder":
-        """Takes the folder that the configuration asks for: a new one, or an old one by `resume` or `overwrite`.
+        """Opens the configured folder: a new one, or an existing one with `resume` or `overwrite`.
 
-        A new run takes a missing or empty folder, or one where a run was killed before it began. `resume` goes on from the last good
-        checkpoint, from the beginning if there is none yet, and cuts off the events after it. The `keep` latest checkpoints stay.
-        Guarantees: the caller is the only one in the folder; results of an earlier run are not mixed in.
-        Raises UserError, with everything left as it was, if the folder is in use, finished or interrupted and neither option was given,
-        if it holds other files, or if the configuration of the resumption would change the result.
+        A new run takes a missing or empty folder, or one whose run was killed before it began. `resume` continues from the last intact
+        checkpoint, or from the start without one, and cuts off later events. The latest `keep` checkpoints are kept.
+        Guarantees: no other process uses the folder, and results of an earlier run are not mixed in.
+        Raises UserError and changes nothing if the folder is in use, if it holds a finished or interrupted run and neither option was
+        given, if it holds other files, or if the configuration on resuming would change the result.
         """
         now = now or datetime.now().astimezone()
         refuse_foreign(config)
         given = Path(config.run_dir) if config.run_dir else None
-        made = _missing(given or next(dated_folders(now, config.method.name)).parent)
+        made = _missing_folders(given or next(dated_folders(now, config.method.name)).parent)
         folder = given or next(folder for folder in dated_folders(now, config.method.name) if made_new(folder))
         run = cls(folder, locked(folder), keep)
         try:
@@ -80,8 +80,8 @@ class RunFolder:
         except BaseException:
             run.close()
             raise
-        if run._may_go is not None:
-            run._may_go = made if given else [folder, *made]
+        if run._removable is not None:
+            run._removable = made if given else [folder, *made]
         return run
 
     def __enter__(self) -> Self:
@@ -89,25 +89,25 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is not None and issubclass(kind, UserError):
-            self._give_up()
+            self._discard()
         self.close()
 
-    def _give_up(self) -> None:
-        """Removes what a run has written that a mistake ended before its first checkpoint: the corrected run needs the place."""
-        if self._may_go is None:
+    def _discard(self) -> None:
+        """Removes the files of a run that a UserError ended before its first checkpoint, so that the corrected run can use the folder."""
+        if self._removable is None:
             return
         clear(self.folder)
         (self.folder / LOCK).unlink(missing_ok=True)
-        for folder in self._may_go:
-            with suppress(OSError):  # somebody else has put something there
+        for folder in self._removable:
+            with suppress(OSError):  # it holds other files
                 folder.rmdir()
 
     def close(self) -> None:
-        """Frees the folder for others, after the checkpoint that is under way. Harmless when called twice."""
+        """Waits for the checkpoint in progress and releases the folder. May be called twice."""
         self._writer.shutdown()
         log, journal, lock = self._log, self._journal, self._lock
         self._log, self._journal, self._lock = None, None, -1
-        with ExitStack() as closing:  # the last one first; whatever goes wrong, the lock goes
+        with ExitStack() as closing:  # in reverse order; the lock is released whatever fails
             if lock >= 0:
                 closing.callback(os.close, lock)
             for each in (journal, log):
@@ -115,7 +115,7 @@ class RunFolder:
                     closing.callback(each.close)
 
     def path(self, name: str) -> Path:
-        """Returns the path of `name`, with its parent folder made. Raises ValueError unless its first part is in CONTENTS."""
+        """Returns the path of `name` and creates its parent folder. Raises ValueError unless its first part is in CONTENTS."""
         if Path(name).parts[0] not in CONTENTS:
             raise ValueError(f"Expected a name that begins with one of {', '.join(CONTENTS)}, got {name!r}. Add it to CONTENTS.")
         path = self.folder / name
@@ -152,54 +152,54 @@ class RunFolder:
         return read_events(self.folder / EVENTS)
 
     def save_checkpoint(self, round_: int, tensors: dict[str, Tensor], state: dict[str, Any], bases: Bases = NO_BASES) -> None:
-        """Takes down the state after `round_`, with the event "checkpoint", and returns while it is written; `settle` waits for that.
+        """Saves the state after `round_`, with an event "checkpoint", and returns while it is being written; `settle` waits for it.
 
-        Of the tensors, the `bases` are written where they have changed. One checkpoint is under way at most: this waits for the one
-        before, and raises what went wrong with it. The checkpoint remembers how far the events went: `resume` cuts them there, so that
-        what is done again is told once.
+        The tensors in `bases` are written only when they have changed. At most one checkpoint is in progress: this call waits for the
+        previous one and raises its error. The checkpoint stores the size of the event log; `resume` cuts the log there, so that repeated
+        rounds are logged once.
         """
         self.settle()
         self.event("checkpoint", round=round_)
         log, journal = self._log, self._journal
-        assert log is not None  # as the event has found
+        assert log is not None  # `event` has checked it
         assert journal is not None
         state = {"state": state, "events_size": log.size, "journal": journal.head.to_json()}
         write = self._checkpoints.writing(Checkpoint(round_, tensors, state, bases))
 
         def durably() -> None:
-            log.sync()  # a checkpoint is never ahead of the lines that it names
+            log.sync()  # a checkpoint must never be ahead of the lines that it refers to
             journal.sync()
             write()
 
-        self._writing, self._may_go = self._writer.submit(durably), None
+        self._writing, self._removable = self._writer.submit(durably), None
 
     def settle(self) -> None:
-        """Waits until the last checkpoint is durable. Raises what went wrong with it."""
+        """Waits until the last checkpoint is durable. Raises its error if writing failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def settle_all(self) -> None:
-        """Waits until the last checkpoint and every line of events and journal so far are durable."""
+        """Waits until the last checkpoint and all lines of events and journal are durable."""
         self.settle()
         for log in (self._log, self._journal):
             if log:
                 log.sync()
 
     def last_checkpoint(self) -> Checkpoint | None:
-        """Returns the latest good checkpoint. A damaged one is set aside as *.damaged, with an event, and the one before is taken."""
+        """Returns the latest intact checkpoint. Renames damaged ones to *.damaged, with an event, and takes the previous one."""
         self.settle()
-        found = self._last_whole_checkpoint()
+        found = self._last_intact_checkpoint()
         return replace(found, state=found.state["state"]) if found else None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json: from now on the run counts as finished, and all that it names is durable. Call it last."""
+        """Writes summary.json, which marks the run as finished, after everything it names is durable. Call it last."""
         self.settle_all()
         self.write_json(SUMMARY, summary)
 
     def _prepare(self, config: Config, now: datetime) -> None:
-        """Decides, under the lock, between a new run and an old one."""
-        stage = stage_of(self.folder)  # again: another process may have been at work until the lock was free
+        """Begins or resumes the run, under the lock."""
+        stage = stage_of(self.folder)  # again: another process may have changed it before the lock was taken
         resumed = config.resume and stage is not Stage.free
         refuse_unfit(self.folder, stage, config)
         if resumed and stage is Stage.finished:
@@ -215,14 +215,14 @@ class RunFolder:
         atomic_write_json(self.folder / MANIFEST, manifest(config.seed, now))
         atomic_write(self.folder / CONFIG, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
         self._log, self._journal = EventLog(self.folder / EVENTS), Journal(self.folder / JOURNAL)
-        self._may_go = []
+        self._removable = []
 
     def _resume(self, config: Config, now: datetime) -> None:
-        """Cuts the events after the last checkpoint off and adds this session to the manifest: versions may have changed since."""
+        """Cuts off the events after the last checkpoint and adds this session to the manifest, since versions may have changed."""
         for leftover in self.folder.rglob(TEMPORARY):
             leftover.unlink()
         self._log = EventLog(self.folder / EVENTS)
-        checkpoint = self._last_whole_checkpoint()
+        checkpoint = self._last_intact_checkpoint()
         self._log.close()
         self._log = None
         size = checkpoint.state["events_size"] if checkpoint else 0
@@ -235,7 +235,7 @@ class RunFolder:
         facts.setdefault("resumed", []).append(manifest(config.seed, now))
         atomic_write_json(self.folder / MANIFEST, facts)
 
-    def _last_whole_checkpoint(self) -> Checkpoint | None:
+    def _last_intact_checkpoint(self) -> Checkpoint | None:
         for path in reversed(checkpoints.saved(self.folder / CHECKPOINTS)):
             try:
                 return checkpoints.load(path)
@@ -245,6 +245,6 @@ class RunFolder:
         return None
 
 
-def _missing(folder: Path) -> list[Path]:
-    """Returns which of the folder and those around it do not exist, the inner first."""
+def _missing_folders(folder: Path) -> list[Path]:
+    """Returns the folder and those of its parents that do not exist, innermost first."""
     return [each for each in (folder, *folder.parents) if not each.exists()]

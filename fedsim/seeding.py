@@ -1,8 +1,8 @@
-"""Randomness is an argument: every stream is derived from the run's seed and what it is for, never from a global state.
+"""Explicit randomness: every stream is derived from the run's seed and its purpose, never from global state.
 
-The same (seed, purpose) gives the same stream on every machine and in every process, so a result does not depend on
-how clients are packed into cohorts, in which order they are trained, or where a run was interrupted. What differential privacy
-draws comes from a key in the same way; a secret key makes it unknown to whoever is told the seed.
+The same (seed, purpose) gives the same stream on every machine and in every process, so a result does not depend on how clients are packed
+into cohorts, in which order they are trained, or where a run was interrupted. The randomness of differential privacy is derived from a key
+in the same way; a secret key hides it from anyone who knows the seed.
 """
 
 import hashlib
@@ -38,27 +38,27 @@ def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
 
 @dataclass(frozen=True, repr=False)
 class NoiseKey:
-    """256 bits from which the noise and the coins of differential privacy are drawn: the same words give the same stream.
+    """A 256-bit key for the noise and coins of differential privacy: the same words give the same stream.
 
-    Streams have the entropy of the key. A seed of torch's own generator would not do: on the CPU it uses the low 32 bits only, so that
-    streams can be searched, and some of a long run would be the same.
+    Streams have the entropy of the key. A seed of torch's own generator is unsuitable: on the CPU only its low 32 bits count, so that
+    streams can be searched, and some would repeat in a long run.
     """
 
     key: bytes
 
     @classmethod
     def of_seed(cls, seed: int) -> "NoiseKey":
-        """Returns the key of a run that can be repeated: whoever knows the seed can take the noise off."""
+        """Returns the key of a repeatable run: anyone who knows the seed can remove the noise."""
         return cls(hashlib.sha256(f"noise/{seed}".encode()).digest())
 
     @classmethod
     def secret(cls) -> "NoiseKey":
-        """Returns a key that nobody knows, of the operating system."""
+        """Returns a random key from the operating system."""
         return cls(secrets.token_bytes(KEY_BYTES))
 
     @classmethod
     def kept_in(cls, path: Path) -> "NoiseKey":
-        """Returns the secret key in a file, made with mode 0600 where there is none. Raises UserError for a damaged one."""
+        """Returns the secret key in a file, created with mode 0600 if missing. Raises UserError for a damaged file."""
         if not path.exists():
             atomic_write(path, cls.secret().key.hex().encode(), mode=0o600)
         try:
@@ -72,7 +72,7 @@ class NoiseKey:
         return cls(key)
 
     def under(self, *words: str | int | bytes) -> "NoiseKey":
-        """Returns the key of a part; those of different words have nothing in common, whoever chose the words."""
+        """Returns the key derived for `words`; keys of different words are unrelated, even if an adversary chose the words."""
         hashed = hashlib.blake2b(key=self.key, digest_size=KEY_BYTES)
         for word in words:
             content = word if isinstance(word, bytes) else str(word).encode()
@@ -84,10 +84,10 @@ class NoiseKey:
         return np.random.Generator(np.random.PCG64(self._entropy(*purpose)))
 
     def torch(self, *purpose: str | int) -> torch.Generator:
-        """Returns a CPU torch generator of the stream (key, purpose): the Mersenne twister with a whole state, as NumPy fills it."""
+        """Returns a CPU torch generator of the stream (key, purpose): a Mersenne Twister whose full state NumPy seeds."""
         state = np.random.MT19937(self._entropy(*purpose)).state["state"]
         head = struct.pack("<QiiQ", 0, len(state["key"]) - state["pos"] + 1, 1, state["pos"])  # seed, left, seeded, next
-        tail = bytes(24 + 8 + 8)  # no normal number is left over from an earlier draw
+        tail = bytes(24 + 8 + 8)  # no cached normal deviate
         generator = torch.Generator()
         generator.set_state(torch.frombuffer(bytearray(head + state["key"].astype("<u8").tobytes() + tail), dtype=torch.uint8))
         return generator
