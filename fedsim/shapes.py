@@ -1,7 +1,7 @@
-"""The shapes of the layers that would be adapted, for any model, without its weights and without a hub.
+"""Computes the shapes of a model's adapted layers without its weights and without the hub.
 
-transformers builds the model on torch's meta device, where a tensor has a shape and no storage: a model of nine billion parameters takes
-a tenth of a second and no memory. What is counted is therefore the model that a run would load, not a formula for it.
+transformers builds the model on torch's meta device, where tensors have shapes but no storage: a model of nine billion parameters takes a
+tenth of a second and no memory. Counts therefore come from the model that a run would load, not from a formula.
 """
 
 import json
@@ -31,14 +31,14 @@ LayerShape = tuple[int, int]
 META = torch.device("meta")
 
 _UNDECLARED = {"head_dim"}
-"""Entries that some models read although their configuration does not declare them (Qwen 2)."""
+"""Entries that some models read although their config class does not declare them (Qwen 2)."""
 
 
 def layer_shapes(model: ModelConfig, target_modules: list[str], labels: Sequence[str] = (), texts: int = 2) -> dict[str, LayerShape]:
     """Returns (out_features, in_features) of each layer that `adapt` would adapt, by path, in the model's order.
 
-    Paths are those of the causal language model, of the classifier where there are labels, else of the bare encoder for BERT and its kin.
-    Raises UserError as `skeleton` does, and for a name in `target_modules` that fits no layer.
+    Paths are those of the classifier with labels, else of the causal language model, or of the bare encoder for BERT and similar models.
+    Raises UserError as `skeleton` does, and for a name in `target_modules` that matches no layer.
     """
     bare = skeleton(model, labels, texts)
     head = head_paths(bare) if labels else []
@@ -46,7 +46,7 @@ def layer_shapes(model: ModelConfig, target_modules: list[str], labels: Sequence
 
 
 def adapter_of(config: Config, method: Method, labels: Sequence[str], texts: int = 2) -> AdapterSpec:
-    """Returns what `adapt` would put into the model of an effective configuration. Raises UserError as `layer_shapes`, `fitting_rank`."""
+    """Returns the adapter that `adapt` would add for an effective configuration. Raises UserError as `layer_shapes` and `fitting_rank`."""
     adapter = config.adapter
     layers = layer_shapes(config.model, adapter.target_modules, labels, texts)
     head = head_shapes(config.model, labels, texts)
@@ -67,52 +67,52 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def model_shape(model: ModelConfig, labels: Sequence[str] = (), texts: int = 2) -> ModelShape:
-    """Returns what the cost of the base model on its device depends on. Raises UserError as `skeleton` and `device` do."""
+    """Returns the base model's properties that determine its cost on its device. Raises UserError as `skeleton` and `device` do."""
     return shape_of(skeleton(model, labels, texts), DTYPES[model.dtype].itemsize, attention(labels, device(model)))
 
 
 def random_model(
     model: ModelConfig, on: torch.device, labels: Sequence[str] = (), texts: int = 2, *, activation_checkpointing: bool = False
 ) -> nn.Module:
-    """Returns the model with random weights made on a device, frozen, in the type that the configuration names; otherwise as loaded.
+    """Returns the model with random weights on a device, frozen, in the configured dtype, and otherwise as loaded.
 
-    Raises UserError as `skeleton` does. The weights depend on torch's random state, which is left as it was.
+    The weights depend on torch's random state, which is left unchanged. Raises UserError as `skeleton` does.
     """
     entries, origin = _entries(model)
-    with _silence(), torch.random.fork_rng():
+    with _silenced(), torch.random.fork_rng():
         bare = _build(entries, origin, labels, on, DTYPES[model.dtype])
     return reading(prepare(bare, on, activation_checkpointing=activation_checkpointing), model, labels, texts)
 
 
 def skeleton(model: ModelConfig, labels: Sequence[str] = (), texts: int = 2) -> nn.Module:
-    """Returns the model on the meta device: every module and every shape, no weight.
+    """Returns the model on the meta device: every module and shape, no weights.
 
-    With labels it has a classification head, for rows of so many texts.
+    With labels it has a classification head, for rows of `texts` texts.
 
-    It is built from config.json of `path` where that is on this machine (`fedsim.models.config_file`), else from `architecture`, else,
-    where `path` is None, from the embedded model's folder. The latest ones are kept and shared, so they must not be changed.
-    Guarantees: nothing is downloaded or printed, no remote code runs, and no random state is touched.
-    Raises UserError where there is none of these, or where what is there makes no language model.
+    It is built from config.json of `path` if that is on this machine (`fedsim.models.config_file`), else from `architecture`, else, if
+    `path` is None, from the embedded model's folder. The latest results are cached and shared, so they must not be modified.
+    Guarantees: nothing is downloaded or printed, no remote code runs, and no random state changes.
+    Raises UserError if none of these exists, or if it does not describe a language model.
     """
     entries, origin = _entries(model)
     return _skeleton(json.dumps([entries, origin, to_dict(model), list(labels), texts]))
 
 
 @lru_cache(maxsize=16)
-def _skeleton(told: str) -> nn.Module:
-    entries, origin, values, labels, texts = json.loads(told)
-    with _silence():
+def _skeleton(arguments: str) -> nn.Module:
+    entries, origin, values, labels, texts = json.loads(arguments)
+    with _silenced():
         try:
             return reading(_build(entries, origin, labels), from_dict(ModelConfig, values), labels, texts)
         except UserError:
             raise
-        except Exception as error:  # a wrong value surfaces as anything, from a division by zero to transformers' own types
+        except Exception as error:  # a wrong value may raise any type, from ZeroDivisionError to transformers' own
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{origin}: Expected entries that make a model, got {type(error).__name__}: {reason}. Correct them.") from error
 
 
 def _entries(model: ModelConfig) -> tuple[dict[str, Any], str]:
-    """Returns the entries of config.json, and where they were found."""
+    """Returns the entries of config.json and their origin."""
     if model.path is not None and (file := _file(model)) is not None:
         return _read(file)
     if model.architecture:
@@ -126,7 +126,7 @@ def _entries(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def _file(model: ModelConfig) -> Path | None:
-    """Returns config.json of the model; None where it is not on this machine, also for a package that is not installed."""
+    """Returns config.json of the model, None if it is not on this machine. Raises UserError for a missing package without `architecture`."""
     try:
         return config_file(source(model))
     except UserError:
@@ -162,12 +162,12 @@ def _build(
     kind = CONFIG_MAPPING[name]
     if origin == "model.architecture":
         _refuse_unknown(entries, kind())
-    settings = kind.from_dict(deepcopy(entries))  # it writes into nested entries
+    settings = kind.from_dict(deepcopy(entries))  # from_dict modifies nested entries
     both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING and not getattr(settings, "is_decoder", False)
     generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING
     if getattr(settings, "is_encoder_decoder", False) or not (both_ways or generates):
         raise UserError(f"{origin}: Expected a decoder-only language model or a text encoder, got {name!r}. Choose another model.")
-    bare = both_ways and (name in ENCODERS or not generates)  # of the others a run loads what generates
+    bare = both_ways and (name in ENCODERS or not generates)  # for all others a run loads the causal language model
     auto: Any = transformers.AutoModel if bare else transformers.AutoModelForCausalLM
     if labels:
         settings.id2label, auto = dict(enumerate(labels)), transformers.AutoModelForSequenceClassification
@@ -177,7 +177,7 @@ def _build(
 
 
 def _refuse_unknown(entries: dict[str, Any], default: Any) -> None:
-    """Refuses a slip such as hiden_size, which transformers would take and leave at the default."""
+    """Raises UserError for a typo such as hiden_size, which transformers would accept while hidden_size keeps its default."""
     for entry in entries:
         if not hasattr(default, entry) and entry not in _UNDECLARED:
             hint = nearest(entry, list(default.to_dict()))
@@ -188,8 +188,8 @@ def _refuse_unknown(entries: dict[str, Any], default: Any) -> None:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps transformers' and Python's warnings back for the time of the block: no weight is loaded that they could concern."""
+def _silenced() -> Iterator[None]:
+    """Silences transformers' and Python's warnings within the block, since no weights are loaded that they could concern."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""The nouns that all layers share.
+"""Types shared by all layers of the code.
 
 A client is a data owner. An adapter is a dictionary of factors; with a leading client axis it holds a whole cohort.
 """
@@ -12,11 +12,11 @@ import numpy.typing as npt
 from torch import Tensor
 
 Adapter = dict[str, Tensor]
-"""Factor name, such as "model.layers.0.self_attn.q_proj.R", to its tensor; stacked: [clients, ...]."""
+"""Tensors by factor name, such as "model.layers.0.self_attn.q_proj.R"; stacked: [clients, ...]."""
 
 
 class Family(Enum):
-    """What an answer is, which decides how it is read from a generated text."""
+    """Kinds of answers, which determine how an answer is extracted from generated text."""
 
     arithmetic = "a number, compared by value"
     commonsense = "one of the options that the prompt names, compared exactly"
@@ -24,7 +24,7 @@ class Family(Enum):
 
 
 class Turn(NamedTuple):
-    """What one side of a conversation says: the system, the user or the assistant."""
+    """One message of a conversation, by the system, the user or the assistant."""
 
     role: str
     content: str
@@ -34,9 +34,9 @@ class Turn(NamedTuple):
 class Example:
     """One prompt with its reference response.
 
-    `task` is the row of the results table that the example belongs to ("gsm8k", "boolq"); `answer` is the gold answer
-    ("18", "answer3", "true") that an answer read from a generated text is compared with. `client` is the owner that the data names.
-    `turns` is a conversation up to the response, for models that have a form of their own for it; `prompt` is what others are given.
+    `task` is the example's row in the results table ("gsm8k", "boolq"); `answer` is the gold answer ("18", "answer3", "true") to compare
+    generated answers with. `client` is the owner that the data names. `turns` is the conversation up to the response, for models with a
+    chat template; other models get `prompt`.
     """
 
     task: str
@@ -50,10 +50,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Two texts, or one, and which of `labels` tells what they are: for a model that classifies and generates nothing.
+    """One or two texts and their label, for a model that classifies.
 
-    `labels` are all of the set's, in the order of the classification head's outputs; `answer` is the gold one. `hypothesis` is None where
-    there is one text only. `client` is the owner that the data names.
+    `labels` are all labels of the set, in the order of the classification head's outputs; `answer` is the gold label. `hypothesis` is None
+    for a single text. `client` is the owner that the data names.
     """
 
     task: str
@@ -65,20 +65,20 @@ class Labelled:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The one text, or both."""
+        """The single text, or both."""
         return (self.premise,) if self.hypothesis is None else (self.premise, self.hypothesis)
 
 
 AnyExample = Example | Labelled
-"""What a client owns; a run has one kind only."""
+"""An example of a client; all examples of a run are of one kind."""
 
 
 Tokens = npt.NDArray[np.int32]
-"""Token ids [tokens], read-only: 4 bytes each, where a tuple of numbers takes 40. Often a view of a larger array, or of a file."""
+"""Token ids [tokens], read-only: 4 bytes each, where a tuple takes 40. Often a view of a larger array or of a file."""
 
 
 class _Encoded:
-    """What is equal where all fields are, arrays by their entries. Whatever sequences it is made of are kept as `Tokens`."""
+    """Base class that compares all fields, arrays by their entries. Subclasses store any given sequences as `Tokens`."""
 
     input_ids: Tokens
 
@@ -95,7 +95,7 @@ class _Encoded:
 
     @property
     def width(self) -> int:
-        """Positions that a pass of this example alone has, padding included."""
+        """Positions, padding included, of a pass over this example alone."""
         return self.num_tokens
 
 
@@ -119,9 +119,9 @@ class EncodedExample(_Encoded):
 
 @dataclass(frozen=True, eq=False)
 class EncodedLabelled(_Encoded):
-    """Tokens of a `Labelled` as the encoder reads it, which text each belongs to (empty for a model that is not told), and the label.
+    """Tokens of a `Labelled` in the encoder's format, the text that each belongs to (empty if the model does not take it), and the label.
 
-    `split` is where the second text begins that is read on its own; 0 where all is one sequence.
+    `split` is the start of the second text if it is read on its own; 0 for a single sequence.
     """
 
     input_ids: Tokens
@@ -135,9 +135,9 @@ class EncodedLabelled(_Encoded):
 
     @property
     def width(self) -> int:
-        """Two texts that are read apart are two rows as long as the longer one."""
+        """Positions of a pass over this example alone; texts read apart are two rows as long as the longer one."""
         return 2 * max(self.split, self.num_tokens - self.split) if self.split else self.num_tokens
 
 
 AnyEncoded = EncodedExample | EncodedLabelled
-"""What a model is trained on."""
+"""An encoded example, as models are trained on it."""

@@ -1,4 +1,4 @@
-"""Options that were given but have no effect because of another option: they are reported, and the run goes on."""
+"""Reports options that were given but have no effect because of other options; the run continues."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ ADAPTIVE = ("fedadagrad", "fedyogi", "fedadam")
 
 @dataclass(frozen=True)
 class Condition:
-    """Some options have an effect only where `holds`; `text` says so in the words of the command line."""
+    """Options `keys` have an effect only if `holds`; `text` describes this in command-line terms."""
 
     keys: tuple[str, ...]
     text: str
@@ -92,7 +92,7 @@ CONDITIONS = (
 
 
 def unused(config: Config) -> list[str]:
-    """Returns a line for each option that differs from its default and that has no effect beside the others."""
+    """Returns a line for each option that differs from its default but has no effect in this configuration."""
     carried_out, method, plain = effective(config), method_of(config), Config()
     return [
         f"{key} has no effect here: it is for {condition.text}"
