@@ -127,7 +127,7 @@ class FederationConfig:
     alpha: float = 0.5
     """Dirichlet concentration; smaller is more skewed."""
     dirichlet_over: Optional[DirichletOver] = None
-    """What the Dirichlet mixture is over; null takes label where the data is classified and data.task_column names no tasks, else task."""
+    """What the Dirichlet mixture is over; null takes label if the data is classified and data.task_column names no tasks, else task."""
     quantity_sigma: float = 0.0
     """Log-normal sigma of the clients' numbers of examples; 0 deals equal shares."""
     ranks: dict[int, float] = field(default_factory=dict)
@@ -272,7 +272,7 @@ class PrivacyConfig:
 @dataclass
 class SecureConfig:
     bits: int = 16
-    """Bits per value of an upload; the message adds the carry bits of the sum and rounds up to whole bytes."""
+    """Secure aggregation: bits per value of an upload; the message adds the carry bits of the sum, rounded up to whole bytes."""
     range: float = 1.0
     """Largest change of an entry in a round that an upload can hold; larger ones are clipped and counted. unit=client: clip_norm."""
     gradient_range: float = 16.0

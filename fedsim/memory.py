@@ -1,6 +1,6 @@
 """Memory of a training process: keeping freed memory, measuring it, and returning a GPU's.
 
-A pass frees what the next one allocates again. The C library returns large blocks to the kernel, which zeroes every page anew: with
+A pass frees what the next one allocates again. The C library returns large blocks to the kernel, which zeroes every page again: with
 per-example gradients of hundreds of MB that takes a fifth of the time.
 """
 

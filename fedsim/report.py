@@ -119,7 +119,7 @@ def _task_row(task: str, found: dict[str, Any]) -> list[str]:
 
 
 def _loss(value: float | None) -> str:
-    """Formats a loss, "-" without a number: NaN in memory, null in files."""
+    """Formats a loss; one that is not a number, NaN in memory and null in files, becomes "-"."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 

@@ -109,7 +109,7 @@ class Session:
         adapter = config.adapter
         head = head_paths(self.model) if classes else []
         self.spec = adapt(self.model, self.method.form, adapter.rank, config.method.heads, adapter.scaling, adapter.target_modules, head)
-        self.gradient_parts = parts_of(config, self.spec)  # what is sent of initial gradients
+        self.gradient_parts = parts_of(config, self.spec)  # the form in which initial gradients are sent
         self.ranks = deal_ranks(len(self.shards), config.federation.ranks, config.seed) if config.federation.ranks else None
         self.load = Load.of(config, self.spec, self.method)
         self.budget = self.new_budget()

@@ -126,7 +126,7 @@ def _entries(model: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def _file(model: ModelConfig) -> Path | None:
-    """Returns config.json of the model, None if it is not on this machine. Raises UserError for a missing package without `architecture`."""
+    """Returns config.json of the model, None if it is not on this machine. Raises UserError for a missing package without architecture."""
     try:
         return config_file(source(model))
     except UserError:
