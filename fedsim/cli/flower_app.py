@@ -25,12 +25,12 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs the experiment over Flower's own Grid. Raises UserError and RunStopped, whose message also goes to the run's followers."""
-    from fedsim.flower.telling import MISTAKE, STOPPED, tell
+    from fedsim.flower.remote_progress import MISTAKE, STOPPED, forward
 
     try:
         _run_experiment(grid, _configuration(context))
     except (UserError, RunStopped) as error:
-        tell(MISTAKE if isinstance(error, UserError) else STOPPED, str(error))
+        forward(MISTAKE if isinstance(error, UserError) else STOPPED, str(error))
         raise
 
 
@@ -48,9 +48,9 @@ def _configuration(context: Context) -> Config:
 
 def _run_experiment(grid: Grid, config: Config) -> None:
     from fedsim.deploy.registering import REGISTERED, registered_clients
+    from fedsim.flower.remote_progress import SUMMARY, ForwardedProgress, forward
     from fedsim.flower.roster import Roster
     from fedsim.flower.server import serve
-    from fedsim.flower.telling import SUMMARY, TellingProgress, tell
 
     if config.engine.name != DEPLOYMENT:
         if config.privacy.noise is NoiseSource.system:
@@ -60,5 +60,5 @@ def _run_experiment(grid: Grid, config: Config) -> None:
         serve(grid, config)
         return
     roster = Roster(grid, config, lambda: registered_clients(Path(REGISTERED)))  # in the SuperLink's working folder
-    summary = serve(grid, config, roster=roster, quiet=True, display=TellingProgress)
-    tell(SUMMARY, summary)
+    summary = serve(grid, config, roster=roster, quiet=True, display=ForwardedProgress)
+    forward(SUMMARY, summary)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsim.deploy.flower import flwr, log_of
 from fedsim.deploy.registering import registered_names
-from fedsim.flower.telling import STARTED, marked
+from fedsim.flower.remote_progress import STARTED, marked
 
 UNKNOWN = "unknown"
 """Status of a registered client that the SuperLink does not know, such as after the loss of its database."""

@@ -19,7 +19,7 @@ from fedsim.deploy.flower import asking, flwr, following, run_facts
 from fedsim.effective import effective
 from fedsim.errors import LeftRunningError, RunFailedError, RunStopped, UserError
 from fedsim.files import dated_folders
-from fedsim.flower.telling import Following
+from fedsim.flower.remote_progress import ProgressFollower
 from fedsim.plain import to_dict
 from fedsim.report import summary_table
 
@@ -92,7 +92,7 @@ def submitted(config: Config) -> str:
 
 
 def _follow_to_end(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any]:
-    shown, taken = Following(quiet=quiet), 0
+    shown, taken = ProgressFollower(quiet=quiet), 0
     superlink = str(config.engine.superlink)
     again = f"Go on with the same options and run_dir={config.run_dir} resume=true"
     try:
@@ -112,7 +112,7 @@ def _follow_to_end(run_id: str, config: Config, *, quiet: bool) -> dict[str, Any
     raise RunFailedError(f"Run {run_id} did not finish: {facts['status']}. {again}\nThe last lines of its log:\n{last}")
 
 
-def _follow(run_id: str, superlink: str, shown: Following, taken: int) -> int:
+def _follow(run_id: str, superlink: str, shown: ProgressFollower, taken: int) -> int:
     """Shows the log after its first `taken` characters, until it ends. Returns its number of characters."""
     with following(run_id, superlink) as process:
         assert process.stdout is not None
@@ -121,7 +121,7 @@ def _follow(run_id: str, superlink: str, shown: Following, taken: int) -> int:
             for line in process.stdout:
                 fresh = line[max(0, taken - seen) :]
                 seen += len(line)
-                shown.take(fresh)
+                shown.feed(fresh)
             return max(seen, taken)
         finally:
             process.kill()

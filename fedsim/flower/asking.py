@@ -33,7 +33,7 @@ from fedsim.privacy.accounting import Mechanism
 from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
 
-Homes = Callable[[Sequence[int]], dict[int, int]]
+ClientNodes = Callable[[Sequence[int]], dict[int, int]]
 """Gives the node of each of these clients in a deployment, where a client has its own; those that are not connected are left out."""
 
 
@@ -55,10 +55,10 @@ class Asking:
         state: GlobalState,
         charges: Charges,
         privacy: PrivacyLedger | None,
-        homes: Homes | None,
+        client_nodes: ClientNodes | None,
         in_flight: InFlight,
     ) -> None:
-        self._session, self._state, self._charges, self._privacy, self.homes = session, state, charges, privacy, homes
+        self._session, self._state, self._charges, self._privacy, self.client_nodes = session, state, charges, privacy, client_nodes
         self._in_flight = in_flight
         self._config_text = json.dumps(to_dict(config))
         self._cohort_size = config.engine.cohort_size
@@ -147,8 +147,8 @@ class Asking:
 
         Clients that keep something for themselves from round to round always go to the same node. In a deployment each goes to its own.
         """
-        if self.homes is not None:
-            yield from ((node, [client]) for client, node in self.homes(clients).items())
+        if self.client_nodes is not None:
+            yield from ((node, [client]) for client, node in self.client_nodes(clients).items())
             return
         nodes = sorted(grid.get_node_ids())
         if not nodes:
@@ -165,8 +165,8 @@ class Asking:
 
     def nodes(self, clients: Sequence[int], grid: Grid) -> dict[int, int]:
         """Returns the node to which each client goes when it is asked alone."""
-        if self.homes is not None:
-            return self.homes(clients)
+        if self.client_nodes is not None:
+            return self.client_nodes(clients)
         nodes = sorted(grid.get_node_ids())
         if not nodes:
             return {}
@@ -225,7 +225,7 @@ class Asking:
         simulation: what such a process lacks is no cost of the method.
         """
         versions, metadata = self._state.exchange.versions, ask.message.metadata
-        if self.homes is not None and metadata.message_type != EVALUATE:
+        if self.client_nodes is not None and metadata.message_type != EVALUATE:
             self._charge_again(ask, int(metadata.group_id))
         records, told = packer.pack(versions, versions, increment=False)
         asked = {name: value for name, value in ask.message.content.config_records[REQUEST].items() if name not in (ADAPTER, BASES, FOLD)}

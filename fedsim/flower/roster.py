@@ -71,28 +71,28 @@ class Roster:
         self._refused: dict[int, tuple[str, int | None]] = {}  # why a node does not take part, and the client that it is, if that is known
         self._absent: list[int] = []
         self._tell: Tell = lambda kind, **facts: None
-        self._session: Session  # from `muster` on
+        self._session: Session  # from `wait_for_clients` on
         self._mustered = False
 
-    def muster(self, session: Session, tell: Tell) -> None:
+    def wait_for_clients(self, session: Session, tell: Tell) -> None:
         """Waits for the clients, `engine.wait_seconds` at most, and tells the session how much data those have that bring their own.
 
         Raises UserError if none is there to take part. Who comes later joins before the next round.
         """
         self._tell, self._session = tell, session
         clients = range(self._config.federation.clients)
-        homes = self._waited_for(clients)
-        if not homes:
+        client_nodes = self._waited_for(clients)
+        if not client_nodes:
             reasons = "; ".join(reason for reason, _ in self._refused.values()) or "no SuperNode is connected"
             raise UserError(f"Expected clients to join within engine.wait_seconds={self._config.engine.wait_seconds:g}, but: {reasons}.")
         self._hear()
 
-    def round_begins(self) -> None:
+    def begin_round(self) -> None:
         """Notices who has come and gone, and tells the session how much data newcomers bring, before anything is planned or charged."""
         self._look()
         self._hear()
 
-    def homes(self, clients: Sequence[int]) -> dict[int, int]:
+    def client_nodes(self, clients: Sequence[int]) -> dict[int, int]:
         """Returns the node of each of the clients that are connected and take part; if there is none, some are waited for."""
         self._look()
         found = self._at_home(clients)

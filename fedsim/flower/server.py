@@ -31,9 +31,9 @@ from fedsim.core.participation import server_adds_noise
 from fedsim.core.traffic import needed_for_gradients, refresh_due
 from fedsim.errors import RunStopped, UserError
 from fedsim.flower.asking import keeps_memory
-from fedsim.flower.chronicle import Chronicle
-from fedsim.flower.ending import finish
 from fedsim.flower.in_flight import InFlight
+from fedsim.flower.reporter import Reporter
+from fedsim.flower.results import write_results
 from fedsim.flower.roster import Roster
 from fedsim.flower.simulated import set_up_seconds
 from fedsim.flower.state import State, checkpoint_of, memories_in, restored
@@ -121,7 +121,7 @@ class Run:
     ) -> None:
         self._session, self._config, self._grid, self._contexts, self._roster = session, session.config, grid, contexts, roster
         self._given, self._folder, self._progress = config, folder, progress
-        self._chronicle = Chronicle(session, folder, progress)
+        self._reporter = Reporter(session, folder, progress)
         # only clients of a deployment outlive their server, and noise that the server adds has not left it before a checkpoint
         may_have_answered = roster is not None and not server_adds_noise(session.config)
         self._saved = -math.inf  # when the last checkpoint was left
@@ -131,7 +131,7 @@ class Run:
         """Goes from the last checkpoint, or from the beginning, to the summary."""
         try:
             self._session.noise_key = self._noise_key()
-            self._muster()
+            self._wait_for_clients()
             state = self._restored() or self._initial()
             strategy = self._strategy(state.shared, state.ledger, state.privacy)
             while True:
@@ -152,8 +152,8 @@ class Run:
             ) from error
 
     def _strategy(self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None) -> FedsimStrategy:
-        homes = None if self._roster is None else self._roster.homes
-        return FedsimStrategy(self._session, self._given, ledger, shared, privacy, homes, self._in_flight)
+        client_nodes = None if self._roster is None else self._roster.client_nodes
+        return FedsimStrategy(self._session, self._given, ledger, shared, privacy, client_nodes, self._in_flight)
 
     def _noise_key(self) -> NoiseKey:
         """Returns that of the server's noise and coins; a secret one lies in the run folder, so that a resumed run draws the same again."""
@@ -164,15 +164,15 @@ class Run:
 
     # ---- setting up
 
-    def _muster(self) -> None:
+    def _wait_for_clients(self) -> None:
         """In a deployment, waits for the clients; what they or the server say against it is told."""
         if self._roster is None:
             return
         self._progress.phase(f"waiting for {plural(self._config.federation.clients, 'client')}")
-        self._roster.muster(self._session, self._chronicle.member)
+        self._roster.wait_for_clients(self._session, self._reporter.membership)
 
     def _initial(self) -> State:
-        self._chronicle.started(self._given)
+        self._reporter.started(self._given)
         self._progress.phase(f"initial factors ({self._init.name})")
         begun = time.perf_counter()
         ledger, privacy = CommunicationLedger(), self._privacy_ledger()
@@ -186,7 +186,7 @@ class Run:
             shared.replace(shared.factors | factors, self._session.spec.form.kinds, 0)
         seconds = time.perf_counter() - begun
         facts = {"wall_seconds": seconds, "setup_bytes": ledger.totals()["setup_bytes"], "digests": shared.digests()}
-        facts["tokens_per_pass"] = self._chronicle.tokens_per_pass = self._session.budget.tokens
+        facts["tokens_per_pass"] = self._reporter.tokens_per_pass = self._session.budget.tokens
         self._folder.event("initialized", init=self._init.name, rank=self._session.spec.rank, **facts)
         state = State(0, shared, ledger, privacy)
         state.count_missing(missing)
@@ -209,7 +209,7 @@ class Run:
         noise = sorted({round(each.noise_multiplier, 4) for each in plan})
         self._folder.event("privacy_planned", unit=options.unit.name, budget=options.epsilon, noise_multipliers=noise)
         ledger = PrivacyLedger(options.unit.name, deltas, options.accountant.name, budget(self._config))
-        self._chronicle.charged_before(self._in_flight.charge(ledger))
+        self._reporter.charged_earlier(self._in_flight.charge(ledger))
         return ledger
 
     def _factors_from_gradients(
@@ -229,10 +229,10 @@ class Run:
 
     def _gathered_gradients(self, strategy: FedsimStrategy, shared: GlobalState, number: int) -> Adapter:
         clients = list(strategy.givers_within_budget(number))
-        self._chronicle.asked_for_gradients(number, clients, strategy.gradient_costs(number, clients), shared.adapter_digest())
+        self._reporter.gradients_requested(number, clients, strategy.gradient_costs(number, clients), shared.adapter_digest())
         self._settle_if_deployed()
         gradients = strategy.initial_gradients(self._grid, number)
-        self._chronicle.gradients_taken(number, strategy.facts)
+        self._reporter.gradients_received(number, strategy.facts)
         return gradients
 
     def _refresh(self, state: State) -> None:
@@ -267,10 +267,10 @@ class Run:
             )
         state = restored(checkpoint, self._session, self._contexts)
         tokens = checkpoint.state.get("tokens_per_pass") or self._session.new_budget().tokens
-        self._session.budget, self._chronicle.tokens_per_pass = TokenBudget(tokens), tokens
+        self._session.budget, self._reporter.tokens_per_pass = TokenBudget(tokens), tokens
         self._folder.event("resumed", round=checkpoint.round, tokens_per_pass=tokens)
         if state.privacy is not None:
-            self._chronicle.charged_before(self._in_flight.charge(state.privacy))
+            self._reporter.charged_earlier(self._in_flight.charge(state.privacy))
         self._progress.note(f"going on after round {checkpoint.round}")
         return state
 
@@ -301,17 +301,17 @@ class Run:
     def _next_round(self, state: State, strategy: FedsimStrategy) -> None:
         number, before = state.round + 1, state.ledger.totals()
         if self._roster is not None:
-            self._roster.round_begins()
+            self._roster.begin_round()
         self._progress.round_started(number, len(strategy.participants(number)), before)
         begun = time.perf_counter()
         self._session.install_state(state.shared)
-        self._chronicle.asked(number, strategy, state.shared.adapter_digest())
+        self._reporter.training_requested(number, strategy, state.shared.adapter_digest())
         self._settle_if_deployed()
-        with nullcontext() if self._roster is not None else self._chronicle.passes_shown(number, strategy, self._grid):
+        with nullcontext() if self._roster is not None else self._reporter.show_passes(number, strategy, self._grid):
             strategy.exchange(number, self._grid)
         seconds = time.perf_counter() - begun
         state.count(strategy.facts, seconds)
-        self._chronicle.round_finished(state, strategy.facts, before, seconds)
+        self._reporter.round_finished(state, strategy.facts, before, seconds)
         if refresh_due(self._config, number):
             self._refresh(state)
         self._save(state)
@@ -358,7 +358,7 @@ class Run:
 
     def _finish(self, state: State) -> dict[str, Any]:
         self._progress.phase("writing adapter, tables and pictures")
-        return finish(self._session, self._given, state, self._memories(state.shared), self._folder)
+        return write_results(self._session, self._given, state, self._memories(state.shared), self._folder)
 
 
 def _evaluated_after(number: int, config: Config) -> bool:

@@ -21,7 +21,7 @@ from fedsim.core.participation import givers, least_replies
 from fedsim.core.traffic import needed_for_gradients
 from fedsim.errors import RunStopped, UserError
 from fedsim.flower.aggregation import Aggregation
-from fedsim.flower.asking import Ask, Asking, Homes
+from fedsim.flower.asking import Ask, Asking, ClientNodes
 from fedsim.flower.buffered import BufferedRound
 from fedsim.flower.charging import Charges
 from fedsim.flower.facts import RoundFacts
@@ -51,9 +51,9 @@ Replies = Iterator[tuple[Ask, Message | Failure]]
 class FedsimStrategy:
     """Federated training of one `GlobalState` by any method of `fedsim.core.methods`; every transfer goes into the ledger.
 
-    It is no Strategy of Flower's, whose own loop would ask clients without charging their privacy, spares, a least number of replies and
-    masks: `exchange` is the one way to carry a round out. `homes` are the clients' own nodes in a deployment, `in_flight` what was charged
-    before it was resumed.
+    It is not a Flower Strategy, whose own loop has no privacy charges, spares, least number of replies or secure aggregation: `exchange`
+    is the only way to carry out a round. `client_nodes` finds the clients' own nodes in a deployment; `in_flight` is what was charged
+    before the run was resumed.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class FedsimStrategy:
         ledger: CommunicationLedger,
         state: GlobalState,
         privacy: PrivacyLedger | None = None,
-        homes: Homes | None = None,
+        client_nodes: ClientNodes | None = None,
         in_flight: InFlight | None = None,
     ) -> None:
         self._session, self._state, self._ledger, self._privacy = session, state, ledger, privacy
         self._charges = Charges(session, state, ledger)
-        self.asking = Asking(session, config, state, self._charges, privacy, homes, in_flight or InFlight())
+        self.asking = Asking(session, config, state, self._charges, privacy, client_nodes, in_flight or InFlight())
         self._simulation = Simulation(session, state, self._charges, session.links) if session.links else None
         self.facts = RoundFacts()
 
@@ -194,7 +194,7 @@ class FedsimStrategy:
             lambda ask: self.asking.again(ask, packer),
             timeout=self._session.config.federation.round_timeout,
             enough=lambda: round_ is not None and round_.full,
-            in_turn=self.asking.homes is None,  # in a simulation nothing hangs on which process is faster
+            in_turn=self.asking.client_nodes is None,  # in a simulation nothing hangs on which process is faster
         )
 
     # ---- setting up

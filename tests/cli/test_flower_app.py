@@ -9,8 +9,8 @@ from fedsim.cli import flower_app
 from fedsim.cli.compose import compose
 from fedsim.cli.flower_app import main
 from fedsim.errors import UserError
+from fedsim.flower.remote_progress import MARK, ForwardedProgress
 from fedsim.flower.roster import Roster
-from fedsim.flower.telling import MARK, TellingProgress
 from fedsim.plain import to_dict
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
@@ -45,7 +45,7 @@ def test_a_whole_configuration_comes_as_it_was_resolved_and_its_run_is_told(serv
     ((found, options),) = served
     assert found == config
     assert isinstance(options["roster"], Roster)
-    assert options["display"] is TellingProgress
+    assert options["display"] is ForwardedProgress
     assert capsys.readouterr().out == f'{MARK}["summary", {{"rounds": 1}}]\n'
 
 

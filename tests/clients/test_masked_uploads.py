@@ -24,8 +24,8 @@ class Desks(Rounds):
         super().__init__(config, workers=3)
         self.desks = [Desk(Owner(client, shard=True, folder=str(folder / str(client)), **owners)) for client in range(3)]
         self.grid = InProcessGrid(lambda message, context: self.desks[message.metadata.dst_node_id - 1].answer(message), 3)
-        homes = lambda clients: {client: client + 1 for client in clients}  # noqa: E731
-        self.strategy = FedsimStrategy(self.session, config, self.ledger, self.state, homes=homes)
+        client_nodes = lambda clients: {client: client + 1 for client in clients}  # noqa: E731
+        self.strategy = FedsimStrategy(self.session, config, self.ledger, self.state, client_nodes=client_nodes)
 
 
 def largest_gap(one, other):

@@ -76,7 +76,7 @@ def measured(tmp_path, monkeypatch):
     for module in ("server.evaluate", "worker.evaluate_examples"):
         monkeypatch.setattr(f"fedsim.flower.{module}", lambda *args, **options: answers)
     for picture in ("curves_png", "partition_png"):
-        monkeypatch.setattr(f"fedsim.flower.ending.{picture}", lambda *args: b"")
+        monkeypatch.setattr(f"fedsim.flower.results.{picture}", lambda *args: b"")
 
     def measure(config):
         summary = run(replace(config, run_dir=f"{tmp_path}/run"), quiet=True)

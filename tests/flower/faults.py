@@ -48,7 +48,7 @@ def faulty(config, faults, prepare=lambda factors: None):
     """Rounds over a `FaultyGrid`."""
     run = Rounds(config, prepare)
     run.grid = FaultyGrid(config.federation.clients, faults)
-    run.strategy.asking.homes = lambda clients: {client: client + 1 for client in clients if client not in run.grid.down}
+    run.strategy.asking.client_nodes = lambda clients: {client: client + 1 for client in clients if client not in run.grid.down}
     return run
 
 

@@ -112,7 +112,7 @@ def test_what_a_bad_client_sends_is_refused_and_never_averaged(name, others):
 def test_a_cohort_loses_only_its_bad_client(others):
     run = faulty(CONFIG, {})
     run.grid.faults = {(1, 0): spoiled(np.nan)}
-    run.strategy.asking.homes = None
+    run.strategy.asking.client_nodes = None
     run.strategy.asking.cohorts = lambda clients, grid: [(1, list(clients))]
     run.next()
     assert [each.client for each in run.strategy.facts.missing] == [2]

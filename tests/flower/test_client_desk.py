@@ -34,8 +34,8 @@ class Deployed(Rounds):
         self.owners = [replace(Owner(i, shard=True, folder=str(folder / str(i))), **owners.get(i, {})) for i in range(CLIENTS)]
         self.restart()
         self.grid = InProcessGrid(lambda message, context: self.desks[context.node_id - 1].answer(message), workers=CLIENTS)
-        homes = lambda clients: {client: client + 1 for client in clients}  # noqa: E731
-        self.strategy = FedsimStrategy(self.session, config, self.ledger, self.state, homes=homes)
+        client_nodes = lambda clients: {client: client + 1 for client in clients}  # noqa: E731
+        self.strategy = FedsimStrategy(self.session, config, self.ledger, self.state, client_nodes=client_nodes)
 
     def restart(self):
         self.desks = [Desk(owner) for owner in self.owners]

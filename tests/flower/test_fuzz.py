@@ -35,10 +35,10 @@ from fedsim.flower.asking import Ask
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Reader, Upload
 from fedsim.flower.records import arrays_from_record, arrays_to_record
+from fedsim.flower.remote_progress import MARK, ProgressFollower
 from fedsim.flower.roster import Member
 from fedsim.flower.rounds import GradientRound
 from fedsim.flower.secure import Protocol, SumRefused
-from fedsim.flower.telling import MARK, Following
 from fedsim.flower.worker import EVALUATE, INITIAL_GRADIENT, NEEDS_STATE, handle
 from fedsim.journal import Journal, verified
 from fedsim.links import links_of
@@ -253,7 +253,7 @@ class Recorded(InProcessGrid):
 def test_stages_of_secure_aggregation(count, monkeypatch):
     """The answers of a round are given again and again, each time with one of them changed."""
     run = faulty(of_method("fed_sb", privacy={"secure_aggregation": True}, federation={"max_examples": 1000}), {})
-    run.grid, run.strategy.asking.homes, seen = Recorded(3), None, []
+    run.grid, run.strategy.asking.client_nodes, seen = Recorded(3), None, []
     carry_out = Protocol.carry_out
 
     def noted(protocol, wanted):
@@ -302,7 +302,7 @@ ASKED = {
 def test_every_other_request(kind, count, monkeypatch):
     """A worker refuses, or answers; what it has installed is then what its digests say."""
     run = faulty(ASKED[kind], {})
-    run.grid, run.strategy.asking.homes = Recorded(3), None
+    run.grid, run.strategy.asking.client_nodes = Recorded(3), None
     if kind == INITIAL_GRADIENT:
         run.strategy.initial_gradients(run.grid)
     else:
@@ -335,7 +335,7 @@ def test_every_other_request(kind, count, monkeypatch):
 @pytest.mark.parametrize("count", counts(500))
 def test_initial_gradients(count):
     run = faulty(of_method("fed_sb", adapter={"init": Init.gradient}), {})
-    run.grid, run.strategy.asking.homes = Recorded(3), None
+    run.grid, run.strategy.asking.client_nodes = Recorded(3), None
     run.strategy.initial_gradients(run.grid)
     (reply,) = (reply for (kind, node), reply in run.grid.replies.items() if kind == INITIAL_GRADIENT and node == 1)
     (asked,) = (message for (kind, node), message in run.grid.asked.items() if kind == INITIAL_GRADIENT and node == 1)
@@ -429,9 +429,9 @@ def test_logs_that_are_followed(count, capsys):
     lines = [["started", 3, [0, 3]], ["phase", "x"], ["round_started", 1, 2, {}], ["note", "y"], ["summary", {"a": 1}]]
     text, rng = "".join(f"{MARK}{json.dumps(line)}\n" for line in lines), random.Random(9)
     for _ in range(count):
-        shown = Following(quiet=True)
+        shown = ProgressFollower(quiet=True)
         try:
-            shown.take(mutated_text(rng, text))
+            shown.feed(mutated_text(rng, text))
         except UserError:
             continue
         finally:

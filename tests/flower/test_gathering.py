@@ -22,10 +22,10 @@ class BackwardsGrid(InProcessGrid):
         return super().pull_messages(waiting[-1:])
 
 
-def rounds_of(config, grid, homes=None):
+def rounds_of(config, grid, client_nodes=None):
     rounds = Rounds(config, workers=2)
     rounds.grid = grid(2)
-    rounds.strategy.asking.homes = homes
+    rounds.strategy.asking.client_nodes = client_nodes
     return rounds.next(2)
 
 
@@ -65,5 +65,5 @@ def test_a_grid_of_this_process_keeps_no_message_that_nobody_waits_for():
 
 def test_in_a_deployment_who_answers_first_is_taken_in_first():
     config = of_method("fed_sb", federation={"clients": 4})
-    found = rounds_of(config, BackwardsGrid, homes=lambda clients: {client: 1 + client % 2 for client in clients})
+    found = rounds_of(config, BackwardsGrid, client_nodes=lambda clients: {client: 1 + client % 2 for client in clients})
     assert found.strategy.facts.clients == [3, 2, 1, 0]

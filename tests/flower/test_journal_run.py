@@ -13,7 +13,7 @@ from fedsim.choices import Accountant, PrivacyUnit
 from fedsim.cli.main import main
 from fedsim.cli.verify import verify
 from fedsim.config import EvaluationConfig
-from fedsim.flower.chronicle import Chronicle
+from fedsim.flower.reporter import Reporter
 from fedsim.flower.server import serve
 from fedsim.journal import Journal
 from fedsim.progress import Progress
@@ -99,7 +99,7 @@ def test_the_end_is_fixed_by_the_summary_and_the_missing_are_in_it(resumed):
 def test_who_comes_goes_and_is_refused_is_written(kind, tmp_path):
     config = replace(CONFIG, run_dir=str(tmp_path / "run"))
     with Progress(3, [], quiet=True) as progress, RunFolder.open(config) as folder:
-        Chronicle(open_session(config), folder, progress).member(kind, client=1, reason="why")
+        Reporter(open_session(config), folder, progress).membership(kind, client=1, reason="why")
     assert of_kind([json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()], kind)
 
 

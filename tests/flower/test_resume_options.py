@@ -12,7 +12,7 @@ from fedsim.checkpoints import Store, load, saved
 from fedsim.choices import Init, Mode
 from fedsim.errors import UserError
 from fedsim.experiment import run
-from fedsim.flower import ending
+from fedsim.flower import results
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.reading import Reader
 from fedsim.flower.server import serve
@@ -36,7 +36,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     for name in ("curves_png", "partition_png", "diagnosis_png", "network_png"):
-        monkeypatch.setattr(ending, name, lambda *facts: b"")
+        monkeypatch.setattr(results, name, lambda *facts: b"")
 
 
 def in_folder(config, folder, **options):

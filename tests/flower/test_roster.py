@@ -50,8 +50,8 @@ def test_clients_are_found_at_the_nodes_that_say_who_they_are():
     nodes.answers = {1: nodes.member(2, shard=False), 3: nodes.member(0), 5: nodes.member(1, shard=False)}
     nodes.present([1, 3, 5])
     roster = Roster(nodes.grid, CONFIG)
-    roster.muster(nodes.session, nodes.tell)
-    assert roster.homes([0, 2]) == {0: 3, 2: 1}
+    roster.wait_for_clients(nodes.session, nodes.tell)
+    assert roster.client_nodes([0, 2]) == {0: 3, 2: 1}
     assert nodes.session.own_data == {1: 11, 2: 12}
     assert [held["own data"] for held in nodes.session.holdings] == [0, 11, 12]
     assert holdings_table(nodes.session.holdings).count("own data") == 1
@@ -66,11 +66,11 @@ def test_a_node_that_goes_and_another_that_comes_are_noticed_before_the_next_rou
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1), 4: nodes.member(0)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, CONFIG)
-    roster.muster(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.tell)
     nodes.present([2])
-    assert roster.homes([0, 1]) == {1: 2}
+    assert roster.client_nodes([0, 1]) == {1: 2}
     nodes.present([2, 4])
-    assert roster.homes([0, 1]) == {0: 4, 1: 2}
+    assert roster.client_nodes([0, 1]) == {0: 4, 1: 2}
     assert nodes.events[2:] == [("left", 0), ("absent", [0]), ("joined", 0)]
 
 
@@ -90,8 +90,8 @@ def test_who_does_not_fit_is_left_out_and_the_reason_is_written_down(answer, rea
     nodes.answers = {1: nodes.member(0, **answer) if isinstance(answer, dict) else answer, 2: nodes.member(1)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, CONFIG)
-    roster.muster(nodes.session, nodes.tell)
-    assert roster.homes([0, 1, 2]) == {1: 2}
+    roster.wait_for_clients(nodes.session, nodes.tell)
+    assert roster.client_nodes([0, 1, 2]) == {1: 2}
     ((_, found),) = [event for event in nodes.events if event[0] == "refused"]
     assert reason in found
 
@@ -101,8 +101,8 @@ def test_a_second_node_of_a_client_is_turned_away():
     nodes.answers = {1: nodes.member(0), 2: nodes.member(0)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, CONFIG)
-    roster.muster(nodes.session, nodes.tell)
-    assert len(roster.homes([0])) == 1
+    roster.wait_for_clients(nodes.session, nodes.tell)
+    assert len(roster.client_nodes([0])) == 1
     assert ("refused", "client 0 has another node already") in nodes.events
 
 
@@ -117,8 +117,8 @@ def test_a_node_that_is_none_of_the_clients_does_not_end_the_waiting_for_them(st
     nodes.present([1, 2, 3])
     monkeypatch.setattr("fedsim.flower.roster.time.sleep", lambda _: nodes.present([1, 2, 3, 4]))  # client 2 takes a moment longer
     roster = Roster(nodes.grid, config)
-    roster.muster(nodes.session, nodes.tell)
-    assert roster.homes([0, 1, 2]) == {0: 1, 1: 2, 2: 4}
+    roster.wait_for_clients(nodes.session, nodes.tell)
+    assert roster.client_nodes([0, 1, 2]) == {0: 1, 1: 2, 2: 4}
 
 
 @pytest.mark.parametrize("answer", ["busy", 2])
@@ -130,8 +130,8 @@ def test_nobody_waits_for_a_client_that_was_refused(answer, monkeypatch):
     nodes.present([1, 2, 3])
     monkeypatch.setattr("fedsim.flower.roster.time.sleep", pytest.fail)
     roster = Roster(nodes.grid, config)
-    roster.muster(nodes.session, nodes.tell)
-    assert roster.homes([0, 1, 2]) == {0: 1, 1: 2}
+    roster.wait_for_clients(nodes.session, nodes.tell)
+    assert roster.client_nodes([0, 1, 2]) == {0: 1, 1: 2}
 
 
 def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before_it_is_asked():
@@ -140,12 +140,12 @@ def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1, num_examples=5, shard=False)}
     nodes.present([1])
     roster = Roster(nodes.grid, PRIVATE)
-    roster.muster(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.tell)
     assert nodes.session.privacy_plan[1].num_examples != 5
     nodes.present([1, 2])
-    assert roster.homes([0, 1]) == {0: 1}, "in the round that has begun it was charged for other data"
-    roster.round_begins()
-    assert roster.homes([0, 1]) == {0: 1, 1: 2}
+    assert roster.client_nodes([0, 1]) == {0: 1}, "in the round that has begun it was charged for other data"
+    roster.begin_round()
+    assert roster.client_nodes([0, 1]) == {0: 1, 1: 2}
     planned = nodes.session.privacy_plan[1]
     assert (planned.num_examples, planned.rate) == (5, sampling_rate(5, PRIVATE.training.batch_size))
     assert planned.delta == pytest.approx(5**-1.1)
@@ -157,8 +157,8 @@ def test_who_has_too_little_data_for_the_privacy_that_is_promised_is_refused_and
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1, num_examples=200, shard=False)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, nodes.session.config)
-    roster.muster(nodes.session, nodes.tell)
-    assert roster.homes([0, 1]) == {0: 1}
+    roster.wait_for_clients(nodes.session, nodes.tell)
+    assert roster.client_nodes([0, 1]) == {0: 1}
     ((_, reason),) = [event for event in nodes.events if event[0] == "refused"]
     assert "delta" in reason
 
@@ -169,26 +169,26 @@ def test_a_node_whose_key_is_registered_for_one_client_does_not_join_as_another(
     registered = {1: 0, 3: 1}
     nodes.present([1, 2, 3, 4])
     roster = Roster(nodes.grid, CONFIG, lambda: registered)
-    roster.muster(nodes.session, nodes.tell)
-    assert roster.homes([0, 1, 2]) == {1: 3, 2: 4}, "client 2 is registered nowhere that the server knows of"
+    roster.wait_for_clients(nodes.session, nodes.tell)
+    assert roster.client_nodes([0, 1, 2]) == {1: 3, 2: 4}, "client 2 is registered nowhere that the server knows of"
     assert [reason for kind, reason in nodes.events if kind == "refused"] == [
         "node 1 says that it is client 1, but its key is registered for client 0",
         "node 2 says that it is client 0, but its key is registered for no client",
     ]
     registered[5] = 2  # while the run is under way
     nodes.present([3, 4, 5])
-    roster.homes([0])
+    roster.client_nodes([0])
     assert ("refused", "node 5 says that it is client 0, but its key is registered for client 2") in nodes.events
 
 
 def test_nobody_at_all_is_an_error_that_says_why():
     nodes = Nodes()
     with pytest.raises(UserError, match=r"engine\.wait_seconds=0\.3, but: no SuperNode is connected"):
-        Roster(nodes.grid, CONFIG).muster(nodes.session, nodes.tell)
+        Roster(nodes.grid, CONFIG).wait_for_clients(nodes.session, nodes.tell)
     nodes.answers = {1: "not on Sundays"}
     nodes.present([1])
     with pytest.raises(UserError, match="not on Sundays"):
-        Roster(nodes.grid, CONFIG).muster(nodes.session, nodes.tell)
+        Roster(nodes.grid, CONFIG).wait_for_clients(nodes.session, nodes.tell)
 
 
 def test_a_node_to_which_no_message_could_go_is_asked_at_the_next_look(monkeypatch):
@@ -204,7 +204,7 @@ def test_a_node_to_which_no_message_could_go_is_asked_at_the_next_look(monkeypat
 
     monkeypatch.setattr(nodes.grid, "push_messages", pushed)
     roster = Roster(nodes.grid, CONFIG)
-    roster.muster(nodes.session, nodes.tell)
-    assert roster.homes([0, 1]) == {0: 1}
+    roster.wait_for_clients(nodes.session, nodes.tell)
+    assert roster.client_nodes([0, 1]) == {0: 1}
     failing.clear()
-    assert roster.homes([0, 1]) == {0: 1, 1: 2}
+    assert roster.client_nodes([0, 1]) == {0: 1, 1: 2}

@@ -78,8 +78,8 @@ def test_only_two_rounds_are_kept_and_other_clients_are_left_alone():
 
 def test_clients_with_homes_are_asked_there_and_nowhere_else():
     run = Rounds(of_method("fed_sb", training={"optimizer": Optimizer.sgd}), workers=4)
-    homes = {0: 4, 1: 2, 2: 1}
-    run.strategy.asking.homes = lambda clients: {client: homes[client] for client in clients if client != 1}  # one is not connected
+    nodes = {0: 4, 1: 2, 2: 1}
+    run.strategy.asking.client_nodes = lambda clients: {client: nodes[client] for client in clients if client != 1}  # one is not connected
     asked = [(message.metadata.dst_node_id, list(message.content["request"]["clients"])) for message in messages_of(run)]
     assert asked == [(4, [0]), (1, [2])]
 
@@ -122,7 +122,7 @@ def test_what_no_evaluation_gives_is_not_believed_of_a_client(column, value):
                 metrics[name] = [value] * len(metrics[name])
         return reply
 
-    rounds.strategy.asking.homes = lambda clients: {client: client + 1 for client in clients}
+    rounds.strategy.asking.client_nodes = lambda clients: {client: client + 1 for client in clients}
     rounds.grid._app = lying
     found = rounds.strategy.personal_evaluation(0, rounds.grid)
     if column in ("loss", "num_examples") and value == 1e9:

@@ -16,20 +16,20 @@ CALLS = ("phase", "done", "evaluated", "note", "round_started", "round_finished"
 SUMMARY, STARTED, MISTAKE, STOPPED = "summary", "started", "mistake", "stopped"
 
 
-class TellingProgress(Progress):
+class ForwardedProgress(Progress):
     """Shows nothing where it is, and tells every call, on stdout."""
 
     def __init__(self, rounds: int, evaluations: Iterable[int] = (), *, quiet: bool = False) -> None:
         super().__init__(rounds, list(evaluations), quiet=True)
-        tell(STARTED, rounds, list(evaluations))
+        forward(STARTED, rounds, list(evaluations))
 
     def __getattribute__(self, name: str) -> Any:
         if name in CALLS:
-            return lambda *arguments: tell(name, *arguments)
+            return lambda *arguments: forward(name, *arguments)
         return super().__getattribute__(name)
 
 
-def tell(name: str, *arguments: Any) -> None:
+def forward(name: str, *arguments: Any) -> None:
     """Writes one marked line."""
     sys.stdout.write(f"{MARK}{json.dumps([name, *arguments])}\n")
     sys.stdout.flush()
@@ -45,7 +45,7 @@ def marked(line: str) -> tuple[str, list[Any]]:
         return "", []
 
 
-class Following:
+class ProgressFollower:
     """Shows a run from the text of its log, which may come in any pieces; lines that are not marked are left out."""
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -54,7 +54,7 @@ class Following:
         self._progress: Progress | None = None
         self.others: list[str] = []  # the last lines that are not marked: what is of interest if the run fails
 
-    def take(self, text: str) -> None:
+    def feed(self, text: str) -> None:
         """Shows what the next piece of the log tells. Raises the UserError or RunStopped with which the server has ended the run."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:

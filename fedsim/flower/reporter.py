@@ -26,12 +26,12 @@ from fedsim.training.encoding import longest_told
 from fedsim.unused import unused
 
 
-class Chronicle:
+class Reporter:
     """Reports what happens to the clients and in the rounds of one run. `tokens_per_pass` is the bound of passes last reported."""
 
     def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
         self._session, self._config, self._folder, self._progress = session, session.config, folder, progress
-        self._told: Counter[str] = Counter()  # of the lengths of examples
+        self._reported_lengths: Counter[str] = Counter()  # of the lengths of examples
         self.tokens_per_pass = session.budget.tokens
 
     def started(self, given: Config) -> None:
@@ -46,7 +46,7 @@ class Chronicle:
         if given.evaluation.diagnosis and not self._config.evaluation.diagnosis:
             self._progress.note("no diagnosis of the rounds: it tells of single uploads, which are hidden")
 
-    def member(self, kind: str, **facts: Any) -> None:
+    def membership(self, kind: str, **facts: Any) -> None:
         """Tells that a client of a deployment has joined or left, is absent, or was refused for a reason."""
         self._folder.event(kind, **facts)
         self._folder.record(kind, **facts)
@@ -55,36 +55,36 @@ class Chronicle:
         elif kind != "joined":
             self._progress.note(f"{kind}: client {facts.get('client', facts.get('clients'))}")
 
-    def asked_for_gradients(self, number: int, clients: Sequence[int], charged: Mapping[int, Mechanism], adapter_digest: str) -> None:
+    def gradients_requested(self, number: int, clients: Sequence[int], charged: Mapping[int, Mechanism], adapter_digest: str) -> None:
         """Writes down, before anything leaves a client, who is asked for an initial gradient, and what that costs in privacy."""
         self._folder.record("asked", round=number, what=GRADIENT, clients=clients)
-        self._charged(GRADIENT, number, adapter_digest, charged)
+        self._record_charge(GRADIENT, number, adapter_digest, charged)
 
-    def asked(self, number: int, strategy: FedsimStrategy, adapter_digest: str) -> None:
+    def training_requested(self, number: int, strategy: FedsimStrategy, adapter_digest: str) -> None:
         """Writes down, before anything leaves a client, who is asked to train, and what that costs in privacy."""
         clients = [*strategy.participants(number), *strategy.asking.spares(number)]
         self._folder.record("asked", round=number, what=TRAINING, clients=clients, adapter_digest=adapter_digest)
-        self._charged(TRAINING, number, adapter_digest, strategy.asking.charged(number))
+        self._record_charge(TRAINING, number, adapter_digest, strategy.asking.charged(number))
 
-    def charged_before(self, lines: Iterable[dict[str, Any]]) -> None:
+    def charged_earlier(self, lines: Iterable[dict[str, Any]]) -> None:
         """Writes down what a run that goes on was charged for after the checkpoint that it goes on from."""
         for line in lines:
             self._folder.record(CHARGED, **line)
 
-    def _charged(self, what: str, number: int, adapter_digest: str, mechanisms: Mapping[int, Mechanism]) -> None:
+    def _record_charge(self, what: str, number: int, adapter_digest: str, mechanisms: Mapping[int, Mechanism]) -> None:
         if mechanisms:
             self._folder.record(CHARGED, **charge_line(what, number, adapter_digest, mechanisms))
 
-    def taken(self, number: int, facts: RoundFacts) -> None:
+    def accepted(self, number: int, facts: RoundFacts) -> None:
         """Writes down who is in the result, and who is not and why."""
         self._folder.record("accepted", round=number, clients=facts.clients, num_examples=facts.num_examples)
         if facts.missing:
             self._folder.record("missing", round=number, clients=[each.to_json() for each in facts.missing])
 
-    def gradients_taken(self, number: int, facts: RoundFacts) -> None:
+    def gradients_received(self, number: int, facts: RoundFacts) -> None:
         """Tells whose initial gradients are in the sum, and whose are not and why."""
-        self.taken(number, facts)
-        self._tell_too_long()
+        self.accepted(number, facts)
+        self._report_long_examples()
         if facts.secure:
             self._folder.event("secure_gradients", round=number, **facts.secure)
         if facts.missing:
@@ -96,18 +96,25 @@ class Chronicle:
         number, after = state.round, state.ledger.totals()
         report = _report(state, facts, {name: total - before[name] for name, total in after.items()}, wall_seconds)
         absent = [each.to_json() for each in facts.missing]
-        outcome = {"clients": facts.clients, "weights": facts.shares, "missing": absent, **_if_any(facts), **report, **facts.diagnosis}
+        outcome = {
+            "clients": facts.clients,
+            "weights": facts.shares,
+            "missing": absent,
+            **_optional_fields(facts),
+            **report,
+            **facts.diagnosis,
+        }
         self._folder.event("round", round=number, **outcome)
-        self.taken(number, facts)
+        self.accepted(number, facts)
         self._folder.record("released", round=number, adapter_digest=report["adapter_digest"])
         if "refused" in facts.secure:
             self._progress.note(f"round {number} changes nothing: {facts.secure['refused']}")
-        self._tell_too_long()
+        self._report_long_examples()
         self._progress.round_finished(number, report | {"missing": count_by_reason(facts.missing)}, after)
-        self._tell_less_memory(number)
+        self._report_pass_limit(number)
 
     @contextmanager
-    def passes_shown(self, number: int, strategy: FedsimStrategy, grid: Grid) -> Iterator[None]:
+    def show_passes(self, number: int, strategy: FedsimStrategy, grid: Grid) -> Iterator[None]:
         """Shows the passes of workers in this process; workers elsewhere show theirs where they run."""
         cohorts = [len(clients) for _, clients in strategy.cohorts(strategy.participants(number), grid)]
 
@@ -122,18 +129,18 @@ class Chronicle:
         finally:
             self._session.on_pass = lambda facts: None
 
-    def _tell_too_long(self) -> None:
+    def _report_long_examples(self) -> None:
         """Says of the examples that this process has read since it said so last how many it has left out or cut for their length."""
-        new = self._session.lengths - self._told
+        new = self._session.lengths - self._reported_lengths
         outcomes = {"left out": "left out, whose response lies beyond", "cut": "cut"}
         what = [f"{new[name]:,} {words}" for name, words in outcomes.items() if new[name]]
         if what:
             longest = longest_told(self._config.data.max_length, self._session.tokenizer)
             self._progress.note(f"longer than {longest}: of {new['read']:,} training examples {', '.join(what)}")
             self._folder.event("too_long", **{name.replace(" ", "_"): number for name, number in new.items()})
-        self._told = Counter(self._session.lengths)
+        self._reported_lengths = Counter(self._session.lengths)
 
-    def _tell_less_memory(self, number: int) -> None:
+    def _report_pass_limit(self, number: int) -> None:
         """Says to what passes in this process were cut because memory ran out; the next checkpoint keeps it."""
         tokens = self._session.budget.tokens
         if tokens < self.tokens_per_pass:
@@ -158,7 +165,7 @@ def _report(state: State, facts: RoundFacts, moved: Totals, wall_seconds: float)
     return report | ({"secure": facts.secure} if facts.secure else {})
 
 
-def _if_any(facts: RoundFacts) -> dict[str, Any]:
+def _optional_fields(facts: RoundFacts) -> dict[str, Any]:
     """Returns what few rounds have to tell."""
     attempts = facts.num_attempts if facts.num_attempts > 1 else 0
     told = {"num_attempts": attempts, "num_clipped": facts.num_clipped, "staleness": facts.staleness}

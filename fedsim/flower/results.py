@@ -23,7 +23,7 @@ MEASURED = ("accuracy", "loss", "num_cut_off")
 """What the summary tells of an evaluation; clients that answer with models of their own do not count what was cut off."""
 
 
-def finish(session: Session, given: Config, state: State, memories: dict[str, Tensor], folder: RunFolder) -> dict[str, Any]:
+def write_results(session: Session, given: Config, state: State, memories: dict[str, Tensor], folder: RunFolder) -> dict[str, Any]:
     """Writes all that a finished run leaves, summary.json last, and returns the summary.
 
     `given` is the configuration before the method settled anything; `memories` are those of `fedsim.flower.state.memories_in`.

@@ -5,8 +5,8 @@ import io
 import pytest
 
 from fedsim.errors import RunStopped, UserError
-from fedsim.flower import telling
-from fedsim.flower.telling import MARK, Following, TellingProgress, tell
+from fedsim.flower import remote_progress
+from fedsim.flower.remote_progress import MARK, ForwardedProgress, ProgressFollower, forward
 from fedsim.progress import Progress
 
 REPORT = {"wall_seconds": 2.0, "tokens": 100, "train_loss": 1.5}
@@ -27,33 +27,33 @@ def script(progress):
 def test_the_same_lines_are_shown_as_on_the_spot_however_the_log_is_cut(capsys, monkeypatch):
     on_the_spot = io.StringIO()
     script(Progress(1, [0, 1], file=on_the_spot))
-    script(TellingProgress(1, [0, 1]))
-    tell("summary", {"rounds": 1})
+    script(ForwardedProgress(1, [0, 1]))
+    forward("summary", {"rounds": 1})
     told = "INFO: something of Flower's\n" + capsys.readouterr().out
     elsewhere = io.StringIO()
-    monkeypatch.setattr(telling, "Progress", lambda *arguments, quiet: Progress(*arguments, quiet=quiet, file=elsewhere))
-    shown = Following()
+    monkeypatch.setattr(remote_progress, "Progress", lambda *arguments, quiet: Progress(*arguments, quiet=quiet, file=elsewhere))
+    shown = ProgressFollower()
     for start in range(0, len(told), 11):
-        shown.take(told[start : start + 11])
+        shown.feed(told[start : start + 11])
     shown.close()
     assert elsewhere.getvalue() == on_the_spot.getvalue()
     assert (shown.summary, shown.others) == ({"rounds": 1}, ["INFO: something of Flower's"])
 
 
 def test_a_mistake_that_the_server_finds_is_the_users_mistake_here(capsys):
-    tell("mistake", "Expected more.")
+    forward("mistake", "Expected more.")
     with pytest.raises(UserError, match=r"Expected more\."):
-        Following().take(capsys.readouterr().out)
+        ProgressFollower().feed(capsys.readouterr().out)
 
 
 def test_what_stops_the_server_stops_the_one_who_follows(capsys):
-    tell("stopped", "No room.")
+    forward("stopped", "No room.")
     with pytest.raises(RunStopped, match=r"No room\."):
-        Following().take(capsys.readouterr().out)
+        ProgressFollower().feed(capsys.readouterr().out)
 
 
 def test_lines_that_only_look_marked_do_no_harm():
-    shown = Following()
-    shown.take(f'{MARK}no json\n{MARK}[]\n{MARK}3\n{MARK}["close"]\n{MARK}["round_started"]\nlast\n')
+    shown = ProgressFollower()
+    shown.feed(f'{MARK}no json\n{MARK}[]\n{MARK}3\n{MARK}["close"]\n{MARK}["round_started"]\nlast\n')
     assert shown.summary is None
     assert shown.others[-1] == "last"
