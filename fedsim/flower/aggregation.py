@@ -1,4 +1,4 @@
-"""How the uploads of a round become the next global state: mean or robust rule, noise, server optimizer, and the method's own finish."""
+"""Turns the uploads of a round into the next global state: mean or robust rule, noise, server optimizer, and the method's own step."""
 
 from math import exp
 
@@ -27,7 +27,7 @@ from fedsim.training.private import gaussian_noise
 RULES = {
     ServerRule.median: lambda options: lambda updates, weights: robust.median(updates),
     ServerRule.trimmed_mean: lambda options: (
-        lambda updates, weights: robust.trimmed_mean(updates, max(options.trimmed, 1 / len(updates)))  # of few that come one as well
+        lambda updates, weights: robust.trimmed_mean(updates, max(options.trimmed, 1 / len(updates)))  # at least one from each end
     ),
     ServerRule.krum: lambda options: (
         lambda updates, weights: robust.krum(updates, options.malicious, options.kept or len(updates) - options.malicious)
@@ -36,7 +36,7 @@ RULES = {
 
 
 class Aggregation:
-    """One round's aggregation. `add` takes uploads in as they come and holds one at a time; `finish` brings the state forward."""
+    """One round's aggregation. `add` consumes uploads one at a time as they arrive; `finish` updates the global state."""
 
     def __init__(self, session: Session, state: GlobalState, server_round: int, facts: RoundFacts) -> None:
         self._session, self._config, self._state, self._round, self.facts = session, session.config, state, server_round, facts
@@ -45,16 +45,16 @@ class Aggregation:
         self._control_change = torch.zeros_like(state.control) if state.control is not None else torch.zeros(0)
 
     def add(self, upload: Upload) -> None:
-        """Takes one upload in, with its client's weight."""
+        """Adds one upload with its client's weight."""
         weight = float(upload.num_examples) if self._config.federation.weighting is Weighting.examples else 1.0
         self._tell(upload, weight)
         self._collector.add(weight, upload.flat, upload.positions, upload.distance)
         if upload.control is not None:
-            # SCAFFOLD: c changes by the participants' mean change times the part of all clients that they are, which is sum / clients.
+            # SCAFFOLD: c changes by (participants / clients) times the participants' mean change, which is sum / clients.
             self._control_change += upload.control / self._config.federation.clients
 
     def add_sum(self, found: SecureRound) -> None:
-        """Takes in the mean of a secure sum as one upload of all its clients' weight."""
+        """Adds the mean of a secure sum as one upload with the total weight of its clients."""
         facts = self.facts
         facts.clients, facts.num_examples, facts.weights = found.clients, found.num_examples, found.weights
         facts.loss, facts.num_tokens = [found.mean_loss] * len(found.clients), found.num_tokens
@@ -71,7 +71,7 @@ class Aggregation:
         facts.num_clipped += upload.clipped
 
     def finish(self) -> None:
-        """Makes the next global state of what was taken in; nothing at all leaves it as it is, moments and all."""
+        """Makes the next global state from the uploads. Without any, it stays unchanged, moments included, unless the server adds noise."""
         state, method, config = self._state, self._session.method, self._config
         noised = server_adds_noise(config)
         if not self.facts.clients and not noised:
@@ -92,7 +92,7 @@ class Aggregation:
             self.facts.diagnosis = diagnose(self._collector, collected, state, outcome.fold, exact=averages_exactly(config, method))
 
     def _mean(self) -> Tensor:
-        """Raises RunStopped where fewer clients have come than the server's rule can do with."""
+        """Raises RunStopped if the server's rule needs more clients than have replied."""
         try:
             return self._collector.mean()
         except ValueError as error:
@@ -102,10 +102,10 @@ class Aggregation:
             ) from None
 
     def _noised(self, start: Tensor) -> Tensor:
-        """Client-level privacy: the sum of clipped updates with noise, over the number of clients that are drawn on average.
+        """Adds to `start` the noised sum of the clipped updates over the expected number of participants (client-level privacy).
 
-        All of it is in float64 and rounded once, see `gaussian_noise`; the sum out of a mean in float32 would move by more than the clip
-        norm with a client. With `privacy.adaptive_clip` the clip norm follows the quantile of the updates' norms, by a noised count
+        Computed in float64 and rounded once, see `gaussian_noise`; one client could move a sum derived from a float32 mean by more than
+        the clip norm. With `privacy.adaptive_clip` the clip norm follows a quantile of the update norms through a noised count
         (arXiv 1905.03871).
         """
         config, facts = self._config, self.facts
@@ -117,7 +117,7 @@ class Aggregation:
             noise = split_noise(noise, count_noise)
             count = facts.num_within - len(facts.clients) / 2 + float(gaussian_noise(count_noise, (), generator))
             adapted = bound * exp(-options.clip_rate * (count / expected + 0.5 - options.clip_quantile))
-            self._state.clip_norm = float(torch.tensor(adapted, dtype=torch.float32))  # which clients are told
+            self._state.clip_norm = float(torch.tensor(adapted, dtype=torch.float32))  # the value sent to clients
         total = self._collector.change()
         return (start + (total + gaussian_noise(noise * bound, total.shape, generator)) / expected).float()
 
@@ -139,8 +139,8 @@ class Aggregation:
 
 
 def averages_exactly(config: Config, method: Method) -> bool:
-    """Whether a round's global update is the weighted mean of the clients' updates, by construction: with no robust rule, no other step
-    of the server, no entry that only some of the clients send, no truncated residual, and nothing that stays at the clients."""
+    """Whether a round's global update is, by construction, the weighted mean of the clients' updates: no robust rule, no other server
+    step, no entries sent by only some clients, no truncated residual, and nothing kept at the clients."""
     server, heads = config.server, config.method.heads
     of_some = method.linear and (bool(config.federation.ranks) or (config.method.client_heads or heads) < heads)
     as_it_is = server.rule is ServerRule.mean and server.optimizer == "fedavg" and server.learning_rate == 1

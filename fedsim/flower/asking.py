@@ -1,7 +1,7 @@
-"""What the server asks: who takes part in a round, which worker is asked for whom, and what its message must carry.
+"""Makes the server's requests: who takes part in a round, which worker handles which clients, and what each message carries.
 
-Messages are addressed to workers (Flower nodes) and name the clients that a worker stands for. Which clients take part is drawn from
-the run's seed and the round, never from node ids.
+Messages are addressed to workers (Flower nodes) and name the clients that a worker handles. Participants are drawn from the run's
+seed and the round, never from node ids.
 """
 
 import json
@@ -34,19 +34,19 @@ from fedsim.privacy.ledger import PrivacyLedger
 from fedsim.session import Session
 
 ClientNodes = Callable[[Sequence[int]], dict[int, int]]
-"""Gives the node of each of these clients in a deployment, where a client has its own; those that are not connected are left out."""
+"""Returns the own node of each of these clients in a deployment; clients that are not connected are left out."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One message to a worker, and the clients that it names."""
+    """One message to a worker and the clients it names."""
 
     message: Message
     clients: tuple[int, ...]
 
 
 class Asking:
-    """Makes the requests of a run. Each client is charged for what it lacks of the global state when its message is made."""
+    """Makes the requests of a run and charges each client, when its message is made, for the parts of the global state it lacks."""
 
     def __init__(
         self,
@@ -66,17 +66,17 @@ class Asking:
         self._participants: dict[int, list[int]] = {}
         self._spares: dict[int, list[int]] = {}
 
-    # ---- who takes part
+    # ---- participants
 
     def participants(self, server_round: int) -> list[int]:
-        """Returns the clients that a round wants, in ascending order; a function of seed and round.
+        """Returns the clients of a round, in ascending order; a function of seed and round.
 
-        With client-level privacy, unless sums are secure, each is drawn by its own coin, from the noise key instead; with example-level
-        privacy a client stops before its budget is exceeded. Raises UserError where every client's budget is spent.
+        With client-level privacy without secure aggregation, each client is drawn by its own coin, from the noise key instead of the
+        seed; with example-level privacy a client stops before its budget is exceeded. Raises UserError if every client's budget is spent.
         """
         if server_round not in self._participants:
             coins, clients = by_coin(self._session.config), drawn(self._session.config, server_round, self._session.noise_key)
-            asked = [0] if coins else clients  # by coins all are charged, drawn or not, and have spent the same
+            asked = [0] if coins else clients  # with coins all clients are charged, drawn or not, and have spent the same
             left = self._within_budget(server_round, asked)
             if asked and not left and self._privacy is not None:
                 raise UserError(
@@ -87,7 +87,7 @@ class Asking:
         return self._participants[server_round]
 
     def spares(self, server_round: int) -> list[int]:
-        """Returns the clients that are asked beyond need, `federation.over_selection`; a function of seed and round."""
+        """Returns the extra clients to ask, by `federation.over_selection`; a function of seed and round."""
         if server_round not in self._spares:
             self._spares[server_round] = self._within_budget(server_round, spares(self._session.config, server_round))
         return self._spares[server_round]
@@ -96,22 +96,22 @@ class Asking:
         return self.affordable(clients, self._costs(server_round, clients))
 
     def affordable(self, clients: Iterable[int], costs: Mapping[int, Mechanism]) -> list[int]:
-        """Returns those of the clients whose budget their cost would not exceed; who is not in `costs` pays nothing."""
+        """Returns the clients whose cost stays within their budget; a client missing from `costs` pays nothing."""
         if (ledger := self._privacy) is None:
             return list(clients)
         return [each for each in clients if each not in costs or not ledger.would_exceed(each, costs[each], self._delta(each))]
 
     def charge(self, costs: Mapping[int, Mechanism]) -> None:
-        """Writes down what each client is charged."""
+        """Charges each client its cost in the privacy ledger."""
         for client, mechanism in costs.items():
             self._privacy.charge(client, mechanism, self._delta(client))  # type: ignore[union-attr]
 
     def _delta(self, client: int) -> float:
-        """Returns the delta of the data that the client has now."""
+        """Returns the delta for the client's present data."""
         return self._session.privacy_plan[client].delta
 
     def _costs(self, server_round: int, clients: Iterable[int]) -> dict[int, Mechanism]:
-        """Returns what a round costs each of the clients, without those that are asked again what they were charged for."""
+        """Returns each client's cost of a round, without clients that already paid for this same request."""
         if self._privacy is None:
             return {}
         return self.not_in_flight(
@@ -119,33 +119,33 @@ class Asking:
         )
 
     def not_in_flight(self, what: str, server_round: int, costs: dict[int, Mechanism]) -> dict[int, Mechanism]:
-        """Returns the costs without those of requests that a run which was resumed has been charged for before; see `InFlight`."""
+        """Returns the costs without requests already charged before the run was resumed, see `InFlight`."""
         if self._session.config.privacy.secure_aggregation or not self._in_flight.concerns(what, server_round):
             return costs
         digest = self._state.adapter_digest()
         return {client: cost for client, cost in costs.items() if not self._in_flight.covers(what, server_round, digest, client, cost)}
 
     def charge_privacy(self, server_round: int) -> None:
-        """Writes the round down before anything of it leaves a client; who is drawn by a coin is charged, drawn or not.
+        """Charges the round before anything leaves a client; with coins every client is charged, drawn or not.
 
-        A client that is asked the same again in a round sends its kept answer, which costs nothing more.
+        A client that is asked the same again within a round sends its stored answer, which costs nothing more.
         """
         self.charge(self.charged(server_round))
 
     def charged(self, server_round: int) -> dict[int, Mechanism]:
-        """Returns what a round costs the clients whose privacy it costs something; nothing where nothing is claimed."""
+        """Returns the privacy cost of a round for each client that it charges; empty if no privacy is claimed."""
         if self._privacy is None:
             return {}
         everybody = range(self._session.config.federation.clients)
         clients = everybody if by_coin(self._session.config) else [*self.participants(server_round), *self.spares(server_round)]
         return self._costs(server_round, clients)
 
-    # ---- who is asked for whom
+    # ---- clients and nodes
 
     def cohorts(self, clients: Sequence[int], grid: Grid) -> Iterator[tuple[int, list[int]]]:
-        """Yields (node, clients): cohorts of `engine.cohort_size`, or equal parts for all nodes, dealt to the nodes in turn.
+        """Yields (node, clients): cohorts of `engine.cohort_size`, or equal shares for all nodes, dealt to the nodes in turn.
 
-        Clients that keep something for themselves from round to round always go to the same node. In a deployment each goes to its own.
+        Clients that keep state between rounds always go to the same node. In a deployment each client goes to its own node.
         """
         if self.client_nodes is not None:
             yield from ((node, [client]) for client, node in self.client_nodes(clients).items())
@@ -159,12 +159,12 @@ class Asking:
                 size = self._cohort_size or max(1, len(mine))
                 yield from ((node, mine[start : start + size]) for start in range(0, len(mine), size))
             return
-        size = self._cohort_size or max(1, ceil(len(clients) / len(nodes)))  # a round by coins may have nobody
+        size = self._cohort_size or max(1, ceil(len(clients) / len(nodes)))  # a round drawn by coins may be empty
         for node, start in zip(cycle(nodes), range(0, len(clients), size), strict=False):
             yield node, list(clients[start : start + size])
 
     def nodes(self, clients: Sequence[int], grid: Grid) -> dict[int, int]:
-        """Returns the node to which each client goes when it is asked alone."""
+        """Returns the node of each client when every client is asked alone."""
         if self.client_nodes is not None:
             return self.client_nodes(clients)
         nodes = sorted(grid.get_node_ids())
@@ -172,16 +172,16 @@ class Asking:
             return {}
         return {client: nodes[client % len(nodes)] for client in clients}
 
-    # ---- what a message says
+    # ---- messages
 
     def to_train(self, server_round: int, packer: Packer, grid: Grid, clients: Sequence[int]) -> Iterator[Ask]:
-        """Yields one request per cohort of these clients, made when it is asked for."""
+        """Yields one request per cohort of these clients, each made lazily."""
         for node, cohort in self.cohorts(clients, grid):
             content = self.brought_up(server_round, cohort, packer, **self.private_facts(cohort))
             yield Ask(Message(content, node, TRAIN, group_id=str(server_round)), tuple(cohort))
 
     def private_facts(self, clients: Sequence[int]) -> dict[str, Any]:
-        """Returns what a request says of privacy."""
+        """Returns the privacy fields of a request."""
         if self._unit is PrivacyUnit.example:
             return {"noise": [self._session.privacy_plan[client].noise_multiplier for client in clients]}
         if self._unit is not PrivacyUnit.client:
@@ -194,7 +194,7 @@ class Asking:
     def brought_up(
         self, server_round: int, clients: Sequence[int], packer: Packer, needed: Collection[str] | None = None, **facts: Any
     ) -> RecordDict:
-        """Returns a request with what any of the clients lacks of the needed parts (None is all), and charges each for what it lacks."""
+        """Returns a request with the needed parts (None is all) that any of the clients lacks, and charges each for those it lacks."""
         exchange = self._state.exchange
         needed = exchange.versions if needed is None else needed
         lacking = {client: [part for part in exchange.lacking(client) if part in needed] for client in clients}
@@ -207,22 +207,22 @@ class Asking:
         return RecordDict({**records, REQUEST: self.request(clients, server_round, told, **facts)})
 
     def request(self, clients: Sequence[int], server_round: int, told: dict[str, str | list[str]], **facts: Any) -> ConfigRecord:
-        """Returns what a message says beside its arrays."""
+        """Returns the record of a message that holds everything except its arrays."""
         if keeps_memory(self._session.config, self._session.method):
             facts["accepted"] = [self._state.accepted.get(client, 0) for client in clients]
         return ConfigRecord({"config": self._config_text, "clients": list(clients), "round": server_round, **told, **facts})
 
     def confirmed(self, ask: Ask) -> None:
-        """Notes, of a request that was answered, that its clients hold the parts of the global state whose digests it named."""
+        """Notes that the clients of an answered request hold the parts of the global state whose digests it named."""
         parts = json.loads(str(ask.message.content.config_records[REQUEST].get("digests", "{}")))
         for client in ask.clients:
             self._state.exchange.sent(client, parts)
 
     def again(self, ask: Ask, packer: Packer) -> Ask:
-        """Returns the request with all of the global state, for a worker process that lacks something of it.
+        """Returns the request with the whole global state, for a worker process that lacks a part of it.
 
-        A client with a worker of its own is charged for what it is sent once more. A worker that stands for several clients is part of the
-        simulation: what such a process lacks is no cost of the method.
+        A client with its own worker is charged for what it is sent again. A worker that stands for several clients is part of the
+        simulation: what its process lacks is not a cost of the method.
         """
         versions, metadata = self._state.exchange.versions, ask.message.metadata
         if self.client_nodes is not None and metadata.message_type != EVALUATE:
@@ -241,10 +241,10 @@ class Asking:
 
 
 def clip_norm(session: Session, state: GlobalState) -> float:
-    """Returns the clip norm of client-level privacy, which may have adapted."""
+    """Returns the current clip norm of client-level privacy, adapted or as configured."""
     return state.clip_norm or session.config.privacy.clip_norm
 
 
 def keeps_memory(config: Config, method: Method) -> bool:
-    """Whether clients keep something for themselves from round to round."""
+    """Whether clients keep local state between rounds."""
     return bool(method.personal) or config.training.scaffold or config.compression.error_feedback

@@ -1,4 +1,4 @@
-"""One flush of FedBuff's buffer: clients that begin are trained at once, and their updates wait until they arrive in simulated time."""
+"""One flush of FedBuff's buffer: starting clients are trained at once, and their updates wait until their simulated arrival."""
 
 from flwr.app import Message
 from torch import Tensor
@@ -17,7 +17,7 @@ from fedsim.session import Session
 
 
 class BufferedRound(Round):
-    """The step from one version to the next. What a client sends is charged when it arrives."""
+    """The step from one version to the next. An upload is charged when it arrives."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class BufferedRound(Round):
             update = updates.get(numbers[int(row["client"])])
             if update is not None:
                 update.sent.append(row)
-            else:  # refused: nothing of it will arrive later
+            else:  # refused: it will not arrive later
                 self._ledger.add_rows([row])
 
     def finish(self) -> None:
-        """Makes the next version of the updates that have arrived."""
+        """Makes the next version from the updates that have arrived."""
         self._state.buffer.queue, start = self._queue, self._start()
         aggregation = Aggregation(self._session, self._state, self._round, self.facts)
         for job in self._flush.arrived:
             update = self._state.buffer.updates.pop(job.number, None)
-            if update is not None:  # refused ones were never put there
+            if update is not None:  # a refused update was never stored
                 aggregation.add(self._upload(job, update, start))
                 self._ledger.add_rows([row | {"round": self._round} for row in update.sent])
                 self.facts.staleness.append(self._age(job))

@@ -1,4 +1,4 @@
-"""The facts of a round: who is in its result and with what weight, who is missing and why, and what the clients reported."""
+"""The facts of a round: the clients in its result with their weights, the missing ones with reasons, and what clients reported."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,24 +10,24 @@ from fedsim.core.missing import Missing, Reason
 
 @dataclass
 class RoundFacts:
-    """Facts of one round, filled as replies come; lists run in the order of arrival."""
+    """Facts of one round, filled as replies arrive; lists are in order of arrival."""
 
     clients: list[int] = field(default_factory=list)
     num_examples: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # as used in the average, before normalisation
+    weights: list[float] = field(default_factory=list)  # used in the average, before normalisation
     missing: list[Missing] = field(default_factory=list)
     num_tokens: int = 0
     num_within: int = 0  # clients whose update was within the clip norm
-    staleness: list[int] = field(default_factory=list)  # fedbuff: versions that each update was behind
-    simulated_seconds: float | None = None  # what the round took on the simulated network
-    secure: dict[str, Any] = field(default_factory=dict)  # what secure aggregation tells of the round
+    staleness: list[int] = field(default_factory=list)  # fedbuff: how many versions each update was behind
+    simulated_seconds: float | None = None  # duration of the round on the simulated network
+    secure: dict[str, Any] = field(default_factory=dict)  # facts of secure aggregation
     num_clipped: int = 0  # clients whose update was scaled down to server.max_update_norm
-    num_attempts: int = 1  # how often clients were asked until enough had replied
+    num_attempts: int = 1  # how often clients were asked before enough replied
     diagnosis: dict[str, Any] = field(default_factory=dict)
 
     def miss_untold(self, asked: Iterable[int], server_round: int) -> None:
-        """Records as missing those asked clients of which nothing is known."""
+        """Records as missing the asked clients that are neither in the result nor missing yet."""
         told = {*self.clients, *(each.client for each in self.missing)}
         detail = "not connected, or its turn did not come in time"
         self.missing += [Missing(client, server_round, Reason.died, detail) for client in asked if client not in told]

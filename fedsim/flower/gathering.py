@@ -1,7 +1,7 @@
-"""How replies are collected from any Flower Grid: one after the other, until all or enough have arrived, or the time is up.
+"""Collects replies from any Flower Grid, one by one, until all or enough have arrived or the time is up.
 
-A Grid's own `send_and_receive` returns nothing before the last reply or the timeout, so one dead node holds up everybody. Here messages are
-pushed and replies pulled in a loop; a reply that will not come is reported with its reason as soon as that is known.
+A Grid's own `send_and_receive` returns nothing before the last reply or the timeout, so one dead node holds up the round. Here messages
+are pushed and replies pulled in a loop; a failure is reported with its reason as soon as it is known.
 """
 
 import time
@@ -17,13 +17,13 @@ from fedsim.flower.asking import Ask
 from fedsim.flower.grid import forget
 from fedsim.flower.worker import NEEDS_STATE, REFUSED
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds from one look for replies to the next; a look that finds some begins anew
-PER_NODE = 2  # messages that lie ready for a node, so that it has the next when it has done one
+FIRST_PAUSE, LONGEST_PAUSE = 0.01, 1.0  # seconds between two polls for replies; a poll that finds some resets the pause
+PER_NODE = 2  # messages queued per node, so that the next is ready when one is done
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What comes in place of a reply: none of the clients that the request named will send anything for it."""
+    """Stands in for a reply: none of the request's clients will answer it."""
 
     reason: Reason
     detail: str = ""
@@ -38,18 +38,18 @@ def gathered(
     enough: Callable[[], bool],
     in_turn: bool,
 ) -> Iterator[tuple[Ask, Message | Failure]]:
-    """Yields each request with its reply, as they come; a request is made only when its turn comes.
+    """Yields each request with its reply as replies arrive; requests are made lazily.
 
-    A worker process that lacks something of the global state is sent its request again, as `again` makes it, once. After `timeout` seconds,
-    or as soon as `enough` says so, what is still waited for is told as a failure, and what was not sent yet is not sent.
-    Replies to anything else, such as an earlier round, are never looked at. With `in_turn` a reply waits for those to earlier requests, so
-    that sums in floating point, and who is among the first, are the same whichever worker is the faster one.
+    A worker process that lacks a part of the global state is sent its request again once, as `again` makes it. After `timeout` seconds,
+    or once `enough` returns True, outstanding requests are yielded as failures and unsent requests are dropped.
+    Replies to anything else, such as an earlier round, are ignored. With `in_turn` replies are yielded in the order of their requests, so
+    that floating-point sums, and which clients come first, do not depend on the speed of workers.
     """
     return _Gathering(grid, iter(asks), again, timeout, enough, in_turn=in_turn).replies()
 
 
 def read(reply: Message) -> Message | Failure:
-    """Returns the reply, or what its error says."""
+    """Returns the reply, or its error as a Failure."""
     if not reply.has_error():
         return reply
     reason = Reason.refused_by_client if reply.error.code == REFUSED else Reason.died
@@ -72,7 +72,7 @@ class _Gathering:
         self._window = PER_NODE * max(1, len(list(grid.get_node_ids())))
         self._waiting: dict[str, tuple[int, Ask]] = {}  # turn and request by message id
         self._resent: set[str] = set()
-        self._settled: dict[int, tuple[Ask, Message | Failure]] = {}  # what is not yielded yet, by its turn, in the order in which it came
+        self._settled: dict[int, tuple[Ask, Message | Failure]] = {}  # not yielded yet, by turn, in order of arrival
         self._turn = 0  # the first that is not yielded yet
 
     def replies(self) -> Iterator[tuple[Ask, Message | Failure]]:
@@ -91,7 +91,7 @@ class _Gathering:
         yield from (self._settled[turn] for turn in (sorted(self._settled) if self._in_turn else [*self._settled]))
 
     def _due(self) -> Iterator[tuple[Ask, Message | Failure]]:
-        """Yields what may be yielded now, and lets go of it."""
+        """Yields and drops the results that may be yielded now."""
         for turn in [*self._settled] if not self._in_turn else count(self._turn):
             if turn not in self._settled:
                 return
@@ -103,14 +103,14 @@ class _Gathering:
         return self._enough() or (self._ends is not None and time.monotonic() >= self._ends)
 
     def _filled(self) -> bool:
-        """Sends what there is room for. Returns whether anything is waited for."""
+        """Sends as many requests as the window allows. Returns whether any is outstanding."""
         if not self._over:
             for turn, ask in islice(self._coming, max(0, self._window - len(self._waiting) - len(self._settled))):
                 self._push(turn, ask)
         return bool(self._waiting)
 
     def _push(self, turn: int, ask: Ask) -> str | None:
-        if self._ends is not None:  # a late reply is refused by the SuperLink as well
+        if self._ends is not None:  # the SuperLink refuses a late reply as well
             ask.message.metadata.ttl = max(1.0, self._ends - time.monotonic())
         for message_id in self._grid.push_messages([ask.message]):
             if message_id:
@@ -131,7 +131,7 @@ class _Gathering:
             self._resent.add(sent)
 
     def _slept(self, looked: float, pause: float) -> float:
-        """Waits until `pause` seconds after the last look, which may itself have waited for replies; returns the next pause."""
+        """Sleeps until `pause` seconds after the last poll began, which may itself have waited for replies. Returns the next pause."""
         ends = looked + pause if self._ends is None else min(looked + pause, self._ends)
         time.sleep(max(0.0, ends - time.monotonic()))
         return min(1.5 * pause, LONGEST_PAUSE)

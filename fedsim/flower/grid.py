@@ -1,7 +1,7 @@
-"""A Flower Grid inside this process: no Ray, no sockets; a message is handled by the ClientApp when its reply is pulled.
+"""A Flower Grid inside this process: no Ray, no sockets; the ClientApp handles a message when its reply is pulled.
 
-Replies come one at a time, so a server that aggregates as they come never holds more than one cohort's factors. What a client raises
-is a fault of the run here, not of a remote machine, and is passed on.
+Replies come one at a time, so a server that aggregates them on arrival never holds more than one cohort's factors. An exception in a
+client is a fault of this run, not of a remote machine, and propagates.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +19,7 @@ SERVER_NODE = 0
 
 
 class LocalGrid(Grid):
-    """A Grid whose nodes, ids from 1, are this process's own: each has a Context here, and messages wait in `_pending` by id."""
+    """A Grid whose nodes, with ids from 1, belong to this process: it holds their Contexts, and queues messages in `_pending` by id."""
 
     def __init__(self, nodes: int) -> None:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, RUN_ID, SERVER_NODE
@@ -49,7 +49,7 @@ class LocalGrid(Grid):
         return ids
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Lets go of messages whose replies nobody waits for any more."""
+        """Drops messages whose replies are no longer awaited."""
         for message_id in message_ids:
             self._pending.pop(message_id, None)
 
@@ -62,25 +62,25 @@ class InProcessGrid(LocalGrid):
         self._app = client_app
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Handles the first of the given messages that is still waiting, and returns its reply."""
+        """Handles the first of the given messages that is still pending and returns its reply."""
         for message_id in message_ids:
             if message_id in self._pending:
                 return [self._handle(self._pending.pop(message_id))]
         return []
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Yields each reply as soon as it is there; a message is made only when its turn comes. Nothing times out in one process."""
+        """Yields each reply as soon as it is ready; messages are made lazily. Nothing times out in one process."""
         for message in messages:
             yield from self.pull_messages(self.push_messages([message]))
 
     def _handle(self, message: Message) -> Message:
         context = self.contexts[message.metadata.dst_node_id]
-        own = Message(_copy(message.content), metadata=message.metadata)  # type: ignore[call-overload]  # as Flower itself rebuilds them
+        own = Message(_copy(message.content), metadata=message.metadata)  # type: ignore[call-overload]  # as Flower rebuilds messages
         return self._app(own, context)
 
 
 class WatchedGrid(Grid):
-    """Another Grid whose replies are shown to an observer as they come."""
+    """Wraps another Grid and passes each reply to an observer as it arrives."""
 
     def __init__(self, grid: Grid, look: Callable[[Message], None]) -> None:
         self._grid, self._look = grid, look
@@ -117,13 +117,13 @@ class WatchedGrid(Grid):
 
 
 def forget(grid: Grid, message_ids: Iterable[str]) -> None:
-    """Tells a Grid of this process that nobody waits for these replies any more. To a SuperLink a message's time to live says it."""
+    """Makes a Grid of this process drop messages whose replies are no longer awaited; at a SuperLink their time to live does."""
     if isinstance(grid, (LocalGrid, WatchedGrid)):
         grid.forget(message_ids)
 
 
 def _copy(content: RecordDict) -> RecordDict:
-    """A strategy may put one record into many messages: each node gets its own (arrays share their immutable bytes)."""
+    """Returns a node's own copy, as a strategy may share one record among messages (arrays share their immutable bytes)."""
     return RecordDict(
         {
             name: ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else type(record)(dict(record))  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""What a deployment was charged after the checkpoint from which it resumes: its clients may have answered before the server died.
+"""Privacy charges made after the checkpoint from which a deployment resumes: clients may have answered before the server died.
 
 A client that is asked the same again sends its stored answer, the last of its kind, which costs nothing more. Any other request is answered
-with fresh noise, and both are charged; so is every request under secure aggregation, whose answers are not stored. If a client has other
-data of the same size, and so gives another answer, only its own accountant can know.
+with fresh noise and both are charged, as is every request under secure aggregation, whose answers are not stored. If a client now has
+other data of the same size, and so gives another answer, only its own accountant can know.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,15 +12,15 @@ from fedsim.privacy.accounting import Mechanism
 from fedsim.privacy.ledger import PrivacyLedger
 
 CHARGED = "charged"
-"""Kind of the audit log's lines that record the cost in privacy."""
+"""Kind of the audit log's lines that record privacy costs."""
 BEFORE = "before"
-"""Marks lines that repeat, after a resumption, what lines before it have said."""
+"""Marks lines that repeat earlier lines after a resumption."""
 GRADIENT, TRAINING = "initial gradient", "training"
-"""What clients are asked for."""
+"""Kinds of requests that are charged."""
 
 
 def charge_line(what: str, number: int, adapter_digest: str, mechanisms: Mapping[int, Mechanism]) -> dict[str, Any]:
-    """Returns what the audit log says of a round's charges; clients with the same mechanism are named together."""
+    """Returns the audit log's line for a round's charges; clients with the same mechanism share an entry."""
     alike: dict[Mechanism, list[int]] = {}
     for client, each in mechanisms.items():
         alike.setdefault(each, []).append(client)
@@ -29,10 +29,10 @@ def charge_line(what: str, number: int, adapter_digest: str, mechanisms: Mapping
 
 
 class InFlight:
-    """Charges that have no checkpoint yet, out of the lines of an audit log that a resumption supersedes."""
+    """Charges not in the checkpoint yet, from the lines of the audit log that a resumption supersedes."""
 
     def __init__(self, lines: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._charges: list[tuple[str, int, str, int, Mechanism]] = []  # what, round, digest of the adapter, client and mechanism
+        self._charges: list[tuple[str, int, str, int, Mechanism]] = []  # kind of request, round, adapter digest, client, mechanism
         for line in lines:
             if line.get("kind") != CHARGED or line.get(BEFORE) or "mechanisms" not in line:
                 continue
@@ -43,16 +43,16 @@ class InFlight:
         self._last = {(what, client): (number, digest, mechanism) for what, number, digest, client, mechanism in self._charges}
 
     def charge(self, ledger: PrivacyLedger) -> list[dict[str, Any]]:
-        """Charges all of it, and returns the lines that say so in the audit log."""
+        """Charges everything to the ledger and returns the lines for the audit log."""
         for *_, client, mechanism in self._charges:
             ledger.charge(client, mechanism)
         told = [charge_line(what, number, digest, {client: each}) for what, number, digest, client, each in self._charges]
         return [{**line, BEFORE: True} for line in told]
 
     def concerns(self, what: str, number: int) -> bool:
-        """Whether anything of this kind was asked for in the round, so that it pays to know the digest of the global state."""
+        """Whether any request of this kind was charged in the round, so that computing the digest of the adapter is worthwhile."""
         return any(each[:2] == (what, number) for each in self._charges)
 
     def covers(self, what: str, number: int, adapter_digest: str, client: int, mechanism: Mechanism) -> bool:
-        """Whether the client was charged for this very request, the last of its kind, whose answer it keeps: it costs nothing more."""
+        """Whether this very request is the last of its kind the client was charged for: it sends its stored answer at no further cost."""
         return self._last.get((what, client)) == (number, adapter_digest, mechanism)

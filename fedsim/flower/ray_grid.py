@@ -1,9 +1,9 @@
-"""A Flower Grid over Ray actors: one actor per GPU or core, on this machine or on a Ray cluster, each training a cohort per message.
+"""A Flower Grid over Ray actors: one actor per GPU or core, on this machine or a Ray cluster, each training one cohort per message.
 
-The actors are those of Flower's simulation runtime (`flwr.simulation.ray_transport`). Its own entry, `run_simulation`, is deprecated
-and runs a ServerApp in a thread; here the same server as everywhere drives the actors through the one seam, a Grid. An actor is a node:
-it lives as long as the run and keeps the base model that the first message made it load. The Contexts stay with the Grid and travel with
-the messages, so an actor that dies takes nothing with it: its message is answered by an error, and a new actor takes its place.
+The actors are those of Flower's simulation runtime (`flwr.simulation.ray_transport`). Its entry point `run_simulation` is deprecated and
+runs a ServerApp in a thread; here the usual server drives the actors through the Grid interface. An actor is a node: it lives as long as
+the run and keeps the base model loaded for its first message. Contexts stay with the Grid and travel with the messages, so nothing is
+lost when an actor dies: its message is answered with an error, and a new actor replaces it.
 """
 
 import os
@@ -25,17 +25,17 @@ from fedsim.flower.grid import RUN_ID, LocalGrid
 from fedsim.memory import give_back_gpu_memory
 
 LOOK_SECONDS = 1.0
-"""How long one look for replies waits for the first of them; `gathered` then looks again at once."""
+"""How long one poll waits for the first reply; `gathered` then polls again at once."""
 CONNECT_SECONDS = 5.0
-"""How long a cluster's address may take to answer."""
+"""Timeout for connecting to a cluster's address."""
 
-_FAILED = 1  # code of the error in place of a reply
+_FAILED = 1  # error code of a failed reply
 
 
 class InActor:
-    """Gives an actor its ClientApp; Flower wants to know who it is before a message is made.
+    """Gives an actor its ClientApp, and its task identity, which Flower needs before a message is made.
 
-    Actor and server may have one GPU: neither keeps memory while the other works.
+    Actor and server may share a GPU: neither keeps unused memory while the other works.
     """
 
     def __init__(self, load: Callable[[], ClientApp], node: int) -> None:
@@ -55,9 +55,9 @@ class InActor:
 
 
 class RayGrid(LocalGrid):
-    """Nodes 1 to n are actors; a node works on one message at a time. `load` returns the ClientApp, in an importable module.
+    """Nodes 1 to n are actors; a node works on one message at a time. `load` returns the ClientApp and must be importable.
 
-    Raises UserError where Ray is missing, or has no room for the actors. To be closed: then no process of it is left.
+    Raises UserError if Ray is missing or has no room for the actors. Must be closed, after which none of its processes is left.
     """
 
     def __init__(self, load: Callable[[], ClientApp], engine: EngineConfig) -> None:
@@ -65,9 +65,9 @@ class RayGrid(LocalGrid):
         actors, self._resources = _room(self._ray, engine)
         super().__init__(actors)
         self._actors: dict[int, Any] = {node: self._new_actor() for node in self.contexts}
-        self._running: dict[Any, tuple[str, Message]] = {}  # by Ray's reference to the reply to come
-        self._there: dict[str, Message] = {}  # replies that have come and were not asked for yet, by the message's id
-        self._forgotten: set[str] = set()  # messages that are worked on though nobody waits for their replies
+        self._running: dict[Any, tuple[str, Message]] = {}  # by Ray's reference to the future reply
+        self._there: dict[str, Message] = {}  # replies not pulled yet, by message id
+        self._forgotten: set[str] = set()  # messages in progress whose replies are no longer awaited
 
     def __enter__(self) -> "RayGrid":
         return self
@@ -76,9 +76,9 @@ class RayGrid(LocalGrid):
         self.close()
 
     def close(self) -> None:
-        """Ends the actors, and Ray on this machine unless it is a cluster that was there before."""
+        """Kills the actors, and stops Ray on this machine unless it is a cluster that was already running."""
         for actor in self._actors.values():
-            with suppress(Exception):  # one that is dead already
+            with suppress(Exception):  # it may be dead already
                 self._ray.kill(actor)
         self._ray.shutdown()
 
@@ -96,7 +96,7 @@ class RayGrid(LocalGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the replies that are there; waits `LOOK_SECONDS` for the first."""
+        """Returns the replies that are ready; waits up to `LOOK_SECONDS` for the first."""
         wanted = set(message_ids)
         if self._running and not wanted & set(self._there):
             self._ray.wait(list(self._running), timeout=LOOK_SECONDS)
@@ -104,7 +104,7 @@ class RayGrid(LocalGrid):
         return [self._there.pop(message_id) for message_id in [*self._there] if message_id in wanted]
 
     def forget(self, message_ids: Iterable[str]) -> None:
-        """Lets go of these messages; what an actor works on already it ends, and then has its next one."""
+        """Drops these messages; an actor finishes the one it is working on and then takes its next."""
         ids = set(message_ids)
         super().forget(ids)
         for message_id in ids:
@@ -112,7 +112,7 @@ class RayGrid(LocalGrid):
         self._forgotten |= ids & {message_id for message_id, _ in self._running.values()}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Yields replies as they come, as Flower's own strategies want them."""
+        """Yields replies as they arrive, for Flower's own strategies."""
         waiting = set(self.push_messages(messages))
         looks = 0
         while waiting and (timeout is None or looks * LOOK_SECONDS < timeout):
@@ -124,7 +124,7 @@ class RayGrid(LocalGrid):
     # ---- actors
 
     def _take(self) -> None:
-        """Takes in what has been answered, and gives the nodes that are idle now their next messages."""
+        """Collects finished replies and gives idle nodes their next messages."""
         if self._running:
             ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
             for reference in ready:
@@ -137,7 +137,7 @@ class RayGrid(LocalGrid):
         self._submit()
 
     def _submit(self) -> None:
-        """Gives each node that is idle its next message."""
+        """Gives each idle node its next message."""
         busy = {message.metadata.dst_node_id for _, message in self._running.values()}
         for message_id, message in list(self._pending.items()):
             node = message.metadata.dst_node_id
@@ -161,13 +161,13 @@ class RayGrid(LocalGrid):
 
 
 def _cause(error: BaseException) -> str:
-    """Returns what the client raised: Ray wraps it, with a whole traceback in its text."""
+    """Returns the client's error message, which Ray wraps in the text of a whole traceback."""
     text = str(getattr(error, "cause", None) or error).strip()
     return text.splitlines()[-1][:300] if text else type(error).__name__
 
 
 def _started(engine: EngineConfig) -> Any:
-    """Returns the module ray, connected. Raises UserError where there is none, or no cluster at the address."""
+    """Returns the module ray, connected. Raises UserError if Ray is not installed or no cluster is at the address."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -190,7 +190,7 @@ def _started(engine: EngineConfig) -> Any:
 
 
 def _check_reachable(address: str) -> None:
-    """Raises UserError if nobody listens at HOST:PORT; Ray itself would try for minutes. Names such as auto are Ray's to look up."""
+    """Raises UserError if nothing listens at HOST:PORT, where Ray would retry for minutes. Names such as auto are left to Ray."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         return
@@ -201,7 +201,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _room(ray: Any, engine: EngineConfig) -> tuple[int, dict[str, float]]:
-    """Returns the number of actors, and what each of them takes: a GPU or its part where there are GPUs, a core."""
+    """Returns the number of actors and the resources of each: a core, and a GPU or a share of one if there are GPUs."""
     found = ray.cluster_resources()
     cpus, gpus = int(found.get("CPU", 1)), int(found.get("GPU", 0))
     actors = engine.actors or gpus or cpus
@@ -212,5 +212,5 @@ def _room(ray: Any, engine: EngineConfig) -> tuple[int, dict[str, float]]:
 
 
 def gpu_share(actors: int, gpus: int) -> float:
-    """Returns what each actor takes of a GPU so that all of them find room: Ray gives no actor a bit of one GPU and a bit of another."""
+    """Returns the share of a GPU per actor at which all actors fit: Ray never splits an actor across two GPUs."""
     return 1 / ceil(actors / gpus) if gpus else 0.0

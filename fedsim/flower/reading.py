@@ -1,4 +1,4 @@
-"""How the server reads a reply: nothing in it is trusted before it is checked; what fails a check is refused, never averaged."""
+"""Reads replies at the server: everything is checked before it is used, and what fails a check is refused, never averaged."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ from fedsim.flower.worker import client_key, control_key
 from fedsim.session import Session
 
 DIVERGED = "Expected a finite training loss"
-MOST = 2**53  # no count is larger: beyond it float64 has no whole numbers
-SHORT = 1 << 20  # so many squares float32 sums well enough to tell what is far below a bound, three times as fast as float64
-CLEARLY = 0.9  # of a bound: norms above this part of it are always taken in float64
+MOST = 2**53  # largest count accepted: float64 has every whole number up to it
+SHORT = 1 << 20  # up to so many squares, a float32 sum can show that a norm is well below a bound, three times as fast as float64
+CLEARLY = 0.9  # norms above this fraction of a bound are always computed in float64
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a client says of its training."""
+    """What a client reports about its training."""
 
     client: int
     num_examples: int
@@ -53,27 +53,27 @@ class Upload(Claim):
     flat: Tensor  # the uploaded factors at `positions` of their flat array
     positions: Tensor | None = None  # None for all
     control: Tensor | None = None  # change of SCAFFOLD's control variate
-    clipped: bool = False  # to server.max_update_norm
-    distance: float | None = None  # of `flat` from the start of the round, where it is known
+    clipped: bool = False  # scaled down to server.max_update_norm
+    distance: float | None = None  # of `flat` from the start of the round, if known
 
 
 class Reader:
-    """Reads the replies of one round and charges each client for what it has sent; what is refused, as bytes without parameters."""
+    """Reads the replies of one round and charges each client for what it sent; refused records as bytes without parameters."""
 
     def __init__(self, session: Session, state: GlobalState, charges: Charges, server_round: int) -> None:
         self._session, self._config, self._state, self._charges = session, session.config, state, charges
         self._round = server_round
-        self._hidden = session.config.privacy.unit is PrivacyUnit.client  # what an update was like without noise is not told
+        self._hidden = session.config.privacy.unit is PrivacyUnit.client  # facts about a single update without noise are not reported
         self._start = state.flat(session.method.uploaded(server_round))
-        self._space = torch.empty_like(self._start)  # for differences
+        self._space = torch.empty_like(self._start)  # scratch space for differences
 
     def uploads(self, ask: Ask, reply: Message) -> Iterator[Upload | Missing]:
-        """Yields one upload, or the reason why there is none, for each client of the request; holds one upload at a time.
+        """Yields one upload, or the reason for its absence, for each client of the request; holds one upload at a time.
 
-        What a client sends is refused if it answers another round or for other clients, and for names, types, shapes or sizes that are not
-        the expected ones, values that are not finite, counts out of bounds, and an update beyond `server.max_update_norm`.
+        An upload is refused if it answers another round or for other clients, and for unexpected names, types, shapes or sizes, values
+        that are not finite, counts out of bounds, or, by `server.over_norm`, an update beyond `server.max_update_norm`.
         """
-        records = reply.content.array_records  # made anew by Flower at each look
+        records = reply.content.array_records  # rebuilt by Flower on each access
         try:
             claims = self._claims(ask, reply)
         except ValueError as error:
@@ -93,7 +93,7 @@ class Reader:
         return Missing(client, self._round, Reason.refused_by_server, reason[:300])
 
     def _claims(self, ask: Ask, reply: Message) -> dict[int, Claim]:
-        """Returns what the reply says of its clients. Raises ValueError for a reply that cannot be the one to this request."""
+        """Returns the claims of the reply by client. Raises ValueError if it does not answer this request."""
         if reply.metadata.src_node_id != ask.message.metadata.dst_node_id:
             raise ValueError("Expected the reply of the node that was asked, got that of another.")
         _check_names(reply.content, ask.clients, control=self._state.control is not None)
@@ -110,9 +110,9 @@ class Reader:
         return {row[0]: Claim(*row) for row in zip(clients, examples, tokens, losses, map(bool, within), strict=True)}
 
     def _upload(self, claim: Claim, own: dict[str, ArrayRecord]) -> Upload:
-        """Returns the claim with its arrays, and takes out of the client's records what it has charged.
+        """Returns the claim with its arrays, and removes the records it has charged from `own`.
 
-        Raises ValueError for what is not to be believed.
+        Raises ValueError for an upload to be refused.
         """
         self._check_counts(claim)
         positions = self._session.sent_positions(self._round, claim.client)
@@ -144,7 +144,10 @@ class Reader:
         return start + codec.decode(arrays, len(start), options.density)
 
     def _bounded(self, flat: Tensor, start: Tensor, distance: float) -> Tensor:
-        """With client-level privacy the bound is the clip norm, within which all honest updates are: nothing of them is refused for it."""
+        """Returns the upload with its update scaled down to the bound. Raises ValueError for one beyond it with `server.over_norm=refuse`.
+
+        With client-level privacy the bound is the clip norm, which honest updates never exceed, and nothing is refused.
+        """
         most = clip_norm(self._session, self._state) if self._hidden else self._config.server.max_update_norm
         if most is None or (len(flat) <= SHORT and distance <= CLEARLY * most):
             return flat
@@ -164,20 +167,20 @@ class Reader:
 
 
 def _distance(flat: Tensor, start: Tensor, space: Tensor) -> float:
-    """Returns |flat - start|, as float32 sums it; the difference goes into `space`.
+    """Returns |flat - start| summed in float32; the difference is written to `space`.
 
-    Raises ValueError if a value is not finite: then neither is the distance.
+    Raises ValueError if a value is not finite, as then the distance is not either.
     """
     difference = torch.sub(flat, start, out=space[: len(flat)])
-    distance = sqrt(float(difference @ difference))  # in half the time of torch.dist
-    if not isfinite(distance):  # large values go over the edge of float32, not over that of float64
+    distance = sqrt(float(difference @ difference))  # twice as fast as torch.dist
+    if not isfinite(distance):  # large values overflow float32, but not float64
         distance = float((flat.double() - start.double()).norm())
         check_finite(distance)
     return distance
 
 
 def _check_names(content: RecordDict, clients: tuple[int, ...], *, control: bool) -> None:
-    """Raises ValueError unless the content has metrics and, beside them, nothing but arrays of these clients."""
+    """Raises ValueError unless the content is metrics and, apart from them, only arrays of these clients."""
     allowed = {client_key(client) for client in clients} | ({control_key(client) for client in clients} if control else set())
     if METRICS not in content.metric_records or content.config_records or not set(content.array_records) <= allowed:
         raise ValueError(f"Expected {METRICS!r} and arrays of the clients that were asked, got {sorted(content)[:5]!s:.100}.")

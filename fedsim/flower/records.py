@@ -1,6 +1,6 @@
-"""Flat float32 tensors in and out of Flower records, and their size as Flower serialises them.
+"""Converts tensors to and from Flower records, and measures their size as Flower serialises them.
 
-Tensors only: NumPy's own format without pickle. What arrives is checked before it is believed.
+Tensors only, in NumPy's own format without pickle. Incoming records are checked before use.
 """
 
 import re
@@ -34,19 +34,19 @@ def to_record(flat: Tensor) -> ArrayRecord:
 
 
 def arrays_to_record(arrays: Mapping[str, Tensor]) -> ArrayRecord:
-    """Returns a record of named arrays, as a compressed upload has them."""
+    """Returns a record of named arrays, such as a compressed upload."""
     return ArrayRecord({name: _array(tensor) for name, tensor in arrays.items()})
 
 
 def _array(tensor: Tensor) -> Array:
-    """Returns what Flower's `Array(values)` is, byte for byte, with one copy of the numbers in place of three."""
+    """Returns the same as Flower's `Array(values)`, byte for byte, with one copy of the numbers instead of three."""
     values, dtype = tensor.detach().cpu().contiguous().numpy(), _numpy_type(tensor.dtype)
     data = b"".join((_head(dtype.descr, values.shape), values.reshape(-1).data))
     return Array(dtype=dtype.name, shape=values.shape, stype=SType.NUMPY, data=data)
 
 
 class _NumpyType(NamedTuple):
-    """What NumPy calls a type of tensors; it puts names together anew whenever it is asked."""
+    """A tensor type in NumPy, whose names are kept because NumPy rebuilds them on every access."""
 
     dtype: np.dtype[Any]
     name: str
@@ -61,7 +61,7 @@ def _numpy_type(dtype: torch.dtype) -> _NumpyType:
 
 @cache
 def _head(descr: str, shape: tuple[int, ...]) -> bytes:
-    """Returns what stands before the numbers in NumPy's format; a run has a handful of shapes."""
+    """Returns the header of an array in NumPy's format; a run has a handful of shapes."""
     head = BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": descr, "fortran_order": False, "shape": shape})
     return head.getvalue()
@@ -70,28 +70,28 @@ def _head(descr: str, shape: tuple[int, ...]) -> bytes:
 def from_record(record: ArrayRecord, num_parameters: int) -> Tensor:
     """Returns the flat tensor [num_parameters]. Raises ValueError for other names, types or shapes and for values that are not finite."""
     values = unchecked_from_record(record, num_parameters)
-    if not isfinite(float(values.sum())):  # all are finite if their sum is, in float64 at the latest, where float32 goes over the edge
+    if not isfinite(float(values.sum())):  # a finite sum has finite terms; float64 rules out overflow
         check_finite(float(values.sum(dtype=torch.float64)))
     return values
 
 
 def unchecked_from_record(record: ArrayRecord, num_parameters: int) -> Tensor:
-    """Returns what `from_record` does, raising as it does, but for values that are not finite: those are left in."""
+    """Returns and raises the same as `from_record`, except that values that are not finite are kept."""
     if list(record) != [KEY]:
         raise ValueError(f"Expected one array named {KEY!r}, got {list(record)[:3]}.")
     return _decoded(KEY, record[KEY], torch.float32, (num_parameters,))
 
 
 def check_finite(sum_or_norm: float) -> None:
-    """Raises ValueError if a sum or norm over an array tells that some of its values are not finite."""
+    """Raises ValueError if a sum or norm over an array shows that some of its values are not finite."""
     if not isfinite(sum_or_norm):
         raise ValueError("Expected finite values, got NaN or infinity.")
 
 
 def _decoded(name: str, array: Array, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Returns the numbers of an array of one or two dimensions. Raises ValueError unless head and data say exactly what is expected.
+    """Returns the numbers of an array of one or two dimensions. Raises ValueError unless header and data are exactly as expected.
 
-    NumPy's reader is not asked: it allocates what a head claims before it looks at the data.
+    NumPy's reader is not used: it allocates what a header claims before it reads the data.
     """
     expected = _numpy_type(dtype)
     data, told = array.data, (array.dtype, tuple(array.shape))
@@ -108,14 +108,14 @@ def _decoded(name: str, array: Array, dtype: torch.dtype, shape: tuple[int, ...]
 
 
 def record_of(records: Mapping[str, ArrayRecord], name: str) -> ArrayRecord:
-    """Returns the record of this name. Raises ValueError where there is none."""
+    """Returns the record of this name. Raises ValueError if there is none."""
     if name not in records:
         raise ValueError(f"Expected a record {name!r}, got none.")
     return records[name]
 
 
 def whole_number(record: ConfigRecord | MetricRecord, key: str) -> int:
-    """Returns the whole number under `key`. Raises ValueError where there is something else."""
+    """Returns the whole number under `key`. Raises ValueError for anything else."""
     value = record.get(key)
     if type(value) is not int:
         raise ValueError(f"Expected {key!r} to be a whole number, got {value!r:.60}.")
@@ -123,7 +123,7 @@ def whole_number(record: ConfigRecord | MetricRecord, key: str) -> int:
 
 
 def whole_numbers(record: ConfigRecord | MetricRecord, key: str) -> list[int]:
-    """Returns the list of whole numbers under `key`. Raises ValueError where there is something else."""
+    """Returns the list of whole numbers under `key`. Raises ValueError for anything else."""
     values = record.get(key)
     if not isinstance(values, list) or not all(type(value) is int for value in values):
         raise ValueError(f"Expected {key!r} to be a list of whole numbers, got {values!r:.60}.")
@@ -131,7 +131,7 @@ def whole_numbers(record: ConfigRecord | MetricRecord, key: str) -> list[int]:
 
 
 def numbers(record: ConfigRecord | MetricRecord, key: str) -> list[float]:
-    """Returns the list of numbers under `key`. Raises ValueError where there is something else."""
+    """Returns the list of numbers under `key`. Raises ValueError for anything else."""
     values = record.get(key)
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         raise ValueError(f"Expected {key!r} to be a list of numbers, got {values!r:.60}.")
@@ -146,14 +146,14 @@ def byte_rows(rows: Sequence[bytes], length: int) -> Tensor:
 
 
 def arrays_from_record(record: ArrayRecord, shapes: Shapes) -> Arrays:
-    """Returns the named arrays. Raises ValueError where names, types or shapes are not the expected ones."""
+    """Returns the named arrays. Raises ValueError for unexpected names, types or shapes."""
     if set(record) != set(shapes):
         raise ValueError(f"Expected the arrays {sorted(shapes)}, got {sorted(record)[:5]}.")
     return {name: _decoded(name, record[name], dtype, shape) for name, (dtype, shape) in shapes.items()}
 
 
 def identifiers(record: ArrayRecord, name: str) -> list[int]:
-    """Returns the whole numbers of a flat int64 array of any length. Raises ValueError where there is something else."""
+    """Returns the whole numbers of a flat int64 array of any length. Raises ValueError for anything else."""
     if name not in record or len(record[name].shape) != 1:
         raise ValueError(f"Expected a flat array {name!r}, got {sorted(record)[:5]}.")
     values: list[int] = _decoded(name, record[name], torch.int64, tuple(record[name].shape)).tolist()
@@ -166,16 +166,16 @@ def payload_bytes(record: ArrayRecord) -> int:
 
 
 def size_of_floats(num_parameters: int) -> int:
-    """Returns `serialized_bytes` of a record of as many float32 numbers."""
+    """Returns `serialized_bytes` of a record of this many float32 numbers."""
     if num_parameters not in _float_sizes:
         _float_sizes[num_parameters] = serialized_bytes(to_record(torch.zeros(num_parameters)))
     return _float_sizes[num_parameters]
 
 
 def serialized_bytes(record: ArrayRecord) -> int:
-    """Returns the bytes of the record as Flower 1.41 puts it on the wire: the record, its arrays' heads and their chunks.
+    """Returns the bytes of the record as Flower 1.41 puts it on the wire: the record, its arrays' headers and their chunks.
 
-    The size depends on types, shapes and lengths alone, so it is measured once for each.
+    The size depends only on names, types, shapes and lengths, so it is measured once for each combination.
     """
     signature = tuple((name, array.dtype, tuple(array.shape), len(array.data)) for name, array in record.items())
     if signature not in _sizes:

@@ -1,6 +1,6 @@
-"""The display of a run whose server is elsewhere: what the server would show travels as marked lines of its log.
+"""The progress display of a run on a remote server: the server's display calls travel as marked lines of its log.
 
-Flower carries the log of a ServerApp to whoever follows the run; there each line is one call of the same display.
+Flower streams the log of a ServerApp to whoever follows the run; there each marked line is replayed as one call of the same display.
 """
 
 import json
@@ -17,7 +17,7 @@ SUMMARY, STARTED, MISTAKE, STOPPED = "summary", "started", "mistake", "stopped"
 
 
 class ForwardedProgress(Progress):
-    """Shows nothing where it is, and tells every call, on stdout."""
+    """Shows nothing itself, and forwards every call as a line on stdout."""
 
     def __init__(self, rounds: int, evaluations: Iterable[int] = (), *, quiet: bool = False) -> None:
         super().__init__(rounds, list(evaluations), quiet=True)
@@ -36,7 +36,7 @@ def forward(name: str, *arguments: Any) -> None:
 
 
 def marked(line: str) -> tuple[str, list[Any]]:
-    """Returns name and arguments of a marked line, and no name for any other line, also one of somebody else's that has the mark in it."""
+    """Returns the name and arguments of a marked line; the name is "" for any other line, even one that happens to contain the mark."""
     _, mark, text = line.partition(MARK)
     try:
         name, *arguments = json.loads(text) if mark else ("",)
@@ -46,16 +46,16 @@ def marked(line: str) -> tuple[str, list[Any]]:
 
 
 class ProgressFollower:
-    """Shows a run from the text of its log, which may come in any pieces; lines that are not marked are left out."""
+    """Shows a run from the text of its log, which may arrive in arbitrary pieces; unmarked lines are not shown."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.summary: dict[str, Any] | None = None
         self._quiet, self._rest = quiet, ""
         self._progress: Progress | None = None
-        self.others: list[str] = []  # the last lines that are not marked: what is of interest if the run fails
+        self.others: list[str] = []  # the last lines not shown, for when the run fails
 
     def feed(self, text: str) -> None:
-        """Shows what the next piece of the log tells. Raises the UserError or RunStopped with which the server has ended the run."""
+        """Shows the next piece of the log. Raises the UserError or RunStopped with which the server ended the run."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             self._line(line)
@@ -77,7 +77,7 @@ class ProgressFollower:
             self.others = [*self.others[-30:], line]
 
     def _shown(self, name: str, arguments: list[Any]) -> bool:
-        """Shows what a line tells. Returns False where it is nothing to show."""
+        """Replays the call of a line. Returns False if there is nothing to show."""
         if name == STARTED:
             self._progress = Progress(*arguments, quiet=self._quiet).__enter__()
         elif name == SUMMARY:

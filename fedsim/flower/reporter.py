@@ -1,4 +1,4 @@
-"""What a run reports: events in its folder, the journal for whoever audits it, and the display for whoever is waiting."""
+"""Reports a run: events in its folder, the journal for auditors, and the progress display."""
 
 import hashlib
 import json
@@ -27,15 +27,15 @@ from fedsim.unused import unused
 
 
 class Reporter:
-    """Reports what happens to the clients and in the rounds of one run. `tokens_per_pass` is the bound of passes last reported."""
+    """Reports the clients and rounds of one run. `tokens_per_pass` is the last reported bound on a pass."""
 
     def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
         self._session, self._config, self._folder, self._progress = session, session.config, folder, progress
-        self._reported_lengths: Counter[str] = Counter()  # of the lengths of examples
+        self._reported_lengths: Counter[str] = Counter()  # the part of `session.lengths` reported so far
         self.tokens_per_pass = session.budget.tokens
 
     def started(self, given: Config) -> None:
-        """Tells how a new run begins: the configuration as it was given, who holds what, and what is left out."""
+        """Records the start of a new run: the given configuration, each client's data, skipped rows and unused options."""
         self._folder.event("run_started", config=to_dict(given))
         self._folder.record("started", method=given.method.name, seed=given.seed, config_sha256=_sha256(given))
         self._folder.event("partition", holdings=self._session.holdings, skipped=self._session.data.skipped)
@@ -47,7 +47,7 @@ class Reporter:
             self._progress.note("no diagnosis of the rounds: it tells of single uploads, which are hidden")
 
     def membership(self, kind: str, **facts: Any) -> None:
-        """Tells that a client of a deployment has joined or left, is absent, or was refused for a reason."""
+        """Records that a client of a deployment joined, left, is absent, or was refused, and why."""
         self._folder.event(kind, **facts)
         self._folder.record(kind, **facts)
         if kind == "refused":
@@ -56,18 +56,18 @@ class Reporter:
             self._progress.note(f"{kind}: client {facts.get('client', facts.get('clients'))}")
 
     def gradients_requested(self, number: int, clients: Sequence[int], charged: Mapping[int, Mechanism], adapter_digest: str) -> None:
-        """Writes down, before anything leaves a client, who is asked for an initial gradient, and what that costs in privacy."""
+        """Records which clients are asked for an initial gradient and its privacy cost, before anything leaves a client."""
         self._folder.record("asked", round=number, what=GRADIENT, clients=clients)
         self._record_charge(GRADIENT, number, adapter_digest, charged)
 
     def training_requested(self, number: int, strategy: FedsimStrategy, adapter_digest: str) -> None:
-        """Writes down, before anything leaves a client, who is asked to train, and what that costs in privacy."""
+        """Records which clients are asked to train and the privacy cost, before anything leaves a client."""
         clients = [*strategy.participants(number), *strategy.asking.spares(number)]
         self._folder.record("asked", round=number, what=TRAINING, clients=clients, adapter_digest=adapter_digest)
         self._record_charge(TRAINING, number, adapter_digest, strategy.asking.charged(number))
 
     def charged_earlier(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Writes down what a run that goes on was charged for after the checkpoint that it goes on from."""
+        """Records what a resumed run had already been charged after its last checkpoint."""
         for line in lines:
             self._folder.record(CHARGED, **line)
 
@@ -76,13 +76,13 @@ class Reporter:
             self._folder.record(CHARGED, **charge_line(what, number, adapter_digest, mechanisms))
 
     def accepted(self, number: int, facts: RoundFacts) -> None:
-        """Writes down who is in the result, and who is not and why."""
+        """Records the clients in the result, and the missing ones with reasons."""
         self._folder.record("accepted", round=number, clients=facts.clients, num_examples=facts.num_examples)
         if facts.missing:
             self._folder.record("missing", round=number, clients=[each.to_json() for each in facts.missing])
 
     def gradients_received(self, number: int, facts: RoundFacts) -> None:
-        """Tells whose initial gradients are in the sum, and whose are not and why."""
+        """Reports the clients whose initial gradients are in the sum, and the missing ones with reasons."""
         self.accepted(number, facts)
         self._report_long_examples()
         if facts.secure:
@@ -92,7 +92,7 @@ class Reporter:
             self._progress.note(f"initial gradients: {missing_text(count_by_reason(facts.missing))}")
 
     def round_finished(self, state: State, facts: RoundFacts, before: Totals, wall_seconds: float) -> None:
-        """Tells what the round that led to this state came to; `before` is what the ledger held until then."""
+        """Reports the round that led to this state; `before` are the totals of the ledger at its start."""
         number, after = state.round, state.ledger.totals()
         report = _report(state, facts, {name: total - before[name] for name, total in after.items()}, wall_seconds)
         absent = [each.to_json() for each in facts.missing]
@@ -115,11 +115,11 @@ class Reporter:
 
     @contextmanager
     def show_passes(self, number: int, strategy: FedsimStrategy, grid: Grid) -> Iterator[None]:
-        """Shows the passes of workers in this process; workers elsewhere show theirs where they run."""
+        """Shows the progress of passes in this process; workers elsewhere show their own."""
         cohorts = [len(clients) for _, clients in strategy.cohorts(strategy.participants(number), grid)]
 
         def show(facts: PassFacts) -> None:
-            done = len(strategy.facts.clients)  # of the cohorts before this one
+            done = len(strategy.facts.clients)  # clients of earlier cohorts
             now = min(cohorts[0], sum(cohorts) - done)
             self._progress.step(facts.num_tokens, facts.loss, (done + now * facts.fraction) / sum(cohorts))
 
@@ -130,7 +130,7 @@ class Reporter:
             self._session.on_pass = lambda facts: None
 
     def _report_long_examples(self) -> None:
-        """Says of the examples that this process has read since it said so last how many it has left out or cut for their length."""
+        """Reports how many of the examples read in this process since the last report were left out or cut for their length."""
         new = self._session.lengths - self._reported_lengths
         outcomes = {"left out": "left out, whose response lies beyond", "cut": "cut"}
         what = [f"{new[name]:,} {words}" for name, words in outcomes.items() if new[name]]
@@ -141,7 +141,7 @@ class Reporter:
         self._reported_lengths = Counter(self._session.lengths)
 
     def _report_pass_limit(self, number: int) -> None:
-        """Says to what passes in this process were cut because memory ran out; the next checkpoint keeps it."""
+        """Reports a lower bound on passes after this process ran out of memory; the next checkpoint keeps it."""
         tokens = self._session.budget.tokens
         if tokens < self.tokens_per_pass:
             self._progress.note(f"out of memory: passes hold at most {tokens} tokens now, {self.tokens_per_pass} before")
@@ -150,7 +150,7 @@ class Reporter:
 
 
 def _report(state: State, facts: RoundFacts, moved: Totals, wall_seconds: float) -> dict[str, Any]:
-    """Returns what a round came to as a whole, for its event and for the display."""
+    """Returns the totals of a round, for its event and the display."""
     report = {
         "train_loss": facts.mean_loss,
         "tokens": facts.num_tokens,
@@ -166,7 +166,7 @@ def _report(state: State, facts: RoundFacts, moved: Totals, wall_seconds: float)
 
 
 def _optional_fields(facts: RoundFacts) -> dict[str, Any]:
-    """Returns what few rounds have to tell."""
+    """Returns the optional fields of a round's event."""
     attempts = facts.num_attempts if facts.num_attempts > 1 else 0
     told = {"num_attempts": attempts, "num_clipped": facts.num_clipped, "staleness": facts.staleness}
     return {name: value for name, value in told.items() if value}

@@ -1,4 +1,4 @@
-"""What a message to a worker asks, read without trust: a request is complete and makes sense, or it is refused before anything is done.
+"""Parses requests to a worker without trusting them: a request is complete and valid, or it is refused before any work starts.
 
 Raises ValueError, or UserError if the configuration is at fault, and nothing else, whatever the message holds.
 """
@@ -17,11 +17,11 @@ from fedsim.flower.records import numbers, whole_number, whole_numbers
 from fedsim.plain import from_text
 
 REQUEST, METRICS = "request", "metrics"
-"""Names of the record that every request holds, and of the one in a reply with what was counted and measured."""
+"""Names of the record in every request, and of the one in a reply with counts and measurements."""
 LIMIT = 2**31
 Value = TypeVar("Value")
 SETUP = "setup"
-"""In a request: the sum is no part of a round's training, so no simulated drop-out is due."""
+"""Key in a request for a sum outside a round's training, to which simulated drop-out does not apply."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,23 @@ class Request:
     config: Config
     clients: list[int]
     round: int
-    digests: dict[str, str]  # of the parts of the global state that it needs
-    accepted: dict[int, int]  # by client: the last round that its upload became part of
+    digests: dict[str, str]  # of the needed parts of the global state
+    accepted: dict[int, int]  # by client: the last round that used its upload
     samples: list[int]
     noise: list[float]
-    rates: list[float]  # at which the samples are drawn, where their sum is noised
+    rates: list[float]  # sampling rates, if the sum of gradients is noised
     clip_norm: float | None
-    tasks: list[str]  # whose test questions are to be answered
-    setup: bool  # it is no part of a round's training, so no simulated drop-out is due
+    tasks: list[str]  # to evaluate
+    setup: bool  # outside a round's training, so without simulated drop-out
     # with secure aggregation, in a request for uploads:
-    largest: int | None  # most examples that a client of the sum has
-    contributors: int | None  # clients of the sum
+    largest: int | None  # most examples of any client in the sum
+    contributors: int | None  # clients in the sum
     gradient_range: float | None
-    noise_multiplier: float | None  # of the sum, which the clients add with client-level privacy; never 0
+    noise_multiplier: float | None  # of the noise in the sum, added by the clients with client-level privacy; never 0
 
     @classmethod
     def of(cls, content: RecordDict) -> "Request":
-        """Returns the request that a message holds. Raises ValueError or UserError for anything else."""
+        """Returns the request in a message. Raises ValueError or UserError for anything else."""
         record = content.config_records.get(REQUEST)
         if record is None:
             raise ValueError(f"Expected a record {REQUEST!r}, got {sorted(content)[:5]!s:.100}.")
@@ -87,7 +87,7 @@ class Request:
 
 @lru_cache(maxsize=1)
 def _configuration(text: str) -> Config:
-    """Returns the checked configuration, which nobody changes; the messages of a run all hold the same."""
+    """Returns the checked configuration, which must not be modified; all messages of a run hold the same one."""
     config = from_text(text)
     check(config)
     return config
@@ -119,14 +119,14 @@ def _count(record: ConfigRecord, key: str, least: int, most: int) -> int | None:
 
 
 def needed(value: Value | None, key: str) -> Value:
-    """Returns the value that a request told under `key`. Raises ValueError where it told none."""
+    """Returns the value that a request gave under `key`. Raises ValueError if it gave none."""
     if value is None:
         raise ValueError(f"Expected {key!r} in the request, got none.")
     return value
 
 
 def text(record: ConfigRecord, key: str) -> str:
-    """Returns the text under `key`. Raises ValueError where there is something else."""
+    """Returns the text under `key`. Raises ValueError for anything else."""
     value = record.get(key)
     if not isinstance(value, str):
         raise ValueError(f"Expected {key!r} to be a text, got {value!r:.60}.")
@@ -134,7 +134,7 @@ def text(record: ConfigRecord, key: str) -> str:
 
 
 def words(record: ConfigRecord, key: str) -> list[str]:
-    """Returns the list of texts under `key`. Raises ValueError where there is something else."""
+    """Returns the list of texts under `key`. Raises ValueError for anything else."""
     value = record.get(key)
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise ValueError(f"Expected {key!r} to be a list of texts, got {value!r:.60}.")
@@ -142,7 +142,7 @@ def words(record: ConfigRecord, key: str) -> list[str]:
 
 
 def number_above_zero(record: ConfigRecord, key: str) -> float:
-    """Returns the finite number above 0 under `key`. Raises ValueError where there is something else."""
+    """Returns the finite number above 0 under `key`. Raises ValueError for anything else."""
     value = record.get(key)
     if not is_above_zero(value):
         raise ValueError(f"Expected {key!r} to be a number above 0, got {value!r:.60}.")
@@ -155,7 +155,7 @@ def is_above_zero(value: object) -> bool:
 
 
 def texts(record: ConfigRecord, key: str) -> dict[str, str]:
-    """Returns the JSON object of texts under `key`. Raises ValueError where there is something else."""
+    """Returns the JSON object of texts under `key`. Raises ValueError for anything else."""
     value = json_object(record, key)
     if not all(isinstance(each, str) for each in value.values()):
         raise ValueError(f"Expected {key!r} to be texts by name, got {value!r:.60}.")
@@ -163,7 +163,7 @@ def texts(record: ConfigRecord, key: str) -> dict[str, str]:
 
 
 def shapes(record: ConfigRecord, key: str) -> dict[str, tuple[int, ...]]:
-    """Returns the JSON object of shapes under `key`. Raises ValueError where there is something else."""
+    """Returns the JSON object of shapes under `key`. Raises ValueError for anything else."""
     value = json_object(record, key)
     if not all(isinstance(each, list) and all(type(side) is int and side > 0 for side in each) for each in value.values()):
         raise ValueError(f"Expected {key!r} to be shapes by name, got {value!r:.60}.")
@@ -171,7 +171,7 @@ def shapes(record: ConfigRecord, key: str) -> dict[str, tuple[int, ...]]:
 
 
 def json_object(record: ConfigRecord, key: str) -> dict[str, Any]:
-    """Returns the JSON object under `key`. Raises ValueError where there is something else."""
+    """Returns the JSON object under `key`. Raises ValueError for anything else."""
     try:
         value = json.loads(text(record, key))
     except RecursionError:

@@ -1,4 +1,4 @@
-"""The end of a run: the adapter in PEFT's files, tables and pictures, and the summary with which the run counts as finished."""
+"""Writes the results of a run: the adapter in PEFT's files, tables, pictures, and the summary that marks the run as finished."""
 
 from collections.abc import Iterator
 from hashlib import sha256
@@ -20,13 +20,13 @@ from fedsim.run_folder import RunFolder
 from fedsim.session import Session
 
 MEASURED = ("accuracy", "loss", "num_cut_off")
-"""What the summary tells of an evaluation; clients that answer with models of their own do not count what was cut off."""
+"""Fields of an evaluation in the summary; evaluations of personal models have no num_cut_off."""
 
 
 def write_results(session: Session, given: Config, state: State, memories: dict[str, Tensor], folder: RunFolder) -> dict[str, Any]:
-    """Writes all that a finished run leaves, summary.json last, and returns the summary.
+    """Writes all files of a finished run, summary.json last, and returns the summary.
 
-    `given` is the configuration before the method settled anything; `memories` are those of `fedsim.flower.state.memories_in`.
+    `given` is the configuration before the method changed it; `memories` come from `fedsim.flower.state.memories_in`.
     """
     hashes = {}
     for name, content in _adapter_files(session, state, memories):
@@ -48,12 +48,12 @@ def write_results(session: Session, given: Config, state: State, memories: dict[
     if state.privacy is not None:
         folder.write_bytes("privacy.png", privacy_png(events))
     folder.finish(summary)
-    (folder.folder / NOISE_KEY).unlink(missing_ok=True)  # nothing goes on from here, and with it the noise could be taken off
+    (folder.folder / NOISE_KEY).unlink(missing_ok=True)  # a finished run is never resumed, and the key would let the noise be removed
     return summary
 
 
 def _adapter_files(session: Session, state: State, memories: dict[str, Tensor]) -> Iterator[tuple[str, bytes]]:
-    """Yields name and content of PEFT's files: one adapter, or one folder for each client that has a personal one in this process."""
+    """Yields name and content of PEFT's files: one adapter, or one folder per client with a personal adapter in this process."""
     session.install_state(state.shared)
     model = session.config.model
     base_model = "fedsim/embedded" if model.path is None else source(model)

@@ -1,8 +1,8 @@
-"""A deployment's clients: which node each has, and whether it takes part.
+"""Maps the clients of a deployment to their nodes, and decides which take part.
 
-To Flower a node is a number that says nothing of who it is, so every new node is asked once; its answer names the client that it is
-(the partition-id of its SuperNode), how much data that client has, its fedsim and a digest of its base model. Where the server knows for
-which client a node's key was registered, a node is not believed to be another.
+Flower identifies a node only by a number, so every new node is asked once; it answers with its client (the partition-id of its
+SuperNode), that client's number of examples, its version of fedsim and a digest of its base model. If the server knows for which client
+a node's key was registered, the node cannot join as another.
 """
 
 import json
@@ -24,29 +24,29 @@ from fedsim.session import Session
 JOIN, MEMBER = "query.join", "member"
 POLL_SECONDS = 0.5
 NOBODY = -1
-"""In place of the client that a node is: one that says it is a client whose key is another's."""
+"""Stands for the client of a node that claims a client whose key belongs to another node."""
 
 Tell = Callable[..., None]
-"""Writes an event down: its kind, and facts by name."""
+"""Records an event: its kind, and facts by name."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """What a client says of itself when it joins."""
+    """What a client states about itself when it joins."""
 
     client: int
     num_examples: int
     base_digest: str
     version: str
-    shard: bool  # it trains on its shard of the experiment's data, as in a simulation; otherwise the data is its own
+    shard: bool  # it trains on its shard of the experiment's data, as in a simulation; otherwise on its own data
 
     def to_records(self) -> RecordDict:
-        """Returns the content of the answer."""
+        """Returns the content of the client's answer."""
         return RecordDict({MEMBER: ConfigRecord(asdict(self))})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> "Member":
-        """Returns what `to_records` was called on. Raises ValueError for anything else."""
+        """Inverts `to_records`. Raises ValueError for anything else."""
         record = content.config_records.get(MEMBER)
         kinds = {field.name: field.type for field in fields(cls)}
         if record is None or {name: type(value) for name, value in record.items()} != kinds or record["num_examples"] < 1:  # type: ignore[operator]
@@ -55,29 +55,29 @@ class Member:
 
 
 class Roster:
-    """Asks nodes to join and remembers who they are; a node that is gone, or comes back, is noticed before each round."""
+    """Asks nodes to join and tracks their clients; nodes that leave or return are noticed before each round."""
 
     def __init__(self, grid: Grid, config: Config, registered: Callable[[], Mapping[int, int]] = dict) -> None:
-        """`registered` returns the clients whose keys the SuperLink has admitted, by node: they are believed, not what a node says it is.
+        """`registered` returns, by node, the clients whose keys the SuperLink has admitted; it overrules what a node claims.
 
-        It is asked whenever nodes have answered; where it names neither a node nor the client that the node says it is, that is believed.
+        It is called whenever nodes have answered. If it names neither a node nor the client that the node claims, the claim is accepted.
         """
         self._grid, self._config, self._read_registered = grid, config, registered
-        self._registered: Mapping[int, int] = {}  # as it was read last
+        self._registered: Mapping[int, int] = {}  # as last read
         self._text = json.dumps(to_dict(config))
-        self._asked: dict[str, int] = {}  # nodes that have not answered yet, by message
+        self._asked: dict[str, int] = {}  # nodes that have not answered yet, by message id
         self._members: dict[int, Member] = {}  # by node
-        self._known: set[int] = set()  # nodes that were asked in their present stay
-        self._refused: dict[int, tuple[str, int | None]] = {}  # why a node does not take part, and the client that it is, if that is known
+        self._known: set[int] = set()  # connected nodes that have been asked
+        self._refused: dict[int, tuple[str, int | None]] = {}  # by node: the reason, and its client if known
         self._absent: list[int] = []
         self._tell: Tell = lambda kind, **facts: None
-        self._session: Session  # from `wait_for_clients` on
+        self._session: Session  # set by `wait_for_clients`
         self._mustered = False
 
     def wait_for_clients(self, session: Session, tell: Tell) -> None:
-        """Waits for the clients, `engine.wait_seconds` at most, and tells the session how much data those have that bring their own.
+        """Waits up to `engine.wait_seconds` for the clients, and gives the session the sizes of the data that clients bring.
 
-        Raises UserError if none is there to take part. Who comes later joins before the next round.
+        Raises UserError if no client can take part. Clients that connect later join before the next round.
         """
         self._tell, self._session = tell, session
         clients = range(self._config.federation.clients)
@@ -88,12 +88,12 @@ class Roster:
         self._hear()
 
     def begin_round(self) -> None:
-        """Notices who has come and gone, and tells the session how much data newcomers bring, before anything is planned or charged."""
+        """Updates the members, and gives the session the data sizes of new ones, before anything is planned or charged."""
         self._look()
         self._hear()
 
     def client_nodes(self, clients: Sequence[int]) -> dict[int, int]:
-        """Returns the node of each of the clients that are connected and take part; if there is none, some are waited for."""
+        """Returns the node of each of the clients that is connected and takes part; if none is, waits for one."""
         self._look()
         found = self._at_home(clients)
         if not found and clients:
@@ -105,7 +105,7 @@ class Roster:
         return found
 
     def _waited_for(self, clients: Sequence[int], at_least: int | None = None) -> dict[int, int]:
-        """Looks again and again until so many of the clients, or all, are there, nobody is left to come, or the time is up."""
+        """Polls until `at_least` of the clients (by default all) are connected, no more can join, or the wait time is over."""
         ends = time.monotonic() + self._config.engine.wait_seconds
         while True:
             self._look()
@@ -116,7 +116,7 @@ class Roster:
             time.sleep(POLL_SECONDS)
 
     def _to_come(self, missing: set[int]) -> bool:
-        """Whether any of these clients may still come: not where each was refused, as far as it is known who was."""
+        """Whether any of these clients may still join: not if each was refused, counting every unidentified refused node as one."""
         refused = [client for _, client in self._refused.values()]
         return len(missing.difference(refused)) > refused.count(None)
 
@@ -125,17 +125,17 @@ class Roster:
         return {client: nodes[client] for client in clients if client in nodes}
 
     def _planned_for(self, member: Member) -> bool:
-        """Whether the noise of this client was planned for as much data as it has; who comes in mid-round may have to wait for the next."""
+        """Whether the noise plan matches this client's data size; a client that joins in mid-round may have to wait for the next."""
         private = self._config.privacy.unit is PrivacyUnit.example and self._mustered
         return not private or self._heard_of(member)
 
     def _hear(self) -> None:
-        """Tells the session the sizes of data of the clients' own. Who brings too little for the privacy that is promised is refused."""
+        """Gives the session the data sizes of new members, and refuses those whose data is too small for the promised privacy."""
         self._mustered = True
         new = {node: member for node, member in self._members.items() if not self._heard_of(member)}
         if not new or self._unplannable(new.values()) is None:
             return
-        for node, member in new.items():  # whose fault it is; a plan takes seconds, so this is not where to begin
+        for node, member in new.items():  # finds those at fault, one by one only now because a plan takes seconds
             if (reason := self._unplannable([member])) is not None:
                 del self._members[node]
                 self._refuse(node, reason, member)
@@ -144,7 +144,7 @@ class Roster:
         return member.shard or self._session.own_data.get(member.client) == member.num_examples
 
     def _unplannable(self, members: Iterable[Member]) -> str | None:
-        """Tells the session the sizes of these. Returns None, or why no privacy can be planned for them, and then nothing is told."""
+        """Gives the session the data sizes of these members. Returns None, or why no privacy plan exists, and then undoes it."""
         before = self._session.own_data
         self._session.hear({**before, **{member.client: member.num_examples for member in members}})
         try:
@@ -155,7 +155,7 @@ class Roster:
         return None
 
     def _look(self) -> None:
-        """Forgets nodes that are gone, asks those that have come, and takes the answers that are there."""
+        """Forgets nodes that left, asks new ones to join, and handles the answers received so far."""
         present = set(self._grid.get_node_ids())
         for node in sorted(self._known - present):
             gone = self._members.pop(node, None)
@@ -165,7 +165,7 @@ class Roster:
         for node in sorted(present - self._known):
             request = RecordDict({REQUEST: ConfigRecord({"config": self._text})})
             for message_id in self._grid.push_messages([Message(request, node, JOIN)]):
-                if message_id:  # Flower's Grid gives none where a message could not be sent: it is asked at the next look
+                if message_id:  # Flower's Grid gives none if a message could not be sent: the next call tries again
                     self._asked[message_id] = node
                     self._known.add(node)
         self._known &= present
@@ -198,7 +198,7 @@ class Roster:
         self._tell("refused", node=str(node), reason=reason)
 
     def _unfit(self, node: int, member: Member) -> str | None:
-        """Returns why a client cannot take part, None if it can."""
+        """Returns the reason why a client cannot take part, None if it can."""
         most = self._config.federation.max_examples
         if member.version != fedsim.__version__:
             return f"client {member.client} runs fedsim {member.version:.20}, the server {fedsim.__version__}: install the same"

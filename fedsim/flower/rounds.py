@@ -1,4 +1,4 @@
-"""A round in progress: replies are taken in as they arrive, and every client that is not in the result is recorded with the reason."""
+"""A round in progress: consumes replies as they arrive, and records every client missing from the result with the reason."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -20,11 +20,11 @@ from fedsim.session import Session
 from fedsim.types import Adapter
 
 COMES_BACK = (Reason.timeout, Reason.died)
-"""Reasons for which asking a client again makes sense; one that has refused or was refused would only do the same again."""
+"""Reasons after which a client is asked again; one that refused or was refused would only do the same again."""
 
 
 class Round:
-    """Takes in replies until `wanted` clients are in the result."""
+    """Consumes replies until `wanted` clients are in the result."""
 
     def __init__(self, asking: Asking, server_round: int, wanted: int) -> None:
         self._asking, self._round, self._wanted = asking, server_round, wanted
@@ -32,11 +32,11 @@ class Round:
 
     @property
     def full(self) -> bool:
-        """Whether as many clients as wanted are in the result."""
+        """Whether the result has as many clients as wanted."""
         return len(self.facts.clients) >= self._wanted
 
     def take(self, replies: Iterable[tuple[Ask, Message | Failure]]) -> None:
-        """Takes replies in, one client at a time."""
+        """Consumes replies, one client at a time."""
         for ask, reply in replies:
             if isinstance(reply, Failure):
                 self._miss(ask.clients, reply.reason, reply.detail)
@@ -45,12 +45,12 @@ class Round:
                 self._use(ask, reply)
 
     def note_absent(self, asked: Sequence[int]) -> None:
-        """Records the clients to which no message could be sent, unless they are no longer waited for."""
+        """Records the asked clients without a reply or failure as missing, unless the round is full."""
         if not self.full:
             self.facts.miss_untold(asked, self._round)
 
     def asked_again(self) -> list[int]:
-        """Returns the clients that may yet reply, and takes them off the missing ones."""
+        """Returns the missing clients that may yet reply, and removes them from the missing ones."""
         back = [each for each in self.facts.missing if each.reason in COMES_BACK]
         self.facts.missing = [each for each in self.facts.missing if each not in back]
         return sorted(each.client for each in back)
@@ -63,9 +63,9 @@ class Round:
 
 
 class TrainingRound(Round):
-    """One round of training; weights are renormalised over the clients that are in its result.
+    """One round of training; weights are renormalised over the clients in its result.
 
-    `in_time` are those whose replies come in time on a simulated network; None without one.
+    `in_time` are the clients whose replies arrive in time on a simulated network; None without one.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class TrainingRound(Round):
 
 
 class GradientRound(Round):
-    """The sum of the clients' weight gradients, in float64, one client at a time."""
+    """Sums the clients' weight gradients in float64, one client at a time."""
 
     def __init__(self, session: Session, asking: Asking, charges: Charges, server_round: int, wanted: int) -> None:
         super().__init__(asking, server_round, wanted)
@@ -122,5 +122,5 @@ class GradientRound(Round):
         self._charges.up(self._round, client, Purpose.initial_gradient, size, record)
 
     def result(self) -> Adapter:
-        """Returns the sum in its parts, float32."""
+        """Returns the sum, split into its parts, as float32."""
         return self._layout.unpack(self._total.float())

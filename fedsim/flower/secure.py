@@ -1,11 +1,11 @@
-"""The server's side of secure aggregation over Flower messages: four stages, of which it keeps public keys, sealed shares and one sum.
+"""The server's side of secure aggregation over Flower messages: four stages, from which it keeps public keys, sealed shares and one sum.
 
-    query.secure_keys     who takes part: public keys and numbers of examples
-    query.secure_shares   the neighbours' public keys, for shares of each client's secrets, sealed for its neighbours
-    train...              the sealed shares besides the work's own request, for masked uploads, which are summed as they come
-    query.secure_unmask   who survived and who vanished, for shares of the survivors' own masks and of the vanished ones' keys
+    query.secure_keys     asks the participants for public keys and numbers of examples
+    query.secure_shares   sends the neighbours' public keys, for shares of each client's secrets, sealed for its neighbours
+    train...              sends the sealed shares along with the request for work, for masked uploads, which are summed on arrival
+    query.secure_unmask   sends the survivors and the vanished, for shares of the survivors' own masks and of the vanished ones' keys
 
-A client that does not respond at a stage is out. Below the threshold the sum is given up: `SumRefused`.
+A client that does not respond at a stage is out. Below the threshold the sum is abandoned: `SumRefused`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,18 +47,18 @@ from fedsim.flower.worker import client_key
 Cohorts = Sequence[tuple[int, list[int]]]
 """Node and clients of each message; the same in all stages, because a client's secrets stay at its node."""
 Work = Callable[[list[int], dict[str, Any]], RecordDict]
-"""Makes the request for uploads of some clients, with what secure aggregation tells them besides."""
+"""Makes the request for uploads of some clients, with additional fields for secure aggregation."""
 
 
 class SumRefused(RunStopped):
-    """Too few clients were left for a sum that shows no single one."""
+    """Too few clients were left for a sum that reveals no single one."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is summed: `parameters` numbers of its quantizer, and counters after them."""
+    """What is summed: `parameters` numbers of the quantizer, followed by counters."""
 
-    kind: str  # of the message that asks for an upload
+    kind: str  # type of the message that asks for an upload
     purpose: Purpose
     quantizer: Quantizer
     parameters: int
@@ -73,7 +73,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Summed:
-    """A sum over the survivors, in the order of arrival, as integers of the quantizer."""
+    """A sum over the survivors as integers of the quantizer; `survivors` are in the order of arrival."""
 
     values: NDArray[np.int64]
     survivors: list[int]
@@ -82,7 +82,7 @@ class Summed:
 
 @dataclass
 class Protocol:
-    """The four stages over some clients: those in `cohorts` are asked, the others in `clients` count as not responding."""
+    """Runs the four stages over some clients: those in `cohorts` are asked, the others in `clients` count as not responding."""
 
     config: Config
     server_round: int
@@ -92,7 +92,7 @@ class Protocol:
     request: Callable[..., ConfigRecord]  # of (clients, **told)
     charges: Charges
     check_num_examples: Callable[[int, int], None]  # of (client, count); raises ValueError
-    came: Callable[[int], None] = lambda client: None  # is told whose upload has come
+    came: Callable[[int], None] = lambda client: None  # called with each client whose upload arrived
     told: dict[str, Any] = field(default_factory=dict)  # in every request
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class Protocol:
         self._counted: dict[str, Any] = {}
 
     def carry_out(self, wanted: Wanted) -> Summed:
-        """Returns the sum of what the clients answer. Raises SumRefused if fewer than the threshold stay to the end."""
+        """Returns the sum of the clients' uploads. Raises SumRefused if fewer than the threshold stay to the end."""
         self._counted = {"step": wanted.quantizer.step, "modulus_bits": 8 * wanted.quantizer.width}
         publics, counts = self._keys()
         self._check(Stage.keys, publics, publics)
@@ -121,11 +121,11 @@ class Protocol:
         return Summed(wanted.quantizer.signed(found), total.survivors, counts)
 
     def count(self, **counts: int) -> None:
-        """Adds what the sum told to the facts."""
+        """Adds counts derived from the sum to the facts."""
         self._counted |= counts
 
     def facts(self) -> dict[str, Any]:
-        """Returns log facts: how many took part and had to stay, who dropped out before which stage, and the numbers of the grid."""
+        """Returns log facts: numbers of participants and of clients needed, the stage each vanished client missed, the quantizer's grid."""
         vanished: dict[str, str] = {}
         left = set(self.clients)
         for stage, here in self._heard.items():
@@ -134,7 +134,7 @@ class Protocol:
         return {"participants": len(self.clients), "needed": self._needed, "vanished": vanished, **self._counted}
 
     def missing(self) -> list[Missing]:
-        """Returns the clients that are not in the sum, with the reason; after a refusal, those that did not respond."""
+        """Returns the clients missing from the sum, with reasons; after a refusal, those that did not respond."""
         stages = {int(client): name for client, name in self.facts()["vanished"].items() if name != Stage.unmasking.name}
         asked = {client for _, clients in self.cohorts for client in clients}
         found = []
@@ -227,7 +227,7 @@ class Protocol:
         content: Callable[[list[int]], dict[str, Any]],
         take: Callable[[int, Message], None],
     ) -> None:
-        """Asks those of the clients that are left, each at its node, and takes in what comes of whom; what does not fit is not heard."""
+        """Asks the clients in `left` at their nodes and calls `take` for each that answers; an invalid answer counts as a failure."""
         here = set(left)
 
         def asks() -> Iterator[Ask]:
@@ -264,7 +264,7 @@ class Protocol:
         return arrays
 
     def _read(self, client: int, purpose: Purpose, record: ArrayRecord, shapes: Shapes) -> dict[str, Tensor]:
-        """Returns the arrays of a record; what cannot be read is charged as bytes. Raises ValueError."""
+        """Returns the arrays of a record. Raises ValueError for an unreadable one, after charging its bytes."""
         try:
             return arrays_from_record(record, shapes)
         except ValueError:
@@ -272,7 +272,7 @@ class Protocol:
             raise
 
     def _num_examples(self, client: int, metrics: MetricRecord) -> int:
-        """Raises KeyError or ValueError for a number that is not there, or not to be believed: the largest scales everybody's weight."""
+        """Raises KeyError or ValueError if the number is missing or implausible: the largest number scales every client's weight."""
         columns = whole_numbers(metrics, "clients"), whole_numbers(metrics, "num_examples")
         count = dict(zip(*columns, strict=True))[client]
         self.check_num_examples(client, count)

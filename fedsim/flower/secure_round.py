@@ -1,4 +1,4 @@
-"""A round's mean, and the sum of the initial gradients, out of secure sums."""
+"""Computes a round's mean, and the sum of the initial gradients, from secure sums."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from fedsim.flower.worker import INITIAL_GRADIENT, TRAIN
 from fedsim.session import Session
 
 ROOM_FOR_NOISE = 8
-"""Standard deviations of the noise of private initial gradients that their grid has room for."""
+"""Standard deviations of the noise of private initial gradients that fit within their grid."""
 
 
 @dataclass(frozen=True)
 class SecureRound:
-    """What the server knows after a round; lists are of the survivors, in the order of arrival."""
+    """What the server learns from a round; lists are over the survivors, in the order of arrival."""
 
     mean: Tensor  # [parameters] weighted mean of the survivors' factors
     clients: list[int]
     num_examples: list[int]
     weights: list[float]
-    mean_loss: float  # nan where it is withheld
+    mean_loss: float  # nan if withheld
     num_tokens: int
 
 
@@ -55,9 +55,9 @@ def secure_round(session: Session, state: GlobalState, protocol: Protocol, work:
 
 
 def secure_gradients(session: Session, protocol: Protocol, work: Work, noise: float) -> Tensor:
-    """Returns the flat sum of the clients' initial gradients [parameters] float64; `noise` is the largest deviation of their noise.
+    """Returns the flat sum of the clients' initial gradients, [parameters] in float64. Raises SumRefused.
 
-    Raises SumRefused.
+    `noise` is the largest standard deviation of their noise.
     """
     reach = max(session.config.secure.gradient_range, ROOM_FOR_NOISE * noise)
     protocol.told = {SETUP: True, "gradient_range": reach}

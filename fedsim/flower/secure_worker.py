@@ -1,7 +1,7 @@
-"""A client's side of secure aggregation over Flower messages: keys, shares, a masked upload, unmasking.
+"""The client's side of secure aggregation over Flower messages: keys, shares, a masked upload, unmasking.
 
-Every client is a party of its own also where one worker holds a cohort: its secrets lie in a record of its own in the Context of its
-node (which a client's worker keeps in its owner's folder), never in a message or a checkpoint, and are gone after the unmasking.
+Every client is its own party even if one worker holds a cohort: its secrets are in its own record in the Context of its node (which
+a client's worker keeps in its owner's folder), never in a message or a checkpoint, and are deleted after the unmasking.
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from fedsim.seeding import numpy_generator
 from fedsim.session import Session
 
 KEYS, SHARES, UNMASK = "query.secure_keys", "query.secure_shares", "query.secure_unmask"
-"""Types of the messages of the protocol, besides the one that asks for uploads."""
+"""Message types of the protocol, except the one that asks for uploads."""
 
 
 def secure_key(client: int) -> str:
-    """Returns the name of a client's record of the protocol, both ways."""
+    """Returns the name of a client's protocol record in requests and replies."""
     return f"secure-{client}"
 
 
 def party_key(client: int) -> str:
-    """Returns the name of the record of a client's secrets in the state of its node's Context."""
+    """Returns the name of the record with a client's secrets in the state of its node's Context."""
     return f"party-{client}"
 
 
 def keys(session: Session, request: Request, message: Message, context: Context) -> Message:
-    """Makes each named client's keys of the round and returns the public ones, with its number of examples."""
+    """Makes each named client's keys for the round and returns the public ones with its number of examples."""
     clients = present(session, request, Stage.keys)
     content = RecordDict()
     for client in clients:
@@ -56,7 +56,7 @@ def keys(session: Session, request: Request, message: Message, context: Context)
 
 
 def shares(session: Session, request: Request, message: Message, context: Context) -> Message:
-    """Returns each client's shares of its secrets, sealed for the neighbours whose keys came."""
+    """Returns each client's shares of its secrets, sealed for the neighbours whose keys arrived."""
     thresholds = dict(zip(request.clients, whole_numbers(request.record, "thresholds"), strict=True))
     content = RecordDict()
     for client in present(session, request, Stage.shares):
@@ -77,8 +77,8 @@ def shares(session: Session, request: Request, message: Message, context: Contex
 
 
 def take_shares(request: Request, message: Message, context: Context) -> None:
-    """Keeps the sealed shares that a request for uploads brings."""
-    records = message.content.array_records  # made anew by Flower at each look
+    """Stores the sealed shares in a request for uploads."""
+    records = message.content.array_records  # rebuilt by Flower on each access
     for client in request.clients:
         record = records.get(secure_key(client))
         if record is not None:
@@ -90,7 +90,7 @@ def take_shares(request: Request, message: Message, context: Context) -> None:
 
 
 def masked(context: Context, client: int, quantizer: Quantizer, integers: NDArray[np.int64]) -> ArrayRecord:
-    """Returns the record of a client's masked integers: all that leaves it of its values."""
+    """Returns the record of a client's masked integers, the only form in which its values leave it."""
     party = _party(context, client)
     sent = party.masked(residues(integers))
     _keep(context, party)
@@ -100,7 +100,7 @@ def masked(context: Context, client: int, quantizer: Quantizer, integers: NDArra
 def unmask(session: Session, request: Request, message: Message, context: Context) -> Message:
     """Returns each client's shares of the survivors' seeds and the vanished ones' masking keys, in that order, and forgets the round.
 
-    Raises ValueError where the client has helped to unmask the sum of this round before, and of others.
+    Raises ValueError if the client already helped to unmask a sum of this round over other survivors.
     """
     content = RecordDict()
     for client in present(session, request, Stage.unmasking):
@@ -114,9 +114,9 @@ def unmask(session: Session, request: Request, message: Message, context: Contex
 
 
 def _unmask_once(context: Context, client: int, what: str, survivors: Sequence[int]) -> None:
-    """Raises ValueError for a second sum of the same round over others.
+    """Raises ValueError for a second sum of the same round over other survivors.
 
-    A round that is done again, by a server that was resumed, has mostly the same uploads: two sums would differ by those of single clients.
+    A round repeated by a resumed server has mostly the same uploads: two sums would differ by those of single clients.
     """
     key, digest = f"unmasked-{client}", hashlib.sha256(repr(sorted(survivors)).encode()).hexdigest()[:32]
     kept = context.state.config_records.get(key, ConfigRecord())
@@ -129,12 +129,12 @@ def _unmask_once(context: Context, client: int, what: str, survivors: Sequence[i
 
 
 def present(session: Session, request: Request, stage: Stage) -> list[int]:
-    """Returns those of the named clients that are still there, by the simulation's coins."""
+    """Returns the named clients that respond at this stage, by the simulated drop-out."""
     return request.clients if request.setup else heard(session.config, request.round, request.clients, stage, session.dropouts)
 
 
 def check_upload(config: Config, request: Request) -> None:
-    """Raises ValueError for a request that lacks what a masked upload takes, before anything is trained for it."""
+    """Raises ValueError if the request lacks a field that a masked upload needs; called before training."""
     if not config.privacy.secure_aggregation:
         return
     needed(request.contributors, "contributors")
@@ -146,14 +146,14 @@ def check_upload(config: Config, request: Request) -> None:
 
 
 def check_gradient(config: Config, request: Request) -> None:
-    """The same for a masked initial gradient."""
+    """Raises ValueError if the request lacks a field that a masked initial gradient needs."""
     if config.privacy.secure_aggregation:
         needed(request.contributors, "contributors")
         needed(request.gradient_range, "gradient_range")
 
 
 def weight_of(session: Session, request: Request, client: int) -> float:
-    """Returns the client's weight in the sum, 1 for the largest. Raises ValueError if the server knows of no client that is as large."""
+    """Returns the client's weight in the sum, 1 for the largest. Raises ValueError if the client exceeds the server's largest count."""
     if session.config.federation.weighting is Weighting.uniform:
         return 1.0
     own, largest = len(session.client_data(client).examples), needed(request.largest, "largest")
@@ -169,9 +169,9 @@ def rounding_generator(session: Session, request: Request, client: int) -> np.ra
 
 
 def masked_update(session: Session, request: Request, context: Context, reply: ClientReply) -> ArrayRecord:
-    """Returns the masked change of a client's factors, weighted, with its counters: clipped entries, tokens, and loss times examples.
+    """Returns the masked, weighted change of a client's factors with its counters: clipped entries, tokens, and loss times examples.
 
-    With client-level privacy it is the clipped change with the client's part of the noise, and no counters.
+    With client-level privacy it is the clipped change plus the client's share of the noise, without counters.
     """
     client, clients = reply.result.client, needed(request.contributors, "contributors")
     kinds = session.method.uploaded(request.round)
@@ -202,7 +202,7 @@ def masked_gradient(session: Session, request: Request, context: Context, client
 
 
 def with_counters(quantizer: Quantizer, values: NDArray[np.int64], counters: Sequence[float]) -> NDArray[np.int64]:
-    """Returns the integers with counters as digits at their end."""
+    """Returns the integers with the counters' digits appended."""
     return np.concatenate([values, *(quantizer.counter(count) for count in counters)])
 
 
@@ -220,7 +220,7 @@ def _keep(context: Context, party: Party) -> None:
 
 
 def _party(context: Context, client: int) -> Party:
-    """Raises ValueError where this client has no round under way here."""
+    """Returns the stored party. Raises ValueError if this client has no round under way at this worker."""
     record = context.state.config_records.get(party_key(client))
     if record is None:
         raise ValueError(f"Expected a round of secure aggregation under way for client {client}, got none at this worker.")

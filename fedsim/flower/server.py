@@ -1,8 +1,8 @@
-"""The server: sets up a run, carries out its rounds over any Flower Grid, evaluates, and leaves a checkpoint after each step.
+"""The server: sets up a run, carries out its rounds over any Flower Grid, evaluates, and saves checkpoints.
 
 Mistakes in options, paths, shapes and the run folder are found before model and data are loaded, and most others before the folder is made;
-one that is found later, but before the first checkpoint, leaves no folder behind. The state is a value that a checkpoint holds whole, so a
-run that was killed at any moment continues from the last checkpoint and ends with the same adapter, bit for bit.
+one found later, but before the first checkpoint, leaves no folder behind. A checkpoint holds the whole state, so a run that was killed
+at any moment continues from the last checkpoint and ends with the same adapter, bit for bit.
 """
 
 import errno
@@ -53,9 +53,9 @@ from fedsim.training.evaluation import evaluate
 from fedsim.types import Adapter
 
 SOONEST_SECONDS = 0.025
-"""Least time between checkpoints of a simulation: one costs milliseconds, a third of a round in which little else is done."""
+"""Least time between checkpoints of a simulation: one takes milliseconds, up to a third of a very short round."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Errors of the system that say that nothing more can be written."""
+"""System errors that mean that nothing more can be written."""
 
 
 def serve(
@@ -67,15 +67,15 @@ def serve(
     quiet: bool = False,
     display: Callable[..., Progress] = Progress,
 ) -> dict[str, Any]:
-    """Carries the experiment out and returns its summary, also written to summary.json.
+    """Runs the experiment and returns its summary, also written to summary.json.
 
-    `contexts` are those of the nodes in this process, by node: what clients keep there goes into the checkpoints.
-    `roster` knows the clients' own nodes in a deployment; `display` shows how the run goes, and `quiet` shows nothing.
+    `contexts` are those of the nodes in this process, by node: client state in them goes into the checkpoints. `roster` maps the clients
+    of a deployment to their nodes; `display` makes the progress display, which `quiet` silences.
 
-    Raises UserError for what the user can mend, and RunStopped for a run that cannot go on now. A KeyboardInterrupt is raised again with
-    the run folder as its argument. The last checkpoint there stays for `resume=true`.
+    Raises UserError for mistakes the user can fix, and RunStopped if the run cannot continue now. A KeyboardInterrupt is raised again
+    with the run folder as its argument. The last checkpoint in the folder stays for `resume=true`.
     """
-    check(config)  # says what is wrong before seconds are spent on loading
+    check(config)  # before seconds are spent on loading
     occupancy.check(config)
     evaluations = [number for number in range(config.federation.rounds + 1) if _evaluated_after(number, config)]
     with display(config.federation.rounds, evaluations, quiet=quiet) as progress:
@@ -84,7 +84,7 @@ def serve(
         with _room_told(config), RunFolder.open(config) as folder:
             if folder.finished_summary is not None:
                 progress.note(f"{folder.folder} holds a finished run: nothing is left to do")
-                summary = folder.finished_summary | {"run_dir": str(folder.folder)}  # it may have been moved since
+                summary = folder.finished_summary | {"run_dir": str(folder.folder)}  # the folder may have been moved
             else:
                 summary = Run(session, config, grid, contexts or {}, roster, folder, progress).carry_out()
     if not quiet:
@@ -94,7 +94,7 @@ def serve(
 
 @contextmanager
 def _room_told(config: Config) -> Iterator[None]:
-    """Turns a disk without room into RunStopped."""
+    """Turns an OSError of `NO_ROOM` into RunStopped."""
     try:
         yield
     except OSError as error:
@@ -107,7 +107,7 @@ def _room_told(config: Config) -> Iterator[None]:
 
 
 class Run:
-    """One run under way."""
+    """One run in progress."""
 
     def __init__(
         self,
@@ -122,13 +122,13 @@ class Run:
         self._session, self._config, self._grid, self._contexts, self._roster = session, session.config, grid, contexts, roster
         self._given, self._folder, self._progress = config, folder, progress
         self._reporter = Reporter(session, folder, progress)
-        # only clients of a deployment outlive their server, and noise that the server adds has not left it before a checkpoint
+        # only clients of a deployment outlive their server, and an update with the server's noise is not released before a checkpoint
         may_have_answered = roster is not None and not server_adds_noise(session.config)
-        self._saved = -math.inf  # when the last checkpoint was left
+        self._saved = -math.inf  # time of the last checkpoint
         self._in_flight = InFlight(folder.superseded if may_have_answered else ())
 
     def carry_out(self) -> dict[str, Any]:
-        """Goes from the last checkpoint, or from the beginning, to the summary."""
+        """Runs from the last checkpoint, or from the beginning, to the summary."""
         try:
             self._session.noise_key = self._noise_key()
             self._wait_for_clients()
@@ -141,7 +141,7 @@ class Run:
                     return self._finish(state)
                 self._next_round(state, strategy)
         except KeyboardInterrupt:
-            with suppress(OSError):  # no room for it: that it was stopped is what matters
+            with suppress(OSError):  # a full disk must not hide the interruption
                 self._folder.event("interrupted")
             raise KeyboardInterrupt(str(self._folder.folder)) from None
         except torch.OutOfMemoryError as error:
@@ -156,7 +156,7 @@ class Run:
         return FedsimStrategy(self._session, self._given, ledger, shared, privacy, client_nodes, self._in_flight)
 
     def _noise_key(self) -> NoiseKey:
-        """Returns that of the server's noise and coins; a secret one lies in the run folder, so that a resumed run draws the same again."""
+        """Returns the key of the server's noise and coins; a secret one is stored in the run folder, so that a resumed run draws the same."""
         options = self._config.privacy
         if options.unit is PrivacyUnit.none or (options.noise is NoiseSource.seed and self._roster is None):
             return NoiseKey.of_seed(self._config.seed)
@@ -165,7 +165,7 @@ class Run:
     # ---- setting up
 
     def _wait_for_clients(self) -> None:
-        """In a deployment, waits for the clients; what they or the server say against it is told."""
+        """In a deployment, waits for the clients; joins and refusals are reported."""
         if self._roster is None:
             return
         self._progress.phase(f"waiting for {plural(self._config.federation.clients, 'client')}")
@@ -177,7 +177,7 @@ class Run:
         begun = time.perf_counter()
         ledger, privacy = CommunicationLedger(), self._privacy_ledger()
         zeros = zero(self._session.spec, {}, 0)
-        self._session.install_folded({}, "")  # an earlier run in this process may have left something there
+        self._session.install_folded({}, "")  # an earlier run in this process may have left increments
         self._session.budget = self._session.new_budget()
         shared = self._session.initial_state(self._session.derived_factors(1) or zeros)
         missing: Sequence[Missing] = ()
@@ -197,11 +197,11 @@ class Run:
     @property
     def _init(self) -> Init:
         init = self._config.adapter.init
-        assert init is not None  # `fedsim.effective` has settled it
+        assert init is not None  # set by `fedsim.effective`
         return init
 
     def _privacy_ledger(self) -> PrivacyLedger | None:
-        """Returns the empty ledger of a private run, None where nothing is claimed."""
+        """Returns a private run's new ledger, charged only with what is in flight; None if no privacy is claimed."""
         options, plan = self._config.privacy, self._session.privacy_plan
         if not plan:
             return None
@@ -215,7 +215,7 @@ class Run:
     def _factors_from_gradients(
         self, shared: GlobalState, ledger: CommunicationLedger, privacy: PrivacyLedger | None, number: int
     ) -> tuple[Adapter, Sequence[Missing]]:
-        """Returns B, R, A from the gradients at the present base weights, with what that moved in the ledger, and whose are missing."""
+        """Returns B, R and A from the gradients at the present base weights, charged to the ledgers, and the missing clients."""
         session = self._session
         session.install_state(shared, needed_for_gradients(shared.exchange))
         missing: Sequence[Missing] = ()
@@ -236,7 +236,7 @@ class Run:
         return gradients
 
     def _refresh(self, state: State) -> None:
-        """Adds B R A to the base weights and computes new bases; clients that hold B and A need no more than R for it."""
+        """Adds B R A to the base weights and computes new bases; clients that hold B and A need only R for it."""
         self._progress.phase(f"new bases after round {state.round}")
         shared, number, before, num_transfers = state.shared, state.round, state.ledger.totals(), len(state.ledger)
         shared.fold(self._session.spec.pick(shared.factors, ("R",)), number, builds_on=("B", "A"))
@@ -275,7 +275,7 @@ class Run:
         return state
 
     def _save(self, state: State) -> None:
-        """Leaves a checkpoint, unless a simulation has left one a moment ago: what a kill may cost is that moment."""
+        """Saves a checkpoint, unless a simulation saved one a moment ago: a kill may cost that moment."""
         now, last = time.monotonic(), state.round == self._config.federation.rounds
         if self._roster is None and not last and now - self._saved < SOONEST_SECONDS:
             return
@@ -285,9 +285,9 @@ class Run:
         self._folder.save_checkpoint(checkpoint.round, checkpoint.tensors, checkpoint.state, checkpoint.bases)
 
     def _settle_if_deployed(self) -> None:
-        """Before clients on machines of their own are asked, makes durable what they were asked and charged, and the state that it is for.
+        """In a deployment, makes the requests, their charges and the state they are for durable, before clients are asked.
 
-        So none is ever more than a round ahead of what is durable here.
+        So no client is ever more than one round ahead of what is durable here.
         """
         if self._roster is not None:
             self._folder.settle_all()
@@ -319,7 +319,7 @@ class Run:
     # ---- evaluation
 
     def _evaluate_if_due(self, state: State) -> None:
-        """Evaluates the base model (round 0), every k-th round and the last, unless that has been done before an interruption."""
+        """Evaluates the base model (round 0), every k-th round and the last, unless already done before an interruption."""
         if not _evaluated_after(state.round, self._config) or state.round in state.evaluations:
             return
         begun = time.perf_counter()
@@ -350,7 +350,7 @@ class Run:
         return tasks
 
     def _evaluate_personally(self, state: State) -> dict[str, dict[str, Any]]:
-        """Every client answers its share of the questions with its own model."""
+        """Has every client answer its share of the questions with its own model."""
         self._progress.phase(f"evaluating the clients' own models after round {state.round}")
         return self._strategy(state.shared, state.ledger, None).personal_evaluation(state.round, self._grid)
 

@@ -1,6 +1,6 @@
-"""The simulated network: how long a client takes for a round, from the bytes that it will be charged and the tokens that it trains on.
+"""The simulated network: a client's time for a round, from the bytes it will be charged and the tokens it trains on.
 
-All of it is known before anybody is asked, so who is late does not depend on the order in which the simulation trains the clients.
+All times are known before any client is asked, so who is late does not depend on the order in which the simulation trains the clients.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ from fedsim.training.batches import local_batches
 
 
 def set_up_seconds(links: Sequence[Link] | None, rows: Iterable[dict[str, Any]]) -> float:
-    """Returns what the slowest client takes for the transfers in these rows of the ledger, by which a run is set up; 0 without links."""
+    """Returns the slowest client's time for the set-up transfers in these rows of the ledger; 0 without links."""
     moved: dict[int, dict[str, int]] = {}
     for row in rows if links else ():
         sums = moved.setdefault(row["client"], {each.name: 0 for each in Direction})
@@ -30,28 +30,28 @@ def set_up_seconds(links: Sequence[Link] | None, rows: Iterable[dict[str, Any]])
 
 
 class Simulation:
-    """Clients with links."""
+    """Simulates the times of clients with links."""
 
     def __init__(self, session: Session, state: GlobalState, charges: Charges, links: Sequence[Link]) -> None:
         self._session, self._config, self._state, self._charges, self._links = session, session.config, state, charges, links
         self._peeked: tuple[int, Flush, Queue] | None = None
 
     def seconds(self, server_round: int, client: int) -> float:
-        """Returns the time from the server's message to the client's reply in a round that begins now."""
+        """Returns the seconds from the server's message to the client's reply in a round that begins now."""
         down, up = self._charges.bytes_down(client), self._charges.bytes_up(server_round, client)
         return self._links[client].seconds(down, self._tokens(server_round, client), up)
 
     def stays(self, server_round: int, client: int) -> bool:
-        """Whether the client is still there at the end of the round."""
+        """Whether the client does not drop out in the round."""
         return vanishes(self._config, server_round, client, self._session.dropouts) is None
 
     def ending(self, server_round: int, asked: Sequence[int], wanted: int, least: int) -> Ending:
-        """Returns the end of a synchronous round of the clients that are asked."""
+        """Returns when a synchronous round over the asked clients ends, and whose replies arrive by then."""
         seconds = {client: self.seconds(server_round, client) for client in asked if self.stays(server_round, client)}
         return ending(seconds, wanted, least, self._config.federation.deadline)
 
     def flush(self, server_round: int) -> tuple[Flush, Queue]:
-        """Returns what happens until the next flush of the buffer, and the queue after it. Changes nothing."""
+        """Returns the events up to the next flush of the buffer, and the queue after it. Changes nothing."""
         if self._peeked is None or self._peeked[0] != server_round:
             federation, queue = self._config.federation, deepcopy(self._state.buffer.queue)
             flush = advance(
@@ -68,7 +68,7 @@ class Simulation:
         return self._peeked[1:]
 
     def _tokens(self, server_round: int, client: int) -> float:
-        """Returns the tokens of a client's local steps; with privacy, where that is withheld, those of full batches of the longest."""
+        """Returns the tokens of a client's local steps; with privacy, which withholds them, those of full batches of longest examples."""
         training, lengths = self._config.training, self._session.client_data(client).lengths
         if self._config.privacy.unit is not PrivacyUnit.none:
             batch = min(len(lengths), training.batch_size * training.accumulation)

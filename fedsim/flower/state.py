@@ -1,6 +1,6 @@
-"""The whole state of a run, and how a checkpoint holds it: tensors by the part that they belong to, all else as plain values.
+"""The whole state of a run, and its form in a checkpoint: tensors grouped by part, everything else as plain values.
 
-What clients in this process keep for themselves lies in the Contexts of their nodes, and in the checkpoint beside the server's state.
+Local state of clients in this process is in the Contexts of their nodes, and in the checkpoint next to the server's state.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ from fedsim.session import Session
 
 FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY = "factor", "folded", "increment", "moment", "control", "memory"
 BUFFER = "buffer"
-"""First parts of the names of tensors in a checkpoint."""
+"""Prefixes of tensor names in a checkpoint."""
 
 FORMAT = 2
-"""Of a checkpoint's facts: another one cannot be read."""
+"""Format of a checkpoint's facts; no other format can be read."""
 
 
 @dataclass
@@ -42,12 +42,12 @@ class State:
     privacy: PrivacyLedger | None = None
     evaluations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
     num_tokens: int = 0
-    missing: dict[str, int] = field(default_factory=dict)  # replies that were asked for and did not count, by reason
-    wall_seconds: float = 0.0  # of training: messages, local training and aggregation
-    simulated_seconds: float = 0.0  # of everything, on a simulated network
+    missing: dict[str, int] = field(default_factory=dict)  # requested replies that did not count, by reason
+    wall_seconds: float = 0.0  # of rounds: messages, local training and aggregation
+    simulated_seconds: float = 0.0  # of the whole run, on a simulated network
 
     def count(self, facts: RoundFacts, wall_seconds: float) -> None:
-        """Adds up what the next round came to, of which `shared` and the ledgers hold the rest already."""
+        """Adds the totals of the next round; `shared` and the ledgers hold the rest already."""
         self.round += 1
         self.num_tokens += facts.num_tokens
         self.wall_seconds += wall_seconds
@@ -55,16 +55,16 @@ class State:
         self.count_missing(facts.missing)
 
     def count_missing(self, missing: Iterable[Missing]) -> None:
-        """Adds up replies that were asked for and did not count."""
+        """Adds requested replies that did not count."""
         self.missing = dict(Counter(self.missing) + Counter(count_by_reason(missing)))
 
 
 def checkpoint_of(
     state: State, memories: dict[str, Tensor], tokens_per_pass: int, moving: Collection[str], labels: Sequence[str]
 ) -> Checkpoint:
-    """Returns what `restored` needs to give this state again; `memories` are those of `memories_in`.
+    """Returns the checkpoint from which `restored` recovers this state; `memories` come from `memories_in`.
 
-    `moving` are the kinds of factors that differ from round to round; `labels` those of the data, where it is classified.
+    `moving` are the kinds of factors that change between rounds; `labels` are the data's, if it is classified.
     """
     shared, exchange = state.shared, state.shared.exchange
     facts = {
@@ -102,7 +102,7 @@ def checkpoint_of(
 
 
 def _bases(shared: GlobalState, moving: Collection[str]) -> Bases:
-    """Names the factors that do not differ from round to round."""
+    """Returns the names and digest of the factors that do not change between rounds."""
     kinds = [kind for kind in shared.spec.kinds if kind not in moving]
     text = " ".join(f"{kind} {shared.digest(kind)}" for kind in kinds)
     names = frozenset(f"{FACTOR}/{name}" for name in shared.spec.pick(shared.factors, kinds))
@@ -110,10 +110,10 @@ def _bases(shared: GlobalState, moving: Collection[str]) -> Bases:
 
 
 def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Context]) -> State:
-    """Returns the state of a checkpoint, and puts what clients in this process keep for themselves back into their nodes' Contexts.
+    """Returns the state of a checkpoint, and puts the local state of clients in this process back into their nodes' Contexts.
 
-    Raises UserError for the checkpoint of another version and where the data has other labels than then, and ValueError if the factors
-    are not those of which it holds the digest.
+    Raises UserError for a checkpoint of another format, if the data's labels have changed, or if clients' local state has no Context to
+    go to, and ValueError if the factors do not match the digest in the checkpoint.
     """
     facts, tensors = checkpoint.state, _by_first_part(checkpoint.tensors)
     if facts.get("format", 1) != FORMAT:
@@ -131,7 +131,7 @@ def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Co
     for client, own in _by_client(tensors[MEMORY]).items():
         if not nodes:
             raise UserError("Expected to go on in one process or on Ray, where clients' memories are kept with the run. Use `fedsim run`.")
-        context = contexts[nodes[client % len(nodes)]]  # as `Asking.cohorts` has it, whatever the number of nodes was
+        context = contexts[nodes[client % len(nodes)]]  # as in `Asking.cohorts`, whatever the number of nodes was
         write_memory(context, {client: own}, shared.accepted[client], shared.accepted)
     if facts["adapter_digest"] != shared.adapter_digest():
         raise ValueError(f"Expected a state with digest {facts['adapter_digest'][:16]}..., got {shared.adapter_digest()[:16]}....")
@@ -149,7 +149,7 @@ def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Co
 
 
 def memories_in(contexts: Mapping[int, Context], clients: Sequence[int], accepted: Accepted) -> dict[str, Tensor]:
-    """Returns what the clients keep for themselves in the nodes of this process, by node/client/name."""
+    """Returns the local state of the clients in this process, by node/client/name."""
     memories = {node: read_memory(context, clients, accepted) for node, context in contexts.items()}
     return {
         f"{node}/{client}/{name}": tensor
@@ -172,7 +172,7 @@ def _shared(shared: GlobalState, facts: dict[str, Any], tensors: dict[str, dict[
 
 
 def _by_first_part(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Returns the tensors of a checkpoint by the first part of their name; a group may be empty."""
+    """Groups the tensors of a checkpoint by the prefix of their name; a group may be empty."""
     groups: dict[str, dict[str, Tensor]] = {first: {} for first in (FACTOR, FOLDED, INCREMENT, MOMENT, CONTROL_VARIATE, MEMORY, BUFFER)}
     for name, tensor in tensors.items():
         first, _, rest = name.partition("/")
@@ -181,7 +181,7 @@ def _by_first_part(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _by_client(tensors: dict[str, Tensor]) -> Memory:
-    """Returns the memories of clients, of tensors named node/client/name."""
+    """Groups tensors named node/client/name by client."""
     memory: Memory = {}
     for name, tensor in tensors.items():
         _, client, what = name.split("/")

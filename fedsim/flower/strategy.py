@@ -1,4 +1,4 @@
-"""The strategy: one round after the other over any Flower Grid; what is asked, gathered, read and combined meets here."""
+"""The strategy: carries out one round at a time over any Flower Grid, from requests and replies to aggregation."""
 
 import time
 from collections import Counter
@@ -43,7 +43,7 @@ from fedsim.session import Session
 from fedsim.types import Adapter
 
 RETRY_SECONDS = 5.0
-"""How long clients are given to come back before they are asked again."""
+"""Pause before missing clients are asked again."""
 
 Replies = Iterator[tuple[Ask, Message | Failure]]
 
@@ -73,7 +73,7 @@ class FedsimStrategy:
         self.facts = RoundFacts()
 
     def participants(self, server_round: int) -> list[int]:
-        """Returns the clients of a round, see `Asking.participants`; with a buffer those that begin to work."""
+        """Returns the clients of a round, see `Asking.participants`; with FedBuff, those that start training."""
         if self._buffered:
             flush, _ = self._simulation.flush(server_round)  # type: ignore[union-attr]
             return sorted(job.client for job in flush.begun)
@@ -86,10 +86,10 @@ class FedsimStrategy:
     # ---- a round
 
     def exchange(self, server_round: int, grid: Grid) -> None:
-        """Carries one round out and brings the global state forward.
+        """Carries out one round and updates the global state.
 
-        Goes on without clients that have not replied by `federation.round_timeout`. Raises RunStopped, the state as it was, where fewer
-        than `federation.min_replies` have, after asking the others again.
+        Continues without clients that have not replied by `federation.round_timeout`. Raises RunStopped, with the state unchanged, if
+        fewer than `federation.min_replies` have replied after the others were asked again.
         """
         packer, wanted = self._packer(), self.participants(server_round)
         if self._buffered:
@@ -100,7 +100,7 @@ class FedsimStrategy:
         asked, least = [*wanted, *self.asking.spares(server_round)], least_replies(self._session.config, len(wanted))
         ending = self._simulation.ending(server_round, asked, len(wanted), least) if self._simulation else None
         round_ = self._opened(server_round, ending)
-        enough = None if ending else round_  # on a simulated network those who come too late have worked as well
+        enough = None if ending else round_  # on a simulated network late clients train as well
         self._until_enough(
             round_,
             asked,
@@ -120,7 +120,7 @@ class FedsimStrategy:
         return self._session.config.federation.mode is Mode.fedbuff
 
     def _fill_buffer(self, server_round: int, packer: Packer, grid: Grid) -> None:
-        """Trains those that begin to work, and makes the next version of what arrives until the buffer is full."""
+        """Trains the clients that start, and makes the next version from the updates that fill the buffer."""
         assert self._simulation is not None  # the configuration was checked
         begun, before = self.participants(server_round), self._state.buffer.queue.time
         flush, queue = self._simulation.flush(server_round)
@@ -131,12 +131,15 @@ class FedsimStrategy:
         round_.facts.simulated_seconds = queue.time - before
 
     def _until_enough(self, round_: Round, asked: list[int], least: int, replies: Callable[[list[int]], Replies]) -> None:
-        """Asks until at least so many are in the result: all, then those that may yet reply, `federation.retries` times at most."""
+        """Asks all clients, then up to `federation.retries` times those that may yet reply, until at least `least` are in the result.
+
+        Raises RunStopped if fewer are.
+        """
         self.facts = facts = round_.facts
         while True:
             round_.take(replies(asked))
             round_.note_absent(asked)
-            dropped = sum(each.reason is Reason.dropped_out for each in facts.missing)  # as a simulation has it: no failure of this run
+            dropped = sum(each.reason is Reason.dropped_out for each in facts.missing)  # simulated: not a failure of this run
             if len(facts.clients) >= min(least, len(facts.clients) + len(facts.missing) - dropped):
                 return
             missing, asked = list(facts.missing), round_.asked_again()
@@ -146,7 +149,7 @@ class FedsimStrategy:
             facts.num_attempts += 1
 
     def _combine_secretly(self, server_round: int, packer: Packer, grid: Grid) -> None:
-        """Combines the sum over the clients that stay; with too few of them the round changes nothing."""
+        """Aggregates the sum over the clients that stay; with too few of them the round changes nothing."""
         self.facts = facts = RoundFacts()
         aggregation = Aggregation(self._session, self._state, server_round, facts)
         protocol = self._protocol(server_round, packer, grid, self.participants(server_round))
@@ -164,7 +167,7 @@ class FedsimStrategy:
         aggregation.finish()
 
     def _protocol(self, server_round: int, packer: Packer, grid: Grid, clients: Sequence[int], *, alone: bool = False) -> Protocol:
-        """Returns the stages of secure aggregation over these clients; `alone` asks each in a message of its own."""
+        """Returns the protocol of secure aggregation over these clients; `alone` asks each in its own message."""
         nodes = [(node, [client]) for client, node in self.asking.nodes(clients, grid).items()] if alone else self.cohorts(clients, grid)
         return Protocol(
             self._session.config,
@@ -194,16 +197,15 @@ class FedsimStrategy:
             lambda ask: self.asking.again(ask, packer),
             timeout=self._session.config.federation.round_timeout,
             enough=lambda: round_ is not None and round_.full,
-            in_turn=self.asking.client_nodes is None,  # in a simulation nothing hangs on which process is faster
+            in_turn=self.asking.client_nodes is None,  # a simulation must not depend on which process is faster
         )
 
     # ---- setting up
 
     def initial_gradients(self, grid: Grid, server_round: int = 0) -> Adapter:
-        """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in all, in the session's parts; streaming,
-        one client at a time.
+        """Returns the sum of the clients' weight gradients over `adapter.init_samples` examples in total, in the session's parts.
 
-        Goes on and stops as a round does, see `exchange`.
+        Streams one client at a time. Continues without clients, or raises RunStopped, as `exchange` does.
         """
         packer, samples = self._packer(), self.givers_within_budget(server_round)
         if self._session.config.privacy.secure_aggregation:
@@ -221,7 +223,7 @@ class FedsimStrategy:
         return round_.result()
 
     def givers_within_budget(self, server_round: int) -> dict[int, int]:
-        """Returns the clients that may give initial gradients once more, with their samples. Raises UserError where none may."""
+        """Returns the clients whose budget allows another initial gradient, with their samples. Raises UserError if none can."""
         ledger, samples = self._privacy, givers(self._session.config)
         if ledger is None:
             return samples
@@ -235,7 +237,7 @@ class FedsimStrategy:
         return left
 
     def gradient_costs(self, server_round: int, clients: Iterable[int]) -> dict[int, Mechanism]:
-        """Returns what an initial gradient costs those of the clients whose privacy it costs something."""
+        """Returns the privacy cost of an initial gradient for each of the clients that it charges."""
         planned = {client: self._session.privacy_plan[client].initialization for client in clients if self._privacy is not None}
         once = {client: replace(mechanism, steps=1) for client, mechanism in planned.items() if mechanism is not None}
         return self.asking.not_in_flight(GRADIENT, server_round, once)
@@ -268,9 +270,9 @@ class FedsimStrategy:
     # ---- personal models
 
     def personal_evaluation(self, server_round: int, grid: Grid) -> dict[str, dict[str, Any]]:
-        """Returns {task: {accuracy, loss, num_examples, num_losses}} over the clients' own models, among whom the questions are dealt out.
+        """Returns {task: {accuracy, loss, num_examples, num_losses}} over the clients' own models, each on its share of the questions.
 
-        Not charged: it belongs to the experiment, not to what is simulated.
+        Not charged: it belongs to the experiment, not to the simulated method. Raises RunStopped if a task has no answers.
         """
         packer = self._packer()
         names = ("correct", "loss", "num_examples", "num_losses")
@@ -279,7 +281,7 @@ class FedsimStrategy:
         for _, reply in self._gathered(grid, self._evaluation_asks(server_round, packer, grid), packer):
             if isinstance(reply, Failure):
                 reason = reply.detail or reply.reason.name
-                continue  # the questions of those that do not reply are left out
+                continue  # the questions of clients that do not reply are left out
             try:
                 metrics = reply.content.metric_records[METRICS]
                 found = {task: [sum(numbers(metrics, f"{task}/{name}")) for name in names] for task in sums}
@@ -287,7 +289,7 @@ class FedsimStrategy:
                     _check_answers(*each)
             except (KeyError, ValueError) as error:
                 reason = str(error)
-                continue  # so are those of a client whose own data has other tasks
+                continue  # as are those of a client whose own data has other tasks
             sums = {task: [one + other for one, other in zip(sums[task], found[task], strict=True)] for task in sums}
         if without := [task for task, (_, _, n, _) in sums.items() if not n]:
             reason = f"no questions of {', '.join(without)} answered ({reason})"
@@ -308,7 +310,7 @@ class FedsimStrategy:
 
 
 def _check_answers(correct: float, loss: float, num_examples: float, num_losses: float) -> None:
-    """Raises ValueError for what no evaluation gives."""
+    """Raises ValueError for results that no evaluation can give."""
     counts = (correct, num_losses, num_examples)
     if not all(isfinite(each) for each in (*counts, loss)) or not all(0 <= each <= num_examples <= MOST for each in counts) or loss < 0:
         raise ValueError(
@@ -317,7 +319,7 @@ def _check_answers(correct: float, loss: float, num_examples: float, num_losses:
 
 
 def too_few(replied: int, least: int, missing: Sequence[Missing]) -> str:
-    """Returns the line with which a run stops that too few clients reply to."""
+    """Returns the error message of a run that stops because too few clients replied."""
     details = Counter(each.detail.rstrip(".") for each in missing)
     reasons = "; ".join(f"{detail} ({plural(number, 'client')})" for detail, number in details.most_common(3))
     diverged = all(DIVERGED in each.detail for each in missing)

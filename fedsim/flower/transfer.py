@@ -1,8 +1,8 @@
-"""The global state in messages: what of it a message carries, and how a worker takes it in.
+"""Transfers the global state in messages: packs parts of it at the server and installs them at a worker.
 
-Factors that differ from round to round, common bases, what is added to the base weights, and SCAFFOLD's control variate travel in
-records of their own, because the ledger tells them apart. Every part has a digest in every message, sent or not;
-a worker that finds another one says so instead of training.
+Factors that change between rounds, common bases, increments of the base weights, and SCAFFOLD's control variate travel in separate
+records, because the ledger distinguishes them. Every message names the digest of every part it needs, sent or not; a worker whose
+state has another digest says so instead of training.
 """
 
 import json
@@ -27,7 +27,7 @@ WHOLE, INCREMENT = "whole", "increment"
 
 
 class Packer:
-    """Packs parts of one global state; records that several messages of a round share are made once."""
+    """Packs parts of one global state; records shared by several messages of a round are made once."""
 
     def __init__(self, state: GlobalState, moving: tuple[str, ...]) -> None:
         self._state, self._moving = state, moving
@@ -36,9 +36,9 @@ class Packer:
     def pack(
         self, parts: Collection[str], needed: Collection[str], *, increment: bool
     ) -> tuple[dict[str, ArrayRecord], dict[str, str | list[str]]]:
-        """Returns the records that carry the parts, and what a request must say of all that are needed.
+        """Returns the records that carry the parts, and the request's fields about these and all needed parts.
 
-        `increment` sends the last increment of W only.
+        With `increment`, only the last increment of W is sent.
         """
         state = self._state
         records: dict[str, ArrayRecord] = {}
@@ -72,18 +72,18 @@ class Packer:
 
 
 def take_in(session: Session, content: RecordDict, request: Request) -> bool:
-    """Brings the session to the global state of the message. Returns False if it lacks something that was not sent and cannot be derived.
+    """Brings the session to the global state of the message. Returns False if it lacks a part that was not sent and cannot be derived.
 
-    What this process holds already, as one that the server shares does, is not looked at. Raises ValueError if what is taken in does not
-    have its digest, names, sizes or finite values.
+    Parts that this process already holds, as one shared with the server does, are not read. Raises ValueError if an installed part
+    does not have its digest, or has wrong names or sizes, or values that are not finite.
     """
     digests = request.digests
     known = {ADAPTER, BASES, FOLD, CONTROL_RECORD, *map(secure_key, request.clients)}
-    arrays = content.array_records  # made anew by Flower at each look
+    arrays = content.array_records  # rebuilt by Flower on each access
     if set(arrays) - known or not {WEIGHTS} <= set(digests) <= _parts(session):
         raise ValueError(f"Expected parts of the global state and their digests, got {sorted(content)[:5]} and {sorted(digests)[:5]}.")
     if not digests[WEIGHTS]:
-        session.install_folded({}, "")  # an earlier run in this process may have left something there
+        session.install_folded({}, "")  # an earlier run in this process may have left increments
     if FOLD in arrays and not _take_fold(session, arrays[FOLD], request.record, digests[WEIGHTS]):
         return False
     for name in (BASES, ADAPTER):
@@ -96,7 +96,7 @@ def take_in(session: Session, content: RecordDict, request: Request) -> bool:
 
 
 def control_of(session: Session, content: RecordDict) -> Tensor | None:
-    """Returns SCAFFOLD's control variate of the server, None where the message has none."""
+    """Returns SCAFFOLD's control variate of the server, None if the message has none."""
     if CONTROL_RECORD not in content.array_records:
         return None
     size = session.spec.layout(session.method.uploaded(1)).num_parameters
@@ -107,7 +107,7 @@ def _take_factors(session: Session, record: ArrayRecord, kinds: list[str], diges
     if len(set(kinds)) != len(kinds) or not set(kinds) <= {*session.spec.kinds} & {*digests}:
         raise ValueError(f"Expected kinds of factors among {session.spec.kinds}, each once and with a digest, got {kinds[:5]}.")
     if all(session.digests.get(kind) == digests[kind] for kind in kinds):
-        return  # a worker that shares its process with the server has them already
+        return  # a worker in the server's process has them already
     layout = session.spec.layout(kinds)
     adapter = layout.unpack(from_record(record, layout.num_parameters))
     for kind in kinds:
@@ -121,7 +121,7 @@ def _take_factors(session: Session, record: ArrayRecord, kinds: list[str], diges
 
 def _take_fold(session: Session, record: ArrayRecord, request: ConfigRecord, tag: str) -> bool:
     if session.digests.get(WEIGHTS, "") == tag:
-        return True  # a worker that shares its process with the server has it already
+        return True  # a worker in the server's process has it already
     if text(request, FOLD) == WHOLE:
         layout = folded_layout(session.spec)
         session.install_folded(layout.unpack(from_record(record, layout.num_parameters)), tag)
@@ -144,7 +144,7 @@ def _parts(session: Session) -> set[str]:
 
 
 def _check_increment(spec: AdapterSpec, told: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError unless every layer has U and V whose product has the layer's shape, or trained factors of the form."""
+    """Raises ValueError unless every layer has either U and V whose product has the layer's shape, or trained factors of the form."""
     for layer, (rows, columns) in spec.layers.items():
         left, right = told.get(f"{layer}.U", ()), told.get(f"{layer}.V", ())
         as_factors = {name: shape for name, shape in told.items() if name.rpartition(".")[0] == layer}
@@ -161,7 +161,7 @@ def _updates(spec: AdapterSpec, session: Session, fold: dict[str, Tensor]) -> di
 
 
 def _derive(session: Session, missing: list[str], round: int, digests: dict[str, str]) -> bool:
-    """Installs what seed and base model give. Returns False where that is not all that is missing."""
+    """Installs the missing factors derived from seed and base model. Returns False if not all can be derived."""
     derived = session.derived_factors(round)
     if derived is None or HEAD in missing:
         return False

@@ -1,8 +1,7 @@
-"""What a worker does with a message: it trains the cohort of clients that the message names, takes their initial gradients, or evaluates
-their personal models.
+"""Handles a message at a worker: trains the named clients, computes their initial gradients, or evaluates their personal models.
 
-First it brings its model to the global state of the message; where it lacks something it says so, and is sent the request again with all.
-What clients keep for themselves from round to round lies in the node's Context.
+First the worker brings its model to the global state of the message; if it lacks a part it says so, and is sent the request again with
+the whole state. Local state that clients keep between rounds is in the node's Context.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,11 +23,11 @@ from fedsim.session import Session, open_session
 from fedsim.training.evaluation import evaluate as evaluate_examples
 
 TRAIN, INITIAL_GRADIENT, EVALUATE = "train", "train.initial_gradient", "evaluate"
-"""Types of messages; those of secure aggregation are in `fedsim.flower.secure_worker`."""
+"""Message types; those of secure aggregation are in `fedsim.flower.secure_worker`."""
 NEEDS_STATE = "needs_state"
-"""Name of a record in the reply of a worker that lacks something of the global state."""
+"""Name of the record in the reply of a worker that lacks a part of the global state."""
 REFUSED = 1000
-"""Code of the error with which a client answers what its owner does not accept; Flower's own are below 100."""
+"""Code of the error with which a client refuses a request its owner does not accept; Flower's own codes are below 100."""
 
 
 def client_key(client: int) -> str:
@@ -42,14 +41,14 @@ def control_key(client: int) -> str:
 
 
 def memory_key(client: int, round: int) -> str:
-    """Returns the name, in the state of its node's Context, of what a client keeps after a round."""
+    """Returns the name of a client's local state after a round, in the state of its node's Context."""
     return f"memory-{client}-{round}"
 
 
 def handle(message: Message, context: Context) -> Message:
-    """Does what a message asks for, by its type. Raises ValueError for a type that no handler is for.
+    """Handles a message by its type. Raises ValueError for a type without a handler.
 
-    This is all that a ClientApp, a worker process or a Grid needs to know of the kinds of messages.
+    This is all that a ClientApp, a worker process or a Grid needs to know about message types.
     """
     kind = message.metadata.message_type
     if kind not in HANDLERS:
@@ -63,7 +62,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def initial_gradient(message: Message, context: Context) -> Message:
-    """Returns the weight gradients of each named client over its share of the initialisation samples."""
+    """Computes the weight gradients of each named client over its share of the initialisation samples."""
 
     def gradients(session: Session, request: Request) -> RecordDict:
         secure_worker.check_gradient(session.config, request)
@@ -82,18 +81,18 @@ def initial_gradient(message: Message, context: Context) -> Message:
 
 
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluates each named client's personal model on its share of the test questions: client k of n takes every n-th from the k-th on."""
+    """Evaluates each named client's personal model on its share of the test questions: client k of n takes every n-th, starting at k."""
     return _with_state(message, context, lambda session, request: _evaluate(session, request, context))
 
 
 Accepted = Mapping[int, int]
-"""The last round in which a client's upload became part of the global state, by client; one that is not named has none yet."""
+"""The last round in which a client's upload became part of the global state, by client; a missing client has none yet."""
 
 
 def read_memory(context: Context, clients: Iterable[int], accepted: Accepted) -> Memory:
-    """Returns what the clients kept for themselves after the last round that was accepted of them.
+    """Returns the clients' local state after the last round in which their upload was accepted.
 
-    What a later round has left is not looked at: its upload was lost or refused, so for the server it never was.
+    State left by a later round is ignored: that upload was lost or refused, so for the server the round did not happen.
     """
     memory: Memory = {}
     for client in clients:
@@ -103,7 +102,7 @@ def read_memory(context: Context, clients: Iterable[int], accepted: Accepted) ->
 
 
 def write_memory(context: Context, memory: Memory, round: int, accepted: Accepted) -> None:
-    """Keeps what the clients keep for themselves after a round, and what the round began with; clients without anything leave no record."""
+    """Stores the clients' local state after a round, and keeps the one the round began with; clients without any leave no record."""
     kept = {client: own for client, own in memory.items() if own}
     heads = {memory_key(client, 0)[:-1] for client in kept}
     bases = {memory_key(client, accepted.get(client, 0)) for client in kept}
@@ -149,9 +148,9 @@ def _train(session: Session, request: Request, content: RecordDict, context: Con
 
 
 def _may_be_summed(session: Session, reply: ClientReply) -> bool:
-    """Whether an upload has not diverged. Behind masks the server could not tell, so its client leaves it out."""
+    """Whether an upload has not diverged. The server could not detect it behind masks, so the client leaves it out."""
     loss = reply.result.loss
-    told = isfinite(loss) or (isnan(loss) and session.config.privacy.unit is not PrivacyUnit.none)  # NaN is what privacy withholds
+    told = isfinite(loss) or (isnan(loss) and session.config.privacy.unit is not PrivacyUnit.none)  # with privacy a NaN is a withheld loss
     return told and bool(reply.arrays[VALUES].isfinite().all())
 
 
@@ -174,7 +173,7 @@ def _evaluate(session: Session, request: Request, context: Context) -> RecordDic
     clients, all_clients = request.clients, session.config.federation.clients
     kinds = session.method.personal
     memory = read_memory(context, clients, request.accepted)
-    for task in request.tasks:  # the names are the server's: those in the data of a client stay there
+    for task in request.tasks:  # the server's names: task names in a client's data stay there
         correct, loss, counts, losses = [], [], [], []
         for client in clients:
             examples = session.data.test.get(task, [])[client::all_clients]
@@ -213,4 +212,4 @@ HANDLERS: dict[str, Callable[[Message, Context], Message]] = {
     secure_worker.SHARES: _secure(secure_worker.shares),
     secure_worker.UNMASK: _secure(secure_worker.unmask),
 }
-"""What is done with a message, by its type; a new kind of message is one more line."""
+"""Handlers by message type; a new message type is one more line."""
