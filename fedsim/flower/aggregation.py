@@ -47,7 +47,7 @@ class Aggregation:
     def add(self, upload: Upload) -> None:
         """Adds one upload with its client's weight."""
         weight = float(upload.num_examples) if self._config.federation.weighting is Weighting.examples else 1.0
-        self._tell(upload, weight)
+        self._record_facts(upload, weight)
         self._collector.add(weight, upload.flat, upload.positions, upload.distance)
         if upload.control is not None:
             # SCAFFOLD: c changes by (participants / clients) times the participants' mean change, which is sum / clients.
@@ -60,7 +60,7 @@ class Aggregation:
         facts.loss, facts.num_tokens = [found.mean_loss] * len(found.clients), found.num_tokens
         self._collector.add(sum(found.weights), found.mean)
 
-    def _tell(self, upload: Upload, weight: float) -> None:
+    def _record_facts(self, upload: Upload, weight: float) -> None:
         facts = self.facts
         facts.clients.append(upload.client)
         facts.num_examples.append(upload.num_examples)
@@ -142,9 +142,9 @@ def averages_exactly(config: Config, method: Method) -> bool:
     """Whether a round's global update is, by construction, the weighted mean of the clients' updates: no robust rule, no other server
     step, no entries sent by only some clients, no truncated residual, and nothing kept at the clients."""
     server, heads = config.server, config.method.heads
-    of_some = method.linear and (bool(config.federation.ranks) or (config.method.client_heads or heads) < heads)
-    as_it_is = server.rule is ServerRule.mean and server.optimizer == "fedavg" and server.learning_rate == 1
-    return method.exact and as_it_is and not of_some and config.method.residual_rank is None and not method.personal
+    partial = method.linear and (bool(config.federation.ranks) or (config.method.client_heads or heads) < heads)
+    plain_mean = server.rule is ServerRule.mean and server.optimizer == "fedavg" and server.learning_rate == 1
+    return method.exact and plain_mean and not partial and config.method.residual_rank is None and not method.personal
 
 
 def _server_options(server: ServerConfig) -> ServerOptions:

@@ -186,10 +186,10 @@ class Asking:
             return {"noise": [self._session.privacy_plan[client].noise_multiplier for client in clients]}
         if self._unit is not PrivacyUnit.client:
             return {}
-        told = {"clip_norm": clip_norm(self._session, self._state)}
+        fields = {"clip_norm": clip_norm(self._session, self._state)}
         if self._session.config.privacy.secure_aggregation:
-            told["noise_multiplier"] = self._session.privacy_plan[0].noise_multiplier
-        return told
+            fields["noise_multiplier"] = self._session.privacy_plan[0].noise_multiplier
+        return fields
 
     def brought_up(
         self, server_round: int, clients: Sequence[int], packer: Packer, needed: Collection[str] | None = None, **facts: Any
@@ -203,14 +203,14 @@ class Asking:
         for client in clients:
             self._charges.down(server_round, client, lacking[client])
         parts = {part for each in lacking.values() for part in each}
-        records, told = packer.pack(parts, needed, increment=increment)
-        return RecordDict({**records, REQUEST: self.request(clients, server_round, told, **facts)})
+        records, fields = packer.pack(parts, needed, increment=increment)
+        return RecordDict({**records, REQUEST: self.request(clients, server_round, fields, **facts)})
 
-    def request(self, clients: Sequence[int], server_round: int, told: dict[str, str | list[str]], **facts: Any) -> ConfigRecord:
+    def request(self, clients: Sequence[int], server_round: int, fields: dict[str, str | list[str]], **facts: Any) -> ConfigRecord:
         """Returns the record of a message that holds everything except its arrays."""
         if keeps_memory(self._session.config, self._session.method):
             facts["accepted"] = [self._state.accepted.get(client, 0) for client in clients]
-        return ConfigRecord({"config": self._config_text, "clients": list(clients), "round": server_round, **told, **facts})
+        return ConfigRecord({"config": self._config_text, "clients": list(clients), "round": server_round, **fields, **facts})
 
     def confirmed(self, ask: Ask) -> None:
         """Notes that the clients of an answered request hold the parts of the global state whose digests it named."""
@@ -227,9 +227,9 @@ class Asking:
         versions, metadata = self._state.exchange.versions, ask.message.metadata
         if self.client_nodes is not None and metadata.message_type != EVALUATE:
             self._charge_again(ask, int(metadata.group_id))
-        records, told = packer.pack(versions, versions, increment=False)
+        records, fields = packer.pack(versions, versions, increment=False)
         asked = {name: value for name, value in ask.message.content.config_records[REQUEST].items() if name not in (ADAPTER, BASES, FOLD)}
-        content = RecordDict({**ask.message.content, **records, REQUEST: ConfigRecord({**asked, **told})})
+        content = RecordDict({**ask.message.content, **records, REQUEST: ConfigRecord({**asked, **fields})})
         return replace(ask, message=Message(content, metadata.dst_node_id, metadata.message_type, group_id=metadata.group_id))
 
     def _charge_again(self, ask: Ask, server_round: int) -> None:

@@ -41,8 +41,8 @@ class BufferedRound(Round):
             if isinstance(upload, Missing):
                 self.facts.missing.append(upload)
             else:
-                told = (upload.num_examples, upload.num_tokens, upload.loss)
-                updates[numbers[upload.client]] = Update(*told, upload.flat - _at(start, upload.positions))
+                facts = (upload.num_examples, upload.num_tokens, upload.loss)
+                updates[numbers[upload.client]] = Update(*facts, upload.flat - _at(start, upload.positions))
         for row in sent.rows():
             update = updates.get(numbers[int(row["client"])])
             if update is not None:

@@ -30,7 +30,7 @@ class Charges:
 
     def down(self, server_round: int, client: int, parts: Sequence[str]) -> None:
         """Charges the client for the parts of the global state sent to it."""
-        for purpose, size in self._brought(client, parts):
+        for purpose, size in self._records_down(client, parts):
             self._add(server_round, client, Direction.downlink, purpose, size, 4 * size, size_of_floats(size))
 
     def down_again(self, server_round: int, clients: Iterable[int]) -> None:
@@ -38,13 +38,13 @@ class Charges:
         whole = folded_layout(self._session.spec).num_parameters if self._state.folded else 0
         for client in clients:
             parts = [part for part in self._state.exchange.versions if part != WEIGHTS or whole]
-            for purpose, size in self._brought(client, parts, increment=whole):
+            for purpose, size in self._records_down(client, parts, increment=whole):
                 self._add(server_round, client, Direction.downlink, purpose, size, 4 * size, size_of_floats(size))
 
     def bytes_down(self, client: int) -> int:
         """Returns the bytes that `down` would charge the client for all parts it lacks now."""
         lacking = self._state.exchange.lacking(client)
-        return 0 if self._session.method.pooled else sum(size_of_floats(size) for _, size in self._brought(client, lacking))
+        return 0 if self._session.method.pooled else sum(size_of_floats(size) for _, size in self._records_down(client, lacking))
 
     def bytes_up(self, server_round: int, client: int) -> int:
         """Returns the bytes that the client will be charged for its reply to a training request."""
@@ -58,7 +58,7 @@ class Charges:
         record = arrays_to_record({name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()})
         return serialized_bytes(record) + control
 
-    def _brought(self, client: int, parts: Sequence[str], increment: int | None = None) -> Iterator[tuple[Purpose, int]]:
+    def _records_down(self, client: int, parts: Sequence[str], increment: int | None = None) -> Iterator[tuple[Purpose, int]]:
         """Returns purpose and number of parameters of each record that carries the parts to the client; `increment` is W's size if
         W is sent as an increment, by default that of the last one."""
         state, spec = self._state, self._session.spec
@@ -82,7 +82,7 @@ class Charges:
 
     def unread(self, server_round: int, client: int, purpose: Purpose, record: ArrayRecord) -> None:
         """Charges the client for the bytes of a refused record, with no parameters."""
-        size = _held(record)
+        size = _raw_size(record)
         self._add(server_round, client, Direction.uplink, purpose, 0, size, size)
 
     def all_unread(self, server_round: int, clients: Sequence[int], purpose: Purpose, records: Mapping[str, ArrayRecord]) -> None:
@@ -91,7 +91,7 @@ class Charges:
         owners |= {control_key(client): (client, Purpose.control) for client in clients}
         sizes: Counter[tuple[int, Purpose]] = Counter()
         for name, record in records.items():
-            sizes[owners.get(name, (clients[0], purpose))] += _held(record)
+            sizes[owners.get(name, (clients[0], purpose))] += _raw_size(record)
         for (client, of), size in sizes.items():
             self._add(server_round, client, Direction.uplink, of, 0, size, size)
 
@@ -102,6 +102,6 @@ class Charges:
             self._ledger.add(Transfer(server_round, client, direction, purpose, parameters, 4 * parameters, payload, size))
 
 
-def _held(record: ArrayRecord) -> int:
+def _raw_size(record: ArrayRecord) -> int:
     """Returns the bytes of data in a record, whatever types and shapes it declares."""
     return sum(len(array.data) for array in record.values())

@@ -28,9 +28,9 @@ class RoundFacts:
 
     def miss_untold(self, asked: Iterable[int], server_round: int) -> None:
         """Records as missing the asked clients that are neither in the result nor missing yet."""
-        told = {*self.clients, *(each.client for each in self.missing)}
+        known = {*self.clients, *(each.client for each in self.missing)}
         detail = "not connected, or its turn did not come in time"
-        self.missing += [Missing(client, server_round, Reason.died, detail) for client in asked if client not in told]
+        self.missing += [Missing(client, server_round, Reason.died, detail) for client in asked if client not in known]
 
     @property
     def shares(self) -> list[float]:

@@ -60,78 +60,78 @@ class _Gathering:
     def __init__(
         self,
         grid: Grid,
-        coming: Iterator[Ask],
+        asks: Iterator[Ask],
         again: Callable[[Ask], Ask],
         timeout: float | None,
         enough: Callable[[], bool],
         *,
         in_turn: bool,
     ) -> None:
-        self._grid, self._coming, self._again, self._enough, self._in_turn = grid, enumerate(coming), again, enough, in_turn
-        self._ends = None if timeout is None else time.monotonic() + timeout
+        self._grid, self._unsent, self._again, self._enough, self._in_turn = grid, enumerate(asks), again, enough, in_turn
+        self._deadline = None if timeout is None else time.monotonic() + timeout
         self._window = PER_NODE * max(1, len(list(grid.get_node_ids())))
         self._waiting: dict[str, tuple[int, Ask]] = {}  # turn and request by message id
         self._resent: set[str] = set()
-        self._settled: dict[int, tuple[Ask, Message | Failure]] = {}  # not yielded yet, by turn, in order of arrival
+        self._results: dict[int, tuple[Ask, Message | Failure]] = {}  # not yielded yet, by turn, in order of arrival
         self._turn = 0  # the first that is not yielded yet
 
     def replies(self) -> Iterator[tuple[Ask, Message | Failure]]:
         pause = FIRST_PAUSE
-        while self._filled() and not self._over:
-            looked = time.monotonic()
+        while self._send_more() and not self._finished:
+            polled = time.monotonic()
             found = list(self._grid.pull_messages(list(self._waiting)))
             for reply in found:
-                self._take(reply)
+                self._receive(reply)
                 yield from self._due()
-            pause = FIRST_PAUSE if found else self._slept(looked, pause)
+            pause = FIRST_PAUSE if found else self._sleep(polled, pause)
         late = "not waited for: enough others have replied" if self._enough() else "no reply within federation.round_timeout"
         forget(self._grid, self._waiting)
         for turn, ask in self._waiting.values():
-            self._settled[turn] = ask, Failure(Reason.timeout, late)
-        yield from (self._settled[turn] for turn in (sorted(self._settled) if self._in_turn else [*self._settled]))
+            self._results[turn] = ask, Failure(Reason.timeout, late)
+        yield from (self._results[turn] for turn in (sorted(self._results) if self._in_turn else [*self._results]))
 
     def _due(self) -> Iterator[tuple[Ask, Message | Failure]]:
         """Yields and drops the results that may be yielded now."""
-        for turn in [*self._settled] if not self._in_turn else count(self._turn):
-            if turn not in self._settled:
+        for turn in [*self._results] if not self._in_turn else count(self._turn):
+            if turn not in self._results:
                 return
             self._turn = turn + 1
-            yield self._settled.pop(turn)
+            yield self._results.pop(turn)
 
     @property
-    def _over(self) -> bool:
-        return self._enough() or (self._ends is not None and time.monotonic() >= self._ends)
+    def _finished(self) -> bool:
+        return self._enough() or (self._deadline is not None and time.monotonic() >= self._deadline)
 
-    def _filled(self) -> bool:
+    def _send_more(self) -> bool:
         """Sends as many requests as the window allows. Returns whether any is outstanding."""
-        if not self._over:
-            for turn, ask in islice(self._coming, max(0, self._window - len(self._waiting) - len(self._settled))):
+        if not self._finished:
+            for turn, ask in islice(self._unsent, max(0, self._window - len(self._waiting) - len(self._results))):
                 self._push(turn, ask)
         return bool(self._waiting)
 
     def _push(self, turn: int, ask: Ask) -> str | None:
-        if self._ends is not None:  # the SuperLink refuses a late reply as well
-            ask.message.metadata.ttl = max(1.0, self._ends - time.monotonic())
+        if self._deadline is not None:  # the SuperLink refuses a late reply as well
+            ask.message.metadata.ttl = max(1.0, self._deadline - time.monotonic())
         for message_id in self._grid.push_messages([ask.message]):
             if message_id:
                 self._waiting[message_id] = turn, ask
                 return message_id
-        self._settled[turn] = ask, Failure(Reason.died, "the message could not be sent")
+        self._results[turn] = ask, Failure(Reason.died, "the message could not be sent")
         return None
 
-    def _take(self, reply: Message) -> None:
+    def _receive(self, reply: Message) -> None:
         turn, ask = self._waiting.pop(reply.metadata.reply_to_message_id, (0, None))
         if ask is None:
             return
         if reply.has_error() or NEEDS_STATE not in reply.content:
-            self._settled[turn] = ask, read(reply)
+            self._results[turn] = ask, read(reply)
         elif reply.metadata.reply_to_message_id in self._resent:
-            self._settled[turn] = ask, Failure(Reason.died, "it lacks something of the global state that it was sent")
+            self._results[turn] = ask, Failure(Reason.died, "it lacks something of the global state that it was sent")
         elif sent := self._push(turn, self._again(ask)):
             self._resent.add(sent)
 
-    def _slept(self, looked: float, pause: float) -> float:
+    def _sleep(self, polled: float, pause: float) -> float:
         """Sleeps until `pause` seconds after the last poll began, which may itself have waited for replies. Returns the next pause."""
-        ends = looked + pause if self._ends is None else min(looked + pause, self._ends)
+        ends = polled + pause if self._deadline is None else min(polled + pause, self._deadline)
         time.sleep(max(0.0, ends - time.monotonic()))
         return min(1.5 * pause, LONGEST_PAUSE)

@@ -82,8 +82,8 @@ class InProcessGrid(LocalGrid):
 class WatchedGrid(Grid):
     """Wraps another Grid and passes each reply to an observer as it arrives."""
 
-    def __init__(self, grid: Grid, look: Callable[[Message], None]) -> None:
-        self._grid, self._look = grid, look
+    def __init__(self, grid: Grid, observe: Callable[[Message], None]) -> None:
+        self._grid, self._observe = grid, observe
 
     def set_run(self, run: Run) -> None:
         self._grid.set_run(run)
@@ -102,17 +102,17 @@ class WatchedGrid(Grid):
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return list(self._shown(self._grid.pull_messages(message_ids)))
+        return list(self._observed(self._grid.pull_messages(message_ids)))
 
     def forget(self, message_ids: Iterable[str]) -> None:
         forget(self._grid, message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        return self._shown(self._grid.send_and_receive(messages, timeout=timeout))
+        return self._observed(self._grid.send_and_receive(messages, timeout=timeout))
 
-    def _shown(self, replies: Iterable[Message]) -> Iterator[Message]:
+    def _observed(self, replies: Iterable[Message]) -> Iterator[Message]:
         for reply in replies:
-            self._look(reply)
+            self._observe(reply)
             yield reply
 
 

@@ -24,8 +24,8 @@ def charge_line(what: str, number: int, adapter_digest: str, mechanisms: Mapping
     alike: dict[Mechanism, list[int]] = {}
     for client, each in mechanisms.items():
         alike.setdefault(each, []).append(client)
-    told = [{**vars(each), "clients": clients} for each, clients in alike.items()]
-    return {"round": number, "what": what, "adapter_digest": adapter_digest, "clients": [*mechanisms], "mechanisms": told}
+    entries = [{**vars(each), "clients": clients} for each, clients in alike.items()]
+    return {"round": number, "what": what, "adapter_digest": adapter_digest, "clients": [*mechanisms], "mechanisms": entries}
 
 
 class InFlight:
@@ -46,8 +46,8 @@ class InFlight:
         """Charges everything to the ledger and returns the lines for the audit log."""
         for *_, client, mechanism in self._charges:
             ledger.charge(client, mechanism)
-        told = [charge_line(what, number, digest, {client: each}) for what, number, digest, client, each in self._charges]
-        return [{**line, BEFORE: True} for line in told]
+        entries = [charge_line(what, number, digest, {client: each}) for what, number, digest, client, each in self._charges]
+        return [{**line, BEFORE: True} for line in entries]
 
     def concerns(self, what: str, number: int) -> bool:
         """Whether any request of this kind was charged in the round, so that computing the digest of the adapter is worthwhile."""

@@ -61,12 +61,12 @@ class RayGrid(LocalGrid):
     """
 
     def __init__(self, load: Callable[[], ClientApp], engine: EngineConfig) -> None:
-        self._ray, self._load = _started(engine), load
-        actors, self._resources = _room(self._ray, engine)
+        self._ray, self._load = _connect(engine), load
+        actors, self._resources = _allocate(self._ray, engine)
         super().__init__(actors)
         self._actors: dict[int, Any] = {node: self._new_actor() for node in self.contexts}
         self._running: dict[Any, tuple[str, Message]] = {}  # by Ray's reference to the future reply
-        self._there: dict[str, Message] = {}  # replies not pulled yet, by message id
+        self._ready: dict[str, Message] = {}  # replies not pulled yet, by message id
         self._forgotten: set[str] = set()  # messages in progress whose replies are no longer awaited
 
     def __enter__(self) -> "RayGrid":
@@ -98,17 +98,17 @@ class RayGrid(LocalGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies that are ready; waits up to `LOOK_SECONDS` for the first."""
         wanted = set(message_ids)
-        if self._running and not wanted & set(self._there):
+        if self._running and not wanted & set(self._ready):
             self._ray.wait(list(self._running), timeout=LOOK_SECONDS)
-        self._take()
-        return [self._there.pop(message_id) for message_id in [*self._there] if message_id in wanted]
+        self._collect()
+        return [self._ready.pop(message_id) for message_id in [*self._ready] if message_id in wanted]
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drops these messages; an actor finishes the one it is working on and then takes its next."""
         ids = set(message_ids)
         super().forget(ids)
         for message_id in ids:
-            self._there.pop(message_id, None)
+            self._ready.pop(message_id, None)
         self._forgotten |= ids & {message_id for message_id, _ in self._running.values()}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
@@ -123,7 +123,7 @@ class RayGrid(LocalGrid):
 
     # ---- actors
 
-    def _take(self) -> None:
+    def _collect(self) -> None:
         """Collects finished replies and gives idle nodes their next messages."""
         if self._running:
             ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
@@ -133,7 +133,7 @@ class RayGrid(LocalGrid):
                 if message_id in self._forgotten:
                     self._forgotten.remove(message_id)
                 else:
-                    self._there[message_id] = reply
+                    self._ready[message_id] = reply
         self._submit()
 
     def _submit(self) -> None:
@@ -166,7 +166,7 @@ def _cause(error: BaseException) -> str:
     return text.splitlines()[-1][:300] if text else type(error).__name__
 
 
-def _started(engine: EngineConfig) -> Any:
+def _connect(engine: EngineConfig) -> Any:
     """Returns the module ray, connected. Raises UserError if Ray is not installed or no cluster is at the address."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -200,7 +200,7 @@ def _check_reachable(address: str) -> None:
         raise UserError(f"engine.address: no Ray cluster at {address!r}: {error}. Start one with `ray start --head`.") from error
 
 
-def _room(ray: Any, engine: EngineConfig) -> tuple[int, dict[str, float]]:
+def _allocate(ray: Any, engine: EngineConfig) -> tuple[int, dict[str, float]]:
     """Returns the number of actors and the resources of each: a core, and a GPU or a share of one if there are GPUs."""
     found = ray.cluster_resources()
     cpus, gpus = int(found.get("CPU", 1)), int(found.get("GPU", 0))

@@ -98,8 +98,8 @@ class Reader:
             raise ValueError("Expected the reply of the node that was asked, got that of another.")
         _check_names(reply.content, ask.clients, control=self._state.control is not None)
         metrics = reply.content.metric_records[METRICS]
-        if (told := whole_number(metrics, "round")) != self._round:
-            raise ValueError(f"Expected a reply to round {self._round}, got one to round {told}: late or replayed.")
+        if (answered := whole_number(metrics, "round")) != self._round:
+            raise ValueError(f"Expected a reply to round {self._round}, got one to round {answered}: late or replayed.")
         names = ("clients", "num_examples", "num_tokens", "within")
         clients, examples, tokens, within = (whole_numbers(metrics, name) for name in names)
         losses = numbers(metrics, "loss")

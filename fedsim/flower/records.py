@@ -94,9 +94,9 @@ def _decoded(name: str, array: Array, dtype: torch.dtype, shape: tuple[int, ...]
     NumPy's reader is not used: it allocates what a header claims before it reads the data.
     """
     expected = _numpy_type(dtype)
-    data, told = array.data, (array.dtype, tuple(array.shape))
-    if array.stype != SType.NUMPY or told != (expected.name, shape) or not isinstance(data, bytes):
-        raise ValueError(f"Expected {name!r} to be {expected.name} of shape {shape}, got {told[0]!s:.20} {told[1]!s:.40}.")
+    data, declared = array.data, (array.dtype, tuple(array.shape))
+    if array.stype != SType.NUMPY or declared != (expected.name, shape) or not isinstance(data, bytes):
+        raise ValueError(f"Expected {name!r} to be {expected.name} of shape {shape}, got {declared[0]!s:.20} {declared[1]!s:.40}.")
     size = prod(shape) * dtype.itemsize
     head = data[: len(data) - size].decode("latin-1") if size <= len(data) <= size + LONGEST_HEAD else ""
     found = NUMPY_HEAD.fullmatch(head)

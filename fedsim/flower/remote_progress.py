@@ -50,15 +50,15 @@ class ProgressFollower:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.summary: dict[str, Any] | None = None
-        self._quiet, self._rest = quiet, ""
+        self._quiet, self._partial = quiet, ""
         self._progress: Progress | None = None
         self.others: list[str] = []  # the last lines not shown, for when the run fails
 
     def feed(self, text: str) -> None:
         """Shows the next piece of the log. Raises the UserError or RunStopped with which the server ended the run."""
-        *lines, self._rest = (self._rest + text).split("\n")
+        *lines, self._partial = (self._partial + text).split("\n")
         for line in lines:
-            self._line(line)
+            self._handle(line)
 
     def close(self) -> None:
         """Ends the display."""
@@ -66,9 +66,9 @@ class ProgressFollower:
             self._progress.__exit__(None, None, None)
             self._progress = None
 
-    def _line(self, line: str) -> None:
+    def _handle(self, line: str) -> None:
         try:
-            known = self._shown(*marked(line))
+            known = self._show(*marked(line))
         except (UserError, RunStopped):
             raise
         except Exception:  # a line of another version
@@ -76,7 +76,7 @@ class ProgressFollower:
         if not known and line.strip():
             self.others = [*self.others[-30:], line]
 
-    def _shown(self, name: str, arguments: list[Any]) -> bool:
+    def _show(self, name: str, arguments: list[Any]) -> bool:
         """Replays the call of a line. Returns False if there is nothing to show."""
         if name == STARTED:
             self._progress = Progress(*arguments, quiet=self._quiet).__enter__()

@@ -168,8 +168,8 @@ def _report(state: State, facts: RoundFacts, moved: Totals, wall_seconds: float)
 def _optional_fields(facts: RoundFacts) -> dict[str, Any]:
     """Returns the optional fields of a round's event."""
     attempts = facts.num_attempts if facts.num_attempts > 1 else 0
-    told = {"num_attempts": attempts, "num_clipped": facts.num_clipped, "staleness": facts.staleness}
-    return {name: value for name, value in told.items() if value}
+    fields = {"num_attempts": attempts, "num_clipped": facts.num_clipped, "staleness": facts.staleness}
+    return {name: value for name, value in fields.items() if value}
 
 
 def _sha256(config: Config) -> str:

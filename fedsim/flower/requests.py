@@ -75,13 +75,13 @@ class Request:
             samples=[*samples.values()],
             noise=[*noise.values()],
             rates=[*rates.values()],
-            clip_norm=_if_told(record, "clip_norm"),
+            clip_norm=_optional_number(record, "clip_norm"),
             tasks=words(record, "tasks") if "tasks" in record else [],
             setup=SETUP in record,
             largest=largest,
             contributors=contributors,
-            gradient_range=_if_told(record, "gradient_range"),
-            noise_multiplier=_if_told(record, "noise_multiplier"),
+            gradient_range=_optional_number(record, "gradient_range"),
+            noise_multiplier=_optional_number(record, "noise_multiplier"),
         )
 
 
@@ -106,7 +106,7 @@ def _for_each(clients: list[int], values: list[Any]) -> dict[int, Any]:
     return dict(zip(clients, values, strict=True))
 
 
-def _if_told(record: ConfigRecord, key: str) -> float | None:
+def _optional_number(record: ConfigRecord, key: str) -> float | None:
     return number_above_zero(record, key) if key in record else None
 
 

@@ -103,5 +103,5 @@ def _evaluation(state: State) -> dict[str, Any]:
 
 def _network(session: Session, state: State) -> dict[str, Any] | None:
     federation = session.config.federation
-    told = {"name": federation.network, "mode": federation.mode.name, "simulated_seconds": state.simulated_seconds}
-    return told if session.links else None
+    network = {"name": federation.network, "mode": federation.mode.name, "simulated_seconds": state.simulated_seconds}
+    return network if session.links else None

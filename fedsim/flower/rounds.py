@@ -39,7 +39,7 @@ class Round:
         """Consumes replies, one client at a time."""
         for ask, reply in replies:
             if isinstance(reply, Failure):
-                self._miss(ask.clients, reply.reason, reply.detail)
+                self._record_missing(ask.clients, reply.reason, reply.detail)
             else:
                 self._asking.confirmed(ask)
                 self._use(ask, reply)
@@ -51,14 +51,14 @@ class Round:
 
     def asked_again(self) -> list[int]:
         """Returns the missing clients that may yet reply, and removes them from the missing ones."""
-        back = [each for each in self.facts.missing if each.reason in COMES_BACK]
-        self.facts.missing = [each for each in self.facts.missing if each not in back]
-        return sorted(each.client for each in back)
+        retried = [each for each in self.facts.missing if each.reason in COMES_BACK]
+        self.facts.missing = [each for each in self.facts.missing if each not in retried]
+        return sorted(each.client for each in retried)
 
     def _use(self, ask: Ask, reply: Message) -> None:
         raise NotImplementedError
 
-    def _miss(self, clients: Iterable[int], reason: Reason, detail: str) -> None:
+    def _record_missing(self, clients: Iterable[int], reason: Reason, detail: str) -> None:
         self.facts.missing += [Missing(client, self._round, reason, detail) for client in clients]
 
 
@@ -88,9 +88,9 @@ class TrainingRound(Round):
             if isinstance(upload, Missing):
                 self.facts.missing.append(upload)
             elif self._in_time is not None and upload.client not in self._in_time:
-                self._miss([upload.client], Reason.timeout, "too late on the simulated network")
+                self._record_missing([upload.client], Reason.timeout, "too late on the simulated network")
             elif self.full:
-                self._miss([upload.client], Reason.timeout, "not needed: enough others have replied")
+                self._record_missing([upload.client], Reason.timeout, "not needed: enough others have replied")
             else:
                 self._aggregation.add(upload)
 
@@ -115,7 +115,7 @@ class GradientRound(Round):
             gradient = from_record(record, size)
         except ValueError as error:
             self._charges.all_unread(self._round, ask.clients, Purpose.initial_gradient, records)
-            self._miss([client], Reason.refused_by_server, str(error)[:300])
+            self._record_missing([client], Reason.refused_by_server, str(error)[:300])
             return
         self._total += gradient
         self.facts.clients.append(client)

@@ -97,13 +97,13 @@ class Protocol:
 
     def __post_init__(self) -> None:
         self._graph: Graph = neighbour_graph(self.clients, self.config.secure.neighbours, self.config.seed, self.server_round)
-        self._heard: dict[Stage, list[int]] = {}
+        self._responded: dict[Stage, list[int]] = {}
         self._failures: dict[int, Failure] = {}
-        self._counted: dict[str, Any] = {}
+        self._counts: dict[str, Any] = {}
 
     def carry_out(self, wanted: Wanted) -> Summed:
         """Returns the sum of the clients' uploads. Raises SumRefused if fewer than the threshold stay to the end."""
-        self._counted = {"step": wanted.quantizer.step, "modulus_bits": 8 * wanted.quantizer.width}
+        self._counts = {"step": wanted.quantizer.step, "modulus_bits": 8 * wanted.quantizer.width}
         publics, counts = self._keys()
         self._check(Stage.keys, publics, publics)
         sealed = self._shares(publics)
@@ -122,16 +122,16 @@ class Protocol:
 
     def count(self, **counts: int) -> None:
         """Adds counts derived from the sum to the facts."""
-        self._counted |= counts
+        self._counts |= counts
 
     def facts(self) -> dict[str, Any]:
         """Returns log facts: numbers of participants and of clients needed, the stage each vanished client missed, the quantizer's grid."""
         vanished: dict[str, str] = {}
         left = set(self.clients)
-        for stage, here in self._heard.items():
+        for stage, here in self._responded.items():
             vanished |= {str(client): stage.name for client in sorted(left - set(here))}
             left = set(here)
-        return {"participants": len(self.clients), "needed": self._needed, "vanished": vanished, **self._counted}
+        return {"participants": len(self.clients), "needed": self._needed, "vanished": vanished, **self._counts}
 
     def missing(self) -> list[Missing]:
         """Returns the clients missing from the sum, with reasons; after a refusal, those that did not respond."""
@@ -288,7 +288,7 @@ class Protocol:
         return fewest_survivors(len(self._graph[client]) + 1, self.config.secure.threshold)
 
     def _check(self, stage: Stage, owners: Iterable[int], left: Iterable[int]) -> None:
-        self._heard[stage] = present = list(left)
+        self._responded[stage] = present = list(left)
         threshold = self.config.secure.threshold
         if complete(self._graph, list(owners), present, threshold):
             return

@@ -81,7 +81,7 @@ def serve(
     with display(config.federation.rounds, evaluations, quiet=quiet) as progress:
         progress.phase("loading model and data")
         session = open_session(config)
-        with _room_told(config), RunFolder.open(config) as folder:
+        with _stop_on_full_disk(config), RunFolder.open(config) as folder:
             if folder.finished_summary is not None:
                 progress.note(f"{folder.folder} holds a finished run: nothing is left to do")
                 summary = folder.finished_summary | {"run_dir": str(folder.folder)}  # the folder may have been moved
@@ -93,7 +93,7 @@ def serve(
 
 
 @contextmanager
-def _room_told(config: Config) -> Iterator[None]:
+def _stop_on_full_disk(config: Config) -> Iterator[None]:
     """Turns an OSError of `NO_ROOM` into RunStopped."""
     try:
         yield
@@ -156,7 +156,7 @@ class Run:
         return FedsimStrategy(self._session, self._given, ledger, shared, privacy, client_nodes, self._in_flight)
 
     def _noise_key(self) -> NoiseKey:
-        """Returns the key of the server's noise and coins; a secret one is stored in the run folder, so that a resumed run draws the same."""
+        """Returns the key of the server's noise and coins; a secret one is kept in the run folder, so that a resumed run draws the same."""
         options = self._config.privacy
         if options.unit is PrivacyUnit.none or (options.noise is NoiseSource.seed and self._roster is None):
             return NoiseKey.of_seed(self._config.seed)
@@ -230,7 +230,7 @@ class Run:
     def _gathered_gradients(self, strategy: FedsimStrategy, shared: GlobalState, number: int) -> Adapter:
         clients = list(strategy.givers_within_budget(number))
         self._reporter.gradients_requested(number, clients, strategy.gradient_costs(number, clients), shared.adapter_digest())
-        self._settle_if_deployed()
+        self._sync_if_deployed()
         gradients = strategy.initial_gradients(self._grid, number)
         self._reporter.gradients_received(number, strategy.facts)
         return gradients
@@ -284,7 +284,7 @@ class Run:
         checkpoint = checkpoint_of(state, memories, self._session.budget.tokens, moving, self._session.data.labels)
         self._folder.save_checkpoint(checkpoint.round, checkpoint.tensors, checkpoint.state, checkpoint.bases)
 
-    def _settle_if_deployed(self) -> None:
+    def _sync_if_deployed(self) -> None:
         """In a deployment, makes the requests, their charges and the state they are for durable, before clients are asked.
 
         So no client is ever more than one round ahead of what is durable here.
@@ -306,7 +306,7 @@ class Run:
         begun = time.perf_counter()
         self._session.install_state(state.shared)
         self._reporter.training_requested(number, strategy, state.shared.adapter_digest())
-        self._settle_if_deployed()
+        self._sync_if_deployed()
         with nullcontext() if self._roster is not None else self._reporter.show_passes(number, strategy, self._grid):
             strategy.exchange(number, self._grid)
         seconds = time.perf_counter() - begun

@@ -34,7 +34,7 @@ class Simulation:
 
     def __init__(self, session: Session, state: GlobalState, charges: Charges, links: Sequence[Link]) -> None:
         self._session, self._config, self._state, self._charges, self._links = session, session.config, state, charges, links
-        self._peeked: tuple[int, Flush, Queue] | None = None
+        self._next_flush: tuple[int, Flush, Queue] | None = None
 
     def seconds(self, server_round: int, client: int) -> float:
         """Returns the seconds from the server's message to the client's reply in a round that begins now."""
@@ -52,7 +52,7 @@ class Simulation:
 
     def flush(self, server_round: int) -> tuple[Flush, Queue]:
         """Returns the events up to the next flush of the buffer, and the queue after it. Changes nothing."""
-        if self._peeked is None or self._peeked[0] != server_round:
+        if self._next_flush is None or self._next_flush[0] != server_round:
             federation, queue = self._config.federation, deepcopy(self._state.buffer.queue)
             flush = advance(
                 queue,
@@ -64,8 +64,8 @@ class Simulation:
                 lambda client: not self.stays(server_round, client),
                 self._config.seed,
             )
-            self._peeked = (server_round, flush, queue)
-        return self._peeked[1:]
+            self._next_flush = (server_round, flush, queue)
+        return self._next_flush[1:]
 
     def _tokens(self, server_round: int, client: int) -> float:
         """Returns the tokens of a client's local steps; with privacy, which withholds them, those of full batches of longest examples."""

@@ -96,12 +96,12 @@ class FedsimStrategy:
             return self._fill_buffer(server_round, packer, grid)
         self.asking.charge_privacy(server_round)
         if self._session.config.privacy.secure_aggregation:
-            return self._combine_secretly(server_round, packer, grid)
+            return self._aggregate_securely(server_round, packer, grid)
         asked, least = [*wanted, *self.asking.spares(server_round)], least_replies(self._session.config, len(wanted))
         ending = self._simulation.ending(server_round, asked, len(wanted), least) if self._simulation else None
-        round_ = self._opened(server_round, ending)
+        round_ = self._new_round(server_round, ending)
         enough = None if ending else round_  # on a simulated network late clients train as well
-        self._until_enough(
+        self._ask_until_enough(
             round_,
             asked,
             least,
@@ -109,7 +109,7 @@ class FedsimStrategy:
         )
         round_.finish()
 
-    def _opened(self, server_round: int, ending: Ending | None = None) -> TrainingRound:
+    def _new_round(self, server_round: int, ending: Ending | None = None) -> TrainingRound:
         wanted, in_time = len(self.participants(server_round)), None if ending is None else set(ending.arrived)
         round_ = TrainingRound(self._session, self._state, self.asking, self._charges, server_round, wanted, in_time)
         round_.facts.simulated_seconds = None if ending is None else ending.seconds
@@ -130,7 +130,7 @@ class FedsimStrategy:
         round_.finish()
         round_.facts.simulated_seconds = queue.time - before
 
-    def _until_enough(self, round_: Round, asked: list[int], least: int, replies: Callable[[list[int]], Replies]) -> None:
+    def _ask_until_enough(self, round_: Round, asked: list[int], least: int, replies: Callable[[list[int]], Replies]) -> None:
         """Asks all clients, then up to `federation.retries` times those that may yet reply, until at least `least` are in the result.
 
         Raises RunStopped if fewer are.
@@ -148,14 +148,14 @@ class FedsimStrategy:
             time.sleep(RETRY_SECONDS)
             facts.num_attempts += 1
 
-    def _combine_secretly(self, server_round: int, packer: Packer, grid: Grid) -> None:
+    def _aggregate_securely(self, server_round: int, packer: Packer, grid: Grid) -> None:
         """Aggregates the sum over the clients that stay; with too few of them the round changes nothing."""
         self.facts = facts = RoundFacts()
         aggregation = Aggregation(self._session, self._state, server_round, facts)
         protocol = self._protocol(server_round, packer, grid, self.participants(server_round))
 
-        def work(clients: list[int], told: dict[str, Any]) -> RecordDict:
-            return self.asking.brought_up(server_round, clients, packer, **self.asking.private_facts(clients), **told)
+        def work(clients: list[int], fields: dict[str, Any]) -> RecordDict:
+            return self.asking.brought_up(server_round, clients, packer, **self.asking.private_facts(clients), **fields)
 
         try:
             aggregation.add_sum(secure_round(self._session, self._state, protocol, work))
@@ -175,7 +175,7 @@ class FedsimStrategy:
             list(clients),
             list(nodes),
             ask=lambda asks: self._confirmed(self._gathered(grid, asks, packer)),
-            request=lambda asked, **told: self.asking.request(asked, server_round, {}, **told),
+            request=lambda asked, **fields: self.asking.request(asked, server_round, {}, **fields),
             charges=self._charges,
             check_num_examples=self._session.check_num_examples,
             came=lambda client: self.facts.clients.append(client),
@@ -212,7 +212,7 @@ class FedsimStrategy:
             return self._session.gradient_parts.layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
         round_ = GradientRound(self._session, self.asking, self._charges, server_round, len(samples))
         self.asking.charge(self.gradient_costs(server_round, samples))
-        self._until_enough(
+        self._ask_until_enough(
             round_,
             list(samples),
             min(len(samples), least_replies(self._session.config, len(samples))),
@@ -247,19 +247,19 @@ class FedsimStrategy:
             content = self._gradient_request(server_round, packer, client, samples[client])
             yield Ask(Message(content, node, INITIAL_GRADIENT, group_id=str(server_round)), (client,))
 
-    def _gradient_request(self, server_round: int, packer: Packer, client: int, samples: int, **told: Any) -> RecordDict:
+    def _gradient_request(self, server_round: int, packer: Packer, client: int, samples: int, **fields: Any) -> RecordDict:
         mechanism = self._session.privacy_plan[client].initialization if self._session.privacy_plan else None
         if mechanism is not None and self._session.config.adapter.init is Init.gradient_dp:
-            told |= {"noise": [mechanism.noise_multiplier], "rates": [mechanism.sampling_rate]}
+            fields |= {"noise": [mechanism.noise_multiplier], "rates": [mechanism.sampling_rate]}
         needed = needed_for_gradients(self._state.exchange)
-        return self.asking.brought_up(server_round, [client], packer, needed, samples=[samples], **told)
+        return self.asking.brought_up(server_round, [client], packer, needed, samples=[samples], **fields)
 
     def _masked_gradients(self, server_round: int, packer: Packer, samples: dict[int, int], grid: Grid) -> Tensor:
         self.asking.charge(self.gradient_costs(server_round, samples))
         protocol = self._protocol(server_round, packer, grid, list(samples), alone=True)
 
-        def work(clients: list[int], told: dict[str, Any]) -> RecordDict:
-            return self._gradient_request(server_round, packer, clients[0], samples[clients[0]], **told)
+        def work(clients: list[int], fields: dict[str, Any]) -> RecordDict:
+            return self._gradient_request(server_round, packer, clients[0], samples[clients[0]], **fields)
 
         planned = [self._session.privacy_plan[client].initialization for client in samples] if self._session.privacy_plan else []
         noise = max((each.noise_multiplier for each in planned if each), default=0.0) * self._session.config.privacy.clip_norm
@@ -303,9 +303,9 @@ class FedsimStrategy:
 
     def _evaluation_asks(self, server_round: int, packer: Packer, grid: Grid) -> Iterator[Ask]:
         versions = self._state.exchange.versions
-        records, told = packer.pack(versions, versions, increment=False)
+        records, fields = packer.pack(versions, versions, increment=False)
         for node, clients in self.cohorts(range(self._session.config.federation.clients), grid):
-            content = RecordDict({**records, REQUEST: self.asking.request(clients, server_round, told, tasks=[*self._session.data.test])})
+            content = RecordDict({**records, REQUEST: self.asking.request(clients, server_round, fields, tasks=[*self._session.data.test])})
             yield Ask(Message(content, node, EVALUATE, group_id=str(server_round)), tuple(clients))
 
 

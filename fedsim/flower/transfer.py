@@ -42,20 +42,20 @@ class Packer:
         """
         state = self._state
         records: dict[str, ArrayRecord] = {}
-        told: dict[str, str | list[str]] = {"digests": json.dumps({part: state.digest(part) for part in needed})}
+        fields: dict[str, str | list[str]] = {"digests": json.dumps({part: state.digest(part) for part in needed})}
         for name, kinds in self._by_record(parts).items():
-            told[name] = kinds
+            fields[name] = kinds
             records[name] = self._once((name, *kinds), partial(state.flat, kinds))
         if WEIGHTS in parts and state.folded:
-            told[FOLD] = INCREMENT if increment else WHOLE
+            fields[FOLD] = INCREMENT if increment else WHOLE
             records[FOLD] = self._once((FOLD, increment), self._increment if increment else state.whole)
             if increment:
                 layout = Layout.of(state.increment)
-                told["fold_shapes"] = json.dumps(dict(zip(layout.names, layout.shapes, strict=True)))
-                told["fold_on"] = json.dumps(state.increment_on)
+                fields["fold_shapes"] = json.dumps(dict(zip(layout.names, layout.shapes, strict=True)))
+                fields["fold_on"] = json.dumps(state.increment_on)
         if CONTROL in parts and state.control is not None:
             records[CONTROL_RECORD] = self._once(CONTROL, state.control.clone)
-        return records, told
+        return records, fields
 
     def _by_record(self, parts: Collection[str]) -> dict[str, list[str]]:
         kinds = [kind for kind in self._state.spec.kinds if kind in parts]

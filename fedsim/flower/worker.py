@@ -150,8 +150,8 @@ def _train(session: Session, request: Request, content: RecordDict, context: Con
 def _may_be_summed(session: Session, reply: ClientReply) -> bool:
     """Whether an upload has not diverged. The server could not detect it behind masks, so the client leaves it out."""
     loss = reply.result.loss
-    told = isfinite(loss) or (isnan(loss) and session.config.privacy.unit is not PrivacyUnit.none)  # with privacy a NaN is a withheld loss
-    return told and bool(reply.arrays[VALUES].isfinite().all())
+    valid = isfinite(loss) or (isnan(loss) and session.config.privacy.unit is not PrivacyUnit.none)  # a NaN is a withheld loss
+    return valid and bool(reply.arrays[VALUES].isfinite().all())
 
 
 def _metrics(round: int, replies: Sequence[ClientReply]) -> MetricRecord:
