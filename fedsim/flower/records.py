@@ -46,7 +46,7 @@ def _array(tensor: Tensor) -> Array:
 
 
 class _NumpyType(NamedTuple):
-    """A tensor type in NumPy, whose names are kept because NumPy rebuilds them on every access."""
+    """NumPy's names of a tensor type, kept because NumPy rebuilds them on every access."""
 
     dtype: np.dtype[Any]
     name: str

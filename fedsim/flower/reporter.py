@@ -27,7 +27,7 @@ from fedsim.unused import unused
 
 
 class Reporter:
-    """Reports the clients and rounds of one run. `tokens_per_pass` is the last reported bound on a pass."""
+    """Reports the clients and rounds of one run. `tokens_per_pass` is the last reported limit."""
 
     def __init__(self, session: Session, folder: RunFolder, progress: Progress) -> None:
         self._session, self._config, self._folder, self._progress = session, session.config, folder, progress
@@ -141,7 +141,7 @@ class Reporter:
         self._reported_lengths = Counter(self._session.lengths)
 
     def _report_pass_limit(self, number: int) -> None:
-        """Reports a lower bound on passes after this process ran out of memory; the next checkpoint keeps it."""
+        """Reports a reduced limit on passes after this process ran out of memory; the next checkpoint keeps it."""
         tokens = self._session.budget.tokens
         if tokens < self.tokens_per_pass:
             self._progress.note(f"out of memory: passes hold at most {tokens} tokens now, {self.tokens_per_pass} before")

@@ -75,7 +75,7 @@ class Roster:
         self._started = False
 
     def wait_for_clients(self, session: Session, record: RecordEvent) -> None:
-        """Waits up to `engine.wait_seconds` for the clients, and gives the session the sizes of the data that clients bring.
+        """Waits up to `engine.wait_seconds` for the clients, and gives the session the sizes of their own data.
 
         Raises UserError if no client can take part. Clients that connect later join before the next round.
         """

@@ -50,7 +50,7 @@ class Round:
             self.facts.miss_untold(asked, self._round)
 
     def asked_again(self) -> list[int]:
-        """Returns the missing clients that may yet reply, and removes them from the missing ones."""
+        """Returns the missing clients that may yet reply, and removes them from `facts.missing`."""
         retried = [each for each in self.facts.missing if each.reason in COMES_BACK]
         self.facts.missing = [each for each in self.facts.missing if each not in retried]
         return sorted(each.client for each in retried)

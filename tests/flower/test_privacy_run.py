@@ -156,7 +156,7 @@ def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other_and_its_
     options = (f"privacy={unit}", "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "adapter.init=orthogonal", "privacy.noise=system")
     key = tmp_path / "whole/noise.key"
     with monkeypatch.context() as stopping:
-        stopping.setattr("fedsim.flower.server.finish", interrupted)
+        stopping.setattr("fedsim.flower.server.write_results", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_in(tmp_path / "whole", *options)
     assert key.stat().st_mode & 0o777 == 0o600
