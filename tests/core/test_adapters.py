@@ -50,7 +50,7 @@ def test_all_linear_layers_of_the_blocks_are_adapted_and_the_head_is_not():
     assert len(adapted_layers(adapted_model("gpt2"))) == 8
 
 
-def test_named_layers_only_are_adapted():
+def test_only_the_named_layers_are_adapted():
     model = tiny_model("llama")
     adapt(model, LORA_SB, 4, 1, 1.0, ["q_proj", "v_proj"])
     assert {name.rsplit(".", 1)[-1] for name in adapted_layers(model)} == {"q_proj", "v_proj"}
@@ -61,14 +61,14 @@ def test_an_unknown_layer_name_is_refused_with_the_nearest_one():
         adapt(tiny_model("llama"), LORA_SB, 4, 1, 1.0, ["q_pro"])
 
 
-def test_a_rank_above_the_layers_size_is_refused_and_the_model_stays_as_it_was():
+def test_a_rank_above_the_layer_size_is_refused_and_the_model_is_unchanged():
     model = tiny_model("llama")
     with pytest.raises(UserError, match=r"adapter.rank: expected at most 16.*got 17"):
         adapt(model, LORA_SB, 17, 1, 1.0, [])
     assert not adapted_layers(model)
 
 
-def test_without_a_rank_it_is_the_default_or_the_smallest_side_of_a_layer():
+def test_the_rank_defaults_to_the_default_rank_or_a_smaller_layer_side():
     small, named = tiny_model("llama"), tiny_model("llama")
     adapt(small, LORA_SB, None, 1, 1.0, [])
     adapt(named, LORA_SB, None, 1, 1.0, ["o_proj"])
@@ -76,7 +76,7 @@ def test_without_a_rank_it_is_the_default_or_the_smallest_side_of_a_layer():
     assert {layer.R.shape[0] for layer in adapted_layers(named).values()} == {min(DEFAULT_RANK, 32)}
 
 
-def test_bound_puts_the_old_factors_back_even_after_an_error():
+def test_bound_restores_the_old_factors_even_after_an_error():
     model = adapted_model()
     before = factors(model, ("R",))
     with pytest.raises(ZeroDivisionError), bound(model, {name: torch.zeros(2, 8, 8) for name in before}):
@@ -84,7 +84,7 @@ def test_bound_puts_the_old_factors_back_even_after_an_error():
     assert all(torch.equal(before[name], tensor) for name, tensor in factors(model, ("R",)).items())
 
 
-def test_nothing_in_an_adapted_model_asks_for_gradients():
+def test_no_parameter_of_an_adapted_model_requires_gradients():
     assert not any(p.requires_grad for p in adapted_model().parameters())
 
 
@@ -95,7 +95,7 @@ def test_conv1d_weights_are_read_as_out_by_in():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_without_its_update_an_adapted_model_is_the_base_model(architecture):
+def test_an_unadapted_model_gives_the_output_of_the_base_model(architecture):
     model = adapted_model(architecture)
     with unadapted(model):
         torch.testing.assert_close(logits(model), logits(tiny_model(architecture)), rtol=1e-6, atol=1e-6)
@@ -103,7 +103,7 @@ def test_without_its_update_an_adapted_model_is_the_base_model(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_what_is_folded_is_added_to_the_loaded_weight_however_often_that_is_done(architecture):
+def test_fold_replaces_the_previous_fold_and_adds_to_the_loaded_weight(architecture):
     model, dense = adapted_model(architecture), tiny_model(architecture)
     for name, layer in adapted_layers(model).items():
         update = torch.randn(layer.update().shape, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -114,20 +114,20 @@ def test_what_is_folded_is_added_to_the_loaded_weight_however_often_that_is_done
         torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_whose_weight_another_shares_is_no_target():
+def test_a_layer_with_a_shared_weight_is_refused_as_a_target():
     model = tiny_model("llama")
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(UserError, match=r"'lm_head' shares its weight \(.*embed_tokens.*lm_head"):
         adapt(model, LORA_SB, 4, 1, 1.0, ["lm_head"])
 
 
-def test_more_heads_than_a_layer_has_sides_are_refused_by_their_own_name():
+def test_too_many_heads_are_refused_with_an_error_about_method_heads():
     with pytest.raises(UserError, match=r"method\.heads: expected at most \d+"):
         adapt(tiny_model("llama"), RAVAN, None, 10**4, 1.0, [])
 
 
 def coarse_model(size):
-    """A model in bfloat16 whose updates, of this size, are far below the last digit of most weights, and its layers' low-rank updates."""
+    """A bfloat16 model whose updates, of this size, are far below the last digit of most weights, and low-rank updates of its layers."""
     model = adapted_model().to(torch.bfloat16)
     generator = torch.Generator().manual_seed(3)
     updates = {}
@@ -140,15 +140,15 @@ def coarse_model(size):
     return model, updates
 
 
-def of_layer(layer, change):
-    """What a change of W [out, in] adds to a layer's output, by its inputs in float64, and the inputs in bfloat16."""
+def inputs_and_output_change(layer, change):
+    """Returns bfloat16 inputs, and what a change of W [out, in] adds to a layer's output for them, in float64."""
     x = torch.randn(5, change.shape[1], generator=torch.Generator().manual_seed(4)).bfloat16()
     return x, x.double() @ change.double().T
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-2])
-def test_small_updates_of_a_bfloat16_base_are_not_lost_when_they_are_folded_or_evaluated(size):
-    """A sum in bfloat16 keeps nothing of an entry below half of the last digit of W."""
+def test_small_updates_of_a_bfloat16_base_are_not_lost_when_folded_or_evaluated(size):
+    """A sum in bfloat16 drops an entry below half of the last digit of W."""
     model, updates = coarse_model(size)
     for name, layer in adapted_layers(model).items():
         base = weight_matrix(layer.base).clone()
@@ -156,8 +156,8 @@ def test_small_updates_of_a_bfloat16_base_are_not_lost_when_they_are_folded_or_e
         layer.fold(updates[name])
         assert torch.equal(weight_matrix(layer.base), base)
         torch.testing.assert_close(layer.weight(), base.float() + updates[name], rtol=0, atol=1e-7)
-        x, expected = of_layer(layer, plain + updates[name])
-        weight_matrix(layer.base).zero_()  # so that the output's own last digit is that of the update
+        x, expected = inputs_and_output_change(layer, plain + updates[name])
+        weight_matrix(layer.base).zero_()  # so that the output is as precise as the update
         with merged(model):
             found = layer(x)
         assert float((found.double() - expected).norm()) < 0.01 * float(expected.norm())
@@ -166,15 +166,15 @@ def test_small_updates_of_a_bfloat16_base_are_not_lost_when_they_are_folded_or_e
         folded = x.double() @ updates[name].double().T
         assert float((found.double() - folded).norm()) < 0.01 * float(folded.norm()), "what is folded belongs to the base weights"
         layer.fold(None)
-        x, expected = of_layer(layer, plain)
+        x, expected = inputs_and_output_change(layer, plain)
         assert float((layer(x).double() - expected).norm()) < 0.01 * float(expected.norm())
 
 
-def test_what_is_folded_beside_a_bfloat16_base_has_its_part_in_the_gradient_of_the_input():
+def test_a_folded_update_of_a_bfloat16_base_contributes_to_the_input_gradient():
     model, updates = coarse_model(1.0)
     name, layer = next(iter(adapted_layers(model).items()))
     layer.fold(updates[name])
-    x = of_layer(layer, updates[name])[0].requires_grad_()
+    x = inputs_and_output_change(layer, updates[name])[0].requires_grad_()
     layer(x).sum().backward()
     whole = (layer.weight() + layer.update()).double()
     assert float((x.grad.double() - whole.sum(0)).norm()) < 0.02 * float(whole.sum(0).norm()) * len(x) ** 0.5

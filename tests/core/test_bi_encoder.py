@@ -1,4 +1,4 @@
-"""Pairs whose texts are read apart, against the bare encoder used by hand, one text at a time."""
+"""Pairs whose texts are encoded separately, against the bare encoder applied by hand, one text at a time."""
 
 import json
 
@@ -45,7 +45,7 @@ def loss_by_hand(model, pair):
     return functional.cross_entropy(logits_by_hand(model.bert, model.classifier, texts), torch.tensor(pair.label))
 
 
-def test_a_row_has_the_loss_of_its_texts_read_one_by_one_whatever_its_company(pairs):
+def test_a_rows_loss_in_a_batch_equals_that_of_its_texts_encoded_one_by_one(pairs):
     model, rows = adapted_classifier("apart"), pairs(6, apart=True)
     assert len({pair.num_tokens for pair in rows}) > 1, "rows of one length would not show the padding"
     with torch.no_grad():
@@ -61,12 +61,12 @@ def test_a_cohort_equals_clients_trained_one_by_one(pairs):
 
 
 def gradients_by_hand(model, rows):
-    """[{name: gradient} of each row], by autograd through the encoder used by hand."""
+    """Returns [{name: gradient} of each row], by autograd through the bare encoder."""
     leaves = own_leaves(model)
     return [dict(zip(leaves, torch.autograd.grad(loss_by_hand(model, pair), list(leaves.values())), strict=True)) for pair in rows]
 
 
-def test_the_gradient_of_an_example_is_that_of_both_its_texts(pairs):
+def test_the_gradient_of_an_example_covers_both_its_texts(pairs):
     model, rows = adapted_classifier("apart"), pairs(5, apart=True)
     stacked = {name: tensor.expand(len(rows), *tensor.shape) for name, tensor in factors(model, KINDS).items()}
     _, found = group_gradients(model, stacked, collate(rows, 0, CPU), torch.ones(len(rows)))
@@ -76,7 +76,7 @@ def test_the_gradient_of_an_example_is_that_of_both_its_texts(pairs):
             torch.testing.assert_close(found[name][row], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_a_private_step_adds_examples_that_are_clipped_over_both_their_texts(pairs):
+def test_a_private_step_clips_each_example_over_both_its_texts(pairs):
     model, rows, clip = adapted_classifier("apart"), pairs(4, apart=True), 0.05
     layout = Layout.of(factors(model, KINDS))
     start = layout.pack(factors(model, KINDS))
@@ -89,14 +89,14 @@ def test_a_private_step_adds_examples_that_are_clipped_over_both_their_texts(pai
     torch.testing.assert_close(found.factors, start - (each * clip / norms).sum(0) / len(rows), rtol=1e-4, atol=1e-6)
 
 
-def test_each_text_is_a_sequence_of_the_tokenizer_of_half_the_length_at_most(tmp_path):
+def test_each_text_is_its_own_sequence_of_at_most_half_the_length(tmp_path):
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
     (whole,), (cut,) = (encode_labelled([WORDS], tokenizer, length, apart=True) for length in (64, 8))
     assert whole == EncodedLabelled((1, 4, 5, 6, 7, 8, 2, 1, 9, 2), (), label=2, split=7)
     assert cut == EncodedLabelled((1, 4, 5, 2, 1, 9, 2), (), label=2, split=4)
 
 
-def test_evaluation_is_that_of_the_encoder_used_by_hand(tmp_path):
+def test_the_evaluation_loss_equals_that_of_the_bare_encoder(tmp_path):
     model, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu", pairs=PairReading.apart), LABELS)
     assert isinstance(model, BiEncoder)
     examples = [Labelled("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
@@ -108,7 +108,7 @@ def test_evaluation_is_that_of_the_encoder_used_by_hand(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
-def test_peft_loads_the_adapter_onto_the_encoder_and_the_head_is_a_file_beside_it(pairs, tmp_path):
+def test_peft_loads_the_adapter_onto_the_encoder_and_the_head_is_a_separate_file(pairs, tmp_path):
     from peft import PeftModel
 
     model, rows = adapted_classifier("apart"), pairs(3, apart=True)
@@ -127,6 +127,6 @@ def test_peft_loads_the_adapter_onto_the_encoder_and_the_head_is_a_file_beside_i
         assert (bare - expected).abs().max() > 1e-2, "the head alone would make a difference"
 
 
-def test_texts_are_read_apart_only_where_they_are_classified():
+def test_pairs_apart_is_refused_for_data_that_is_not_classified():
     with pytest.raises(UserError, match=r"model.pairs=apart: .* data=embedded is answered; choose data=snli"):
         effective(compose(["model.pairs=apart"]))

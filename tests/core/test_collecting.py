@@ -36,12 +36,12 @@ def test_fed_sb_aggregate_equals_mean_of_weight_deltas():
     assert (B @ R @ A.T - mean_of_deltas).abs().max() < 1e-6
 
 
-def test_order_of_arrival_does_not_show():
+def test_the_weighted_mean_does_not_depend_on_the_order_of_arrival():
     updates = [(float(n), torch.randn(1000)) for n in range(1, 26)]
     assert torch.equal(weighted_mean(updates), weighted_mean(reversed(updates)))
 
 
-def test_an_entry_is_averaged_over_the_clients_that_sent_it_and_stays_where_nobody_did():
+def test_an_entry_is_averaged_over_the_clients_that_sent_it_and_unsent_entries_keep_their_value():
     mean = WeightedMean(4)
     mean.add(1.0, torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))
     mean.add(3.0, torch.tensor([6.0]), torch.tensor([1]))
@@ -49,12 +49,12 @@ def test_an_entry_is_averaged_over_the_clients_that_sent_it_and_stays_where_nobo
     assert mean.result(torch.full((4,), 7.0)).tolist() == [1.0, 5.0, 9.0, 7.0]
 
 
-def test_no_client_is_an_error():
+def test_a_mean_over_no_clients_raises_an_error():
     with pytest.raises(ValueError, match="at least one client"):
         WeightedMean(3).result(torch.zeros(3))
 
 
-def test_a_client_that_sends_nothing_but_zeros_or_zeros_in_the_first_layer_does_not_end_the_round():
+def test_a_client_with_zeros_in_all_layers_or_in_the_first_does_not_stop_the_round():
     spec = AdapterSpec(LORA, {"one": (6, 8), "two": (6, 8)}, 4)
     start = {f"{layer}.{kind}": torch.zeros(shape) for layer in spec.layers for kind, shape in spec.shapes(layer).items()}
     for layers, rank in (((), 1), (("two",), 3)):

@@ -1,4 +1,4 @@
-"""The ledger against a plain list of transfers, summed in the obvious way."""
+"""The ledger against plain sums over a list of transfers."""
 
 import csv
 import io
@@ -50,21 +50,19 @@ def test_totals_equal_a_plain_sum_over_all_transfers(items: list[Transfer]) -> N
 
 
 @given(st.lists(transfers, max_size=40))
-def test_uplink_downlink_and_setup_add_up_to_everything_that_travelled(items: list[Transfer]) -> None:
+def test_uplink_downlink_and_setup_bytes_sum_to_all_transfers(items: list[Transfer]) -> None:
     totals = ledger_of(items).totals()
     assert totals["uplink_bytes"] + totals["downlink_bytes"] + totals["setup_bytes"] == sum(t.serialized_bytes for t in items)
 
 
 @given(st.lists(transfers, max_size=40), st.lists(transfers, max_size=40), st.integers(1, 20))
-def test_json_keeps_every_transfer_and_its_order_however_the_rows_fall_into_blocks(
-    first: list[Transfer], then: list[Transfer], block: int
-) -> None:
+def test_json_keeps_every_transfer_in_order_for_any_block_size(first: list[Transfer], then: list[Transfer], block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(communication, "BLOCK", block)
         ledger = ledger_of(first)
         copy = CommunicationLedger.from_json(json.loads(json.dumps(ledger.to_json())))
         assert list(copy.rows()) == list(ledger.rows())
-        for each in (ledger, copy):  # one has made some blocks before, the other has read them
+        for each in (ledger, copy):  # one has encoded blocks, the other has read them
             for item in then:
                 each.add(item)
             again = CommunicationLedger.from_json(json.loads(json.dumps(each.to_json())))
@@ -72,7 +70,7 @@ def test_json_keeps_every_transfer_and_its_order_however_the_rows_fall_into_bloc
             assert each.totals() == again.totals() == plain_totals(first + then)
 
 
-def test_json_is_read_by_name_so_that_a_new_purpose_may_be_put_before_an_old_one() -> None:
+def test_json_is_read_by_name_so_that_a_new_purpose_may_precede_an_old_one() -> None:
     value = ledger_of([Transfer(1, 0, Direction.uplink, Purpose.adapter, 1, 4, 4, 9)]).to_json()
     value["purposes"][PURPOSES.index(Purpose.adapter)] = "fold"
     value["directions"].reverse()
@@ -80,7 +78,7 @@ def test_json_is_read_by_name_so_that_a_new_purpose_may_be_put_before_an_old_one
     assert (row["purpose"], row["direction"]) == ("fold", "downlink")
 
 
-def test_a_round_late_in_a_long_run_makes_no_block_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_block_is_encoded_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(communication, "BLOCK", 4)
     ledger = ledger_of([Transfer(1, client, Direction.uplink, Purpose.adapter, 1, 4, 4, 9) for client in range(11)])
     made: list[tuple[int, int]] = []
@@ -103,7 +101,7 @@ def test_rows_written_as_csv_are_read_back_to_the_same_totals() -> None:
     assert copy.totals() == ledger.totals()
 
 
-def test_a_thousand_clients_over_a_hundred_rounds_stay_small() -> None:
+def test_the_ledger_stays_small_for_a_thousand_clients_over_a_hundred_rounds() -> None:
     ledger = CommunicationLedger()
     for round_ in range(100):
         for direction in Direction:
@@ -114,7 +112,7 @@ def test_a_thousand_clients_over_a_hundred_rounds_stay_small() -> None:
     assert ledger.totals()["uplink_parameters"] == 100 * 1000 * 1024
 
 
-def test_a_negative_size_is_refused_and_leaves_the_ledger_as_it_was() -> None:
+def test_a_negative_size_is_refused_and_leaves_the_ledger_unchanged() -> None:
     ledger = CommunicationLedger()
     with pytest.raises(ValueError, match="at least 0"):
         ledger.add(Transfer(1, 0, Direction.uplink, Purpose.adapter, -1, 4, 4, 4))

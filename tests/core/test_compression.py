@@ -29,7 +29,7 @@ def round_trip(name, flat, seed=0, density=1.0):
 
 
 def spacing(name, flat):
-    """The distance of the two grid points around each value, at least: written down from the formats, not from the code."""
+    """An upper bound on the distance between the grid points around each value, from the formats and not from the code."""
     if name == "bfloat16":  # 7 bits after the leading one
         return 2.0 ** (flat.abs().double().clamp(min=2.0**-126).log2().floor() - 7)
     largest = torch.stack([block.abs().max() for block in flat.double().split(BLOCK) for _ in block])
@@ -42,13 +42,13 @@ def rounded_to_nearest(name, flat):
 
 
 def looks_unbiased(name, trials, flat):
-    """Whether no entry's mean is further off than six standard errors of a rounding that goes up and down half of the time."""
+    """Whether every entry's mean is within six standard errors of a rounding that goes up half of the time."""
     deviation = (trials.double().mean(dim=0) - flat).abs() / spacing(name, flat)
     return bool((deviation < 6 * 0.5 / len(trials) ** 0.5).all())
 
 
 @pytest.mark.parametrize("name", UNBIASED)
-def test_stochastic_rounding_is_unbiased_and_the_same_test_refuses_rounding_to_nearest(name):
+def test_stochastic_rounding_passes_the_bias_check_and_rounding_to_nearest_fails_it(name):
     flat, random = update(400), generator()
     codec = CODECS[name]
     trials = torch.stack([codec.decode(codec.encode(flat, random), 400) for _ in range(2000)])
@@ -57,7 +57,7 @@ def test_stochastic_rounding_is_unbiased_and_the_same_test_refuses_rounding_to_n
     assert not looks_unbiased(name, trials + 0.1 * spacing(name, flat), flat)
 
 
-def test_the_mean_of_many_clients_loses_the_error_that_each_has():
+def test_averaging_over_many_clients_shrinks_the_rounding_error():
     flat = update()
     mean = torch.stack([round_trip("int4", flat, seed) for seed in range(400)]).mean(dim=0)
     assert (mean - flat).norm() < (round_trip("int4", flat) - flat).norm() / 15  # a twentieth by the square root of 400
@@ -66,7 +66,7 @@ def test_the_mean_of_many_clients_loses_the_error_that_each_has():
 @pytest.mark.parametrize("name", UNBIASED)
 @settings(max_examples=60)
 @given(flat=vectors)
-def test_what_comes_back_is_one_of_the_two_grid_points_around_each_value(name, flat):
+def test_each_decoded_value_is_within_one_grid_step_of_the_original(name, flat):
     decoded = round_trip(name, flat)
     assert decoded.dtype == torch.float32
     assert decoded.shape == flat.shape
@@ -76,7 +76,7 @@ def test_what_comes_back_is_one_of_the_two_grid_points_around_each_value(name, f
 @pytest.mark.parametrize("name", CODECS)
 @settings(max_examples=60)
 @given(flat=vectors, density=st.floats(0.001, 1.0))
-def test_the_arrays_are_what_shapes_says_whatever_the_values(name, flat, density):
+def test_encoded_arrays_match_shapes_and_num_bytes_for_any_values(name, flat, density):
     codec = CODECS[name]
     arrays = codec.encode(flat, generator(), density)
     assert {key: (array.dtype, tuple(array.shape)) for key, array in arrays.items()} == codec.shapes(flat.numel(), density)
@@ -100,7 +100,7 @@ def test_top_k_keeps_the_largest_exactly_and_nothing_else(flat, density):
     assert torch.equal(decoded, expected)
 
 
-def test_of_equal_magnitudes_top_k_keeps_the_earlier():
+def test_top_k_keeps_the_earlier_of_equal_magnitudes():
     assert round_trip("top_k", torch.tensor([1.0, -2.0, 2.0, -2.0, 2.0]), density=0.6).tolist() == [0, -2, 2, -2, 0]
 
 
@@ -119,7 +119,7 @@ def test_integers_on_the_grid_are_kept_exactly(name, scale):
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_decoded_values_are_kept_exactly_where_their_block_still_reaches_the_last_level(name):
+def test_encoding_again_keeps_decoded_values_where_the_block_still_reaches_the_last_level(name):
     decoded, limit = round_trip(name, update(1000 * BLOCK)), LEVELS[name]
     scales = CODECS[name].encode(decoded, generator())["scales"].repeat_interleave(BLOCK)
     full = ((decoded / scales).abs().view(-1, BLOCK).amax(dim=1) == limit).repeat_interleave(BLOCK)
@@ -128,7 +128,7 @@ def test_decoded_values_are_kept_exactly_where_their_block_still_reaches_the_las
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_the_last_level_reaches_every_value_of_a_block_even_just_above_a_grid(name):
+def test_the_last_level_covers_the_largest_value_of_a_block_with_little_slack(name):
     steps = (torch.rand(3000, generator=generator()) + 0.5).bfloat16().float()
     largest = torch.cat([steps * LEVELS[name], torch.nextafter(steps * LEVELS[name], torch.tensor(1e9)), steps])
     scales = CODECS[name].encode(functional.pad(largest.unsqueeze(1), (0, BLOCK - 1)).flatten(), generator())["scales"]
@@ -148,7 +148,7 @@ def test_a_single_value_survives_at_any_magnitude(name, value):
     assert abs(round_trip(name, flat).item() - flat.item()) <= spacing(name, flat).item()
 
 
-def test_an_outlier_coarsens_its_own_block_only():
+def test_an_outlier_coarsens_only_its_own_block():
     flat = update(3 * BLOCK)
     spoiled = flat.clone()
     spoiled[BLOCK] = 1e6
@@ -158,7 +158,7 @@ def test_an_outlier_coarsens_its_own_block_only():
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_the_same_stream_gives_the_same_arrays_and_leaves_the_update_alone(name):
+def test_the_same_random_stream_gives_the_same_arrays_and_leaves_the_update_unchanged(name):
     flat, before = update(), update()
     first, second = (CODECS[name].encode(flat, generator(5), 0.1) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -166,7 +166,7 @@ def test_the_same_stream_gives_the_same_arrays_and_leaves_the_update_alone(name)
 
 
 @pytest.mark.parametrize("name", UNBIASED)
-def test_another_stream_rounds_another_way(name):
+def test_different_random_streams_round_differently(name):
     assert not torch.equal(round_trip(name, update(), seed=0), round_trip(name, update(), seed=1))
 
 
@@ -194,7 +194,7 @@ def test_without_error_feedback_top_k_never_sends_the_small_entries():
     assert all(upload.residual is None for upload in uploads)
 
 
-def test_what_compress_says_was_decoded_is_what_the_server_decodes():
+def test_compress_returns_what_the_server_decodes_and_the_residual():
     upload = compress(update(), update(seed=1), CODECS["int8"], generator())
     assert torch.equal(upload.decoded, CODECS["int8"].decode(upload.arrays, 1000))
     assert torch.equal(upload.residual, update() + update(seed=1) - upload.decoded)
@@ -226,7 +226,7 @@ def test_a_density_outside_its_range_is_refused(density):
 
 
 def malformed(name):
-    """Arrays of five values, each spoiled in one way."""
+    """Yields encodings of five values, each broken in one way."""
     arrays = CODECS[name].encode(torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0]), generator(), 0.6)
     yield {}
     yield arrays | {"more": torch.zeros(1)}

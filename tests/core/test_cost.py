@@ -1,4 +1,4 @@
-"""What is predicted from shapes is what the ledger of a real run holds, transfer by transfer."""
+"""Costs predicted from shapes equal the ledger of a real run, transfer by transfer."""
 
 import csv
 import time
@@ -63,7 +63,7 @@ def composed(overrides):
 
 
 def planned(config):
-    """Everything that is known before a run."""
+    """Returns the effective configuration, the method and the adapter's specification."""
     config = effective(config)
     method, layers = METHODS[config.method.name], layer_shapes(config.model, config.adapter.target_modules)
     return config, method, adapter_spec(layers, method.form, config.adapter.rank, config.method.heads, config.adapter.scaling)
@@ -71,7 +71,7 @@ def planned(config):
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
-    """Carries a run out, without evaluation and pictures, and returns the rows of its ledger."""
+    """Runs a configuration, without evaluation and pictures, and returns the rows and totals of its ledger."""
     answers = TaskResult(accuracy=0.0, loss=0.0, num_examples=1)
     for module in ("server.evaluate", "worker.evaluate_examples"):
         monkeypatch.setattr(f"fedsim.flower.{module}", lambda *args, **options: answers)
@@ -96,7 +96,7 @@ def ordered(found):
 
 
 @pytest.mark.parametrize("overrides", RUNS)
-def test_every_transfer_is_the_one_that_the_ledger_holds(measured, overrides):
+def test_predicted_transfers_and_totals_equal_those_of_the_ledger(measured, overrides):
     config = composed(overrides)
     rows, totals = measured(config)
     assert ordered(charges(*planned(config))) == ordered(rows)
@@ -106,7 +106,7 @@ def test_every_transfer_is_the_one_that_the_ledger_holds(measured, overrides):
 
 
 def steady(overrides):
-    """What every client trains, sends and receives in a middle round, and its set-up, in parameters; all are alike."""
+    """Parameters that a client, on average, trains, sends and receives in a middle round, and those of its set-up."""
     found = forecast(*planned(composed(overrides)))
     return found.trained, found.up.parameters, found.down.parameters, found.bases, found.gradient
 
@@ -140,19 +140,19 @@ def test_a_middle_round_costs_what_the_papers_say(overrides, expected):
     assert steady(overrides) == tuple(map(sum, zip(*(expected(4, m, n, m * n) for m, n in layers), strict=True)))
 
 
-def test_clients_of_different_rank_are_told_as_their_mean():
+def test_clients_of_different_ranks_are_reported_by_their_mean():
     by_rank = {rank: steady(f"method=flexlora adapter.rank={rank}") for rank in (2, 4, 5)}
     mean = tuple(0.4 * two + 0.4 * four + 0.2 * five for two, four, five in zip(*by_rank.values(), strict=True))
     assert steady(f"method=flexlora {MIXED}") == pytest.approx(mean)
 
 
-def test_compression_makes_the_upload_smaller_and_nothing_else():
+def test_compression_shrinks_only_the_upload():
     plain, small = (forecast(*planned(composed(f"method=fedit {more}"))) for more in ("", "compression.name=bfloat16"))
     assert small.up == (plain.up.parameters, plain.up.payload_bytes / 2)
     assert (small.down, small.trained, small.bases) == (plain.down, plain.trained, plain.bases)
 
 
-def test_an_upload_too_large_for_a_codec_is_a_mistake_of_the_user():
+def test_an_upload_too_large_for_a_codec_raises_a_user_error():
     config = composed("method=full model=mistral_7b adapter.target_modules=[] compression.name=int8")
     with pytest.raises(UserError, match=r"compression.name=int8: Expected a number of parameters from 1 to 2.*6979321856"):
         list(charges(*planned(config)))
@@ -163,11 +163,11 @@ def test_the_cost_of_an_asynchronous_run_is_not_predicted():
         list(charges(*planned(composed("federation.network=mobile federation.mode=fedbuff"))))
 
 
-def test_a_federation_of_billions_of_parameters_is_predicted_at_once():
+def test_the_forecast_for_billions_of_parameters_takes_under_a_second():
     config = composed(
         "method=flora model=mistral_7b adapter.target_modules=[] adapter.rank=32 federation.clients=25 data.train_examples=100"
     )
-    everything = planned(config)
+    parts = planned(config)
     began = time.perf_counter()
-    assert forecast(*everything).down.parameters == 25 * 83_886_080
+    assert forecast(*parts).down.parameters == 25 * 83_886_080
     assert time.perf_counter() - began < 1

@@ -35,7 +35,7 @@ def spec_of(form, rank=3):
 
 
 def collected(name, options=None, *, ranks=(None,) * 3, exact=None, **keep):
-    """Three clients' uploads of all trained kinds through a collector, and what is diagnosed of it; `exact` as the method says if None."""
+    """Collects three clients' uploads of all trained kinds and diagnoses them; `exact` defaults to the method's own."""
     options, method = options or MethodConfig(), METHODS[name]
     spec, kinds = spec_of(method.form), method.uploaded(1)
     start, collector = factors_of(spec, 0), None
@@ -54,7 +54,7 @@ def collected(name, options=None, *, ranks=(None,) * 3, exact=None, **keep):
 
 
 def dense_drift(start, flats, places):
-    """With masks: an entry counts for the clients that sent it."""
+    """Computes the drift with masks: an entry counts for the clients that sent it."""
     x = np.stack([flat.double().numpy() for flat in flats])
     masks = np.stack([np.ones(x.shape[1]) if each is None else np.isin(np.arange(x.shape[1]), each.numpy()) for each in places])
     held = P @ masks
@@ -63,13 +63,13 @@ def dense_drift(start, flats, places):
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("fed_sb", (None,) * 3), ("fedit", (None,) * 3), ("fed_sb", (1, 2, 3)), ("fed_sb", (1, 2, 2))])
-def test_drift_is_the_spread_of_the_clients_over_the_step_of_their_mean(name, ranks):
+def test_drift_is_the_spread_of_the_clients_divided_by_the_step_of_their_mean(name, ranks):
     spec, start, flats, places, _, facts = collected(name, ranks=ranks, keep_products=False)
     origin = spec.pack(start, METHODS[name].uploaded(1)).double().numpy()
     assert facts["drift"] == pytest.approx(dense_drift(origin, flats, places), rel=1e-5)
 
 
-def test_equal_clients_do_not_drift_and_clients_at_rest_have_no_drift():
+def test_drift_is_zero_for_equal_clients_and_nan_without_movement_or_clients():
     spec = spec_of(LORA)
     start = factors_of(spec, 0)
     for moved, expected in ((1.0, 0.0), (0.0, math.nan)):
@@ -87,26 +87,26 @@ def dense_mean(spec, flats, layer):
     return sum(p * 0.5 * (own[f"{layer}.B"] @ own[f"{layer}.A"]).numpy() for p, own in zip(P, adapters, strict=True))
 
 
-def missed(exact, update):
+def relative_error(exact, update):
     return np.linalg.norm(exact - update.double().numpy()) / np.linalg.norm(exact)
 
 
-def test_deviation_is_what_the_mean_of_factors_misses_of_the_mean_of_updates():
+def test_deviation_is_the_relative_error_of_the_mean_of_factors_against_the_mean_of_updates():
     spec, _, flats, _, _, facts = collected("fedit", keep_products=True)
     mean = spec.layout(("B", "A")).unpack(sum(float(p) * flat for p, flat in zip(P, flats, strict=True)))
     for layer in LAYERS:
-        expected = missed(dense_mean(spec, flats, layer), spec.update(mean, layer))
+        expected = relative_error(dense_mean(spec, flats, layer), spec.update(mean, layer))
         assert expected > 0.1
         assert facts["deviation"][layer] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_method_is_diagnosed_by_what_it_does_and_not_by_its_name(monkeypatch):
+def test_diagnosis_does_not_depend_on_the_name_of_a_method(monkeypatch):
     monkeypatch.setitem(METHODS, "mine", replace(METHODS["flexlora"], name="mine"))
     mine, flexlora = (collected(name, keep_products=True)[-1]["deviation"] for name in ("mine", "flexlora"))
     assert mine == flexlora
 
 
-def test_deviation_of_flexlora_is_what_the_truncation_cuts_off():
+def test_deviation_of_flexlora_is_the_truncation_error():
     spec, _, flats, _, _, facts = collected("flexlora", keep_products=True)
     for layer in LAYERS:
         values = np.linalg.svd(dense_mean(spec, flats, layer), compute_uv=False)
@@ -114,7 +114,7 @@ def test_deviation_of_flexlora_is_what_the_truncation_cuts_off():
         assert facts["deviation"][layer] == pytest.approx(expected, rel=1e-4)
 
 
-def test_deviation_of_a_truncated_residual_is_what_the_truncation_cuts_off():
+def test_deviation_of_a_truncated_residual_is_the_truncation_error():
     spec, _, flats, _, _, facts = collected("fedex_lora", MethodConfig(residual_rank=2), exact=False, keep_products=True)
     mean = spec.layout(("B", "A")).unpack(sum(float(p) * flat.double() for p, flat in zip(P, flats, strict=True)))
     for layer in LAYERS:
@@ -127,14 +127,14 @@ def test_deviation_of_a_truncated_residual_is_what_the_truncation_cuts_off():
 
 @pytest.mark.parametrize("name", ["fedex_lora", "flora"])
 @pytest.mark.parametrize("keep", [{"keep_products": True}, {"keep_products": False, "keep_clients": True}])
-def test_what_is_made_up_for_in_the_base_weights_is_not_missed(name, keep):
+def test_residuals_folded_into_the_base_weights_leave_no_deviation(name, keep):
     assert collected(name, **keep)[-1]["deviation"] == {}
     measured = collected(name, exact=False, **keep)[-1]["deviation"]
     assert set(measured) == set(LAYERS)
     assert max(measured.values()) < 1e-6
 
 
-def test_an_average_that_is_exact_has_no_layer_that_deviates_and_one_that_was_not_measured_tells_nothing():
+def test_deviation_is_empty_for_an_exact_average_and_absent_when_not_measured():
     assert collected("fed_sb", keep_products=False)[-1]["deviation"] == {}
     assert "deviation" not in collected("fedit", keep_products=False)[-1]
 
@@ -146,7 +146,7 @@ def entropy_rank(matrix):
 
 
 @pytest.mark.parametrize("form", [LORA_SB, LORA, RAVAN, DENSE], ids=lambda form: form.name)
-def test_effective_rank_is_that_of_the_dense_update_though_it_is_never_formed(form):
+def test_effective_rank_equals_that_of_the_dense_update(form):
     spec = spec_of(form, rank=2)
     factors = factors_of(spec, 5)
     if form is LORA_SB:  # whose bases are orthonormal
@@ -158,14 +158,14 @@ def test_effective_rank_is_that_of_the_dense_update_though_it_is_never_formed(fo
 
 
 @pytest.mark.parametrize("options", [MethodConfig(residual=Residual.stacked), MethodConfig(residual=Residual.dense)])
-def test_effective_rank_counts_what_was_folded(options):
+def test_effective_rank_includes_the_folded_update(options):
     keep = {"keep_products": options.residual is Residual.dense, "keep_clients": options.residual is Residual.stacked}
     spec, _, flats, _, _, facts = collected("fedex_lora", options, **keep)
     expected = np.mean([entropy_rank(dense_mean(spec, flats, layer)) for layer in LAYERS])
     assert facts["effective_rank"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_dense_update_that_is_too_large_for_an_svd_has_no_effective_rank(monkeypatch):
+def test_layers_too_large_for_a_dense_svd_are_left_out_of_the_effective_rank(monkeypatch):
     monkeypatch.setattr(diagnosis, "DENSE_SVD_LIMIT", 5)
     keep = {"keep_products": False, "keep_clients": True}
     spec, _, flats, _, _, facts = collected("fedex_lora", **keep)
@@ -186,13 +186,13 @@ def test_effective_rank_is_at_least_one_and_at_most_the_number_of_values(values)
     assert found == pytest.approx(entropy_rank(np.diag(values)), rel=1e-4)
 
 
-def test_no_update_has_no_effective_rank():
+def test_the_effective_rank_of_a_zero_update_is_nan():
     assert math.isnan(effective_ranks(torch.zeros(4)))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 7, 40), (40, 7)])
 @pytest.mark.parametrize("decades", [0, 3, 10])
-def test_singular_values_are_right_to_1e_8_of_the_largest_however_fast_they_fall(shape, decades):
+def test_singular_values_are_accurate_to_1e_8_of_the_largest_at_any_decay(shape, decades):
     generator = np.random.default_rng(0)
     left, values, right = np.linalg.svd(generator.normal(size=shape), full_matrices=False)
     values = values * 10.0 ** -np.linspace(0, decades, values.shape[-1])

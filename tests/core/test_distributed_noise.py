@@ -18,7 +18,7 @@ def quantizer_of(bits=8, clip_norm=0.5, clients=5):
 
 @given(arrays.arrays(np.float64, st.integers(1, 300), elements=st.floats(-9, 9)), st.integers(0, 99), st.sampled_from([7, 8, 12, 16]))
 @settings(max_examples=80)
-def test_no_update_makes_integers_longer_than_the_limit(update, seed, bits):
+def test_the_norm_of_clipped_integers_never_exceeds_the_limit(update, seed, bits):
     quantizer = quantizer_of(bits)
     found = clipped_integers(update, quantizer, np.random.default_rng(seed))
     assert found.dtype == np.int64
@@ -27,7 +27,7 @@ def test_no_update_makes_integers_longer_than_the_limit(update, seed, bits):
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
-def test_the_integers_are_the_clipped_update_on_average(scale):
+def test_the_integers_average_to_the_clipped_update(scale):
     quantizer, generator = quantizer_of(10), np.random.default_rng(0)
     update = np.random.default_rng(1).normal(size=200)
     update *= scale * 0.5 / np.linalg.norm(update)
@@ -36,13 +36,13 @@ def test_the_integers_are_the_clipped_update_on_average(scale):
     assert np.abs(found - expected).max() < 0.15 * quantizer.step + 2e-3 * np.abs(expected).max()
 
 
-def test_what_would_drown_in_rounding_is_refused():
+def test_more_parameters_than_the_bits_can_round_are_refused():
     with pytest.raises(UserError, match=r"secure.bits: rounding 100,000 parameters"):
         clipped_integers(np.zeros(100_000), quantizer_of(8), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("noise_multiplier", [0.3, 1.0, 4.0])
-def test_the_fewest_survivors_have_all_the_noise_and_not_two_thirds_or_three_halves(noise_multiplier):
+def test_the_fewest_survivors_add_the_full_noise_and_not_two_thirds_or_three_halves_of_it(noise_multiplier):
     quantizer, fewest = quantizer_of(), 3
 
     def sigma(factor):
@@ -56,7 +56,7 @@ def test_the_fewest_survivors_have_all_the_noise_and_not_two_thirds_or_three_hal
 
 
 @pytest.mark.parametrize("clients", [1, 4])
-def test_the_sum_of_the_clients_noise_is_a_skellam_number(clients):
+def test_the_sum_of_the_clients_noise_follows_the_skellam_distribution(clients):
     generator, variance = np.random.default_rng(0), 9.0
     total = sum(skellam_noise(50_000, variance / clients, generator) for _ in range(clients))
     cells = np.arange(-9, 10)
@@ -66,5 +66,5 @@ def test_the_sum_of_the_clients_noise_is_a_skellam_number(clients):
     assert stats.chisquare([*observed, rest[0]], [*expected, rest[1]]).pvalue > 1e-3
 
 
-def test_without_noise_there_is_none():
+def test_a_noise_multiplier_of_zero_adds_no_noise():
     assert not skellam_noise(100, share_of_variance(0.0, quantizer_of(), 2), np.random.default_rng(0)).any()

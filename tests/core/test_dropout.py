@@ -1,4 +1,4 @@
-"""Simulated drop-outs are a function of seed, round and client."""
+"""Simulated drop-outs depend on seed, round and client only."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +14,7 @@ def config_of(dropout, secure=False):
     return Config(federation=FederationConfig(dropout=dropout), privacy=PrivacyConfig(secure_aggregation=secure))
 
 
-def test_clients_vanish_as_often_as_asked_and_at_every_stage():
+def test_clients_drop_out_at_the_configured_rate_and_equally_often_at_every_stage():
     moments = [vanishes(config_of(0.3, secure=True), 1, client) for client in range(4000)]
     before = [moment for moment in moments if moment is not None and moment <= Stage.upload]
     assert len(before) / 4000 == pytest.approx(0.3, abs=0.03)

@@ -41,26 +41,26 @@ RATES = Calibration(1e10, 1e-2, 1e-3, 1e9, 5e-3, 1e9, 1e-3, 1e9, 400_000_000, "m
 
 
 def counted(form, kinds):
-    """FLOPs of forward and backward by torch's counter, the specification, and what the first layers would add."""
+    """FLOPs of forward and of both passes by torch's counter, the specification, FLOPs that the first layers skip, and the targets."""
     model = tiny_model("llama")
     model.set_attn_implementation("eager")  # the fused kernel of the CPU is not counted
     spec = adapt(model, form, RANK, 1, 1.0, [])
     batch = collate([EncodedExample(tuple(range(3, 3 + LENGTH)), START) for _ in range(ROWS)], 0, torch.device("cpu"))
     with torch.no_grad():
-        batch_loss(model, batch)  # whether the head comes last is found out now
+        batch_loss(model, batch)  # finds out whether the head comes last
         with FlopCounterMode(display=False) as forward:
             batch_loss(model, batch)
     stacked = {name: factor.unsqueeze(0) for name, factor in factors(model, kinds).items()}
     with FlopCounterMode(display=False) as both:
         group_gradients(model, stacked, batch, torch.ones(ROWS))
     first = [spec.layers[f"model.layers.0.self_attn.{name}_proj"] for name in "qkv"]
-    inner = RANK * RANK if form is LORA_SB else 0  # the gradient of A x, which no trained factor of the first layers asks for
+    inner = RANK * RANK if form is LORA_SB else 0  # the gradient of A x, which no trained factor of the first layers needs
     unneeded = 2 * TOKENS * sum(out * into + RANK * into + inner for out, into in first)
     return forward.get_total_flops(), both.get_total_flops(), spec, unneeded, ROWS * batch.labels.shape[1]
 
 
 @pytest.mark.parametrize(("form", "kinds"), [(LORA_SB, ("R",)), (LORA, ("B", "A"))])
-def test_flops_equal_those_that_torch_counts(form, kinds, monkeypatch):
+def test_flops_equal_torchs_counts(form, kinds, monkeypatch):
     monkeypatch.setattr(gemm, "has_onednn", lambda: False)  # its products are not counted
     forward, both, spec, unneeded, targets = counted(form, kinds)
     adapters, trained = chain_parameters(spec), spec.num_parameters(kinds)
@@ -69,12 +69,12 @@ def test_flops_equal_those_that_torch_counts(form, kinds, monkeypatch):
 
 
 def pairs(model, *, apart):
-    """Rows without padding that are classified, in one sequence or in two of half the length."""
+    """Rows to classify, without padding, as one sequence or as two of half the length."""
     return collate([EncodedLabelled(tuple(range(3, 3 + LENGTH)), (), 0, LENGTH // 2 * apart)] * ROWS, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_flops_of_a_classifier_are_those_that_torch_counts_but_for_what_a_row_goes_through(apart, monkeypatch):
+def test_flops_of_a_classifier_equal_torchs_counts_without_pooler_and_head(apart, monkeypatch):
     monkeypatch.setattr(gemm, "has_onednn", lambda: False)
     model = tiny_classifier("apart" if apart else "bert")
     model.bert.set_attn_implementation("eager")
@@ -90,7 +90,7 @@ def test_flops_of_a_classifier_are_those_that_torch_counts_but_for_what_a_row_go
     pooler, head = 2 * ROWS * sequences * 32 * 32, 2 * ROWS * len(LABELS) * (width + 1)
     assert forward_flops(shape_of(model), TOKENS, LENGTH / sequences, 0, adapters) == forward.get_total_flops() - pooler - head
     unneeded = 2 * TOKENS * 3 * (32 * 32 + RANK * 32)  # gradients of the input of the first three layers
-    through_pooler = pooler * (1 if apart else 2)  # of its result nothing is made where texts are read apart
+    through_pooler = pooler * (1 if apart else 2)  # where texts are read apart its result is unused
     rest = both.get_total_flops() - through_pooler - 3 * head
     assert training_flops(shape_of(model), TOKENS, LENGTH / sequences, 0, adapters, trained) - unneeded == rest
 
@@ -101,7 +101,7 @@ def test_checkpointing_costs_one_more_forward_without_logits():
 
 
 @pytest.mark.parametrize("name", ["mistral_7b", "llama32_1b", "llama31_70b", "gpt2"])
-def test_the_parts_of_a_model_are_those_of_its_skeleton(name):
+def test_the_parameters_in_a_models_shape_are_those_of_its_skeleton(name):
     model = compose([f"model={name}"]).model
     shape = model_shape(model)
     assert shape.parameters == num_parameters(model)
@@ -118,14 +118,14 @@ def predicted(overrides=(), work=WORK, rates=RATES, labels=()):
 
 
 @pytest.mark.parametrize("method", ["fed_sb", "fedit", "centralized", "full"])
-def test_bytes_are_those_of_the_cost(method):
+def test_bytes_equal_the_cost_forecast_and_seconds_are_the_sum_of_the_phases(method):
     found, cost = predicted([f"method={method}", "federation.rounds=3"])
     assert found.num_bytes == cost.totals
     assert found.seconds == sum(phase.seconds for phase in found.phases) > 0
     assert found.peak_bytes > RATES.process_bytes + found.memory["base model"]
 
 
-def test_twice_the_rounds_take_twice_the_training():
+def test_twice_the_rounds_double_the_training_and_leave_evaluation_and_initialisation_unchanged():
     one, two = (predicted([f"federation.rounds={rounds}"])[0] for rounds in (3, 6))
     assert two.flops == 2 * one.flops
     times = [{phase.name: phase.seconds for phase in found.phases} for found in (one, two)]
@@ -134,21 +134,21 @@ def test_twice_the_rounds_take_twice_the_training():
     assert times[1]["initialisation"] == times[0]["initialisation"]
 
 
-def test_a_cohort_of_all_clients_takes_fewer_passes_than_clients_alone():
+def test_a_cohort_of_all_clients_trains_faster_than_clients_one_by_one():
     together, alone = (
         {phase.name: phase.seconds for phase in predicted([f"engine.cohort_size={size}"])[0].phases}["training"] for size in (0, 1)
     )
     assert together < alone
 
 
-def test_memory_does_not_grow_with_clients_but_for_their_own_factors():
+def test_memory_grows_with_clients_only_by_their_own_state():
     few, many = (predicted([f"federation.clients={clients}", "training.tokens_per_pass=512"])[0].memory for clients in (25, 100))
     own = "clients' factors, gradients, moments and uploads"
     assert many.pop(own) == 4 * few.pop(own)
     assert many == few
 
 
-def test_epochs_count_the_examples_of_a_client():
+def test_flops_are_proportional_to_local_epochs_and_to_examples():
     one = predicted(["training.local_epochs=1"])[0]
     assert one.flops == pytest.approx(predicted(["training.local_epochs=2"])[0].flops / 2)
     fewer = predicted(["training.local_epochs=1"], replace(WORK, train_examples=5000))[0]
@@ -159,7 +159,7 @@ ROWS_APART = Work(tokens=30, responses=0, train_examples=9000, questions=1000, p
 CLASSIFIED = ["model=minilm", "data=sick", "adapter.init=orthogonal", "model.device=cpu"]
 
 
-def test_rows_that_are_classified_take_forward_passes_and_no_answers():
+def test_rows_to_classify_cost_forward_passes_and_no_generation():
     overrides = [*CLASSIFIED, "federation.rounds=4", "evaluation.every=1"]
     longer = [*overrides, "evaluation.max_new_tokens=500"]
     slower = replace(RATES, decode_flops=0.0, decode_seconds=1e9)
@@ -172,14 +172,14 @@ def test_rows_that_are_classified_take_forward_passes_and_no_answers():
     assert phase.detail == "1,000 rows 5 times"
 
 
-def test_texts_that_are_read_apart_look_at_half_as_many_tokens():
+def test_texts_read_apart_attend_to_half_as_many_tokens():
     together = predicted(CLASSIFIED, replace(ROWS_APART, sequences=1), labels=LABELS)[0]
     apart = predicted(CLASSIFIED, ROWS_APART, labels=LABELS)[0]
     tokens = 12 * 25 * 10 * 4 * 30  # rounds, clients, steps, rows
     assert together.flops - apart.flops == pytest.approx(6 * 2 * tokens * 384 * 15 * 6), "three times forward, each with two products"
 
 
-def test_padding_is_time_and_memory_of_passes_and_no_flops():
+def test_padding_adds_time_and_memory_but_no_flops():
     tight, wide = (predicted(work=replace(WORK, padded=padded), rates=replace(RATES, pass_seconds=0.0))[0] for padded in (1.0, 1.5))
     assert tight.flops == wide.flops
     of_steps = 12 * 25 * 10 * RATES.client_step_seconds
@@ -191,7 +191,7 @@ def test_padding_is_time_and_memory_of_passes_and_no_flops():
     assert wide == tight
 
 
-def test_memory_holds_a_few_copies_of_what_is_sent_of_initial_gradients():
+def test_memory_includes_a_few_copies_of_the_initial_gradients_that_are_sent():
     small = ["adapter.rank=4", "training.tokens_per_pass=64", "evaluation.tokens_per_pass=64"]
     sketched, whole = (predicted([*small, f"adapter.sketch={each}"]) for each in ("true", "false"))
     numbers = whole[1].gradient - sketched[1].gradient

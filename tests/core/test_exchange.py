@@ -1,4 +1,4 @@
-"""Who holds what, against clients that really hold values."""
+"""The exchange against clients that hold actual values."""
 
 import pytest
 from hypothesis import given
@@ -15,9 +15,9 @@ PARTS = ("B", "R", "A", "W")
 
 
 class World:
-    """Clients with values of their parts, a server whose parts change, and an exchange that only keeps the books.
+    """Clients with values of their parts, a server whose parts change, and an exchange that only tracks them.
 
-    A value is the round in which it was made; that of W is the list of all that was added to it.
+    A value is the round that made it; that of W lists every round that added to it.
     """
 
     def __init__(self, derived, rederived):
@@ -32,8 +32,8 @@ class World:
         mine, exchange = self.clients[client], self.exchange
         lacking = exchange.lacking(client)
         for part in PARTS:
-            has_it = part in mine and (part in self.rederived or mine[part] == self.server[part])
-            assert (part not in lacking) == has_it
+            has_current = part in mine and (part in self.rederived or mine[part] == self.server[part])
+            assert (part not in lacking) == has_current
         if "W" in lacking:
             can = self.base is not None and all(
                 part in self.rederived or (part in mine and mine[part] == value) for part, value in self.base.items()
@@ -56,7 +56,7 @@ KINDS = st.sets(st.sampled_from(["B", "R", "A"]))
 
 
 @given(st.data(), KINDS, st.sampled_from([(), ("B", "A"), ("B", "R", "A")]))
-def test_the_books_are_those_of_clients_that_really_hold_values(data, derived, rederived):
+def test_the_exchange_tracks_what_clients_actually_hold(data, derived, rederived):
     world = World({"W", *derived}, rederived)
     for number in range(1, data.draw(st.integers(1, 6)) + 1):
         for client in data.draw(st.sets(st.integers(0, CLIENTS - 1))):
@@ -85,7 +85,7 @@ def test_the_books_are_those_of_clients_that_really_hold_values(data, derived, r
         ("full", Init.zero, "D"),
     ],
 )
-def test_what_a_client_lacks_before_its_first_round(method, init, lacking):
+def test_the_parts_that_a_client_lacks_before_its_first_round(method, init, lacking):
     assert set(starting_exchange(METHODS[method], init, scaffold=False).lacking(0)) == set(lacking)
     assert set(starting_exchange(METHODS[method], init, scaffold=True).lacking(0)) == {*lacking, "c"}
 
@@ -98,7 +98,7 @@ def sizes_of(parts, *, increment_fits):
     return dict(found)
 
 
-def test_moving_factors_bases_folds_and_control_variates_are_told_apart():
+def test_adapter_bases_fold_and_control_variates_are_counted_separately():
     assert sizes_of([], increment_fits=True) == {}
     assert sizes_of(["B", "R", "A"], increment_fits=True) == {Purpose.adapter: 9, Purpose.bases: 90}
     assert sizes_of(["R", "W", "c"], increment_fits=True) == {Purpose.adapter: 9, Purpose.fold: 10, Purpose.control: 7}

@@ -7,12 +7,12 @@ from fedsim.core.fedbuff import Queue, advance, staleness_weight
 
 
 def speeds(clients, seed=0):
-    """Seconds of each client."""
+    """Returns the seconds that each client takes."""
     return np.random.default_rng(seed).lognormal(0, 1, clients).tolist()
 
 
 def flushes(count, clients=12, concurrency=6, buffer=3, seconds=None, vanishes=lambda client: False, queue=None, first=0):
-    """The flushes of some versions, with the queue after each."""
+    """Returns `count` flushes from version `first` on, each with the queue after it."""
     seconds, queue = seconds or speeds(clients), queue or Queue()
     found = []
     for version in range(first, first + count):
@@ -21,19 +21,19 @@ def flushes(count, clients=12, concurrency=6, buffer=3, seconds=None, vanishes=l
     return found
 
 
-def test_the_weight_falls_with_the_root_of_the_age():
+def test_the_staleness_weight_is_one_over_the_square_root_of_one_plus_the_age():
     assert [staleness_weight(age) for age in (0, 3, 8)] == pytest.approx([1.0, 0.5, 1 / 3])
 
 
 def test_updates_arrive_as_in_a_simulation_second_by_second():
-    """The reference looks at all clients in small steps of time instead of keeping a queue of events."""
+    """The reference checks all clients every half second instead of keeping a queue of events."""
     clients, concurrency, buffer, seconds = 10, 4, 3, [round(0.5 + 3 * each) / 2 + 0.5 for each in speeds(10)]  # whole half seconds
     started = []
     expected, version, time, inside, working, sent = [], 0, 0.0, [], {}, Counter()
     found = flushes(8, clients, concurrency, buffer, seconds)
     for flush, _ in found:
         started += [job.client for job in flush.begun]
-    order = iter(started)  # who takes a free place is drawn; when, is what is tried
+    order = iter(started)  # who takes a free place is drawn; the test checks when
     while version < 8:
         for client, (end, since) in list(working.items()):  # in the order in which they began
             if end <= time and len(inside) < buffer:
@@ -59,7 +59,7 @@ def test_updates_arrive_as_in_a_simulation_second_by_second():
     assert max(age for each in ages for _, age in each) > 0
 
 
-def test_a_buffer_and_a_concurrency_of_all_clients_is_the_synchronous_round():
+def test_buffer_and_concurrency_of_all_clients_give_synchronous_rounds():
     for version, (flush, queue) in enumerate(flushes(4, clients=5, concurrency=5, buffer=5)):
         assert {job.client for job in flush.begun} == {job.client for job in flush.arrived} == {*range(5)}
         assert {job.version for job in flush.arrived} == {version}
@@ -67,7 +67,7 @@ def test_a_buffer_and_a_concurrency_of_all_clients_is_the_synchronous_round():
         assert queue["time"] == pytest.approx((version + 1) * max(speeds(5)))
 
 
-def test_no_client_works_twice_at_once_nor_twice_from_a_version():
+def test_no_client_works_twice_at_once_or_twice_from_one_version():
     for version, (flush, queue) in enumerate(flushes(30)):
         begun = [job.client for job in flush.begun]
         assert len(begun) == len(set(begun))
@@ -77,7 +77,7 @@ def test_no_client_works_twice_at_once_nor_twice_from_a_version():
         assert all(job[3] <= version for job in queue["working"])
 
 
-def test_who_vanishes_frees_a_place_and_fills_no_buffer():
+def test_a_client_that_drops_out_frees_its_place_and_does_not_fill_the_buffer():
     found = flushes(10, vanishes=lambda client: client < 4)
     assert all(job.client >= 4 for flush, _ in found for job in flush.arrived)
     assert any(flush.lost for flush, _ in found)
@@ -87,7 +87,7 @@ def test_who_vanishes_frees_a_place_and_fills_no_buffer():
     assert len(only.lost) == 4
 
 
-def test_a_queue_from_json_goes_on_as_the_first_would():
+def test_a_queue_from_json_continues_as_the_original_would():
     whole = flushes(9)
     queue = Queue.from_json(whole[4][1])
     assert flushes(4, queue=queue, first=5) == whole[5:]

@@ -1,4 +1,4 @@
-"""Forms and flat arrays against dense masks: what is where, what a smaller rank holds, and what the factors multiply to."""
+"""Forms and flat arrays against dense masks: positions, smaller ranks, and products of the factors."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def specs_and_kinds(draw, forms=FORMS):
 
 
 def numbered(spec, kinds):
-    """{name: tensor} in which every entry is its own place in the flat array of `kinds`."""
+    """{name: tensor} in which every entry is its own position in the flat array of `kinds`."""
     layout = spec.layout(kinds)
     return layout.unpack(torch.arange(layout.num_parameters))
 
@@ -39,7 +39,7 @@ def random_factors(spec, seed=0):
 
 
 def leading(spec, name, tensor, rank):
-    """What a client of this rank holds of a factor of LoRA or LoRA-SB."""
+    """Returns the part of a LoRA or LoRA-SB factor that a client of this rank holds."""
     kind = name.rpartition(".")[2]
     return {"B": lambda: tensor[:, :rank], "R": lambda: tensor[:rank, :rank], "A": lambda: tensor[:rank]}[kind]()
 
@@ -81,7 +81,7 @@ def test_head_positions_are_the_entries_of_these_heads(spec, data):
 
 
 @given(specs_and_kinds(), st.data())
-def test_within_is_where_some_kinds_are(spec_and_kinds, data):
+def test_within_gives_the_positions_of_some_kinds(spec_and_kinds, data):
     spec, kinds = spec_and_kinds
     some = data.draw(st.sets(st.sampled_from(kinds)))
     places = [places.flatten() for name, places in numbered(spec, kinds).items() if name.rpartition(".")[2] in some]
@@ -89,7 +89,7 @@ def test_within_is_where_some_kinds_are(spec_and_kinds, data):
 
 
 def ravan(own, rank):
-    """Head by head, on the columns of B and the rows of A that are its own."""
+    """Sums over heads, each with its own columns of B and rows of A."""
     parts = [slice(rank * k, rank * (k + 1)) for k in range(len(own["s"]))]
     return sum(own["s"][k] * own["B"][:, part] @ own["H"][k] @ own["A"][part] for k, part in enumerate(parts))
 
@@ -103,7 +103,7 @@ FORMULAS = {
 
 
 @given(specs())
-def test_the_update_is_the_formula_of_the_form(spec):
+def test_the_update_follows_the_formula_of_its_form(spec):
     factors = random_factors(spec)
     for layer, shape in spec.layers.items():
         update = spec.update(factors, layer)
@@ -112,7 +112,7 @@ def test_the_update_is_the_formula_of_the_form(spec):
 
 
 @given(specs(), st.integers(1, 3))
-def test_a_stack_of_factors_has_a_stack_of_chains(spec, groups):
+def test_stacked_factors_give_stacked_chains(spec, groups):
     stacked = [random_factors(spec, seed) for seed in range(groups)]
     for layer in spec.layers:
         own = [spec.factors(factors, layer) for factors in stacked]
@@ -122,7 +122,7 @@ def test_a_stack_of_factors_has_a_stack_of_chains(spec, groups):
 
 
 @given(specs_and_kinds())
-def test_packing_keeps_the_models_order_whatever_the_order_of_the_adapter(spec_and_kinds):
+def test_packing_keeps_the_models_order_for_any_order_of_the_adapter(spec_and_kinds):
     spec, kinds = spec_and_kinds
     factors = random_factors(spec)
     flat = spec.pack(dict(reversed(factors.items())), kinds)

@@ -27,8 +27,8 @@ SIZES = {
 }
 
 
-def as_written(kind, monkeypatch, **others):
-    """Returns a small random model of transformers, whose code is as it was written, also where an earlier test has fused it."""
+def unfused_model(kind, monkeypatch, **others):
+    """Returns a small random transformers model with its original code, even where an earlier test has fused it."""
     settings = CONFIG_MAPPING[kind]()
     for name, value in (SIZES | others).items():
         if hasattr(settings, name):
@@ -73,7 +73,7 @@ KINDS = {
     "phi3": (0, True),
     "cohere2": (2, False),
     "glm4": (0, False),
-    "olmo2": (2, True),  # turns in float32, where nothing of it is fused unless the model is in float32
+    "olmo2": (2, True),  # rotates in float32, so that only a float32 model takes the fused path
     "gpt2": (0, False),
 }
 """How many gates of a model are fused, and whether its rotation is."""
@@ -82,7 +82,7 @@ KINDS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "num_gates", "turns"), [(kind, *parts) for kind, parts in KINDS.items()])
 def test_a_fused_model_gives_the_same_logits_and_gradients_bit_for_bit(kind, num_gates, turns, dtype, monkeypatch):
-    model = as_written(kind, monkeypatch).to(dtype)
+    model = unfused_model(kind, monkeypatch).to(dtype)
     before = logits_and_gradient(model)
 
     fuse(model)
@@ -92,8 +92,8 @@ def test_a_fused_model_gives_the_same_logits_and_gradients_bit_for_bit(kind, num
     assert isinstance(rotation_of(model), Rotation) == turns
 
 
-def test_where_part_of_the_dimensions_are_turned_the_original_turns_them(monkeypatch):
-    model = as_written("phi3", monkeypatch, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+def test_a_partial_rotation_keeps_the_gradients_bit_for_bit(monkeypatch):
+    model = unfused_model("phi3", monkeypatch, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
     before = logits_and_gradient(model)
 
     fuse(model)
@@ -102,8 +102,8 @@ def test_where_part_of_the_dimensions_are_turned_the_original_turns_them(monkeyp
     assert torch.equal(logits_and_gradient(model)[1], before[1])
 
 
-def test_names_weights_and_random_state_stay_and_a_copy_is_its_own(monkeypatch):
-    model = as_written("llama", monkeypatch)
+def test_fusing_keeps_names_and_random_state_and_a_copy_has_its_own_weights(monkeypatch):
+    model = unfused_model("llama", monkeypatch)
     names, random_state = list(model.state_dict()), torch.get_rng_state()
 
     fuse(model)
@@ -115,7 +115,7 @@ def test_names_weights_and_random_state_stay_and_a_copy_is_its_own(monkeypatch):
     assert not torch.equal(logits_and_gradient(other)[0], logits_and_gradient(model)[0])
 
 
-def test_the_backward_passes_are_those_of_finite_differences():
+def test_the_backward_passes_match_finite_differences():
     a, b = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     cos, sin = torch.randn(2, 3, 4, dtype=torch.float64)
@@ -125,7 +125,7 @@ def test_the_backward_passes_are_those_of_finite_differences():
 
 
 class Doubled(nn.Module):
-    """A gate that does something else besides."""
+    """A gate that also doubles its output."""
 
     def __init__(self):
         super().__init__()
@@ -136,14 +136,14 @@ class Doubled(nn.Module):
 
 
 class Routed(Doubled):
-    """A gate that may take another argument."""
+    """A gate with an optional second argument."""
 
     def forward(self, x, expert=None):
         y = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return y if expert is None else y[expert]
 
 
-class Careful(Doubled):
+class InFloat32(Doubled):
     """A gate that multiplies in float32."""
 
     def forward(self, x):
@@ -151,34 +151,34 @@ class Careful(Doubled):
         return self.down_proj(gate.to(x.dtype))
 
 
-def turned_carefully(q, k, cos, sin, unsqueeze_dim=1):
+def rotation_in_float32(q, k, cos, sin, unsqueeze_dim=1):
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
 
-    def turned(x):
+    def rotated(x):
         first, second = x.float().chunk(2, dim=-1)
         return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
-    return turned(q), turned(k)
+    return rotated(q), rotated(k)
 
 
-def test_what_computes_something_else_stays(monkeypatch):
-    gemma, llama = (as_written(kind, monkeypatch).model.layers[0] for kind in ("gemma3_text", "llama"))
+def test_fits_accepts_only_modules_that_compute_the_same(monkeypatch):
+    gemma, llama = (unfused_model(kind, monkeypatch).model.layers[0] for kind in ("gemma3_text", "llama"))
 
     assert not GatedMLP.fits(Doubled())
     assert not GatedMLP.fits(Routed())
-    assert not GatedMLP.fits(Careful())
+    assert not GatedMLP.fits(InFloat32())
     assert not GatedMLP.fits(gemma.mlp)
     assert not RMSNorm.fits(gemma.input_layernorm)  # its weight is added to one
     assert not RMSNorm.fits(nn.LayerNorm(8))
     assert GatedMLP.fits(llama.mlp)
     assert RMSNorm.fits(llama.input_layernorm)
     assert not Rotation.fits(lambda q, k, cos, sin, unsqueeze_dim=1: (q * sin, k * cos))
-    assert not Rotation.fits(turned_carefully)
+    assert not Rotation.fits(rotation_in_float32)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-6)])
-def test_the_norm_is_that_of_transformers_to_rounding(dtype, tolerance, monkeypatch):
-    original = as_written("llama", monkeypatch).model.norm.to(dtype)
+def test_the_fused_norm_equals_that_of_transformers_up_to_rounding(dtype, tolerance, monkeypatch):
+    original = unfused_model("llama", monkeypatch).model.norm.to(dtype)
     x = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
     weights = torch.randn(4, 7, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
     found = []
@@ -189,8 +189,8 @@ def test_the_norm_is_that_of_transformers_to_rounding(dtype, tolerance, monkeypa
     torch.testing.assert_close(found[0], found[1], rtol=tolerance, atol=tolerance)
 
 
-def test_a_model_with_its_norms_fused_differs_by_rounding(monkeypatch):
-    model = as_written("llama", monkeypatch)
+def test_a_model_with_fused_norms_differs_only_by_rounding(monkeypatch):
+    model = unfused_model("llama", monkeypatch)
     names, before = list(model.state_dict()), logits_and_gradient(model)
     for layer in [model.model, *model.model.layers]:
         for name, child in layer.named_children():
@@ -202,16 +202,16 @@ def test_a_model_with_its_norms_fused_differs_by_rounding(monkeypatch):
     torch.testing.assert_close(logits_and_gradient(copy.deepcopy(model)), before, rtol=1e-4, atol=1e-5)
 
 
-def test_the_backward_pass_of_a_gate_keeps_less(monkeypatch):
-    def kept(model):
+def test_a_fused_gate_saves_less_for_the_backward_pass(monkeypatch):
+    def saved_values(model):
         total = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: total.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
             x = torch.randn(2, 9, 32).requires_grad_()
             model(inputs_embeds=x, use_cache=False)
         return sum(each.numel() for each in total.values() if each.shape[-1] == SIZES["intermediate_size"] and each.dim() == 3)
 
-    model = as_written("llama", monkeypatch)
-    before = kept(model)
+    model = unfused_model("llama", monkeypatch)
+    before = saved_values(model)
     fuse(model)
 
-    assert kept(model) == before * 2 / 3 > 0  # gate and up, but not the gate after its activation
+    assert saved_values(model) == before * 2 / 3 > 0  # gate and up, but not the gate after its activation

@@ -1,4 +1,4 @@
-"""The product with rows of tokens against float64, in all the forms that its callers use."""
+"""Products with rows of tokens against float64, in every form that callers use."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def library(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("given", ["nothing", "bias", "onto"])
 @pytest.mark.parametrize("layout", ["whole", "transposed matrix", "every second row", "transposed tokens"])
-def test_a_product_is_that_of_float64(library, dtype, given, layout):
+def test_a_product_equals_that_in_float64(library, dtype, given, layout):
     x, matrix, bias, onto = operands(dtype)
     x = {"every second row": x.repeat_interleave(2, 0)[::2], "transposed tokens": x.T.contiguous().T}.get(layout, x)
     matrix = matrix.T.contiguous().T if layout == "transposed matrix" else matrix
@@ -41,7 +41,7 @@ def test_equal_inputs_give_equal_bits(library):
     assert torch.equal(gemm.linear(x, matrix, bias), gemm.linear(x.clone(), matrix.clone(), bias.clone()))
 
 
-def test_onednn_is_asked_for_float32_only_and_only_where_it_has_wide_kernels(monkeypatch):
+def test_onednn_is_used_only_for_float32_and_only_where_it_has_wide_kernels(monkeypatch):
     monkeypatch.setattr(gemm, "has_onednn", lambda: True)
     assert gemm.is_for_onednn(torch.float32, torch.device("cpu"))
     assert not gemm.is_for_onednn(torch.float64, torch.device("cpu"))
@@ -53,7 +53,7 @@ def test_onednn_is_asked_for_float32_only_and_only_where_it_has_wide_kernels(mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_a_weight_is_that_of_float64_whatever_the_numbers_are_in(dtype):
+def test_the_weight_gradient_is_float32_and_matches_float64_for_any_input_type(dtype):
     x, _, _, deltas = operands(dtype)
 
     found = gemm.of_weight(deltas, x)
@@ -63,6 +63,6 @@ def test_the_gradient_of_a_weight_is_that_of_float64_whatever_the_numbers_are_in
 
 
 @pytest.mark.gpu
-def test_a_gpu_adds_products_of_bfloat16_in_float32():
+def test_a_gpu_sums_products_of_bfloat16_in_float32():
     x, _, _, deltas = (each.cuda() for each in operands(torch.bfloat16))
     torch.testing.assert_close(gemm.of_weight(deltas, x).double(), deltas.double().T @ x.double(), rtol=1e-5, atol=1e-4)

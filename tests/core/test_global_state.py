@@ -1,4 +1,4 @@
-"""The global state by itself: what is folded, in which order it travels, and which digest belongs to what."""
+"""The global state alone: folds, the order in which they are sent, and digests."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def matrices(seed, *kinds):
     return {f"{layer}.{k}": torch.randn(shapes[k](m, n), generator=generator) for layer, (m, n) in SPEC.layers.items() for k in kinds}
 
 
-def test_what_is_folded_adds_up_whatever_form_it_has():
+def test_folds_of_every_form_add_up():
     shared = state()
     dense, factored, R = matrices(1, "W"), matrices(2, "U", "V"), SPEC.pick(shared.factors, ("R",))
     shared.fold(dense, 1)
@@ -39,7 +39,7 @@ def test_what_is_folded_adds_up_whatever_form_it_has():
         torch.testing.assert_close(shared.folded[layer], expected, rtol=0, atol=1e-5)
 
 
-def test_the_whole_travels_in_the_models_order_even_if_a_checkpoint_gave_it_back_in_another():
+def test_the_whole_fold_is_sent_in_model_order_even_if_a_checkpoint_restored_another_order():
     shared = state()
     shared.fold(matrices(1, "W"), 1)
     shared.folded = {layer: shared.folded[layer] for layer in sorted(shared.folded)}
@@ -47,7 +47,7 @@ def test_the_whole_travels_in_the_models_order_even_if_a_checkpoint_gave_it_back
         assert torch.equal(dense, shared.folded[layer])
 
 
-def test_the_flat_factors_are_those_in_place_now():
+def test_the_flat_factors_are_cached_until_they_are_replaced():
     shared = state()
     before = shared.flat(("R",))
     assert shared.flat(("R",)) is before
@@ -57,7 +57,7 @@ def test_the_flat_factors_are_those_in_place_now():
     assert not torch.equal(shared.flat(("R",)), before)
 
 
-def test_the_tag_tells_what_was_folded_and_in_which_order():
+def test_the_tag_identifies_what_was_folded_and_in_which_order():
     def tag(*seeds):
         shared = state()
         for round_, seed in enumerate(seeds, 1):
@@ -70,7 +70,7 @@ def test_the_tag_tells_what_was_folded_and_in_which_order():
 
 
 @pytest.mark.parametrize("kind", "BRA")
-def test_a_part_that_changes_has_a_new_digest_even_within_one_round(kind):
+def test_a_part_that_changes_gets_a_new_digest_even_within_one_round(kind):
     shared = state()
     shared.replace(from_seed(SPEC, {}, 1), "BRA", 1)
     first, of_all = shared.digests(), shared.adapter_digest()

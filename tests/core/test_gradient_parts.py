@@ -24,20 +24,20 @@ def matrix_of(shape, spectrum, seed=0):
 
 
 def halves(sketch, matrix):
-    """By NumPy, from the matrices that mix columns and rows."""
+    """Sketches with NumPy, from the matrices that mix columns and rows."""
     omega, psi = (mixing.numpy() for mixing in sketch.mixing(torch.device("cpu")))
     return torch.from_numpy(matrix.numpy() @ omega), torch.from_numpy(psi @ matrix.numpy())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_matrix_of_no_more_than_the_rank_comes_back_whole(shape):
+def test_a_matrix_of_at_most_the_rank_is_reconstructed(shape):
     matrix = matrix_of(shape, [3.0, 2.0, 1.0, 0.5])
     sketch = Sketch.of(shape, RANK, seed=0)
     torch.testing.assert_close(sketch.whole(*halves(sketch, matrix)).float(), matrix, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_of_a_falling_spectrum_as_much_comes_back_as_is_proved(shape):
+def test_the_error_of_reconstructing_a_falling_spectrum_is_within_the_proven_bound(shape):
     """Theorem 4.3 of Tropp and others, for k columns and l rows: the mean squared error is at most
     (1 + k / (l - k - 1)) (1 + j / (k - j - 1)) times the sum of squared singular values after the j-th, for the best j below k - 1."""
     spectrum = 0.7 ** np.arange(min(shape))
@@ -53,7 +53,7 @@ def test_of_a_falling_spectrum_as_much_comes_back_as_is_proved(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_sketch_is_about_as_long_as_its_matrix(shape):
+def test_the_squared_norm_of_a_sketch_is_on_average_that_of_its_matrix(shape):
     matrix = matrix_of(shape, [1.0, 0.8, 0.2])
     lengths = []
     for seed in range(200):
@@ -83,7 +83,7 @@ def test_layers_whose_sketch_is_more_than_half_as_large_are_sent_whole():
     assert parts.whole({"small": gradient}, "small") is gradient
 
 
-def test_nothing_is_sketched_unless_asked_for():
+def test_gradients_are_sketched_only_if_configured():
     spec = AdapterSpec(LORA_SB, {"wide": (200, 30), "small": (30, 30)}, 2, 1, 1.0)
     assert parts_of(Config(), spec).layout.names == ("wide", "small")
     deltas, inputs = torch.randn(3, 30), torch.randn(3, 30)
@@ -91,7 +91,7 @@ def test_nothing_is_sketched_unless_asked_for():
     assert (name, left is deltas, right is inputs) == ("small", True, True)
 
 
-def test_layers_of_one_shape_share_what_mixes_them_and_other_seeds_mix_otherwise():
+def test_layers_of_one_shape_share_a_sketch_and_another_seed_mixes_differently():
     spec = AdapterSpec(LORA_SB, {"a": (120, 80), "b": (120, 80), "c": (80, 120)}, RANK, 1, 1.0)
     sketches = parts_of(SKETCHED, spec).sketches
     assert sketches["a"] is sketches["b"]
@@ -105,11 +105,11 @@ def test_a_rank_at_which_sketches_save_nothing_is_refused():
         parts_of(SKETCHED, spec)
 
 
-def test_a_sketch_that_saves_nothing_is_refused_before_anything_is_made(tmp_path, capsys):
+def test_a_sketch_that_saves_nothing_is_refused_before_any_file_is_written(tmp_path, capsys):
     assert main(["run", "adapter.sketch=true", "data.train_examples=30", f"run_dir={tmp_path / 'run'}"]) == 2
     assert "adapter.sketch: at rank 64 no layer's sketch is half as large" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_start_is_from_gradients_or_derived():
+def test_every_init_is_from_gradients_or_derived():
     assert set(FROM_GRADIENTS) == set(Init) - set(DERIVED)

@@ -79,7 +79,7 @@ def test_heads_start_at_zero_between_mutually_orthogonal_bases():
         assert adapter[f"{name}.s"].eq(1).all()
 
 
-def test_lora_starts_at_the_base_model_with_a_different_a_of_pefts_distribution_in_every_layer():
+def test_lora_starts_at_the_base_model_with_an_a_of_its_own_from_pefts_distribution_in_every_layer():
     spec, _ = spec_and_weights(form=LORA)
     adapter = lora(spec, {}, 0)
     for name, (_, columns) in spec.layers.items():

@@ -1,4 +1,4 @@
-"""Who gets what: every example once, the asked-for skew, and the same again for the same seed."""
+"""Partitions: every example once, the configured skew, and the same result for the same seed."""
 
 from collections import Counter
 
@@ -15,12 +15,12 @@ from fedsim.types import Example, Family
 
 
 def examples(*counts, labels=3):
-    """Examples of as many tasks as there are counts; gold answers go round."""
+    """Returns `counts[t]` examples of each task t; gold answers cycle through the labels."""
     return [Example(f"task{t}", Family.arithmetic, "q", "r", str(i % labels)) for t, n in enumerate(counts) for i in range(n)]
 
 
 SKEWED = [kind for kind in Partition if kind is not Partition.natural]
-"""Partitions that are drawn; the natural one is what the data says."""
+"""Partitions that are drawn; the natural one follows from the data."""
 
 
 @settings(max_examples=60)
@@ -43,13 +43,13 @@ def test_every_example_belongs_to_one_client_and_every_client_has_one(counts, cl
     assert shards == partition(pool, federation, 0)
 
 
-def test_another_seed_deals_otherwise():
+def test_another_seed_gives_another_partition():
     federation = FederationConfig(clients=5)
     assert partition(examples(50), federation, 0) != partition(examples(50), federation, 1)
 
 
 @pytest.mark.parametrize("kind", SKEWED)
-def test_which_of_its_tasks_examples_a_client_gets_is_random(kind):
+def test_a_client_gets_random_examples_of_its_tasks(kind):
     shards = partition(examples(200), FederationConfig(clients=4, partition=kind), 0)
     assert all(max(shard) - min(shard) > 2 * len(shard) for shard in shards)
 
@@ -77,7 +77,7 @@ def test_apportioned_numbers_are_whole_complete_and_in_proportion(weights, more)
         ([1e-250, 1], 10, [1, 9]),
     ],
 )
-def test_the_largest_remainder_gets_what_is_left_and_none_gets_nothing(weights, total, shares):
+def test_the_rest_goes_to_the_largest_remainders_and_every_share_is_at_least_one(weights, total, shares):
     assert apportion(np.array(weights), total).tolist() == shares
 
 
@@ -88,7 +88,7 @@ def test_equal_weights_of_any_size_give_equal_numbers(n):
         assert set(apportion(np.full(n, weight), 7 * n)) == {7}
 
 
-def test_an_extreme_quantity_skew_leaves_one_example_to_all_but_one():
+def test_an_extreme_quantity_skew_leaves_one_example_to_every_client_but_one():
     sizes = sorted(len(shard) for shard in partition(examples(100), FederationConfig(clients=5, quantity_sigma=1e6), 0))
     assert sizes == [1, 1, 1, 1, 96]
 
@@ -99,7 +99,7 @@ def test_iid_shards_have_equal_size_and_the_overall_mixture():
     assert all(50 <= sum(i < 600 for i in shard) <= 83 for shard in shards)
 
 
-def test_by_task_each_client_holds_one_task_and_tasks_get_clients_by_size():
+def test_a_partition_by_task_gives_each_client_one_task_and_each_task_clients_by_its_size():
     pool = examples(600, 300)
     shards = partition(pool, FederationConfig(clients=9, partition=Partition.task), 0)
     tasks = [{pool[i].task for i in shard} for shard in shards]
@@ -145,7 +145,7 @@ def test_a_natural_partition_gives_every_owner_to_one_client(owners, clients, se
         assert held == [{owner} for owner in dict.fromkeys(owners)], "the clients are the owners, as the data first names them"
 
 
-def test_a_natural_partition_without_enough_owners_is_one_clear_line():
+def test_a_natural_partition_without_enough_owners_is_refused():
     natural = FederationConfig(clients=3, partition=Partition.natural)
     with pytest.raises(UserError, match=r"expected data that names its owners; name their column in data.client_column"):
         partition(examples(5), natural, 0)
@@ -153,7 +153,7 @@ def test_a_natural_partition_without_enough_owners_is_one_clear_line():
         partition([Example("task", Family.text, "q", "r", "r", owner) for owner in "abab"], natural, 0)
 
 
-def test_the_answers_of_free_text_are_no_labels():
+def test_a_dirichlet_partition_over_labels_of_free_text_is_refused():
     pool = [Example("task", Family.text, "q", str(i), str(i)) for i in range(20)]
     over_labels = FederationConfig(clients=2, partition=Partition.dirichlet, dirichlet_over=DirichletOver.label)
     with pytest.raises(UserError, match=r"federation.dirichlet_over=label: free text has no labels to mix"):

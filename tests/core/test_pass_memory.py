@@ -1,4 +1,4 @@
-"""What a pass is estimated to hold, against the tensors that autograd keeps; its peak is measured in tests/test_second_device.py."""
+"""The estimated memory of a pass against the tensors that autograd keeps; its peak is measured in tests/test_second_device.py."""
 
 import numpy as np
 import pytest
@@ -25,13 +25,13 @@ def texts():
 
 
 def pairs(*, apart):
-    """As many tokens: where texts are read apart, half as many pairs of two texts of the same length."""
+    """As many tokens in pairs; where texts are read apart, in half as many pairs of two texts of that length."""
     ids = np.arange(LENGTH * (2 if apart else 1), dtype=np.int32) % VOCABULARY
     return [EncodedLabelled(ids, (), row % len(LABELS), LENGTH if apart else 0) for row in range(ROWS // (2 if apart else 1))]
 
 
 def kept_by_autograd(model, kinds, examples, *, groups=2, per_example=False):
-    """Bytes that the forward pass of the blocks leaves to the backward pass, each storage once; weights and factors left out."""
+    """Bytes that the forward pass of the blocks keeps for the backward pass, each storage once, without weights and factors."""
     stacked = {name: factor.expand(groups, *factor.shape).clone() for name, factor in factors(model, kinds).items()}
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers(), *stacked.values())}
     kept, inside = {}, []
@@ -39,13 +39,13 @@ def kept_by_autograd(model, kinds, examples, *, groups=2, per_example=False):
         block.register_forward_pre_hook(lambda *_: inside.append(True))
         block.register_forward_hook(lambda *_: inside.clear())
 
-    def note(tensor):
+    def record(tensor):
         storage = tensor.untyped_storage()
         if inside and storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that its address is not given away again
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that its address is not reused
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         batch = collate(examples, 0, torch.device("cpu"))
         group_gradients(model, stacked, batch, torch.ones(len(examples)), per_example=per_example)
     return sum(size for size, _ in kept.values())
@@ -53,7 +53,7 @@ def kept_by_autograd(model, kinds, examples, *, groups=2, per_example=False):
 
 @pytest.mark.parametrize(("form", "kinds"), TRAINED)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_decoder_keeps_what_is_estimated(architecture, form, kinds):
+def test_a_decoder_keeps_as_many_bytes_as_estimated(architecture, form, kinds):
     model = tiny_model(architecture)
     spec = adapt(model, form, 4, 2, 1.0, [])
     kept = kept_by_autograd(model, kinds, texts())
@@ -63,7 +63,7 @@ def test_a_decoder_keeps_what_is_estimated(architecture, form, kinds):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(("form", "kinds"), TRAINED[:2])
 @pytest.mark.parametrize("architecture", [*CLASSIFIERS, "apart"])
-def test_an_encoder_keeps_what_is_estimated(architecture, form, kinds, attention):
+def test_an_encoder_keeps_as_many_bytes_as_estimated(architecture, form, kinds, attention):
     model = tiny_classifier(architecture)
     getattr(model, model.base_model_prefix).set_attn_implementation(attention)
     spec = adapt(model, form, 4, 1, 1.0, [], head_paths(model))
@@ -71,12 +71,12 @@ def test_an_encoder_keeps_what_is_estimated(architecture, form, kinds, attention
     assert 0.96 * kept < kept_bytes(shape_of(model), spec, kinds, ROWS * LENGTH, length=LENGTH, groups=2) < 1.08 * kept
 
 
-def test_gradients_of_examples_keep_no_more_than_those_of_groups():
+def test_gradients_of_examples_keep_as_many_bytes_as_those_of_groups():
     of_groups, of_examples = (kept_by_autograd(adapted_model(), ("R",), texts(), per_example=each) for each in (False, True))
     assert of_groups == of_examples
 
 
-def test_fewer_layers_with_adapters_keep_less():
+def test_fewer_layers_with_adapters_keep_fewer_bytes():
     kept = []
     for targets in (["q_proj", "v_proj"], []):
         model = tiny_model("llama")
@@ -86,7 +86,7 @@ def test_fewer_layers_with_adapters_keep_less():
     assert kept[0] < kept[1]
 
 
-def test_a_model_and_its_adapted_self_have_one_shape():
+def test_adapting_a_model_does_not_change_its_shape():
     model = tiny_model("llama")
     bare = shape_of(model)
     adapt(model, LORA_SB, 4, 1, 1.0, [])
@@ -94,7 +94,7 @@ def test_a_model_and_its_adapted_self_have_one_shape():
     assert shape_of(model, 2).block_bytes(LENGTH) == bare.block_bytes(LENGTH) / 2
 
 
-def test_logits_are_counted_in_parts_only_where_the_loss_takes_them_so(monkeypatch):
+def test_logits_are_counted_in_parts_only_where_the_loss_computes_them_in_parts(monkeypatch):
     monkeypatch.setattr(head_loss, "LOGIT_BYTES", 1000)
     last, scaled, adapted = tiny_model("llama"), tiny_model("llama"), tiny_model("llama")
     scaled.config.logit_scale = 2.0

@@ -11,7 +11,7 @@ OUT, INNER, IN, GROUPS, ROWS = 7, 3, 4, 3, 2
 
 
 def by_hand(x, weight, bias, chain, scaling):
-    """W x + b + s P x with every row's own factors: of its group, or its own."""
+    """W x + b + s P x, row by row, with factors that are shared, of the row's group, or of the row."""
     results = []
     for row, own in enumerate(x):
         y = 0 if weight is None else own @ weight.T + (0 if bias is None else bias)
@@ -36,7 +36,7 @@ CASES = [(), *((kind,) for kind in KINDS), *combinations(KINDS, repeat=2), *((fi
 @pytest.mark.parametrize("positions", [(5,), (2, 3), ()])  # a head sees one vector per row
 @pytest.mark.parametrize("kinds", CASES, ids="-".join)
 @pytest.mark.parametrize(("scaling", "weight", "bias"), [(1.0, True, False), (0.3, True, True), (0.3, False, False)])
-def test_a_layer_and_all_its_gradients_are_those_of_dense_products_row_by_row(kinds, scaling, weight, bias, positions):
+def test_a_layer_and_all_its_gradients_equal_dense_products_row_by_row(kinds, scaling, weight, bias, positions):
     if not (kinds or weight):
         return
     sizes = [OUT, *[INNER] * (len(kinds) - 1), IN]
@@ -57,7 +57,7 @@ def test_a_layer_and_all_its_gradients_are_those_of_dense_products_row_by_row(ki
 
 
 @pytest.mark.parametrize("trained", [{"x"}, {"left"}, {"middle"}, {"right"}, {"x", "middle"}])
-def test_only_what_trains_has_a_gradient_and_it_is_the_same(trained):
+def test_gradients_equal_those_of_dense_products_whichever_tensors_are_trained(trained):
     tensors = {"x": torch.randn(6, 5, IN), "left": torch.randn(OUT, INNER), "middle": torch.randn(GROUPS, INNER, INNER)}
     tensors["right"] = torch.randn(INNER, IN)
     weight, chain = torch.randn(OUT, IN), ("left", "middle", "right")
@@ -85,7 +85,7 @@ def test_a_layer_computes_in_the_type_of_its_input_and_its_factors_keep_theirs(a
         assert float((mine.detach().double() - theirs.detach()).norm()) < 0.01 * float(theirs.detach().norm())
 
 
-def test_a_layer_takes_no_tokens_too():
+def test_a_layer_accepts_zero_tokens():
     x, weight = torch.randn(GROUPS * ROWS, 0, IN, requires_grad=True), torch.randn(OUT, IN)
     chain = [torch.randn(OUT, INNER), torch.randn(GROUPS, INNER, INNER, requires_grad=True), torch.randn(INNER, IN)]
     y = affine(x, weight, None, chain)
@@ -95,7 +95,7 @@ def test_a_layer_takes_no_tokens_too():
     assert not of_factor.any()
 
 
-def test_a_transposed_weight_such_as_gpt2_keeps_gives_the_same():
+def test_a_transposed_weight_as_in_gpt2_gives_the_same_product():
     x, kept = torch.randn(6, 5, IN), torch.randn(IN, OUT)
     torch.testing.assert_close(affine(x, kept.T), x @ kept)
 

@@ -27,7 +27,7 @@ def test_a_rounded_value_is_within_one_step_and_clipped_values_are_counted(value
     assert clipped == sum(abs(value) > 1.5 for value in values)
 
 
-def test_rounding_is_right_on_average_and_a_function_of_the_generator():
+def test_rounding_is_unbiased_and_determined_by_the_generator():
     quantizer, values = quantizer_of(4, 2), np.full(40_000, 0.3)
     integers, _ = quantizer.rounded(values, 1.0, np.random.default_rng(0))
     assert set(integers) == {2, 3}
@@ -37,7 +37,7 @@ def test_rounding_is_right_on_average_and_a_function_of_the_generator():
 
 @given(st.integers(2, 20), st.integers(2, 40), st.data())
 @settings(max_examples=60)
-def test_a_sum_over_the_wire_is_the_sum_even_when_all_are_at_the_limit(bits, clients, data):
+def test_a_sum_over_the_wire_is_exact_even_when_all_values_are_at_the_limit(bits, clients, data):
     quantizer = quantizer_of(bits, clients)
     signs = data.draw(st.sampled_from([-1, 1]))
     vectors = [
@@ -62,7 +62,7 @@ def test_counters_are_summed_exactly_as_digits_of_the_grid(bits, counts):
 
 
 @pytest.mark.parametrize(("bits", "clients", "width"), [(8, 2, 2), (16, 2, 3), (16, 255, 3), (16, 300, 4), (4, 10, 1)])
-def test_a_sum_takes_as_few_whole_bytes_as_it_needs(bits, clients, width):
+def test_a_sum_takes_the_fewest_whole_bytes_that_hold_it(bits, clients, width):
     assert quantizer_of(bits, clients).width == width
     assert 2 * clients * limit_of(bits) < 256**width
     assert width == 1 or 2 * clients * limit_of(bits) >= 256 ** (width - 1)

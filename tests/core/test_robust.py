@@ -26,13 +26,13 @@ def updates(clients, parameters=301, seed=0):
 
 
 def attacked(clients=9, attackers=2):
-    """Honest updates around a common one, in the rows 0 and 3 something large, and alike among themselves."""
+    """Honest updates around a common one; the attackers in rows 0 and 3 send the same large values."""
     stack = updates(1) + 0.1 * updates(clients, seed=1)
     stack[[0, 3][:attackers]] = 50.0
     return stack
 
 
-def flowers(strategy, stack):
+def by_flower(strategy, stack):
     messages = [
         Message(RecordDict({"arrays": ArrayRecord({"x": Array(row.numpy())}), "m": MetricRecord({"num-examples": 1.0})}), 1, "train")
         for row in stack
@@ -43,13 +43,13 @@ def flowers(strategy, stack):
 
 @pytest.mark.parametrize("clients", [1, 2, 3, 4, 9, 10])
 def test_median_equals_flowers_bit_for_bit(clients):
-    assert torch.equal(median(updates(clients)), flowers(FedMedian(), updates(clients)))
+    assert torch.equal(median(updates(clients)), by_flower(FedMedian(), updates(clients)))
 
 
 @pytest.mark.parametrize("clients", [1, 2, 3, 5, 10, 11])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.2, 0.3, 0.49])
 def test_trimmed_mean_equals_flowers(clients, beta):
-    oracle = flowers(FedTrimmedAvg(beta=beta), updates(clients))
+    oracle = by_flower(FedTrimmedAvg(beta=beta), updates(clients))
     torch.testing.assert_close(trimmed_mean(updates(clients), beta), oracle, rtol=1e-5, atol=1e-6)
 
 
@@ -57,37 +57,37 @@ def test_trimmed_mean_equals_flowers(clients, beta):
 @pytest.mark.parametrize("num_malicious", [0, 1, 3])
 def test_krum_equals_flowers_bit_for_bit(seed, num_malicious):
     stack = updates(9, seed=seed)
-    assert torch.equal(krum(stack, num_malicious), flowers(Krum(num_malicious_nodes=num_malicious), stack))
+    assert torch.equal(krum(stack, num_malicious), by_flower(Krum(num_malicious_nodes=num_malicious), stack))
 
 
 @pytest.mark.parametrize("num_to_keep", [1, 2, 5, 7])
 def test_multi_krum_equals_flowers(num_to_keep):
     for stack in (updates(9), attacked()):
-        oracle = flowers(MultiKrum(num_malicious_nodes=2, num_nodes_to_select=num_to_keep), stack)
+        oracle = by_flower(MultiKrum(num_malicious_nodes=2, num_nodes_to_select=num_to_keep), stack)
         torch.testing.assert_close(krum(stack, 2, num_to_keep), oracle, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("aggregate", [median, lambda stack: trimmed_mean(stack, 0.25), lambda stack: krum(stack, 2, 4)])
-def test_two_attackers_of_nine_move_the_result_by_less_than_the_honest_differ(aggregate):
+def test_two_attackers_of_nine_leave_the_result_within_the_range_of_the_honest_updates(aggregate):
     honest = attacked()[[1, 2, 4, 5, 6, 7, 8]]
     result = aggregate(attacked())
     assert ((honest.amin(dim=0) <= result) & (result <= honest.amax(dim=0))).all()
-    assert (attacked().mean(dim=0) - honest.mean(dim=0)).abs().min() > 1  # which the mean does not withstand
+    assert (attacked().mean(dim=0) - honest.mean(dim=0)).abs().min() > 1  # the mean does not resist them
 
 
-def test_krum_keeps_no_attacker_and_names_the_best_first():
+def test_krum_keeps_no_attacker_and_lists_the_best_client_first():
     assert not {0, 3} & set(krum_selection(attacked(), 2, 7))
     assert krum_selection(attacked(), 2, 7)[:1] == krum_selection(attacked(), 2)
 
 
-def test_a_huge_attacker_does_not_blur_the_distances_of_the_honest():
+def test_a_huge_attacker_does_not_change_krums_selection():
     stack = attacked()
     tame = krum_selection(stack, 2, 7)
     stack[0] = 3e38
     assert krum_selection(stack, 2, 7) == tame
 
 
-def test_krum_tells_apart_updates_that_lie_close_together_far_from_zero():
+def test_krum_distinguishes_updates_that_are_close_together_and_far_from_zero():
     near = updates(9).double() * 1e-3
     stack = (1e4 + near).float()
     exact = torch.cdist(stack.double(), stack.double(), compute_mode="donot_use_mm_for_euclid_dist").square().sort(dim=1).values
@@ -100,13 +100,13 @@ def test_the_order_of_clients_does_not_matter(aggregate):
 
 
 @pytest.mark.parametrize("aggregate", [median, lambda stack: trimmed_mean(stack, 0.2), lambda stack: krum(stack, 2, 3)])
-def test_in_chunks_equals_the_whole(aggregate, monkeypatch):
+def test_aggregating_in_chunks_gives_the_same_result(aggregate, monkeypatch):
     whole = aggregate(updates(9))
     monkeypatch.setattr(robust, "CHUNK", 100)  # eleven parameters at a time, four in the last chunk
     assert torch.equal(aggregate(updates(9)), whole)
 
 
-def test_clients_that_agree_are_agreed_with():
+def test_identical_updates_are_returned_unchanged():
     stack = updates(1).expand(9, -1)
     for result in (median(stack), trimmed_mean(stack, 0.3), krum(stack, 3, 2)):
         assert torch.equal(result, stack[0])
@@ -117,7 +117,7 @@ def test_the_median_of_huge_values_does_not_overflow():
 
 
 @pytest.mark.parametrize("beta", [-0.1, 0.5, 0.9, float("nan")])
-def test_a_trimmed_part_out_of_range_is_refused(beta):
+def test_a_trimmed_fraction_out_of_range_is_refused(beta):
     with pytest.raises(ValueError, match="beta"):
         trimmed_mean(updates(9), beta)
 
@@ -145,8 +145,8 @@ def test_only_a_float32_stack_with_clients_is_aggregated(aggregate, stack):
 
 
 @pytest.mark.parametrize("clients", [3, 5, 9, 49])
-def test_the_rule_trims_one_client_also_of_fewer_than_were_drawn(clients):
-    """A tenth of nine is nobody: without that one the mean would follow whoever sends the largest values."""
+def test_the_trimmed_mean_rule_always_trims_at_least_one_client(clients):
+    """A tenth of nine clients rounds down to none, and the mean would follow the client with the largest values."""
     stack = updates(clients)
     stack[0] = 1e4
     found = RULES[ServerRule.trimmed_mean](ServerConfig(trimmed=0.1))(stack, torch.ones(clients))
@@ -154,7 +154,7 @@ def test_the_rule_trims_one_client_also_of_fewer_than_were_drawn(clients):
     assert ((found >= honest.min(dim=0).values) & (found <= honest.max(dim=0).values)).all()
 
 
-def test_a_part_that_is_a_whole_number_of_clients_is_that_number_whatever_floats_make_of_it():
+def test_a_trimmed_fraction_that_is_a_whole_number_of_clients_survives_float_rounding():
     stack = torch.arange(100.0).unsqueeze(1)
     stack[71:] = 1e6  # 29 attackers
     assert float(trimmed_mean(stack, 0.29)) == float(stack[29:71].mean())

@@ -1,4 +1,4 @@
-"""The protocol by itself: masks cancel, whoever vanishes; the threshold holds; a masked vector is uniform."""
+"""The protocol alone: masks cancel whoever drops out; the threshold holds; a masked vector is uniform."""
 
 import itertools
 
@@ -17,7 +17,7 @@ def vectors(clients, seed=0):
 
 
 class Round:
-    """The parties of a round and what the server passes on between them; `gone` are {client: stage at which it is not heard}."""
+    """The parties of a round and what the server passes between them; `gone` is {client: stage from which it is silent}."""
 
     def __init__(self, graph, gone=None, share=SHARE):
         here = lambda stage: [client for client in graph if (gone or {}).get(client, 9) > stage]  # noqa: E731
@@ -53,7 +53,7 @@ def full_graph(count):
 
 @pytest.mark.parametrize("gone", [{}, {0: 0}, {0: 1}, {0: 2}, {0: 3}, {0: 0, 3: 1, 5: 2}, {4: 1, 6: 3}, {1: 2, 2: 2, 7: 2}])
 @pytest.mark.parametrize("neighbours", [0, 8])
-def test_the_sum_is_that_of_the_survivors_at_whatever_stage_clients_vanish(gone, neighbours):
+def test_the_sum_is_that_of_the_survivors_at_whichever_stage_clients_drop_out(gone, neighbours):
     graph = neighbour_graph(list(range(10)), neighbours, 3, 1)
     found = Round(graph, gone)
     survivors = [client for client in graph if gone.get(client, 9) > 2]
@@ -67,8 +67,8 @@ def test_with_fewer_answers_than_the_threshold_nothing_is_unmasked():
 
 
 @pytest.mark.parametrize("vanished", [None, 0])
-def test_a_wrong_share_opens_nothing(vanished):
-    """Of a seed no public part tells whether it is the right one; without its check the sum would be noise that looks like a sum."""
+def test_a_wrong_share_is_detected_and_nothing_is_unmasked(vanished):
+    """A seed has no public part to check it against; without its own check the sum would be noise that looks like a sum."""
     found = Round(full_graph(4), {} if vanished is None else {vanished: 2})
     share = found.shares[0][1]
     found.shares[0][1] = bytes([share[0], share[1] ^ 1, *share[2:]])
@@ -76,8 +76,8 @@ def test_a_wrong_share_opens_nothing(vanished):
         found.total()
 
 
-def test_a_client_gives_out_nothing_below_the_threshold_nor_both_secrets_of_one_client_nor_twice():
-    party = Round(full_graph(5), dict.fromkeys(range(5), 3)).parties[0]  # asked by nobody so far
+def test_a_client_reveals_nothing_below_the_threshold_never_both_secrets_of_one_client_and_only_once():
+    party = Round(full_graph(5), dict.fromkeys(range(5), 3)).parties[0]  # nothing revealed so far
     for survivors, vanished, reason in (
         ([0, 1], [2, 3, 4], "at least 3 survivors"),
         ([0, 1, 2, 3], [3, 4], "at most once"),
@@ -91,7 +91,7 @@ def test_a_client_gives_out_nothing_below_the_threshold_nor_both_secrets_of_one_
         party.reveal([0, 1, 2], [3, 4])
 
 
-def test_a_client_shares_no_secret_that_half_of_its_group_could_open():
+def test_a_client_refuses_a_threshold_of_half_of_its_group():
     party, others = Party(0), {client: Party(client).public for client in (1, 2, 3)}
     with pytest.raises(ValueError, match="above half of the 4 in the group, got 2"):
         party.share(others, 2)
@@ -99,13 +99,13 @@ def test_a_client_shares_no_secret_that_half_of_its_group_could_open():
 
 
 def three_that_have_shared():
-    """Three clients, and the sealed shares of each by neighbour."""
+    """Returns three clients, and the sealed shares of each by neighbour."""
     parties = {client: Party(client) for client in range(3)}
     publics = {client: party.public for client, party in parties.items()}
     return parties, {client: party.share({p: publics[p] for p in parties if p != client}, 2) for client, party in parties.items()}
 
 
-def test_a_share_is_read_by_its_receiver_alone_and_unchanged_only():
+def test_a_share_is_opened_only_by_its_receiver_and_only_unchanged():
     found = Round(full_graph(4))
     sealed = found.sealed[0]
     assert not any(found.parties[0].held)  # forgotten after the unmasking
@@ -120,14 +120,14 @@ def test_a_share_is_read_by_its_receiver_alone_and_unchanged_only():
         fresh[2].masked(np.zeros(3, dtype=np.uint32))
 
 
-def test_a_client_masks_once_because_the_difference_of_two_uploads_would_show_that_of_their_values():
+def test_a_client_masks_only_once_a_round_because_two_uploads_would_reveal_their_difference():
     found = Round(full_graph(3), dict.fromkeys(range(3), 3))
     assert found.parties[0].seed == found.parties[0].masking == b""
     with pytest.raises(ValueError, match="one upload of client 0 in a round"):
         found.parties[0].masked(np.zeros(SIZE, dtype=np.uint32))
 
 
-def test_a_masked_vector_is_uniform_and_differs_from_round_to_round_while_the_values_do_not():
+def test_a_masked_vector_is_uniform_and_differs_between_rounds_for_the_same_values():
     zeros = np.zeros(20_000, dtype=np.uint32)
     uploads = []
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_a_masked_vector_is_uniform_and_differs_from_round_to_round_while_the_va
     assert np.mean(uploads[0] == uploads[1]) < 0.001
 
 
-def test_pair_masks_are_negatives_and_the_key_stream_is_that_of_aes_in_counter_mode():
+def test_pair_masks_cancel_and_the_key_stream_is_that_of_aes_in_counter_mode():
     one, two = Party(1), Party(2)
     forth = pair_mask(1, one.masking, 2, two.public[1], SIZE)
     assert np.array_equal(forth + pair_mask(2, two.masking, 1, one.public[1], SIZE), np.zeros(SIZE, dtype=np.uint32))
@@ -151,7 +151,7 @@ def test_pair_masks_are_negatives_and_the_key_stream_is_that_of_aes_in_counter_m
 
 
 @pytest.mark.parametrize(("clients", "neighbours"), [(2, 0), (9, 4), (10, 3), (6, 8), (7, 6)])
-def test_neighbours_are_so_on_both_sides_and_as_many_as_asked(clients, neighbours):
+def test_neighbours_are_mutual_and_as_many_as_configured(clients, neighbours):
     graph = neighbour_graph(list(range(100, 100 + clients)), neighbours, 5, 2)
     wanted = min(clients - 1, 2 * ((neighbours + 1) // 2)) if neighbours else clients - 1
     assert all(len(set(peers)) == wanted and client not in peers for client, peers in graph.items())
@@ -159,7 +159,7 @@ def test_neighbours_are_so_on_both_sides_and_as_many_as_asked(clients, neighbour
     assert neighbour_graph(list(graph), neighbours, 5, 2).items() == graph.items()
 
 
-def test_the_graph_is_connected_so_that_no_part_of_the_sum_can_be_told_apart():
+def test_the_graph_is_connected_so_that_no_partial_sum_can_be_unmasked():
     graph = neighbour_graph(list(range(40)), 4, 0, 1)
     reached, edge = {0}, [0]
     while edge:
@@ -167,7 +167,7 @@ def test_the_graph_is_connected_so_that_no_part_of_the_sum_can_be_told_apart():
     assert reached == set(graph)
 
 
-def test_the_threshold_is_of_all_and_of_every_group():
+def test_the_threshold_applies_to_all_clients_and_to_every_group():
     assert [fewest_survivors(n, 0.6) for n in (2, 3, 5, 10, 25)] == [2, 2, 3, 6, 15]
     graph = neighbour_graph(list(range(12)), 4, 0, 1)
     assert complete(graph, list(graph), list(graph), 1.0)
@@ -179,14 +179,14 @@ def test_the_threshold_is_of_all_and_of_every_group():
 
 def test_survivors_in_two_parts_are_refused_because_each_part_could_be_unmasked():
     ring = {client: sorted((client + step) % 10 for step in (-2, -1, 1, 2)) for client in range(10)}
-    left = [2, 3, 4, 7, 8, 9]  # 0, 1, 5 and 6 have vanished, so that no mask is left between 4 and 7 or 9 and 2
+    left = [2, 3, 4, 7, 8, 9]  # 0, 1, 5 and 6 have dropped out, so that no mask is left between 4 and 7 or 9 and 2
     assert all(len({owner, *ring[owner]} & {*left}) >= fewest_survivors(5, 0.6) for owner in ring), "every secret could be recovered"
     assert not complete(ring, list(ring), left, 0.6)
     assert complete(ring, list(ring), [*left, 5], 0.6)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_connection_agrees_with_the_powers_of_the_adjacency_matrix(seed):
+def test_connected_agrees_with_the_powers_of_the_adjacency_matrix(seed):
     generator = np.random.default_rng(seed)
     graph = neighbour_graph(list(range(12)), 4, seed, 1)
     present = sorted(generator.choice(12, 6, replace=False).tolist())

@@ -30,7 +30,7 @@ def _identity(monkeypatch):
 
 
 class ThreeNodes:
-    """As much of a Grid as `configure_train` asks for."""
+    """The part of a Grid that `configure_train` uses."""
 
     def get_node_ids(self):
         return [1, 2, 3]
@@ -41,7 +41,7 @@ def start():
 
 
 def replies(current, server_round):
-    """What three clients send back when they are sent `current`: they pull towards targets of their own, unevenly."""
+    """What three clients reply to `current`: each pulls unevenly towards a target of its own."""
     generator = torch.Generator().manual_seed(server_round)
     return [current + 0.3 * torch.randn(SIZE, generator=generator) * torch.linspace(0, 2, SIZE) - 0.1 * current for _ in WEIGHTS]
 
@@ -83,7 +83,7 @@ def test_every_round_equals_flowers_own_strategy(name):
 
 
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
-def test_the_trajectories_of_different_optimizers_are_told_apart(name):
+def test_different_optimizers_give_different_trajectories(name):
     last = flowers_trajectory(ORACLES[name]())[-1]
     assert all((trajectory_of(other)[-1] - last).abs().max() > 1e-2 for other in SERVER_OPTIMIZERS if other != name)
 
@@ -107,7 +107,7 @@ def test_fedavgm_without_momentum_is_fedavg():
 
 
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
-def test_a_mean_that_equals_the_start_leaves_it_there(name):
+def test_a_mean_equal_to_the_start_changes_nothing(name):
     result, _ = SERVER_OPTIMIZERS[name].step(start(), start(), {}, OPTIONS)
     assert torch.equal(result, start())
 
@@ -124,7 +124,7 @@ def test_a_step_changes_none_of_its_arguments(name):
 
 
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
-def test_a_run_goes_on_bit_for_bit_from_a_state_that_was_saved(name):
+def test_a_saved_state_continues_bit_for_bit(name):
     from safetensors.torch import load, save
 
     rule, means = SERVER_OPTIMIZERS[name], [torch.randn(SIZE) for _ in range(2)]
