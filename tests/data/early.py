@@ -1,4 +1,4 @@
-"""Loading that holds `fedsim.data.check` to what it says, for every configuration that the tests load."""
+"""Loading that compares `fedsim.data.check` with it, for every configuration that the tests load."""
 
 from conftest import refusal
 
@@ -6,7 +6,7 @@ from fedsim import data
 
 
 def load(config, seed):
-    """Loads; what `check` refuses is refused by loading, in the same words."""
+    """Loads, and asserts that loading refuses what `check` refuses, in the same words."""
     early = refusal(data.check, config)
     assert early is None or early == refusal(data.load, config, seed)
     return data.load(config, seed)

@@ -1,4 +1,4 @@
-"""Texts and labels of a user's own: rows as public sets have them, which labels there are, and rows that do not belong to the others."""
+"""A user's own texts and labels: rows in the columns of public sets, the labels found, and rows that do not fit the others."""
 
 import json
 
@@ -28,7 +28,7 @@ example = SETS["classification"].example
         ({"idx": 3, "sentence": "Good.", "label": 0}, ("Good.",), "0"),  # SST-2, CoLA
         ({"content": "Good.", "title": "Film", "label": "pos"}, ("Good.",), "pos"),  # DBpedia
         ({"review": "Good.", "sentiment": " very  good"}, ("Good.",), "very good"),
-        ({"text": "Good.", "label": 1.0, "label_text": "x"}, ("Good.",), "1"),  # a table with missing numbers has them as fractions
+        ({"text": "Good.", "label": 1.0, "label_text": "x"}, ("Good.",), "1"),  # tables with missing numbers hold integers as floats
         ({"question": "Why?", "label": "DESC"}, ("Why?",), "DESC"),
         ({"premise": "A.", "hypothesis": "B.", "label": 2}, ("A.", "B."), "2"),  # MNLI
         ({"sentence1": "A.", "sentence2": "B.", "label": 1}, ("A.", "B."), "1"),  # MRPC, RTE
@@ -69,7 +69,7 @@ VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text
 
 
 @given(st.one_of(st.dictionaries(COLUMNS, VALUES, max_size=5), VALUES))
-def test_whatever_a_row_holds_it_is_read_or_malformed(row):
+def test_any_row_is_read_or_malformed(row):
     try:
         found = example(row, "mine")
     except Malformed:
@@ -96,17 +96,17 @@ def write(path, rows):
     return path
 
 
-def rows(*told, **columns):
-    return [{"text": f"Text {i}.", "label": label, **columns} for i, label in enumerate(told)]
+def rows(*values, **columns):
+    return [{"text": f"Text {i}.", "label": label, **columns} for i, label in enumerate(values)]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet"])
-def test_files_of_every_form_hold_the_same(tmp_path, ending):
+def test_files_of_every_format_give_the_same_data(tmp_path, ending):
     told = rows(*[i % 3 + 9 for i in range(12)])
     write(tmp_path / f"train.{ending}", told)
     write(tmp_path / f"test.{ending}", told[:5])
     data = load(own(tmp_path), 0)
-    assert (data.labels, data.texts, data.skipped) == (("9", "10", "11"), 1, [])  # by size: as text, 9 is the last
+    assert (data.labels, data.texts, data.skipped) == (("9", "10", "11"), 1, [])  # by value: as text, 9 would be last
     assert data.train == [Labelled("classification", row["text"], None, str(row["label"]), data.labels) for row in told]
     assert data.test["classification"] == data.train[:5]
 
@@ -118,10 +118,10 @@ def test_files_of_every_form_hold_the_same(tmp_path, ending):
         ([10, 9, -1], ("-1", "9", "10")),
         (["10", "9", "x"], ("10", "9", "x")),
         ([1.0, 0, "2"], ("0", "1", "2")),
-        (["1" * 5000, "2"], ("1" * 5000, "2")),  # more digits than Python makes a number of
+        (["1" * 5000, "2"], ("1" * 5000, "2")),  # more digits than Python converts to an int
     ],
 )
-def test_labels_do_not_depend_on_the_order_of_rows_and_numbers_are_in_theirs(tmp_path, told, expected):
+def test_labels_do_not_depend_on_the_order_of_rows_and_numbers_are_sorted_by_value(tmp_path, told, expected):
     for number, order in enumerate((told, told[::-1])):
         path = write(tmp_path / f"{number}.jsonl", rows(*order * 10))
         data = load(own(path), number)
@@ -148,14 +148,14 @@ def test_a_label_that_no_training_row_has_is_refused_with_its_line_or_left_out(t
     assert data.skipped == [f"{test}, line 2: expected a label out of neg, pos, got 'neutral'", f"{test}: 1 of 2 rows left out"]
 
 
-def test_named_labels_are_in_the_order_of_their_names_and_hold_for_every_row(tmp_path):
+def test_configured_labels_keep_their_order_and_apply_to_every_row(tmp_path):
     path = write(tmp_path / "mine.jsonl", rows(*["neg", "pos"] * 10))
     assert load(own(path, labels=["pos", "neutral", "neg"]), 0).labels == ("pos", "neutral", "neg")
     with pytest.raises(UserError, match=r"mine.jsonl, line 2: expected a label out of neg, neutral, got 'pos'"):
         load(own(path, labels=["neg", "neutral"]), 0)
 
 
-def test_clients_with_data_of_their_own_have_the_labels_that_are_named(tmp_path):
+def test_clients_with_their_own_data_have_the_configured_labels(tmp_path):
     one, other = (write(tmp_path / f"{label}.jsonl", rows(*[label] * 10)) for label in ("pos", "neg"))
     named = {"labels": ["pos", "neg"]}
     assert [load(own(path, owner=0, **named), 0).train[0].labels for path in (one, other)] == 2 * [("pos", "neg")]
@@ -167,7 +167,7 @@ def test_a_row_left_out_adds_no_label(tmp_path):
     assert load(own(path, on_error=OnError.skip, client_column="user"), 0).labels == ("a", "b")
 
 
-def test_rows_of_one_text_and_of_two_do_not_mix(tmp_path):
+def test_mixing_rows_of_one_text_and_of_two_is_refused(tmp_path):
     pair = {"sentence1": "A.", "sentence2": "B.", "label": "a"}
     path = write(tmp_path / "mine.jsonl", [*rows(*"ab" * 5), pair])
     with pytest.raises(UserError, match=r"mine.jsonl, line 11: expected one text as in the rows before, got two texts"):
@@ -178,7 +178,7 @@ def test_rows_of_one_text_and_of_two_do_not_mix(tmp_path):
 
 
 @pytest.mark.parametrize(("told", "message"), [("a" * 20, "got 1: a. Give"), (range(1001), "got 1,001: 0, 1, 10, .* and 981 more. Give")])
-def test_one_label_and_a_thousand_are_none(tmp_path, told, message):
+def test_one_label_and_more_than_a_thousand_are_refused(tmp_path, told, message):
     path = write(tmp_path / "mine.jsonl", rows(*told))
     with pytest.raises(UserError, match=f"data.path: expected 2 to 1,000 labels in the training rows, {message}"):
         load(own(path), 0)
@@ -191,7 +191,7 @@ def test_columns_name_task_and_owner(tmp_path):
     assert list(data.test) == ["film"]
 
 
-def test_whether_labels_are_known_is_said_without_data():
+def test_known_labels_are_reported_without_reading_data():
     assert labels(own("nowhere")) is None
     assert labels(own("nowhere", labels=["a", "b"])) is None
     with pytest.raises(UserError, match=r"data.labels=\[a,b\]: the labels of sick are known \(entailment/.*\). Leave data.labels out"):
@@ -205,6 +205,6 @@ def test_whether_labels_are_known_is_said_without_data():
 @pytest.mark.parametrize(
     ("told", "message"), [(["a"], "at least two names in data.labels"), (["a", "b", "a"], "each name in data.labels once")]
 )
-def test_named_labels_are_several_different_ones(told, message):
+def test_configured_labels_must_be_at_least_two_and_distinct(told, message):
     with pytest.raises(UserError, match=message):
         check(Config(data=own("nowhere", labels=told)))

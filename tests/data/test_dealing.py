@@ -28,12 +28,12 @@ def test_every_example_is_public_or_belongs_to_one_client():
     assert Counter(each.prompt for each in [*public, *owned]) == Counter(each.prompt for each in TRAIN)
 
 
-def test_the_public_sample_hangs_on_the_seed_alone():
+def test_the_public_sample_depends_on_the_seed_alone():
     assert dealt(*PUBLIC).public == dealt(*PUBLIC, "federation.partition=dirichlet").public
     assert dealt(*PUBLIC).public != dealt(*PUBLIC, "seed=1").public
 
 
-def test_who_brought_the_data_has_all_of_it_and_none_is_public():
+def test_an_owner_has_all_of_its_own_data_and_none_is_public():
     config = compose(["federation.clients=4", *PUBLIC])
     config.data.owner = 2
     assert deal(config, TRAIN) == (TRAIN, [[], [], list(range(40)), []], [])

@@ -1,4 +1,4 @@
-"""Rows from elsewhere: the hub's form by the real library in a local folder, files by a real server of this process."""
+"""Remote rows: hub data sets by the real library from a local folder, files from a real server in this process."""
 
 import json
 import threading
@@ -65,7 +65,7 @@ def test_rows_of_a_data_set_are_numbered_from_one(hub_folder):
     assert len(list(Hub(str(hub_folder)).rows("test"))) == 5
 
 
-def test_of_ones_own_data_set_without_a_test_split_a_part_is_held_out(hub_folder, monkeypatch):
+def test_a_part_of_a_users_own_data_set_without_a_test_split_is_held_out(hub_folder, monkeypatch):
     (hub_folder / "data/test-00000-of-00001.parquet").unlink()
     (hub_folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/train-*\n---\n")
     monkeypatch.setattr(loading, "remote_of", lambda config, name: Hub(str(hub_folder)))  # the folder in place of the hub
@@ -75,13 +75,13 @@ def test_of_ones_own_data_set_without_a_test_split_a_part_is_held_out(hub_folder
     assert data.skipped == [f"{hub_folder} (train): 300 of 3,000 rows are held out as the test set"]
 
 
-def test_a_split_that_a_data_set_lacks_is_one_clear_line(hub_folder):
+def test_a_missing_split_is_reported_in_one_line(hub_folder):
     with pytest.raises(UserError, match=r"copy \(validation\): this data set cannot be fetched: Unknown split") as caught:
         list(Hub(str(hub_folder)).rows("validation"))
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_is_out_of_reach_is_one_clear_line_at_once(monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_line_within_seconds(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -93,10 +93,10 @@ def test_a_hub_that_is_out_of_reach_is_one_clear_line_at_once(monkeypatch):
         assert str(caught.value).startswith(f"{name} (train): this data set cannot be fetched: ")
         assert str(caught.value).endswith("Check name and network, or give data.path= a local folder.")
         assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 10  # the library alone goes on asking for half a minute
+    assert time.monotonic() - start < 10  # the library alone retries for half a minute
 
 
-def test_a_file_is_fetched_once_and_read_with_its_lines(site):
+def test_a_file_is_fetched_once_and_read_with_its_line_numbers(site):
     folder, address = site
     (folder / "boolq").mkdir()
     (folder / "boolq/test.json").write_text(json.dumps(ROWS[:2], indent=1))
@@ -108,13 +108,13 @@ def test_a_file_is_fetched_once_and_read_with_its_lines(site):
         (folder / "boolq/test.json").unlink(missing_ok=True)  # the second time it comes from the cache
 
 
-def test_a_missing_file_is_one_clear_line_and_leaves_nothing(site):
+def test_a_missing_file_is_refused_and_leaves_no_file(site):
     with pytest.raises(UserError, match=r"/none.json: this data set cannot be fetched: HTTP Error 404: File not found. Check name"):
         list(Address(f"{site[1]}/none.json").rows("train"))
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
 
 
-def test_a_download_that_is_stopped_with_ctrl_c_leaves_nothing_and_is_done_anew_the_next_time(site, monkeypatch):
+def test_a_download_stopped_by_ctrl_c_leaves_no_file_and_is_repeated_the_next_time(site, monkeypatch):
     folder, address = site
     (folder / "train.json").write_text(json.dumps(ROWS[:1]))
 
@@ -122,8 +122,8 @@ def test_a_download_that_is_stopped_with_ctrl_c_leaves_nothing_and_is_done_anew_
         file.write(reply.read(3))
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as hands:
-        hands.setattr("fedsim.data.hub.shutil", SimpleNamespace(copyfileobj=stopped))  # the server of this test needs its own
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsim.data.hub.shutil", SimpleNamespace(copyfileobj=stopped))  # the server of this test needs its own
         with pytest.raises(KeyboardInterrupt):
             list(Address(f"{address}/train.json").rows("train"))
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
@@ -138,7 +138,7 @@ def test_a_download_that_is_stopped_with_ctrl_c_leaves_nothing_and_is_done_anew_
         (b"nothing that HTTP knows\r\n\r\n", r"nothing that HTTP knows"),
     ],
 )
-def test_a_file_that_breaks_off_is_not_kept(answer, told):
+def test_an_incomplete_download_is_not_kept(answer, told):
     class Short(BaseHTTPRequestHandler):
         def do_GET(self):
             self.wfile.write(answer)
@@ -154,7 +154,7 @@ def test_a_file_that_breaks_off_is_not_kept(answer, told):
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
 
 
-def test_a_hub_name_is_that_of_the_training_set_alone():
+def test_a_hub_name_in_data_path_applies_only_to_the_training_set():
     config = DataConfig(train=["gsm8k"], test=["gsm8k", "math"], path="someone/else")
     assert remote_of(config, "gsm8k") == Hub("someone/else")
     assert remote_of(config, "math") == SETS["math"].remote

@@ -84,7 +84,7 @@ def write_snli(folder, ending):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_snli_is_read_from_local_files_of_every_form_and_what_has_no_label_is_counted(ending, tmp_path):
+def test_snli_is_read_from_local_files_of_every_format_and_rows_without_a_label_are_counted(ending, tmp_path):
     write_snli(tmp_path, ending)
     data = load(snli(path=str(tmp_path)), 0)
     assert [pair.answer for pair in data.train] == 2 * list(INFERENCE) == [pair.answer for pair in data.test["snli"]]
@@ -100,7 +100,7 @@ def write_tsv(path, rows):
 HEAD = ("pair_ID", "sentence_A", "sentence_B", "entailment_judgment")
 
 
-def test_tab_separated_cells_stand_as_they_are(tmp_path):
+def test_tab_separated_cells_are_read_verbatim(tmp_path):
     path = write_tsv(tmp_path / "a.txt", [HEAD, ("1", 'A "man', "sleeps, ' he", "NEUTRAL"), ("2", "b"), ("3", "c", "d", "NEUTRAL")])
     (first, whole), (second, fault), (third, _) = read(path)
     assert (first, whole) == (2, dict(zip(HEAD, ("1", 'A "man', "sleeps, ' he", "NEUTRAL"), strict=True)))
@@ -110,7 +110,7 @@ def test_tab_separated_cells_stand_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("whole_folder", [False, True])
-def test_sick_without_splits_holds_a_seeded_part_out(whole_folder, tmp_path):
+def test_sick_without_splits_holds_out_a_seeded_part(whole_folder, tmp_path):
     rows = [(str(i), f"Man {i} sleeps", "he rests", ("NEUTRAL", "ENTAILMENT")[i % 2]) for i in range(50)]
     path = write_tsv(tmp_path / "SICK.txt", [HEAD, *rows])
     config = sick(tmp_path if whole_folder else path)
@@ -123,7 +123,7 @@ def test_sick_without_splits_holds_a_seeded_part_out(whole_folder, tmp_path):
 
 
 @pytest.mark.parametrize("whole_folder", [False, True])
-def test_sick_with_a_column_of_splits_follows_it(whole_folder, tmp_path):
+def test_sick_follows_its_column_of_splits(whole_folder, tmp_path):
     head = ("sentence_A", "sentence_B", "entailment_label", "SemEval_set")
     rows = [(f"Man {i} sleeps", "he rests", "NEUTRAL", ("TRAIN", "TRAIN", "TEST", "TRIAL")[i % 4]) for i in range(12)]
     path = write_tsv(tmp_path / "SICK.txt", [head, *rows])
@@ -136,7 +136,7 @@ def test_sick_with_a_column_of_splits_follows_it(whole_folder, tmp_path):
         load(sick(path), 0)
 
 
-def test_the_first_row_may_be_of_a_split_that_nobody_reads_and_be_malformed(tmp_path):
+def test_a_malformed_first_row_of_an_unused_split_is_ignored(tmp_path):
     rows = [("a man", "sleeps", "NEUTRAL", ("TRAIN", "TEST")[i % 2]) for i in range(4)]
     head = ("sentence_A", "sentence_B", "entailment_label", "SemEval_set")
     path = write_tsv(tmp_path / "SICK.txt", [head, ("a man", "sleeps", "PERHAPS", "TRIAL"), *rows])
@@ -153,7 +153,7 @@ def test_a_malformed_row_of_sick_is_named_by_its_line_or_left_out(tmp_path):
     assert any(line.endswith("2 of 22 rows left out") for line in data.skipped)
 
 
-def test_sets_say_by_which_labels_they_are_classified():
+def test_the_labels_of_sets_are_reported_and_mixing_kinds_is_refused():
     assert labels(snli()) == labels(DataConfig(train=["snli"], test=["sick"])) == INFERENCE
     assert labels(DataConfig()) == labels(DataConfig(train=["gsm8k"], test=["math"])) == ()
     with pytest.raises(UserError, match="expected sets that one model serves"):

@@ -43,7 +43,7 @@ def test_the_embedded_data_has_both_tasks_and_no_question_twice():
     assert load(DataConfig(train_examples=101, test_examples=20), 1).train != data.train
 
 
-def test_the_embedded_data_has_a_size_of_its_own_and_as_many_as_asked_for():
+def test_the_embedded_data_has_a_default_size_and_gives_as_many_examples_as_configured():
     data = load(DataConfig(), 0)
     assert Counter(example.task for example in data.train) == {"arithmetic": 5000, "commonsense": 5000}
     assert {task: len(examples) for task, examples in data.test.items()} == {"arithmetic": 500, "commonsense": 500}
@@ -61,7 +61,7 @@ def test_a_folder_gives_train_and_test_in_the_order_of_the_files(tmp_path):
 
 
 def own(tmp_path, *rows, name="mine.jsonl"):
-    """A configuration for a file of these rows, each with a question and an answer besides."""
+    """Writes these rows, each with a question and an answer, and returns options that load the file."""
     (tmp_path / name).write_text("".join(f"{json.dumps({'question': f'{i}?', 'answer': str(i)} | row)}\n" for i, row in enumerate(rows)))
     return {"train": ["instructions"], "test": ["instructions"], "path": str(tmp_path / name)}
 
@@ -78,7 +78,7 @@ def test_columns_name_the_task_and_the_owner_of_a_row(tmp_path):
     assert {(example.task, example.client) for example in plain.train} == {("instructions", None)}
 
 
-def test_a_test_set_of_its_own_names_no_owners(tmp_path):
+def test_a_separate_test_set_has_no_owners(tmp_path):
     own(tmp_path, *({"user": "ann"} for _ in range(5)), name="train.jsonl")
     own(tmp_path, *({} for _ in range(5)), name="test.jsonl")
     data = load(DataConfig(train=["instructions"], test=["instructions"], path=str(tmp_path), client_column="user"), 0)
@@ -86,7 +86,7 @@ def test_a_test_set_of_its_own_names_no_owners(tmp_path):
     assert {example.client for example in data.test["instructions"]} == {None}
 
 
-def test_a_row_that_a_set_leaves_out_need_not_name_anything(tmp_path):
+def test_a_row_that_a_set_leaves_out_needs_no_task_column(tmp_path):
     (tmp_path / "snli_train.jsonl").write_text(
         json.dumps({"premise": "a", "hypothesis": "b", "label": 1, "genre": "news"})
         + "\n"
@@ -115,12 +115,12 @@ def test_a_row_that_names_no_owner_is_malformed(tmp_path, name):
         load(DataConfig(**config, client_column="owner"), 0)
 
 
-def test_a_set_of_ones_own_lies_nowhere_unless_it_is_told_where():
+def test_a_users_own_set_requires_data_path():
     with pytest.raises(UserError, match=r"data.path: instructions is a set of your own; set it to a file"):
         load(DataConfig(train=["instructions"], test=["instructions"]), 0)
 
 
-def test_the_embedded_data_has_no_columns():
+def test_a_task_column_is_refused_for_the_embedded_data():
     with pytest.raises(UserError, match=r"data.task_column=kind: the embedded data has no columns"):
         load(DataConfig(task_column="kind"), 0)
 
@@ -136,7 +136,7 @@ def test_a_choice_of_examples_is_seeded_and_keeps_the_order(tmp_path):
     assert len(load(config, 0).test["gsm8k"]) == 6
 
 
-def test_of_a_single_file_a_part_is_held_out(tmp_path):
+def test_a_part_of_a_single_file_is_held_out(tmp_path):
     data = load(gsm8k(path=str(write(tmp_path / "mine.jsonl", range(50)))), 0)
     train, test = ({int(example.answer) for example in examples} for examples in (data.train, data.test["gsm8k"]))
     assert len(test) == 5
@@ -149,21 +149,21 @@ def test_of_a_single_file_a_part_is_held_out(tmp_path):
     ("name", "content"),
     [("train.jsonl", b""), ("train.jsonl", '{"question": "1"}'.encode("utf-16")), ("train.parquet", b"PAR1 this is none PAR1")],
 )
-def test_of_a_file_that_cannot_be_read_at_all_no_rows_are_to_be_left_out(tmp_path, name, content):
+def test_an_unreadable_file_is_refused_without_advice_to_leave_rows_out(tmp_path, name, content):
     write(tmp_path / "test.jsonl", range(3))
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=r"[^.]\. Fix the file\.$"):
         load(gsm8k(path=str(tmp_path)), 0)
 
 
-def test_an_object_around_the_rows_is_told_to_be_one(tmp_path):
+def test_an_object_around_the_rows_is_reported_as_such(tmp_path):
     write(tmp_path / "test.jsonl", range(3))
     (tmp_path / "train.json").write_text('{"data": [{"question": "a", "answer": "#### 1"}]}')
     with pytest.raises(UserError, match="expected a list of rows, got an object that holds one in 'data'"):
         load(gsm8k(path=str(tmp_path)), 0)
 
 
-def test_a_malformed_row_ends_with_file_line_and_reason_or_is_counted(tmp_path):
+def test_a_malformed_row_is_refused_with_file_line_and_reason_or_left_out_and_counted(tmp_path):
     path = write(tmp_path / "train.jsonl", range(40), odd=(3, 7))
     write(tmp_path / "test.jsonl", range(5))
     with pytest.raises(UserError, match=r"train.jsonl, line 4: expected the field 'question', got none.*data.on_error=skip"):
@@ -174,7 +174,7 @@ def test_a_malformed_row_ends_with_file_line_and_reason_or_is_counted(tmp_path):
     assert data.skipped[-1] == f"{path}: 2 of 40 rows left out"
 
 
-def test_a_thousand_malformed_rows_make_few_lines(tmp_path):
+def test_a_thousand_malformed_rows_are_reported_in_few_lines(tmp_path):
     write(tmp_path / "train.jsonl", range(1010), odd=range(1000))
     write(tmp_path / "test.jsonl", range(5))
     data = load(gsm8k(path=str(tmp_path), on_error=OnError.skip), 0)
@@ -189,7 +189,7 @@ def write_choices(folder, *names, rows=3):
         (folder / name).write_text(json.dumps([row] * rows, indent=4))
 
 
-def test_a_test_set_that_a_folder_lacks_is_reported_and_the_union_of_the_train_files_is_trained_on(tmp_path):
+def test_a_missing_test_set_is_reported_and_the_union_of_the_train_files_is_trained_on(tmp_path):
     write_choices(tmp_path, "boolq/train.json", "piqa/train.json", "boolq/test.json")
     data = load(DataConfig(train=["commonsense_170k"], test=["boolq", "hellaswag"], path=str(tmp_path)), 0)
     assert [example.task for example in data.train] == ["boolq"] * 3 + ["piqa"] * 3
@@ -199,7 +199,7 @@ def test_a_test_set_that_a_folder_lacks_is_reported_and_the_union_of_the_train_f
     ]
 
 
-def test_the_whole_training_set_goes_before_its_parts(tmp_path):
+def test_the_file_of_the_whole_training_set_takes_precedence_over_its_parts(tmp_path):
     write_choices(tmp_path, "boolq/train.json", "boolq/test.json")
     write_choices(tmp_path, "commonsense_170k.json", rows=7)
     data = load(DataConfig(train=["commonsense_170k"], test=["boolq"], path=str(tmp_path)), 0)
@@ -232,7 +232,7 @@ def test_a_split_in_two_formats_is_refused_rather_than_read_twice(tmp_path):
 
 
 @pytest.mark.parametrize("shape", ["{split}/algebra/{n}.json", "MATH/{split}/algebra/{n}.json", "math_{split}.jsonl"])
-def test_math_is_read_in_the_shapes_it_comes_in(tmp_path, shape):
+def test_math_is_read_in_each_of_its_folder_layouts(tmp_path, shape):
     for split in ("train", "test"):
         for n in range(3):
             path = tmp_path / shape.format(split=split, n=n)
@@ -255,7 +255,7 @@ def test_parquet_parts_as_the_hub_has_them_are_read_in_order(tmp_path):
     assert [example.answer for example in data.train] == ["0", "00", "1", "10"]
 
 
-def test_of_a_single_file_other_test_sets_are_reported(tmp_path):
+def test_test_sets_that_a_single_file_cannot_give_are_reported(tmp_path):
     rows = [{"query": "q", "response": f"The answer is: {n}"} for n in range(20)]
     (tmp_path / "mine.json").write_text(json.dumps(rows))
     config = DataConfig(train=["metamathqa"], test=["gsm8k", "math"], path=str(tmp_path / "mine.json"))
@@ -280,7 +280,7 @@ def test_of_a_single_file_other_test_sets_are_reported(tmp_path):
         ({"file": "gsm8k_train.jsonl"}, "expected at least 10 rows to hold some out as a test, got 5"),
     ],
 )
-def test_a_wrong_name_or_path_is_one_clear_line(tmp_path, options, message):
+def test_a_wrong_name_or_path_is_reported_in_one_line(tmp_path, options, message):
     write(tmp_path / "gsm8k_train.jsonl", range(5))
     path = str(tmp_path / options.pop("file", ""))
     with pytest.raises(UserError) as caught:
@@ -305,7 +305,7 @@ FIRST_SEEN = [
 
 
 @pytest.mark.parametrize("options", FIRST_SEEN)
-def test_names_files_and_first_rows_are_seen_before_anything_is_loaded_or_fetched(tmp_path, monkeypatch, options):
+def test_names_files_and_first_rows_are_checked_before_anything_is_loaded_or_fetched(tmp_path, monkeypatch, options):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was attempted"))
     for split in ("train", "test"):
         write(tmp_path / f"gsm8k_{split}.jsonl", range(5))
@@ -320,14 +320,14 @@ def test_names_files_and_first_rows_are_seen_before_anything_is_loaded_or_fetche
         load(config, 0)
 
 
-def test_a_fault_behind_the_first_row_is_found_when_all_are_read(tmp_path):
+def test_a_fault_after_the_first_row_is_found_only_on_loading(tmp_path):
     path = write(tmp_path / "mine.jsonl", range(40), odd=[1])
     check(gsm8k(path=str(path)))
     with pytest.raises(UserError, match="line 2: expected the field"):
         load(gsm8k(path=str(path)), 0)
 
 
-def test_sets_that_are_fetched_are_not_looked_at_before(monkeypatch):
+def test_check_does_not_fetch_remote_sets(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was attempted"))
     check(DataConfig(train=["gsm8k"], test=["gsm8k", "math"]))
     check(DataConfig(train=["instructions"], test=["gsm8k"], path="someone/something", task_column="kind"))
@@ -341,9 +341,9 @@ def test_a_table_without_the_columns_says_what_its_first_line_must_be(tmp_path, 
     config = DataConfig(train=["instructions"], test=["instructions"], path=str(tmp_path / name))
     with pytest.raises(UserError) as caught:
         load(config, 0)
-    first, told = str(caught.value).split(", got ")
+    first, rest = str(caught.value).split(", got ")
     assert first.endswith(f"{name}, line 2: expected the field 'instruction' or 'question' or 'query' or 'prompt'")
-    assert told == (
+    assert rest == (
         "'Say one, two and three in French, pleas, 'un'. The first line of the file must name the columns: "
         "correct it, or put such a line above it where it is a row."
     )
@@ -351,13 +351,13 @@ def test_a_table_without_the_columns_says_what_its_first_line_must_be(tmp_path, 
         load(replace(config, on_error=OnError.skip), 0)
 
 
-def test_of_a_row_of_many_fields_the_first_are_named(tmp_path):
+def test_the_error_for_a_row_of_many_fields_names_only_the_first(tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps({f"column {n}": n for n in range(500)}))
     with pytest.raises(UserError, match=r"got 'column 0', .*'column 11', more\. Fix it, or skip such rows"):
         load(gsm8k(path=str(tmp_path / "mine.jsonl")), 0)
 
 
-def test_a_row_with_line_breaks_is_still_one_line(tmp_path):
+def test_the_error_for_a_row_with_line_breaks_is_one_line(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": "q", "answer\n": "a"}))
     with pytest.raises(UserError) as caught:
         load(gsm8k(path=str(tmp_path)), 0)

@@ -124,7 +124,7 @@ def test_a_fault_costs_one_row_and_is_named_with_line_and_reason(tmp_path, name,
     assert message in str(fault)
 
 
-def test_text_that_is_no_utf8_in_a_parquet_file_costs_one_row(tmp_path):
+def test_invalid_utf8_in_a_parquet_file_costs_one_row(tmp_path):
     data = pyarrow.array([b"1", b"\xff", b"2"], pyarrow.binary())
     text = pyarrow.Array.from_buffers(pyarrow.string(), 3, data.buffers())
     pyarrow.parquet.write_table(pyarrow.table({"a": text}), tmp_path / "data.parquet")
@@ -143,7 +143,7 @@ def test_a_parquet_file_that_is_damaged_in_the_middle_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
-def test_a_byte_order_mark_belongs_to_no_field(tmp_path, ending):
+def test_a_byte_order_mark_is_not_read_into_a_field(tmp_path, ending):
     path = write(tmp_path / f"data.{ending}")
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert [row for _, row in read(path)] == ROWS
@@ -157,7 +157,7 @@ def test_a_file_that_cannot_be_opened_or_has_another_format_is_refused(tmp_path)
 
 
 @given(st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=20), max_size=3), min_size=1), st.integers(1, 7), st.booleans())
-def test_json_is_read_as_the_json_module_reads_it_whatever_the_size_of_the_window(tmp_path_factory, rows, step, indented):
+def test_json_is_read_as_by_the_json_module_for_any_size_of_the_window(tmp_path_factory, rows, step, indented):
     path = tmp_path_factory.mktemp("json") / "data.json"
     path.write_text(json.dumps(rows, indent=1 if indented else None, ensure_ascii=False), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""One row of each data set and what becomes of it, written out by hand; and rows that do not serve."""
+"""One row of each data set with the expected example, written by hand, and rows that are refused."""
 
 import pytest
 
@@ -44,13 +44,13 @@ def test_a_row_becomes_an_example(name, row, instruction, response, answer):
         {"query": "Translate.", "response": "Bonjour.", "prompt": "not this"},
     ],
 )
-def test_texts_of_ones_own_are_read_in_the_columns_of_public_sets(row):
+def test_a_users_own_texts_are_read_in_the_columns_of_public_sets(row):
     example = SETS["instructions"].example(row, "mine")
     assert example.prompt == f"{HEAD}Translate.\n\n### Response:"
     assert (example.response, example.answer, example.task, example.family) == ("Bonjour.", "Bonjour.", "mine", Family.text)
 
 
-def test_a_prompt_of_ones_own_is_taken_as_it_is():
+def test_a_users_own_prompt_is_taken_verbatim():
     example = SETS["instructions"].example({"prompt": "<|user|>Hello?\n<|bot|>", "completion": " Yes.\n"}, "mine")
     assert (example.prompt, example.response, example.answer) == ("<|user|>Hello?\n<|bot|>", " Yes.\n", " Yes.\n")
 
@@ -87,7 +87,7 @@ QUESTION, ANSWER = Turn("user", "Translate."), "Bonjour."
                 {"role": None, "from": "prompter", "content": None, "value": "Translate."},
                 {"role": "assistant", "from": None, "content": "Bonjour.", "value": None},
             ]
-        },  # as tables of several sources have it
+        },  # as in tables from several sources
     ],
 )
 def test_a_conversation_of_one_question_is_an_instruction_for_models_without_a_template(row):
@@ -107,19 +107,19 @@ def test_a_longer_conversation_keeps_its_turns_and_its_last_one_is_the_response(
     assert example.prompt == ("Be brief.\n\n### Instruction:\nHello?\n\n### Response:Yes.\n\n### Instruction:\nWho?\n\n### Response:")
 
 
-def test_turns_of_one_side_that_follow_each_other_are_one():
+def test_consecutive_turns_of_one_side_are_merged():
     said = [("user", "Hello?"), ("user", "Who?"), ("assistant", "Me."), ("assistant", "And you?")]
     example = SETS["instructions"].example({"messages": [{"role": role, "content": content} for role, content in said]}, "mine")
     assert example.turns == (("user", "Hello?\n\nWho?"),)
     assert example.response == "Me.\n\nAnd you?"
 
 
-def test_an_instruction_of_ones_own_has_its_context():
+def test_a_users_own_instruction_includes_its_context():
     example = SETS["instructions"].example({"instruction": "Sum up.", "context": "A story.", "response": "Short."}, "mine")
     assert example.prompt.endswith("### Instruction:\nSum up.\n\n### Input:\nA story.\n\n### Response:")
 
 
-def test_an_input_has_a_part_of_its_own():
+def test_an_input_has_its_own_section():
     example = SETS["commonsense_170k"].example(COMMONSENSE | {"input": "A story. "}, "x")
     assert example.prompt.endswith(f"### Instruction:\n{CHOICE}\n\n### Input:\nA story.\n\n### Response:\n")
     assert "paired with an input" in example.prompt
@@ -160,7 +160,7 @@ def test_an_input_has_a_part_of_its_own():
         ("instructions", {"messages": [{"content": "a"}]}, "expected the field 'role' or 'from', got 'content'"),
     ],
 )
-def test_a_row_that_does_not_serve_is_malformed_with_a_reason(name, row, message):
+def test_an_unusable_row_is_malformed_with_a_reason(name, row, message):
     with pytest.raises(Malformed) as caught:
         SETS[name].example(row, name)
     assert message in str(caught.value)

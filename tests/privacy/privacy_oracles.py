@@ -1,4 +1,4 @@
-"""Epsilon by other means than the code's: dp-accounting, the Renyi divergence as an integral, the Gaussian mechanism in closed form."""
+"""Epsilon computed independently: by dp-accounting, by integrated Renyi divergences, and in closed form for the Gaussian mechanism."""
 
 import math
 from functools import cache

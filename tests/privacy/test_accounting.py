@@ -36,11 +36,11 @@ def planned(noise, plan):
 # ---- against independent accountants
 
 
-def agrees_with_dp_accounting(noise, rate, steps, delta):
+def assert_agrees_with_dp_accounting(noise, rate, steps, delta):
     history = [Mechanism(noise, rate, steps)]
     assert epsilon(history, delta) == pytest.approx(pld_epsilon(parts(history), delta), rel=0.01, abs=2e-4)
     by_rdp, theirs = epsilon(history, delta, "rdp"), rdp_epsilon(parts(history), delta)
-    if by_rdp < 0.999 * theirs:  # dp-accounting leaves out the orders for which its series does not converge: look at the integrals
+    if by_rdp < 0.999 * theirs:  # dp-accounting leaves out the orders for which its series does not converge: compare with the integrals
         theirs = integrated_rdp_epsilon(noise, rate, steps, delta, bounds.ORDERS)
     assert by_rdp == pytest.approx(theirs, rel=0.001, abs=1e-6)
 
@@ -53,13 +53,13 @@ def test_the_grid_has_100_different_points():
 
 @pytest.mark.parametrize("point", SAMPLE)
 def test_epsilons_agree_with_dp_accounting(point):
-    agrees_with_dp_accounting(*point)
+    assert_agrees_with_dp_accounting(*point)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", REST)
-def test_epsilons_agree_with_dp_accounting_everywhere(point):
-    agrees_with_dp_accounting(*point)
+def test_epsilons_agree_with_dp_accounting_on_the_rest_of_the_grid(point):
+    assert_agrees_with_dp_accounting(*point)
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_without_subsampling_epsilon_lies_just_above_the_closed_form(noise, step
     assert spent <= 1.01 * truth + 5e-4 or spent == epsilon([Mechanism(noise, 1.0, steps)], delta, "rdp")
 
 
-def test_the_bound_is_opacus_upper_bound():
+def test_epsilon_lies_just_above_opacus_lower_bound():
     accountant = PRVAccountant()
     accountant.history = [(1.1, 0.03, 500)]
     lower = accountant.get_epsilon(DELTA, eps_error=0.001) - 0.002
@@ -111,7 +111,7 @@ def test_gdp_is_refused_because_it_underestimates():
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
-def test_nothing_costs_nothing_and_no_noise_costs_everything(accountant):
+def test_epsilon_is_zero_without_steps_and_infinite_without_noise(accountant):
     assert epsilon([], DELTA, accountant) == 0
     assert epsilon([Mechanism(0.0, 0.5, 0)], DELTA, accountant) == 0
     for rate in (0.001, 1.0):
@@ -126,12 +126,12 @@ def test_the_order_and_the_names_of_mechanisms_do_not_matter(accountant):
     assert epsilon([Mechanism(4.0, 1.0, 1), *ROUNDS], DELTA, accountant) == epsilon(history, DELTA, accountant)
 
 
-def test_an_initialization_costs_more_than_nothing_and_less_than_its_epsilon_on_top():
+def test_an_initialization_increases_epsilon_by_less_than_its_own_epsilon():
     training, start = epsilon(ROUNDS, DELTA), epsilon([INITIALIZATION], DELTA)
     assert max(training, start) < epsilon([INITIALIZATION, *ROUNDS], DELTA) < training + start
 
 
-def test_equal_neighbours_become_one_mechanism():
+def test_consecutive_equal_mechanisms_are_merged():
     history = ()
     for mechanism in (
         INITIALIZATION,
@@ -144,16 +144,16 @@ def test_equal_neighbours_become_one_mechanism():
     assert history == (INITIALIZATION, Mechanism(1.0, 0.1, 30), Mechanism(1.0, 0.2, 11))
 
 
-STANDS_IN = {
+WITHOUT_PRV = {
     "so little noise that exp(privacy loss) overflows": ([Mechanism(0.05, 0.5, 10)], DELTA),
     "a delta that float64 loses after so many steps": ([Mechanism(3.0, 0.01, 5000)], 1e-11),
     "too many different mechanisms": ([Mechanism(2.0 + i / 10, 0.01, 1) for i in range(40)], DELTA),
 }
 
 
-@pytest.mark.parametrize("case", STANDS_IN)
-def test_rdp_stands_in_where_prv_cannot_be_computed(case):
-    assert epsilon(*STANDS_IN[case]) == epsilon(*STANDS_IN[case], "rdp") > 0
+@pytest.mark.parametrize("case", WITHOUT_PRV)
+def test_rdp_is_used_where_prv_cannot_be_computed(case):
+    assert epsilon(*WITHOUT_PRV[case]) == epsilon(*WITHOUT_PRV[case], "rdp") > 0
 
 
 def test_prv_that_fails_is_replaced_by_rdp(monkeypatch):
@@ -166,7 +166,7 @@ def test_prv_that_fails_is_replaced_by_rdp(monkeypatch):
 
 
 @pytest.mark.parametrize("fields", [(-1.0, 0.1, 1), (math.inf, 0.1, 1), (math.nan, 0.1, 1), (1.0, 0.0, 1), (1.0, 1.1, 1), (1.0, 0.1, -1)])
-def test_values_that_describe_no_mechanism_are_refused(fields):
+def test_invalid_mechanisms_are_refused(fields):
     with pytest.raises(ValueError, match="Expected"):
         Mechanism(*fields)
     with pytest.raises(ValueError, match="Expected a name"):
@@ -261,7 +261,7 @@ def test_update_and_count_together_cost_what_the_undivided_noise_costs(noise, co
     assert together == pytest.approx(gaussian_epsilon(noise, 1, DELTA), rel=1e-3)
 
 
-def test_a_count_that_would_spend_everything_is_refused():
+def test_count_noise_of_at_most_half_the_noise_multiplier_is_refused():
     assert split_noise(0.0, 0.0) == 0
     for count_noise in (0.5, 0.1, 0.0, -10.0):
         with pytest.raises(UserError, match="count_noise > noise_multiplier / 2"):

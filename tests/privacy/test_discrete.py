@@ -1,4 +1,4 @@
-"""The price of Skellam noise, against the privacy loss itself, summed over the integers."""
+"""The privacy cost of Skellam noise against the privacy loss, summed over the integers."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from fedsim.privacy.discrete import gaussian_of_skellam, skellam_of_gaussian
 
 
 def log_pmf(points, mu):
-    """Of a Skellam number of variance mu: exp(-mu) I_k(mu); -inf where it underflows, which is far out of all that matters here."""
+    """Logarithm of a Skellam pmf of variance mu, exp(-mu) I_k(mu); -inf where that underflows, which is too far out to matter here."""
     with np.errstate(divide="ignore"):
         return np.log(ive(np.abs(points), mu))
 
@@ -31,12 +31,12 @@ ORDERS = (2, 3, 4, 6, 8, 12)
     ("limit", "size", "step", "slack"),  # `size` entries change by `step`, which is a norm of `limit`
     [(8, 1, 8, 1.6), (8, 16, 2, 1.15), (8, 4, 4, 1.3), (16, 1, 16, 1.25), (64, 1, 64, 1.02), (128, 1, 128, 1.006), (64, 4096, 1, 1.002)],
 )
-def test_no_direction_of_a_change_costs_more_than_the_gaussian_that_stands_for_the_noise(noise_multiplier, limit, size, step, slack):
+def test_no_direction_of_a_change_costs_more_than_the_equivalent_gaussian(noise_multiplier, limit, size, step, slack):
     assert size * step**2 == limit**2
-    mu, stands = (noise_multiplier * limit) ** 2, gaussian_of_skellam(noise_multiplier, limit)
+    mu, equivalent = (noise_multiplier * limit) ** 2, gaussian_of_skellam(noise_multiplier, limit)
     for order in ORDERS:
         true = size * renyi(mu, step, order)
-        claimed = order / (2 * stands**2)
+        claimed = order / (2 * equivalent**2)
         assert true <= claimed * (1 + 1e-9), order
         assert claimed <= slack * true, order
 
@@ -45,10 +45,10 @@ def test_no_direction_of_a_change_costs_more_than_the_gaussian_that_stands_for_t
 @pytest.mark.parametrize("noise_multiplier", [0.5, 1.0, 4.0])
 def test_the_published_bound_is_not_undercut_at_any_whole_order(noise_multiplier, limit):
     mu, l2, l1 = (noise_multiplier * limit) ** 2, limit, limit**2
-    stands = gaussian_of_skellam(noise_multiplier, limit)
+    equivalent = gaussian_of_skellam(noise_multiplier, limit)
     for order in range(2, 1025):
         published = order * l2**2 / (2 * mu) + min(((2 * order - 1) * l2**2 + 6 * l1) / (4 * mu**2), 3 * l1 / (2 * mu))
-        assert order / (2 * stands**2) >= published * (1 - 1e-12), order
+        assert order / (2 * equivalent**2) >= published * (1 - 1e-12), order
 
 
 def test_on_a_fine_grid_the_noise_costs_what_gaussian_noise_costs():
@@ -80,7 +80,7 @@ def test_a_calibrated_budget_is_kept_and_nearly_spent():
     assert epsilon(history, 1e-3, "rdp") <= epsilon(history, 1e-3, "skellam"), "whole orders are some of all"
 
 
-def test_a_budget_between_the_bounds_of_all_and_of_whole_orders_is_exceeded():
+def test_a_budget_between_the_rdp_and_skellam_epsilons_is_exceeded_only_with_skellam():
     history = [Mechanism(0.6, 1.0, 12)]
     rdp, whole = (epsilon(history, 1e-2, name) for name in ("rdp", "skellam"))
     assert rdp < whole

@@ -155,19 +155,19 @@ def test_with_two_thirds_of_the_noise_a_client_is_stopped_earlier_and_within_its
     assert pld_epsilon((*parts(ledger, 0), (noise * 2 / 3, 0.05, 10)), default_delta(SIZES[0])) > 2.0
 
 
-def test_asking_changes_nothing_and_no_budget_is_never_exceeded():
+def test_would_exceed_changes_nothing_and_is_false_without_a_budget():
     ledger = run(new_ledger())
     before = ledger.to_json()
     assert not ledger.would_exceed(0, Mechanism(0.0, 1.0, 1))
     assert ledger.to_json() == before
 
 
-def test_what_was_spent_above_the_budget_is_written_down_all_the_same():
+def test_spending_above_the_budget_is_recorded():
     ledger = run(new_ledger(budget=0.1))
     assert ledger.epsilon(0) > 0.1
 
 
-def test_what_no_ledger_can_hold_is_refused():
+def test_invalid_units_accountants_budgets_deltas_and_clients_are_refused():
     with pytest.raises(UserError, match="unit"):
         PrivacyLedger("batch", {0: 1e-5})
     with pytest.raises(UserError, match="underestimates"):
@@ -180,7 +180,7 @@ def test_what_no_ledger_can_hold_is_refused():
         new_ledger().charge(99, INITIALIZATION)
 
 
-def test_a_client_that_brings_more_data_has_its_whole_epsilon_at_the_smaller_delta():
+def test_a_clients_whole_epsilon_is_held_at_the_smallest_of_its_deltas():
     ledger, step = PrivacyLedger("example", {0: 1e-2, 1: 1e-2}, "rdp"), Mechanism(1.0, 0.1, 10)
     for _ in range(2):
         ledger.charge(0, step, 1e-2)
@@ -194,7 +194,7 @@ def test_a_client_that_brings_more_data_has_its_whole_epsilon_at_the_smaller_del
     assert ledger.epsilon(0) > ledger.epsilon(1)
 
 
-def test_a_budget_is_asked_at_the_delta_at_which_its_charge_will_be_held():
+def test_would_exceed_uses_the_delta_at_which_the_charge_will_be_held():
     step = Mechanism(1.0, 0.1, 10)
     ledger = PrivacyLedger("example", {0: 1e-2}, "rdp", budget=1.01 * epsilon([replace(step, steps=20)], 1e-2, "rdp"))
     ledger.charge(0, step)

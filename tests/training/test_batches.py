@@ -27,12 +27,12 @@ def test_every_epoch_visits_each_example_once(n, batch, accumulation, epochs, gr
     assert max(map(len, batches)) <= batch * accumulation
 
 
-def test_local_steps_go_round_the_examples_as_often_as_needed():
+def test_local_steps_cycle_through_the_examples_as_often_as_needed():
     training = TrainingConfig(batch_size=2, local_steps=7)
     assert len(local_batches([4] * 5, training, seed=0, round=1, client=0)) == 7
 
 
-def test_local_epochs_take_the_place_of_local_steps():
+def test_local_epochs_override_local_steps():
     assert steps_per_round(9, TrainingConfig(batch_size=2, accumulation=2, local_steps=7, local_epochs=2)) == 6
 
 
@@ -74,7 +74,7 @@ def test_passes_hold_every_row_once_within_the_budget_and_in_equal_groups(length
 
 
 def positions(lengths, sizes, cuts, budget):
-    """What the passes cost: rows times their width, and an eighth of the budget for each."""
+    """The cost of the passes: rows times their width, plus an eighth of the budget for each pass."""
     return sum(sum(sizes[a:b]) * padded_width(sum(sizes[a:b]), max(lengths[a:b])) + budget / 8 for a, b in cuts)
 
 
@@ -88,7 +88,7 @@ def all_cuts(stop):
 
 @given(units=st.lists(st.tuples(st.integers(1, 3), st.integers(3, 60)), min_size=1, max_size=7), budget=st.integers(30, 400))
 @settings(max_examples=80)
-def test_no_other_cut_within_the_budget_has_fewer_positions(units, budget):
+def test_the_chosen_cut_within_the_budget_has_the_fewest_positions(units, budget):
     sizes, lengths = zip(*sorted(units, reverse=True), strict=True)
 
     def fits(start, stop):
@@ -102,20 +102,20 @@ def test_no_other_cut_within_the_budget_has_fewer_positions(units, budget):
 
 @given(texts=st.lists(st.tuples(st.integers(1, 110), st.integers(1, 30)), min_size=1, max_size=20), budget=st.integers(300, 1200))
 @settings(max_examples=60)
-def test_texts_that_are_read_apart_are_within_the_budget_as_the_rows_that_they_are(texts, budget):
+def test_texts_read_apart_count_as_two_rows_in_the_budget(texts, budget):
     pairs = [EncodedLabelled(tuple(range(first + second)), (), 0, first) for first, second in texts]
     for each in pack({0: pairs}, 1, budget):
         longest = max(max(row.example.split, row.example.num_tokens - row.example.split) for row in each.rows)
         assert 2 * len(each.rows) * longest <= budget
 
 
-def test_nobody_trains_on_nothing():
+def test_training_without_examples_is_refused():
     for training in (TrainingConfig(), TrainingConfig(local_epochs=1)):
         with pytest.raises(ValueError, match="Expected examples to train on, got none"):
             local_batches([], training, seed=0, round=1, client=0)
 
 
-def test_short_rows_do_not_fill_a_pass_of_long_ones():
+def test_short_rows_do_not_share_a_pass_with_long_ones():
     rows = {0: [example(100)] * 6 + [example(20)] * 20}
     assert [[row.example.num_tokens for row in each.rows] for each in pack(rows, 1, 1024)] == [[100] * 6, [20] * 20]
 

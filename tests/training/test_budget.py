@@ -1,4 +1,4 @@
-"""The budget of a pass: how it follows from memory, and how it gives way; what a pass holds is in tests/core/test_memory.py."""
+"""The budget of a pass: how it follows from memory and is halved; what a pass keeps is tested in tests/core/test_pass_memory.py."""
 
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,7 @@ def train(model, cohort, budget=None, noise=(), **options):
 
 
 def with_memory_for(model, tokens):
-    """The model on a device that runs out of memory in the middle of a pass of more than `tokens` tokens."""
+    """Makes the model run out of memory in any pass of more than `tokens` tokens."""
 
     def check(module, arguments, options):
         if options["input_ids"].numel() > tokens:
@@ -53,7 +53,7 @@ def with_memory_for(model, tokens):
 
 
 @pytest.mark.parametrize("noise", [(), (1.0, 1.0, 0.5)])
-def test_where_memory_runs_out_the_budget_is_halved_and_the_result_is_the_same(noise, sequences):
+def test_out_of_memory_halves_the_budget_and_does_not_change_the_result(noise, sequences):
     cohort = [ClientData(i, sequences(n, seed=i)) for i, n in enumerate((5, 3, 9))]
     budget = TokenBudget(400)
     found = train(with_memory_for(adapted_model(), 85), cohort, budget, noise)  # rows are padded a little beyond the budget
@@ -63,7 +63,7 @@ def test_where_memory_runs_out_the_budget_is_halved_and_the_result_is_the_same(n
         assert result.loss == pytest.approx(expected.loss, rel=1e-5, nan_ok=True)
 
 
-def test_a_device_without_memory_for_the_smallest_pass_is_told(sequences):
+def test_a_device_without_memory_for_the_smallest_pass_raises_out_of_memory(sequences):
     budget = TokenBudget(400)
     with pytest.raises(torch.OutOfMemoryError):
         train(with_memory_for(adapted_model(), 2), [ClientData(0, sequences(4))], budget)
@@ -71,7 +71,7 @@ def test_a_device_without_memory_for_the_smallest_pass_is_told(sequences):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gemma", "gpt2"])
-def test_the_memory_that_is_assumed_for_answers_holds_keys_and_values_of_every_block(architecture):
+def test_cache_bytes_are_keys_and_values_of_every_block_and_answers_are_assumed_to_need_more(architecture):
     model = tiny_model(architecture).eval()
     with torch.no_grad():
         cache = model(input_ids=torch.arange(3, 13).unsqueeze(0), use_cache=True).past_key_values
@@ -91,7 +91,7 @@ def test_a_generation_batch_follows_from_the_memory_of_a_gpu_and_is_fixed_on_a_c
     assert chosen_for_answers_within(shape, 10**15) == many
 
 
-def test_a_number_is_taken_and_auto_is_chosen():
+def test_a_given_budget_is_used_and_an_automatic_one_is_a_power_of_two():
     model = tiny_model("llama")
     assert TokenBudget.of(TrainingConfig(tokens_per_pass=77), model).tokens == 77
     assert TokenBudget.of(TrainingConfig(), model).tokens == chosen(model) >= 1024
@@ -116,7 +116,7 @@ def load_of(*overrides):
     return Load.of(config, spec, method), spec
 
 
-def test_the_load_is_that_of_the_clients_that_train_at_once():
+def test_the_load_covers_the_clients_that_train_at_once():
     usual = ("federation.clients=20", "training.batch_size=4", "training.accumulation=2")
     load, spec = load_of(*usual)
     assert (load.groups, load.rows, load.trained) == (20 * 2, 4, ("R",))
@@ -128,7 +128,7 @@ def test_the_load_is_that_of_the_clients_that_train_at_once():
     assert load_of(*usual, "method=rolora")[0].trained == ("A", "B"), "of all rounds"
 
 
-def test_more_groups_and_gradients_of_the_weights_leave_room_for_fewer_tokens():
+def test_more_groups_and_weight_gradients_need_more_memory_for_the_same_tokens():
     shape, (load, _) = shape_of(tiny_model("llama")), load_of("federation.clients=20")
     of_weights = load.of_weight_gradients(1000)
 

@@ -1,4 +1,4 @@
-"""The spine: a cohort equals its clients one by one, whatever the packing, on every architecture."""
+"""A cohort equals its clients trained one by one, for any packing, on every architecture."""
 
 import pytest
 import torch
@@ -35,11 +35,11 @@ def test_cohort_equals_clients_trained_one_by_one(architecture, sequences):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_step_of_sgd_equals_autograd_on_dense_weights(architecture, sequences):
-    """The oracle knows neither cohorts nor our loss: gradients of Hugging Face's loss, one example at a time, projected by B and A."""
+def test_one_step_of_sgd_equals_autograd_of_hugging_faces_loss(architecture, sequences):
+    """The oracle knows neither cohorts nor our loss: autograd of Hugging Face's loss in R, one example at a time."""
     model, (client, *_) = adapted_model(architecture), cohort(sequences)
     start = factors(model, ("R",))
-    rate = {
+    settings = {
         "optimizer": Optimizer.sgd,
         "schedule": Schedule.constant,
         "warmup_ratio": 0.0,
@@ -47,7 +47,7 @@ def test_one_step_of_sgd_equals_autograd_on_dense_weights(architecture, sequence
         "local_epochs": None,
         "batch_size": 5,
     }
-    (result,) = train(model, [client], **rate)
+    (result,) = train(model, [client], **settings)
     for layer in adapted_layers(model).values():
         layer.R = layer.R.clone().requires_grad_(True)
     for example in client.examples:
@@ -89,11 +89,11 @@ def test_another_clients_content_never_changes_a_clients_result(sequences):
     assert not torch.allclose(before[1].factors, after[1].factors)
 
 
-def test_the_schedule_goes_on_in_the_next_round(sequences):
+def test_the_schedule_continues_in_the_next_round(sequences):
     model, clients = adapted_model(), cohort(sequences)
-    rate = {"optimizer": Optimizer.sgd, "schedule": Schedule.linear, "warmup_ratio": 0.0, "group_by_length": False}
+    settings = {"optimizer": Optimizer.sgd, "schedule": Schedule.linear, "warmup_ratio": 0.0, "group_by_length": False}
     start = Layout.of(factors(model, ("R",))).pack(factors(model, ("R",)))
-    moved = [(train(model, clients, round=r, **rate)[0].factors - start).norm() for r in (1, 2)]
+    moved = [(train(model, clients, round=r, **settings)[0].factors - start).norm() for r in (1, 2)]
     assert moved[1] < 0.6 * moved[0]
 
 
@@ -108,7 +108,7 @@ def test_a_bfloat16_base_keeps_float32_factors(sequences):
         torch.testing.assert_close(together.factors, train(model, [client])[0].factors, rtol=0, atol=5e-3)
 
 
-def test_training_leaves_the_models_own_factors_alone(sequences):
+def test_training_leaves_the_models_own_factors_unchanged(sequences):
     model = adapted_model()
     before = {name: tensor.clone() for name, tensor in factors(model, ("B", "R", "A")).items()}
     train(model, cohort(sequences))

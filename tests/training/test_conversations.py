@@ -1,4 +1,4 @@
-"""Conversations by chat templates as public models have them, against what the template itself makes of them."""
+"""Conversations in chat templates like those of public models, against the template's own output."""
 
 import math
 
@@ -42,8 +42,8 @@ PLAIN = Example("t", Family.text, "tom has", "2", "2")
 
 
 def by_template(tokenizer, turns):
-    said = [{"role": turn.role, "content": turn.content} for turn in turns]
-    return list(tokenizer.apply_chat_template(said, add_generation_prompt=True)["input_ids"])
+    chat_messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    return list(tokenizer.apply_chat_template(chat_messages, add_generation_prompt=True)["input_ids"])
 
 
 def test_prompts_have_the_templates_form_at_training_and_at_generation():
@@ -57,14 +57,14 @@ def test_prompts_have_the_templates_form_at_training_and_at_generation():
     assert trained.loss_start == len(expected)
 
 
-def test_only_conversations_end_with_the_end_of_a_turn():
+def test_only_conversations_end_with_the_end_of_turn_token():
     tokenizer = tokenizer_with(CHATML)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end_tokens([PLAIN, chat(QUESTION)], tokenizer) == [tokenizer.eos_token_id, end]
     assert end_tokens([PLAIN, chat(QUESTION)], tokenizer_with(None)) == [tokenizer.eos_token_id] * 2
 
 
-def test_without_a_template_a_conversation_is_its_prompt_and_ends_as_all_texts_do():
+def test_without_a_template_a_conversation_is_encoded_as_its_prompt_with_the_end_of_sequence():
     tokenizer = tokenizer_with(None)
     same = Example("t", Family.text, in_alpaca(QUESTION), "2", "2")
     conversation, plain = encode([chat(QUESTION, "2"), same], tokenizer, 100, TrainOn.response)
@@ -78,24 +78,24 @@ def test_a_turn_ends_with_the_templates_own_token_or_the_end_of_sequence(templat
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(end)
 
 
-def test_tokens_of_the_unknown_and_of_spaces_end_no_turn():
+def test_unknown_tokens_and_spaces_do_not_end_a_turn():
     tokenizer = tokenizer_with("{% for message in messages %}{{ message.content }} strange {% endfor %}")
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id
 
 
-def test_where_the_template_knows_no_system_the_next_question_begins_with_what_it_says():
+def test_without_a_system_role_in_the_template_system_text_begins_the_next_question():
     tokenizer = tokenizer_with(WITHOUT_SYSTEM)
     merged = [Turn("user", "has 2\n\ntom"), QUESTION[1], Turn("user", "1\n\napples")]
-    told = [Turn("system", "has 2"), *QUESTION[:2], Turn("system", "1"), QUESTION[2]]
-    assert rendered(told, tokenizer) == rendered(merged, tokenizer)
+    with_system = [Turn("system", "has 2"), *QUESTION[:2], Turn("system", "1"), QUESTION[2]]
+    assert rendered(with_system, tokenizer) == rendered(merged, tokenizer)
 
 
-def test_a_template_is_not_asked_to_think():
+def test_templates_are_rendered_with_thinking_disabled():
     template = "{{ messages[-1].content }}{% if enable_thinking is defined and not enable_thinking %} has{% endif %}"
     assert rendered(QUESTION, tokenizer_with(template)) == "apples has"
 
 
-def test_a_conversation_that_a_template_refuses_is_found_before_anything_is_encoded():
+def test_check_reports_a_conversation_that_a_template_refuses():
     tokenizer, twice = tokenizer_with(WITHOUT_SYSTEM), [Turn("user", "tom"), Turn("user", "has")]
     check([PLAIN, chat(QUESTION)], tokenizer)
     with pytest.raises(UserError, match=r"refuses a conversation of user, user: Conversation roles must alternate\. Leave such rows out"):
@@ -103,11 +103,11 @@ def test_a_conversation_that_a_template_refuses_is_found_before_anything_is_enco
     check([chat(twice)], tokenizer_with(None))
 
 
-def test_a_template_that_tells_the_date_tells_the_same_one_every_day():
+def test_a_template_that_shows_the_date_always_shows_the_same_one():
     assert rendered(QUESTION, tokenizer_with(DATED)).startswith("26 Jul 2024")
 
 
-def test_of_a_conversation_that_is_too_long_the_oldest_exchanges_are_left_out():
+def test_the_oldest_exchanges_of_a_conversation_that_is_too_long_are_left_out():
     tokenizer = tokenizer_with(CHATML)
     system = Turn("system", "has")
     whole = [system, *QUESTION, Turn("assistant", "2"), Turn("user", "1")]

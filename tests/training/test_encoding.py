@@ -33,7 +33,7 @@ def from_folder(folder):
 
 
 def with_an_end():
-    """A tokenizer that ends every text as Llama's with add_eos_token does, and begins none."""
+    """A tokenizer that ends every text, as Llama's with add_eos_token does, and adds no begin."""
     from tokenizers import processors
 
     tokenizer = bert_like()
@@ -68,7 +68,7 @@ def one_text_at_a_time(example, tokenizer, max_length, train_on):
 
 
 def texts(count):
-    """Examples of one word to fifty, known and unknown ones, with ends of sequences in the text."""
+    """Examples of 1 to 49 words, known and unknown, with end-of-sequence tokens in the text."""
     rng = random.Random(count)
     words = ["tom", "has", "1", "2", "apples", ".", "zebra", "\n", "####", "é", "</s>", "[SEP]"]
     make = lambda: " ".join(rng.choices(words, k=rng.randrange(1, 50)))  # noqa: E731
@@ -77,7 +77,7 @@ def texts(count):
 
 @pytest.mark.parametrize("train_on", TrainOn)
 @pytest.mark.parametrize(("max_length", "limit"), [(1000, 10**9), (30, 10**9), (1000, 25), (1, 10**9)])
-def test_examples_in_company_have_the_tokens_of_one_text_at_a_time(tokenizer, train_on, max_length, limit, monkeypatch):
+def test_encoding_many_examples_gives_the_tokens_of_one_text_at_a_time(tokenizer, train_on, max_length, limit, monkeypatch):
     monkeypatch.setattr(tokenizer, "model_max_length", limit)
     for count in (0, 1, 64, 130):
         chosen = texts(count)
@@ -97,14 +97,14 @@ def test_the_prompt_in_training_is_the_prompt_of_generation(tokenizer):
     assert encoded.input_ids[: encoded.loss_start].tolist() == prompt
 
 
-def test_a_prompt_begins_as_the_tokenizer_begins_and_has_no_end(tokenizer):
+def test_a_prompt_begins_as_the_tokenizer_does_and_has_no_end_token(tokenizer):
     (prompt,) = encode_prompts([EXAMPLE], tokenizer)
     assert prompt[0] == tokenizer(EXAMPLE.prompt)["input_ids"][0]
     assert not {tokenizer.eos_token_id, tokenizer.sep_token_id} & set(prompt[1:])
     assert tokenizer.decode(prompt[-1:]).strip() == "."
 
 
-def test_with_the_loss_on_all_only_the_first_token_has_none(tokenizer):
+def test_train_on_all_puts_the_loss_on_every_token_but_the_first(tokenizer):
     (whole,), (response,) = (encode([EXAMPLE], tokenizer, 1000, train_on) for train_on in (TrainOn.all, TrainOn.response))
     assert whole.input_ids.tolist() == response.input_ids.tolist()
     assert whole.loss_start == 1
@@ -112,7 +112,7 @@ def test_with_the_loss_on_all_only_the_first_token_has_none(tokenizer):
 
 @pytest.mark.parametrize("train_on", TrainOn)
 @pytest.mark.parametrize("max_length", range(1, 20))
-def test_a_cut_takes_from_the_end_and_a_lost_response_leaves_no_loss(tokenizer, train_on, max_length):
+def test_a_cut_removes_the_end_and_a_lost_response_has_no_loss(tokenizer, train_on, max_length):
     (full,), (cut,) = (encode([EXAMPLE], tokenizer, n, train_on) for n in (1000, max_length))
     prompt = len(next(encode_prompts([EXAMPLE], tokenizer)))
     assert cut.input_ids.tolist() == full.input_ids[:max_length].tolist()
@@ -121,7 +121,7 @@ def test_a_cut_takes_from_the_end_and_a_lost_response_leaves_no_loss(tokenizer, 
     assert cut.loss_start == (full.loss_start if max_length > prompt else max_length)
 
 
-def test_the_limit_of_the_tokenizer_holds_too():
+def test_the_limit_of_the_tokenizer_applies_too():
     tokenizer = bert_like()
     tokenizer.model_max_length = 8
     assert encode([EXAMPLE], tokenizer, 1000, TrainOn.response)[0].num_tokens == 8
@@ -129,7 +129,7 @@ def test_the_limit_of_the_tokenizer_holds_too():
     assert longest_told(6, tokenizer) == "6 tokens (data.max_length)"
 
 
-def test_the_tokens_of_embedded_examples_give_their_text_back():
+def test_the_tokens_of_embedded_examples_decode_to_their_response():
     tokenizer = from_folder(BASE_MODEL)
     for family in FAMILIES:
         chosen = examples(family, "test", 20, 0)

@@ -19,8 +19,8 @@ from fedsim.types import EncodedExample, Example, Family
 PAD = 0
 
 
-def chatty(model):
-    """Gives the model an output layer of its own: with tied random embeddings some architectures repeat one token for ever."""
+def with_untied_head(model):
+    """Unties the output layer: with tied random embeddings some architectures repeat one token forever."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model.set_output_embeddings(nn.Linear(32, VOCABULARY, bias=False))
@@ -33,7 +33,7 @@ def prompts_of(lengths, seed=0):
 
 
 def one_by_one(model, prompts, eos_id, max_new_tokens):
-    """The oracle: transformers' own greedy search, a prompt at a time, no padding; without the end of sequence."""
+    """The oracle: transformers' own greedy search, one prompt at a time without padding; drops the end of sequence."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -49,8 +49,8 @@ def one_by_one(model, prompts, eos_id, max_new_tokens):
     return found
 
 
-def ends_often(model, prompts, max_new_tokens):
-    """A token that ends some of the continuations, at different lengths."""
+def frequent_end(model, prompts, max_new_tokens):
+    """Returns a token that ends some of the continuations, at different lengths."""
     unended = one_by_one(model, prompts, VOCABULARY, max_new_tokens)
     firsts = Counter(token for answer in unended for token in set(answer[2:]) - set(answer[:2]))
     return firsts.most_common(1)[0][0]
@@ -63,8 +63,8 @@ def batched(model, prompts, eos_id, max_new_tokens, tokens_per_pass=10_000):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batched_generation_equals_transformers_one_prompt_at_a_time(architecture):
-    model, prompts = chatty(adapted_model(architecture)), prompts_of([5, 11, 3, 8, 8, 1, 14, 6])
-    eos_id = ends_often(model, prompts, 12)
+    model, prompts = with_untied_head(adapted_model(architecture)), prompts_of([5, 11, 3, 8, 8, 1, 14, 6])
+    eos_id = frequent_end(model, prompts, 12)
     expected = one_by_one(model, prompts, eos_id, 12)
     assert len({len(answer) for answer in expected}) > 1  # rows leave the batch at different steps
     assert batched(model, prompts, eos_id, 12) == expected
@@ -72,17 +72,17 @@ def test_batched_generation_equals_transformers_one_prompt_at_a_time(architectur
     assert batched(model, prompts, eos_id, 12, tokens_per_pass=1) == expected
 
 
-def test_a_window_of_attention_is_kept_when_rows_leave_the_batch():
-    model = chatty(tiny_model("mistral"))
+def test_a_sliding_attention_window_is_kept_when_rows_leave_the_batch():
+    model = with_untied_head(tiny_model("mistral"))
     model.config.sliding_window = 6
     prompts = prompts_of([5, 11, 3, 8, 2, 12])
-    eos_id = ends_often(model, prompts, 20)
+    eos_id = frequent_end(model, prompts, 20)
     assert batched(model, prompts, eos_id, 20) == one_by_one(model, prompts, eos_id, 20)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
 def test_no_sequence_grows_beyond_the_context(architecture):
-    model = chatty(tiny_model(architecture))  # a context of 64
+    model = with_untied_head(tiny_model(architecture))  # a context of 64
     prompts = prompts_of([4, 60, 63, 64, 70, 40])
     found = batched(model, prompts, VOCABULARY, 30)
     assert [len(answer) for answer in found] == [30, 4, 1, 0, 0, 24]
@@ -91,15 +91,15 @@ def test_no_sequence_grows_beyond_the_context(architecture):
 
 
 def test_an_answer_may_be_empty_and_a_batch_may_end_at_once():
-    model, prompts = chatty(tiny_model("llama")), prompts_of([4, 4, 9])
+    model, prompts = with_untied_head(tiny_model("llama")), prompts_of([4, 4, 9])
     first = {one_by_one(model, [prompt], VOCABULARY, 1)[0][0] for prompt in prompts}
     for eos_id in first:
         assert batched(model, prompts, eos_id, 5) == one_by_one(model, prompts, eos_id, 5)
     assert batched(model, [], VOCABULARY, 5) == []
 
 
-def test_an_answer_has_ended_when_the_end_of_sequence_came_within_the_limit_and_the_context():
-    model, prompts = chatty(tiny_model("llama")), prompts_of([4, 9, 60, 70])  # a context of 64
+def test_an_answer_has_ended_only_if_its_end_of_sequence_fits_the_limit_and_the_context():
+    model, prompts = with_untied_head(tiny_model("llama")), prompts_of([4, 9, 60, 70])  # a context of 64
     eos_id = one_by_one(model, [prompts[0]], VOCABULARY, 3)[0][2]
     short, exact = (generate(model, prompts, eos_id=eos_id, pad_id=PAD, max_new_tokens=n, budget=TokenBudget(100)) for n in (2, 3))
     assert [answer.ended for answer in short] == [False] * 4
@@ -110,15 +110,15 @@ def test_an_answer_has_ended_when_the_end_of_sequence_came_within_the_limit_and_
 
 
 def sizes_of_passes(model):
-    """The (rows, tokens) of each forward pass from now on."""
+    """Records the (rows, tokens) of each forward pass from now on."""
     seen = []
     model.register_forward_pre_hook(lambda _, args, inputs: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True)
     return seen
 
 
 def test_rows_that_have_ended_leave_the_batch_when_they_are_half_of_it():
-    model, prompts = chatty(tiny_model("llama")), prompts_of([9] * 20)
-    eos_id = ends_often(model, prompts, 30)
+    model, prompts = with_untied_head(tiny_model("llama")), prompts_of([9] * 20)
+    eos_id = frequent_end(model, prompts, 30)
     ends = {i: len(answer) for i, answer in enumerate(one_by_one(model, prompts, eos_id, 30)) if len(answer) < 30}
     expected, rows = [], len(ends)
     for step in range(max(ends.values()) + 1):
@@ -127,12 +127,12 @@ def test_rows_that_have_ended_leave_the_batch_when_they_are_half_of_it():
         rows = alive if alive * 2 <= rows else rows
     seen = sizes_of_passes(model)
     batched(model, [prompts[i] for i in ends], eos_id, 30)
-    assert seen == [(expected[0], 9), *((rows, 1) for rows in expected[1:])]  # and it stops when none is left
+    assert seen == [(expected[0], 9), *((rows, 1) for rows in expected[1:])]  # and it stops when no row is left
     assert len(set(expected)) > 2
 
 
-def test_where_memory_runs_out_a_batch_is_begun_again_with_fewer_rows_and_answers_stay_the_same():
-    model, prompts = chatty(tiny_model("llama")), prompts_of([4, 9, 5, 7, 6, 8, 9, 4, 5])
+def test_out_of_memory_restarts_a_batch_with_fewer_rows_and_does_not_change_the_answers():
+    model, prompts = with_untied_head(tiny_model("llama")), prompts_of([4, 9, 5, 7, 6, 8, 9, 4, 5])
     expected = batched(model, prompts, VOCABULARY, 6)
 
     def check(module, arguments, options):
@@ -153,8 +153,8 @@ def test_where_memory_runs_out_a_batch_is_begun_again_with_fewer_rows_and_answer
     assert done == sorted(set(done)), "every batch is told once, when it has come through"
 
 
-def test_an_answer_also_ends_with_the_token_of_its_own_prompt():
-    model, prompts = chatty(tiny_model("llama")), prompts_of([9] * 8)
+def test_an_answer_also_ends_with_the_end_token_given_for_its_prompt():
+    model, prompts = with_untied_head(tiny_model("llama")), prompts_of([9] * 8)
     plain = batched(model, prompts, VOCABULARY, 12)
     unused = next(token for token in range(VOCABULARY) if not any(token in answer for answer in plain))
     ends = [answer[3] for answer in plain[:4]] + [unused] * 4
@@ -195,7 +195,7 @@ def by_hand(model, example):
     return float(functional.cross_entropy(logits[example.loss_start - 1 : -1], targets))
 
 
-def test_a_response_that_was_cut_away_has_no_part_in_the_loss(sequences):
+def test_an_example_whose_response_was_cut_away_does_not_count_in_the_loss(sequences):
     model = tiny_model("llama").eval()
     whole, cut = sequences(2), EncodedExample((5, 6, 7), 3)
     assert mean_loss(model, [*whole, cut], pad_id=PAD, tokens_per_pass=100) == mean_loss(model, whole, pad_id=PAD, tokens_per_pass=100)
@@ -240,20 +240,20 @@ def answered(embedded):
     return replace(asked, answer=gold)
 
 
-def test_an_answer_counts_when_it_is_the_gold_one(embedded, answered):
+def test_accuracy_is_the_share_of_answers_that_equal_the_gold_one(embedded, answered):
     config, wrong = EvaluationConfig(max_new_tokens=48), replace(answered, answer=answered.answer + "1")
     assert evaluate(*embedded, [answered], config, DataConfig()).accuracy == 1
     assert evaluate(*embedded, [answered, wrong, wrong, wrong], config, DataConfig()).accuracy == 0.25
 
 
-def test_a_number_that_an_answer_passes_when_it_is_cut_off_does_not_count(embedded, answered):
+def test_the_number_at_which_an_answer_is_cut_off_does_not_count(embedded, answered):
     passed = replace(answered, answer="18")  # "18 apples . How many apples" are its first tokens
     found = evaluate(*embedded, [passed], EvaluationConfig(max_new_tokens=8), DataConfig())
     assert (found.accuracy, found.num_cut_off) == (0, 1)
     assert evaluate(*embedded, [answered], EvaluationConfig(max_new_tokens=48), DataConfig()).num_cut_off == 0
 
 
-def test_a_text_that_must_be_right_as_a_whole_is_not_written_on_when_it_is_twice_as_long_as_the_longest_reference(embedded, answered):
+def test_a_free_text_answer_stops_at_twice_the_length_of_the_longest_reference(embedded, answered):
     model, tokenizer = embedded
     prompt = tokenizer(answered.prompt)["input_ids"]
     text = tokenizer.decode(one_by_one(model, [prompt], tokenizer.eos_token_id, 48)[0], skip_special_tokens=True)
@@ -282,7 +282,7 @@ def test_the_order_of_the_examples_and_the_size_of_the_batches_do_not_matter(emb
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
-def test_evaluation_leaves_the_model_as_it_was(embedded, questions):
+def test_evaluation_leaves_the_model_unchanged(embedded, questions):
     model, tokenizer = embedded
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for training in (True, False):

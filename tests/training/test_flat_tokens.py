@@ -17,7 +17,7 @@ def test_examples_come_back_from_a_flat_array_as_views_of_it(sequences, pairs, o
     assert all(np.shares_memory(example.input_ids, flat) for example in found)
 
 
-def test_an_example_of_one_token_and_one_without_a_loss_come_back():
+def test_examples_of_one_token_and_without_a_loss_survive_flattening():
     examples = [EncodedExample((5,), 0), EncodedExample((6, 7), 2)]
     assert unflattened(flattened(examples)) == examples
 

@@ -53,7 +53,7 @@ def test_gradients_are_the_same_with_activation_checkpointing(architecture, sequ
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_sketches_are_taken_without_forming_the_gradients(architecture, sequences):
+def test_sketches_equal_those_of_the_whole_gradients(architecture, sequences):
     model, examples = adapted_model(architecture), sequences(4)
     shapes = {name: matrix_shape(layer.base) for name, layer in adapted_layers(model).items()}
     parts = GradientParts(shapes, {name: Sketch.of(shape, 4, 0) for name, shape in shapes.items()})
@@ -70,7 +70,7 @@ def test_sketches_are_taken_without_forming_the_gradients(architecture, sequence
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
-def test_products_of_example_gradients_are_those_of_whole_gradients(architecture, sequences):
+def test_products_of_example_gradients_equal_those_of_whole_gradients(architecture, sequences):
     model, examples = adapted_model(architecture), sequences(4)
     whole = [weight_gradients(model, [example], pad_id=0, tokens_per_pass=100) for example in examples]
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +102,7 @@ def test_a_layer_that_is_used_twice_has_the_gradients_of_both_uses(sequences):
     torch.testing.assert_close(found, torch.stack([gradient.square().sum() for gradient in whole]), rtol=1e-3, atol=1e-6)
 
 
-def test_factor_gradients_are_those_of_examples_alone(sequences):
+def test_factor_gradients_equal_those_of_each_example_alone(sequences):
     model, examples = adapted_model(), sequences(3)
     held = factors(model, ("R",))
     layout = Layout.of(held)

@@ -1,4 +1,4 @@
-"""Pairs that are classified: tokens, padding, losses, and a head that trains beside R, against autograd and genuine Opacus."""
+"""Pairs that are classified: tokens, padding, losses, and a head that trains with R, against autograd and Opacus."""
 
 import random
 
@@ -42,7 +42,7 @@ SGD = {"optimizer": Optimizer.sgd, "learning_rate": 0.5, "schedule": Schedule.co
 CPU = torch.device("cpu")
 
 
-def told(pair):
+def hugging_face_inputs(pair):
     """One pair as Hugging Face takes it, without padding."""
     segments = {"token_type_ids": torch.tensor([pair.segments.tolist()])} if len(pair.segments) else {}
     return {"input_ids": torch.tensor([pair.input_ids.tolist()]), "labels": torch.tensor([pair.label]), **segments}
@@ -53,11 +53,11 @@ def cohort(pairs, architecture="bert"):
 
 
 @pytest.mark.parametrize("architecture", CLASSIFIERS)
-def test_a_row_has_the_loss_of_hugging_face_whatever_its_company(architecture, pairs):
+def test_a_rows_loss_in_a_batch_equals_hugging_faces_loss_of_the_row_alone(architecture, pairs):
     model, rows = adapted_classifier(architecture), pairs(6, segments=architecture == "bert")
     with torch.no_grad():
         together = batch_loss(model, collate(rows, 0, CPU))[1]
-        alone = torch.stack([model(**told(pair)).loss for pair in rows])
+        alone = torch.stack([model(**hugging_face_inputs(pair)).loss for pair in rows])
     assert len({pair.num_tokens for pair in rows}) > 1, "rows of one length would not show the padding"
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
@@ -78,7 +78,7 @@ def test_per_example_gradients_of_head_and_r_equal_one_by_one_autograd(architect
     _, found = group_gradients(model, stacked, collate(rows, 0, CPU), torch.ones(len(rows)))
     leaves = own_leaves(model)
     for row, pair in enumerate(rows):
-        expected = torch.autograd.grad(model(**told(pair)).loss, list(leaves.values()))
+        expected = torch.autograd.grad(model(**hugging_face_inputs(pair)).loss, list(leaves.values()))
         for name, gradient in zip(leaves, expected, strict=True):
             assert gradient.abs().max() > 0
             torch.testing.assert_close(found[name][row], gradient, rtol=1e-4, atol=1e-6)
@@ -98,7 +98,7 @@ def test_an_adapted_model_with_its_head_equals_the_plain_one_with_the_same_weigh
 
 
 class LinearHead(nn.Module):
-    """A head as Opacus wants it, with the bias as the weight of an input that is one: noise is then drawn in the same order."""
+    """A head for Opacus, with the bias as the weight of a constant input of one, so that noise is drawn in the same order."""
 
     def __init__(self, layer):
         super().__init__()
@@ -110,7 +110,7 @@ class LinearHead(nn.Module):
 
 
 def opacus_alone(data, noise):
-    """One client in Opacus itself, all in float64, in which Opacus draws the same noise as fedsim."""
+    """Trains one client with Opacus in float64, in which Opacus draws the same noise as fedsim."""
     from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
@@ -130,11 +130,11 @@ def opacus_alone(data, noise):
     )
     steps = TrainingConfig(batch_size=4, local_steps=3)
     batches = private_batches([e.num_tokens for e in data.examples], steps, KEY.torch("poisson", 1, data.client))
-    return take_private_steps(private, optimizer, trained, batches, lambda i: told(data.examples[i]))
+    return take_private_steps(private, optimizer, trained, batches, lambda i: hugging_face_inputs(data.examples[i]))
 
 
 @pytest.mark.filterwarnings("ignore")  # of Opacus, about its hooks
-def test_a_private_cohort_with_a_head_equals_genuine_opacus_client_by_client(pairs):
+def test_a_private_cohort_with_a_head_equals_opacus_client_by_client(pairs):
     clients, model = cohort(pairs), adapted_classifier()
     start = Layout.of(factors(model, KINDS)).pack(factors(model, KINDS))
     for result, data, noise in zip(train_pairs(model, clients, PrivateRule(CLIP, NOISE, KEY), **SGD), clients, NOISE, strict=True):
@@ -142,7 +142,7 @@ def test_a_private_cohort_with_a_head_equals_genuine_opacus_client_by_client(pai
         torch.testing.assert_close(result.factors, opacus_alone(data, noise), rtol=0, atol=1e-6)
 
 
-def test_the_clip_norm_holds_over_r_and_head_together(pairs):
+def test_the_clip_norm_applies_to_r_and_head_together(pairs):
     model, everything = adapted_classifier(), {**SGD, "batch_size": 100, "local_steps": 1, "learning_rate": 1.0}
     start = Layout.of(factors(model, KINDS)).pack(factors(model, KINDS))
     (one,) = train_pairs(model, [ClientData(0, pairs(1))], PrivateRule(CLIP, (0.0,), KEY), **everything)
@@ -163,7 +163,7 @@ def test_checkpointing_changes_nothing_and_a_bfloat16_base_trains_a_float32_head
     assert float((moved - wanted).norm()) < 0.3 * float(wanted.norm()), "AdamW's steps follow the signs of small gradients"
 
 
-def test_both_texts_are_encoded_as_the_tokenizer_means_them_and_the_longer_one_is_cut(tmp_path):
+def test_pairs_are_encoded_in_the_tokenizers_own_form_and_the_longer_text_is_cut(tmp_path):
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
     pair = Labelled("sick", "w0 w1 w2 w3 w4", "w5", "contradiction", LABELS)
     (whole,), (cut,) = (encode_labelled([pair], tokenizer, length) for length in (64, 6))
@@ -184,7 +184,7 @@ def one_pair_at_a_time(pair, tokenizer, max_length, apart):
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize(("max_length", "limit"), [(64, 64), (12, 64), (1000, 11)])
-def test_pairs_in_company_have_the_tokens_of_one_pair_at_a_time(tmp_path, apart, segments, max_length, limit):
+def test_encoding_many_pairs_gives_the_tokens_of_one_pair_at_a_time(tmp_path, apart, segments, max_length, limit):
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
     tokenizer.model_max_length = limit
     if not segments:
@@ -198,7 +198,7 @@ def test_pairs_in_company_have_the_tokens_of_one_pair_at_a_time(tmp_path, apart,
         assert all(len(pair.segments) == pair.num_tokens * (segments and not apart) for pair in found)
 
 
-def test_accuracy_is_that_of_the_most_likely_label(tmp_path):
+def test_accuracy_is_that_of_the_most_likely_label_also_after_out_of_memory(tmp_path):
     model, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
     examples = [Labelled("sick", f"w{i} w{i + 1}", " ".join(["w3"] * (1 + i % 4)), LABELS[i % 3], LABELS) for i in range(12)]
     correct, losses = 0, []

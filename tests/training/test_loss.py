@@ -31,7 +31,7 @@ WEIGHTS = torch.tensor([1.0, 0.3, 1 / 7, 2.0])
 
 
 def adapted_model(kind="llama", targets=(), **others):
-    """Returns a small model with an adapter whose factors are drawn."""
+    """Returns a small model with an adapter of random factors."""
     settings = CONFIG_MAPPING[kind](**SIZES, vocab_size=30, pad_token_id=0, eos_token_id=1, **others)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -79,22 +79,22 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("logits_at_once", [10_000, 3], ids=["together", "three tokens at a time"])
-def test_losses_and_gradients_are_those_of_the_definition(name, logits_at_once, monkeypatch):
-    kind, others, aside = MODELS[name]
+def test_losses_and_gradients_match_the_definition(name, logits_at_once, monkeypatch):
+    kind, others, skips_head = MODELS[name]
     model = adapted_model(kind, **others)
     monkeypatch.setattr(head_loss, "LOGIT_BYTES", 4 * 30 * logits_at_once)
 
-    for _ in range(2):  # whether the head is the last layer is known afterwards
+    for _ in range(2):  # the first pass finds out whether the head is the last layer
         losses, gradients = in_a_pass(model)
 
         expected, expected_gradients = by_definition(model)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
         for layer, gradient in expected_gradients.items():
             torch.testing.assert_close(gradients[layer].squeeze(0), gradient, rtol=1e-4, atol=1e-6)
-    assert (loss._head_inputs(model, batch())[1] is not None) == aside
+    assert (loss._head_inputs(model, batch())[1] is not None) == skips_head
 
 
-def test_a_loss_in_one_piece_gives_the_bits_of_the_whole_logits():
+def test_a_loss_in_one_piece_equals_that_of_the_whole_logits_bit_for_bit():
     model = adapted_model()
     losses, gradients = in_a_pass(model)
     model.get_output_embeddings().is_last = False
@@ -105,7 +105,7 @@ def test_a_loss_in_one_piece_gives_the_bits_of_the_whole_logits():
     assert all(torch.equal(gradients[name], gradient) for name, gradient in of_whole.items())
 
 
-def test_no_more_logits_are_there_at_once_than_are_allowed(monkeypatch):
+def test_no_more_logits_exist_at_once_than_allowed(monkeypatch):
     model, seen = adapted_model(), []
     monkeypatch.setattr(head_loss, "LOGIT_BYTES", 4 * 30 * 4)
     whole = head_loss.cross_entropy
@@ -118,14 +118,14 @@ def test_no_more_logits_are_there_at_once_than_are_allowed(monkeypatch):
 
 
 @pytest.mark.parametrize(("vocabulary", "tokens"), [(128_256, 512), (256_000, 256), (151_936, 384), (2_000_000, 33), (1 << 30, 1)])
-def test_logits_are_there_for_whole_tiles_of_tokens_at_once(vocabulary, tokens):
+def test_logits_are_computed_for_whole_tiles_of_tokens_at_once(vocabulary, tokens):
     assert head_loss.tokens_at_once(vocabulary) == tokens
     assert 4 * vocabulary * tokens <= max(head_loss.LOGIT_BYTES, 4 * vocabulary)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("per_example", [False, True])
-def test_that_the_head_comes_last_is_found_out_whatever_groups_the_rows_fall_into(groups, per_example):
+def test_the_head_is_found_to_be_last_for_any_grouping_of_the_rows(groups, per_example):
     model = adapted_model()
     stacked = {name: factor.expand(groups, *factor.shape) for name, factor in factors(model, ("R",)).items()}
 
@@ -134,13 +134,13 @@ def test_that_the_head_comes_last_is_found_out_whatever_groups_the_rows_fall_int
     assert model.get_output_embeddings().is_last
 
 
-def test_a_model_whose_logits_are_widened_after_the_head_is_read_whole():
+def test_a_model_that_changes_its_logits_after_the_head_gets_the_loss_of_the_changed_logits():
     model = adapted_model()
     inner = model.forward
 
     def biased(*args, **options):
         result = inner(*args, **options)
-        result.logits = result.logits + torch.arange(30.0)  # which does not fit what comes into the head
+        result.logits = result.logits + torch.arange(30.0)  # does not fit the inputs of the head
         return result
 
     model.forward = biased
@@ -160,7 +160,7 @@ def test_losses_without_gradients_are_the_same():
     assert not total.requires_grad
 
 
-def test_a_pass_in_which_nothing_carries_a_loss_has_a_gradient_of_zeros():
+def test_a_pass_without_any_loss_has_gradients_of_zero():
     model = adapted_model()
     leaves = {name: factor.unsqueeze(0) for name, factor in factors(model, ("R",)).items()}
 

@@ -14,7 +14,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_each_row_moves_as_under_torchs_own_optimizer(rule):
+def test_each_row_moves_as_with_torchs_own_optimizer(rule):
     training, make = RULES[rule]
     stack, rates = torch.randn(3, 40), [1e-2, 1e-2, 3e-2]  # the last client has fewer steps, hence another schedule
     singles = [row.clone().requires_grad_(True) for row in stack]
@@ -32,7 +32,7 @@ def test_each_row_moves_as_under_torchs_own_optimizer(rule):
 
 @pytest.mark.parametrize("num_kept", [0, 1, 5, 40])
 @pytest.mark.parametrize("rule", RULES)
-def test_clients_of_one_step_leave_no_moments_and_move_as_the_others(rule, num_kept):
+def test_clients_with_one_step_keep_no_moments_and_move_the_same(rule, num_kept):
     training, _ = RULES[rule]
     stack, rates = torch.randn(40, 10), [1e-2] * 3 + [3e-2] * 37
     other, state, all_kept = stack.clone(), OptimizerState(num_kept), OptimizerState(num_kept=40)

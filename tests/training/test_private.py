@@ -1,4 +1,4 @@
-"""DP-SGD in the cohort against genuine Opacus, one client at a time: GradSampleModule and DPOptimizer, the same draws and generators."""
+"""DP-SGD in the cohort against Opacus, one client at a time: GradSampleModule and DPOptimizer, the same draws and generators."""
 
 from fractions import Fraction
 
@@ -43,7 +43,7 @@ def train(model, cohort, noise=NOISE, clip=CLIP, **options):
 
 
 def opacus_alone(architecture, data, noise, options):
-    """One client in Opacus itself, all in float64, in which Opacus draws the same noise as fedsim."""
+    """Trains one client with Opacus in float64, in which Opacus draws the same noise as fedsim."""
     from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
@@ -116,14 +116,14 @@ def test_the_sum_of_clipped_gradients_equals_autograd_one_example_at_a_time_for_
 @pytest.mark.filterwarnings("ignore")  # of Opacus, about its hooks
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2, "accumulation": 2}, {"optimizer": Optimizer.adamw, "learning_rate": 0.01}])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert"])
-def test_a_private_cohort_equals_genuine_opacus_client_by_client(architecture, options, sequences):
+def test_a_private_cohort_equals_opacus_client_by_client(architecture, options, sequences):
     cohort = clients(sequences)
     for result, data, noise in zip(train(adapted_model(architecture), cohort, **options), cohort, NOISE, strict=True):
         alone = opacus_alone(architecture, data, noise, options)
         torch.testing.assert_close(result.factors, alone, rtol=0, atol=2e-5 if "optimizer" in options else 1e-6)
 
 
-def test_the_cohort_contains_an_empty_batch_and_noises_it(sequences):
+def test_poisson_batches_can_be_empty_and_a_step_noises_every_entry(sequences):
     drawn = [len(batch) for batch in private_batches([8] * 5, training(batch_size=1, local_steps=12), KEY.torch("poisson", 1, 1))]
     assert 0 in drawn
     model = adapted_model()
@@ -133,7 +133,7 @@ def test_the_cohort_contains_an_empty_batch_and_noises_it(sequences):
 
 
 def deviation(sequences, noise):
-    """Standard deviation of what noise adds to a step, in units of the clip norm."""
+    """Standard deviation of the noise in each client's step, in units of the clip norm."""
     cohort, model = clients(sequences), adapted_model()
     with_noise, without = (train(model, cohort, noise=each, local_steps=1, learning_rate=1.0) for each in (noise, (0.0, 0.0, 0.0)))
     added = [
@@ -170,7 +170,7 @@ def test_examples_are_drawn_at_the_sampling_rate_and_not_at_another():
     assert draws.var() == pytest.approx(200 * 0.1 * 0.9, rel=0.3), "a fixed batch size would vary by nothing"
 
 
-def test_an_example_moves_the_sum_by_at_most_the_clip_norm_whatever_the_others_are(sequences):
+def test_an_example_moves_the_sum_by_at_most_the_clip_norm_whatever_the_other_examples_are(sequences):
     """Noise off, one step over everything: the change of the sum is the contribution of one example."""
     model, everything = adapted_model(), {"batch_size": 100, "local_steps": 1, "learning_rate": 1.0}
     examples = sequences(8, seed=3)
@@ -189,16 +189,16 @@ def test_an_example_moves_the_sum_by_at_most_the_clip_norm_whatever_the_others_a
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_an_example_whose_gradient_is_not_finite_moves_nothing(sequences, bad):
-    """A sum that is not finite would say that the example is there, whatever the noise."""
+def test_an_example_with_a_huge_or_non_finite_gradient_moves_the_sum_by_at_most_the_clip_norm(sequences, bad):
+    """A sum that is not finite would reveal the example, whatever the noise."""
     model, only_mine = adapted_model("mistral"), 49  # whose head has weights of its own
     examples = [example for example in sequences(12, seed=3) if only_mine not in example.input_ids]
     mine = EncodedExample((*examples[0].input_ids[:-1], only_mine), 3)
     model.get_input_embeddings().weight.data[only_mine] = bad
     everything = {"batch_size": 100, "local_steps": 1, "learning_rate": 1.0, "tokens_per_pass": 1000}
-    (without,), (beside,) = (train(model, [ClientData(0, of)], noise=(0.0,), **everything) for of in (examples, [*examples, mine]))
+    (without,), (with_mine,) = (train(model, [ClientData(0, of)], noise=(0.0,), **everything) for of in (examples, [*examples, mine]))
     start = Layout.of(factors(model, ("R",))).pack(factors(model, ("R",)))
-    moved = (start - beside.factors) * (len(examples) + 1) - (start - without.factors) * len(examples)
+    moved = (start - with_mine.factors) * (len(examples) + 1) - (start - without.factors) * len(examples)
     assert moved.norm() < CLIP * 1.001
     options = {"pad_id": 0, "tokens_per_pass": 1000}
     gradients, of_others = (clipped_weight_gradients(model, of, CLIP, **options) for of in ([*examples, mine], examples))
@@ -206,7 +206,7 @@ def test_an_example_whose_gradient_is_not_finite_moves_nothing(sequences, bad):
 
 
 @pytest.mark.parametrize(("batch_size", "examples"), [(4, 17), (3, 10_000_000), (1, 3), (4, 4), (9, 4), (1, 1 << 24)])
-def test_the_rate_that_is_charged_is_the_one_at_which_coins_fall(batch_size, examples):
+def test_the_charged_sampling_rate_is_exactly_that_of_the_coin_flips(batch_size, examples):
     rate, sides = sampling_rate(examples, batch_size), 1 << 24
     assert Fraction(rate) >= min(Fraction(batch_size, examples), 1)
     assert Fraction(rate) - Fraction(batch_size, examples) <= Fraction(1, sides)
@@ -216,7 +216,7 @@ def test_the_rate_that_is_charged_is_the_one_at_which_coins_fall(batch_size, exa
     assert float((torch.rand(10_000) * sides).frac().max()) == 0
 
 
-def test_a_private_client_tells_neither_loss_nor_tokens(sequences):
+def test_a_private_client_reports_neither_loss_nor_tokens(sequences):
     result = train(adapted_model(), clients(sequences))[0]
     assert np.isnan(result.loss)
     assert result.num_tokens == 0
@@ -238,14 +238,14 @@ def test_checkpointing_and_a_bfloat16_base_train_privately(sequences):
     half.to(torch.bfloat16)
     for layer in adapted_layers(half).values():
         layer.R, layer.A, layer.B = layer.R.float(), layer.A.float(), layer.B.float()
-    cohort, still = clients(sequences), (0.0,) * len(clients(sequences))
+    cohort, no_noise = clients(sequences), (0.0,) * len(clients(sequences))
     start = Layout.of(factors(half, ("R",))).pack(factors(half, ("R",)))
-    exact, coarse = (train(model, cohort, noise=still)[0].factors - start for model in (adapted_model(), half))
+    exact, coarse = (train(model, cohort, noise=no_noise)[0].factors - start for model in (adapted_model(), half))
     assert float((coarse - exact).norm()) < 0.3 * float(exact.norm())
 
 
 def clipped_one_by_one(model, examples, parts, clip_norm=None):
-    """Returns the flat sum of the examples' gradients, each clipped by hand, and the norm to which that was: the median of theirs."""
+    """Returns the flat sum of the examples' gradients, each clipped by hand, and the clip norm, by default their median norm."""
     found = [weight_gradients(model, [example], pad_id=0, tokens_per_pass=100, parts=parts) for example in examples]
     flat = torch.stack([torch.cat([gradient.flatten() for gradient in each.values()]) for each in found]).double()
     norms = flat.norm(dim=1)
@@ -279,7 +279,7 @@ def test_the_initial_gradient_is_clipped_per_pair_also_where_its_texts_are_read_
         assert float(torch.cat([gradient.flatten() for gradient in alone.values()]).norm()) < 1.0001e-3
 
 
-def test_the_initial_gradient_of_layers_that_are_given_one_row_an_example_is_clipped_too(pairs):
+def test_the_initial_gradient_of_layers_with_one_row_per_example_is_clipped_too(pairs):
     model, examples = tiny_classifier("bert"), pairs(5)
     spec = adapt(model, LORA, 2, 1, 1.0, ["dense"], head_paths(model))
     install(model, new_head(spec, seed=0))
@@ -289,7 +289,7 @@ def test_the_initial_gradient_of_layers_that_are_given_one_row_an_example_is_cli
     torch.testing.assert_close(torch.cat([gradient.flatten() for gradient in found.values()]), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_gradient_that_is_small_because_its_tokens_cancel_out_has_the_norm_that_it_has():
+def test_squared_norms_are_accurate_for_gradients_whose_tokens_cancel_out():
     generator = torch.Generator().manual_seed(0)
     deltas, inputs = torch.randn(50, 8, 6, generator=generator), torch.randn(50, 8, 5, generator=generator)
     deltas, inputs = torch.cat([deltas, -deltas], dim=1), torch.cat([inputs, inputs * (1 + 1e-4)], dim=1)
@@ -301,7 +301,7 @@ def test_a_gradient_that_is_small_because_its_tokens_cancel_out_has_the_norm_tha
     assert nothing.max() < 1e-12
 
 
-def test_no_examples_have_a_clipped_gradient_of_zero():
+def test_the_clipped_gradient_of_no_examples_is_zero():
     assert not any(g.any() for g in clipped_weight_gradients(adapted_model(), [], 1.0, pad_id=0, tokens_per_pass=100).values())
 
 
@@ -323,7 +323,7 @@ def noised_step(total):
 
 @pytest.mark.parametrize("release", [noised_step, lambda total: noise_of_initial_gradient(total, 1.0, 1.0, KEY.torch("noise"))])
 @pytest.mark.parametrize("inside", [True, False])
-def test_the_last_bits_of_what_is_released_do_not_tell_what_noise_was_added_to(release, inside):
+def test_the_last_bits_of_a_release_do_not_reveal_the_sum_that_noise_was_added_to(release, inside):
     generator = torch.Generator().manual_seed(0)
     without = 0.02 * torch.randn(100_000, generator=generator)
     example = torch.randn(100_000, generator=generator)
