@@ -37,12 +37,12 @@ MADE = {
 
 
 def section(cases, measure, summary=lambda rows: ""):
-    """A section of one letter."""
+    """Returns a section with the letter z."""
     columns = (Column("n", "n"), Column("rate", "rate", "{:.1f}"), Column("never", "never"))
     return Section("z", "A title", "What is compared.", columns, lambda settings: cases, measure, summary)
 
 
-def test_turns_run_forwards_and_backwards_after_one_call_each():
+def test_turns_alternate_their_order_after_one_warm_up_call_each():
     calls = []
     rates = interleaved({name: lambda name=name: calls.append(name) or 1.0 for name in "ab"}, turns=3)
     assert calls == ["a", "b", "a", "b", "b", "a", "a", "b"]
@@ -71,7 +71,7 @@ def test_turns_end_when_the_ratio_of_the_first_two_has_settled():
     assert len(in_turns({"a": given(1.0), "b": given(2.0)}, turns=20, seconds=0.0)["a"]) == 2
 
 
-def test_nineteen_of_twenty_margins_hold_the_true_median():
+def test_about_95_percent_of_margins_contain_the_true_ratio():
     draw = np.random.default_rng(0)
     held = 0
     for _ in range(1000):
@@ -84,10 +84,10 @@ def test_nineteen_of_twenty_margins_hold_the_true_median():
 
 
 def test_a_measured_row_is_not_measured_again_and_a_failed_one_is():
-    asked = []
+    measured_cases = []
 
     def measure(case, settings):
-        asked.append(case["n"])
+        measured_cases.append(case["n"])
         if case["n"] == 2:
             raise ValueError("no\nluck")
         return {"rate": 1.0}
@@ -96,11 +96,11 @@ def test_a_measured_row_is_not_measured_again_and_a_failed_one_is():
     before = [{"case": {"n": 1}, "found": {"rate": 9.0}, "seconds": 0, "load": 0}]
     before += [{"case": {"n": 3}, "found": {"failed": "before"}, "seconds": 0, "load": 0}]
     rows = list(measured(each, Settings(), before))
-    assert asked == [2, 3]
+    assert measured_cases == [2, 3]
     assert [row["found"] for row in rows] == [{"rate": 9.0}, {"failed": "ValueError: no luck"}, {"rate": 1.0}]
 
 
-def test_a_peer_that_is_not_installed_is_skipped_with_what_to_do_and_asked_for_again():
+def test_a_peer_that_is_not_installed_is_skipped_with_instructions_and_measured_again_later():
     each = section([{"n": 1}], lambda case, settings: require("json", "no_such_peer"))
     (row,) = measured(each, Settings(), [])
     assert row["found"] == {"skipped": "no_such_peer is not installed: pip install -e '.[dev,simulation,bench]'"}
@@ -108,7 +108,7 @@ def test_a_peer_that_is_not_installed_is_skipped_with_what_to_do_and_asked_for_a
     assert again["found"] == {"rate": 1.0}
 
 
-def test_the_files_and_the_page_hold_the_table_and_what_failed(tmp_path):
+def test_the_files_and_the_page_show_the_table_and_the_failures(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench:z -->\nold\n<!-- /bench:z -->\nafter\n")
     rows = [{"case": {"n": 1}, "found": {"rate": 2.25}, "load": 0.5}, {"case": {"n": 2}, "found": {"failed": "no luck"}, "load": 9.0}]
@@ -129,7 +129,7 @@ def test_the_files_and_the_page_hold_the_table_and_what_failed(tmp_path):
     assert page.read_text() == text, "writing the tables again changes nothing"
 
 
-def test_every_section_has_its_place_on_the_page_and_cases_that_differ():
+def test_every_section_has_its_place_on_the_page_and_distinct_cases():
     page = results.PAGE.read_text()
     assert re.findall(r"<!-- bench:(\w) -->", page) == [each.letter for each in SECTIONS]
     for each in SECTIONS:
@@ -139,14 +139,14 @@ def test_every_section_has_its_place_on_the_page_and_cases_that_differ():
             assert len(set(cases)) == len(cases)
 
 
-def test_the_tables_of_the_page_are_those_of_the_results_file():
+def test_the_tables_on_the_page_match_the_results_file():
     texts = results.section_texts(results.load(results.FOLDER / "benchmarks.json"), SECTIONS)
     page = results.PAGE.read_text()
     assert results.filled(page, texts) == page
 
 
 @pytest.mark.parametrize("name", ["benchmarks", "benchmarks_fast", "benchmarks_avx2"])
-def test_the_tables_beside_a_results_file_are_its_own(name):
+def test_the_markdown_tables_of_a_results_file_match_it(name):
     texts = results.section_texts(results.load(results.FOLDER / f"{name}.json"), SECTIONS)
     assert {"a", "b", "c", "w"} <= set(texts)
     assert (results.FOLDER / f"{name}.md").read_text() == results.document(texts, SECTIONS)
@@ -159,15 +159,15 @@ def test_all_ways_of_training_see_the_same_tokens():
     assert seen == [WORKLOAD.num_tokens] * 3
 
 
-def test_centralised_training_of_one_client_is_the_cohort_of_one():
+def test_centralised_training_of_one_client_equals_a_cohort_of_one():
     on = workloads.subject("tiny", 4)
     client = [WORKLOAD.client(0, on.vocabulary)]
-    ended = {}
+    trained = {}
 
     class Spy(torch.optim.AdamW):
         def step(self, closure=None):
             super().step(closure)
-            ended["R"] = torch.cat([R.detach().flatten() for group in self.param_groups for R in group["params"]])
+            trained["R"] = torch.cat([R.detach().flatten() for group in self.param_groups for R in group["params"]])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.optim.AdamW", Spy)
@@ -175,12 +175,12 @@ def test_centralised_training_of_one_client_is_the_cohort_of_one():
     from fedsim.training.cohort import train_cohort
 
     (result,) = train_cohort(on.model, on.start, on.layout, client, WORKLOAD.training, pad_id=0, seed=0, round=1, rounds=1)
-    torch.testing.assert_close(ended["R"], result.factors, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(trained["R"], result.factors, rtol=1e-4, atol=1e-6)
     assert not factors(on.model, ("R",))["model.layers.0.self_attn.q_proj.R"].requires_grad, "the model has its own factors back"
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
-def test_peers_train_models_as_transformers_has_written_them():
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls it
+def test_peers_train_unfused_transformers_models():
     pytest.importorskip("peft")
     own = workloads.base_model("tiny")
     mlp = own.model.layers[0].mlp
@@ -197,7 +197,7 @@ def test_peers_train_models_as_transformers_has_written_them():
     assert isinstance(workloads.base_model("tiny").model.layers[0].mlp, GatedMLP)
 
 
-def test_a_large_combination_has_shorter_sequences():
+def test_large_combinations_have_shorter_sequences():
     cases = training.cases(Settings())
     assert all(case["clients"] * case["batch"] * case["tokens"] <= training.STEP_TOKENS[case["model"]] for case in cases)
     embedded = {(case["clients"], case["batch"]) for case in cases if case["model"] == "embedded"}
@@ -211,7 +211,7 @@ def test_the_command_under_a_table_does_not_say_where_the_file_went():
     assert _command([]) == "make bench"
 
 
-def test_results_go_into_a_json_file_and_nowhere_else(tmp_path, capsys):
+def test_an_output_that_is_no_json_file_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--tables", "--out", str(tmp_path)])
 
@@ -227,7 +227,7 @@ def test_shares_of_the_profile_sum_to_all_of_the_time():
     assert found == {"matrix products": 30, "log-softmax of the logits": 10, "copies": 5, "other elementwise": 5, "Python": 50}
 
 
-def test_the_accelerator_section_is_whole_on_a_cpu():
+def test_the_accelerator_section_is_complete_on_a_cpu():
     settings = Settings(quick=True, device="cpu", turns=1, seconds=0.0)
     for case in accelerator.cases(settings):
         found = accelerator.measure(case, settings)
@@ -237,7 +237,7 @@ def test_the_accelerator_section_is_whole_on_a_cpu():
         assert ("ratio_one by one" in found) == (case["way"] == "plain")
 
 
-def test_models_of_published_size_are_cases_when_they_are_named():
+def test_published_models_become_cases_when_named():
     cases = accelerator.cases(Settings(models=("mistral_7b",)))
     assert {case["clients"] for case in cases} == {1, 5, 25}
     workload = accelerator.workload_of("mistral_7b", 25, 2)

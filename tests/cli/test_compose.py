@@ -11,7 +11,7 @@ from fedsim.plain import to_dict
 CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices if not group.startswith("hydra/")]
 
 
-def test_without_overrides_the_defaults_are_the_typed_ones():
+def test_without_overrides_the_typed_defaults_apply():
     config = compose([])
     assert isinstance(config, Config)
     assert (config.method.name, config.engine.name, config.model.path) == ("fed_sb", "inprocess", None)
@@ -19,14 +19,14 @@ def test_without_overrides_the_defaults_are_the_typed_ones():
     check(config)
 
 
-def test_overrides_set_their_fields_and_nothing_else():
+def test_overrides_set_only_their_fields():
     expected = compose([])
     expected.federation.clients, expected.training.optimizer, expected.data.train = 3, Optimizer.sgd, ["a", "b"]
     assert compose(["federation.clients=3", "training.optimizer=sgd", "data.train=[a,b]"]) == expected
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: str(value))
-def test_every_file_composes_and_has_a_meaning(group, choice):
+def test_every_configuration_file_composes_sets_its_values_and_has_a_description(group, choice):
     path = {"model": ["model.path=some/model"]}.get(group, [])
     config = compose([f"{group}={choice}", *path])
     check(config)
@@ -38,7 +38,7 @@ def test_every_file_composes_and_has_a_meaning(group, choice):
         }
 
 
-def test_no_file_is_left_out_of_the_groups():
+def test_every_configuration_file_belongs_to_a_group():
     files = {(path.parent.name, path.stem) for path in conf_folder().glob("*/*.yaml")}
     assert files | {("experiment", path.stem) for path in presets_folder().glob("*.yaml")} == set(CHOICES)
 
@@ -77,7 +77,7 @@ def test_a_model_is_named_after_its_path_unless_it_has_a_name(overrides, name):
         (["method@other=fed_sb"], "Could not override"),
     ],
 )
-def test_what_does_not_compose_is_one_line(overrides, line):
+def test_overrides_that_do_not_compose_are_reported_in_one_line(overrides, line):
     with pytest.raises(UserError, match=line) as caught:
         compose(overrides)
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ EXAMPLE = ["model=mistral_7b", "method=fed_sb,fedit,flora", "adapter.rank=120,16
 
 
 def lines(*overrides):
-    """The words of each line of the table, by the names of the columns."""
+    """Returns the cells of each row of the table, by the names of the columns."""
     head, rule, *rows = cost_table(costs(list(overrides))).split("\n\n")[1].splitlines()
     places = [(start, start + len(dashes)) for dashes, start in _runs(rule)]
     cells = lambda line: [line[first:last].strip() for first, last in places]  # noqa: E731
@@ -28,12 +28,12 @@ def _runs(rule):
 
 
 def notes(*overrides):
-    """The notes under the table, each as one line."""
+    """Returns the notes under the table, each as one line."""
     text = cost_table(costs(list(overrides))).split("\n\n")[2]
     return text.replace("\n  ", " ").splitlines()
 
 
-def test_without_a_method_every_method_that_sends_has_a_row():
+def test_without_a_method_every_method_but_centralized_has_a_row():
     found = lines()
     assert [row["method"] for row in found] == [name for name in METHODS if name != "centralized"]
     assert {row["layers"] for row in found} == {"28"}
@@ -43,7 +43,7 @@ def test_without_a_method_every_method_that_sends_has_a_row():
     assert by_method["full"]["rank"] == "-"
 
 
-def test_comma_lists_of_any_option_make_rows():
+def test_comma_separated_values_of_any_option_make_rows():
     found = lines(*EXAMPLE)
     assert [(row["method"], row["rank"]) for row in found] == [
         (method, rank) for method in ("fed_sb", "fedit", "flora") for rank in ("120", "160", "200")
@@ -55,7 +55,7 @@ def test_comma_lists_of_any_option_make_rows():
     assert [row["federation.clients"] for row in other] == ["2", "3"]
 
 
-def test_published_counts_and_why_they_differ_are_told_once():
+def test_published_counts_are_shown_and_differences_explained_once():
     found = {row["method"]: row for row in lines("model=mistral_7b")}
     assert [found[name]["published"] for name in ("fedit", "ffa_lora", "fedex_lora", "flora")] == [
         "83.9 M",
@@ -71,16 +71,16 @@ def test_published_counts_and_why_they_differ_are_told_once():
     assert sum("2502.15436" in note for note in told) == 1
 
 
-def test_published_counts_are_not_told_of_runs_that_nobody_published():
+def test_no_published_count_is_shown_for_settings_that_differ_from_the_publication():
     for other in ("federation.fraction=0.5", "method.residual=dense", "federation.clients=24", "adapter.target_modules=[q_proj]"):
         assert "published" not in lines("model=mistral_7b", "method=flora", other)[0]
 
 
-def test_what_the_published_count_leaves_out_is_told():
+def test_a_note_names_what_the_published_count_leaves_out():
     assert any("up to 524 M for each client" in note for note in notes("model=mistral_7b", "method=fed_sb", "adapter.rank=200"))
 
 
-def test_rows_for_machines_are_flat_and_hold_exact_numbers(capsys):
+def test_json_and_csv_rows_are_flat_and_hold_exact_numbers(capsys):
     assert main(["cost", *EXAMPLE, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found) == 9
@@ -94,13 +94,13 @@ def test_rows_for_machines_are_flat_and_hold_exact_numbers(capsys):
     assert [{name: "" if value is None else str(value) for name, value in row.items()} for row in found] == rows
 
 
-def test_a_preset_that_sweeps_makes_rows_of_its_own():
+def test_a_preset_with_a_sweep_gives_a_row_for_each_job():
     found = plain_rows(costs(["experiment=fed_sb_vs_centralized", "federation.rounds=2"]))
     assert [row["method"] for row in found] == ["fed_sb", "centralized"]
     assert not any(value for name, value in found[1].items() if name.startswith("total_"))
 
 
-def test_methods_that_nobody_asked_for_are_left_out_where_the_options_exclude_them(capsys):
+def test_methods_that_the_options_exclude_are_left_out_with_a_note(capsys):
     overrides = ["training=sgd", "training.momentum=0", "training.scaffold=true"]
     assert {row["method"] for row in lines(*overrides)} == {"fed_sb", "fedit", "ffa_lora", "lora_xs", "full"}
     (note,) = (note for note in notes(*overrides) if note.startswith("left out"))
@@ -128,7 +128,7 @@ def test_methods_that_nobody_asked_for_are_left_out_where_the_options_exclude_th
         (["model=mistral_7b", "method=full", "compression.name=int8"], "compression.name=int8: Expected a number of parameters from 1 to"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_two(overrides, told, capsys):
+def test_a_mistake_is_reported_in_one_line_with_exit_code_two(overrides, told, capsys):
     assert main(["cost", *overrides]) == 2
     output = capsys.readouterr()
     assert (output.out, output.err.count("\n")) == ("", 1)
@@ -146,7 +146,7 @@ def test_a_mistake_is_one_line_and_code_two(overrides, told, capsys):
         (["method=fedit", "privacy=example"], "privacy budget"),
     ],
 )
-def test_what_the_numbers_do_not_say_is_told(overrides, told):
+def test_notes_explain_what_the_numbers_leave_out(overrides, told):
     assert any(told in note for note in notes(*overrides))
 
 
@@ -169,7 +169,7 @@ def test_amounts_keep_three_digits_or_the_whole_unit(number, expected):
     assert amount(number) == expected
 
 
-def test_neither_weights_nor_data_nor_flower_are_loaded():
+def test_the_cost_command_loads_neither_flower_nor_data_nor_the_session():
     script = (
         "import sys\nfrom fedsim.cli.main import main\nassert main(['cost', 'method=fed_sb']) == 0\nprint(*sys.modules, file=sys.stderr)"
     )

@@ -26,12 +26,12 @@ SMALL += ["training.tokens_per_pass=128", "evaluation.tokens_per_pass=256", "eva
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """Calibrations of the tests stay in the test's folder."""
+    """Keeps calibrations in the test's folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 @pytest.mark.parametrize("columns", [80, 100])
-def test_assumptions_are_no_wider_than_the_terminal(columns, monkeypatch):
+def test_assumptions_are_wrapped_to_the_width_of_the_terminal(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     shown = estimate_table(estimate_of(compose(SMALL))).partition("- Rates")[2].splitlines()
     assert len(shown) > 5
@@ -58,7 +58,7 @@ def test_json_holds_the_bytes_of_the_cost_and_positive_times(capsys):
     assert found["network_seconds_a_client"] == pytest.approx(moved / 2 / 1e6)
 
 
-def test_a_calibration_is_kept_and_measured_anew_when_asked(tmp_path):
+def test_a_calibration_is_cached_and_measured_again_on_request_or_for_other_settings(tmp_path):
     config = compose(SMALL)
     settled, method = effective(config), method_of(config)
     spec = adapter_spec(layer_shapes(config.model, []), method.form, 4, 1, 1.0)
@@ -76,7 +76,7 @@ def test_a_calibration_is_kept_and_measured_anew_when_asked(tmp_path):
     assert not calibrated(settled, method, spec, 20, again=True).source.startswith("kept")
 
 
-def test_data_that_are_not_here_are_assumed_and_said_so(monkeypatch):
+def test_missing_data_are_assumed_and_the_assumption_is_shown(monkeypatch):
     monkeypatch.setattr("fedsim.cli.estimate.calibrated", lambda *_, **__: calibration())
     answer = estimate_of(compose(["model=mistral_7b", "experiment=arithmetic_mistral_7b"]), tokens=200)
     assert answer.work.train_examples == 20_000
@@ -87,12 +87,12 @@ def test_data_that_are_not_here_are_assumed_and_said_so(monkeypatch):
 
 
 def calibration():
-    """Rates that nobody measured."""
+    """Returns made-up rates."""
     return Calibration(1e10, 1e-2, 1e-3, 1e9, 5e-3, 1e9, 1e-3, 1e9, 400_000_000, "made up")
 
 
 @pytest.mark.parametrize("machine", ["benchmarks", "benchmarks_fast", "benchmarks_avx2"])
-def test_estimates_were_off_by_no_more_than_they_say(machine):
+def test_measured_estimates_were_off_by_at_most_the_stated_factors(machine):
     path = Path(__file__).parents[2] / "experiments" / "results" / f"{machine}.json"
     rows = [row["found"] for row in json.loads(path.read_bytes()).get("h", {}).get("rows", []) if "total_x" in row["found"]]
     if not rows:
@@ -103,36 +103,36 @@ def test_estimates_were_off_by_no_more_than_they_say(machine):
 
 
 @pytest.mark.parametrize("flags", ["--tokens=x", "--tokens=-1", "--megabits=0", "--mega=3", "--yaml", "--tokens"])
-def test_a_wrong_flag_is_one_line(flags, capsys):
+def test_a_wrong_flag_is_reported_in_one_line(flags, capsys):
     assert main(["estimate", flags]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_times_are_written_as_one_reads_them():
+def test_durations_are_rounded_for_reading():
     words = [rough_duration(seconds) for seconds in (0.44, 12, 312, 11_160, 3_542_400, 72_580_000, 1e9)]
     assert words == ["0.4 s", "12 s", "5.2 min", "3.1 h", "41 days", "2.3 years", "32 years"]
 
 
-# ---- what is classified
+# ---- classification
 
 
 @pytest.fixture
 def classified(tmp_path):
-    """A small encoder and pairs of words that it knows, 36 to train on and 4 as a test."""
+    """A small encoder and pairs of words that it knows, 36 for training and 4 for testing."""
     pairs = write_sick(tmp_path / "SICK.txt")
     federation = ["federation.clients=2", "federation.rounds=2", "training.batch_size=2", "training.local_epochs=1"]
     return ["model=local", f"model.path={save_classifier(tmp_path / 'encoder')}", "data=sick", f"data.path={pairs}", *federation]
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_the_work_of_pairs_is_their_tokens_as_the_model_reads_them(apart, classified, tmp_path):
+def test_the_work_of_pairs_counts_tokens_as_the_model_reads_them(apart, classified, tmp_path):
     from transformers import AutoTokenizer
 
     given = compose([*classified, f"model.pairs={'apart' if apart else 'together'}", "adapter.rank=4"])
     answer = estimate_of(given, rates=calibration())
     tokenizer = AutoTokenizer.from_pretrained(given.model.path)
     rows = [line.split("\t") for line in (tmp_path / "SICK.txt").read_text().splitlines()[1:]]
-    lengths = [len(tokenizer(*each[1:3]).input_ids) + apart for each in rows]  # apart, the second begins with a token of its own
+    lengths = [len(tokenizer(*each[1:3]).input_ids) + apart for each in rows]  # apart, the second text has a begin token of its own
     work = answer.work
     assert 36 * work.tokens + 4 * work.prompt == pytest.approx(sum(lengths))
     assert (work.train_examples, work.questions, work.responses, work.answer, work.sequences) == (36, 4, 0, 0, 1 + apart)
@@ -143,7 +143,7 @@ def test_the_work_of_pairs_is_their_tokens_as_the_model_reads_them(apart, classi
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_padding_is_that_of_a_run(apart, classified, tmp_path, monkeypatch):
+def test_estimated_padding_is_within_ten_percent_of_a_runs(apart, classified, tmp_path, monkeypatch):
     given = compose([*classified, f"model.pairs={'apart' if apart else 'together'}", "adapter.rank=4", f"run_dir={tmp_path / 'run'}"])
     passes = []
     real = cohort.group_gradients
@@ -157,7 +157,7 @@ def test_padding_is_that_of_a_run(apart, classified, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pairs", ["apart", "together"])
-def test_an_encoder_is_measured_and_nothing_is_said_of_answers(pairs, classified, capsys):
+def test_an_encoder_is_calibrated_and_answers_are_not_mentioned(pairs, classified, capsys):
     assert main(["estimate", *classified, "adapter.rank=4", f"model.pairs={pairs}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert all(found["calibration"][name] > 0 for name in ("flops", "copy_bytes", "client_seconds", "svd_flops", "process_bytes"))
@@ -171,14 +171,14 @@ def test_an_encoder_is_measured_and_nothing_is_said_of_answers(pairs, classified
 
 
 def once(work, times=1):
-    """What a calibration takes the fastest of a few of."""
+    """Times one call, in place of the fastest of several."""
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
 
 
 @pytest.mark.parametrize("labels", [("yes", "no"), ()])
-def test_a_large_model_is_predicted_from_one_of_its_kind(labels, monkeypatch):
+def test_a_large_model_is_calibrated_with_a_small_model_of_its_kind(labels, monkeypatch):
     built = []
     real = calibrations.random_model
     monkeypatch.setattr(calibrations, "DIRECT_LIMIT", 0)
@@ -192,7 +192,7 @@ def test_a_large_model_is_predicted_from_one_of_its_kind(labels, monkeypatch):
     assert "matrix products" in found.source
 
 
-def test_calibrations_of_other_labels_or_of_texts_read_otherwise_are_others(classified, tmp_path):
+def test_other_labels_or_another_reading_of_texts_have_other_calibration_keys(classified, tmp_path):
     def key(*overrides, labels=("yes", "no"), texts=2):
         config = compose([*classified, *overrides])
         method = method_of(config)
@@ -204,7 +204,7 @@ def test_calibrations_of_other_labels_or_of_texts_read_otherwise_are_others(clas
     assert len(set(keys)) == len(keys)
 
 
-def test_labels_of_ones_own_and_single_texts_are_read_from_the_rows(classified, tmp_path):
+def test_a_users_own_labels_and_single_texts_are_found_from_the_rows(classified, tmp_path):
     rows = [f"w{i} w{i + 1} w{i + 2},{'abcd'[i % 4]}" for i in range(40)]
     (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
     own = [*classified, "data=classification", f"data.path={tmp_path / 'mine.csv'}"]
@@ -213,7 +213,7 @@ def test_labels_of_ones_own_and_single_texts_are_read_from_the_rows(classified, 
     assert (answer.work.tokens, answer.work.sequences) == (5, 1), "three words between [CLS] and [SEP]"
 
 
-def test_words_are_counted_where_there_is_no_tokenizer(classified, tmp_path):
+def test_tokens_are_estimated_from_words_without_a_tokenizer(classified, tmp_path):
     folder = tmp_path / "encoder"
     for file in folder.glob("tokenizer*"):
         file.unlink()
@@ -224,7 +224,7 @@ def test_words_are_counted_where_there_is_no_tokenizer(classified, tmp_path):
     assert 36 * answer.work.tokens + 4 * answer.work.prompt == pytest.approx(1.4 * sum(words))
     assert answer.work.answer == answer.work.responses == 0
     assert "1.4 for each word" in answer.assumptions[0]
-    room = 8  # of the positions of a smaller model
+    room = 8  # positions of a smaller model
     settings = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": room}))
     cut = estimate_of(given, rates=calibration()).work
@@ -232,7 +232,7 @@ def test_words_are_counted_where_there_is_no_tokenizer(classified, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["minilm", "bert_base", "roberta_large"])
-def test_inference_sets_that_are_not_here_are_as_large_as_they_are_read(model):
+def test_the_size_of_missing_inference_sets_is_known(model):
     answer = estimate_of(compose([f"model={model}", "data=snli"]), rates=calibration())
     assert (answer.work.train_examples, answer.work.questions) == (549_367, 9824)
     assert (answer.work.sequences, answer.work.answer) == (2 if model == "minilm" else 1, 0)
@@ -248,8 +248,8 @@ def test_inference_sets_that_are_not_here_are_as_large_as_they_are_read(model):
         (["model=bert_base", "data=classification"], "its size is not known"),
     ],
 )
-def test_data_that_the_model_cannot_serve_are_refused_in_a_line(overrides, reason, capsys):
+def test_data_that_the_model_cannot_serve_are_refused_in_one_line(overrides, reason, capsys):
     assert main(["estimate", *overrides]) == 2
-    told = capsys.readouterr().err
-    assert reason in told
-    assert told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1

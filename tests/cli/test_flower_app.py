@@ -18,7 +18,7 @@ PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 @pytest.fixture
 def served(monkeypatch):
-    """What the ServerApp hands to the server, which is stood in for."""
+    """Replaces the server and records what the ServerApp passes to it."""
     calls = []
 
     def serve(grid, config, **options):
@@ -30,16 +30,16 @@ def served(monkeypatch):
 
 
 def context(overrides="", config=""):
-    """The part of Flower's Context that the app reads."""
+    """Returns the part of Flower's Context that the app reads."""
     return SimpleNamespace(run_config={"overrides": overrides, "config": config})
 
 
-def test_the_overrides_of_the_run_configuration_are_composed_as_on_the_command_line(served):
+def test_overrides_in_the_run_configuration_compose_as_on_the_command_line(served):
     main("grid", context("seed=3 training=sgd run_dir=\"'my runs'\""))
     assert served == [(compose(["seed=3", "training=sgd", "run_dir='my runs'"]), {})]
 
 
-def test_a_whole_configuration_comes_as_it_was_resolved_and_its_run_is_told(served, capsys):
+def test_a_whole_configuration_is_used_unchanged_and_its_summary_is_sent(served, capsys):
     config = compose(["seed=3", "engine=deployment", "engine.superlink=here", "federation.ranks={4:0.5,8:0.5}"])
     main("grid", context(config=json.dumps(to_dict(config))))
     ((found, options),) = served
@@ -50,14 +50,14 @@ def test_a_whole_configuration_comes_as_it_was_resolved_and_its_run_is_told(serv
 
 
 @pytest.mark.parametrize("overrides", ["sed=3", "federation.clients=0"])
-def test_mistakes_are_found_before_the_server_starts_and_told(served, overrides, capsys):
+def test_mistakes_are_found_before_the_server_starts_and_are_sent(served, overrides, capsys):
     with pytest.raises(UserError) as caught:
         main("grid", context(overrides))
     assert served == []
     assert json.loads(capsys.readouterr().out.removeprefix(MARK)) == ["mistake", str(caught.value)]
 
 
-def test_flower_finds_both_apps_by_their_names_in_pyproject_and_in_the_bundle_of_a_deployment():
+def test_pyproject_and_the_bundle_of_a_deployment_name_apps_that_flower_can_load():
     from flwr.clientapp import ClientApp
     from flwr.serverapp import ServerApp
 

@@ -25,11 +25,11 @@ def test_the_help_names_every_group_choice_and_option():
     assert all(f" {topic}" in overview().replace(",", "") for topic in {*groups(), *(key.partition(".")[0] for key in options())})
 
 
-def test_every_option_says_what_it_means():
+def test_every_option_has_a_description():
     assert [key for key, option in options().items() if len(option.meaning) < 5] == []
 
 
-def test_the_defaults_shown_are_those_that_compose():
+def test_the_defaults_shown_are_the_composed_ones():
     found = to_dict(compose([]))
     for key, option in options().items():
         value = found
@@ -38,19 +38,19 @@ def test_the_defaults_shown_are_those_that_compose():
         assert option.default == value, key
 
 
-def test_the_default_of_a_choice_comes_before_that_of_the_type(monkeypatch):
+def test_the_default_of_a_choice_overrides_that_of_the_type(monkeypatch):
     monkeypatch.setattr("fedsim.cli.options.default_choices", lambda: {"training": "sgd"})
     assert (options.__wrapped__()["training.optimizer"].default, options()["training.optimizer"].default) == ("sgd", "adamw")
 
 
-def test_help_on_one_group_shows_that_group_alone():
+def test_help_on_a_group_shows_only_that_group():
     text = run_help("training")
     assert "training.learning_rate=" in text
     assert "sgd" in text
     assert "federation.clients" not in text
 
 
-def test_help_on_a_group_that_is_called_like_a_verb_is_that_of_the_group(capsys):
+def test_help_on_a_group_named_like_a_verb_shows_the_group(capsys):
     for words in (["run", "--help", "privacy"], ["help", "run", "privacy"]):
         assert main(words) == 0
         text = capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_help_on_a_group_that_is_called_like_a_verb_is_that_of_the_group(capsys)
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "help"])
-def test_every_verb_has_a_help_of_its_own_that_names_its_flags(verb, capsys):
+def test_every_verb_has_its_own_help_with_its_flags(verb, capsys):
     texts = []
     for words in ([verb, "--help"], ["help", verb], [verb, "-h"]):
         assert main(words) == 0
@@ -70,13 +70,13 @@ def test_every_verb_has_a_help_of_its_own_that_names_its_flags(verb, capsys):
     assert len(texts[0].splitlines()) < 40 or verb == "run"
 
 
-def test_help_on_a_verb_that_there_is_not_is_a_mistake(capsys):
+def test_help_on_an_unknown_verb_is_an_error(capsys):
     for words in (["sweep", "--help"], ["help", "sweep"], ["--help", "sweep"]):
         assert main(words) == 2
         assert "Unknown verb 'sweep': expected one of run, data" in capsys.readouterr().err
 
 
-def test_a_wrong_flag_names_the_help_in_which_the_right_ones_are(capsys):
+def test_the_error_for_a_wrong_flag_names_the_help_with_all_flags(capsys):
     assert main(["cost", "--jsn"]) == 2
     assert "Did you mean '--json'? All flags: fedsim cost --help" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ def _empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_package_run_as_a_module_is_the_command():
+def test_running_the_package_as_a_module_runs_the_command():
     done = subprocess.run([sys.executable, "-m", "fedsim", "rn"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("fedsim: Unknown verb 'rn'")
@@ -56,7 +56,7 @@ def test_the_package_run_as_a_module_is_the_command():
         (["help", "run", "trainig"], "Did you mean 'training'?"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_two_and_leaves_nothing(words, told, capsys, tmp_path):
+def test_a_mistake_is_reported_in_one_line_with_exit_code_two_and_leaves_no_files(words, told, capsys, tmp_path):
     assert main(words) == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -75,7 +75,7 @@ def test_a_mistake_is_found_before_anything_heavy_loads():
 @pytest.mark.parametrize(
     "words", [["--version"], ["--help"], ["-h"], ["help"], ["run", "-h"], ["run", "--help", "data"], ["help", "run"], []]
 )
-def test_questions_are_answered_with_code_zero(words, capsys):
+def test_help_and_version_exit_with_code_zero(words, capsys):
     assert main(words) == 0
     assert capsys.readouterr().out
 
@@ -96,7 +96,7 @@ def test_cfg_prints_yaml_that_holds_the_whole_configuration(capsys):
         assert yaml.safe_load(capsys.readouterr().out) == to_dict(compose(["seed=3", "training=sgd"]))
 
 
-def test_what_the_user_set_in_the_environment_stays(monkeypatch):
+def test_environment_variables_that_the_user_set_are_kept(monkeypatch):
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
     main(["--version"])
@@ -105,7 +105,7 @@ def test_what_the_user_set_in_the_environment_stays(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [["data"], ["run", "--cfg"]])
-def test_what_shows_one_run_says_so_where_the_preset_is_a_sweep(words, capsys):
+def test_commands_that_show_one_run_say_so_for_a_preset_with_a_sweep(words, capsys):
     told = "The preset is a sweep; this covers one run, method=fed_sb, and ignores the sweep.\n"
     assert main([*words, "experiment=fed_sb_vs_centralized"]) == 0
     assert capsys.readouterr().err == told
@@ -113,7 +113,7 @@ def test_what_shows_one_run_says_so_where_the_preset_is_a_sweep(words, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_data_tells_who_holds_what_and_names_the_owners_of_a_natural_partition(capsys, tmp_path):
+def test_data_shows_each_clients_examples_and_the_owners_of_a_natural_partition(capsys, tmp_path):
     rows = [{"prompt": f"{i}?", "completion": str(i), "user": user} for i, user in enumerate(["ann", "bob", "ann", "cy"])]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -39,7 +39,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("word", MISTAKES)
-def test_a_mistake_is_one_line_that_says_what_is_allowed(word):
+def test_a_mistake_is_reported_in_one_line_with_what_is_allowed(word):
     with pytest.raises(UserError, match=MISTAKES[word]) as caught:
         parse(["seed=1", word])
     assert "\n" not in str(caught.value)
@@ -51,13 +51,13 @@ def test_nested_mistakes_point_to_the_help():
 
 
 @pytest.mark.parametrize("word", ["~method", "~training", "~data=embedded"])
-def test_a_group_cannot_be_left_without_a_choice(word):
+def test_a_group_cannot_be_removed(word):
     with pytest.raises(UserError, match="a group always has one"):
         parse([word])
 
 
-TAKEN = ["seed=1", "method=fed_sb", "data.train=[a,b]", "data.path=null", "training.learning_rate=1e-3", "training.optimizer=sgd"]
-TAKEN += [
+ACCEPTED = ["seed=1", "method=fed_sb", "data.train=[a,b]", "data.path=null", "training.learning_rate=1e-3", "training.optimizer=sgd"]
+ACCEPTED += [
     "model.name=${data.name}",
     "hydra/launcher=joblib",
     "hydra.launcher.n_jobs=2",
@@ -66,12 +66,12 @@ TAKEN += [
 ]
 
 
-@pytest.mark.parametrize("word", TAKEN)
-def test_what_hydra_takes_is_taken(word):
+@pytest.mark.parametrize("word", ACCEPTED)
+def test_valid_overrides_are_accepted(word):
     assert parse([word])[0].input_line == word
 
 
-def test_sweeps_are_told_from_single_values():
+def test_sweeps_are_distinguished_from_single_values():
     words = ["seed=0,1", "data.train=[a,b]", "adapter.rank=choice(8,16)", "federation.rounds=range(1,4)", "run_dir='a,b'"]
     assert [override.input_line for override in swept(parse(words))] == [
         "seed=0,1",
@@ -85,7 +85,7 @@ def test_quoted_text_is_read_back_unchanged(text):
     assert parse([f"run_dir={quote(text)}"])[0].value() == text
 
 
-def test_null_is_a_choice_where_the_option_may_be_left_open():
+def test_null_is_accepted_only_for_optional_options():
     assert compose(["adapter.init=null"]).adapter.init is None
     with pytest.raises(UserError, match=r"Expected training\.optimizer"):
         compose(["training.optimizer=null"])

@@ -1,4 +1,4 @@
-"""`fedsim privacy`: the plan of a run, without the run."""
+"""`fedsim privacy`: the privacy plan of a run, without running it."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ SMALL = (
 )
 
 
-def test_the_calculator_says_what_the_run_then_spends(tmp_path):
+def test_the_predicted_epsilon_and_noise_are_those_of_the_run(tmp_path):
     predicted = privacy_of(compose([*SMALL, "privacy.epsilon=4"]))
     spent = run(
         compose([*SMALL, "privacy.epsilon=4", "data.test_examples=2", "evaluation.max_new_tokens=2", f"run_dir={tmp_path / 'run'}"]),
@@ -35,7 +35,7 @@ def test_the_calculator_says_what_the_run_then_spends(tmp_path):
     assert predicted["over_rounds"][0]["epsilon_rdp"] == epsilon([two_steps], kind["delta"], "rdp")
 
 
-def test_what_is_public_belongs_to_no_client():
+def test_public_examples_belong_to_no_client():
     public = ["adapter.init=gradient_public", "adapter.init_samples=20", "privacy.noise_multiplier=1", "privacy.epsilon=null"]
     config = compose([*SMALL, *public])
     session = open_session(config)
@@ -46,7 +46,7 @@ def test_what_is_public_belongs_to_no_client():
     assert holdings_of(config)[0] == session.holdings
 
 
-def test_noise_gives_epsilon_and_epsilon_gives_the_noise_back(capsys):
+def test_the_epsilon_of_a_noise_multiplier_gives_that_noise_multiplier_back(capsys):
     assert main(["privacy", *SMALL, "privacy.noise_multiplier=1.1", "privacy.epsilon=null", "--json"]) == 0
     (forward,) = json.loads(capsys.readouterr().out)["clients"]
     assert main(["privacy", *SMALL, f"privacy.epsilon={forward['epsilon_rdp']}", "--json"]) == 0
@@ -54,7 +54,7 @@ def test_noise_gives_epsilon_and_epsilon_gives_the_noise_back(capsys):
     assert back["noise_multiplier"] == pytest.approx(1.1, rel=2e-3)
 
 
-def test_who_knows_who_took_part_is_told_a_larger_epsilon(capsys):
+def test_epsilon_is_larger_if_participation_is_known(capsys):
     small = [*(word for word in SMALL if word != "privacy=example"), "data.train_examples=null"]
     coins = [*small, "privacy=client", "federation.clients=100", "federation.fraction=0.1", "federation.rounds=20", "privacy.epsilon=3"]
     found = privacy_of(compose(coins))
@@ -69,7 +69,7 @@ def test_who_knows_who_took_part_is_told_a_larger_epsilon(capsys):
         assert privacy_of(compose([*coins, *nothing]))["if_participation_is_known"] == []
 
 
-def test_the_table_names_its_columns_and_a_run_without_privacy_is_no_question(capsys):
+def test_the_table_names_its_columns_and_a_run_without_privacy_is_refused(capsys):
     assert main(["privacy", *SMALL, "privacy.noise_multiplier=1.1", "privacy.epsilon=null"]) == 0
     out = capsys.readouterr().out
     assert "sampling rate" in out

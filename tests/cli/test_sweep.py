@@ -1,4 +1,4 @@
-"""Sweeps through Hydra's launchers. The run of a job is stood in for where only what the sweep makes of it is asked."""
+"""Sweeps through Hydra's launchers, with a stand-in for the runs of jobs."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from fedsim.session import check
 
 
 def summary(config):
-    """What a finished run leaves, with an accuracy that tells the seed and the rank."""
+    """Returns the summary of a finished run, whose accuracy encodes the seed and the rank."""
     accuracy = config.seed / 10 + (config.adapter.rank or 64) / 1000
     return {
         "evaluation": {"sums": {"base": {"accuracy": 0.0, "loss": 2.0}, "final": {"accuracy": accuracy, "loss": 1.0}, "num_examples": 10}},
@@ -33,7 +33,7 @@ def summary(config):
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """Stands in for the experiment: records each configuration, obeys `on_run`, and leaves the files of a finished run."""
+    """Replaces the experiment: records each configuration, calls `on_run`, and leaves the files of a finished run."""
     monkeypatch.chdir(tmp_path)
     recorded = SimpleNamespace(configs=[], on_run=lambda config: None)
 
@@ -50,12 +50,12 @@ def runs(monkeypatch, tmp_path):
 
 
 def jobs_of(folder):
-    """What sweep.json tells about the jobs."""
+    """Returns the jobs in sweep.json."""
     return json.loads((Path(folder) / "sweep.json").read_text())["jobs"]
 
 
 def fail_at(seed, error):
-    """Makes the runs with this seed raise."""
+    """Returns an `on_run` that raises for this seed."""
 
     def on_run(config):
         if config.seed == seed:
@@ -64,14 +64,14 @@ def fail_at(seed, error):
     return on_run
 
 
-def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, capsys):
+def test_every_combination_runs_in_its_own_folder_in_sweep_order(runs, capsys):
     assert main(["run", "-m", "seed=0,1", "adapter.rank=8,16", "federation.clients=3", "run_dir=all"]) == 0
     assert [(config.seed, config.adapter.rank) for config in runs.configs] == [(0, 8), (0, 16), (1, 8), (1, 16)]
     assert {config.federation.clients for config in runs.configs} == {3}
     expected = [f"all/{i}-seed={s},adapter.rank={r}" for i, (s, r) in enumerate([(0, 8), (0, 16), (1, 8), (1, 16)])]
     assert [config.run_dir for config in runs.configs] == expected
     assert {path.name for path in Path("all").iterdir()} == {"sweep.json", "comparison.png", *(Path(name).name for name in expected)}
-    assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves nothing
+    assert [path.name for path in Path().iterdir()] == ["all"]  # Hydra leaves no files
     table = capsys.readouterr().out.split("\n\n")[-3].splitlines()
     assert table[0].split() == [
         "job",
@@ -91,7 +91,7 @@ def test_every_combination_is_a_run_in_a_folder_of_its_own_in_sweep_order(runs, 
     assert table[5].split() == ["3", "1", "16", "0.0", ">", "11.6", "2.000", ">", "1.000", "1.2", "7.7", "0.05", "12", "finished"]
 
 
-def test_sweep_json_tells_all_about_the_jobs(runs):
+def test_sweep_json_holds_configuration_summary_and_status_of_every_job(runs):
     main(["run", "-m", "seed=0,1", "run_dir=all"])
     for job, config in zip(jobs_of("all"), runs.configs, strict=True):
         assert job["config"] == to_dict(config)
@@ -107,13 +107,13 @@ def test_sweep_json_tells_all_about_the_jobs(runs):
         (["method=fed_sb,fedit", "adapter.init=gradient"], "job 1 (method=fedit): adapter.init: method=fedit starts from"),
     ],
 )
-def test_a_mistake_of_any_job_is_told_before_the_first_begins(runs, capsys, words, told):
+def test_a_mistake_in_any_job_is_reported_before_the_first_starts(runs, capsys, words, told):
     assert main(["run", "-m", *words]) == 2
     assert capsys.readouterr().err.startswith(f"fedsim: {told}")
     assert runs.configs == list(Path().iterdir()) == []
 
 
-def test_a_job_that_has_finished_may_have_lost_its_data(runs):
+def test_resuming_does_not_need_the_data_of_a_finished_job(runs):
     Path("a.csv").write_text("instruction,output\nhow,so\n")
     Path("b.csv").write_text("instruction,output\nhow,so\n")
     runs.on_run = lambda config: (_ for _ in ()).throw(RuntimeError) if config.data.path == "b.csv" else None
@@ -125,16 +125,16 @@ def test_a_job_that_has_finished_may_have_lost_its_data(runs):
     assert [job["status"] for job in jobs_of("all")] == ["finished"] * 2
 
 
-def test_every_preset_passes_the_look_that_is_taken_before_it_begins():
+def test_every_preset_passes_the_check_before_a_run():
     for preset in groups()["experiment"]:
         with initialized():
             for job in plan([f"experiment={preset}"])[1]:
                 config = to_config(compose_with_hydra(job.overrides))
-                if not str(config.model.path).startswith(PACKAGE):  # it need not be installed here
+                if not str(config.model.path).startswith(PACKAGE):  # the package may be missing here
                     check(config)
 
 
-def test_without_run_dir_a_dated_folder_holds_the_jobs(runs):
+def test_without_run_dir_each_sweep_gets_its_own_dated_folder(runs):
     main(["run", "-m", "seed=0,1"])
     main(["run", "-m", "seed=0,1"])
     parents = {Path(config.run_dir).parent for config in runs.configs}
@@ -161,13 +161,13 @@ def test_a_failed_job_does_not_lose_the_others(runs, capsys, error, told):
         (["seed=0,1"], ["0", "1"]),
     ],
 )
-def test_in_the_picture_jobs_that_differ_in_their_seed_alone_have_one_name(options, labels):
+def test_jobs_that_differ_only_in_their_seed_share_a_label(options, labels):
     with initialized():
         _, jobs, _ = plan(options)
     assert [job.label for job in jobs][: len(labels)] == labels
 
 
-def test_a_picture_that_cannot_be_drawn_loses_no_table_and_an_old_one_does_not_stay(runs, capsys):
+def test_a_picture_that_cannot_be_drawn_keeps_the_table_and_removes_the_old_picture(runs, capsys):
     assert main(["run", "-m", "seed=0,1", "run_dir=all"]) == 0
     assert Path("all/comparison.png").read_bytes().startswith(b"\x89PNG")
     runs.on_run = lambda config: (Path(config.run_dir) / "events.jsonl").write_text("{damaged}\n")
@@ -178,7 +178,7 @@ def test_a_picture_that_cannot_be_drawn_loses_no_table_and_an_old_one_does_not_s
     assert not Path("all/comparison.png").exists()
 
 
-def test_a_sweep_over_seeds_tells_their_mean_and_deviation_for_each_combination(runs, capsys):
+def test_a_sweep_over_seeds_shows_mean_and_deviation_for_each_combination(runs, capsys):
     runs.on_run = fail_at(2, RuntimeError("out of luck"))
     assert main(["run", "-m", "adapter.rank=4,8", "seed=0,1,2,3", "run_dir=all"]) == 1
     text = capsys.readouterr().out.partition("mean ± standard deviation over seeds\n")[2].splitlines()
@@ -191,7 +191,7 @@ def test_a_sweep_over_seeds_tells_their_mean_and_deviation_for_each_combination(
     assert "over seeds" not in capsys.readouterr().out
 
 
-def test_the_loss_of_a_job_is_the_mean_over_all_its_questions_and_none_where_a_task_has_none():
+def test_the_loss_of_a_job_is_the_mean_over_all_questions_and_missing_if_a_task_has_none():
     def told(loss):
         task = lambda loss, count: {"base": {"accuracy": 0, "loss": 4.0}, "final": {"accuracy": 0, "loss": loss}, "num_examples": count}  # noqa: E731
         evaluation = {"sums": task(1.0, 30), "texts": task(loss, 10)}
@@ -204,7 +204,7 @@ def test_the_loss_of_a_job_is_the_mean_over_all_its_questions_and_none_where_a_t
     assert "4.000 > - " in told(math.nan)
 
 
-def test_few_bytes_are_not_shown_as_none():
+def test_small_byte_counts_are_not_shown_as_zero():
     assert [_megabytes(n) for n in (0, 4_210, 1_234_567, 45_678_900, 2_345_678_900)] == ["0", "0.00421", "1.2", "45.7", "2,345.7"]
 
 
@@ -219,7 +219,7 @@ def test_resume_runs_only_what_has_not_finished(runs):
     assert [job["status"] for job in jobs_of("all")] == ["finished"] * 3
 
 
-def test_ctrl_c_ends_the_sweep_and_says_how_to_go_on(runs, capsys):
+def test_ctrl_c_ends_the_sweep_and_prints_how_to_continue(runs, capsys):
     runs.on_run = fail_at(1, KeyboardInterrupt())
     assert main(["run", "-m", "seed=0,1,2", "run_dir=all"]) == 130
     assert [job["status"] for job in jobs_of("all")] == ["finished", "interrupted", "not started"]
@@ -239,7 +239,7 @@ def test_a_sweep_is_not_overwritten_unless_asked(runs, capsys):
     assert [config.overwrite for config in runs.configs] == [False, False, True, True]
 
 
-def test_a_sweep_that_is_overwritten_leaves_none_of_its_runs_and_nothing_that_is_not_its_own_goes(runs):
+def test_overwriting_a_sweep_removes_its_runs_and_keeps_other_files(runs):
     main(["run", "-m", "seed=0,1,2", "run_dir=all"])
     (Path("all/2-seed=2") / "notes.txt").write_text("mine")
     Path("all/1-seed=1.log").write_text("told")
@@ -250,7 +250,7 @@ def test_a_sweep_that_is_overwritten_leaves_none_of_its_runs_and_nothing_that_is
     assert not list(Path("all").glob("*.log"))
 
 
-def test_an_overwritten_result_is_not_taken_for_a_new_one(runs):
+def test_summaries_of_an_overwritten_sweep_are_discarded(runs):
     words = ["run", "-m", "seed=0,1", "run_dir=all"]
     main(words)
     runs.on_run = fail_at(0, KeyboardInterrupt())
@@ -274,12 +274,12 @@ def test_a_folder_with_other_files_is_refused(runs, capsys):
     assert [path.name for path in Path("all").iterdir()] == ["thesis.txt"]
 
 
-def test_a_preset_can_be_a_sweep_of_its_own(runs):
+def test_a_preset_with_a_sweep_runs_all_its_jobs(runs):
     assert main(["run", "experiment=fed_sb_vs_centralized", "run_dir=all", "seed=4"]) == 0
     assert [(config.method.name, config.seed) for config in runs.configs] == [("fed_sb", 4), ("centralized", 4)]
 
 
-def test_several_values_beside_a_sweeping_preset_are_swept_with_its_own(runs, capsys):
+def test_comma_separated_values_are_swept_together_with_those_of_a_preset(runs, capsys):
     assert main(["run", "experiment=fed_sb_vs_centralized", "run_dir=all", "seed=0,1"]) == 0
     assert [(config.method.name, config.seed) for config in runs.configs] == [
         ("fed_sb", 0),
@@ -287,16 +287,16 @@ def test_several_values_beside_a_sweeping_preset_are_swept_with_its_own(runs, ca
         ("centralized", 0),
         ("centralized", 1),
     ]
-    assert main(["run", "experiment=demo", "seed=0,1"]) == 2  # this one is no sweep
+    assert main(["run", "experiment=demo", "seed=0,1"]) == 2  # this preset has no sweep
     assert "a sweep is fedsim run --multirun" in capsys.readouterr().err
 
 
-def test_the_command_line_replaces_values_of_a_sweeping_preset(runs):
+def test_the_command_line_replaces_the_swept_values_of_a_preset(runs):
     assert main(["run", "-m", "experiment=initializations", "adapter.init=orthogonal,weight_svd", "run_dir=all"]) == 0
     assert [config.adapter.init.name for config in runs.configs] == ["orthogonal", "weight_svd"]
 
 
-def test_folder_names_hold_no_path_of_a_value(runs):
+def test_folder_names_replace_separators_and_brackets_in_values(runs):
     Path("c d").mkdir()
     for name in ("links/a.csv", "c d/e.csv"):
         Path(name).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Flower's messages over a byte stream: what was sent comes back, and nothing else is taken for it."""
+"""Flower's messages over a byte stream: what was sent is read back, and anything else is refused."""
 
 import io
 import random
@@ -19,7 +19,7 @@ def _identity():
 
 
 def message(size=1000):
-    """A message with every kind of record, under an id as Flower gives it."""
+    """Returns a message with every kind of record and with an id, as Flower gives it."""
     values = np.arange(size, dtype=np.float32)
     content = RecordDict(
         {
@@ -43,7 +43,7 @@ def read(data, limit=LIMIT):
     return read_message(io.BytesIO(data).read, limit)
 
 
-def test_a_message_comes_back_with_its_records_its_id_and_its_addresses():
+def test_a_message_is_read_back_with_its_records_its_id_and_its_addresses():
     found, sent = read(bytes_of(write_message, message())), message()
     assert found.content["request"] == sent.content["request"]
     assert found.content["metrics"] == sent.content["metrics"]
@@ -53,20 +53,20 @@ def test_a_message_comes_back_with_its_records_its_id_and_its_addresses():
     assert all(getattr(found.metadata, name) == getattr(sent.metadata, name) for name in kept)
 
 
-def test_a_reply_to_what_was_read_names_the_message_that_was_sent():
+def test_a_reply_to_a_read_message_names_the_message_that_was_sent():
     reply = Message(Error(1000, "no"), reply_to=read(bytes_of(write_message, message())))
     found = read(bytes_of(write_message, reply))
     assert (found.metadata.reply_to_message_id, found.error.code, found.error.reason) == ("an id", 1000, "no")
 
 
-def test_records_come_back_and_are_no_message():
+def test_records_are_read_back_and_are_refused_as_a_message():
     data = bytes_of(write_records, message().content)
     assert read_records(io.BytesIO(data).read, LIMIT)["request"] == message().content["request"]
     with pytest.raises(FrameError, match="Expected a message, got RecordDict"):
         read(data)
 
 
-def test_a_stream_in_small_pieces_is_read_like_one_in_one_piece():
+def test_a_stream_in_small_pieces_is_read_like_a_whole_one():
     stream = io.BytesIO(bytes_of(write_message, message()))
     found = read_message(lambda size: stream.read(min(size, 7)), LIMIT)
     assert found.content["request"] == message().content["request"]
@@ -88,7 +88,7 @@ def _readable(data, limit):
     return True
 
 
-def test_the_end_of_a_stream_is_told_apart_from_a_message_that_is_cut_off():
+def test_the_end_of_a_stream_is_distinguished_from_a_message_that_is_cut_off():
     data = bytes_of(write_message, message())
     with pytest.raises(EOFError):
         read(b"")
@@ -97,7 +97,7 @@ def test_the_end_of_a_stream_is_told_apart_from_a_message_that_is_cut_off():
             read(data[:length])
 
 
-def test_a_length_that_lies_costs_no_memory():
+def test_a_false_length_allocates_no_memory():
     asked = []
 
     def endless(size):
@@ -110,8 +110,8 @@ def test_a_length_that_lies_costs_no_memory():
     assert max(asked) <= 1 << 20
 
 
-def test_whatever_is_changed_on_the_way_is_refused():
-    """Every object is named by its digest, so any flip is found but one in the id or in the root object, whose metadata Flower trusts."""
+def test_a_flipped_bit_is_refused_or_leaves_the_records_unchanged():
+    """Every object is named by its digest, so any flip is detected but one in the id or the root object, whose metadata Flower trusts."""
     data, rng = bytes_of(write_message, message(10)), random.Random(0)
     values = message(10).content["adapter"]["values"].numpy()
     for _ in range(1000):
@@ -126,7 +126,7 @@ def test_whatever_is_changed_on_the_way_is_refused():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_noise_is_refused(seed):
+def test_random_bytes_are_refused(seed):
     rng = random.Random(seed)
     for _ in range(300):
         data = b"fedsim1\n" * rng.randrange(2) + rng.randbytes(rng.randrange(200))

@@ -1,4 +1,4 @@
-"""Secure aggregation between owners: each client is a desk of its own, whose memory outlives its messages."""
+"""Secure aggregation between owners: each client is its own desk, whose memory outlives its messages."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def largest_gap(one, other):
     return max(float((tensor - other.state.factors[name]).abs().max()) for name, tensor in one.state.factors.items())
 
 
-def test_desks_that_send_masked_uploads_only_give_the_result_of_a_simulation(tmp_path):
+def test_desks_with_masked_only_give_the_result_of_a_simulation(tmp_path):
     config = of_method("fed_sb", **SECURE)
     desks = Desks(tmp_path, config, masked_only=True).next(2)
     assert desks.strategy.facts.clients == [0, 1, 2]
@@ -40,18 +40,18 @@ def test_desks_that_send_masked_uploads_only_give_the_result_of_a_simulation(tmp
     assert not any(b"party" in path.read_bytes() for path in tmp_path.glob("*/memory/*")), "secrets are gone after the round"
 
 
-def test_a_desk_that_lacks_the_state_is_asked_again_and_masks_the_second_time(tmp_path):
+def test_a_desk_that_lacks_the_state_is_asked_again_and_then_sends_a_masked_upload(tmp_path):
     config = changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient})
     desks = Desks(tmp_path, config)
     for client in range(3):
-        desks.state.exchange.sent(client, ("B", "A"))  # so that no message carries them
-    forget_session()  # as workers that have just been started
+        desks.state.exchange.sent(client, ("B", "A"))  # so that no message brings them
+    forget_session()  # as if the workers had just started
     desks.strategy.exchange(1, desks.grid)
     assert desks.strategy.facts.clients == [0, 1, 2]
     assert largest_gap(desks, Rounds(of_method("fed_sb", **SECURE)).next()) <= 3 * 3 * 4.0 / (2**19 - 1)
 
 
-def test_an_owner_may_refuse_uploads_that_are_not_masked(tmp_path):
+def test_an_owner_with_masked_only_refuses_uploads_that_are_not_masked(tmp_path):
     plain = of_method("fed_sb")
     with pytest.raises(RefusedError, match="masked_only takes sums of several clients"):
         accept(Owner(0, masked_only=True), plain)

@@ -1,4 +1,4 @@
-"""What the owner of a client's data decides, and that nothing a server sends changes it."""
+"""Decisions of the owner of a client's data, which nothing a server sends can change."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def written(tmp_path, text):
     return path
 
 
-def test_what_is_written_for_an_owner_is_read_back_and_explains_every_option(tmp_path):
+def test_the_file_written_for_an_owner_is_read_back_and_explains_every_option(tmp_path):
     text = owner_text(Owner(2, shard=True, methods=["fed_sb"]))
     owner = load_owner(written(tmp_path, text))
     assert owner == replace(Owner(2, shard=True, methods=["fed_sb"]), folder=str(tmp_path / "worker"))
@@ -45,18 +45,18 @@ def test_what_is_written_for_an_owner_is_read_back_and_explains_every_option(tmp
         ("a: [", "expected YAML"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line(tmp_path, text, line):
+def test_a_mistake_in_the_file_is_reported_in_one_line(tmp_path, text, line):
     with pytest.raises(UserError, match=line) as caught:
         load_owner(written(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_says_how_to_write_one(tmp_path):
+def test_the_error_for_a_missing_file_names_the_command_that_writes_one(tmp_path):
     with pytest.raises(UserError, match="fedsim deploy init"):
         load_owner(tmp_path / "client.yaml")
 
 
-def test_paths_are_relative_to_the_file_and_hub_names_stay(tmp_path):
+def test_paths_are_relative_to_the_file_and_hub_names_are_kept(tmp_path):
     (tmp_path / "mine.jsonl").write_text("")
     owner = load_owner(written(tmp_path, "client: 0\ndata_path: mine.jsonl\nmodel_path: org/model"))
     assert (owner.data_path, owner.model_path) == (str(tmp_path / "mine.jsonl"), "org/model")
@@ -68,7 +68,7 @@ def test_a_path_that_begins_with_a_tilde_is_in_the_owners_home(tmp_path, monkeyp
     assert (owner.data_path, owner.folder) == ("/home/somebody/mine.jsonl", "/home/somebody/worker")
 
 
-def test_data_model_and_device_of_the_server_are_not_looked_at():
+def test_data_model_and_device_of_the_server_are_ignored():
     theirs = replace(
         CONFIG,
         model=ModelConfig(path="/etc", device="cuda:7"),
@@ -84,12 +84,12 @@ def test_data_model_and_device_of_the_server_are_not_looked_at():
         "no copies outside of the owner's folder, unless it is asked for"
     )
     assert own_view(Owner(1, token_cache=True), theirs).data.token_cache
-    trial = own_view(Owner(1, shard=True), theirs)
-    assert (trial.data.owner, trial.data.train_examples, trial.data.path) == (None, 5, None)
-    assert (trial.data.client_column, trial.data.task_column) == ("user", "kind")
+    shard_view = own_view(Owner(1, shard=True), theirs)
+    assert (shard_view.data.owner, shard_view.data.train_examples, shard_view.data.path) == (None, 5, None)
+    assert (shard_view.data.client_column, shard_view.data.task_column) == ("user", "kind")
 
 
-def test_how_the_experiments_data_is_dealt_is_of_no_account_for_data_that_an_owner_brings():
+def test_the_partition_of_the_experiments_data_is_ignored_for_an_owners_own_data():
     natural = FederationConfig(clients=3, partition=Partition.natural)
     theirs = replace(CONFIG, federation=natural, data=DataConfig(path="all.jsonl", train=["instructions"], client_column="user"))
     check(theirs)
@@ -116,11 +116,11 @@ def test_how_the_experiments_data_is_dealt_is_of_no_account_for_data_that_an_own
         (Owner(3), CONFIG, "no client 3"),
     ],
 )
-def test_what_is_not_acceptable_is_refused_with_its_reason(owner, config, reason):
+def test_an_unacceptable_configuration_is_refused_with_its_reason(owner, config, reason):
     with pytest.raises(RefusedError, match=reason):
         accept(owner, config)
 
 
-def test_what_is_acceptable_is_accepted():
+def test_an_acceptable_configuration_is_accepted():
     accept(Owner(2), CONFIG)
     accept(Owner(0, methods=["fed_sb"], min_privacy="client"), replace(CONFIG, privacy=PrivacyConfig(unit=PrivacyUnit.example)))

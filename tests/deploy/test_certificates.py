@@ -51,18 +51,18 @@ def test_the_server_is_trusted_under_each_of_its_names(files, host):
 
 
 @pytest.mark.parametrize(("trusted", "host"), [("other.crt", "server.example"), ("ca.crt", "elsewhere.example"), ("ca.crt", "127.0.0.2")])
-def test_another_authority_or_another_name_is_not_trusted(files, trusted, host):
+def test_another_authority_or_another_host_name_is_not_trusted(files, trusted, host):
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(files, trusted, host)
 
 
-def test_the_server_certificate_can_sign_nothing(files):
+def test_the_server_certificate_cannot_sign_certificates(files):
     certificate = x509.load_pem_x509_certificate((files / "server.crt").read_bytes())
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert not certificate.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
 
 
-def test_a_clients_key_pair_is_one_pair_in_the_forms_that_flower_reads():
+def test_a_clients_keys_are_a_pair_in_the_format_that_flower_reads():
     public, private = client_key("client-0")
     assert public.startswith(b"ecdsa-sha2-nistp384 ")
     assert load_ssh_private_key(private, None).public_key() == load_ssh_public_key(public)

@@ -1,7 +1,7 @@
-"""Twenty kill -9 of clients, workers, server and SuperLink over twenty rounds: the run ends, no round is lost twice, its books are right.
+"""Twenty kill -9 of clients, workers, server and SuperLink over twenty rounds: the run ends, with every round once and correct ledgers.
 
-Real programs on loopback, with TLS and node authentication. What is killed is started again, as systemd would: a SuperNode by its script,
-a SuperLink with its state on disk; where the server was killed the same command goes on with resume=true.
+Real programs on loopback, with TLS and node authentication. Killed programs are restarted, as by systemd: a SuperNode by its script,
+a SuperLink with its state on disk. After the server was killed the same command continues with resume=true.
 """
 
 import csv
@@ -39,8 +39,8 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
 
 
-class Struck:
-    """A run over a federation whose processes are killed."""
+class ChaosRun:
+    """A run on a federation whose processes are killed."""
 
     def __init__(self, local, folder, log):
         self.local, self.folder, self.log = local, folder, log
@@ -48,15 +48,15 @@ class Struck:
         self.submit()
 
     def submit(self):
-        """Starts the command that submits and follows the run, from its last checkpoint if there is one."""
-        words = ["run", "engine=deployment", f"engine.superlink={NAME}", *OPTIONS, f"run_dir={self.folder}"]
+        """Starts the command that submits and follows the run, with resume=true if the run folder exists."""
+        arguments = ["run", "engine=deployment", f"engine.superlink={NAME}", *OPTIONS, f"run_dir={self.folder}"]
         resume = ["resume=true"] if (self.folder / "config.yaml").exists() else []
         env = environment() | {"FLWR_HOME": str(self.local.flwr_home)}
         with open(self.log, "a") as output:
-            self.command = subprocess.Popen([*FEDSIM, *words, *resume], env=env, stdout=output, stderr=output)
+            self.command = subprocess.Popen([*FEDSIM, *arguments, *resume], env=env, stdout=output, stderr=output)
 
     def wait_until(self, reached):
-        """Waits until `reached()`; a command that has ended before the end of the run is given again."""
+        """Waits until `reached()`; a command that has failed is submitted again."""
         ends = time.monotonic() + PATIENCE_SECONDS
         while not reached():
             assert time.monotonic() < ends, self.log.read_text()[-3000:]
@@ -64,14 +64,14 @@ class Struck:
                 self.submit()
             time.sleep(0.1)
 
-    def at(self, number):
+    def has_reached(self, number):
         return max((event["round"] for event in lines_of(self.folder / "events.jsonl") if event["kind"] == "round"), default=0) >= number
 
     def kill(self, victim, rng):
         {"client": self._client, "worker": self._worker, "server": self._server, "superlink": self._superlink}[victim](rng)
 
     def _client(self, rng):
-        """A client's machine: SuperNode, client app and worker at once."""
+        """Kills a client's whole machine: SuperNode, client app and worker."""
         client = rng.randrange(CLIENTS)
         script = self.local.processes.pop(f"client-{client}")
         os.killpg(script.pid, signal.SIGKILL)
@@ -95,7 +95,7 @@ class Struck:
         self.wait_until(self._servers)
         for server in self._servers():
             server.kill()
-        self.command.terminate()  # Flower would call the run failed after three quarters of a minute
+        self.command.terminate()  # Flower would report the run as failed after 45 seconds
         self.command.wait(60)
         self.submit()
 
@@ -112,14 +112,14 @@ class Struck:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_twenty_kills_over_twenty_rounds_end_with_a_finished_run_and_right_books(tmp_path):
+def test_a_run_with_twenty_kills_over_twenty_rounds_finishes_with_correct_ledgers(tmp_path):
     rng, victims = random.Random(6), list(VICTIMS)
     rng.shuffle(victims)
     with local_federation(CLIENTS, tmp_path / "federation") as local:
-        run = Struck(local, tmp_path / "run", tmp_path / "log")
+        run = ChaosRun(local, tmp_path / "run", tmp_path / "log")
         try:
             for number, victim in enumerate(victims):
-                run.wait_until(lambda number=number: run.at(number))
+                run.wait_until(lambda number=number: run.has_reached(number))
                 time.sleep(rng.uniform(0, 3))
                 print(f"{time.strftime('%X')} after round {number}: {victim}", flush=True)
                 run.kill(victim, rng)
@@ -127,11 +127,11 @@ def test_twenty_kills_over_twenty_rounds_end_with_a_finished_run_and_right_books
         finally:
             run.command.kill()
             run.command.wait()
-        check_books(tmp_path / "run", [local.client_folder(client) for client in range(CLIENTS)])
+        check_ledgers(tmp_path / "run", [local.client_folder(client) for client in range(CLIENTS)])
 
 
-def check_books(folder, client_folders):
-    """Every round is there once, and the ledgers of server and clients and the audit log tell the same of it."""
+def check_ledgers(folder, client_folders):
+    """Asserts that every round occurs once and that the ledgers of server and clients agree with the audit log."""
     rounds = [event for event in lines_of(folder / "events.jsonl") if event["kind"] == "round"]
     assert [event["round"] for event in rounds] == list(range(1, ROUNDS + 1))
     accepted = Counter((event["round"], client) for event in rounds for client in event["clients"])
@@ -143,10 +143,10 @@ def check_books(folder, client_folders):
         if row["direction"] == "uplink"
     )
     assert uploads == accepted
-    told = json.loads((folder / "summary.json").read_text())["privacy"]["per_client"]
+    reported = json.loads((folder / "summary.json").read_text())["privacy"]["per_client"]
     charged = steps_charged(lines_of(folder / "journal.jsonl"))
     for client, own_folder in enumerate(client_folders):
-        steps = sum(mechanism["steps"] for mechanism in told[client]["mechanisms"])
+        steps = sum(mechanism["steps"] for mechanism in reported[client]["mechanisms"])
         assert steps == charged[client], "the privacy ledger says what the audit log says"
         trained = STEPS * sum(client in event["clients"] for event in rounds)
         own = own_steps(own_folder / "worker" / "privacy.json", client)
@@ -156,19 +156,19 @@ def check_books(folder, client_folders):
 
 
 def steps_charged(journal):
-    """{client: steps} by the lines of the audit log that no resumption has superseded."""
-    standing = []
+    """Returns {client: steps} from the lines of the audit log that no resumption has superseded."""
+    valid = []
     for line in journal:
         if line["kind"] == "resumed":
-            standing = [each for each in standing if each["line"] <= line["goes_on_from"]]
-        standing.append(line)
+            valid = [each for each in valid if each["line"] <= line["goes_on_from"]]
+        valid.append(line)
     return Counter(
-        {client: STEPS * sum(each["kind"] == "charged" and client in each["clients"] for each in standing) for client in range(CLIENTS)}
+        {client: STEPS * sum(each["kind"] == "charged" and client in each["clients"] for each in valid) for client in range(CLIENTS)}
     )
 
 
 def own_steps(path, client):
-    """Steps in the accountant on the client's disk."""
+    """Returns the steps in the accountant on the client's disk."""
     from fedsim.privacy.ledger import PrivacyLedger
 
     return sum(mechanism.steps for mechanism in PrivacyLedger.from_json(json.loads(path.read_text())).history(client))

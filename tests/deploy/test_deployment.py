@@ -35,7 +35,7 @@ FEDSIM = (sys.executable, "-c", "import sys; from fedsim.cli.main import main; s
 
 
 class CountingProxy:
-    """Stands between a SuperNode and the SuperLink and counts the bytes that pass, TLS and all; while `open` is not set, none passes."""
+    """Forwards between a SuperNode and the SuperLink and counts the bytes, TLS included; while `open` is not set, none passes."""
 
     def __init__(self, target):
         self.up = self.down = 0
@@ -93,7 +93,7 @@ def run(words, home, timeout=240):
 
 
 def deployed(federation, folder, *words):
-    """A finished run of the deployment, as `fedsim run` prints it."""
+    """Runs `fedsim run` on the deployment and returns the finished process."""
     done = run(["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, *words, f"run_dir={folder}"], federation.flwr_home)
     assert done.returncode == 0, done.stderr + federation.log("superlink").read_text()[-3000:]
     return done
@@ -112,7 +112,7 @@ def events(folder, kind):
 def transfers(folder):
     with open(folder / "communication.csv") as file:
         rows = [{name: int(value) if value.isdigit() else value for name, value in row.items()} for row in csv.DictReader(file)]
-    return sorted(rows, key=str)  # they lie in the order of arrival
+    return sorted(rows, key=str)  # the file is in the order of arrival
 
 
 def worker_log(federation, client):
@@ -128,8 +128,8 @@ def same_adapter(one, other, tolerance):
     assert max(float(tensor.abs().max()) for tensor in ours.values()) > 100 * tolerance
 
 
-def passed_in(proxies, work):
-    """{direction: (bytes that passed, seconds)} while something was done."""
+def bytes_passed_during(proxies, work):
+    """Returns {direction: (bytes that passed, seconds)} of a call of `work`."""
     counts = lambda: (sum(proxy.up for proxy in proxies), sum(proxy.down for proxy in proxies))  # noqa: E731
     before, begun = counts(), time.monotonic()
     work()
@@ -138,23 +138,23 @@ def passed_in(proxies, work):
 
 
 def wait_until_idle(federation):
-    """Until all SuperNodes have said that they are there."""
+    """Waits until all SuperNodes are online."""
     while run(["deploy", "status", str(federation.folder)], federation.flwr_home).stdout.count(" online ") < CLIENTS:
         time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
 def first(federation, tmp_path_factory):
-    """The same run in the deployment and in process, with what passed over the wires meanwhile, and when nothing went on."""
+    """The same run in the deployment and in process, with the bytes on the wires during the run and while idle."""
     folder = tmp_path_factory.mktemp("first")
     wait_until_idle(federation)
-    idle, done = passed_in(federation.proxies, lambda: time.sleep(10)), []
-    wire = passed_in(federation.proxies, lambda: done.append(deployed(federation, folder / "deployed", "adapter.rank=128")))
+    idle, done = bytes_passed_during(federation.proxies, lambda: time.sleep(10)), []
+    wire = bytes_passed_during(federation.proxies, lambda: done.append(deployed(federation, folder / "deployed", "adapter.rank=128")))
     in_process(federation, folder / "in_process", "adapter.rank=128")
     return SimpleNamespace(deployed=folder / "deployed", in_process=folder / "in_process", idle=idle, wire=wire, done=done[0])
 
 
-def test_result_ledger_and_display_are_those_of_a_run_in_process(first):
+def test_result_and_ledger_equal_those_of_a_run_in_process_and_progress_is_shown(first):
     same_adapter(first.deployed, first.in_process, 1e-6)
     assert transfers(first.deployed) == transfers(first.in_process)
     assert {event["client"] for event in events(first.deployed, "joined")} == set(range(CLIENTS))
@@ -163,17 +163,17 @@ def test_result_ledger_and_display_are_those_of_a_run_in_process(first):
 
 
 @pytest.mark.parametrize("direction", ["uplink", "downlink"])
-def test_the_bytes_on_the_wire_are_those_of_the_ledger_within_one_percent(first, direction):
-    """The remainder: heads of HTTP and TLS records, the configuration in every request, the bundle, and digests of objects."""
+def test_the_bytes_on_the_wire_match_the_ledger_within_one_percent(first, direction):
+    """The remainder is headers of HTTP and TLS records, the configuration in every request, the bundle, and digests of objects."""
     told = sum(row["serialized_bytes"] for row in transfers(first.deployed) if row["direction"] == direction)
     assert told > 10**7, "a payload of nothing would show nothing"
     (passed, seconds), (idle, idle_seconds) = first.wire[direction], first.idle[direction]
-    waiting = idle / idle_seconds * seconds  # SuperNodes that ask for work and say that they live
+    waiting = idle / idle_seconds * seconds  # SuperNodes that poll for work and send heartbeats
     print(f"{direction}: {told} told, {passed} passed, {waiting:.0f} of them as when idle, remainder {(passed - waiting) / told - 1:.2%}")
     assert told < passed < 1.01 * told + waiting
 
 
-def test_a_client_trains_every_round_on_the_base_model_that_it_loaded_once(first, federation):
+def test_a_client_loads_the_base_model_once_and_trains_every_round(first, federation):
     assert first.done
     for client in range(CLIENTS):
         log = worker_log(federation, client)
@@ -187,11 +187,11 @@ def wait_for_round(folder, number):
         time.sleep(0.05)
 
 
-def test_a_run_whose_workers_are_killed_and_which_is_stopped_goes_on_to_the_same_end(federation, tmp_path):
+def test_a_run_with_killed_workers_that_is_stopped_resumes_to_the_same_result(federation, tmp_path):
     words = ("federation.rounds=4", "training.optimizer=sgd", "training.scaffold=true", "adapter=orthogonal", "training.learning_rate=0.5")
     killed = []
 
-    def strike():
+    def disturb():
         wait_for_round(tmp_path / "run", 1)
         for client in range(CLIENTS):
             killed.append(int((federation.client_folder(client) / "worker" / "worker.lock").read_text()))
@@ -200,7 +200,7 @@ def test_a_run_whose_workers_are_killed_and_which_is_stopped_goes_on_to_the_same
         wait_for_round(tmp_path / "run", 2)
         assert flwr_json(federation, "stop", run_id)["success"]
 
-    thread = threading.Thread(target=strike)
+    thread = threading.Thread(target=disturb)
     thread.start()
     command = ["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, *words, f"run_dir={tmp_path / 'run'}"]
     stopped = run(command, federation.flwr_home)
@@ -222,11 +222,11 @@ def flwr_json(federation, verb, *words):
     return json.loads(done.stdout[done.stdout.index("{") :])
 
 
-def test_what_an_owner_does_not_accept_is_refused_told_and_not_averaged(federation, tmp_path):
+def test_a_client_whose_owner_refuses_is_reported_and_not_averaged(federation, tmp_path):
     path = federation.client_folder(1) / "client.yaml"
     before = path.read_text()
     path.write_text(yaml.safe_dump(yaml.safe_load(before) | {"max_local_steps": 1}))
-    restart = [*FEDSIM, "worker", str(path), "--stop"]  # an owner's change holds from the worker's next start
+    restart = [*FEDSIM, "worker", str(path), "--stop"]  # an owner's change takes effect at the worker's next start
     subprocess.run(restart, check=True, capture_output=True)
     try:
         deployed(federation, tmp_path / "run", "adapter=orthogonal", "federation.rounds=1")
@@ -241,11 +241,11 @@ def test_what_an_owner_does_not_accept_is_refused_told_and_not_averaged(federati
 
 
 @pytest.mark.timeout(900)
-def test_a_client_that_is_cut_off_is_missed_and_is_back_when_the_network_is(federation, tmp_path):
+def test_a_client_that_is_cut_off_is_missing_and_returns_with_the_network(federation, tmp_path):
     words = ("adapter=orthogonal", "federation.rounds=60", "federation.round_timeout=20", "federation.min_replies=1")
     told, cut = [], federation.proxies[1].open
 
-    def strike():
+    def disturb():
         wait_for_round(tmp_path / "run", 1)
         wait_for(lambda: any(sorted(event["clients"]) == [0, 1] for event in events(tmp_path / "run", "round")))  # both workers are warm
         told.append(len(events(tmp_path / "run", "round")))
@@ -261,7 +261,7 @@ def test_a_client_that_is_cut_off_is_missed_and_is_back_when_the_network_is(fede
         assert flwr_json(federation, "stop", run_id)["success"]
         told.append("back")
 
-    thread = threading.Thread(target=strike)
+    thread = threading.Thread(target=disturb)
     thread.start()
     command = ["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, *words, f"run_dir={tmp_path / 'run'}"]
     run(command, federation.flwr_home, timeout=800)
@@ -281,7 +281,7 @@ def wait_for(reached, seconds=150):
         time.sleep(0.1)
 
 
-def test_status_shows_who_is_there_and_how_far_runs_have_come(first, federation):
+def test_status_shows_online_clients_and_the_progress_of_runs(first, federation):
     done = run(["deploy", "status", str(federation.folder)], federation.flwr_home)
     assert done.returncode == 0, done.stderr
     assert re.search(r"client-0 +\d+ +online +now +\d{4}-", done.stdout)
@@ -290,7 +290,7 @@ def test_status_shows_who_is_there_and_how_far_runs_have_come(first, federation)
 
 
 def supernode(federation, log, *words, ca=None, key=None):
-    """A SuperNode by hand, which should come to nothing; its output goes to `log`."""
+    """Starts a SuperNode by hand, which should be rejected; its output goes to `log`."""
     trusted = () if "--insecure" in words else ("--root-certificates", str(ca or federation.folder / "server" / "ca.crt"))
     secret = () if key is None else ("--auth-supernode-private-key", str(key))
     address = ("--superlink", f"localhost:{federation.federation.port}", "--port", str(free_port()), "--max-retries", "2")
@@ -302,7 +302,7 @@ def supernode(federation, log, *words, ca=None, key=None):
 
 
 def ended(process, seconds=90):
-    """The exit code; the process and all that it started is gone."""
+    """Returns the exit code and kills the process group."""
     try:
         return process.wait(seconds)
     finally:
@@ -311,7 +311,7 @@ def ended(process, seconds=90):
         process.wait()
 
 
-def test_who_does_not_belong_is_turned_away(federation, tmp_path):
+def test_supernodes_without_a_registered_key_or_the_right_tls_are_rejected(federation, tmp_path):
     (tmp_path / "stranger").write_bytes(client_key("stranger")[1])
     (tmp_path / "other.crt").write_bytes(authority("other")[0])
     own, logs = federation.client_folder(0) / "key", {name: tmp_path / name for name in ("unregistered", "keyless", "authority", "plain")}
@@ -333,7 +333,7 @@ def test_who_does_not_belong_is_turned_away(federation, tmp_path):
 
 
 def started_by(home):
-    """Processes whose environment names this Flower folder."""
+    """Returns the processes whose environment names this Flower folder."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -344,7 +344,7 @@ def started_by(home):
     return found
 
 
-def test_a_client_that_says_it_is_another_than_its_key_was_registered_for_does_not_take_part(tmp_path):
+def test_a_client_whose_key_is_registered_for_another_client_is_refused(tmp_path):
     with local_federation(CLIENTS, tmp_path / "federation") as local:
         one, other = (local.folder / "server" / "registered" / f"client-{client}.json" for client in range(CLIENTS))
         texts = one.read_text(), other.read_text()
@@ -356,7 +356,7 @@ def test_a_client_that_says_it_is_another_than_its_key_was_registered_for_does_n
     assert "says that it is client 0, but its key is registered for client 1" in done.stderr
 
 
-def test_a_local_federation_that_is_broken_off_leaves_no_process(tmp_path):
+def test_a_terminated_local_federation_leaves_no_process(tmp_path):
     words = ("deploy", "up", "--local", "2", "--dir", str(tmp_path / "federation"), *SMALL, f"run_dir={tmp_path / 'run'}")
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*FEDSIM, *words], env=os.environ | {"FLWR_HOME": str(tmp_path)}, stdout=log, stderr=log)
@@ -368,14 +368,14 @@ def test_a_local_federation_that_is_broken_off_leaves_no_process(tmp_path):
                 time.sleep(0.2)
             assert len(started_by(tmp_path)) >= 4
             process.terminate()
-            assert process.wait(90) == 143  # as of every command that SIGTERM has ended
+            assert process.wait(90) == 143  # as for every command that SIGTERM has ended
         finally:
             process.kill()
             process.wait()
     assert started_by(tmp_path) == []
 
 
-def test_a_trial_with_data_and_a_model_of_ones_own_ends_as_the_simulation_does(tmp_path):
+def test_a_local_federation_with_a_users_own_data_and_model_gives_the_result_of_a_simulation(tmp_path):
     rows = [[{"role": "user", "content": f"What is {n} plus 1?"}, {"role": "assistant", "content": str(n + 1)}] for n in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps({'messages': turns})}\n" for turns in rows))
     shutil.copytree(BASE_MODEL, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The folder of a federation: whole or absent, keys kept, secrets for their owners only."""
+"""The folder of a federation: complete or absent, keys kept, secrets readable by their owners only."""
 
 import re
 import shutil
@@ -30,11 +30,11 @@ def folder(tmp_path):
 
 
 def secrets(folder):
-    """Contents of all that is secret, by name."""
+    """Returns the contents of all secret files, by name."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.name == "key" or path.suffix == ".key"}
 
 
-def test_everything_that_the_machines_need_is_there(folder):
+def test_the_folder_has_all_files_that_the_machines_need(folder):
     assert load(folder) == FEDERATION
     programs = [folder / "server" / "superlink.sh", *folder.glob("clients/*/supernode.sh")]
     assert len(programs) == 3
@@ -49,19 +49,19 @@ def test_everything_that_the_machines_need_is_there(folder):
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_systemd_finds_nothing_wrong_with_the_units_once_their_programs_are_in_place(folder):
+def test_systemd_verifies_the_units_once_their_programs_are_in_place(folder):
     units = sorted(folder.rglob("*.service"))
     assert len(units) == 3
     for unit in units:
-        there = re.sub(
+        relocated = re.sub(
             r"(?m)^ExecStart=/opt/fedsim/(trial|client-\d)", f"ExecStart={unit.parent}", unit.read_text().replace("/server/", "/")
         )
-        unit.write_text(there)
+        unit.write_text(relocated)
         done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), unit
 
 
-def test_a_server_folder_that_was_copied_elsewhere_names_its_own_certificate_and_tells_its_status(folder, tmp_path, capsys):
+def test_a_copied_server_folder_names_its_own_certificate_and_is_accepted_by_status(folder, tmp_path, capsys):
     server = Path(shutil.copytree(folder / "server", tmp_path / "elsewhere" / "server"))
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -77,7 +77,7 @@ def test_a_server_folder_that_was_copied_elsewhere_names_its_own_certificate_and
     assert "flwr" in told, "nothing but the SuperLink, which does not run here, is missing"
 
 
-def test_secrets_have_mode_0600_and_lie_where_they_belong(folder):
+def test_secrets_have_mode_0600_and_are_only_where_they_belong(folder):
     found = secrets(folder)
     assert set(found) == {"ca/ca.key", "server/server.key", "clients/client-0/key", "clients/client-1/key"}
     assert all(stat.S_IMODE((folder / name).stat().st_mode) == 0o600 for name in found)
@@ -85,7 +85,7 @@ def test_secrets_have_mode_0600_and_lie_where_they_belong(folder):
     assert b"PRIVATE KEY" not in others
 
 
-def test_keys_and_owners_files_stay_and_it_says_so(folder):
+def test_keys_and_owners_files_are_kept_and_reported_as_kept(folder):
     before = secrets(folder)
     owners = folder / "clients" / "client-0" / "client.yaml"
     owners.write_text("client: 0\nmax_local_steps: 7\n")
@@ -96,7 +96,7 @@ def test_keys_and_owners_files_stay_and_it_says_so(folder):
     assert (folder / "clients" / "client-2" / "key").exists()
 
 
-def test_other_host_names_take_another_server_certificate_of_the_same_authority(folder):
+def test_other_host_names_get_a_new_server_certificate_from_the_same_authority(folder):
     before = secrets(folder)
     lines = init(folder, Federation("trial", 2, ("other.example",)))
     changed = {name for name, content in secrets(folder).items() if content != before[name]}
@@ -104,7 +104,7 @@ def test_other_host_names_take_another_server_certificate_of_the_same_authority(
     assert [line.partition(":")[0] for line in lines] == ["kept", "replaced", "kept", "kept"]
 
 
-def test_new_keys_are_made_when_asked_for_and_only_then(folder):
+def test_new_keys_replace_all_secrets(folder):
     before = secrets(folder)
     lines = init(folder, FEDERATION, new_keys=True)
     assert all(line.startswith("replaced") for line in lines)
@@ -112,17 +112,17 @@ def test_new_keys_are_made_when_asked_for_and_only_then(folder):
 
 
 @pytest.mark.parametrize("after", range(7))
-def test_new_keys_that_were_broken_off_are_made_whole_by_the_next_call(folder, after, monkeypatch):
-    """After `after` files, each of which is written whole."""
+def test_an_interrupted_key_replacement_is_completed_by_the_next_call(folder, after, monkeypatch):
+    """The interruption comes after `after` files, each written whole."""
     written = count()
-    with monkeypatch.context() as broken:
+    with monkeypatch.context() as patch:
 
         def write(*arguments, **options):
             if next(written) == after:
                 raise KeyboardInterrupt
             atomic_write(*arguments, **options)
 
-        broken.setattr("fedsim.deploy.folder.atomic_write", write)
+        patch.setattr("fedsim.deploy.folder.atomic_write", write)
         with pytest.raises(KeyboardInterrupt):
             init(folder, load(folder), new_keys=True)
     init(folder, load(folder))
@@ -139,7 +139,7 @@ def test_new_keys_that_were_broken_off_are_made_whole_by_the_next_call(folder, a
     assert all(line.startswith("kept") for line in init(folder, load(folder)))
 
 
-def test_what_is_not_said_anew_stays_as_it_was(folder, capsys):
+def test_options_that_are_not_given_again_keep_their_values(folder, capsys):
     assert main(["deploy", "init", str(folder), "--clients", "3"]) == 0
     assert load(folder) == Federation("trial", 3, ("server.example",))
     assert "replaced" not in capsys.readouterr().out
@@ -149,19 +149,19 @@ def test_what_is_not_said_anew_stays_as_it_was(folder, capsys):
     assert {line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]} == {"replaced"}
 
 
-def test_programs_of_a_federation_neither_phone_home_nor_print_progress(folder):
+def test_programs_of_a_federation_set_the_variables_against_telemetry_and_progress_bars(folder):
     for script in (folder / "server/superlink.sh", folder / "clients/client-0/supernode.sh"):
         assert all(f"{name}={value}" in script.read_text() for name, value in QUIET.items())
 
 
-def test_another_folder_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused_and_left_unchanged(tmp_path):
     (tmp_path / "letters.txt").write_text("dear")
     with pytest.raises(UserError, match="holds other files"):
         init(tmp_path, FEDERATION)
     assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
 
 
-def test_a_folder_that_cannot_be_finished_does_not_appear(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_completed_is_not_created(tmp_path, monkeypatch):
     def fails(*arguments):
         raise OSError("disk full")
 
@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_finished_does_not_appear(tmp_path, monkeypatch)
         (["worker", "nowhere.yaml"], "Expected the client's file nowhere.yaml"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_two(words, told, capsys, tmp_path, tmp_path_factory, monkeypatch):
+def test_a_mistake_is_reported_in_one_line_with_exit_code_two(words, told, capsys, tmp_path, tmp_path_factory, monkeypatch):
     home = tmp_path_factory.mktemp("flwr")
     (home / "config.toml").write_text('[superlink]\ndefault = "mine"\n[superlink.mine]\naddress = "localhost:1"\n')
     monkeypatch.setenv("FLWR_HOME", str(home))

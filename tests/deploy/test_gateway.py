@@ -21,7 +21,7 @@ pytestmark = [
 
 @contextmanager
 def gateway(local, port):
-    """nginx with the configuration of `fedsim deploy init`, whose public address is a port of loopback."""
+    """Runs nginx with the configuration of `fedsim deploy init`, whose public address is a port on loopback."""
     folder = local.folder / "server"
     own = folder / "gateway.conf"
     own.write_text(own.read_text().replace(f"PUBLIC_ADDRESS:{local.federation.port}", f"127.0.0.1:{port}"))
@@ -32,15 +32,15 @@ def gateway(local, port):
             command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        wait_for(lambda: answer(local, port, "/") is not None, 20)
+        wait_for(lambda: status_of(local, port, "/") is not None, 20)
         yield log
     finally:
         process.terminate()
         ended(process)
 
 
-def answer(local, port, path, method="GET"):
-    """The status of an answer to whoever has no key; None where nothing listens."""
+def status_of(local, port, path, method="GET"):
+    """Returns the status of a response to a client without a key; None where nothing listens."""
     context = ssl.create_default_context(cafile=str(local.folder / "server" / "ca.crt"))
     try:
         request = urllib.request.Request(f"https://localhost:{port}{path}", method=method, data=b"" if method == "POST" else None)
@@ -52,7 +52,7 @@ def answer(local, port, path, method="GET"):
         return None
 
 
-def test_clients_take_part_through_the_gateway_and_nothing_but_the_fleet_api_is_reached(tmp_path):
+def test_clients_take_part_through_the_gateway_and_only_the_fleet_api_is_reachable(tmp_path):
     port = free_port()
     with local_federation(CLIENTS, tmp_path / "federation", connect=False) as local, gateway(local, port) as log:
         for client in range(CLIENTS):
@@ -62,7 +62,7 @@ def test_clients_take_part_through_the_gateway_and_nothing_but_the_fleet_api_is_
         config.write_text(config.read_text().replace(f":{local.federation.port}", f":{port}"))
         submitted = run(["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, f"run_dir={tmp_path / 'other'}"], local.flwr_home)
         statuses = {
-            path: answer(local, port, path, "POST") for path in ("/", "/v1/control/list-runs", "/v1/runtime/x", "/v1/fleet/../control/x")
+            path: status_of(local, port, path, "POST") for path in ("/", "/v1/control/list-runs", "/v1/runtime/x", "/v1/fleet/../control/x")
         }
     assert "round 2/2" in done.stderr
     assert [len(event["clients"]) for event in events(tmp_path / "run", "round")] == [CLIENTS, CLIENTS]

@@ -1,4 +1,4 @@
-"""What a federation on this machine starts, it ends; with programs that only sleep in the place of Flower's."""
+"""A local federation ends every process that it starts; programs that only sleep replace Flower's."""
 
 import os
 import signal
@@ -27,9 +27,9 @@ def script(folder, text):
     return path
 
 
-def test_what_a_program_has_started_is_ended_with_it_whatever_session_it_is_in_and_however_deaf(local, tmp_path):
-    deaf = "trap '' TERM INT; while true; do sleep 1; done"
-    local.start("program", script(tmp_path, f'setsid bash -c "{deaf}" & bash -c "{deaf}" & sleep 100'))
+def test_ending_a_program_ends_all_its_descendants_even_in_other_sessions_or_ignoring_signals(local, tmp_path):
+    ignores_signals = "trap '' TERM INT; while true; do sleep 1; done"
+    local.start("program", script(tmp_path, f'setsid bash -c "{ignores_signals}" & bash -c "{ignores_signals}" & sleep 100'))
     process = psutil.Process(local.processes["program"].pid)
     while len(process.children(recursive=True)) < 3:
         time.sleep(0.05)
@@ -39,7 +39,7 @@ def test_what_a_program_has_started_is_ended_with_it_whatever_session_it_is_in_a
     assert local.processes == {}
 
 
-def test_a_program_that_does_not_start_is_told_with_the_end_of_its_log(local, tmp_path):
+def test_a_program_that_does_not_start_is_reported_with_the_end_of_its_log(local, tmp_path):
     local.start("program", script(tmp_path, "echo no such port >&2; exit 3"))
     with pytest.raises(UserError, match="Expected program to start, but it did not: no such port"):
         local.wait_for(lambda: False, "program")
@@ -60,7 +60,7 @@ def test_a_program_that_does_not_start_is_told_with_the_end_of_its_log(local, tm
         ),
     ],
 )
-def test_a_folder_of_somebody_elses_is_left_as_it_is_and_told(others, told, tmp_path):
+def test_a_folder_with_other_content_is_refused_and_left_unchanged(others, told, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
     others(place)
@@ -70,7 +70,7 @@ def test_a_folder_of_somebody_elses_is_left_as_it_is_and_told(others, told, tmp_
     assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
 
 
-def test_the_clients_of_a_trial_have_its_data_and_its_base_model(tmp_path):
+def test_the_clients_of_a_local_federation_get_its_data_and_base_model(tmp_path):
     place = tmp_path / "trial ä"
     init(place, Federation("local", 2, ("localhost",), shard=True, data_path=str(place / "mine.jsonl"), model_path="owner/name"))
     for client in range(2):
@@ -78,7 +78,7 @@ def test_the_clients_of_a_trial_have_its_data_and_its_base_model(tmp_path):
         assert (owner.client, owner.shard, owner.data_path, owner.model_path) == (client, True, str(place / "mine.jsonl"), "owner/name")
 
 
-def test_a_federation_that_cannot_begin_leaves_no_folder_with_keys(tmp_path, monkeypatch):
+def test_a_federation_that_is_interrupted_at_the_start_leaves_no_folder_with_keys(tmp_path, monkeypatch):
     monkeypatch.setattr("fedsim.deploy.local.tempfile.mkdtemp", lambda prefix: str(tmp_path / "keys"))
     monkeypatch.setenv("FLWR_HOME", "mine")
 
@@ -94,7 +94,7 @@ def test_a_federation_that_cannot_begin_leaves_no_folder_with_keys(tmp_path, mon
     assert os.environ["FLWR_HOME"] == "mine"
 
 
-def test_a_federation_of_another_thread_ends_what_it_has_started_too(tmp_path, monkeypatch):
+def test_a_federation_in_another_thread_also_ends_what_it_has_started(tmp_path, monkeypatch):
     monkeypatch.setattr(Local, "start_superlink", lambda self: self.start("superlink", script(tmp_path, "exec sleep 100")))
     monkeypatch.setattr(Local, "register", lambda self: None)
     monkeypatch.setenv("FLWR_HOME", "mine")
@@ -115,19 +115,19 @@ def test_a_federation_of_another_thread_ends_what_it_has_started_too(tmp_path, m
     assert os.environ["FLWR_HOME"] == "mine"
 
 
-def test_sigterm_ends_a_federation_as_ctrl_c_does(tmp_path, monkeypatch):
+def test_sigterm_ends_a_federation_like_ctrl_c(tmp_path, monkeypatch):
     monkeypatch.setattr(Local, "start_superlink", lambda self: self.start("superlink", script(tmp_path, "exec sleep 100")))
     monkeypatch.setattr(Local, "register", lambda self: None)
     before = signal.getsignal(signal.SIGTERM)
     started = []
 
-    def broken_off():
+    def terminated():
         with local_federation(0, tmp_path / "federation") as local:
             started.append(local.processes["superlink"])
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
 
     with pytest.raises(KeyboardInterrupt):
-        broken_off()
+        terminated()
     assert started[0].returncode is not None
     assert signal.getsignal(signal.SIGTERM) is before

@@ -1,4 +1,4 @@
-"""What `fedsim deploy status` makes of the nodes that Flower's own command line tells of, written by Flower's own code."""
+"""`fedsim deploy status` on a list of nodes as Flower's own command line formats it."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -31,12 +31,20 @@ NODES = {
     ),
     "client-5": NodeInfo(node_id=15, status="unregistered", unregistered_at=before(seconds=70)),
 }
-HEARD = {"client-0": 0, "client-1": 300, "client-2": None, "client-3": 8 * 24 * 3600, "client-4": 70, "client-5": None, "client-6": None}
+SECONDS_AGO = {
+    "client-0": 0,
+    "client-1": 300,
+    "client-2": None,
+    "client-3": 8 * 24 * 3600,
+    "client-4": 70,
+    "client-5": None,
+    "client-6": None,
+}
 
 
 @pytest.fixture
 def found(tmp_path, monkeypatch):
-    """The status of a SuperLink that knows these nodes, at which one more client was registered that it does not know."""
+    """The status of a SuperLink that knows these nodes but not one more client that was registered."""
     for number, (name, node) in enumerate({**NODES, "client-6": NodeInfo(node_id=16)}.items()):
         node.registered_at = before(days=10 + number)
         (tmp_path / f"{name}.json").write_text(json.dumps({"node-id": str(node.node_id), "public-key": "a"}))
@@ -45,12 +53,12 @@ def found(tmp_path, monkeypatch):
     return status("mine", tmp_path)
 
 
-def test_each_client_has_one_row_that_tells_when_it_was_last_heard_of_by_the_clock_of_the_superlink(found):
-    assert {node["client"]: node["heard_seconds_ago"] for node in found["nodes"]} == HEARD
+def test_each_client_has_one_row_with_the_seconds_since_it_was_last_heard(found):
+    assert {node["client"]: node["heard_seconds_ago"] for node in found["nodes"]} == SECONDS_AGO
     assert json.loads(json.dumps(found)) == found
 
 
-def test_the_table_tells_it_in_words_and_what_is_not_known_as_unknown(found):
+def test_the_table_shows_times_in_words_and_an_unknown_client_as_unknown(found):
     rows = [[row[:12].strip(), row[36:49].strip(), row[49:62].strip(), row[62:]] for row in status_table(found).splitlines()[:8]]
     assert rows == [
         ["client", "status", "last seen", "since"],

@@ -1,4 +1,4 @@
-"""Following a run whose SuperLink goes away for a while, or for good."""
+"""Following a run whose SuperLink is away for a while or forever."""
 
 from datetime import datetime
 from pathlib import Path
@@ -11,11 +11,11 @@ from fedsim.errors import RunFailedError, UserError
 
 
 def answers(monkeypatch, *found):
-    """Flower's answers, one after the other, the last one again and again."""
-    left = list(found)
+    """Makes Flower give these answers one by one, and the last one from then on."""
+    remaining = list(found)
 
     def facts(run_id, superlink):
-        answer = left.pop(0) if len(left) > 1 else left[0]
+        answer = remaining.pop(0) if len(remaining) > 1 else remaining[0]
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -24,7 +24,7 @@ def answers(monkeypatch, *found):
     monkeypatch.setattr(submit, "LOOK_SECONDS", 0.01)
 
 
-def test_runs_that_are_submitted_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+def test_runs_submitted_in_the_same_second_get_different_folders(tmp_path, monkeypatch):
     class Stopped(datetime):
         @classmethod
         def now(cls, tz=None):
@@ -38,14 +38,14 @@ def test_runs_that_are_submitted_in_the_same_second_get_folders_of_their_own(tmp
     assert submit.named(Config(run_dir="mine")).run_dir == "mine"
 
 
-def test_a_superlink_that_is_started_again_is_waited_for(monkeypatch, capsys):
+def test_a_superlink_that_is_restarted_is_waited_for(monkeypatch, capsys):
     away = UserError("flwr list: Connection to the SuperLink is unavailable.")
     answers(monkeypatch, away, away, {"status": "running"})
     assert submit._facts_with_retries("1", "mine", "Go on", quiet=False) == {"status": "running"}
     assert capsys.readouterr().err == "the SuperLink mine does not answer: waiting for it\n", "told once"
 
 
-def test_one_that_stays_away_ends_the_command_with_how_to_go_on(monkeypatch):
+def test_a_superlink_that_stays_away_ends_the_command_with_advice_on_how_to_continue(monkeypatch):
     answers(monkeypatch, UserError("flwr list: Connection to the SuperLink is unavailable."))
     monkeypatch.setattr(submit, "ABSENCE_SECONDS", 0.05)
     with pytest.raises(RunFailedError, match=r"has not answered for 0\.05 s\. Go on with resume=true\nflwr list: Connection"):

@@ -1,4 +1,4 @@
-"""The word problems against readers written apart from the generator."""
+"""The word problems against solvers written independently of the generator."""
 
 import re
 
@@ -42,8 +42,8 @@ def test_every_number_of_a_step_is_in_the_story_or_was_worked_out_before(problem
             known.add(int(value))
 
 
-def _holdings(story: str) -> int | None:
-    """Reads a story of things had, gained and lost like a book-keeper; None where it tells something else."""
+def _count_now(story: str) -> int | None:
+    """Solves a story of things had, gained and lost by keeping count; None for any other story."""
     thing, who = re.search(r"How many (\w+) does (\w+) have now \?", story).groups()
     have: int | None = None
     for sentence in story.split(" . ")[:-1]:
@@ -59,11 +59,11 @@ def _holdings(story: str) -> int | None:
     return have
 
 
-def test_a_book_keeper_who_reads_the_story_comes_to_the_same_answer(problems):
-    read = [(_holdings(story_of(e)), int(e.answer)) for e in problems if "have now ?" in e.prompt]
-    understood = [(mine, gold) for mine, gold in read if mine is not None]
-    assert len(understood) > 800
-    assert all(mine == gold for mine, gold in understood)
+def test_keeping_count_through_the_story_gives_the_same_answer(problems):
+    read = [(_count_now(story_of(e)), int(e.answer)) for e in problems if "have now ?" in e.prompt]
+    solved = [(own, gold) for own, gold in read if own is not None]
+    assert len(solved) > 800
+    assert all(own == gold for own, gold in solved)
 
 
 def test_surface_rules_answer_few_problems(problems):

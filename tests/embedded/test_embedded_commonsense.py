@@ -1,4 +1,4 @@
-"""The multiple-choice questions: right, balanced, and not answerable by surface."""
+"""The multiple-choice questions: correct, balanced, and not answerable by surface rules."""
 
 import re
 from collections import Counter, defaultdict
@@ -30,7 +30,7 @@ def options(example: Example) -> list[str]:
     return [text for _, text in OPTION.findall(example.prompt)]
 
 
-def test_the_gold_label_is_one_of_the_answer_format_and_the_response_names_it(train, test):
+def test_the_gold_label_is_in_the_answer_format_and_the_response_names_it(train, test):
     for example in train + test:
         allowed = example.prompt.split("Answer format: ")[1].strip().split("/")
         assert example.answer in allowed
@@ -107,7 +107,7 @@ def test_position_length_and_word_frequency_stay_near_chance(train, test):
     assert max(found.values()) < chance + 0.1, (chance, found)
 
 
-def test_yes_or_no_by_words_of_the_claim_stays_near_chance(train, test):
+def test_guessing_true_or_false_from_the_words_of_a_claim_stays_near_chance(train, test):
     true, seen = Counter(), Counter()
     for example in train:
         if "/false" in example.prompt:

@@ -1,4 +1,4 @@
-"""What the base model has read: never the tasks' forms, never a test problem, no choice about a test fact."""
+"""The base model's corpus holds no task forms, no test problems and no choices about test facts."""
 
 import re
 
@@ -15,7 +15,7 @@ DOCUMENTS = [text for part, _ in corpus.STAGES for text in corpus.documents(0, p
 TEXT = "\n".join(DOCUMENTS)
 
 
-def test_the_task_forms_do_not_occur():
+def test_the_task_forms_do_not_occur_in_the_corpus():
     for form in ("answer format", "####", "the correct answer is", "worked solution:", "please choose the correct", "please answer"):
         assert form not in TEXT.lower(), form
     assert not re.search(r"(answer|solution|option|ending)\d", TEXT, re.IGNORECASE)
@@ -23,7 +23,7 @@ def test_the_task_forms_do_not_occur():
     assert not re.search(r"(First|Then) \d", TEXT)
 
 
-def test_every_fact_of_the_knowledge_base_occurs():
+def test_every_fact_of_the_knowledge_base_occurs_in_the_statements():
     text = "\n".join(corpus.statements(np.random.default_rng(i)) for i in range(8000))
     missing = [
         (name, subject)
@@ -34,12 +34,12 @@ def test_every_fact_of_the_knowledge_base_occurs():
     assert not missing
 
 
-def test_no_test_problem_occurs():
+def test_no_test_problem_occurs_in_the_corpus():
     problems = {e.prompt.removeprefix("Problem: ").split("\n")[0] for e in examples(Family.arithmetic, "test", 3000, 0)}
     asked = 0
     for problem in problems:
         story, _, question = problem.rpartition(" How many")
-        for found in re.finditer(re.escape(story), TEXT):  # a longer story may begin alike: it is then asked something else
+        for found in re.finditer(re.escape(story), TEXT):  # a longer story may begin alike, but asks something else
             asked += f"How many{question}" in TEXT[found.end() : found.end() + 60]
     assert sum("How many" in text for text in DOCUMENTS) > 1000
     assert asked == 0

@@ -40,7 +40,7 @@ def test_no_prompt_occurs_twice(family):
     assert {e.task for e in found} == {family.name}
 
 
-def test_an_unknown_split_and_too_many_examples_are_users_errors(monkeypatch):
+def test_an_unknown_split_and_too_many_examples_raise_user_errors(monkeypatch):
     with pytest.raises(UserError, match="'train' or 'test', got 'dev'"):
         examples(Family.arithmetic, "dev", 1, 0)
     monkeypatch.setattr("fedsim.embedded.commonsense.make_question", lambda rng: ONLY_QUESTION)

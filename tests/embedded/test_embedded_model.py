@@ -32,7 +32,7 @@ def test_any_text_encodes_and_decodes_exactly(words, text):
     assert words.decode(ids) == text
 
 
-def test_every_word_of_the_tasks_is_one_token_and_every_digit_is_one(words):
+def test_every_word_and_every_digit_of_the_tasks_is_one_token(words):
     for family in FAMILIES:
         for example in examples(family, "test", 200, 5):
             text = example.prompt + example.response
