@@ -106,9 +106,9 @@ def test_environment_variables_that_the_user_set_are_kept(monkeypatch):
 
 @pytest.mark.parametrize("words", [["data"], ["run", "--cfg"]])
 def test_commands_that_show_one_run_say_so_for_a_preset_with_a_sweep(words, capsys):
-    told = "The preset is a sweep; this covers one run, method=fed_sb, and ignores the sweep.\n"
+    note = "The preset is a sweep; this covers one run, method=fed_sb, and ignores the sweep.\n"
     assert main([*words, "experiment=fed_sb_vs_centralized"]) == 0
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == note
     assert main([*words, "experiment=demo"]) == 0
     assert capsys.readouterr().err == ""
 

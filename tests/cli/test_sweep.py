@@ -192,16 +192,16 @@ def test_a_sweep_over_seeds_shows_mean_and_deviation_for_each_combination(runs, 
 
 
 def test_the_loss_of_a_job_is_the_mean_over_all_questions_and_missing_if_a_task_has_none():
-    def told(loss):
+    def row_with(loss):
         task = lambda loss, count: {"base": {"accuracy": 0, "loss": 4.0}, "final": {"accuracy": 0, "loss": loss}, "num_examples": count}  # noqa: E731
         evaluation = {"sums": task(1.0, 30), "texts": task(loss, 10)}
         others = {name: value for name, value in summary(Config()).items() if name != "evaluation"}
         done = {"number": 0, "varied": [], "status": "finished", "error": None, "summary": {"evaluation": evaluation, **others}}
         return sweep_table([done]).splitlines()[2]
 
-    assert "4.000 > 1.500" in told(3.0)
-    assert "4.000 > - " in told(None)
-    assert "4.000 > - " in told(math.nan)
+    assert "4.000 > 1.500" in row_with(3.0)
+    assert "4.000 > - " in row_with(None)
+    assert "4.000 > - " in row_with(math.nan)
 
 
 def test_small_byte_counts_are_not_shown_as_zero():

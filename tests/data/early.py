@@ -1,4 +1,4 @@
-"""Loading that compares `fedsim.data.check` with it, for every configuration that the tests load."""
+"""Loading that also holds `fedsim.data.check` to its promise, for every configuration that the tests load."""
 
 from conftest import refusal
 

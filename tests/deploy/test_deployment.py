@@ -165,12 +165,12 @@ def test_result_and_ledger_equal_those_of_a_run_in_process_and_progress_is_shown
 @pytest.mark.parametrize("direction", ["uplink", "downlink"])
 def test_the_bytes_on_the_wire_match_the_ledger_within_one_percent(first, direction):
     """The remainder is headers of HTTP and TLS records, the configuration in every request, the bundle, and digests of objects."""
-    told = sum(row["serialized_bytes"] for row in transfers(first.deployed) if row["direction"] == direction)
-    assert told > 10**7, "a payload of nothing would show nothing"
+    seen = sum(row["serialized_bytes"] for row in transfers(first.deployed) if row["direction"] == direction)
+    assert seen > 10**7, "a payload of nothing would show nothing"
     (passed, seconds), (idle, idle_seconds) = first.wire[direction], first.idle[direction]
     waiting = idle / idle_seconds * seconds  # SuperNodes that poll for work and send heartbeats
-    print(f"{direction}: {told} told, {passed} passed, {waiting:.0f} of them as when idle, remainder {(passed - waiting) / told - 1:.2%}")
-    assert told < passed < 1.01 * told + waiting
+    print(f"{direction}: {seen} told, {passed} passed, {waiting:.0f} of them as when idle, remainder {(passed - waiting) / seen - 1:.2%}")
+    assert seen < passed < 1.01 * seen + waiting
 
 
 def test_a_client_loads_the_base_model_once_and_trains_every_round(first, federation):
@@ -243,14 +243,14 @@ def test_a_client_whose_owner_refuses_is_reported_and_not_averaged(federation, t
 @pytest.mark.timeout(900)
 def test_a_client_that_is_cut_off_is_missing_and_returns_with_the_network(federation, tmp_path):
     words = ("adapter=orthogonal", "federation.rounds=60", "federation.round_timeout=20", "federation.min_replies=1")
-    told, cut = [], federation.proxies[1].open
+    seen, cut = [], federation.proxies[1].open
 
     def disturb():
         wait_for_round(tmp_path / "run", 1)
         wait_for(lambda: any(sorted(event["clients"]) == [0, 1] for event in events(tmp_path / "run", "round")))  # both workers are warm
-        told.append(len(events(tmp_path / "run", "round")))
+        seen.append(len(events(tmp_path / "run", "round")))
         cut.clear()
-        told.append(run(["deploy", "status", str(federation.folder)], federation.flwr_home).stdout)
+        seen.append(run(["deploy", "status", str(federation.folder)], federation.flwr_home).stdout)
         try:
             wait_for(lambda: any(event["clients"] == [0] for event in events(tmp_path / "run", "round")))
         finally:
@@ -259,14 +259,14 @@ def test_a_client_that_is_cut_off_is_missing_and_returns_with_the_network(federa
         wait_for(lambda: any(sorted(event["clients"]) == [0, 1] for event in events(tmp_path / "run", "round")[alone:]))
         (run_id,) = (each["run-id"] for each in flwr_json(federation, "list")["runs"] if each["status"] == "running")
         assert flwr_json(federation, "stop", run_id)["success"]
-        told.append("back")
+        seen.append("back")
 
     thread = threading.Thread(target=disturb)
     thread.start()
     command = ["run", "engine=deployment", f"engine.superlink={NAME}", *SMALL, *words, f"run_dir={tmp_path / 'run'}"]
     run(command, federation.flwr_home, timeout=800)
     thread.join()
-    before, status, back = told
+    before, status, back = seen
     assert back == "back"
     assert re.search(r"\d+ +running +\d+/60", status), "the status of a run under way"
     missed = [each for event in events(tmp_path / "run", "round")[before:] for each in event["missing"]]
@@ -322,11 +322,11 @@ def test_supernodes_without_a_registered_key_or_the_right_tls_are_rejected(feder
         "plain": supernode(federation, logs["plain"], "--insecure", key=own),
     }
     codes = {name: ended(process) for name, process in strangers.items()}
-    told = {name: log.read_text() for name, log in logs.items()}
-    assert all(code > 0 for code in codes.values()), (codes, told)
-    assert "2004" in told["unregistered"]
-    assert "2001" in told["keyless"]
-    assert "CERTIFICATE_VERIFY_FAILED" in told["authority"]
+    seen = {name: log.read_text() for name, log in logs.items()}
+    assert all(code > 0 for code in codes.values()), (codes, seen)
+    assert "2004" in seen["unregistered"]
+    assert "2001" in seen["keyless"]
+    assert "CERTIFICATE_VERIFY_FAILED" in seen["authority"]
     with socket.create_connection(("127.0.0.1", federation.federation.port), 5) as plain:
         plain.sendall(b"GET /v1/fleet HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert not plain.recv(100).startswith(b"HTTP/1.1 2")

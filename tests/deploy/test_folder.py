@@ -73,8 +73,8 @@ def test_a_copied_server_folder_names_its_own_certificate_and_is_accepted_by_sta
         assert link["trial"] == {"address": "127.0.0.1:9092", "root-certificates": str(server / "ca.crt")}
     assert load(server) == FEDERATION
     assert main(["deploy", "status", str(server)]) == 2
-    assert "expected the server's folder" not in (told := capsys.readouterr().err)
-    assert "flwr" in told, "nothing but the SuperLink, which does not run here, is missing"
+    assert "expected the server's folder" not in (error := capsys.readouterr().err)
+    assert "flwr" in error, "nothing but the SuperLink, which does not run here, is missing"
 
 
 def test_secrets_have_mode_0600_and_are_only_where_they_belong(folder):

@@ -24,19 +24,6 @@ def script(progress):
         progress.note("left out: nothing")
 
 
-<<<<<<< HEAD:tests/deploy/test_remote_progress.py
-def test_the_same_lines_are_shown_as_on_the_spot_however_the_log_is_cut(capsys, monkeypatch):
-    on_the_spot = io.StringIO()
-    script(Progress(1, [0, 1], file=on_the_spot))
-    script(ForwardedProgress(1, [0, 1]))
-    forward("summary", {"rounds": 1})
-    told = "INFO: something of Flower's\n" + capsys.readouterr().out
-    elsewhere = io.StringIO()
-    monkeypatch.setattr(remote_progress, "Progress", lambda *arguments, quiet: Progress(*arguments, quiet=quiet, file=elsewhere))
-    shown = ProgressFollower()
-    for start in range(0, len(told), 11):
-        shown.feed(told[start : start + 11])
-=======
 def test_a_log_cut_anywhere_shows_the_same_lines_as_a_local_run(capsys, monkeypatch):
     local_text = io.StringIO()
     script(Progress(1, [0, 1], file=local_text))
@@ -48,42 +35,25 @@ def test_a_log_cut_anywhere_shows_the_same_lines_as_a_local_run(capsys, monkeypa
     shown = ProgressFollower()
     for start in range(0, len(output), 11):
         shown.feed(output[start : start + 11])
->>>>>>> 9e1e9ae (Client, deployment, command line, embedded and benchmark tests: names and docstrings say what is checked):tests/deploy/test_telling.py
     shown.close()
     assert remote_text.getvalue() == local_text.getvalue()
     assert (shown.summary, shown.others) == ({"rounds": 1}, ["INFO: something of Flower's"])
 
 
-<<<<<<< HEAD:tests/deploy/test_remote_progress.py
-def test_a_mistake_that_the_server_finds_is_the_users_mistake_here(capsys):
-    forward("mistake", "Expected more.")
-=======
 def test_a_mistake_that_the_server_finds_raises_a_user_error_here(capsys):
     forward("mistake", "Expected more.")
->>>>>>> 9e1e9ae (Client, deployment, command line, embedded and benchmark tests: names and docstrings say what is checked):tests/deploy/test_telling.py
     with pytest.raises(UserError, match=r"Expected more\."):
         ProgressFollower().feed(capsys.readouterr().out)
 
 
-<<<<<<< HEAD:tests/deploy/test_remote_progress.py
-def test_what_stops_the_server_stops_the_one_who_follows(capsys):
-    forward("stopped", "No room.")
-=======
 def test_a_stopped_server_stops_its_follower(capsys):
     forward("stopped", "No room.")
->>>>>>> 9e1e9ae (Client, deployment, command line, embedded and benchmark tests: names and docstrings say what is checked):tests/deploy/test_telling.py
     with pytest.raises(RunStopped, match=r"No room\."):
         ProgressFollower().feed(capsys.readouterr().out)
 
 
-<<<<<<< HEAD:tests/deploy/test_remote_progress.py
-def test_lines_that_only_look_marked_do_no_harm():
-    shown = ProgressFollower()
-    shown.feed(f'{MARK}no json\n{MARK}[]\n{MARK}3\n{MARK}["close"]\n{MARK}["round_started"]\nlast\n')
-=======
 def test_malformed_marked_lines_are_ignored():
     shown = ProgressFollower()
     shown.feed(f'{MARK}no json\n{MARK}[]\n{MARK}3\n{MARK}["close"]\n{MARK}["round_started"]\nlast\n')
->>>>>>> 9e1e9ae (Client, deployment, command line, embedded and benchmark tests: names and docstrings say what is checked):tests/deploy/test_telling.py
     assert shown.summary is None
     assert shown.others[-1] == "last"

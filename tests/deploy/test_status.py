@@ -31,15 +31,7 @@ NODES = {
     ),
     "client-5": NodeInfo(node_id=15, status="unregistered", unregistered_at=before(seconds=70)),
 }
-SECONDS_AGO = {
-    "client-0": 0,
-    "client-1": 300,
-    "client-2": None,
-    "client-3": 8 * 24 * 3600,
-    "client-4": 70,
-    "client-5": None,
-    "client-6": None,
-}
+HEARD = {"client-0": 0, "client-1": 300, "client-2": None, "client-3": 8 * 24 * 3600, "client-4": 70, "client-5": None, "client-6": None}
 
 
 @pytest.fixture
@@ -54,7 +46,7 @@ def found(tmp_path, monkeypatch):
 
 
 def test_each_client_has_one_row_with_the_seconds_since_it_was_last_heard(found):
-    assert {node["client"]: node["heard_seconds_ago"] for node in found["nodes"]} == SECONDS_AGO
+    assert {node["client"]: node["heard_seconds_ago"] for node in found["nodes"]} == HEARD
     assert json.loads(json.dumps(found)) == found
 
 
