@@ -73,7 +73,7 @@ def test_surface_rules_answer_few_problems(problems):
     rules = {
         "sum of all": lambda n, story: sum(n),
         "difference of the first two": lambda n, story: abs(n[0] - n[1]) if len(n) > 1 else n[0],
-        "product of the first two": lambda n, story: n[0] * n[-1],
+        "product of the first and the last": lambda n, story: n[0] * n[-1],
         "last number": lambda n, story: n[-1],
         "minus if something is given": lambda n, story: n[0] - n[-1] if re.search("gives|sells|loses|left", story) else sum(n),
     }

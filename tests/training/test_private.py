@@ -123,11 +123,10 @@ def test_a_private_cohort_equals_opacus_client_by_client(architecture, options, 
         torch.testing.assert_close(result.factors, alone, rtol=0, atol=2e-5 if "optimizer" in options else 1e-6)
 
 
-def test_poisson_batches_can_be_empty_and_a_step_noises_every_entry(sequences):
-    drawn = [len(batch) for batch in private_batches([8] * 5, training(batch_size=1, local_steps=12), KEY.torch("poisson", 1, 1))]
-    assert 0 in drawn
-    model = adapted_model()
-    (noised,) = train(model, clients(sequences, (5,)), batch_size=1, local_steps=1, noise=(1.0,))
+def test_an_empty_poisson_batch_still_noises_every_entry(sequences):
+    cohort, model = clients(sequences, (5,)), adapted_model()
+    assert private_batches(cohort[0].lengths, training(batch_size=1, local_steps=1), KEY.torch("poisson", 1, cohort[0].client)) == [[]]
+    (noised,) = train(model, cohort, batch_size=1, local_steps=1, noise=(1.0,))
     start = Layout.of(factors(model, ("R",))).pack(factors(model, ("R",)))
     assert (noised.factors - start).abs().min() > 0
 
