@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fedsim.drawing import Event, as_png, colors, draw_line, dress, legend_outside, new_figure, or_nan, plain
+from fedsim.drawing import WITHHELD, Event, as_png, colors, draw_line, dress, legend_outside, new_figure, or_nan, plain, say
 from fedsim.progress import UNITS, size
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def _draw_training_losses(axes: "Axes", repeated: dict[str, list[Finished]], sty
             axes.fill_between(list(losses), low, high, color=styles[label]["color"], alpha=0.15, linewidth=0)
         last = max([last, *losses])
     dress(axes, "training loss (nats)", last)
+    if not math.isfinite(axes.dataLim.ymin):
+        say(axes, WITHHELD)
     _set_loss_scale(axes)
 
 

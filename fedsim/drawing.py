@@ -41,6 +41,10 @@ def colors(names: Sequence[str]) -> list[Any]:
     return [palette(i % palette.N) for i in range(len(names))]
 
 
+WITHHELD = "withheld: private clients do not report it"
+"""In place of a training loss that no client reports."""
+
+
 def say(axes: "Axes", text: str) -> None:
     """Writes into an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=9, transform=axes.transAxes)

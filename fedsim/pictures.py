@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from fedsim.drawing import MOST_NAMED, Event, as_png, colors, draw_line, dress, legend_outside, new_figure, or_nan, say
+from fedsim.drawing import MOST_NAMED, WITHHELD, Event, as_png, colors, draw_line, dress, legend_outside, new_figure, or_nan, say
 from fedsim.progress import UNITS, plural, size
 from fedsim.report import Holdings
 
@@ -173,7 +173,7 @@ def _draw_training_loss(axes: "Axes", rounds: list[Event], places: list[float]) 
     losses = [or_nan(event["train_loss"]) for event in rounds]
     draw_line(axes, places, losses, color="black")
     if losses and all(map(math.isnan, losses)):
-        say(axes, "withheld: private clients tell none")
+        say(axes, WITHHELD)
 
 
 def _draw_bytes(axes: "Axes", moving: list[Event]) -> str:

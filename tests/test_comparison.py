@@ -23,6 +23,12 @@ def test_a_sweep_is_drawn_as_loss_by_round_and_accuracy_over_bytes():
     assert [text.get_text() for text in words.get_legend().get_texts()] == ["one", "pooled"]
 
 
+@pytest.mark.parametrize(("losses", "shown"), [((float("nan"), float("nan")), True), ((float("nan"), 1.0), False)])
+def test_the_training_panel_says_so_if_no_job_reports_a_loss(losses, shown):
+    training, *_ = comparison([job(name, 2_000_000, loss, sums=0.5) for name, loss in zip(("one", "two"), losses, strict=True)]).axes
+    assert ([text.get_text() for text in training.texts] == ["withheld: private clients do not report it"]) is shown
+
+
 def test_a_sweep_that_hits_no_answer_word_for_word_is_drawn_by_its_losses():
     one, two = job("one", 2_000_000, texts=0.0, sums=0.0), job("two", 4_000_000, texts=0.0, sums=0.5)
     one.summary["evaluation"]["texts"]["final"]["loss"] = 1.25

@@ -113,8 +113,8 @@ def test_a_training_loss_that_is_withheld_is_told_to_be():
         return [text.get_text() for axes in draw(events).axes for text in axes.texts]
 
     for draw in (curves, network_curves):
-        assert "withheld: private clients tell none" in told(draw, None)
-        assert "withheld: private clients tell none" not in told(draw, 1.0)
+        assert "withheld: private clients do not report it" in told(draw, None)
+        assert "withheld: private clients do not report it" not in told(draw, 1.0)
 
 
 def test_the_partition_of_many_clients_is_drawn_as_outlines():

@@ -65,8 +65,9 @@ MOST_LABELS = 1000
 
 
 def classification(row: Row, name: str) -> Labelled:
-    """Reads one or two texts and a label's name or whole number; the set of labels is known once all rows are read."""
-    answer = named(row, column_of(row, *LABEL))
+    """Reads one or two texts and a label: a name, a whole number, or a Boolean, which becomes "True" or "False"."""
+    column = column_of(row, *LABEL)
+    answer = str(row[column]) if isinstance(row[column], bool) else named(row, column)
     both = next((pair for pair in TEXTS if all(column in row for column in pair)), None)
     if both is None and not any(column in row for column in TEXT):
         pairs = ", ".join(" and ".join(map(repr, pair)) for pair in TEXTS)

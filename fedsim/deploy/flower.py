@@ -26,10 +26,15 @@ def flwr(*words: str) -> dict[str, Any]:
 
 @contextmanager
 def asking(superlink: str, key: str) -> Iterator[None]:
-    """Turns a UserError in the block into one about the option `key` if Flower's configuration lists SuperLinks, but not this one."""
+    """Explains a UserError in the block if `key` names no SuperLink of Flower's configuration, or one whose Control API is not served."""
     try:
         yield
-    except UserError:
+    except UserError as error:
+        if "404 Not Found" in str(error):  # of a gateway, which forwards SuperNodes only
+            raise UserError(
+                f"{error} {key}: expected the Control API of a SuperLink, but {superlink!r} does not serve it. "
+                "Run this on the SuperLink's machine, or give the address of its Control API in FLWR_HOME."
+            ) from None
         known = _values(_call("config", "list", "--format", "json", timeout=LOOK_SECONDS).stdout).get("superlink", [])
         if not known or superlink in known:
             raise

@@ -36,6 +36,7 @@ example = SETS["classification"].example
         ({"question": "A?", "sentence": "B.", "label": 1}, ("A?", "B."), "1"),  # QNLI
         ({"question": "A?", "passage": "B.", "label": 1}, ("A?", "B."), "1"),  # BoolQ
         ({"text1": "A.", "text2": "B.", "label": -1}, ("A.", "B."), "-1"),
+        ({"text": "A.", "label": True}, ("A.",), "True"),
     ],
 )
 def test_rows_are_read_in_the_columns_of_public_sets(row, texts, answer):
@@ -52,7 +53,7 @@ def test_rows_are_read_in_the_columns_of_public_sets(row, texts, answer):
         ({"text": "a\ud800", "label": 1}, "expected Unicode text in 'text'"),
         ({"text": "a", "label": None}, "expected a name or a whole number in 'label', got None"),
         ({"text": "a", "label": 0.5}, "expected a name or a whole number in 'label', got 0.5"),
-        ({"text": "a", "label": True}, "expected a name or a whole number in 'label', got True"),
+        ({"text": "a", "label": 1.5}, "expected a name or a whole number in 'label', got 1.5"),
         ({"text": "a", "labels": [0, 2]}, r"expected a name or a whole number in 'labels', got \[0, 2\]"),
         ({"sentence1": "a", "sentence2": None, "label": 1}, "expected text in 'sentence2', got None"),
         ({"premise": "a", "label": 1}, "expected a text in 'text', .* or two in 'premise' and 'hypothesis', .*; got 'premise', 'label'"),
