@@ -1,8 +1,8 @@
 """Adapted layers: y = W x + s P x, where P is the product of a form's factors (see `fedsim.core.forms`), such as B R A for LoRA-SB.
 
-W and the frozen factors are common to all clients, so a cohort of clients differs in the trained factors alone. A factor may therefore
-carry a leading axis of groups (see `fedsim.core.products`). One group is a single client, one group per client is a cohort; with one factor
-per row, an expanded view, the gradients are per example.
+All clients share W and the frozen factors; only the trained factors differ. A factor may therefore have a leading group axis (see
+`fedsim.core.products`): one group for a single client, one per client for a cohort, and one factor per row (an expanded view) for
+per-example gradients.
 """
 
 from collections import defaultdict
@@ -26,8 +26,7 @@ DEFAULT_RANK = 64
 class AdaptedLinear(nn.Module):
     """A frozen linear layer W [out, in] with the update of a form.
 
-    The factors are buffers named by their kind, not parameters: `bound` puts the tensors of one client or of a cohort in their place,
-    whoever owns them.
+    The factors are buffers named by their kind, not parameters, so that `bound` can swap in the tensors of a client or a cohort.
     """
 
     def __init__(self, base: nn.Module, form: Form, rank: int, heads: int, scaling: float) -> None:
@@ -36,17 +35,17 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.form = form
         self.scaling = scaling
-        self.merged: Tensor | None = None  # takes the place of W and its update while `merged` or `unadapted` is in force
-        self.folded: Tensor | None = None  # what `fold` has added to W, as it was given
-        self.original: Tensor | None = None  # W before `fold`, where that has changed it
-        self.beside: Tensor | None = None  # what `fold` adds where W is too coarse to hold it, in the type of W
+        self.merged: Tensor | None = None  # replaces W and its update within `merged` or `unadapted`
+        self.folded: Tensor | None = None  # the update given to `fold`
+        self.original: Tensor | None = None  # W before `fold`, if `fold` changed it
+        self.beside: Tensor | None = None  # the folded update, in the type of W, if W has low precision
         self.shapes = form.shapes(*matrix_shape(base), rank, heads)
         for kind, shape in self.shapes.items():
             self.register_buffer(kind, torch.zeros(shape, device=matrix.device), persistent=False)
 
     @property
     def factors(self) -> Factors:
-        """The layer's present factors by kind."""
+        """The layer's current factors by kind."""
         return {kind: getattr(self, kind) for kind in self.shapes}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +57,7 @@ class AdaptedLinear(nn.Module):
         return y if self.beside is None else y + affine(x, self.beside)
 
     def weight(self) -> Tensor:
-        """Returns W [out, in] with what is folded in."""
+        """Returns W [out, in], including the folded update."""
         matrix = weight_matrix(self.base)
         return matrix if self.beside is None or self.folded is None else matrix.float() + self.folded.to(matrix.device)
 
@@ -67,14 +66,14 @@ class AdaptedLinear(nn.Module):
         return product(self.form, self.factors, self.scaling)
 
     def fold(self, update: Tensor | None) -> None:
-        """Has the layer compute with W + update [out, in], W being the one that the model was loaded with; None makes it W again.
+        """Makes the layer compute with W + update [out, in], where W is the loaded weight; None restores W.
 
-        A W in bfloat16 or float16 is not changed; the update is kept beside it. In a sum, whatever is smaller than half of the last digit
-        of an entry of W would be lost, which is nearly all of a small update.
+        A bfloat16 or float16 W stays unchanged and the update is kept separately: a sum would lose whatever is below half of the last digit
+        of an entry of W, which is nearly all of a small update.
         """
         matrix = weight_matrix(self.base)
         self.folded = update
-        if _is_coarse(matrix):
+        if _is_low_precision(matrix):
             self.beside = None if update is None else update.to(matrix.device, matrix.dtype)
             return
         if self.original is None:
@@ -87,29 +86,29 @@ class AdaptedLinear(nn.Module):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer of the base model without an adapter, such as the output layer, by the same fast product as the others."""
+    """A linear layer of the base model without an adapter, such as the output layer; it uses the same fast product as the others."""
 
-    is_last: bool | None = None  # of a head: whether the model gives its result as it is, None until that is found out
-    _came: list[Tensor] | None = None
+    is_last: bool | None = None  # of a head: whether the model returns its result unchanged, None until checked
+    _captured: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._came is None:
+        if self._captured is None:
             return affine(x, self.weight, self.bias)
-        self._came.append(x)
+        self._captured.append(x)
         return x
 
     @contextmanager
     def stepping_aside(self) -> Iterator[list[Tensor]]:
-        """Within the block the layer returns its input unchanged; yields the list of inputs that it received."""
-        self._came = []
+        """Makes the layer return its input unchanged within the block; yields the list of inputs it receives."""
+        self._captured = []
         try:
-            yield self._came
+            yield self._captured
         finally:
-            self._came = None
+            self._captured = None
 
 
-def _is_coarse(matrix: Tensor) -> bool:
-    """Whether a sum with a small update would lose it."""
+def _is_low_precision(matrix: Tensor) -> bool:
+    """Whether adding a small update would round it away."""
     return matrix.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -142,8 +141,8 @@ def adapt(
 
     The layers of a classification head, given by path, are not targets: they become `HeadLinear`.
 
-    Targets are all linear layers inside the repeated blocks (heads, embeddings and poolers stay out), or those whose path
-    ends with a name of `target_modules`. Raises UserError for a name that fits no layer and for a rank above a layer's size.
+    Targets are all linear layers inside the repeated blocks (not heads, embeddings and poolers), or those whose path ends with a name
+    of `target_modules`. Raises UserError for a name that matches no layer, a shared weight, and a rank above a layer's size.
     """
     model.requires_grad_(False)
     head = insert_heads(model, classification_head)
@@ -169,16 +168,16 @@ def adapter_spec(
     scaling: float,
     head: dict[str, tuple[int, int]] | None = None,
 ) -> AdapterSpec:
-    """Returns the adapters of layers of these shapes (out, in), beside a classification head of layers of the shapes in `head`.
+    """Returns the spec of adapters for layers of these shapes (out, in), with a classification head of layers of the shapes in `head`.
 
-    `heads` counts for a form that has several. Raises as `fitting_rank`.
+    `heads` is used by RAVAN only. Raises as `fitting_rank`.
     """
     heads = heads if form is RAVAN else 1
     return AdapterSpec(form, layers, fitting_rank(form, rank, heads, layers), heads, scaling if form.low_rank else 1.0, head or {})
 
 
 def _refuse_tied(model: nn.Module, layers: Iterable[str]) -> None:
-    """Raises UserError for a layer whose weight another module shares: what is added to it would change that one too."""
+    """Raises UserError for a layer that shares its weight with another module, which an update would change too."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -197,9 +196,9 @@ def matrix_shape(base: nn.Module) -> tuple[int, int]:
 
 
 def fitting_rank(form: Form, rank: int | None, heads: int, shapes: dict[str, tuple[int, int]]) -> int:
-    """Returns the rank; without one it is `DEFAULT_RANK` over all heads, or the smallest side of a layer where that is less.
+    """Returns the rank; the default is `DEFAULT_RANK` or the smallest side of a layer, if that is less, divided by `heads`.
 
-    Raises UserError where rank x heads exceeds the smaller side of a layer.
+    Raises UserError if a low-rank form has rank x heads above the smaller side of a layer.
     """
     smallest = min((min(shape) for shape in shapes.values()), default=heads)
     if form.low_rank and heads > smallest:
@@ -217,7 +216,7 @@ def fitting_rank(form: Form, rank: int | None, heads: int, shapes: dict[str, tup
 
 
 def target_layers(model: nn.Module, target_modules: list[str], head: Sequence[str] = ()) -> list[str]:
-    """Returns the paths of the layers to adapt, which are none of `head`. Raises UserError where there is none, or a name fits none."""
+    """Returns the paths of the layers to adapt, without those of `head`. Raises UserError if there is none or a name matches none."""
     linear = [name for name, module in model.named_modules() if is_linear(module) and name not in head]
     if not target_modules:
         return _inside_blocks(model, linear)
@@ -252,23 +251,23 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 def base_weights(model: nn.Module) -> Adapter:
-    """Returns the present base weight [out, in] of every adapted layer, with what is folded in."""
+    """Returns the current base weight [out, in] of every adapted layer, including the folded update."""
     return {name: layer.weight() for name, layer in adapted_layers(model).items()}
 
 
 def factors(model: nn.Module, kinds: Sequence[str]) -> Adapter:
-    """Returns the model's present factors of the given kinds by name, in the model's order, those of a head last."""
+    """Returns the model's current factors of the given kinds by name, in the model's order, with those of a head last."""
     return {name: buffers[kind] for name, (buffers, kind) in _sites(model).items() if kind in kinds}
 
 
 Site = tuple[Adapter, str]
-"""Where a factor lies: the buffers of its layer, and its kind."""
+"""Location of a factor: the buffers of its layer, and its kind."""
 
 _SITES: WeakKeyDictionary[nn.Module, dict[str, Site]] = WeakKeyDictionary()
 
 
 def _sites(model: nn.Module) -> dict[str, Site]:
-    """Returns the sites of all factors by name; they are looked up once, since factors are put in for every pass."""
+    """Returns the sites of all factors by name, cached because every pass installs factors."""
     if model not in _SITES:
         layers = adapted_layers(model) | head_layers(model)
         buffers = {name: cast(Adapter, layer._buffers) for name, layer in layers.items()}
@@ -277,7 +276,7 @@ def _sites(model: nn.Module) -> dict[str, Site]:
 
 
 def install(model: nn.Module, adapter: Adapter) -> None:
-    """Puts the tensors of `adapter` in the place of the factors of the same name."""
+    """Replaces the factors named in `adapter` by its tensors."""
     sites = _sites(model)
     for name, tensor in adapter.items():
         buffers, kind = sites[name]
@@ -286,9 +285,9 @@ def install(model: nn.Module, adapter: Adapter) -> None:
 
 @contextmanager
 def bound(model: nn.Module, adapter: Adapter) -> Iterator[None]:
-    """Runs the block with `adapter` in place of the factors of the same name, and puts the old ones back.
+    """Replaces the factors named in `adapter` within the block, then restores the old ones.
 
-    Forward and backward belong into one block: activation checkpointing calls the layers again in the backward pass.
+    Forward and backward must be in one block: activation checkpointing calls the layers again in the backward pass.
     """
     sites = _sites(model)
     before = {name: buffers[kind] for name, (buffers, kind) in ((name, sites[name]) for name in adapter)}
@@ -301,30 +300,30 @@ def bound(model: nn.Module, adapter: Adapter) -> Iterator[None]:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[None]:
-    """Runs the block with every update folded into a dense weight, for inference at the speed of the base model.
+    """Runs the block with every update merged into a dense weight, for inference at the speed of the base model.
 
-    The base weights are not touched, so the state afterwards is bit for bit the one before. Costs one copy of the adapted weights. Where
-    the base is in bfloat16 or float16 nothing is folded: most of a small update would be lost, and another model evaluated.
+    The base weights are not modified, so the state afterwards is bit for bit the same. Costs one copy of the adapted weights. Updates of
+    bfloat16 and float16 weights are not merged: rounding would lose most of a small update and so evaluate a different model.
     """
-    fine = {name: layer for name, layer in adapted_layers(model).items() if not _is_coarse(weight_matrix(layer.base))}
-    with _in_place_of(fine, lambda layer: weight_matrix(layer.base) + layer.update()):
+    precise = {name: layer for name, layer in adapted_layers(model).items() if not _is_low_precision(weight_matrix(layer.base))}
+    with _weights_replaced(precise, lambda layer: weight_matrix(layer.base) + layer.update()):
         yield
 
 
 @contextmanager
 def unadapted(model: nn.Module) -> Iterator[None]:
-    """Runs the block with the base weights alone, without any update."""
+    """Runs the block with the base weights alone, without the factors' updates."""
 
-    def itself(layer: AdaptedLinear) -> Tensor:
+    def base_weight(layer: AdaptedLinear) -> Tensor:
         matrix = weight_matrix(layer.base)
         return matrix.view_as(matrix)  # a view, since nn.Module would register the parameter a second time
 
-    with _in_place_of(adapted_layers(model), itself):
+    with _weights_replaced(adapted_layers(model), base_weight):
         yield
 
 
 @contextmanager
-def _in_place_of(layers: dict[str, AdaptedLinear], weight: Callable[[AdaptedLinear], Tensor]) -> Iterator[None]:
+def _weights_replaced(layers: dict[str, AdaptedLinear], weight: Callable[[AdaptedLinear], Tensor]) -> Iterator[None]:
     try:
         for layer in layers.values():
             layer.merged = weight(layer)

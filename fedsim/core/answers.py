@@ -1,10 +1,10 @@
-r"""Reading an answer out of a generated text, and comparing it with the gold answer.
+r"""Extracts the answer from generated text and compares it with the gold answer.
 
 Arithmetic, in the order of precedence: after "####" (GSM8K), after the last "The answer is:" (MetaMathQA), in the last \boxed{} (MATH),
-else the last number, as evaluations of GSM8K do, of a text that has ended: the last number of one that was cut off is wherever it was cut.
-Numbers are compared by value, other expressions as normalised text. Multiple choice: the first of the options that the prompt's
-"Answer format" names, as the evaluation of LLM-Adapters (arXiv 2304.01933) does. Free text: the whole of it, if it has ended, whatever
-the white space between its words. Nothing is ever evaluated as code.
+else the last number, as evaluations of GSM8K do, unless the text was cut off, which makes its last number arbitrary. Numbers are compared
+by value, other expressions as normalised text. Multiple choice: the first of the options that the prompt's "Answer format" names, as in
+the evaluation of LLM-Adapters (arXiv 2304.01933). Free text: the whole text, unless it was cut off, ignoring differences in white space.
+Nothing is ever evaluated as code.
 """
 
 import re
@@ -28,17 +28,17 @@ _NORMAL_FORM = [
     (r"\\?[$%]|[\u20ac\u00a3]", ""),
     ("\u2212", "-"),
 ]
-"""Ways of writing that change no value: (pattern, replacement), after the equivalence test of MATH (arXiv 2103.03874)."""
+"""Rewrites that keep the value: (pattern, replacement), after the equivalence test of MATH (arXiv 2103.03874)."""
 
 
 def options(prompt: str) -> list[str]:
-    """Returns the options of a multiple-choice prompt, from its last "Answer format: a/b/c"; empty where it names none."""
+    """Returns the options of a multiple-choice prompt, from its last "Answer format: a/b/c"; empty if there is none."""
     found = _OPTIONS.findall(prompt)
     return found[-1].rstrip(".").split("/") if found else []
 
 
 def extract(text: str, example: Example, *, ended: bool = True) -> str | None:
-    """Returns the answer that `text` gives to the example, or None where it gives none; `ended` is False where it was cut off."""
+    """Returns the answer that `text` gives to the example, or None if there is none; `ended` is False if the text was cut off."""
     if example.family is Family.commonsense:
         return _first_option(text, options(example.prompt))
     if example.family is Family.text:
@@ -101,7 +101,7 @@ def _first_option(text: str, choices: list[str]) -> str | None:
 
 
 def _stated(text: str) -> str | None:
-    """What follows the last "The answer is" or stands in the last box."""
+    """Returns what follows the last "The answer is", or the content of the last box."""
     parts = re.split(r"[Tt]he answer is:?", text)
     if len(parts) > 1:
         return boxed(parts[-1]) or _line(re.split(r"\.\s", parts[-1], maxsplit=1)[0])
@@ -114,7 +114,7 @@ def _first_number(text: str) -> str | None:
 
 
 def _line(text: str) -> str:
-    """The first line, without a full stop at its end."""
+    """Returns the first line without a full stop at its end."""
     lines = text.strip().splitlines()
     return lines[0].strip().rstrip(".").strip() if lines else ""
 

@@ -1,8 +1,8 @@
-"""An encoder that reads the two texts of a pair each on its own, and compares what it has read (Sentence-BERT, arXiv 1908.10084).
+"""An encoder that encodes the two texts of a pair separately and compares the encodings (Sentence-BERT, arXiv 1908.10084).
 
 A text is represented by the mean of its token states, scaled to unit length; the head sees (u, v, |u - v|), or u if there is one text.
-Sentence encoders were trained to do exactly this, whereas reading both texts in one sequence would have to be learnt anew; so little is
-left to learn that it survives the noise of DP-SGD.
+Sentence encoders are pre-trained for exactly this, but not for reading both texts in one sequence; so little is left to learn that it
+survives the noise of DP-SGD.
 """
 
 from types import SimpleNamespace
@@ -14,9 +14,9 @@ from torch.nn import functional
 
 
 class BiEncoder(nn.Module):
-    """The body of a sequence classifier, under its own name, with a head over the one text of a row, or both.
+    """The body of a sequence classifier, under its own name, with a head over the one or two texts of a row.
 
-    Rows keep their places: both texts of a row are neighbours in the body's batch, so groups of rows stay groups there.
+    Both texts of a row are neighbours in the body's batch, so groups of rows stay contiguous.
     """
 
     def __init__(self, whole: Any, texts: int = 2) -> None:
@@ -31,14 +31,14 @@ class BiEncoder(nn.Module):
 
     @property
     def is_activation_checkpointing(self) -> bool:
-        """Whether the blocks of the body keep nothing but their inputs for the backward pass, as any model of transformers tells."""
+        """Whether the body's blocks keep only their inputs for the backward pass; the name is that of transformers."""
         return bool(getattr(self, self.base_model_prefix).is_activation_checkpointing)
 
     def get_output_embeddings(self) -> None:
-        """Returns None, as a model of transformers that has no logits over a vocabulary."""
+        """Returns None, as transformers models without logits over a vocabulary do."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        """Returns the `logits` [rows, labels] of tokens [rows, texts, tokens], or [rows, tokens]; the mask is 1 where there is a token."""
+        """Returns the `logits` [rows, labels] of tokens [rows, texts, tokens], or [rows, tokens]; the mask is 1 for tokens, else 0."""
         mask = attention_mask.flatten(0, -2)
         states = getattr(self, self.base_model_prefix)(input_ids=input_ids.flatten(0, -2), attention_mask=mask).last_hidden_state
         shown = mask.unsqueeze(-1).to(states.dtype)

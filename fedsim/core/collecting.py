@@ -1,7 +1,7 @@
-"""The server's side of a round: uploads are taken in one at a time, and only what a method needs of them is kept.
+"""The server's side of a round: takes in uploads one at a time and keeps only what the method needs.
 
-Streaming: the mean holds one float64 sum and the mean of the dense updates one dense sum, whatever the number of clients. Only stacked
-factors and robust rules keep every client's upload, because they are made of all of them.
+The mean keeps one float64 sum, and the mean of dense updates one dense sum, for any number of clients. Only stacked factors and robust
+rules keep every client's upload.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ from fedsim.core.forms import AdapterSpec
 from fedsim.types import Adapter
 
 Rule = Callable[[Tensor, Tensor], Tensor]
-"""A robust rule: of (updates [clients, parameters], weights [clients]) to one flat update [parameters]."""
+"""A robust rule: (updates [clients, parameters], weights [clients]) -> one flat update [parameters]."""
 
 
 class WeightedMean:
-    """sum_i w_i x_i / sum_i w_i over flat vectors, in float64; an entry that some clients lack is averaged over those that sent it."""
+    """sum_i w_i x_i / sum_i w_i over flat vectors, in float64; each entry is averaged over the clients that sent it."""
 
     def __init__(self, num_parameters: int) -> None:
         self._total = torch.zeros(num_parameters, dtype=torch.float64)
@@ -41,7 +41,7 @@ class WeightedMean:
         self._weights.index_add_(0, positions, torch.full((len(positions),), weight, dtype=torch.float64))
 
     def result(self, otherwise: Tensor) -> Tensor:
-        """Returns the mean as float32; an entry that nobody sent is taken from `otherwise`. Raises ValueError if nobody sent anything."""
+        """Returns the mean as float32, with entries that no client sent from `otherwise`. Raises ValueError if no client sent any."""
         if self._weights is None and self._weight <= 0:
             raise ValueError(f"Expected at least one client with a positive weight, got a total weight of {self._weight}.")
         if self._weights is None:
@@ -50,7 +50,7 @@ class WeightedMean:
         return torch.where(weights > 0, self._total / weights.clamp(min=torch.finfo(torch.float64).tiny), otherwise.double()).float()
 
     def change(self, origin: Tensor) -> Tensor:
-        """Returns sum_i w_i (x_i - origin) in float64, where every client has sent every entry; zeros where none has come."""
+        """Returns sum_i w_i (x_i - origin) in float64, if every client sent every entry; zeros without clients."""
         return self._total - self._weight * origin.double()
 
     @property
@@ -65,7 +65,7 @@ class WeightedMean:
 
 @dataclass
 class Collected:
-    """What the server has when every reply is in. `factors` are all kinds, the averaged ones in place of the start's."""
+    """The server's data once all replies are in. `factors` holds all kinds, with the averaged ones in place of the start's."""
 
     spec: AdapterSpec
     factors: Adapter
@@ -73,20 +73,20 @@ class Collected:
     round: int
     options: MethodConfig
     shares: list[float] = field(default_factory=list)  # p_i in the order of arrival
-    products: Adapter = field(default_factory=dict)  # {layer: [out, in]} mean of the clients' dense updates, where it was kept
-    clients: list[Adapter] = field(default_factory=list)  # their factors, where they were kept
+    products: Adapter = field(default_factory=dict)  # {layer: [out, in]} mean of the clients' dense updates, if kept
+    clients: list[Adapter] = field(default_factory=list)  # their factors, if kept
 
     def product(self, layer: str) -> Tensor:
         """Returns sum_i p_i s B_i A_i of a layer, [out, in] float32."""
         if not self.shares:
-            return self.spec.update(self.factors, layer)  # nobody sent anything: the start is what there is
+            return self.spec.update(self.factors, layer)  # no client sent anything
         if self.products:
             return self.products[layer].float()
         left, right = self.stack(layer)
         return left @ right
 
     def stack(self, layer: str, less: Adapter | None = None) -> tuple[Tensor, Tensor]:
-        """Returns U = [B_1 .. B_c] and V = [p_1 s (A_1 - A); ..], where A is that of `less` or zero."""
+        """Returns U = [B_1 .. B_c] and V = [p_1 s (A_1 - A); ..], where A is from `less`, or zero."""
         shift = less[f"{layer}.A"] if less else 0.0
         left = torch.cat([client[f"{layer}.B"] for client in self.clients], dim=1)
         scaled = [p * self.spec.scaling * (client[f"{layer}.A"] - shift) for p, client in zip(self.shares, self.clients, strict=True)]
@@ -112,9 +112,9 @@ class Collected:
 
 
 class Collector:
-    """Takes uploads in, one client at a time, in the round that starts from `start` (all kinds); `origin` is its flat array of `kinds`.
+    """Collects a round's uploads, one client at a time. The round starts from `start` (all kinds); `origin` is its flat array of `kinds`.
 
-    `keep_products` keeps the mean of the clients' dense updates, or with `method.residual=stacked` their factors.
+    `keep_products` keeps the mean of the clients' dense updates, `keep_clients` the clients' factors.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Collector:
         self._squares = 0.0  # sum_i w_i |x_i - start|^2
 
     def add(self, weight: float, flat: Tensor, positions: Tensor | None = None, distance: float | None = None) -> None:
-        """Takes in one client's upload: all entries of the uploaded kinds, or those at `positions`; `distance` is that from the origin."""
+        """Adds one client's upload: all entries of the uploaded kinds, or those at `positions`; `distance` is that from the origin."""
         self._weights.append(weight)
         self._mean.add(weight, flat, positions)
         if distance is None:
@@ -164,14 +164,14 @@ class Collector:
             self._products[layer].add_(update, alpha=weight)
 
     def _trimmed(self, client: Adapter) -> Adapter:
-        """Returns A and B without the ranks that a client of smaller rank does not have: rows of A that are all zero in every layer."""
+        """Returns A and B cut to the client's own rank: the rows of A beyond it are zero in every layer."""
         used = torch.stack([client[f"{layer}.A"].any(dim=1) for layer in self._spec.layers]).any(dim=0)
         rank = int(used.nonzero().max()) + 1 if used.any() else 1
         own = self._spec.pick(client, self._spec.form.kinds)
         return {name: tensor[:rank] if name.endswith(".A") else tensor[:, :rank] for name, tensor in own.items()}
 
     def mean(self) -> Tensor:
-        """Returns the new flat factors of the uploaded kinds: the weighted mean, or what the robust rule makes of the uploads."""
+        """Returns the new flat factors of the uploaded kinds: the weighted mean, or the result of the robust rule."""
         if self._rule is None:
             return self._mean.result(self._origin)
         if not self._uploads:
@@ -179,11 +179,11 @@ class Collector:
         return self._rule(torch.stack(self._uploads), torch.tensor(self._weights))
 
     def change(self) -> Tensor:
-        """Returns the weighted sum of the clients' changes since the start of the round, float64, where all have sent every entry."""
+        """Returns the weighted sum of the clients' changes since the start of the round, float64, if all sent every entry."""
         return self._mean.change(self._origin)
 
     def drift(self) -> float:
-        """Returns how far clients are apart: root of sum_i p_i |x_i - mean|^2 over |mean - start|, x the uploaded factors; nan at rest.
+        """Returns the clients' drift: root of sum_i p_i |x_i - mean|^2 over |mean - start|, x the uploaded factors; nan if mean = start.
 
         An entry that a client does not send adds nothing to its distance.
         """
@@ -195,9 +195,9 @@ class Collector:
         return sqrt(max(0.0, self._squares / total - of_mean) / moved) if moved else nan
 
     def collected(self, new: Tensor, seed: int, round: int) -> Collected:
-        """Returns what a method's `finish` needs, once; `new` are the flat uploaded factors that take the place of the start's."""
+        """Returns the input of a method's `finish`; to be called once. `new` are the flat uploaded factors that replace the start's."""
         total = sum(self._weights)
-        products = {layer: dense.div_(total) for layer, dense in self._products.items()}  # as large as the model: no second copy
+        products = {layer: dense.div_(total) for layer, dense in self._products.items()}  # in place: as large as the model
         self._products = {}
         shares = [weight / total for weight in self._weights]
         factors = self._start | {name: tensor.clone() for name, tensor in self._layout.unpack(new).items()}
@@ -205,5 +205,5 @@ class Collector:
 
 
 def keeps_clients(options: MethodConfig, folds: bool) -> bool:
-    """Whether the server keeps the clients' factors: where they are stacked for `Collected.fold`."""
+    """Whether the server keeps the clients' factors, to stack them for `Collected.fold`."""
     return folds and options.residual is Residual.stacked and options.residual_rank is None
