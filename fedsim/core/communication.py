@@ -1,7 +1,7 @@
-"""The communication ledger: what every transfer cost, kept in columns.
+"""The communication ledger: the cost of every transfer, stored in columns.
 
-A published "communication cost" often covers one direction and one kind of tensor. Here every transfer is recorded with its purpose, so
-that the bases, the initial gradients and the other direction are counted as well as the adapters.
+A published "communication cost" often covers one direction and one kind of tensor. The ledger records every transfer with its purpose, so
+bases, initial gradients and the other direction count as well as adapters.
 """
 
 import zlib
@@ -41,9 +41,9 @@ SETUP = (Purpose.bases, Purpose.initial_gradient)
 class Transfer:
     """One payload between the server and a client.
 
-    `parameters` counts numbers, `raw_bytes` is their size as float32, `payload_bytes` that of the arrays in which they travelled (less
-    where they were compressed), and `serialized_bytes` that of their record as Flower serialises it. What goes in the same envelope is not
-    counted: the text of the configuration, metrics and addresses, some 2.5 kB with a request and 0.6 kB with a reply, whatever the model.
+    `parameters` counts numbers, `raw_bytes` is their size as float32, `payload_bytes` that of the arrays sent (less if compressed), and
+    `serialized_bytes` that of their record as Flower serialises it. The rest of the message is not counted: configuration text, metrics
+    and addresses, about 2.5 kB per request and 0.6 kB per reply for any model.
     """
 
     round: int
@@ -62,7 +62,7 @@ IS_SETUP = np.array([purpose in SETUP for purpose in PURPOSES])
 COLUMNS = {"round": "q", "client": "q", "direction": "b", "purpose": "b", "parameters": "q"}
 COLUMNS |= {"raw_bytes": "q", "payload_bytes": "q", "serialized_bytes": "q"}
 BLOCK = 1 << 16
-"""Rows that a checkpoint holds as one compressed text."""
+"""Rows per compressed text in a checkpoint."""
 
 AMOUNTS = {"parameters": "parameters", "bytes": "serialized_bytes", "raw_bytes": "raw_bytes", "payload_bytes": "payload_bytes"}
 
@@ -71,16 +71,16 @@ Totals = dict[str, int]
 
 
 class CommunicationLedger:
-    """All transfers of a run: 50 bytes each in memory, one row per transfer, in the order in which they were added.
+    """All transfers of a run, one row each in the order of addition; a row takes 50 bytes of memory.
 
-    In all totals `setup_*` are bases and initial gradients, both directions together, and `uplink_*` and `downlink_*` the rest; the three
+    In all totals `setup_*` are bases and initial gradients of both directions, and `uplink_*` and `downlink_*` the rest; the three
     add up to all traffic. `*_bytes` are as serialized, `*_payload_bytes` the arrays alone, `*_raw_bytes` their float32 size.
     """
 
     def __init__(self) -> None:
         self._columns = {name: array(code) for name, code in COLUMNS.items()}
-        self._totals, self._counted = _zero_totals(), 0  # of the first so many rows
-        self._blocks: list[str] = []  # the full ones, as `to_json` gives them
+        self._totals, self._counted = _zero_totals(), 0  # totals of the first `_counted` rows
+        self._blocks: list[str] = []  # full blocks, encoded for `to_json`
 
     def __len__(self) -> int:
         return len(self._columns["round"])
@@ -95,7 +95,7 @@ class CommunicationLedger:
             column.append(value)
 
     def totals(self) -> Totals:
-        """Returns {uplink,downlink,setup}_{parameters,bytes,raw_bytes,payload_bytes} over the whole run; looks at new rows only."""
+        """Returns {uplink,downlink,setup}_{parameters,bytes,raw_bytes,payload_bytes} over the whole run; reads new rows only."""
         start, self._counted = self._counted, len(self)
         if start < len(self):
             for kind, chosen in self._kinds(start).items():
@@ -110,13 +110,13 @@ class CommunicationLedger:
             yield row | {"direction": DIRECTIONS[values[2]].name, "purpose": PURPOSES[values[3]].name}
 
     def add_rows(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Adds the transfers of rows as `rows` gives them; numbers may be text, as `csv.DictReader` gives them."""
+        """Adds the transfers of rows as returned by `rows`; numbers may be text, as in `csv.DictReader`."""
         for row in rows:
             numbers = {name: int(row[name]) for name in COLUMNS if name not in ("direction", "purpose")}
             self.add(Transfer(direction=Direction[row["direction"]], purpose=Purpose[row["purpose"]], **numbers))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values for a checkpoint: lossless, short, and made anew for the last BLOCK rows only, however many there are."""
+        """Returns plain values for a checkpoint, lossless and short; encodes only the rows added since the last full block."""
         full = len(self) // BLOCK
         self._blocks += [self._encoded(block * BLOCK, (block + 1) * BLOCK) for block in range(len(self._blocks), full)]
         last = [self._encoded(full * BLOCK, len(self))] if len(self) % BLOCK else []
@@ -124,7 +124,7 @@ class CommunicationLedger:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "CommunicationLedger":
-        """Returns the ledger that `to_json` was called on. Codes are read by name, so members of an enum may have been added since."""
+        """Returns the ledger that `to_json` was called on. Enum codes are read by name, so members may have been added since."""
         blocks = [_decoded(block) for block in value["blocks"]]
         columns = dict(zip(COLUMNS, np.concatenate([np.zeros((len(COLUMNS), 0), dtype=np.int64), *blocks], axis=1), strict=True))
         for name, members, now in (("direction", value["directions"], DIRECTIONS), ("purpose", value["purposes"], PURPOSES)):
@@ -136,7 +136,7 @@ class CommunicationLedger:
         return ledger
 
     def _encoded(self, start: int, stop: int) -> str:
-        """Returns rows as text: the differences of neighbours, which are alike in most rows, compressed."""
+        """Returns rows as text: the compressed differences of successive rows, most of which are alike."""
         rows = np.array([self._columns[name][start:stop] for name in COLUMNS], dtype="<i8")
         return b64encode(zlib.compress(np.diff(rows, prepend=0).astype("<i8").tobytes(), level=1)).decode()
 
@@ -144,7 +144,7 @@ class CommunicationLedger:
         return np.array(self._columns[name][start:], dtype=np.int64)
 
     def _kinds(self, start: int) -> dict[str, NDArray[np.bool_]]:
-        """Returns which rows from `start` on count as uplink, downlink and setup: a partition of them."""
+        """Returns masks that partition the rows from `start` on into uplink, downlink and setup."""
         setup = IS_SETUP[self._column("purpose", start)]
         upward = self._column("direction", start) == DIRECTIONS.index(Direction.uplink)
         return {"uplink": ~setup & upward, "downlink": ~setup & ~upward, "setup": setup}
@@ -155,6 +155,6 @@ def _zero_totals() -> Totals:
 
 
 def _decoded(block: str) -> NDArray[np.int64]:
-    """Returns [columns, rows] of what `CommunicationLedger._encoded` gives."""
+    """Returns [columns, rows] from the text of `CommunicationLedger._encoded`."""
     differences = np.frombuffer(zlib.decompress(b64decode(block)), dtype="<i8").reshape(len(COLUMNS), -1)
     return np.cumsum(differences, axis=1, dtype=np.int64)

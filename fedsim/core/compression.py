@@ -1,9 +1,9 @@
 """Compressed uploads: a client's update as a few small arrays, whose sizes follow from the number of parameters alone.
 
-Rounding is stochastic and therefore unbiased: the mean over many clients loses the error that each one has (QSGD, arXiv 1610.02132).
-Integers share one scale per block of 256 values, across the borders of factors (arXiv 2110.02861): an outlier coarsens its block
-and not its whole factor, and neither side needs the factors' sizes. That costs 1/64 byte a value. `top_k` is biased; error feedback,
-which adds what was left out to the next update, makes up for it (arXiv 1809.07599, 1901.09847).
+Rounding is stochastic and therefore unbiased: the clients' errors average out over many clients (QSGD, arXiv 1610.02132). Integers share
+one scale per block of 256 values, across factors (arXiv 2110.02861): an outlier coarsens its block and not its whole factor, and neither
+side needs the factors' sizes. That costs 1/64 byte a value. `top_k` is biased; error feedback, which adds what was left out to the next
+update, compensates for it (arXiv 1809.07599, 1901.09847).
 """
 
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 BLOCK = 256  # values that share a scale
-LARGEST = 2.0**127  # beyond it rounding up could leave float32
+LARGEST = 2.0**127  # above it, rounding up could overflow float32
 SMALLEST_SCALE = 2.0**-126  # the least normal float32; a block of zeros has this scale
 
 Arrays = dict[str, Tensor]
-"""What travels: arrays by name, on the CPU, typed and shaped as they are serialised."""
+"""The arrays sent, by name, on the CPU, with the types and shapes in which they are serialised."""
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Type and shape of each of such arrays."""
+"""Type and shape of each of these arrays."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """One way to write an update down in fewer bytes, and to read it again.
+    """Encodes an update in fewer bytes, and decodes it.
 
-    `density` is the fraction of entries that `top_k` keeps; both sides must know it, the other codecs do not look at it.
+    `density` is the fraction of entries that `top_k` keeps, which both sides must know; the other codecs ignore it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Codec:
     _decode: Callable[[Arrays, int], Tensor]
 
     def shapes(self, num_parameters: int, density: float = 1.0) -> Shapes:
-        """Returns type and shape of every array that travels. Raises ValueError for no parameters or a density outside (0, 1]."""
+        """Returns type and shape of every array. Raises ValueError unless 1 <= num_parameters < 2**31 and 0 < density <= 1."""
         if not 1 <= num_parameters < 2**31:
             raise ValueError(f"Expected a number of parameters from 1 to 2**31 - 1, got {num_parameters}.")
         if not 0 < density <= 1:
@@ -51,25 +51,25 @@ class Codec:
         return sum(prod(shape) * dtype.itemsize for dtype, shape in self.shapes(num_parameters, density).values())
 
     def encode(self, flat: Tensor, generator: Generator, density: float = 1.0) -> Arrays:
-        """Returns the arrays of `flat`, float32 [parameters] on the CPU, typed and shaped as `shapes` says.
+        """Returns the arrays of `flat`, float32 [parameters] on the CPU, with the types and shapes of `shapes`.
 
-        Guarantees: `flat` is not changed; the same `flat` and state of the generator give the same arrays; zeros, and values that lie on
-        the codec's grid already, are kept exactly. Raises ValueError for another type or shape, for none, for NaN and infinity, and for
-        magnitudes above 2**127.
+        Guarantees: `flat` is not changed; the same `flat` and state of the generator give the same arrays; zeros, and values already on
+        the codec's grid, are kept exactly. Raises ValueError for another type or shape, no values, NaN, infinity and magnitudes above
+        2**127.
         """
         flat = flat.detach()
         if flat.dtype != torch.float32 or flat.dim() != 1:
             raise ValueError(f"Expected float32 of one dimension, got {flat.dtype} of shape {tuple(flat.shape)}.")
-        self.shapes(flat.numel(), density)  # refuses what has no shapes
+        self.shapes(flat.numel(), density)  # checks size and density
         if not (flat.abs() <= LARGEST).all():
             raise ValueError("Expected finite values of magnitude at most 2**127, got NaN, infinity or a larger one; did training diverge?")
         return self._encode(flat, generator, density)
 
     def decode(self, arrays: Arrays, num_parameters: int, density: float = 1.0) -> Tensor:
-        """Returns the update as finite float32 [num_parameters]; `density` is the one that it was encoded with.
+        """Returns the update as finite float32 [num_parameters]; `density` is that of `encode`.
 
-        Nothing about `arrays` is believed. Raises ValueError for other names, types or shapes than `shapes` says, and for contents that
-        no `encode` writes: NaN or infinity, scales not above zero, levels off the grid, indices out of range, repeated or out of order.
+        `arrays` are not trusted. Raises ValueError for names, types or shapes other than those of `shapes`, and for contents that no
+        `encode` writes: NaN or infinity, scales not above zero, levels off the grid, indices out of range, repeated or out of order.
         """
         expected = self.shapes(num_parameters, density)
         found = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
@@ -82,7 +82,7 @@ class Codec:
 
 
 class CompressedUpload(NamedTuple):
-    """A compressed update: what travels, what the server will read from it, and what is left for the next round."""
+    """A compressed update: the arrays sent, what the server decodes from them, and the rest for the next round."""
 
     arrays: Arrays
     decoded: Tensor  # [parameters]
@@ -90,10 +90,10 @@ class CompressedUpload(NamedTuple):
 
 
 def compress(update: Tensor, residual: Tensor | None, codec: Codec, generator: Generator, density: float = 1.0) -> CompressedUpload:
-    """Encodes update + residual; the new residual is what the decoded values lack of it.
+    """Encodes update + residual; the new residual is this sum minus the decoded values.
 
-    Guarantees: nothing is lost, only late: the decoded values of all rounds and the last residual add up to the updates, to float32
-    tolerance. A first round starts from a residual of zeros; with None there is no error feedback, and None is returned for it.
+    Guarantees: the decoded values of all rounds and the last residual add up to the updates, to float32 tolerance. The first round
+    starts from a residual of zeros; None means no error feedback, and stays None.
     Raises ValueError as `Codec.encode` does, and for a residual of another type or shape.
     """
     if residual is not None and (residual.dtype, residual.shape) != (update.dtype, update.shape):
@@ -109,7 +109,7 @@ def _bfloat16_shapes(num_parameters: int, density: float) -> Shapes:
 
 
 def _encode_bfloat16(flat: Tensor, generator: Generator, density: float) -> Arrays:
-    """The upper half of a float32 is a bfloat16; a random number added to the lower half carries with exactly the right chance."""
+    """Adds a random number to the lower half of each float32: it carries into the upper half, a bfloat16, with the right probability."""
     random = torch.randint(2**16, flat.shape, generator=generator, dtype=torch.int32)
     upper = (flat.view(torch.int32) + random) >> 16
     return {"bits": upper.to(torch.int16).view(torch.uint16)}
@@ -171,7 +171,7 @@ def _int4_shapes(num_parameters: int, density: float) -> Shapes:
 
 
 def _encode_int4(flat: Tensor, generator: Generator, density: float) -> Arrays:
-    """The first of two values lies in the lower half of a byte; an odd one is paired with a zero."""
+    """Packs two values per byte, the first into the lower half; an odd last one is paired with a zero."""
     codes, scales = _quantize(flat, generator, 7)
     pairs = functional.pad(codes, (0, codes.numel() % 2), value=8).view(-1, 2)
     return {"codes": pairs[:, 0] | (pairs[:, 1] << 4), "scales": scales}
@@ -189,7 +189,7 @@ def _top_k_shapes(num_parameters: int, density: float) -> Shapes:
 
 
 def _encode_top_k(flat: Tensor, generator: Generator, density: float) -> Arrays:
-    """Of equal magnitudes the earlier come first, so that the choice does not depend on how a machine sorts."""
+    """Prefers earlier entries of equal magnitude, so that the choice does not depend on how a machine sorts."""
     _, (count,) = _top_k_shapes(flat.numel(), density)["indices"]
     magnitudes = flat.abs()
     threshold = magnitudes.topk(count, sorted=False).values.min()

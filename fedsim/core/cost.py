@@ -1,9 +1,9 @@
-"""What a run will send, predicted from shapes alone: no weights, no data and no training.
+"""Predicts what a run sends from shapes alone, without weights, data or training.
 
-It walks through all rounds with the `Exchange`, the random draws and the sizes that a run itself uses, so parameters and payload bytes are
-those of the run's ledger, transfer by transfer. Drop-outs of a simulated network are left out; those of `federation.dropout` are not. With
-`federation.over_selection` the bytes of all clients that are asked count, as in a run that asks them in one message; with smaller cohorts,
-some are no longer asked once enough have replied.
+It goes through all rounds with the `Exchange`, the random draws and the sizes of a real run, so parameters and payload bytes equal those of
+the run's ledger, transfer by transfer. It includes the drop-outs of `federation.dropout`, not those of a simulated network. With
+`federation.over_selection` it counts the bytes of all selected clients, as in a run that asks them in one message; with smaller cohorts, a
+run stops asking once enough have replied.
 """
 
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -33,7 +33,7 @@ from fedsim.errors import UserError
 
 
 class Charge(NamedTuple):
-    """One transfer as the ledger will hold it, but for the bytes of Flower's own serialisation."""
+    """One transfer as in the ledger, without the bytes of Flower's own serialisation."""
 
     round: int
     client: int
@@ -44,7 +44,7 @@ class Charge(NamedTuple):
 
 
 class Amount(NamedTuple):
-    """What travels, as a mean over clients or rounds where they differ."""
+    """The amount sent, as a mean over clients or rounds if they differ."""
 
     parameters: float
     payload_bytes: float
@@ -62,27 +62,27 @@ class Forecast:
     up: Amount
     down: Amount
     bases: float  # parameters over all rounds
-    gradient: int  # parameters of one client's initial gradients over all rounds, where it gives any
+    gradient: int  # parameters of the initial gradients of one client that gives any, over all rounds
     givers: int  # clients that give initial gradients
     totals: dict[str, int]  # {uplink,downlink,setup}_{parameters,payload_bytes} over all clients and rounds, as in the ledger
 
 
 def charges(config: Config, method: Method, spec: AdapterSpec) -> Iterator[Charge]:
-    """Yields every transfer of the run that `config` describes, in which the method has settled what it decides.
+    """Yields every transfer of the run of `config`, in which the method's defaults must be resolved.
 
-    Raises UserError for an upload that is too large to be compressed.
+    Raises UserError for federation.mode=fedbuff, and for an upload that is too large to be compressed.
     """
-    return (charge for charge in _Walk(config, method, spec).charges() if charge.client < config.federation.clients)
+    return (charge for charge in _DryRun(config, method, spec).charges() if charge.client < config.federation.clients)
 
 
 def forecast(config: Config, method: Method, spec: AdapterSpec) -> Forecast:
-    """Returns the cost of the run that `config` describes. Raises as `charges` does."""
+    """Returns the cost of the run of `config`. Raises as `charges` does."""
     clients = config.federation.clients
     totals = {f"{kind}_{what}": 0 for kind in ("uplink", "downlink", "setup") for what in Amount._fields}
     ranks = _ranks(config, spec)
     share = {clients + place: ranks.count(rank) / clients for place, rank in enumerate(sorted(set(ranks)))}
     bases, gradients = 0.0, dict.fromkeys(range(clients), 0)
-    for charge in _Walk(config, method, spec, observers=sorted(set(ranks))).charges():
+    for charge in _DryRun(config, method, spec, observers=sorted(set(ranks))).charges():
         if charge.client >= clients:
             bases += share[charge.client] * charge.parameters if charge.purpose is Purpose.bases else 0
             continue
@@ -91,19 +91,19 @@ def forecast(config: Config, method: Method, spec: AdapterSpec) -> Forecast:
         totals[f"{kind}_payload_bytes"] += charge.payload_bytes
         gradients[charge.client] += charge.parameters if charge.purpose is Purpose.initial_gradient else 0
     given = [count for count in gradients.values() if count]
-    trained, up, down = _steady(config, method, spec, share)
+    trained, up, down = _mean_round(config, method, spec, share)
     return Forecast(trained, up, down, bases, max(given, default=0), len(given), totals)
 
 
-def _steady(config: Config, method: Method, spec: AdapterSpec, share: dict[int, float]) -> tuple[float, Amount, Amount]:
-    """Returns what an observer of each rank trains, sends and receives, as the mean from round 2 on over as many as may differ."""
+def _mean_round(config: Config, method: Method, spec: AdapterSpec, share: dict[int, float]) -> tuple[float, Amount, Amount]:
+    """Returns what observers train, send and receive per round: means over ranks by `share`, and over a full period from round 2 on."""
     last = 1 + max(2, lcm(config.adapter.refresh_every or 1, len(method.turns)))
     longer = replace(config, federation=replace(config.federation, rounds=last + 1))
-    walk = _Walk(longer, method, spec, observers=sorted(set(_ranks(config, spec))))
+    dry_run = _DryRun(longer, method, spec, observers=sorted(set(_ranks(config, spec))))
     rounds = range(2, last + 1)
-    trained = sum(share[client] * walk.held(method.trained(number), client) for client in share for number in rounds)
+    trained = sum(share[client] * dry_run.held(method.trained(number), client) for client in share for number in rounds)
     sums = {direction: [0.0, 0.0] for direction in Direction}
-    for charge in walk.charges():
+    for charge in dry_run.charges():
         if charge.client in share and charge.round in rounds and charge.purpose not in SETUP:
             for place, amount in enumerate((charge.parameters, charge.payload_bytes)):
                 sums[charge.direction][place] += share[charge.client] * amount / len(rounds)
@@ -116,9 +116,9 @@ def _ranks(config: Config, spec: AdapterSpec) -> list[int]:
     return deal_ranks(federation.clients, federation.ranks, config.seed) if federation.ranks else [spec.rank] * federation.clients
 
 
-class _Walk:
-    """A run's messages, round by round. Observers, one of each given rank, come after the clients: they take part in every round, give
-    no gradients, and nothing that they send is used."""
+class _DryRun:
+    """A run's messages, round by round. Observers, one per given rank, are numbered after the clients: they take part in every round,
+    give no gradients, and their uploads are not used."""
 
     def __init__(self, config: Config, method: Method, spec: AdapterSpec, observers: Sequence[int] = ()) -> None:
         if config.federation.mode is Mode.fedbuff:
@@ -130,8 +130,8 @@ class _Walk:
         self._clients = config.federation.clients
         self._rank = [*_ranks(config, spec), *observers]
         self._size = cache(spec.num_parameters)
-        self._whole = sum(rows * columns for rows, columns in spec.layers.values())
-        self._of_gradients = parts_of(config, spec).layout.num_parameters
+        self._dense_size = sum(rows * columns for rows, columns in spec.layers.values())
+        self._gradient_size = parts_of(config, spec).layout.num_parameters
         self._increment = 0
         self._secure = config.privacy.secure_aggregation
 
@@ -143,9 +143,9 @@ class _Walk:
         for number in range(1, self._config.federation.rounds + 1):
             wanted = drawn(self._config, number)
             asked = [*wanted, *spares(self._config, number)]
-            told, sending, summed = yield from self._attending(number, asked, number)
+            receiving, sending, summed = yield from self._stages(number, asked, number)
             observers = range(self._clients, len(self._rank))
-            for client in (*told, *observers):
+            for client in (*receiving, *observers):
                 yield from self._down(number, client, self._exchange.versions)
             for client in (*sending, *observers):
                 yield from self._up(number, client)
@@ -159,22 +159,22 @@ class _Walk:
         return self._size(kinds, self._rank[client]) if heads is None else replace(self._spec, heads=heads).num_parameters(kinds)
 
     def _gradients(self, number: int) -> Iterator[Charge]:
-        """Yields the initial gradients after round `number`, each from a client that has the base weights as they are then."""
+        """Yields the transfers of initial gradients after round `number`; each giver needs the current base weights."""
         if self._config.adapter.init in DERIVED or self._config.adapter.init is Init.gradient_public:
             return
-        clients, size = list(givers(self._config)), 4 * self._of_gradients
-        yield from self._attending(number, clients, 0)
+        clients, size = list(givers(self._config)), 4 * self._gradient_size
+        yield from self._stages(number, clients, 0)
         if self._secure:
             quantizer = gradient_quantizer(self._config.secure.gradient_range, len(clients))
-            size = quantizer.width * (self._of_gradients + quantizer.digits)
+            size = quantizer.width * (self._gradient_size + quantizer.digits)
         for client in clients:
             yield from self._down(number, client, needed_for_gradients(self._exchange))
-            yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._of_gradients, size)
+            yield Charge(number, client, Direction.uplink, Purpose.initial_gradient, self._gradient_size, size)
 
-    def _attending(self, number: int, clients: list[int], dropouts: int) -> Generator[Charge, None, tuple[list[int], list[int], list[int]]]:
-        """Yields what secure aggregation itself sends, and returns who is asked for an upload, who sends one and who is in the result.
+    def _stages(self, number: int, clients: list[int], dropouts: int) -> Generator[Charge, None, tuple[list[int], list[int], list[int]]]:
+        """Yields the transfers of secure aggregation itself; returns the clients asked for an upload, sending one, and in the result.
 
-        `dropouts` is the round of which the simulated ones are, 0 for none. Observers are as clients of a round in which all stay.
+        `dropouts` is the round whose simulated drop-outs apply, 0 for none. Observers count as clients of a round without drop-outs.
         """
         if not self._secure:
             return clients, (sending := heard(self._config, dropouts, clients)), sending
@@ -184,12 +184,12 @@ class _Walk:
         sent = list(protocol_traffic(graph, present))
         if dropouts:
             whole = protocol_traffic(graph, dict.fromkeys(Stage, clients))
-            alike = [each for each in whole if each.client == clients[0]]
-            sent += [each._replace(client=client) for client in range(self._clients, len(self._rank)) for each in alike]
+            template = [each for each in whole if each.client == clients[0]]
+            sent += [each._replace(client=client) for client in range(self._clients, len(self._rank)) for each in template]
         for each in sent:
             yield Charge(number, each.client, each.direction, Purpose.secure_aggregation, 0, each.payload_bytes)
-        told, sending = present.get(Stage.shares, []) if Stage.upload in present else [], present.get(Stage.upload, [])
-        return told, sending, sending if enough_heard(self._config, graph, present, Stage.unmasking) else []
+        receiving, sending = present.get(Stage.shares, []) if Stage.upload in present else [], present.get(Stage.upload, [])
+        return receiving, sending, sending if enough_heard(self._config, graph, present, Stage.unmasking) else []
 
     def _down(self, number: int, client: int, needed: Collection[str]) -> Iterator[Charge]:
         lacking = [part for part in self._exchange.lacking(client) if part in needed]
@@ -197,7 +197,7 @@ class _Walk:
         def sizes(kinds: Sequence[str]) -> int:
             return self._control if kinds == (CONTROL,) else self._size(kinds, self._rank[client])
 
-        for purpose, size in down_sizes(self._exchange, self._method.moving, client, lacking, sizes, self._whole, self._increment):
+        for purpose, size in down_sizes(self._exchange, self._method.moving, client, lacking, sizes, self._dense_size, self._increment):
             yield Charge(number, client, Direction.downlink, purpose, size, 4 * size)
         self._exchange.sent(client, needed)
 
@@ -224,7 +224,7 @@ class _Walk:
             raise UserError(f"compression.name={options.name}: {error} Send less, or do not compress.") from error
 
     def _combine(self, number: int, clients: Sequence[int]) -> None:
-        """Notes what the server changes at the end of a round, which is nothing where nobody was heard, but for noise."""
+        """Records what the server changes at the end of a round: nothing if no client replied, unless the server adds noise."""
         if not clients and not server_adds_noise(self._config):
             return
         self._exchange.changed(self._method.changed(number), number)
@@ -235,7 +235,7 @@ class _Walk:
             self._exchange.changed((CONTROL,), number)
 
     def _fold(self, clients: Sequence[int]) -> int:
-        """Returns the number of parameters of the factors of what a round adds to the base weights, 0 where it is dense."""
+        """Returns the number of parameters in the factors of what a round adds to the base weights, 0 if that is dense."""
         options = self._config.method
         if options.residual_rank is not None:
             return sum(min(options.residual_rank, *shape) * sum(shape) for shape in self._spec.layers.values())

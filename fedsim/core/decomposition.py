@@ -1,6 +1,6 @@
-"""The truncated singular value decomposition, exact or of a subspace, always in float64.
+"""Truncated singular value decomposition in float64, exact or by subspace iteration.
 
-Exact means from the eigenvectors of the Gram matrix of the smaller side: of a float64 matrix they have all the digits of float32, several
+The exact one takes the eigenvectors of the Gram matrix of the smaller side: in float64 these are right to all digits of float32, several
 times faster than LAPACK's decomposition of the matrix itself, and on any device.
 """
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsim.seeding import torch_generator
 
-EXACT_SVD_LIMIT = 2048  # above this smaller side a seeded subspace iteration takes the place of the exact decomposition
+EXACT_SVD_LIMIT = 2048  # above this smaller side, a seeded subspace iteration replaces the exact decomposition
 TOLERANCE = 1e-5  # largest entry of |B^T B - I| and |A A^T - I| in float32
 OVERSAMPLING = 32  # columns of the subspace besides the rank
 ITERATIONS = 6
@@ -19,9 +19,9 @@ CPU = torch.device("cpu")
 def truncated_svd(matrix: Tensor, rank: int, seed: int, name: str, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
     """Returns U [m, rank], S [rank], V^T [rank, n] on the CPU in float32, with orthonormal U and V to `TOLERANCE`.
 
-    Deterministic: computed on `device`, whose last digits are its own, signs fixed so that the largest entry of each column of U is
-    positive. Where the smaller side exceeds `EXACT_SVD_LIMIT` the subspace is found by iteration from a start that depends on `seed` and
-    `name` only. Of a matrix of lower rank the vectors beyond it are any orthonormal ones. A rank above the smaller side gives all there is.
+    Deterministic on one `device`; the last digits differ between devices. Signs are fixed so that the largest entry of each column of U is
+    positive. If the smaller side exceeds `EXACT_SVD_LIMIT`, the subspace iteration starts from a matrix that depends on `seed` and `name`
+    only. Vectors beyond the rank of the matrix are arbitrary orthonormal ones. A rank above the smaller side gives all singular values.
     """
     given = matrix.detach().to(device).double()
     if min(matrix.shape) > EXACT_SVD_LIMIT:
@@ -44,13 +44,13 @@ def exact_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return left.T, values, right.T
     rank = min(rank, matrix.shape[1])
     vectors = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -rank:].flip(1) if rank else matrix.new_empty(matrix.shape[1], 0)
-    left, upper = torch.linalg.qr(matrix @ vectors)  # the product is U S: its columns are orthogonal already, but for those near zero
+    left, upper = torch.linalg.qr(matrix @ vectors)  # the product is U S: its columns are already orthogonal, except those near zero
     values = upper.diagonal()
     return left * torch.where(values < 0, -1.0, 1.0), values.abs(), vectors.T
 
 
 def svd_flops(rows: int, columns: int, rank: int) -> float:
-    """Returns about how many float64 operations `truncated_svd` takes: products, and what the rest costs in terms of them."""
+    """Returns the approximate float64 operations of `truncated_svd`, with everything expressed in terms of matrix products."""
     short, long = sorted((rows, columns))
     if short > EXACT_SVD_LIMIT:
         return 60.0 * rows * columns * (rank + OVERSAMPLING)

@@ -16,11 +16,11 @@ DENSE_SVD_LIMIT = 2048  # above this smaller side the singular values of a dense
 
 
 def diagnose(collector: Collector, collected: Collected, state: GlobalState, fold: Adapter, *, exact: bool) -> dict[str, Any]:
-    """Returns {drift, effective_rank, deviation} of a round that led to this state. Effective rank is a mean over the layers.
+    """Returns {drift, effective_rank, deviation} of the round that led to this state. Effective rank is a mean over the layers.
 
-    `deviation` is {} where the average is `exact` by construction. Otherwise it is {layer: |mean of updates - update of the round| /
-    |mean of updates|} where the mean of the clients' dense updates is known, and absent where it is not. The update of the round is that
-    of the state's factors and `fold`, what it has added to the base weights.
+    `deviation` is {} if the average is `exact` by construction. Otherwise it is {layer: |mean of updates - update of the round| /
+    |mean of updates|}, or absent if the mean of the clients' dense updates is unknown. The update of the round is that of the state's
+    factors plus `fold`, which the round added to the base weights.
     """
     found: dict[str, Any] = {"drift": collector.drift(), "effective_rank": _mean_effective_rank(state)}
     if exact:
@@ -44,7 +44,7 @@ def _mean_effective_rank(state: GlobalState) -> float:
 
 
 def _singular_values(state: GlobalState) -> Iterator[Tensor]:
-    """Yields those of the layers' updates but for the scaling, [layers, values], for layers at a time whose matrices have one shape."""
+    """Yields the singular values of the layers' updates up to a common factor, [layers, values], for layers of one shape at a time."""
     spec: AdapterSpec = state.spec
     if spec.form is LORA_SB and not state.folded:  # B and A are orthonormal
         yield singular_values(state.flat(("R",)).view(-1, spec.rank, spec.rank))
@@ -61,10 +61,10 @@ def _singular_values(state: GlobalState) -> Iterator[Tensor]:
 
 
 def singular_values(matrices: Tensor) -> Tensor:
-    """Returns those of float32 matrices [..., rows, columns] in float64, [..., min(rows, columns)], from the smallest to the largest.
+    """Returns ascending float64 singular values, [..., min(rows, columns)], of float32 matrices [..., rows, columns].
 
     They are the roots of the eigenvalues of the smaller Gram matrix in float64: right to 1e-8 of the largest (1e-7 at two thousand rows),
-    where a decomposition in float32 is right to 1e-6 and takes up to two and a half times as long.
+    while a decomposition in float32 is right to 1e-6 and takes up to two and a half times as long.
     """
     wide = matrices.double()
     wide = wide if wide.shape[-2] <= wide.shape[-1] else wide.mT
@@ -72,7 +72,7 @@ def singular_values(matrices: Tensor) -> Tensor:
 
 
 def _core(spec: AdapterSpec, factors: Factors) -> Tensor:
-    """Returns a small matrix with the singular values of a layer's update, but for the scaling."""
+    """Returns a small matrix with the singular values of a layer's update, without the scaling."""
     left, *middle, right = spec.form.chain(factors)
     core = torch.linalg.qr(left).R
     for matrix in middle:
@@ -81,7 +81,7 @@ def _core(spec: AdapterSpec, factors: Factors) -> Tensor:
 
 
 def effective_ranks(values: Tensor) -> Tensor:
-    """Returns exp of the entropy of the shares of singular values [..., values] (Roy and Vetterli 2007); nan where all are zero."""
+    """Returns exp of the entropy of normalised singular values [..., values] (Roy and Vetterli 2007); nan if all are zero."""
     values = values.double()
     shares = values / values.sum(-1, keepdim=True)
     return torch.exp(-(shares * shares.clamp(min=torch.finfo(shares.dtype).tiny).log()).sum(-1))

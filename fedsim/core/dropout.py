@@ -1,7 +1,7 @@
-"""Clients that drop out in the middle of a round: who and when is a function of seed, round and client.
+"""Clients that drop out during a round: a function of seed, round and client.
 
-A client fails before its upload with probability `federation.dropout`. With secure aggregation it does so at one of three stages, and a
-client whose upload has arrived fails with the same probability before the unmasking. The same clients are lost either way.
+A client fails before its upload arrives with probability `federation.dropout`. With secure aggregation it does so at one of three stages,
+and a client whose upload has arrived fails with the same probability before the unmasking. The same uploads are lost either way.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ class Stage(IntEnum):
 
 
 Rates = Sequence[float] | None
-"""Each client's own probability of vanishing in a round; None is `federation.dropout` for all."""
+"""Each client's own probability of vanishing in a round; None means `federation.dropout` for all."""
 
 
 def vanishes(config: Config, server_round: int, client: int, rates: Rates = None) -> Stage | None:
-    """Returns the first stage that the client no longer reaches in this round, None if it stays. In round 0, the set-up, all stay."""
+    """Returns the first stage that the client does not reach in this round, None if it stays. In round 0, the set-up, all stay."""
     rate = config.federation.dropout if rates is None else rates[client]
     if not rate or not server_round:
         return None

@@ -1,7 +1,7 @@
-"""Which client holds which version of each part of the global state, and therefore what a message to it must carry.
+"""Tracks which version of each part of the global state every client holds, and so what a message to it must carry.
 
-Parts are the kinds of factors, "W" (what has been added to the base weights since the beginning) and "c" (SCAFFOLD's control variate of
-the server). A run and the command that predicts its cost use the same class, so they cannot disagree.
+Parts are the kinds of factors, "W" (everything added to the base weights so far) and "c" (SCAFFOLD's server control variate). A run and
+the command that predicts its cost use the same class, so they cannot disagree.
 """
 
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ WEIGHTS, CONTROL = "W", "c"
 
 @dataclass
 class Exchange:
-    """Versions are the rounds in which a part last changed.
+    """The version of a part is the round in which it last changed.
 
-    Everybody can derive some parts from seed and base model, and so holds them: the `derived` parts at version 0, the `rederived` ones at
+    Clients can derive some parts from seed and base model, and so hold them: the `derived` parts at version 0, the `rederived` ones at
     every version.
     """
 
@@ -22,7 +22,7 @@ class Exchange:
     derived: frozenset[str]
     rederived: frozenset[str] = frozenset()
     held: dict[int, dict[str, int]] = field(default_factory=dict)  # by client
-    needed: dict[str, int] = field(default_factory=dict)  # versions that a client must hold to take the last increment of W
+    needed: dict[str, int] = field(default_factory=dict)  # versions that a client must hold to apply the last increment of W
 
     def holds(self, client: int, part: str) -> int:
         """Returns the version of the part that the client holds, -1 for none."""
@@ -31,28 +31,28 @@ class Exchange:
         return self.held.get(client, {}).get(part, 0 if part in self.derived else -1)
 
     def lacking(self, client: int) -> list[str]:
-        """Returns the parts that the client does not hold in their present version, in order."""
+        """Returns the parts of which the client lacks the current version, in order."""
         return [part for part, version in self.versions.items() if self.holds(client, part) < version]
 
     def takes_increment(self, client: int) -> bool:
-        """Whether the client holds what the last increment of W builds on; otherwise it needs W whole."""
+        """Whether the client holds what the last increment of W builds on; otherwise it needs all of W."""
         return bool(self.needed) and all(
             part in self.rederived or self.holds(client, part) == version for part, version in self.needed.items()
         )
 
     def sent(self, client: int, parts: Iterable[str]) -> None:
-        """Notes that the client now holds these parts in their present version.
+        """Records that the client now holds the current version of these parts.
 
-        To be called when its reply is there: a message that was lost has brought the client nothing.
+        To be called when its reply has arrived: the message may have been lost.
         """
         held = {part: self.holds(client, part) for part in self.versions}
         self.held[client] = held | {part: self.versions[part] for part in parts}
 
     def changed(self, parts: Iterable[str], round: int) -> None:
-        """Notes that the parts have changed in this round."""
+        """Records that the parts changed in this round."""
         self.versions.update(dict.fromkeys(parts, round))
 
     def added(self, round: int, builds_on: Iterable[str] | None) -> None:
-        """Notes that W has changed; an increment of it can be sent to clients that hold W and the parts `builds_on` as they were before."""
+        """Records that W changed; its increment suits clients that hold the previous W and the current version of the parts `builds_on`."""
         self.needed = {} if builds_on is None else {part: self.versions[part] for part in (WEIGHTS, *builds_on)}
         self.versions[WEIGHTS] = round
