@@ -1,4 +1,4 @@
-"""The time and memory that a run will take, predicted from shapes and a few measured rates: arithmetic alone, no weights and no clock.
+"""Predicts the time and memory of a run from shapes and a few measured rates, without weights or a clock.
 
 FLOPs are those of the matrix products, two per multiply-add. The base is frozen, so a token costs a forward pass and the gradient of the
 activations, 4 x parameters, and no gradient of the weights. Bytes of transfers come from `fedsim.core.cost`.
@@ -23,16 +23,16 @@ from fedsim.core.participation import round_size, steps_per_round
 from fedsim.core.traffic import refresh_due
 
 PADDED = 1.08
-"""Positions of a pass for each of its tokens, where the rows are not known. They are padded to the longest, and to few widths."""
+"""Positions of a pass per token, if the rows are unknown: rows are padded to the longest, and to few widths."""
 
 GRADIENT_COPIES = 9
-"""Of initial gradients in a process that is server and worker and gives nothing back: as summed, flat and in a message, of a client and of
-the one before; the sum over clients in float64, and in float32."""
+"""Copies of initial gradients, in float32 sizes, in a process that is server and worker and frees no memory: summed, flat and in a message,
+of a client and of the one before; the sum over clients in float64, and in float32."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do, in examples and tokens; means over examples. Of what is classified no token carries a loss or is generated."""
+    """The run's work in examples and tokens; means over examples. In classification no token carries a loss or is generated."""
 
     tokens: float  # of a training example, cut to data.max_length
     responses: float  # of these, tokens that carry a loss
@@ -40,8 +40,8 @@ class Work:
     questions: int  # of all test sets
     prompt: float  # tokens of a test question
     answer: float  # tokens of a generated answer after training
-    sequences: int = 1  # in which an example is read: two where its texts are read apart
-    padded: float = PADDED  # positions of a training pass for each of its tokens
+    sequences: int = 1  # per example: two if its texts are encoded separately
+    padded: float = PADDED  # positions of a training pass per token
 
     @property
     def length(self) -> float:
@@ -58,7 +58,7 @@ class Calibration:
     client_step_seconds: float  # of a client's step besides its passes
     decode_flops: float  # per second in generation; 0 where nothing is generated
     decode_seconds: float  # of a generation step besides its FLOPs
-    copy_bytes: float  # per second that a message's arrays go through packing, checks and averaging
+    copy_bytes: float  # of a message's arrays per second, through packing, checks and averaging
     client_seconds: float  # of a client's messages in a round besides their bytes
     svd_flops: float  # per second, float64
     process_bytes: int  # resident memory of a process before a model is loaded
@@ -76,7 +76,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The whole run: its phases, the peak of memory by what holds it, and the bytes that travel."""
+    """The whole run: its phases, the peak memory by use, and the bytes sent."""
 
     phases: tuple[Phase, ...]
     memory: dict[str, float]
@@ -95,12 +95,12 @@ class Estimate:
 
 
 def trained_parameters(spec: AdapterSpec, kinds: Sequence[str]) -> int:
-    """Returns how many of the trained numbers every token meets: those of a classification head are for a row."""
+    """Returns the trained parameters that every token goes through: all but a classification head, applied once per row."""
     return spec.num_parameters([kind for kind in kinds if kind != HEAD])
 
 
 def chain_parameters(spec: AdapterSpec) -> int:
-    """Returns the number of multiply-adds of a token in all adapters: the elements of the matrices of the form's chains."""
+    """Returns the multiply-adds per token in all adapters: the number of elements of the matrices in the form's chains."""
     total = 0
     for layer in spec.layers:
         factors = {kind: empty(shape, device="meta") for kind, shape in spec.shapes(layer).items()}
@@ -110,16 +110,16 @@ def chain_parameters(spec: AdapterSpec) -> int:
 
 def forward_flops(shape: ModelShape, tokens: float, length: float, targets: float, adapters: int = 0) -> float:
     """Returns the FLOPs of a forward pass of `tokens` tokens in sequences of `length`, of which `targets` need logits."""
-    attention = 2.0 * shape.attention_width * length * shape.layers  # scores and their product with the values, the mask not exploited
+    attention = 2.0 * shape.attention_width * length * shape.layers  # scores and their product with the values, ignoring the mask
     return 2.0 * (tokens * (shape.block_parameters + adapters + attention) + targets * shape.head_parameters)
 
 
 def training_flops(
     shape: ModelShape, tokens: float, length: float, targets: float, adapters: int, trained: int, *, checkpointing: bool = False
 ) -> float:
-    """Returns the FLOPs of forward and backward: the gradient of every activation, and of what trains.
+    """Returns the FLOPs of forward and backward: the gradients of all activations and trained parameters.
 
-    The first layers' gradients of their input, which nobody needs, are counted as if they were computed.
+    The gradient of the first layers' input is counted although it is not needed.
     """
     forward = forward_flops(shape, tokens, length, targets, adapters)
     attention = 2.0 * (2.0 * shape.attention_width * length * shape.layers) * tokens  # the backward of attention is twice its forward
@@ -130,7 +130,7 @@ def training_flops(
 def estimate(
     config: Config, method: Method, spec: AdapterSpec, shape: ModelShape, work: Work, rates: Calibration, cost: Forecast
 ) -> Estimate:
-    """Returns the estimate of the run that `config` describes; the method's defaults and the sizes of passes must be settled in it."""
+    """Returns the estimate of the run of `config`, in which the method's defaults and the sizes of passes must be resolved."""
     plan = _Plan(config, method, spec, shape, work, rates, cost)
     phases = (plan.initialization(), plan.training(), plan.transfers(), plan.evaluation())
     return Estimate(phases, plan.memory(), dict(cost.totals), plan.flops_of_training)
@@ -163,12 +163,12 @@ class _Plan:
 
     @property
     def _pass_positions(self) -> float:
-        """Positions of one pass: the most that it may have, or a whole step where that is less."""
-        return min(self._most_tokens, self._work.padded * max(self._step_tokens, self._work.tokens))
+        """Positions of one pass: the budget, or a whole step if that is less."""
+        return min(self._token_budget, self._work.padded * max(self._step_tokens, self._work.tokens))
 
     @property
-    def _most_tokens(self) -> float:
-        """The budget of a pass, one sequence at least."""
+    def _token_budget(self) -> float:
+        """The budget of a pass, at least one example."""
         return max(int(self._config.training.tokens_per_pass), self._work.tokens)
 
     @property
@@ -181,16 +181,16 @@ class _Plan:
         return training_flops(self._shape, tokens, self._work.length, targets, self._adapters, trained, checkpointing=checkpointing)
 
     def training(self) -> Phase:
-        """Passes, and each client's optimizer steps."""
+        """Returns the phase of the passes and each client's optimizer steps."""
         rates, padded = self._rates, self._work.padded
-        passes = self._client_steps / self._cohort * ceil(padded * self._step_tokens / self._most_tokens)
+        passes = self._client_steps / self._cohort * ceil(padded * self._step_tokens / self._token_budget)
         seconds = padded * self.flops_of_training / rates.flops + passes * rates.pass_seconds
         seconds += self._client_steps * rates.client_step_seconds
         tokens = self._client_steps * self._batch * self._work.tokens
         return Phase("training", seconds, f"{tokens:,.0f} tokens, {passes:,.0f} passes, {self.flops_of_training:.3g} FLOPs")
 
     def initialization(self) -> Phase:
-        """The initial gradients, one at the base weights for every sample, and their decomposition; bases from the seed are for free."""
+        """Returns the phase of the initial gradients, at the base weights, and their decomposition; bases from the seed are free."""
         init, again = self._config.adapter.init, sum(refresh_due(self._config, n) for n in range(1, self._config.federation.rounds + 1))
         if init in DERIVED and init is not Init.weight_svd:
             return Phase("initialisation", 0.0, "bases from the seed")
@@ -200,7 +200,7 @@ class _Plan:
         samples, givers = self._samples, self._givers
         tokens = samples * self._work.tokens
         flops = training_flops(self._shape, tokens, self._work.length, samples * self._work.responses, 0, self._shape.block_parameters)
-        moved = 2.0 * 4 * self._of_gradients * givers / self._rates.copy_bytes
+        moved = 2.0 * 4 * self._gradient_size * givers / self._rates.copy_bytes
         seconds = flops / self._rates.flops + givers * self._rates.pass_seconds + svd + moved
         return Phase(
             "initialisation",
@@ -218,18 +218,18 @@ class _Plan:
         return max(1, self._cost.givers)
 
     @property
-    def _whole(self) -> int:
+    def _dense_size(self) -> int:
         return sum(prod(sides) for sides in self._spec.layers.values())
 
     @property
-    def _of_gradients(self) -> int:
+    def _gradient_size(self) -> int:
         return parts_of(self._config, self._spec).layout.num_parameters
 
     def _svd_flops(self) -> float:
         return sum(svd_flops(m, n, self._spec.rank) for m, n in self._spec.layers.values())
 
     def transfers(self) -> Phase:
-        """What packing, checking, counting and averaging take in one process; a network is not in it."""
+        """Returns the phase of packing, checking, counting and averaging in one process, without a network."""
         moved = sum(number for name, number in self._cost.totals.items() if name.endswith("payload_bytes") and not name.startswith("setup"))
         count = self._config.federation.rounds * self._participants
         seconds = moved / self._rates.copy_bytes + count * self._rates.client_seconds
@@ -238,8 +238,8 @@ class _Plan:
         )
 
     def evaluation(self) -> Phase:
-        """Of what is classified, forward passes. Else the base model's answers, taken to run to the limit, those after training, and the
-        loss of the references."""
+        """Returns the phase of evaluation: forward passes in classification; else generating the base model's answers, assumed to run to
+        the limit, and those after training, and the loss of the references."""
         options, work = self._config.evaluation, self._work
         rounds = self._config.federation.rounds
         later = 1 + (len([n for n in range(1, rounds) if n % options.every == 0]) if options.every else 0)
@@ -252,7 +252,7 @@ class _Plan:
 
     @property
     def _questions_at_once(self) -> int:
-        """Rows of a batch of evaluation."""
+        """Rows of an evaluation batch."""
         most = int(self._config.evaluation.tokens_per_pass) // (self._work.prompt + self._longest_answer)
         return int(max(1, min(self._work.questions, most)))
 
@@ -277,7 +277,7 @@ class _Plan:
     # ---- memory
 
     def memory(self) -> dict[str, float]:
-        """Returns bytes by what holds them at the peak, for one process that is server and worker."""
+        """Returns the bytes at the peak by use, for one process that is server and worker."""
         shape, config = self._shape, self._config
         number = shape.weight_bytes
         moments = {Optimizer.adamw: 2, Optimizer.sgd: 1 if config.training.momentum else 0}[config.training.optimizer]
@@ -295,36 +295,36 @@ class _Plan:
             checkpointing=config.training.activation_checkpointing,
         )
         whole = self._spec.num_parameters(self._spec.kinds)
-        merged = number * self._whole if number >= 4 else 0  # answers come from merged weights, where those are in float32
+        merged = number * self._dense_size if number >= 4 else 0  # answers use merged weights if those are in float32
         evaluation = self._questions_at_once * self._question_bytes + merged
         folds = self._method.folds or config.adapter.refresh_every > 0
         return {
             "process": float(self._rates.process_bytes),
             "base model": float(number * shape.parameters),
             "common factors": 2.0 * 4 * whole,
-            "what is folded into the base model": float((number + 4) * self._whole if folds else 0),
+            "what is folded into the base model": float((number + 4) * self._dense_size if folds else 0),
             "clients' factors, gradients, moments and uploads": 4.0 * self._trained * self._cohort * (4 + moments + private),
             "largest of a training pass, initial gradients and evaluation": max(held, self._initial_bytes, evaluation),
         }
 
     @property
     def _initial_bytes(self) -> float:
-        """What initial gradients hold: a pass that keeps every layer's input, and what becomes of the sums."""
+        """Bytes of the initial gradients: a pass that keeps every layer's input, and the copies of the sums."""
         if self._config.adapter.init in DERIVED:
             return 0.0
         work, dense = self._work, replace(self._spec, form=DENSE)
-        positions = min(self._most_tokens, work.padded * work.tokens * self._samples / self._givers)
+        positions = min(self._token_budget, work.padded * work.tokens * self._samples / self._givers)
         targets = self._targets(positions)
         held = pass_bytes(self._shape, dense, ("D",), positions, length=work.padded * work.length, groups=0, targets=targets)
-        return held + GRADIENT_COPIES * FACTOR_BYTES * self._of_gradients
+        return held + GRADIENT_COPIES * FACTOR_BYTES * self._gradient_size
 
     def _targets(self, positions: float) -> float:
-        """Returns how many of a pass have logits: rows differ in where their response begins."""
+        """Returns how many positions of a pass have logits; 0.2 is added because responses begin at different places."""
         return min(1.0, self._work.responses / self._work.tokens + 0.2) * positions
 
     @property
     def _question_bytes(self) -> float:
-        """What a row of a batch of evaluation takes: the cache of its answer, or what a block makes of it."""
+        """Bytes of a row of an evaluation batch: the cache of its answer, or in classification a block's activations."""
         tokens = self._work.prompt + self._longest_answer
         length, shape = tokens / self._work.sequences, self._shape
         return tokens * (shape.block_bytes(length) + shape.backward_bytes(length) if self._spec.head else shape.cache_bytes)

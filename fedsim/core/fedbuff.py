@@ -3,7 +3,7 @@
 A fixed number of clients train at any time, each from the version of the global factors that it was sent. The server buffers updates as
 they arrive; every K-th arrival makes a new version from the buffer, in which an update that is t versions old is scaled by 1 / sqrt(1 + t).
 A client that finishes is replaced at once by another, drawn from the seed. A client trains from each version at most once: if no other
-client is free, the place stays empty until the next version.
+client is free, its slot stays empty until the next version.
 """
 
 import heapq
@@ -23,18 +23,18 @@ def staleness_weight(versions: int) -> float:
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """One client's training, begun from `version` and done at time `finish`; `number` counts all jobs of a run."""
+    """One client's training from `version`, which ends at time `finish`; `number` counts all jobs of a run."""
 
     finish: float
     number: int
     client: int
     version: int
-    vanishes: bool = False  # nothing arrives; its place becomes free when the update was due
+    vanishes: bool = False  # nothing arrives; its slot becomes free when the update was due
 
 
 @dataclass
 class Queue:
-    """The jobs under way, a value that a checkpoint holds whole. What follows depends on it, the seed and the clients' times only."""
+    """The running jobs, stored whole in a checkpoint. Later jobs depend only on it, the seed and the clients' times."""
 
     time: float = 0.0
     num_jobs: int = 0
@@ -53,7 +53,7 @@ class Queue:
 
 @dataclass
 class Update:
-    """What a client will send, known to the simulation from the moment that its job begins."""
+    """A client's upload, computed by the simulation when its job begins."""
 
     num_examples: int
     num_tokens: int
@@ -64,15 +64,15 @@ class Update:
 
 @dataclass
 class Buffer:
-    """Everything that is under way between two versions."""
+    """Everything in flight between two versions."""
 
     queue: Queue = field(default_factory=Queue)
-    updates: dict[int, Update] = field(default_factory=dict)  # by the job's number: a client may begin anew when it has just arrived
+    updates: dict[int, Update] = field(default_factory=dict)  # by job number: a client may start its next job when its update arrives
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values; the tensors are in `changes`."""
-        told = {number: [each.num_examples, each.num_tokens, each.loss, each.sent] for number, each in self.updates.items()}
-        return {"queue": self.queue.to_json(), "updates": told}
+        fields = {number: [each.num_examples, each.num_tokens, each.loss, each.sent] for number, each in self.updates.items()}
+        return {"queue": self.queue.to_json(), "updates": fields}
 
     def changes(self) -> dict[str, Tensor]:
         """Returns the changes of all updates, by the job's number."""
@@ -103,21 +103,21 @@ def advance(
     clients: Sequence[int],
     concurrency: int,
     buffer: int,
-    seconds: Callable[[int], float],  # what the client takes from this version
+    seconds: Callable[[int], float],  # the client's time for a job
     vanishes: Callable[[int], bool],
     seed: int,
 ) -> Flush:
-    """Advances the queue to the moment at which the version's buffer is full, and returns what happened.
+    """Advances the queue to the time at which the version's buffer is full, and returns what happened.
 
-    Jobs that finish at the same moment are taken in, in their order, before new ones begin. The buffer stays short only if no client is
-    left to fill it.
+    Jobs that finish at the same time arrive, in their order, before new ones begin. The buffer stays short only if no client is left to
+    fill it.
     """
     begun: list[Job] = []
     arrived: list[Job] = []
     lost: list[Job] = []
 
-    def send_out() -> None:
-        """Fills free places with clients that are not training and have not trained from this version."""
+    def start_jobs() -> None:
+        """Fills free slots with clients that are not training and have not trained from this version."""
         while len(queue.working) < concurrency:
             busy = {job.client for job in (*queue.working, *begun)}
             free = [client for client in clients if client not in busy]
@@ -130,12 +130,12 @@ def advance(
             begun.append(job)
 
     heapq.heapify(queue.working)
-    send_out()
+    start_jobs()
     while queue.working and len(arrived) < buffer:
         queue.time = queue.working[0].finish
         while queue.working and queue.working[0].finish == queue.time and len(arrived) < buffer:
             job = heapq.heappop(queue.working)
             (lost if job.vanishes else arrived).append(job)
         if len(arrived) < buffer:
-            send_out()
+            start_jobs()
     return Flush(tuple(begun), tuple(arrived), tuple(lost))

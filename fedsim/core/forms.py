@@ -1,4 +1,4 @@
-"""What an adapter is made of: the factors of one layer, their shapes, and the matrices whose product is the weight update.
+"""The forms of adapters: the factors of one layer, their shapes, and the matrices whose product is the weight update.
 
 A method trains some kinds of factors of one form. Everything else about a form follows from its chain of matrices: the layer multiplies
 by them from right to left, the dense update is their product, and a client of smaller rank holds the leading rows and columns of each.
@@ -16,7 +16,7 @@ from fedsim.core.payload import Layout
 from fedsim.types import Adapter
 
 Factors = dict[str, Tensor]
-"""The factors of one layer by kind; with a leading axis they hold one per group of rows."""
+"""The factors of one layer by kind; a leading axis holds one per group of rows."""
 
 HEAD = "head"
 """Kind of the factor of a classification head's layer: [W | b] as one dense matrix [out, in + 1]. Every method trains and averages it."""
@@ -29,8 +29,8 @@ class Form:
     name: str
     shapes: Callable[[int, int, int, int], dict[str, tuple[int, ...]]]  # of (out, in, rank, heads)
     chain: Callable[[Factors], list[Tensor]]  # matrices from left to right; their product, times the scaling, is the update
-    rank_axes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of each kind, the axes that a smaller rank cuts short
-    low_rank: bool = True  # it has a rank, which times heads may not exceed the smaller side of a layer, and a scaling
+    rank_axes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by kind, the axes that a smaller rank truncates
+    low_rank: bool = True  # has a scaling and a rank; rank x heads is at most the smaller side of a layer
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -72,7 +72,7 @@ DENSE = Form(
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The adapters of a whole model, from shapes alone: all that the server side needs to know of it."""
+    """The adapters of a whole model, described by shapes alone, which is all that the server side needs."""
 
     form: Form
     layers: dict[str, tuple[int, int]]  # path to (out, in), in the model's order
@@ -80,7 +80,7 @@ class AdapterSpec:
     heads: int = 1
     scaling: float = 1.0
     head: dict[str, tuple[int, int]] = field(default_factory=dict)  # of the layers of a classification head, as in `layers`
-    _layouts: dict[tuple[str, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)  # one is asked per client
+    _layouts: dict[tuple[str, ...], Layout] = field(default_factory=dict, init=False, repr=False, compare=False)  # cache by kinds
 
     def shapes(self, layer: str) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of an adapted layer's factors by kind."""
@@ -88,11 +88,11 @@ class AdapterSpec:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """All kinds of factors: the form's, and the head's where there is one."""
+        """All kinds of factors: the form's, and the head's if there is one."""
         return (*self.form.kinds, *((HEAD,) if self.head else ()))
 
     def _factors(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Yields layer, kind and shape of each factor of the given kinds, in the model's order, those of the head last."""
+        """Yields layer, kind and shape of each factor of the given kinds, in the model's order, with those of the head last."""
         for layer in self.layers:
             shapes = self.shapes(layer)
             yield from ((layer, kind, shapes[kind]) for kind in kinds if kind != HEAD)
@@ -100,7 +100,7 @@ class AdapterSpec:
             yield from ((layer, HEAD, (rows, columns + 1)) for layer, (rows, columns) in self.head.items())
 
     def layout(self, kinds: Sequence[str]) -> Layout:
-        """Returns the layout of the factors of the given kinds, in the model's order, those of the head last."""
+        """Returns the layout of the factors of the given kinds, in the model's order, with those of the head last."""
         key = tuple(kinds)
         if key not in self._layouts:
             shapes = {f"{layer}.{kind}": shape for layer, kind, shape in self._factors(kinds)}
@@ -108,7 +108,7 @@ class AdapterSpec:
         return self._layouts[key]
 
     def num_parameters(self, kinds: Sequence[str], rank: int | None = None) -> int:
-        """Returns the number of elements of the given kinds in all layers, as a client of this rank holds them (None is the adapter's)."""
+        """Returns the number of elements of the given kinds in all layers, for a client of this rank (None is the adapter's rank)."""
         held = replace(self, rank=min(rank or self.rank, self.rank))
         return sum(prod(shape) for _, _, shape in held._factors(kinds))
 
@@ -129,7 +129,7 @@ class AdapterSpec:
         return product(self.form, self.factors(adapter, layer), self.scaling)
 
     def block(self, kinds: Sequence[str], rank: int) -> Tensor | None:
-        """Returns the positions, in the flat array of `kinds`, of what a client of this rank holds; None where that is everything."""
+        """Returns the positions, in the flat array of `kinds`, of the entries that a client of this rank holds; None for all."""
         if rank >= self.rank:
             return None
         return self._positions(kinds, lambda kind: tuple(slice(rank if axis in self._axes(kind) else None) for axis in range(3)))
@@ -137,7 +137,7 @@ class AdapterSpec:
     def head_positions(self, kinds: Sequence[str], heads: Sequence[int]) -> Tensor | None:
         """Returns the positions, in the flat array of `kinds`, of the factors of RAVAN's given heads; None for all heads.
 
-        A classification head belongs to all of them.
+        A classification head is always included.
         """
         if len(heads) >= self.heads:
             return None

@@ -1,8 +1,8 @@
-"""What a decoder does between its products, each in one step of autograd: the rotation of queries and keys, the gate, the norm.
+"""A decoder's operations between its products, each as one autograd step: the rotation of queries and keys, the gate, the norm.
 
-The steps of transformers' own code, taken one by one, keep tensors that nobody needs (the normalised input in float32, the gate after its
-activation: together a third of what the backward pass of a bfloat16 block keeps) and go through memory about twice as often. Rotation and
-gate give the same bits as before; the norm rounds once less, and is left alone on a CPU, where it wins nothing.
+The single steps of transformers' own code keep tensors that are not needed (the normalised input in float32, the gate after its activation:
+together a third of what the backward pass of a bfloat16 block keeps) and go through memory about twice as often. Rotation and gate give the
+same bits as before; the norm rounds once less, and is not replaced on a CPU, where it gains nothing.
 """
 
 import copy
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ROTATION = "apply_rotary_pos_emb"
-"""What the modules of transformers call by this name: (queries, keys, cos, sin, unsqueeze_dim=1) -> (queries, keys)."""
+"""Name of the function in transformers' modules: (queries, keys, cos, sin, unsqueeze_dim=1) -> (queries, keys)."""
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-4}
-"""Of the norm, whose roundings are others, by the types in which parts are tried; the other parts are the same to the bit."""
+"""Tolerance of the norm, which rounds differently, by the types in which parts are tested; the other parts are equal to the bit."""
 
 
 def fuse(model: nn.Module) -> None:
-    """Puts fused parts in the place of those of the model that compute the same, which is tried on small random numbers; the rest stays.
+    """Replaces parts of the model by fused ones that compute the same, as tested on small random inputs.
 
-    Names and parameters stay. The rotation is a function of the module in which the model is written, and is replaced there, for all models
-    of the kind in this process.
+    Names and parameters stay. The rotation is a function in the Python module of the model and is replaced there, for all models of this
+    kind in the process.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     for parent in [*model.modules()]:
@@ -46,7 +46,7 @@ def fuse(model: nn.Module) -> None:
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), as Llama and its descendants have it (Shazeer 2020, arXiv 2002.05202)."""
+    """down(silu(gate(x)) * up(x)), as in Llama and its descendants (Shazeer 2020, arXiv 2002.05202)."""
 
     PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -64,14 +64,14 @@ class GatedMLP(nn.Module):
         linear = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
         if isinstance(module, cls) or linear != set(cls.PARTS) or not _takes_one_argument(module):
             return False
-        with _drawn() as coins:
-            small = _emptied(module)
+        with _generator() as generator:
+            small = _without_parameters(module)
             small._modules |= {"gate_proj": nn.Linear(4, 6), "up_proj": nn.Linear(4, 6), "down_proj": nn.Linear(6, 4)}
-            return all(_agree(small.to(dtype), cls(small), torch.randn(2, 3, 4, generator=coins).to(dtype)) for dtype in TOLERANCES)
+            return all(_agree(small.to(dtype), cls(small), torch.randn(2, 3, 4, generator=generator).to(dtype)) for dtype in TOLERANCES)
 
 
 class _Gate(torch.autograd.Function):
-    """silu(a) * b; silu(a) is computed anew in the backward pass."""
+    """silu(a) * b; recomputes silu(a) in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -81,15 +81,15 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         a, b = ctx.saved_tensors
-        of_b, of_a = functional.silu(a).mul_(gradient), gradient * b
-        return torch.ops.aten.silu_backward.grad_input(of_a, a, grad_input=of_a), of_b  # in place: memory may be at its peak here
+        grad_b, grad_a = functional.silu(a).mul_(gradient), gradient * b
+        return torch.ops.aten.silu_backward.grad_input(grad_a, a, grad_input=grad_a), grad_b  # in place: memory may be at its peak here
 
 
 # ---- the norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), by PyTorch's kernel where the device has one."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), by PyTorch's kernel if the device has one."""
 
     def __init__(self, original: Any) -> None:
         super().__init__()
@@ -100,14 +100,14 @@ class RMSNorm(nn.Module):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether a module computes the same, but for the order of additions."""
+        """Whether a module computes the same, except for the order of additions."""
         named = [name for name, _ in module.named_parameters()] == ["weight"] and hasattr(module, "variance_epsilon")
         if isinstance(module, cls) or not named or not _takes_one_argument(module):
             return False
-        with _drawn() as coins:
-            small = _emptied(module)
-            small._parameters["weight"] = nn.Parameter(torch.randn(8, generator=coins))
-            x = torch.randn(2, 3, 8, generator=coins)
+        with _generator() as generator:
+            small = _without_parameters(module)
+            small._parameters["weight"] = nn.Parameter(torch.randn(8, generator=generator))
+            x = torch.randn(2, 3, 8, generator=generator)
             return all(_agree(small.to(dtype), cls(small), x.to(dtype), atol) for dtype, atol in TOLERANCES.items())
 
 
@@ -117,7 +117,7 @@ class RMSNorm(nn.Module):
 class Rotation:
     """Rotates queries and keys by their positions (Su et al. 2021, arXiv 2104.09864), in place of transformers' function.
 
-    Where not all dimensions take part, or the types differ, or something else is asked, it calls the original.
+    Calls the original if only some dimensions rotate, types differ, `cos` needs a gradient or there are other arguments.
     """
 
     def __init__(self, original: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -134,13 +134,13 @@ class Rotation:
     def fits(cls, original: Callable[..., tuple[Tensor, Tensor]]) -> bool:
         """Whether a function computes the same."""
         fused = cls(original)
-        with _drawn() as coins:
-            keys, (cos, sin) = torch.randn(2, 1, 5, 8, generator=coins), torch.randn(2, 2, 5, 8, generator=coins)
-            queries = torch.randn(2, 3, 5, 8, generator=coins)
+        with _generator() as generator:
+            keys, (cos, sin) = torch.randn(2, 1, 5, 8, generator=generator), torch.randn(2, 2, 5, 8, generator=generator)
+            queries = torch.randn(2, 3, 5, 8, generator=generator)
         for dtype in TOLERANCES:
             others = [tensor.to(dtype) for tensor in (keys, cos, sin)]
-            turned = [lambda x, turn=turn, others=others: torch.cat(turn(x, *others), dim=1) for turn in (original, fused)]
-            if not _agree(turned[0], turned[1], queries.to(dtype)):
+            rotations = [lambda x, rotate=rotate, others=others: torch.cat(rotate(x, *others), dim=1) for rotate in (original, fused)]
+            if not _agree(rotations[0], rotations[1], queries.to(dtype)):
                 return False
         return True
 
@@ -152,17 +152,17 @@ class _Rotation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         low, high = sin.chunk(2, dim=-1)
-        return _turned(x, cos, low, high)
+        return _rotated(x, cos, low, high)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         low, high = sin.neg().chunk(2, dim=-1)
-        return _turned(gradient, cos, high, low), None, None
+        return _rotated(gradient, cos, high, low), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Returns x cos, less x2 `low` in its first half, and with x1 `high` in its second."""
+def _rotated(x: Tensor, cos: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Returns x cos, minus x2 `low` in the first half and plus x1 `high` in the second."""
     y = x * cos
     (first, second), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
     part = second * low
@@ -175,14 +175,14 @@ def _turned(x: Tensor, cos: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 @contextmanager
-def _drawn() -> Iterator[torch.Generator]:
-    """Gives a generator of the CPU, and leaves the global one as it is: modules draw their weights from that."""
+def _generator() -> Iterator[torch.Generator]:
+    """Yields a CPU generator, and restores the global one, from which modules draw their weights."""
     with torch.random.fork_rng(devices=[]):
         yield torch.Generator().manual_seed(0)
 
 
-def _emptied(module: nn.Module) -> Any:
-    """Returns the module without its parameters, but with its children that have none, such as an activation."""
+def _without_parameters(module: nn.Module) -> Any:
+    """Returns a copy of the module without its parameters, keeping only children that have none, such as an activation."""
     small = copy.copy(module)
     small._parameters = {}
     small._modules = {name: child for name, child in module.named_children() if next(child.parameters(), None) is None}
@@ -190,11 +190,11 @@ def _emptied(module: nn.Module) -> Any:
 
 
 def _takes_one_argument(module: nn.Module) -> bool:
-    return len(inspect.signature(type(module).forward).parameters) == 2  # itself is the other
+    return len(inspect.signature(type(module).forward).parameters) == 2  # self and one more
 
 
 def _agree(theirs: Callable[..., Any], ours: Callable[..., Any], x: Tensor, atol: float = 0.0) -> bool:
-    """Whether both give the same results, of one type, and gradients of them, to `atol`; not, where theirs fails."""
+    """Whether results of one type and their gradients agree to `atol` (gradients to four times that); False if either fails."""
     found = []
     for function in (theirs, ours):
         try:
@@ -204,6 +204,6 @@ def _agree(theirs: Callable[..., Any], ours: Callable[..., Any], x: Tensor, atol
         except (TypeError, RuntimeError, AttributeError):
             return False
         found.append((y.detach(), torch.zeros_like(x) if gradient is None else gradient))
-    (y, of_x), (own_y, own_of_x) = found
+    (y, grad_x), (own_y, own_grad_x) = found
     same = y.dtype == own_y.dtype and torch.allclose(y, own_y, rtol=0, atol=atol)
-    return same and torch.allclose(of_x, own_of_x, rtol=0, atol=4 * atol)
+    return same and torch.allclose(grad_x, own_grad_x, rtol=0, atol=4 * atol)

@@ -1,4 +1,4 @@
-"""The product of a matrix with rows of tokens, by the fastest library that the device has. No gradients: see `fedsim.core.products`.
+"""The product of a matrix with rows of tokens, by the fastest library on the device. No gradients: see `fedsim.core.products`.
 
 On a CPU, PyTorch multiplies float32 with MKL, which uses AVX-512 on Intel processors only. oneDNN, which PyTorch also ships, uses it on
 all: on an AMD EPYC (family 26) it is about twice as fast (`make bench ARGS="--only m"`). It rounds slightly more, because it sums longer
@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 KERNEL_BYTES = 200_000_000
-"""About what oneDNN keeps: kernels of the shapes and numbers of tokens that were met last, as many as `fedsim/__init__.py` says."""
+"""Approximate size of oneDNN's cache: the kernels of the last shapes and numbers of tokens, as many as `fedsim/__init__.py` sets."""
 
 
 def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
     """Returns x @ matrix.T, with `bias` [out] or with `onto` [tokens, out] added: [tokens, in] -> [tokens, out].
 
-    `matrix` [out, in] may be the transposed view of another. `onto` is used up: it may become the result. Equal inputs give equal bits.
+    `matrix` [out, in] may be the transposed view of another. `onto` may be overwritten with the result. Equal inputs give equal bits.
     """
     if is_for_onednn(x.dtype, x.device):
         if onto is None:
@@ -30,8 +30,8 @@ def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, onto: Tensor |
 def of_weight(deltas: Tensor, inputs: Tensor) -> Tensor:
     """Returns deltas.T @ inputs in float32, a weight's gradient: [tokens, out], [tokens, in] -> [out, in].
 
-    A GPU takes numbers in bfloat16 as they are: its units for them multiply exactly and add in float32, more than ten times as fast as
-    those for float32.
+    On a GPU bfloat16 inputs are not cast: its bfloat16 units multiply exactly and add in float32, more than ten times as fast as its
+    float32 units.
     """
     if deltas.device.type == "cuda" and deltas.dtype == inputs.dtype == torch.bfloat16:
         return torch.mm(deltas.T, inputs, out_dtype=torch.float32)
@@ -39,12 +39,12 @@ def of_weight(deltas: Tensor, inputs: Tensor) -> Tensor:
 
 
 def is_for_onednn(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `linear` takes oneDNN for numbers of this type on this device."""
+    """Whether `linear` uses oneDNN for this type and device."""
     return dtype == torch.float32 and device.type == "cpu" and has_onednn()
 
 
 @cache
 def has_onednn() -> bool:
-    """Whether oneDNN is there with kernels that are worth it; its operator is torch.compile's own, hence the second look."""
+    """Whether oneDNN and its AVX-512 kernels are available; checks for the operator too, as it is internal to torch.compile."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return wide and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,4 +1,4 @@
-"""The state that all clients have in common: the factors, what has been added to the base weights, and who holds what of it."""
+"""The global state: the factors, what has been added to the base weights, and which client holds which version."""
 
 import hashlib
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ from fedsim.types import Adapter
 
 @dataclass
 class GlobalState:
-    """`folded` is {layer: [out, in]}, the sum of all that was added to the base weights; `increment` is the last of it as it travels:
-    {layer}.U and {layer}.V, or the trained factors where every client that holds the bases can compute the update itself."""
+    """`folded` is {layer: [out, in]}, the sum of all additions to the base weights; `increment` is the last addition as it is sent:
+    {layer}.U and {layer}.V, or the trained factors if every client that holds the bases can compute the update itself."""
 
     spec: AdapterSpec
     factors: Adapter  # of all kinds, on the CPU
@@ -26,15 +26,15 @@ class GlobalState:
     increment_on: dict[str, str] = field(default_factory=dict)  # digests of the factors that the increment builds on
     control: Tensor | None = None  # SCAFFOLD's c, flat
     moments: dict[str, Tensor] = field(default_factory=dict)  # of the server optimizer
-    clip_norm: float | None = None  # of client-level privacy, where it adapts
+    clip_norm: float | None = None  # of client-level privacy, if adaptive
     tag: str = ""  # digest of everything folded so far, in order
-    accepted: dict[int, int] = field(default_factory=dict)  # by client: the last round that its upload became part of
+    accepted: dict[int, int] = field(default_factory=dict)  # by client: the last round whose result includes its upload
     buffer: Buffer = field(default_factory=Buffer)  # of federation.mode=fedbuff
     _digests: dict[tuple[str, int], str] = field(default_factory=dict)
     _flat: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
     def digest(self, part: str) -> str:
-        """Returns the digest of a part in its present version, in hex."""
+        """Returns the digest of the current version of a part, in hex."""
         if part == WEIGHTS:
             return self.tag
         key = (part, self.exchange.versions[part])
@@ -45,7 +45,7 @@ class GlobalState:
         return self._digests[key]
 
     def flat(self, kinds: Iterable[str]) -> Tensor:
-        """Returns the factors of the given kinds as one flat float32 array, the same until `replace`: to be read only."""
+        """Returns the factors of the given kinds as one flat float32 array, cached until `replace`; it must not be changed."""
         key = tuple(kinds)
         if key not in self._flat:
             self._flat[key] = self.spec.pack(self.factors, key)
@@ -56,21 +56,21 @@ class GlobalState:
         return {part: self.digest(part) for part in self.exchange.versions}
 
     def adapter_digest(self) -> str:
-        """Returns one digest of the trained result: all factors and all that was folded."""
+        """Returns one digest of the trained result: all factors and everything folded."""
         text = "\n".join(f"{part} {self.digest(part)}" for part in sorted(self.exchange.versions) if part != CONTROL)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def replace(self, factors: Adapter, kinds: Iterable[str], round: int) -> None:
-        """Puts new factors in place; `kinds` are those that have changed."""
+        """Replaces the factors; `kinds` are those that have changed."""
         changed = tuple(kinds)
         self.factors, self._flat = factors, {}
         self._digests = {key: value for key, value in self._digests.items() if key[0] not in changed}
         self.exchange.changed(changed, round)
 
     def fold(self, fold: Adapter, round: int, builds_on: Iterable[str] | None = None) -> None:
-        """Adds to the base weights {layer}.W, the product of {layer}.U and {layer}.V, or the update of the trained factors given.
+        """Adds to the base weights {layer}.W, the product of {layer}.U and {layer}.V, or the update of the given trained factors.
 
-        A dense matrix travels as the whole sum, which costs no more; the others travel as they are to clients that hold what they build on.
+        A dense fold is sent as the whole sum, which costs no more; others are sent as they are to clients that hold what they build on.
         """
         dense = any(name.endswith(".W") for name in fold)
         self.increment_on = {part: self.digest(part) for part in builds_on or ()}
@@ -85,12 +85,12 @@ class GlobalState:
 
 
 def added(folded: Adapter, updates: Adapter) -> Adapter:
-    """Returns the sums by layer; nothing folded counts as zero."""
+    """Returns the sums by layer of `updates`; a layer without a fold counts as zero."""
     return {layer: folded[layer] + update if layer in folded else update for layer, update in updates.items()}
 
 
 def dense_updates(spec: AdapterSpec, fold: Adapter, factors: Adapter) -> Adapter:
-    """Returns {layer: [out, in]} of what is added; `factors` are the frozen ones beside trained factors in `fold`."""
+    """Returns {layer: [out, in]} of a fold; if it holds trained factors, `factors` has the frozen ones."""
     if f"{next(iter(spec.layers))}.W" in fold:
         return {layer: fold[f"{layer}.W"] for layer in spec.layers}
     if f"{next(iter(spec.layers))}.U" in fold:

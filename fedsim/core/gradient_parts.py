@@ -1,9 +1,8 @@
-"""What is sent of the gradient of each adapted weight, from which the bases are computed: the whole matrix, or a sketch of it.
+"""How clients send the gradient of each adapted weight, from which the bases are computed: as the whole matrix or as a sketch.
 
 The sketch of G [out, in] is G Omega and Psi G, with random Omega [in, a] and Psi [b, out] that are the same for all clients. It is linear:
-sums of sketches are the sketch of the sum, so that averaging, masks and noise work on it as on G itself. The largest directions of G come
-back by least squares (Tropp, Yurtsever, Udell and Cevher 2017, Practical sketching algorithms for low-rank matrix approximation,
-doi 10.1137/17M1111590).
+sums of sketches are the sketch of the sum, so averaging, masks and noise work as on G itself. Least squares recovers the largest directions
+of G (Tropp, Yurtsever, Udell and Cevher 2017, Practical sketching algorithms for low-rank matrix approximation, doi 10.1137/17M1111590).
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,8 +27,7 @@ WIDER, SPARE = 1.5, 8
 class Sketch:
     """The sketch of matrices [out, in]: `columns` combinations of their columns and `rows` of their rows.
 
-    It is about as long as the matrix: the mean of its squared norm over all Omega and Psi is that of the matrix, so that a norm to clip to
-    means the same for both.
+    Its expected squared norm over Omega and Psi is that of the matrix, so a clip norm means the same for both.
     """
 
     shape: tuple[int, int]
@@ -40,14 +38,14 @@ class Sketch:
 
     @classmethod
     def of(cls, shape: tuple[int, int], rank: int, seed: int) -> "Sketch":
-        """Returns the sketch from which `rank` directions come back; its narrower half lies along the longer side."""
+        """Returns the sketch that recovers `rank` directions; its narrower half lies along the longer side."""
         narrow = int(WIDER * rank) + SPARE
         columns, rows = (narrow, 2 * narrow) if shape[0] >= shape[1] else (2 * narrow, narrow)
         return cls(shape, columns, rows, seed)
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in a sketch."""
+        """Number of elements of a sketch."""
         return self.shape[0] * self.columns + self.rows * self.shape[1]
 
     def mixing(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -60,7 +58,7 @@ class Sketch:
         return self._mixed[device]
 
     def whole(self, mixed_columns: Tensor, mixed_rows: Tensor) -> Tensor:
-        """Returns the matrix [out, in] of which this is nearly the sketch, float64 on the CPU, of the rank of its narrower half."""
+        """Returns the matrix [out, in] recovered from a sketch, float64 on the CPU, of the rank of its narrower half."""
         omega, psi = (matrix.double() for matrix in self.mixing(torch.device("cpu")))
         y, w = mixed_columns.double().cpu(), mixed_rows.double().cpu()
         if self.columns > self.rows:  # the narrower half spans the rows
@@ -69,23 +67,23 @@ class Sketch:
 
 
 def _from_halves(narrow: Tensor, wide: Tensor, psi: Tensor) -> Tensor:
-    """Returns Q X: Q an orthonormal basis of the columns of G Omega (`narrow`), X that for which psi Q X is nearest to psi G (`wide`)."""
+    """Returns Q X: Q an orthonormal basis of G Omega's columns (`narrow`), X the least-squares solution of psi Q X = psi G (`wide`)."""
     basis = torch.linalg.qr(narrow).Q
-    left, right = torch.linalg.qr(psi @ basis)  # psi Q has twice as many rows as columns, and is of full rank whatever G is
+    left, right = torch.linalg.qr(psi @ basis)  # psi Q has twice as many rows as columns, and full rank for any G
     return basis @ torch.linalg.solve_triangular(right, left.T @ wide, upper=True)
 
 
 @dataclass(frozen=True)
 class GradientParts:
-    """The parts in which the gradients of layers {name: (out, in)} are sent: for those with a sketch its two halves, {name}.columns and
-    {name}.rows, for the others the whole matrix, {name}."""
+    """The parts in which the gradients of layers {name: (out, in)} are sent: the two halves of a sketch, {name}.columns and {name}.rows,
+    or the whole matrix, {name}."""
 
     layers: Mapping[str, tuple[int, int]]
     sketches: Mapping[str, Sketch]
 
     @cached_property
     def layout(self) -> Layout:
-        """Layout of what is sent, as one flat array."""
+        """Layout of all parts, as one flat array."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, (rows, columns) in self.layers.items():
             if sketch := self.sketches.get(name):
@@ -95,9 +93,9 @@ class GradientParts:
         return Layout(tuple(shapes), tuple(shapes.values()))
 
     def factored(self, name: str, deltas: Tensor, inputs: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yields (part, [..., p], [..., q]) for a layer's gradient as the sum over tokens of deltas^T inputs, [..., out] and [..., in].
+        """Yields (part, [..., p], [..., q]) for a layer's gradient, the sum over tokens of deltas^T inputs, [..., out] and [..., in].
 
-        The part is the same sum, [p, q]; the gradient itself is not formed. Numbers stay as they are, in float32 where they are mixed.
+        The part is the same sum over the yielded pair, [p, q]; the gradient itself is not formed. Mixed tensors are float32, others keep their type.
         """
         if name not in self.sketches:
             yield name, deltas, inputs
@@ -107,20 +105,20 @@ class GradientParts:
         yield f"{name}.rows", deltas.float() @ psi.T, inputs
 
     def whole(self, parts: Adapter, name: str) -> Tensor:
-        """Returns a layer's gradient [out, in], or what its sketch tells of it."""
+        """Returns a layer's gradient [out, in], or what its sketch recovers of it."""
         if name not in self.sketches:
             return parts[name]
         return self.sketches[name].whole(parts[f"{name}.columns"], parts[f"{name}.rows"])
 
 
 WHOLE = GradientParts({}, {})
-"""Nothing is sketched, whatever the layers."""
+"""Sketches no layer."""
 
 
 def parts_of(config: Config, spec: AdapterSpec) -> GradientParts:
-    """Returns the parts for the bases of `spec`: with `adapter.sketch` layers whose sketch is at most half as large are sketched.
+    """Returns the parts for the bases of `spec`: with `adapter.sketch`, layers whose sketch is at most half as large are sketched.
 
-    Raises UserError where there is none of those.
+    Raises UserError if there is no such layer.
     """
     if not config.adapter.sketch:
         return GradientParts(spec.layers, {})

@@ -1,7 +1,7 @@
-"""A classification head that trains whole: y = W x + b, with [W | b] as one dense factor that belongs to the adapter.
+"""A fully trained classification head: y = W x + b, with [W | b] as one dense factor of the adapter.
 
-It is new with the task, so there is no base weight beneath it: its start is drawn from the seed, the same for all clients. As the other
-trained factors it may carry leading axes (`fedsim.core.products`).
+It is new for the task and has no base weight: its start is drawn from the seed, the same for all clients. Like the other trained factors it
+may have leading axes (`fedsim.core.products`).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fedsim.core.products import affine
 
 
 class HeadLinear(nn.Module):
-    """A linear layer [out, in] whose weight and bias are the buffer `head` [out, in + 1]: `affine` sees an input of one for the bias."""
+    """A linear layer [out, in] whose weight and bias are the buffer `head` [out, in + 1]; the bias gets a constant input of one."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

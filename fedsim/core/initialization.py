@@ -1,4 +1,4 @@
-"""Where the factors of an adapter start, and with them the common bases B and A.
+"""Initialisations of an adapter's factors, including the common bases B and A.
 
 `gradient` (LoRA-SB, arXiv 2411.19557): B diag(S) A is the truncated SVD of the first full fine-tuning step dW = -eta sign(G), G the sum of
 loss gradients over a few samples. With B^T B = A A^T = I the gradient on R is the projection of the full gradient, so it needs no
@@ -17,14 +17,14 @@ from fedsim.core.forms import HEAD, AdapterSpec
 from fedsim.seeding import torch_generator
 from fedsim.types import Adapter
 
-NEAR_ZERO = 1e-5  # standard deviation of R on bases from the weights, as LoRA-XS has it
-HEAD_DEVIATION = 0.02  # standard deviation of a new classification head's weights, as BERT has it
+NEAR_ZERO = 1e-5  # standard deviation of R on bases from the weights, as in LoRA-XS
+HEAD_DEVIATION = 0.02  # standard deviation of a new classification head's weights, as in BERT
 
 
 def from_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], eta: float, seed: int, device: torch.device = CPU) -> Adapter:
     """Returns B, R = diag(S) / s and A of every layer from its summed gradient(layer) [out, in] and the first step size `eta`.
 
-    One layer's gradient is held at a time; `device` is that of `truncated_svd`.
+    Holds one layer's gradient at a time; `device` is that of `truncated_svd`.
     """
     adapter: Adapter = {}
     for name in spec.layers:
@@ -34,10 +34,10 @@ def from_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], eta: fl
 
 
 def from_noised_gradients(spec: AdapterSpec, gradient: Callable[[str], Tensor], seed: int, device: torch.device) -> Adapter:
-    """Returns B and A of the singular vectors of the noised sum of clipped gradients, and R = 0.
+    """Returns B and A from the singular vectors of the noised sum of clipped gradients, and R = 0.
 
-    Without the sign of the first step: it would make every entry's noise as large as the gradient. With R = 0, since the singular values
-    are mostly noise.
+    The first step's sign is not taken: it would make every entry's noise as large as the gradient. R is 0 because the singular values are
+    mostly noise.
     """
     adapter: Adapter = {}
     for name in spec.layers:
@@ -57,7 +57,7 @@ def from_weights(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
 
 
 def from_seed(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
-    """Returns random orthonormal B and A, other ones for every layer; R or the heads H are zero and their scales one."""
+    """Returns random orthonormal B and A, different for every layer; R or the heads H are zero and their scales one."""
     adapter: Adapter = {}
     for name in spec.layers:
         shapes = spec.shapes(name)
@@ -71,7 +71,7 @@ def from_seed(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
 
 
 def lora(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
-    """Returns A uniform within +-1/sqrt(in), other ones for every layer, and B = 0, so that training starts at the base model."""
+    """Returns A uniform within +-1/sqrt(in), different for every layer, and B = 0, so that training starts at the base model."""
     adapter: Adapter = {}
     for name in spec.layers:
         shapes = spec.shapes(name)
@@ -87,7 +87,7 @@ def zero(spec: AdapterSpec, weights: Adapter, seed: int) -> Adapter:
 
 
 def new_head(spec: AdapterSpec, seed: int) -> Adapter:
-    """Returns the start of a classification head: normal weights, other ones for every layer, and a bias of zero. Empty without a head."""
+    """Returns the start of a classification head: normal weights, different for every layer, and zero biases. Empty without a head."""
     adapter: Adapter = {}
     for name, (rows, columns) in spec.head.items():
         weight = HEAD_DEVIATION * torch.randn(rows, columns, generator=torch_generator(seed, HEAD, name))
