@@ -95,7 +95,8 @@ class GradientParts:
     def factored(self, name: str, deltas: Tensor, inputs: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Yields (part, [..., p], [..., q]) for a layer's gradient, the sum over tokens of deltas^T inputs, [..., out] and [..., in].
 
-        The part is the same sum over the yielded pair, [p, q]; the gradient itself is not formed. Mixed tensors are float32, others keep their type.
+        The part is the same sum over the yielded pair, [p, q]; the gradient itself is not formed. Mixed tensors are float32, others keep
+        their type.
         """
         if name not in self.sketches:
             yield name, deltas, inputs

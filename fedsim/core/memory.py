@@ -1,7 +1,7 @@
 """The peak memory of a training pass, from shapes alone: for `fedsim estimate`, and to choose how many tokens share a pass.
 
 A frozen layer keeps nothing for the backward pass. Kept are the inputs of norms, what attention and activations need, the inputs of
-factors that train, and all factors in the type of the base. Workspaces of kernels and gaps between tensors come in addition.
+trained factors, and all factors in the type of the base. Kernel workspaces and gaps between tensors are not counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,46 +17,46 @@ from fedsim.core.fused import GatedMLP, RMSNorm
 from fedsim.core.head_loss import gives_its_logits, logit_bytes
 
 FACTOR_BYTES = 4
-"""Of a number of what trains, and of its gradient."""
+"""Size of a trained parameter, and of its gradient."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the cost of a base model depends on."""
+    """The sizes on which the cost of a base model depends."""
 
     parameters: int  # all of them, tied ones once
     block_parameters: int  # of the linear layers that every token goes through
-    head_parameters: int  # of the output layer, which tokens with a loss go through; 0 where there is none
+    head_parameters: int  # of the output layer, which tokens with a loss go through; 0 without one
     layers: int
     attention_width: int  # heads x size of a head
     key_value_width: int  # key-value heads x size of a head
     hidden: int
-    inner: int  # numbers between the two linear layers behind attention
+    inner: int  # width between the two linear layers after attention
     vocabulary: int
     weight_bytes: int  # of one base weight
-    norm_bytes: int  # of a token, that the norms of a block keep for the backward pass
-    kept_by_gate: int  # of the numbers of its inner size, as the backward pass keeps them
-    score_bytes: int  # of a token, for each that it looks at, as the attention of a block keeps them; 0 where attention is fused
-    loss_in_parts: bool  # whether logits are there for some tokens at a time
+    norm_bytes: int  # per token, kept by the norms of a block for the backward pass
+    kept_by_gate: int  # tensors of inner width that a block keeps for the backward pass
+    score_bytes: int  # per pair of tokens, kept by the attention of a block; 0 if attention is fused
+    loss_in_parts: bool  # whether logits are computed for some tokens at a time
 
     def block_bytes(self, length: float) -> float:
-        """Returns what a block keeps of a token in a row of this length: its attention queries, keys, values and result."""
-        keys = self.attention_width if self.score_bytes else self.key_value_width  # written in single steps, one for each head
+        """Returns the bytes that a block keeps per token in a row of this length; its attention keeps queries, keys, values and result."""
+        keys = self.attention_width if self.score_bytes else self.key_value_width  # unfused attention repeats keys for each head
         kept = 2 * self.attention_width + 2 * keys + self.kept_by_gate * self.inner
         return self.norm_bytes + self.weight_bytes * kept + self.score_bytes * length
 
     def backward_bytes(self, length: float) -> float:
-        """Returns what the gradients of a token take in the backward pass of a block: at the activation, or at the scores."""
+        """Returns the peak bytes of a token's gradients in the backward pass of a block: at the activation, or at the scores."""
         return max(self.weight_bytes * (2 * self.hidden + (self.kept_by_gate + 1) * self.inner), 2 * self.score_bytes * length)
 
     @property
     def cache_bytes(self) -> int:
-        """Of a token: keys and values of all blocks."""
+        """Bytes per token: keys and values of all blocks."""
         return 2 * self.weight_bytes * self.layers * self.key_value_width
 
     @property
     def answer_bytes(self) -> int:
-        """Of a token of a generation batch: about what the cache takes, and what the layers of one block are given and make."""
+        """Approximate bytes per token of a generation batch: the cache, and the inputs and outputs of one block's layers."""
         made = 2 * (self.attention_width + self.key_value_width) + 7 * self.hidden + 3 * self.inner
         return self.cache_bytes + self.weight_bytes * made
 
@@ -64,7 +64,7 @@ class ModelShape:
 def shape_of(model: Any, weight_bytes: int | None = None, attention: str | None = None) -> ModelShape:
     """Returns the shape of a language model or an encoder of transformers, adapted or not, on any device.
 
-    `weight_bytes` is the size of a weight, and `attention` the name of its implementation, where the model is to have others than here.
+    `weight_bytes`, the size of a weight, and `attention`, the name of its implementation, override those of the model.
     """
     settings, output = model.config, model.get_output_embeddings()
     size = weight_bytes or next(model.parameters()).element_size()
@@ -74,8 +74,8 @@ def shape_of(model: Any, weight_bytes: int | None = None, attention: str | None 
     parts = [*max((part for part in model.modules() if isinstance(part, nn.ModuleList)), key=len).modules()]
     linear = [matrix_shape(part) for part in parts if is_linear(part)]
     inner = max(columns for _, columns in linear)
-    in_one_step = any(isinstance(part, nn.LayerNorm) or _is(RMSNorm)(part) for part in parts)  # else the input is made float32 first
-    made = sum(rows for rows, _ in linear) / layers - queries - 2 * keys - 2 * hidden  # what the activation takes, and what it gates
+    in_one_step = any(isinstance(part, nn.LayerNorm) or _is(RMSNorm)(part) for part in parts)  # else the input is cast to float32 first
+    made = sum(rows for rows, _ in linear) / layers - queries - 2 * keys - 2 * hidden  # the activation's input, and what it gates
     return ModelShape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         block_parameters=sum(rows * columns for rows, columns in linear),
@@ -99,15 +99,15 @@ def _is(fused: type[GatedMLP] | type[RMSNorm]) -> Callable[[nn.Module], bool]:
 
 
 def _norm_width(part: nn.Module, hidden: int, queries: int) -> int:
-    """Returns how many numbers of a token a norm is given; 0 for another module."""
+    """Returns the width of a norm's input per token; 0 for another module."""
     weight = part._parameters.get("weight")
     if weight is None or weight.dim() != 1:
         return 0
-    return hidden if len(weight) >= hidden else queries  # of each head
+    return hidden if len(weight) >= hidden else queries  # a norm per head
 
 
 def _kept_by_activation(parts: Sequence[nn.Module]) -> int:
-    """Returns how many numbers for each that it takes the activation keeps, which is tried on a few; 1 where it is no module."""
+    """Returns how many numbers the activation keeps per input number, measured on a small input; 1 if it is no module."""
     activations = [child for part in parts for name, child in part.named_children() if "act" in name and not [*child.parameters()]]
     kept: dict[int, Tensor] = {}
 
@@ -123,7 +123,7 @@ def _kept_by_activation(parts: Sequence[nn.Module]) -> int:
 
 
 def _score_bytes(settings: Any, attention: str, heads: int, size: int) -> int:
-    """Returns what attention in single steps keeps for each pair of tokens: the softmax in float32, it in the type of values, a tanh."""
+    """Returns the bytes that unfused attention keeps per pair of tokens: the float32 softmax, its copy in the type of values, a tanh."""
     if attention != "eager":
         return 0
     copy = size if size < 4 else 0
@@ -133,15 +133,15 @@ def _score_bytes(settings: Any, attention: str, heads: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class _Adapters:
-    """What all adapters hold in a pass, in numbers."""
+    """The numbers that all adapters hold in a pass."""
 
-    inputs: int  # of a token, kept for the gradients of what trains
-    frozen: int  # in the factors that do not train
-    own: int  # in those that each group of rows has for itself
+    inputs: int  # per token, kept for the gradients of trained factors
+    frozen: int  # in frozen factors
+    own: int  # in trained factors, per group of rows
 
 
 def _adapters(spec: AdapterSpec, trained: Sequence[str]) -> _Adapters:
-    """A layer's own input is kept once for all layers of a module that have it."""
+    """Counts the input of layers once for all layers of a module that share it."""
     inputs = frozen = own = 0
     whole = set()
     for layer in spec.layers:
@@ -161,7 +161,7 @@ def _adapters(spec: AdapterSpec, trained: Sequence[str]) -> _Adapters:
 
 
 def kept_bytes(shape: ModelShape, spec: AdapterSpec, trained: Sequence[str], tokens: float, *, length: float, groups: float = 1.0) -> float:
-    """Returns what the forward pass of all blocks leaves for the backward pass; arguments as for `pass_bytes`."""
+    """Returns the bytes that the forward pass of all blocks keeps for the backward pass; arguments as for `pass_bytes`."""
     adapters, number = _adapters(spec, trained), shape.weight_bytes
     cast = 0.0 if number == FACTOR_BYTES else number * (adapters.frozen + groups * adapters.own)  # factors in the type of the base
     return tokens * (shape.layers * shape.block_bytes(length) + number * adapters.inputs) + cast
@@ -178,11 +178,11 @@ def pass_bytes(
     targets: float | None = None,
     checkpointing: bool = False,
 ) -> float:
-    """Returns what a pass of `tokens` positions in rows of `length` holds at its peak besides model, bases and the clients' stacks.
+    """Returns the peak bytes of a pass of `tokens` positions in rows of `length`, besides model, bases and the clients' stacks.
 
-    The rows fall into `groups`, each with factors and gradients of its own: one for a client's batch, or with DP-SGD one for every row.
-    `targets` positions have logits, by default all. The peak is where the backward pass begins, at the loss or in the last block, or where
-    it ends with all gradients, in the first block or as they are added to the stacks.
+    The rows form `groups`, each with its own factors and gradients: one per client's batch, or with DP-SGD one per row. `targets` positions
+    have logits, by default all. The peak is at the start of the backward pass (at the loss or in the last block) or at its end, with all
+    gradients (in the first block or while they are added to the stacks).
     """
     kept = kept_bytes(shape, spec, trained, tokens, length=length, groups=groups)
     loss, backward = _loss_bytes(shape, tokens, tokens if targets is None else targets), tokens * shape.backward_bytes(length)
@@ -190,15 +190,15 @@ def pass_bytes(
     inputs = tokens * shape.weight_bytes * shape.layers * shape.hidden
     at_first = inputs + max(loss, block) if checkpointing else kept + max(loss, backward)
     of_groups = FACTOR_BYTES * spec.num_parameters(trained) * groups
-    picked = of_groups if groups > 1 else 0.0  # from the stacks, and summed and put in a row for them; of a single group it is a view
+    picked = of_groups if groups > 1 else 0.0  # copies from the stacks; gradients summed and concatenated for them; a view for one group
     at_last = of_groups + max(block, 2 * picked)
     return picked + max(at_first, at_last)
 
 
 def _loss_bytes(shape: ModelShape, tokens: float, targets: float) -> float:
-    """Returns what the last norm is given, what it makes and its gradient, and the logits; of a classifier nothing worth counting."""
+    """Returns the bytes of the last norm's input, output and gradient, and of the logits; for a classifier 0, as they are few."""
     if not shape.head_parameters:
         return 0.0
     around = shape.weight_bytes * shape.hidden * (tokens + 2 * targets)
-    whole = 0.0 if shape.loss_in_parts else shape.weight_bytes * targets * shape.vocabulary  # for what the model does with them
+    whole = 0.0 if shape.loss_in_parts else shape.weight_bytes * targets * shape.vocabulary  # for the model's own use of them
     return around + whole + logit_bytes(targets, shape.vocabulary, in_parts=shape.loss_in_parts)

@@ -1,4 +1,4 @@
-"""How a client's missing reply is represented: one form for every reason."""
+"""A client's missing reply, in one form for every reason."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ class Missing:
     detail: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Returns {client, reason, detail}, as an event of the round tells it."""
+        """Returns {client, reason, detail}, as in the round's event."""
         return {"client": self.client, "reason": self.reason.name, "detail": self.detail}
 
 

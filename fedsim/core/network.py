@@ -2,7 +2,7 @@
 
     seconds = latency + 8 bytes down / downlink + tokens / speed + latency + 8 bytes up / uplink
 
-Nothing here looks at a clock: times are numbers, drawn from the seed, so that a simulated run gives the same on every machine.
+No clock is involved: times are drawn from the seed, so a simulated run gives the same on every machine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,18 @@ import numpy as np
 from fedsim.seeding import numpy_generator
 
 NO_NETWORK = "none"
-"""Value of `federation.network` with which nothing is simulated."""
+"""Value of `federation.network` that simulates nothing."""
 MBIT = 1e6
 FLOPS_PER_PARAMETER = 6  # of one token, forward and backward
 
 
 @dataclass(frozen=True)
 class Link:
-    """What one client has."""
+    """One client's connection and speed."""
 
     uplink: float  # bit/s
     downlink: float  # bit/s
-    latency: float  # seconds, one way: half of what ping says
+    latency: float  # seconds, one way: half a ping
     dropout: float  # probability that it vanishes in a round
     speed: float  # tokens/s of training
 
@@ -57,7 +57,7 @@ of its medians of that time. Spreads, drop-outs and speeds are assumptions: a de
 
 
 def draw_links(population: Population, clients: int, num_parameters: int, seed: int) -> list[Link]:
-    """Returns the links of the clients, drawn from the seed; `num_parameters` of the model give the tokens that its operations make."""
+    """Returns the links of the clients, drawn from the seed; `num_parameters` of the model converts FLOP/s to tokens/s."""
     drawn = numpy_generator(seed, "network").standard_normal((clients, 2))
     bandwidth, speed = np.exp(drawn * (population.bandwidth_sigma, population.speed_sigma)).T.tolist()
     tokens = population.flops / (FLOPS_PER_PARAMETER * num_parameters)
@@ -69,17 +69,17 @@ def draw_links(population: Population, clients: int, num_parameters: int, seed: 
 
 @dataclass(frozen=True)
 class Ending:
-    """When a round ends, in simulated seconds from its start, and whose replies have come by then, in the order of their arrival."""
+    """When a round ends, in simulated seconds from its start, and the clients that have replied by then, in the order of arrival."""
 
     seconds: float
     arrived: tuple[int, ...]
 
 
 def ending(seconds: Mapping[int, float], wanted: int, least: int, deadline: float | None) -> Ending:
-    """Returns the end of a round in which the clients in `seconds` reply after so long; those who vanish are not in it.
+    """Returns the end of a round in which each client replies after `seconds[client]`; clients that vanish are not in `seconds`.
 
-    It ends as soon as `wanted` replies are there; at the deadline, if `least` are there; else as soon as `least` are, or all that come.
-    Without a deadline those who vanish are not waited for.
+    The round ends as soon as `wanted` replies have arrived; at the deadline, if `least` have; else as soon as `least` or all have.
+    Without a deadline it does not wait for clients that vanish.
     """
     order = sorted(seconds, key=lambda client: (seconds[client], client))
     if not order:
@@ -87,11 +87,11 @@ def ending(seconds: Mapping[int, float], wanted: int, least: int, deadline: floa
     last = seconds[order[min(wanted, len(order)) - 1]]
     if deadline is not None:
         enough = seconds[order[min(max(least, 1), len(order)) - 1]]
-        waited = last if len(order) >= wanted else inf  # nobody tells the server that no more will come
+        waited = last if len(order) >= wanted else inf  # the server cannot know that no more will come
         last = min(waited, max(deadline, enough))
     return Ending(last, tuple(client for client in order if seconds[client] <= last)[:wanted])
 
 
 def dropout_rates(links: Sequence[Link], everywhere: float) -> list[float]:
-    """Returns the probability with which each client vanishes in a round, where `everywhere` is that of all clients besides."""
+    """Returns each client's probability of vanishing in a round: by its link, or by the independent rate `everywhere` of all clients."""
     return [1 - (1 - link.dropout) * (1 - everywhere) for link in links]

@@ -1,4 +1,4 @@
-"""Who takes part and with how many steps: functions of the round and the seed (or key), never of node ids or the order of arrival."""
+"""Selects clients and their number of steps from the round and the seed (or key), never from node ids or the order of arrival."""
 
 from math import ceil
 
@@ -8,7 +8,7 @@ from fedsim.seeding import NoiseKey, numpy_generator
 
 
 def drawn(config: Config, server_round: int, key: NoiseKey | None = None) -> list[int]:
-    """Returns the clients of a round, in ascending order. `key` gives the coins where each has one (`by_coin`), by default the seed's."""
+    """Returns the clients of a round, in ascending order. `key` gives the coins if there are any (`by_coin`), by default the seed's."""
     clients, fraction = config.federation.clients, config.federation.fraction
     if by_coin(config):
         return draw_by_coin(clients, fraction, key or NoiseKey.of_seed(config.seed), server_round)
@@ -18,13 +18,13 @@ def drawn(config: Config, server_round: int, key: NoiseKey | None = None) -> lis
 def by_coin(config: Config) -> bool:
     """Whether each client is drawn by its own secret coin, which amplifies client-level privacy.
 
-    With secure aggregation the clients' noise protects them from the server, which sees who takes part: nothing is amplified.
+    With secure aggregation the clients' noise protects them from the server, which sees who takes part, so nothing is amplified.
     """
     return config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation
 
 
 def server_adds_noise(config: Config) -> bool:
-    """Whether the server adds the noise of client-level privacy, in every round, whoever takes part; with secure aggregation clients do."""
+    """Whether the server adds the noise of client-level privacy, in every round, even an empty one; with secure aggregation clients do."""
     return by_coin(config)
 
 
@@ -39,14 +39,14 @@ def spares(config: Config, server_round: int) -> list[int]:
 
 
 def least_replies(config: Config, wanted: int) -> int:
-    """Returns how many of the `wanted` clients of a round must be in its result, by `federation.min_replies` and the server's rule."""
+    """Returns how many of a round's `wanted` clients must be in its result, by `federation.min_replies` and the server's rule."""
     given, server = config.federation.min_replies, config.server
     least = count_of(given, wanted) if given < 1 else int(given)
     return max(least, 2 * server.malicious + 3, server.kept + server.malicious) if server.rule is ServerRule.krum else least
 
 
 def givers(config: Config) -> dict[int, int]:
-    """Returns the clients that give initial gradients, with their samples: 0 for `gradient_dp`, for which each example has its own coin."""
+    """Returns the number of samples of each client that gives initial gradients: 0 for `gradient_dp`, where each example has a coin."""
     clients = config.federation.clients
     if config.adapter.init is Init.gradient_dp:
         return dict.fromkeys(range(clients), 0)
@@ -54,7 +54,7 @@ def givers(config: Config) -> dict[int, int]:
 
 
 def count_of(fraction: float, whole: int) -> int:
-    """Returns the smallest whole number that is at least this fraction; 0.56 of 25 is 14, though their product in floats is above it."""
+    """Returns the smallest whole number that is at least fraction * whole; 0.56 of 25 is 14, although the product in floats is above it."""
     return ceil(fraction * whole - 1e-9)
 
 
@@ -64,7 +64,7 @@ def round_size(clients: int, fraction: float) -> int:
 
 
 def buffer_size(federation: FederationConfig) -> int:
-    """Returns how many updates fill the buffer of `federation.mode=fedbuff`: by default half of those that train at once."""
+    """Returns how many updates fill the buffer of `federation.mode=fedbuff`: by default half of `concurrency`."""
     return federation.buffer or max(1, concurrency(federation) // 2)
 
 
@@ -80,9 +80,9 @@ def draw_participants(clients: int, fraction: float, seed: int, server_round: in
 
 
 def draw_by_coin(clients: int, fraction: float, key: NoiseKey, server_round: int) -> list[int]:
-    """Returns the clients of a round, each drawn by its own coin, as amplification by subsampling needs; there may be none.
+    """Returns the clients of a round, each drawn by its own coin, as amplification by subsampling requires; there may be none.
 
-    Nothing is amplified against those who know the key: clients are told the seed, so a deployment has a secret one.
+    Nothing is amplified against those who know the key: clients receive the seed, so a deployment has a secret key.
     """
     coins = key.numpy("participants", server_round).random(clients)
     return [client for client, coin in enumerate(coins) if coin < fraction]

@@ -1,7 +1,7 @@
-"""Dealing training examples to clients: one index list per client, disjoint and complete.
+"""Deals training examples to clients: one index list per client, disjoint and complete.
 
 Skew in what a client holds (task, or a Dirichlet mixture drawn per client as in Hsu et al. 2019, arXiv 1909.06335) and skew in how
-much it holds (log-normal) are independent choices that compose. A natural partition has the skew that the data's owners have.
+much it holds (log-normal) are independent choices that compose. A natural partition has the skew of the data's owners.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from fedsim.seeding import numpy_generator
 from fedsim.types import AnyExample, Example, Family, Labelled
 
 MOST_COLUMNS = 12
-"""Labels by which holdings are told; a table of more is not read."""
+"""Most labels by which holdings are counted; a wider table is hard to read."""
 
 
 def partition(examples: Sequence[AnyExample], federation: FederationConfig, seed: int) -> list[list[int]]:
     """Returns the ascending example indices of each client.
 
     Guarantees: every example belongs to exactly one client; every client has at least one; the same arguments give the same shards.
-    Raises UserError where there are more clients than examples, fewer clients than tasks with partition=task, or more than owners with
-    partition=natural.
+    Raises UserError for more clients than examples, fewer clients than tasks with partition=task, more clients than owners or
+    examples without an owner with partition=natural, and a mixture over free text.
     """
     if federation.clients > len(examples):
         raise UserError(
@@ -38,9 +38,9 @@ def partition(examples: Sequence[AnyExample], federation: FederationConfig, seed
 
 
 def holdings(examples: Sequence[AnyExample], shards: Sequence[Sequence[int]]) -> list[dict[str, int]]:
-    """Returns each client's number of examples by task; every client names every task, in alphabetical order.
+    """Returns each client's number of examples by task, with every task in alphabetical order.
 
-    Of a single task that is classified by a few labels, by label instead, in the order of the labels.
+    A single classification task with at most `MOST_COLUMNS` labels is counted by label instead, in the order of the labels.
     """
     kinds = sorted({example.task for example in examples})
     labels = examples[0].labels if len(kinds) == 1 and isinstance(examples[0], Labelled) else ()
@@ -55,8 +55,8 @@ def holdings(examples: Sequence[AnyExample], shards: Sequence[Sequence[int]]) ->
 def apportion(weights: np.ndarray, total: int) -> np.ndarray:
     """Returns whole numbers in proportion to `weights` [n], each at least 1, that sum to `total`, which is at least n.
 
-    Weights are positive. What is raised to 1 leaves the others' proportions as they are. Rounded by largest remainder; ties go to the
-    lower index.
+    Weights are positive. Raising numbers to 1 keeps the proportions of the others. Rounded by largest remainder; ties go to the lower
+    index.
     """
     free = np.ones(len(weights), dtype=bool)  # not raised to 1
     while True:
@@ -79,7 +79,7 @@ def _iid(
 def _by_task(
     examples: Sequence[AnyExample], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Each task gets clients in proportion to its examples, at least one."""
+    """Gives each task clients in proportion to its examples, at least one."""
     groups = _groups(examples, DirichletOver.task)
     if federation.clients < len(groups):
         raise UserError(
@@ -97,10 +97,10 @@ def _by_task(
 def _dirichlet(
     examples: Sequence[AnyExample], federation: FederationConfig, weights: np.ndarray, generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Each client draws its mixture around the overall one, then its examples without replacement.
+    """Draws each client's mixture around the overall one, then its examples without replacement.
 
-    The concentration is alpha for each of several equally large groups. A group that is used up leaves the mixtures of later clients.
-    Raises UserError for a mixture over the answers of free text, of which no two are alike.
+    The concentration is alpha per group if groups are equally large. An exhausted group is left out of the mixtures of later clients.
+    Raises UserError for a mixture over free-text answers, which all differ.
     """
     if federation.dirichlet_over is DirichletOver.label and any(
         isinstance(each, Example) and each.family is Family.text for each in examples
@@ -146,18 +146,18 @@ DEALT = {Partition.iid: _iid, Partition.task: _by_task, Partition.dirichlet: _di
 
 
 def _draw(mixture: np.ndarray, quota: int, available: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Returns how many of each group are taken: `quota` in all, none above `available`."""
+    """Returns how many examples of each group are taken: `quota` in all, at most `available` of each."""
     taken = np.zeros(len(mixture), dtype=np.int64)
     while (left := quota - int(taken.sum())) > 0:
         chances = np.where(available > taken, mixture, 0.0)
-        if chances.sum() <= 0:  # the mixture lies wholly on used-up groups
+        if chances.sum() <= 0:  # the mixture has only exhausted groups
             chances = (available - taken).astype(float)
         taken = np.minimum(taken + generator.multinomial(left, chances / chances.sum()), available)
     return taken
 
 
 def _groups(examples: Sequence[AnyExample], over: DirichletOver | None) -> list[np.ndarray]:
-    """Example indices by task, or by task and gold answer, in alphabetical order."""
+    """Returns example indices by task, or by task and gold answer, in alphabetical order."""
     keys = [(example.task, example.answer if over is DirichletOver.label else "") for example in examples]
     found: dict[tuple[str, str], list[int]] = {}
     for i, key in enumerate(keys):

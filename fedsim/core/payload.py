@@ -1,6 +1,6 @@
-"""What travels: an adapter packed into one flat float32 array, with the layout that both sides must agree on.
+"""The payload: an adapter packed into one flat float32 array, with the layout that both sides must agree on.
 
-The cost of a message grows with its number of arrays, not with their size, so all factors travel as one.
+The overhead of a message grows with its number of arrays, not with their size, so all factors are sent as one.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Layout:
         return sum(self.sizes)
 
     def pack(self, adapter: Adapter) -> Tensor:
-        """Returns the factors as one float32 array [num_parameters], in the order of the layout, whatever the adapter's own.
+        """Returns the factors as one float32 array [num_parameters], in the order of the layout, not of the adapter.
 
         Raises ValueError if names or shapes differ from the layout.
         """
@@ -45,7 +45,7 @@ class Layout:
             return torch.cat([adapter[name].flatten() for name in self.names]).to(torch.float32)
 
     def pack_on_cpu(self, adapter: Adapter) -> Tensor:
-        """Returns the same on the CPU, one factor after the other: a GPU that they half fill has no room for all of them twice."""
+        """Returns the same on the CPU, copied factor by factor: a GPU that they half fill cannot hold all of them twice."""
         self._check(adapter)
         flat = torch.empty(self.num_parameters)
         for name, part in self.unpack(flat).items():

@@ -1,11 +1,11 @@
 """The product of an adapted layer, W x + b + s P x, as one autograd step. Rows may share the factors of P or have their own.
 
-A factor may carry leading axes. [groups, j, k]: the rows of the batch fall into as many equal, contiguous groups, and each group meets its
-own factor. [groups, rows, j, k]: the same with one factor per row, so that its gradient is per example. Where that is an expanded view of
-the groups' factors, nothing is copied: the product is taken by groups, and only the gradient is formed row by row.
+A factor may have leading axes. [groups, j, k]: the rows of the batch form as many equal, contiguous groups, and each group has its own
+factor. [groups, rows, j, k]: the same with one factor per row, so that its gradient is per example. An expanded view of the groups' factors
+is not copied: the product is taken by groups, and only the gradient is computed row by row.
 
-With one step instead of one per matrix, the products themselves add up the two branches, forward and backward, and nothing is recorded that
-is not needed (such as gradients of frozen matrices).
+With one step instead of one per matrix, the products themselves add up the two branches, forward and backward, and nothing unneeded (such
+as gradients of frozen matrices) is recorded.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, chain: 
     """Returns W x + b + s P x for each row of x: [rows, ..., in] -> [rows, ..., out].
 
     P is the product of the factors in `chain`, from left to right, each [j, k], [groups, j, k] or [groups, rows of a group, j, k]. They
-    are cast to the type of x, so that float32 factors serve a bfloat16 base model. `weight` [out, in] may be None where a chain is there,
-    and the bias belongs to it. All but the bias have gradients.
+    are cast to the type of x, so that float32 factors fit a bfloat16 base model. `weight` [out, in] may be None if there is a chain;
+    without it the bias is ignored. All but the bias have gradients.
     """
     result: Tensor = _Affine.apply(x, weight, bias, scaling, *chain)
     return result
 
 
 class _Affine(torch.autograd.Function):
-    """`affine`; the inputs of the chain's matrices are kept in the order of the chain."""
+    """`affine`; saves the inputs of the chain's matrices in the order of the chain."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, scaling: float, *chain: Tensor) -> Tensor:
@@ -59,34 +59,34 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, flat, *saved = ctx.saved_tensors
         matrices, inputs = saved[: len(ctx.factors)], saved[len(ctx.factors) :]
-        of_x_needed, of_weight_needed, _, _, *trained = ctx.needs_input_grad
+        needs_grad_x, needs_grad_weight, _, _, *trained = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
-        of_chain: list[Tensor | None] = [None] * len(matrices)
+        grad_chain: list[Tensor | None] = [None] * len(matrices)
         z = g
         for place, (matrix, (shape, dtype)) in enumerate(zip(matrices, ctx.factors, strict=True)):
             if trained[place]:
-                of_chain[place] = _of_factor(z, inputs[place], shape).to(dtype)
+                grad_chain[place] = _factor_gradient(z, inputs[place], shape).to(dtype)
             if place == 0 and ctx.scaling != 1.0:
                 z = z * ctx.scaling
-            if place < len(matrices) - 1 and (of_x_needed or any(trained[place + 1 :])):
+            if place < len(matrices) - 1 and (needs_grad_x or any(trained[place + 1 :])):
                 z = _product(z, matrix.mT)
-        of_x = None
-        if of_x_needed:
-            of_x = None if weight is None else gemm.linear(g, weight.T)
-            of_x = (_product(z, matrices[-1].mT, of_x) if matrices else of_x).view(ctx.shape)  # type: ignore[union-attr]
-        of_weight = g.T @ flat if of_weight_needed else None
-        return of_x, of_weight, None, None, *of_chain
+        grad_x = None
+        if needs_grad_x:
+            grad_x = None if weight is None else gemm.linear(g, weight.T)
+            grad_x = (_product(z, matrices[-1].mT, grad_x) if matrices else grad_x).view(ctx.shape)  # type: ignore[union-attr]
+        grad_weight = g.T @ flat if needs_grad_weight else None
+        return grad_x, grad_weight, None, None, *grad_chain
 
 
 def _matrix(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the factor as [j, k] or [groups, j, k]; where each row has its own, every row is a group."""
+    """Returns the factor as [j, k] or [groups, j, k]; if each row has a different one, every row is a group."""
     if factor.dim() == 4:
         factor = factor[:, 0] if factor.stride(1) == 0 else factor.flatten(0, 1)
     return factor.to(dtype)
 
 
 def _product(x: Tensor, matrix: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Returns x @ matrix.T, added to `onto`, which is used up, where it is given: [tokens, k] -> [tokens, j]."""
+    """Returns x @ matrix.T, added to `onto` (which may be overwritten) if given: [tokens, k] -> [tokens, j]."""
     if matrix.dim() == 2:
         return gemm.linear(x, matrix, None, onto)
     groups, width = matrix.shape[:2]
@@ -98,7 +98,7 @@ def _product(x: Tensor, matrix: Tensor, onto: Tensor | None = None) -> Tensor:
     return onto
 
 
-def _of_factor(gradient: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+def _factor_gradient(gradient: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns the gradient of a factor of this shape from that of its product [tokens, j] and its input [tokens, k]."""
     if len(shape) == 2:
         return gradient.T @ x

@@ -1,8 +1,8 @@
-"""Numbers as integers that can be masked and summed: a quantizer, stochastic rounding, and how many bytes a sum of them takes.
+"""Quantizes numbers to integers that can be masked and summed, by stochastic rounding, and gives the size of their sums.
 
-Of a client's value x with weight w in (0, 1], w x / step is rounded up or down at random so that its mean is right; integers lie between
--limit and limit. Sums are taken modulo 256^width, which is larger than twice the largest sum, so they are read back exactly: the error of
-a weighted mean is below clients * step / (sum of the weights), and that of a plain mean below one step.
+For a client's value x with weight w in (0, 1], w x / step is rounded up or down at random without bias; integers lie between -limit and
+limit. Sums are taken modulo 256^width, which exceeds twice the largest sum, so they are recovered exactly: the error of a weighted mean is
+below clients * step / (sum of the weights), and that of a plain mean below one step.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from fedsim.config import Config
 from fedsim.errors import UserError
 
 Integers = NDArray[np.uint32]
-"""Residues modulo 2^32; what travels is each entry modulo 256^width, which sums of residues respect."""
+"""Residues modulo 2^32; entries are sent modulo 256^width, which commutes with sums of residues."""
 
 COUNTER_BITS = 48
-"""Size of a counter, such as the clipped entries, which travels in the same sum as digits of the quantizer."""
+"""Size of a counter, such as that of clipped entries, which is sent in the same sum as digits of the quantizer."""
 
 LOSS_UNITS = 1 << 16
-"""A loss is counted in parts of one."""
+"""Parts of one in which a loss is counted."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Quantizer:
 
     @property
     def step(self) -> float:
-        """Distance of two neighbours."""
+        """Distance between neighbouring multiples."""
         return self.range / self.limit
 
     @property
@@ -66,7 +66,7 @@ class Quantizer:
         return np.clip(round_at_random(exact, generator), -self.limit, self.limit), clipped
 
     def counter(self, count: float) -> NDArray[np.int64]:
-        """Returns a number from 0 to below 2^COUNTER_BITS as digits, of which the sum over clients is exact. Larger ones are cut."""
+        """Returns a count, clipped to 0 .. 2^COUNTER_BITS - 1, as digits whose sum over clients is exact."""
         left, digits = min(max(0, round(count)), (1 << COUNTER_BITS) - 1), []
         for _ in range(self.digits):
             left, digit = divmod(left, self.limit + 1)
@@ -74,33 +74,33 @@ class Quantizer:
         return np.array(digits, dtype=np.int64)
 
     def counted(self, digits: Sequence[int] | NDArray[np.int64]) -> int:
-        """Returns the sum of counters of the sum of their digits."""
+        """Returns the sum of counters from the sum of their digits."""
         return sum(int(digit) * (self.limit + 1) ** place for place, digit in enumerate(digits))
 
     def signed(self, total: Integers) -> NDArray[np.int64]:
-        """Returns the sum itself of its residues."""
+        """Returns the sum from its residues."""
         bits = 8 * self.width
         low = total.astype(np.int64) & ((1 << bits) - 1)
         return np.where(low >> (bits - 1), low - (1 << bits), low)
 
     def to_wire(self, integers: Integers) -> NDArray[np.uint8]:
-        """Returns [entries, width] bytes, the low ones first."""
+        """Returns [entries, width] bytes, little-endian."""
         return np.ascontiguousarray(integers.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : self.width])
 
     def from_wire(self, data: NDArray[np.uint8]) -> Integers:
-        """Returns the residues of `to_wire`."""
+        """Returns the residues, modulo 256^width, from the bytes of `to_wire`."""
         whole = np.zeros((len(data), 4), dtype=np.uint8)
         whole[:, : self.width] = data
         return whole.reshape(-1).view("<u4").astype(np.uint32)
 
 
 def limit_of(bits: int) -> int:
-    """Returns the largest integer of a signed grid of so many bits."""
+    """Returns the largest integer of a signed grid of `bits` bits."""
     return (1 << (bits - 1)) - 1
 
 
 def smallest_width(clients: int, limit: int) -> int:
-    """Returns the bytes in which the sum of so many entries up to `limit` fits, 4 where none does."""
+    """Returns the least bytes that hold a sum of `clients` entries up to `limit`, at most 4."""
     return next((width for width in (1, 2, 3) if 2 * clients * limit < 1 << (8 * width)), 4)
 
 
@@ -115,7 +115,7 @@ def round_at_random(exact: NDArray[np.float64], generator: np.random.Generator) 
 
 
 def upload_quantizer(config: Config, clients: int, clip_norm: float | None = None) -> Quantizer:
-    """Returns that of the uploads of a round of so many clients; with client-level noise on `clip_norm`, with room for the noise."""
+    """Returns the quantizer of uploads in a round of `clients`; with client-level noise its range is `clip_norm`, with room for noise."""
     limit = limit_of(config.secure.bits)
     if config.privacy.unit is PrivacyUnit.client:
         return Quantizer(clip_norm or config.privacy.clip_norm, limit, clients, 4)
@@ -128,5 +128,5 @@ def gradient_quantizer(range: float, clients: int) -> Quantizer:
 
 
 def num_counters(config: Config) -> int:
-    """Returns how many counters an upload carries: clipped entries, tokens, loss; none where nothing may leave a client without noise."""
+    """Returns how many counters an upload carries: clipped entries, tokens, loss; none if everything a client sends needs noise."""
     return 0 if config.privacy.unit is PrivacyUnit.client else 3

@@ -1,10 +1,10 @@
-"""Clients of different rank: who gets which, from the shares that the configuration gives."""
+"""Deals ranks to clients by the configured shares."""
 
 from fedsim.seeding import numpy_generator
 
 
 def deal_ranks(clients: int, shares: dict[int, float], seed: int) -> list[int]:
-    """Returns the rank of each client. The shares are met to one client (largest remainders), who gets which is drawn from the seed."""
+    """Returns the rank of each client. The shares are met to one client (largest remainders), the order is drawn from the seed."""
     total = sum(shares.values())
     exact = {rank: clients * share / total for rank, share in sorted(shares.items())}
     counts = {rank: int(value) for rank, value in exact.items()}

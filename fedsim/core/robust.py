@@ -1,7 +1,7 @@
-"""Aggregation that a few malicious or broken clients cannot drag away: median and trimmed mean of each parameter, and Krum.
+"""Aggregation that is robust to a few malicious or broken clients: median and trimmed mean of each parameter, and Krum.
 
 Sources: Yin et al. 2018 (arXiv 1803.01498), Blanchard et al. 2017 (arXiv 1703.02757). All are unweighted, since a client's number of
-examples is its own claim. They need all updates at once, [clients, parameters]; beyond that stack they hold one chunk of parameters.
+examples is its own claim. They need all updates at once, [clients, parameters]; besides this stack they hold one chunk of parameters.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-CHUNK = 2**20  # elements of the stack that are worked on at a time: 4 MiB, times a few for copies and indices
+CHUNK = 2**20  # elements of the stack that are processed at a time: 4 MiB, times a few for copies and indices
 
 
 def median(stack: Tensor) -> Tensor:
-    """Returns the median over the clients of each parameter, [parameters]; of an even number it is the mean of the middle two.
+    """Returns the median over the clients of each parameter, [parameters]; for an even number, the mean of the middle two.
 
     Guarantees: within the range of the honest values while less than half of the clients are malicious; the order of clients does not
     matter. Raises ValueError for no clients, another type than float32 and values that are not finite.
@@ -39,8 +39,9 @@ def trimmed_mean(stack: Tensor, beta: float) -> Tensor:
 
 
 def krum(stack: Tensor, num_malicious: int, num_to_keep: int = 1) -> Tensor:
-    """Returns the mean of the clients that `krum_selection` keeps, [parameters]; with one to keep it is that client's update (Krum),
-    with more it is Multi-Krum. Raises ValueError as `krum_selection` does.
+    """Returns the mean of the clients that `krum_selection` keeps, [parameters]: Krum if it keeps one, Multi-Krum if more.
+
+    Raises ValueError as `krum_selection` does.
     """
     kept = krum_selection(stack, num_malicious, num_to_keep)
     return torch.cat([chunk[kept].mean(dim=0, dtype=torch.float64).to(torch.float32) for chunk in _chunks(stack)])
@@ -67,7 +68,7 @@ def krum_selection(stack: Tensor, num_malicious: int, num_to_keep: int = 1) -> l
 def _squared_distances(stack: Tensor) -> Tensor:
     """Returns float64 [clients, clients].
 
-    From differences, not from |x|^2 + |y|^2 - 2 x y: updates that lie close together far from zero would lose all their digits.
+    Computed from differences: |x|^2 + |y|^2 - 2 x y would lose all digits of updates that are close together far from zero.
     """
     clients = len(stack)
     pairs = sum((functional.pdist(chunk.to("cpu", torch.float64)).square_() for chunk in _chunks(stack)), torch.tensor(0.0))

@@ -1,6 +1,6 @@
-"""Shamir's secret sharing (CACM 1979): any `threshold` shares give a 32-byte secret, fewer tell nothing of it.
+"""Shamir's secret sharing (CACM 1979): any `threshold` shares give a 32-byte secret, fewer reveal nothing of it.
 
-A share is a value of a random polynomial over the integers modulo the first prime above 2^256, so a secret needs no cutting up;
+A share is a value of a random polynomial over the integers modulo the first prime above 2^256, so a secret need not be split into pieces;
 holders are points from 1 on. Flower's own sharing works in pieces of 16 bytes over GF(2^128) and takes a hundred times as long.
 """
 
@@ -22,7 +22,10 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> dict[int, byt
 
 
 def combine(shares: Mapping[int, bytes], threshold: int) -> bytes:
-    """Returns the secret of shares by point. Raises ValueError where there are fewer than the threshold, or they do not fit together."""
+    """Returns the secret from shares by point. Raises ValueError for fewer than the threshold, or a result above 32 bytes.
+
+    Other wrong shares give a wrong secret.
+    """
     if len(shares) < threshold:
         raise ValueError(f"Expected at least {threshold} shares, got {len(shares)}.")
     chosen = {point: int.from_bytes(shares[point], "little") for point in sorted(shares)[:threshold]}

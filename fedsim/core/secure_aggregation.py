@@ -1,12 +1,12 @@
-"""Secure aggregation: the server learns the sum of the clients' vectors and no vector (Bonawitz et al. 2017; SecAgg+, Bell et al. 2020).
+"""Secure aggregation: the server learns only the sum of the clients' vectors (Bonawitz et al. 2017; SecAgg+, Bell et al. 2020).
 
-Each pair of neighbours agrees on a mask that one adds and the other subtracts, and each client adds a mask of its own. Shares of the
-secrets behind both lie with its neighbours, sealed from the server: of a client whose vector came they give out its own mask, of one
-that vanished its pair masks, never both. A sum is unmasked only while `threshold` of each group (a client and its neighbours) answer.
+Each pair of neighbours agrees on a mask that one adds and the other subtracts, and each client adds a mask of its own. Its neighbours
+hold shares of the secrets behind both, sealed from the server: they reveal the own mask of a client whose vector arrived, or the pair masks
+of one that vanished, never both. A sum is unmasked only if `threshold` of each group (a client and its neighbours) answer.
 
-The adversary is a server that follows the protocol and looks at everything, with fewer clients than the threshold on its side; clients
-have no signing keys, so a server that invents clients is not held off. Keys are X25519, seals ChaCha20-Poly1305, masks AES-256 in counter
-mode. (Flower's SecAgg+ of 1.41 folds a mask's seed to 32 bits for a generator that is not cryptographic, and so is not used.)
+The adversary is an honest-but-curious server that colludes with fewer clients than the threshold; clients have no signing keys, so nothing
+stops a server that invents clients. Keys are X25519, seals ChaCha20-Poly1305, masks AES-256 in counter mode. (Flower's SecAgg+ of 1.41
+folds a mask's seed to 32 bits for a generator that is not cryptographic, and so is not used.)
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from fedsim.seeding import numpy_generator
 
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
 CHECK_BYTES = 8
-"""End of a seed that follows from its beginning: a wrong share gives another seed, which would unmask a sum into noise unseen."""
+"""Checksum at the end of a seed: a wrong share gives another seed, which would silently unmask a sum into noise."""
 SEALED_BYTES = NONCE_BYTES + 2 * SHARE_BYTES + TAG_BYTES
 Public = tuple[bytes, bytes]
 """A client's public keys of a round: for sealing, and for pair masks."""
@@ -37,14 +37,14 @@ Graph = dict[int, list[int]]
 
 
 def fewest_survivors(clients: int, threshold: float) -> int:
-    """Returns how many of so many clients must stay to the end, at least two."""
+    """Returns how many of `clients` must stay to the end, at least two."""
     return max(2, count_of(threshold, clients))
 
 
 def complete(graph: Graph, owners: Collection[int], present: Collection[int], threshold: float) -> bool:
-    """Whether those present are enough of all, enough to recover the secrets of all owners (so many of each owner's group), and connected.
+    """Whether the present clients are enough of all, enough of each owner's group to recover the owner's secrets, and connected.
 
-    Where those present fall into parts without a mask between them, the shares that unmask the sum unmask the sum of each part.
+    If they fall into parts without a mask between them, the shares that unmask the sum also unmask the sum of each part.
     """
     here = set(present)
     groups = ({owner, *graph[owner]} for owner in owners)
@@ -53,7 +53,7 @@ def complete(graph: Graph, owners: Collection[int], present: Collection[int], th
 
 
 def connected(graph: Graph, present: Collection[int]) -> bool:
-    """Whether each of those present is reached from each over neighbours that are present."""
+    """Whether all present clients are connected through neighbours that are present."""
     left = set(present)
     reached = [left.pop()] if left else []
     while reached:
@@ -66,7 +66,7 @@ def connected(graph: Graph, present: Collection[int]) -> bool:
 def neighbour_graph(clients: Sequence[int], neighbours: int, seed: int, server_round: int) -> Graph:
     """Returns each client's neighbours, in ascending order: all others, or `neighbours` of them on a ring in seeded order.
 
-    0 takes all; an odd number is made even, because a neighbour is one on both sides.
+    0 means all; an odd number is rounded up to an even one, because neighbours are mutual.
     """
     count = len(clients)
     reach = -(-neighbours // 2)
@@ -80,25 +80,25 @@ def neighbour_graph(clients: Sequence[int], neighbours: int, seed: int, server_r
 
 @dataclass
 class Party:
-    """One client's secrets of one round. `threshold` is that of its group; `held` are shares that it keeps of others and of itself."""
+    """One client's secrets of one round. `threshold` is that of its group; `held` has its shares of its group's secrets, own included."""
 
     client: int
     sealing: bytes = field(default_factory=lambda: X25519PrivateKey.generate().private_bytes_raw())
     masking: bytes = field(default_factory=lambda: X25519PrivateKey.generate().private_bytes_raw())
-    seed: bytes = field(default_factory=lambda: _checkable(secrets.token_bytes(KEY_BYTES - CHECK_BYTES)))
+    seed: bytes = field(default_factory=lambda: _with_checksum(secrets.token_bytes(KEY_BYTES - CHECK_BYTES)))
     threshold: int = 0
     peers: dict[int, Public] = field(default_factory=dict)
     held: dict[int, bytes] = field(default_factory=dict)  # a share of the seed, then one of the masking key
 
     @property
     def public(self) -> Public:
-        """The keys that everybody may see."""
+        """The client's public keys."""
         return _public(self.sealing), _public(self.masking)
 
     def share(self, peers: Mapping[int, Public], threshold: int) -> dict[int, bytes]:
-        """Returns for each neighbour, sealed, its shares of both secrets; keeps this client's own.
+        """Returns each neighbour's sealed shares of both secrets; keeps this client's own.
 
-        Raises ValueError for a threshold of half of the group or less: two halves could then be asked for one secret each.
+        Raises ValueError for a threshold of half of the group or less: each half could then be asked for one of the secrets.
         """
         if 2 * threshold <= len(peers) + 1:
             raise ValueError(f"Expected a threshold above half of the {len(peers) + 1} in the group, got {threshold}.")
@@ -111,7 +111,7 @@ class Party:
         return {peer: self._seal(peer, plain) for peer, plain in shares.items()}
 
     def take(self, sealed: Mapping[int, bytes]) -> None:
-        """Opens and keeps what neighbours have sealed for this client. Raises ValueError where it was changed or is for another."""
+        """Opens and keeps the shares sealed for this client. Raises ValueError if not from a neighbour, changed, or for another client."""
         for peer, data in sealed.items():
             if peer not in self.peers:
                 raise ValueError(f"Expected shares of a neighbour of client {self.client}, got some of client {peer}.")
@@ -124,7 +124,7 @@ class Party:
     def masked(self, values: Integers) -> Integers:
         """Returns values + own mask + pair masks with all neighbours whose shares were taken, and forgets the masks.
 
-        So nothing is masked twice, whose difference would show. Raises ValueError the second time, and below the threshold.
+        Two vectors under the same masks would reveal their difference. Raises ValueError the second time, and below the threshold.
         """
         if not self.seed:
             raise ValueError(f"Expected one upload of client {self.client} in a round, got a request for another.")
@@ -138,9 +138,9 @@ class Party:
         return total
 
     def reveal(self, survivors: Collection[int], vanished: Collection[int]) -> dict[int, bytes]:
-        """Returns a share of each survivor's seed and of each vanished one's masking key, and forgets all: a round is unmasked once.
+        """Returns a share of each survivor's seed and of each vanished client's masking key, and forgets all: a round is unmasked once.
 
-        Raises ValueError for a client on both lists, one of which nothing is held, or fewer survivors than the threshold.
+        Raises ValueError for a client on both lists, one without a held share, fewer survivors than the threshold, or without this client.
         """
         if set(survivors) & set(vanished) or not {*survivors, *vanished} <= set(self.held):
             raise ValueError(f"Expected each of the group of client {self.client} at most once, got {survivors} and {vanished}.")
@@ -156,11 +156,11 @@ class Party:
         return nonce + self._cipher(peer).encrypt(nonce, plain, _address(self.client, peer))
 
     def _cipher(self, peer: int) -> ChaCha20Poly1305:
-        return ChaCha20Poly1305(_agreed(self.sealing, self.peers[peer][0], b"fedsim seal"))
+        return ChaCha20Poly1305(_shared_key(self.sealing, self.peers[peer][0], b"fedsim seal"))
 
 
 class MaskedSum:
-    """What the server adds up, and the masks that it takes off: it holds one vector, the sum."""
+    """The server's sum of masked vectors, and its unmasking; it holds one vector, the sum."""
 
     def __init__(self, size: int) -> None:
         self._total: Integers = np.zeros(size, dtype=np.uint32)
@@ -178,39 +178,39 @@ class MaskedSum:
         shares: Mapping[int, Mapping[int, bytes]],  # by owner and holder
         thresholds: Mapping[int, int],
     ) -> Integers:
-        """Returns the sum of the survivors' vectors. Raises ValueError where the shares of a needed secret are too few or wrong."""
+        """Returns the sum of the survivors' vectors. Raises ValueError if the shares of a needed secret are too few or wrong."""
         survivors, total = set(self.survivors), self._total.copy()
         for owner, neighbours in masked_with.items():
             secret = combine({holder + 1: share for holder, share in shares[owner].items()}, thresholds[owner])
             if owner in survivors:
-                if _checkable(secret[:-CHECK_BYTES]) != secret:
+                if _with_checksum(secret[:-CHECK_BYTES]) != secret:
                     raise ValueError(f"Expected shares of the seed of client {owner}, got others.")
                 total -= mask(secret, len(total))
                 continue
             if _public(secret) != publics[owner][1]:
                 raise ValueError(f"Expected shares of the masking key of client {owner}, got others.")
-            for peer in survivors.intersection(neighbours):  # what a survivor added towards the vanished is what that one would take off
+            for peer in survivors.intersection(neighbours):  # cancels the survivor's mask towards the vanished client
                 total += pair_mask(owner, secret, peer, publics[peer][1], len(total))
         return total
 
 
 def mask(key: bytes, size: int) -> Integers:
-    """Returns uniform residues: the key stream of AES-256 in counter mode. A key must not serve twice."""
+    """Returns uniform residues: the key stream of AES-256 in counter mode. A key must be used only once."""
     stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(4 * size))
     return np.frombuffer(stream, dtype="<u4").astype(np.uint32)
 
 
 def pair_mask(client: int, private: bytes, peer: int, public: bytes, size: int) -> Integers:
-    """Returns the mask that `client` adds towards `peer`; the peer's own towards the client is its negative."""
-    both = mask(_agreed(private, public, b"fedsim mask"), size)
+    """Returns the mask that `client` adds towards `peer`; the peer adds its negative."""
+    both = mask(_shared_key(private, public, b"fedsim mask"), size)
     return both if client < peer else np.zeros_like(both) - both
 
 
-def _checkable(random: bytes) -> bytes:
+def _with_checksum(random: bytes) -> bytes:
     return random + hashlib.sha256(random).digest()[:CHECK_BYTES]
 
 
-def _agreed(private: bytes, public: bytes, purpose: bytes) -> bytes:
+def _shared_key(private: bytes, public: bytes, purpose: bytes) -> bytes:
     secret = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=purpose).derive(secret)
 

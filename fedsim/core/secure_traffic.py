@@ -1,4 +1,4 @@
-"""The bytes that the secure aggregation protocol itself sends, computed from who responds at each stage, to predict a run's cost."""
+"""The bytes that the secure aggregation protocol itself sends, computed from the clients that respond at each stage, to predict cost."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,7 +12,7 @@ ID_BYTES = 8
 
 
 class Sent(NamedTuple):
-    """What one client sends or receives at a stage besides what the round is about."""
+    """What one client sends or receives at a stage for the protocol itself."""
 
     client: int
     direction: Direction

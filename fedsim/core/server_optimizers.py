@@ -1,9 +1,9 @@
-"""What the server does with the clients' mean: the round's change, mean - start, is taken for a gradient step.
+"""Server optimizers: they take the round's change, mean of the clients - start, as a gradient step.
 
 FedAvgM is from Hsu et al. 2019 (arXiv 1909.06335), FedAdagrad, FedYogi and FedAdam are from Reddi et al. 2020 (arXiv 2003.00295). All
 follow Flower 1.41, which differs from the papers: second moments start at 0 and not at tau^2; FedAdagrad has no momentum; FedAdam
-corrects the bias of both moments in its learning rate, which Reddi et al. do not do, with the number of the round plus one as the
-exponent where Kingma and Ba have the number of the round; FedAvgM has a learning rate, with 1 it is that of Hsu et al.
+corrects the bias of both moments in its learning rate, which Reddi et al. do not do, with the round number plus one as the exponent
+instead of Kingma and Ba's round number; FedAvgM has a learning rate, and is that of Hsu et al. if it is 1.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ class ServerOptions:
     """Step size; 1 takes the clients' mean as it is (fedavg), the adaptive optimizers want about 1e-2 to 1e-1."""
 
     momentum: float = 0.9
-    """How much of the former direction is kept (beta1); fedavg and fedadagrad have none."""
+    """Fraction of the previous direction that is kept (beta1); fedavg and fedadagrad have none."""
 
     beta2: float = 0.99
-    """How much of the former second moment is kept by fedadam and fedyogi."""
+    """Fraction of the previous second moment that fedadam and fedyogi keep."""
 
     tau: float = 1e-3
     """Added to the root of the second moment; the larger, the less the step adapts to each parameter."""
@@ -51,10 +51,10 @@ class ServerOptimizer:
     _step: Callable[[Tensor, Tensor, State, ServerOptions], tuple[Tensor, State]]
 
     def step(self, start: Tensor, mean: Tensor, state: State, options: ServerOptions) -> tuple[Tensor, State]:
-        """Returns the next global factors, float32 [parameters], and the next state. An empty state begins anew.
+        """Returns the next global factors, float32 [parameters], and the next state. The first state is empty.
 
-        Guarantees: no argument is changed; the result depends on the arguments alone, so a run goes on from a saved state bit for bit.
-        Raises ValueError where start and mean differ in type or shape, and for a state of another optimizer or another size.
+        Guarantees: no argument is changed; the result depends on the arguments alone, so a run resumes from a saved state bit for bit.
+        Raises ValueError unless start and mean are float32 of one shape, and for a state of another optimizer or another size.
         """
         if (start.dtype, start.shape) != (torch.float32, mean.shape) or mean.dtype != torch.float32:
             raise ValueError(f"Expected two float32 tensors of one shape, got {start.dtype} {start.shape} and {mean.dtype} {mean.shape}.")
@@ -67,14 +67,14 @@ class ServerOptimizer:
 
 
 def _fedavg(start: Tensor, mean: Tensor, state: State, options: ServerOptions) -> tuple[Tensor, State]:
-    """With learning rate 1 the result is `mean` itself, bit for bit."""
+    """Returns `mean` itself, bit for bit, if the learning rate is 1."""
     if options.learning_rate == 1:
         return mean, {}
     return start + options.learning_rate * (mean - start), {}
 
 
 def _fedavgm(start: Tensor, mean: Tensor, state: State, options: ServerOptions) -> tuple[Tensor, State]:
-    """Heavy ball without damping, as torch.optim.SGD: a steady change is taken 1 / (1 - momentum) times."""
+    """Heavy ball without damping, as in torch.optim.SGD: a steady change is taken 1 / (1 - momentum) times."""
     change = mean - start
     direction = options.momentum * state["momentum"] + change if state else change
     return start + options.learning_rate * direction, {"momentum": direction}
@@ -99,10 +99,10 @@ def _fedadam(start: Tensor, mean: Tensor, state: State, options: ServerOptions) 
     step = int(state["step"]) + 1 if state else 1
     first = _first_moment(change, state, options)
     second = options.beta2 * _or_zeros(state, "second_moment", mean) + (1 - options.beta2) * change.square()
-    # One more than Kingma and Ba have: Flower's exponent.
+    # Flower's exponent, one more than Kingma and Ba's.
     rate = options.learning_rate * sqrt(1 - options.beta2 ** (step + 1)) / (1 - options.momentum ** (step + 1))
-    following = {"momentum": first, "second_moment": second, "step": torch.tensor(step)}
-    return _adaptive(start, first, second, rate, options.tau), following
+    next_state = {"momentum": first, "second_moment": second, "step": torch.tensor(step)}
+    return _adaptive(start, first, second, rate, options.tau), next_state
 
 
 def _first_moment(change: Tensor, state: State, options: ServerOptions) -> Tensor:

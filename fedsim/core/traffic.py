@@ -1,4 +1,4 @@
-"""Who holds what from the beginning, and what a client is sent, in numbers: shared by a run and by the command that predicts its cost."""
+"""The parts that clients hold at first, and the sizes of what they are sent: shared by a run and the command that predicts its cost."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,17 +11,17 @@ from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
 
 Sizes = Callable[[tuple[str, ...]], int]
-"""Number of parameters of factors of some kinds, as one client holds them."""
+"""Number of parameters of the given kinds of factors that one client holds."""
 
 GRADIENTS_NEED = (WEIGHTS, HEAD)
-"""Parts on which the gradients of the base weights depend: these, and a head that the loss goes through. No factor is one of them."""
+"""Parts on which the gradients of the base weights depend: these weights, and a head that the loss goes through. No other factor is."""
 
 
 def starting_exchange(method: Method, init: Init | None, *, scaffold: bool) -> Exchange:
-    """Returns who holds what before the first round: nobody anything that seed and base model do not give.
+    """Returns the versions that clients hold before the first round: only what they can derive from seed and base model.
 
-    What is trained first is told even where it could be derived, as the start of training; a method that starts anew in every round has
-    it derived in every round, but for a classification head, which goes on.
+    Kinds trained in round 1 are sent as the start of training even if they could be derived; with a method that restarts in every round,
+    clients derive all kinds in every round except a classification head, which continues.
     """
     kinds = method.kinds
     derived = {WEIGHTS, *method.local, *method.personal}
@@ -50,9 +50,9 @@ def needed_for_gradients(exchange: Exchange) -> tuple[str, ...]:
 def down_sizes(
     exchange: Exchange, moving: Sequence[str], client: int, parts: Sequence[str], sizes: Sizes, whole: int, increment: int
 ) -> Iterator[tuple[Purpose, int]]:
-    """Yields purpose and number of parameters of each record that brings the client the parts that it lacks.
+    """Yields purpose and number of parameters of each record that sends `parts` to the client.
 
-    `whole` and `increment` are the sizes of all that was added to the base weights, and of the last increment.
+    `whole` and `increment` are the sizes of the sum of all additions to the base weights, and of the last increment.
     """
     kinds = [part for part in parts if part not in (WEIGHTS, CONTROL)]
     for purpose, chosen in (

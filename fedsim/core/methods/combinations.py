@@ -1,4 +1,4 @@
-"""Which options make sense with which method; other combinations are refused with the reason."""
+"""Checks which options make sense with which method; refuses other combinations with the reason."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
-"""FedEx-LoRA (arXiv 2410.09432): A and B are averaged as in FedIT, and what that misses is added to the base weights.
+"""FedEx-LoRA (arXiv 2410.09432): A and B are averaged as in FedIT, and the residual is added to the base weights.
 
-The residual sum_i p_i s B_i A_i - s B A makes it exact. It is sent dense, or as stacked factors: as sum_i p_i (B_i A_i - B_i A) is the same
-sum, U = [B_1 .. B_c] and V = [p_i s (A_i - A)] have the product.
+The residual sum_i p_i s B_i A_i - s B A makes it exact. It is sent dense, or as stacked factors: since it equals
+sum_i p_i s (B_i A_i - B_i A), it is the product of U = [B_1 .. B_c] and V = [p_i s (A_i - A)].
 """
 
 from fedsim.choices import Init

@@ -1,4 +1,4 @@
-"""FedIT (arXiv 2305.05644): clients train LoRA's A and B; the server averages each by itself.
+"""FedIT (arXiv 2305.05644): clients train LoRA's A and B; the server averages each separately.
 
 Not exact: the product of the means is not the mean of the products.
 """

@@ -1,6 +1,6 @@
-"""FedSA-LoRA (arXiv 2410.01463): clients train A and B; A is averaged, B stays at its client and makes the model personal.
+"""FedSA-LoRA (arXiv 2410.01463): clients train A and B; A is averaged, B stays with its client and makes the model personal.
 
-A client sends r x in numbers a layer and round. There is no global model: each client answers its share of the questions with its own B.
+A client sends r x in numbers per layer and round. There is no global model: each client answers its share of the questions with its own B.
 """
 
 from fedsim.choices import Init

@@ -1,6 +1,6 @@
 """FedSVD (arXiv 2505.12805): A is frozen within a round; the server averages B and then re-factors B A by its SVD.
 
-A becomes the right singular vectors, B the left ones times the singular values: B A stays, A gets orthonormal rows along the update.
+A becomes the right singular vectors, B the left ones times the singular values: B A does not change, and A gets orthonormal rows.
 """
 
 import torch

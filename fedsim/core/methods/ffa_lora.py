@@ -1,6 +1,6 @@
 """FFA-LoRA (arXiv 2403.12313): A is common, drawn from the seed, and frozen; clients train B, from zero, and the server averages it.
 
-Exact, because sum_i p_i B_i A = (sum_i p_i B_i) A. Published counts halve LoRA's; B alone is what travels, r x out per layer.
+Exact, because sum_i p_i B_i A = (sum_i p_i B_i) A. Published counts halve LoRA's; only B is sent, r x out per layer.
 """
 
 from fedsim.choices import Init

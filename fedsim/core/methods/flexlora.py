@@ -1,6 +1,6 @@
-"""FlexLoRA (arXiv 2402.11505): the server averages the dense updates and hands out their truncated SVD, to each client its own rank.
+"""FlexLoRA (arXiv 2402.11505): the server averages the dense updates and sends out their truncated SVD, to each client at its own rank.
 
-The best approximation of rank r of the exact mean; exact only where the mean has no higher rank.
+It is the best approximation of rank r of the exact mean; exact only if the mean has no higher rank.
 """
 
 import torch
@@ -15,7 +15,7 @@ from fedsim.seeding import torch_generator
 from fedsim.types import Adapter
 
 NEGLIGIBLE = 1e-6
-"""Singular values at most so large, of the largest one, are the rounding of float32 products: their directions mean nothing."""
+"""Singular values up to this fraction of the largest are rounding errors of float32 products, with meaningless directions."""
 
 
 def _best_of_rank(collected: Collected) -> Outcome:
@@ -24,15 +24,15 @@ def _best_of_rank(collected: Collected) -> Outcome:
     for layer in spec.layers:
         left, values, right = truncated_svd(collected.product(layer), spec.rank, collected.seed, layer)
         values = values.where(values > NEGLIGIBLE * values[0], 0.0)
-        right = _completed(right[: values.count_nonzero()], spec.rank, collected, layer)
+        right = _with_random_rows(right[: values.count_nonzero()], spec.rank, collected, layer)
         factors |= {f"{layer}.B": left * values / spec.scaling, f"{layer}.A": right}
     return Outcome(factors, {})
 
 
-def _completed(rows: Tensor, rank: int, collected: Collected, layer: str) -> Tensor:
-    """Returns orthonormal rows [rank, in], these first; the others, which B gives no weight yet, come from seed and round.
+def _with_random_rows(rows: Tensor, rank: int, collected: Collected, layer: str) -> Tensor:
+    """Returns orthonormal rows [rank, in]: first `rows`, then random ones from seed and round, which B weights with zero.
 
-    A mean of lower rank has no rows of its own to go on with, and what the SVD gives for them follows the last bits.
+    A mean of lower rank determines no further rows, and those of the SVD depend on rounding.
     """
     missing = rank - len(rows)
     if not missing:

@@ -1,6 +1,6 @@
-"""FLoRA (arXiv 2409.05976): the clients' factors are stacked, which is exact; everybody adds the product to W and starts a fresh LoRA.
+"""FLoRA (arXiv 2409.05976): the clients' factors are stacked, which is exact; clients add the product to W and start a fresh LoRA.
 
-B = [B_1 .. B_c], A = [p_1 s A_1; ..; p_c s A_c]. Ranks may differ. The fresh A is drawn from seed and round, so it costs no byte.
+B = [B_1 .. B_c], A = [p_1 s A_1; ..; p_c s A_c]. Ranks may differ. The fresh A is drawn from seed and round, so it costs no bytes.
 """
 
 from fedsim.choices import Init

@@ -1,6 +1,6 @@
 """Federated averaging of all adapted weights themselves (FedAvg, arXiv 1602.05629): no adapter, for small models.
 
-Exact. A client sends out x in numbers a layer and round.
+Exact. A client sends out x in numbers per layer and round.
 """
 
 from fedsim.choices import Init

@@ -1,4 +1,4 @@
-"""Federated LoRA-XS (arXiv 2405.17604): Fed-SB on the top singular vectors of the base weights, R near zero; no byte for the bases."""
+"""Federated LoRA-XS (arXiv 2405.17604): Fed-SB on the top singular vectors of the base weights, R near zero; the bases cost no bytes."""
 
 from dataclasses import replace
 

@@ -1,7 +1,7 @@
 """RAVAN (arXiv 2506.05568): h heads H_k of r x r between frozen, mutually orthogonal B_k and A_k; the update is sum_k s_k B_k H_k A_k.
 
 The scales s_k are trained with the heads and folded into the upload s_k H_k, so the server's average of the heads is exact; s starts at one
-in every round. A client may train some of the heads only (`method.client_heads`): each head is averaged over the clients that trained it.
+in every round. A client may train only some of the heads (`method.client_heads`): each head is averaged over the clients that trained it.
 """
 
 import torch

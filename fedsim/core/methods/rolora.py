@@ -1,7 +1,7 @@
-"""RoLoRA (arXiv 2409.02346): B and A take turns; in each round the clients train and send one of them and hold the other in common.
+"""RoLoRA (arXiv 2409.02346): B and A alternate; in each round the clients train and send one of them and share the other.
 
-Exact, since one factor is common. A client sends r x out or r x in numbers a layer and round. The paper trains A in odd rounds; here rounds
-count from 1 and B is first, for with B = 0 the gradient on A vanishes and the first round would change nothing.
+Exact, since one factor is common. A client sends r x out or r x in numbers per layer and round. The paper trains A in odd rounds; here
+rounds count from 1 and B is first, because with B = 0 the gradient on A vanishes and the first round would change nothing.
 """
 
 from fedsim.choices import Init
