@@ -136,7 +136,7 @@ class CommunicationLedger:
         return ledger
 
     def _encoded(self, start: int, stop: int) -> str:
-        """Returns rows as text: the compressed differences of successive rows, most of which are alike."""
+        """Returns rows as text: compressed differences of successive rows, since these are mostly alike."""
         rows = np.array([self._columns[name][start:stop] for name in COLUMNS], dtype="<i8")
         return b64encode(zlib.compress(np.diff(rows, prepend=0).astype("<i8").tobytes(), level=1)).decode()
 

@@ -54,8 +54,7 @@ class Codec:
         """Returns the arrays of `flat`, float32 [parameters] on the CPU, with the types and shapes of `shapes`.
 
         Guarantees: `flat` is not changed; the same `flat` and state of the generator give the same arrays; zeros, and values already on
-        the codec's grid, are kept exactly. Raises ValueError for another type or shape, no values, NaN, infinity and magnitudes above
-        2**127.
+        the codec's grid, are kept exactly. Raises ValueError for another type or shape, no values, NaN and magnitudes above 2**127.
         """
         flat = flat.detach()
         if flat.dtype != torch.float32 or flat.dim() != 1:

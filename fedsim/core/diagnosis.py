@@ -1,4 +1,4 @@
-"""How exact a round's average was, how far the clients drifted apart, and how many directions the update has."""
+"""Measures how exact a round's average was, how far the clients drifted apart, and how many directions the update has."""
 
 from collections.abc import Iterator
 from math import nan

@@ -56,7 +56,7 @@ class Calibration:
     flops: float  # per second in training, matrix products
     pass_seconds: float  # of a training pass besides its FLOPs
     client_step_seconds: float  # of a client's step besides its passes
-    decode_flops: float  # per second in generation; 0 where nothing is generated
+    decode_flops: float  # per second in generation; 0 if nothing is generated
     decode_seconds: float  # of a generation step besides its FLOPs
     copy_bytes: float  # of a message's arrays per second, through packing, checks and averaging
     client_seconds: float  # of a client's messages in a round besides their bytes

@@ -75,7 +75,7 @@ class Buffer:
         return {"queue": self.queue.to_json(), "updates": fields}
 
     def changes(self) -> dict[str, Tensor]:
-        """Returns the changes of all updates, by the job's number."""
+        """Returns the changes of all updates, by job number."""
         return {str(number): each.change for number, each in self.updates.items()}
 
     @classmethod

@@ -171,7 +171,7 @@ def _rotated(x: Tensor, cos: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return y
 
 
-# ---- whether two compute the same
+# ---- comparing two implementations
 
 
 @contextmanager

@@ -19,7 +19,7 @@ class Reason(Enum):
 
 @dataclass(frozen=True)
 class Missing:
-    """A client that was asked in a round but is not part of its result; the weights of the others sum to one."""
+    """A client that was selected for a round but is not in its result; the weights of the others sum to one."""
 
     client: int
     round: int

@@ -36,7 +36,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Population:
-    """Medians of a kind of clients, and log-normal sigmas of bandwidths (both directions together) and of speed."""
+    """Medians of one kind of client, and log-normal sigmas of bandwidths (both directions together) and of speed."""
 
     uplink: float
     downlink: float

@@ -89,7 +89,7 @@ def draw_by_coin(clients: int, fraction: float, key: NoiseKey, server_round: int
 
 
 def share_samples(samples: int, clients: int, seed: int) -> dict[int, int]:
-    """Returns the number of samples of each client that gives any: equal shares, or one each from a seeded choice if there are too few."""
+    """Returns the number of samples of each client that gives any: equal shares, or if too few, one each for a seeded choice of clients."""
     order = numpy_generator(seed, "init_shares").permutation(clients).tolist()
     shares = {client: samples // clients + (place < samples % clients) for place, client in enumerate(order)}
     return {client: shares[client] for client in sorted(shares) if shares[client]}

@@ -48,7 +48,7 @@ def krum(stack: Tensor, num_malicious: int, num_to_keep: int = 1) -> Tensor:
 
 
 def krum_selection(stack: Tensor, num_malicious: int, num_to_keep: int = 1) -> list[int]:
-    """Returns the rows of the clients with the lowest scores, best first; of equal scores the earlier row.
+    """Returns the rows of the clients with the lowest scores, best first; ties go to the earlier row.
 
     A client's score is the sum of its squared distances to its clients - num_malicious - 2 nearest others.
     Raises ValueError unless clients >= 2 num_malicious + 3, where the guarantee of Blanchard et al. ends, and unless

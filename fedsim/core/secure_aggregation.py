@@ -174,7 +174,7 @@ class MaskedSum:
     def unmasked(
         self,
         publics: Mapping[int, Public],
-        masked_with: Mapping[int, Iterable[int]],  # by client that shared secrets: the neighbours that did so too
+        masked_with: Mapping[int, Iterable[int]],  # by client that shared secrets: its neighbours that did too
         shares: Mapping[int, Mapping[int, bytes]],  # by owner and holder
         thresholds: Mapping[int, int],
     ) -> Integers:

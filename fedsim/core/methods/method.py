@@ -52,7 +52,7 @@ class Method:
     products: bool = False  # `finish` needs the mean of the clients' dense updates, or their stacked factors
     remade: tuple[str, ...] = ()  # kinds that `finish` recomputes each round besides the averaged ones
     ranks: bool = False  # clients may have different ranks
-    linear: bool = True  # the server needs sums only, so that secure aggregation is possible
+    linear: bool = True  # the server needs only sums, so secure aggregation is possible
     lasting: bool = True  # a trained factor means the same in every round, so moments and residuals can be kept
     pooled: bool = False  # one party holds all data and nothing is sent
 
