@@ -190,7 +190,7 @@ class _Plan:
         return Phase("training", seconds, f"{tokens:,.0f} tokens, {passes:,.0f} passes, {self.flops_of_training:.3g} FLOPs")
 
     def initialization(self) -> Phase:
-        """Returns the phase of the initial gradients, at the base weights, and their decomposition; bases from the seed are free."""
+        """Returns the phase of the initial gradients, one per sample at the base weights, and the SVDs; bases from the seed are free."""
         init, again = self._config.adapter.init, sum(refresh_due(self._config, n) for n in range(1, self._config.federation.rounds + 1))
         if init in DERIVED and init is not Init.weight_svd:
             return Phase("initialisation", 0.0, "bases from the seed")

@@ -43,7 +43,7 @@ class Exchange:
     def sent(self, client: int, parts: Iterable[str]) -> None:
         """Records that the client now holds the current version of these parts.
 
-        To be called when its reply has arrived: the message may have been lost.
+        To be called once its reply has arrived: until then the message may be lost.
         """
         held = {part: self.holds(client, part) for part in self.versions}
         self.held[client] = held | {part: self.versions[part] for part in parts}
