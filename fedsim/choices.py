@@ -51,8 +51,8 @@ class Accountant(Enum):
 
 
 class NoiseSource(Enum):
-    seed = "the run's seed: a run can be repeated, and whoever knows the seed can take the noise off"
-    system = "a secret key of the operating system: no run repeats another, and nobody can take the noise off"
+    seed = "the run's seed: runs are repeatable, but anyone who knows the seed can remove the noise"
+    system = "a secret key of the operating system: runs are not repeatable, and nobody can remove the noise"
 
 
 class ServerRule(Enum):
@@ -71,7 +71,7 @@ class Partition(Enum):
     iid = "every client draws from the same distribution"
     task = "each client holds examples of one task only"
     dirichlet = "each client's mixture is drawn from a Dirichlet distribution"
-    natural = "each client holds all of one owner whom data.client_column names, or of several where there are fewer clients"
+    natural = "each client holds all examples of one owner (data.client_column), or of several if there are fewer clients"
 
 
 class DirichletOver(Enum):

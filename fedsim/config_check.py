@@ -157,13 +157,11 @@ def _check_natural(config: Config) -> None:
     column, sigma, kind = config.data.client_column, config.federation.quantity_sigma, config.federation.partition
     if kind is not Partition.natural and column is not None:
         raise UserError(
-            f"Expected federation.partition=natural with data.client_column={column}, got {kind.name}, which looks at no owners. "
+            f"Expected federation.partition=natural with data.client_column={column}, got {kind.name}, which ignores owners. "
             "Give federation.partition=natural, or leave the column out."
         )
     if kind is Partition.natural and column is None:
-        raise UserError(
-            "Expected data.client_column with federation.partition=natural, got none. Name the column in which rows tell their owner."
-        )
+        raise UserError("Expected data.client_column with federation.partition=natural, got none. Name the column with each row's owner.")
     if kind is Partition.natural and sigma:
         raise UserError(
             f"Expected federation.quantity_sigma=0 with federation.partition=natural, where clients hold what owners have, got {sigma:g}. "
@@ -173,7 +171,7 @@ def _check_natural(config: Config) -> None:
 
 def _check_contradictions(config: Config) -> None:
     if config.resume and config.overwrite:
-        raise UserError("Expected resume=true or overwrite=true, got both. Resume goes on with a run, overwrite starts it anew: drop one.")
+        raise UserError("Expected resume=true or overwrite=true, got both. Resume continues a run, overwrite starts it again: remove one.")
     if config.resume and config.run_dir is None:
         raise UserError("Expected run_dir with resume=true, got none. Name the folder of the run to go on with: run_dir=...")
     examples = config.data.train_examples

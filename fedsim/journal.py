@@ -109,7 +109,7 @@ def verified(path: Path, checkpoints: dict[str, Head], end: Head | None) -> Verd
                     verdict.superseded += len(standing) - kept
                     del standing[kept:]
                 else:
-                    verdict.problems.append(f"line {number} goes on from {from_line!r:.20}, which is no line before it")
+                    verdict.problems.append(f"line {number} continues from {from_line!r:.20}, which is not an earlier line")
         standing.append(number)
         verdict.head = verdict.head.after(line)
         hashes[number] = verdict.head.sha256

@@ -70,7 +70,7 @@ def _cut_off_lines(evaluation: dict[str, Any]) -> list[str]:
         return []
     of_final = "those of the final one are not counted" if final is None else f"{final:,} of the final one"
     text = f"{base or 0:,} of the base model, {of_final}"
-    return [f"cut off: {text}: answers without an end, right only where they had named their result (evaluation.max_new_tokens)"]
+    return [f"cut off: {text}: unfinished, right only if they had stated their result (evaluation.max_new_tokens)"]
 
 
 def _num_cut_off(evaluation: dict[str, Any], name: str) -> int | None:
@@ -82,7 +82,7 @@ def _num_cut_off(evaluation: dict[str, Any], name: str) -> int | None:
 def _missing_lines(counts: dict[str, int]) -> list[str]:
     if not counts:
         return []
-    return [f"missing           {sum(counts.values()):>9,}   replies that were asked for and are in no round: {reasons_text(counts)}"]
+    return [f"missing           {sum(counts.values()):>9,}   requested replies that no round includes: {reasons_text(counts)}"]
 
 
 def _network_lines(network: dict[str, Any] | None) -> list[str]:
@@ -107,7 +107,7 @@ def _privacy_lines(spent: dict[str, Any] | None) -> list[str]:
 
 def loose_delta_lines(delta: float) -> list[str]:
     """Returns a warning line for a delta above LOOSE_DELTA, else no line."""
-    text = f"delta {delta:.2g} is hardly a guarantee: it should be far below one over their number"
+    text = f"delta {delta:.2g} is hardly a guarantee: it should be far below 1 over their number"
     return [text] if delta > LOOSE_DELTA else []
 
 

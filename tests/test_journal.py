@@ -132,7 +132,7 @@ def test_a_resumption_from_no_line_before_it_is_told_where_it_is(journal, line):
     log.append("resumed", goes_on_from=line)
     log.close()
     (problem,) = check(path, log.head).problems
-    assert problem.startswith("line 14 goes on from")
+    assert problem.startswith("line 14 continues from")
 
 
 def test_a_journal_goes_on_where_it_ended(journal):

@@ -169,7 +169,7 @@ def _refuse_deployed(config: Config) -> None:
 def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
     if options.resume and options.overwrite:
         raise UserError(
-            "Expected resume=true or overwrite=true, got both. Resume goes on with the sweep, overwrite starts it anew: drop one."
+            "Expected resume=true or overwrite=true, got both. Resume continues the sweep, overwrite starts it again: remove one."
         )
     begun = (folder / SWEEP).is_file()
     if options.resume and not begun:

@@ -123,7 +123,7 @@ class _DryRun:
     def __init__(self, config: Config, method: Method, spec: AdapterSpec, observers: Sequence[int] = ()) -> None:
         if config.federation.mode is Mode.fedbuff:
             raise UserError(
-                "federation.mode=fedbuff: who is asked depends on simulated times, which only a run has; use sync for its cost."
+                "federation.mode=fedbuff: the choice of clients depends on simulated times, which only a run has; use sync for its cost."
             )
         self._config, self._method, self._spec = config, method, spec
         self._exchange = starting_exchange(method, config.adapter.init, scaffold=config.training.scaffold)

@@ -11,10 +11,10 @@ class Reason(Enum):
     """Why the server continues without a client."""
 
     timeout = "no reply within the deadline"
-    died = "its worker failed or is gone"
-    refused_by_client = "its owner does not take part"
-    refused_by_server = "what it sent cannot be used"
-    dropped_out = "it left in the middle of the round"
+    died = "its worker failed or disconnected"
+    refused_by_client = "its owner declined"
+    refused_by_server = "its upload is invalid"
+    dropped_out = "it left during the round"
 
 
 @dataclass(frozen=True)

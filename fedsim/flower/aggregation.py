@@ -98,7 +98,7 @@ class Aggregation:
         except ValueError as error:
             raise RunStopped(
                 f"server.rule: round {self._round} has too few clients for {self._config.server.rule.name}: {error} The rounds before are "
-                "in the last checkpoint; begin anew with a larger federation.min_replies or another rule, or try again with resume=true."
+                "in the last checkpoint; start again with a larger federation.min_replies or another rule, or try again with resume=true."
             ) from None
 
     def _noised(self, start: Tensor) -> Tensor:

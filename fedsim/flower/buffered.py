@@ -64,7 +64,7 @@ class BufferedRound(Round):
             details = sorted({each.detail for each in self.facts.missing})
             raise RunStopped(
                 f"Expected updates in the buffer of round {self._round}, but all that arrived were refused{': ' if details else ''}"
-                f"{'; '.join(details)[:300]}. Where training has diverged, lower training.learning_rate and begin anew."
+                f"{'; '.join(details)[:300]}. Where training has diverged, lower training.learning_rate and start again."
             )
         aggregation.finish()
 

@@ -84,7 +84,7 @@ class _Gathering:
                 self._receive(reply)
                 yield from self._due()
             pause = FIRST_PAUSE if found else self._sleep(polled, pause)
-        late = "not waited for: enough others have replied" if self._enough() else "no reply within federation.round_timeout"
+        late = "no longer needed: enough others have replied" if self._enough() else "no reply within federation.round_timeout"
         forget(self._grid, self._waiting)
         for turn, ask in self._waiting.values():
             self._results[turn] = ask, Failure(Reason.timeout, late)

@@ -44,14 +44,14 @@ class Reporter:
         for line in unused(given):
             self._progress.note(line)
         if given.evaluation.diagnosis and not self._config.evaluation.diagnosis:
-            self._progress.note("no diagnosis of the rounds: it tells of single uploads, which are hidden")
+            self._progress.note("no diagnosis of the rounds: it would reveal single uploads, which are hidden")
 
     def membership(self, kind: str, **facts: Any) -> None:
         """Records that a client of a deployment joined, left, is absent, or was refused, and why."""
         self._folder.event(kind, **facts)
         self._folder.record(kind, **facts)
         if kind == "refused":
-            self._progress.note(f"left out: {facts['reason']}")
+            self._progress.note(f"refused: {facts['reason']}")
         elif kind != "joined":
             self._progress.note(f"{kind}: client {facts.get('client', facts.get('clients'))}")
 

@@ -203,14 +203,14 @@ class Roster:
         if member.version != fedsim.__version__:
             return f"client {member.client} runs fedsim {member.version:.20}, the server {fedsim.__version__}: install the same"
         if member.num_examples > most:
-            return f"client {member.client} tells of {member.num_examples} examples, federation.max_examples is {most}"
+            return f"client {member.client} reports {member.num_examples} examples, federation.max_examples is {most}"
         if not 0 <= member.client < self._config.federation.clients:
             return f"there is no client {member.client} among {self._config.federation.clients}"
         if self._registered.get(node) != member.client and (node in self._registered or member.client in self._registered.values()):
             holder = f"client {self._registered[node]}" if node in self._registered else "no client"
-            return f"node {node} says that it is client {member.client}, but its key is registered for {holder}"
+            return f"node {node} claims to be client {member.client}, but its key is registered for {holder}"
         if member.client in [other.client for other in self._members.values()]:
-            return f"client {member.client} has another node already"
+            return f"client {member.client} already has a node"
         if member.base_digest != self._session.base_digest:
             return f"client {member.client} has another base model, tokenizer or chat template than the server, or one text for two"
         return None

@@ -263,7 +263,7 @@ class Run:
         if self._roster is None and not self._contexts and keeps_memory(self._config, self._session.method):
             raise UserError(
                 "Expected resume=true where clients' memories are kept with the run, got Flower's own simulation, which forgets them. "
-                "Begin anew with `fedsim run`, in one process or on Ray."
+                "Start again with `fedsim run`, in one process or on Ray."
             )
         state = restored(checkpoint, self._session, self._contexts)
         tokens = checkpoint.state.get("tokens_per_pass") or self._session.new_budget().tokens
@@ -271,7 +271,7 @@ class Run:
         self._folder.event("resumed", round=checkpoint.round, tokens_per_pass=tokens)
         if state.privacy is not None:
             self._reporter.charged_earlier(self._in_flight.charge(state.privacy))
-        self._progress.note(f"going on after round {checkpoint.round}")
+        self._progress.note(f"resuming after round {checkpoint.round}")
         return state
 
     def _save(self, state: State) -> None:

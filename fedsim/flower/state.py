@@ -119,12 +119,12 @@ def restored(checkpoint: Checkpoint, session: Session, contexts: Mapping[int, Co
     if facts.get("format", 1) != FORMAT:
         raise UserError(
             f"Expected a checkpoint of format {FORMAT}, got format {facts.get('format', 1)}, which another version of fedsim has written. "
-            "Go on with that version, or begin anew with overwrite=true."
+            "Continue with that version, or start again with overwrite=true."
         )
     if (before := facts.get("labels", [])) != (labels := [*session.data.labels]):
         raise UserError(
             f"Expected data with the labels with which the run was begun, {', '.join(before)}, got {', '.join(labels)}. "
-            "Give the data as it was, or begin anew with overwrite=true."
+            "Restore the original data, or start again with overwrite=true."
         )
     shared = _shared(session.initial_state(tensors[FACTOR]), facts, tensors)
     nodes = sorted(contexts)

@@ -324,9 +324,9 @@ def too_few(replied: int, least: int, missing: Sequence[Missing]) -> str:
     reasons = "; ".join(f"{detail} ({plural(number, 'client')})" for detail, number in details.most_common(3))
     diverged = all(DIVERGED in each.detail for each in missing)
     remedy = (
-        "Training has diverged: lower training.learning_rate and begin anew, in another run_dir= or with overwrite=true."
+        "Training has diverged: lower training.learning_rate and start again, in another run_dir= or with overwrite=true."
         if missing and diverged
-        else "The rounds before are in the last checkpoint: mend it and go on with resume=true."
+        else "The rounds before are in the last checkpoint: fix the cause and continue with resume=true."
     )
     found = f"got {replied}, {missing_text(count_by_reason(missing))}: {reasons}"
     return f"Expected replies of at least {least} clients (federation.min_replies), {found}. {remedy}"

@@ -353,7 +353,7 @@ def test_a_client_whose_key_is_registered_for_another_client_is_refused(tmp_path
         options = ["engine=deployment", f"engine.superlink={NAME}", *SMALL, "engine.wait_seconds=40"]
         done = run(["run", *options, f"run_dir={tmp_path / 'run'}"], local.flwr_home)
     assert done.returncode != 0
-    assert "says that it is client 0, but its key is registered for client 1" in done.stderr
+    assert "claims to be client 0, but its key is registered for client 1" in done.stderr
 
 
 def test_a_terminated_local_federation_leaves_no_process(tmp_path):

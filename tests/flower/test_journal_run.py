@@ -139,7 +139,7 @@ def test_a_resumption_from_no_line_is_one_clear_line_of_the_command(resumed, tmp
     path = tmp_path / "run/journal.jsonl"
     path.write_text(re.sub(r'"goes_on_from": \d+', '"goes_on_from": "a while ago"', path.read_text()))
     assert main(["verify", str(tmp_path / "run")]) == 1
-    assert "goes on from 'a while ago', which is no line before it" in capsys.readouterr().out
+    assert "continues from 'a while ago', which is not an earlier line" in capsys.readouterr().out
 
 
 def test_the_command_says_where_a_journal_was_changed(resumed, tmp_path, capsys):

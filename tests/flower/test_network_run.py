@@ -215,7 +215,7 @@ def test_what_is_refused_fills_no_buffer_and_is_charged(tmp_path):
         (of_method("rolora", federation={"mode": Mode.fedbuff, "network": "mobile"}), "rolora gives updates"),
         (of_method("fed_sb", federation={"mode": Mode.fedbuff, "network": "mobile"}, training={"scaffold": True}), "scaffold"),
         (of_method("fed_sb", federation={"mode": Mode.fedbuff, "network": "mobile", "buffer": 3, "concurrency": 2}), "concurrency"),
-        (of_method("fed_sb", federation={"mode": Mode.fedbuff, "network": "mobile", "deadline": 1.0}), "nobody is too late"),
+        (of_method("fed_sb", federation={"mode": Mode.fedbuff, "network": "mobile", "deadline": 1.0}), "no update is too late"),
         (of_method("fed_sb", federation={"network": "carrier pigeon"}), "or a file"),
         (of_method("centralized", federation={"network": "mobile"}), "something is sent"),
     ],

@@ -103,7 +103,7 @@ def test_a_second_node_of_a_client_is_turned_away():
     roster = Roster(nodes.grid, CONFIG)
     roster.wait_for_clients(nodes.session, nodes.tell)
     assert len(roster.client_nodes([0])) == 1
-    assert ("refused", "client 0 has another node already") in nodes.events
+    assert ("refused", "client 0 already has a node") in nodes.events
 
 
 PRIVATE = changed(CONFIG, privacy={"unit": PrivacyUnit.example, "epsilon": 8.0, "accountant": Accountant.rdp})
@@ -172,13 +172,13 @@ def test_a_node_whose_key_is_registered_for_one_client_does_not_join_as_another(
     roster.wait_for_clients(nodes.session, nodes.tell)
     assert roster.client_nodes([0, 1, 2]) == {1: 3, 2: 4}, "client 2 is registered nowhere that the server knows of"
     assert [reason for kind, reason in nodes.events if kind == "refused"] == [
-        "node 1 says that it is client 1, but its key is registered for client 0",
-        "node 2 says that it is client 0, but its key is registered for no client",
+        "node 1 claims to be client 1, but its key is registered for client 0",
+        "node 2 claims to be client 0, but its key is registered for no client",
     ]
     registered[5] = 2  # while the run is under way
     nodes.present([3, 4, 5])
     roster.client_nodes([0])
-    assert ("refused", "node 5 says that it is client 0, but its key is registered for client 2") in nodes.events
+    assert ("refused", "node 5 claims to be client 0, but its key is registered for client 2") in nodes.events
 
 
 def test_nobody_at_all_is_an_error_that_says_why():

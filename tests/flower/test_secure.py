@@ -366,7 +366,7 @@ REFUSED = [
     (("method=fedex_lora",), "fedex_lora needs every client's own factors"),
     (("method=flexlora",), "flexlora needs every client's own factors"),
     (("method=centralized",), "centralized sends nothing"),
-    (("server.rule=median",), "compares single uploads, which nobody sees"),
+    (("server.rule=median",), "compares single uploads, which are hidden"),
     (("compression.name=int8",), "do not compress"),
     (("method=ravan", "method.client_heads=2"), "an entry that few clients send would be seen"),
     (("training=sgd", "training.momentum=0", "training.scaffold=true"), "would travel unmasked"),

@@ -50,7 +50,7 @@ def _initialisation(config: Config, method: Method) -> Iterator[str]:
         names = ", ".join(each.name for each in method.inits)
         yield f"adapter.init: method={method.name} starts from {names}, got {init.name}; leave adapter.init out for {method.inits[0].name}."
     if every and "R" not in method.ever_trained:
-        yield f"adapter.refresh_every: only LoRA-SB has bases to compute anew, got {every} with method={method.name}; leave it out."
+        yield f"adapter.refresh_every: only LoRA-SB can recompute its bases, got {every} with method={method.name}; leave it out."
     if every and (config.federation.ranks or (init or method.inits[0]) is Init.gradient_public):
         yield f"adapter.refresh_every: expected equal ranks and bases from clients, weights or a seed, got {every}; leave one of them out."
 
@@ -80,7 +80,7 @@ def _pooled(config: Config, method: Method) -> Iterator[str]:
 def _server(config: Config, method: Method) -> Iterator[str]:
     optimizer, rate = config.server.optimizer, config.server.learning_rate
     if optimizer != "fedavg" and not method.lasting:
-        yield f"server.optimizer: {method.name} gives the factors a new meaning every round, so moments mean nothing; use fedavg."
+        yield f"server.optimizer: {method.name} redefines the factors every round, so moments cannot be kept; use fedavg."
     if optimizer != "fedavg" and (config.federation.ranks or config.method.client_heads):
         given = "federation.ranks" if config.federation.ranks else "method.client_heads"
         yield f"server.optimizer: with {given} an entry may lack an update in a round; use fedavg."
@@ -99,7 +99,7 @@ def _robust(config: Config, method: Method) -> Iterator[str]:
     if rule is not ServerRule.mean and method.pooled:
         yield f"server.rule: {method.name} has one party, got {rule.name}; use mean."
     if rule is ServerRule.trimmed_mean and int(server.trimmed * clients) == 0:
-        yield f"server.trimmed: {server.trimmed:g} of the {clients} clients of a round is nobody; raise it, or use server.rule=mean."
+        yield f"server.trimmed: {server.trimmed:g} of {clients} clients rounds down to none; raise it, or use server.rule=mean."
     if rule is ServerRule.krum and clients < 2 * server.malicious + 3:
         yield f"server.malicious: krum needs 2 x malicious + 3 clients in a round, got {server.malicious} of {clients}; lower it."
     if rule is ServerRule.krum and server.kept > clients - server.malicious:
@@ -148,7 +148,7 @@ def _buffered(config: Config, method: Method) -> Iterator[str]:
     if config.adapter.refresh_every or config.training.scaffold or config.compression.error_feedback:
         yield "federation.mode=fedbuff: updates come late, to other bases and variates; leave out refresh_every, scaffold, error_feedback."
     if federation.deadline is not None or federation.over_selection:
-        yield "federation.mode=fedbuff: nobody is too late; leave out federation.deadline and over_selection."
+        yield "federation.mode=fedbuff: no update is too late; leave out federation.deadline and over_selection."
     if not (federation.buffer or 1) <= (at_once := concurrency(federation)) <= federation.clients:
         yield (
             f"federation.concurrency: expected at least federation.buffer={federation.buffer or 1} and at most the {federation.clients} "
@@ -201,7 +201,7 @@ def _secure(config: Config, method: Method) -> Iterator[str]:
     if method.pooled:
         yield f"{key}: {method.name} sends nothing; leave it out."
     if config.server.rule is not ServerRule.mean:
-        yield f"{key}: server.rule={config.server.rule.name} compares single uploads, which nobody sees; use mean."
+        yield f"{key}: server.rule={config.server.rule.name} compares single uploads, which are hidden; use mean."
     if config.compression.name != "none":
         yield f"{key}: masked uploads are uniform and do not compress, got {config.compression.name}; use fewer secure.bits instead."
     if config.federation.ranks or config.method.client_heads:
