@@ -17,7 +17,7 @@ from clients.owner import Owner, RefusedError
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.files import atomic_write, atomic_write_json
-from fedsim.plain import to_dict, with_a_result
+from fedsim.plain import affecting_results, to_dict
 from fedsim.privacy.accounting import Mechanism, default_delta
 from fedsim.privacy.ledger import PrivacyLedger
 
@@ -26,7 +26,7 @@ log = logging.getLogger("fedsim.worker")
 
 def experiment_key(config: Config) -> str:
     """Returns an experiment's name: the digest of all options that can change its result, so a resumed run finds its clients' state."""
-    return hashlib.sha256(json.dumps(with_a_result(to_dict(config)), sort_keys=True).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(affecting_results(to_dict(config)), sort_keys=True).encode()).hexdigest()[:24]
 
 
 class ContextStore:
@@ -121,7 +121,7 @@ class Budget:
         """Returns the ledger with the owner's current limit and delta; a delta derived from the number of examples only shrinks."""
         client, delta = self._owner.client, self._owner.delta or default_delta(num_examples)
         ledger = self._ledger or PrivacyLedger("example", {client: delta})
-        ledger.hold_at(client, delta if self._owner.delta else min(delta, ledger.delta(client)))
+        ledger.set_delta(client, delta if self._owner.delta else min(delta, ledger.delta(client)))
         ledger.budget = self._owner.max_epsilon
         return ledger
 

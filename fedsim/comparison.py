@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from fedsim.drawing import WITHHELD, Event, as_png, colors, draw_line, dress, legend_outside, new_figure, or_nan, plain, say
+from fedsim.drawing import WITHHELD, Event, as_png, colors, draw_line, legend_outside, new_figure, or_nan, plain, say, style_round_axes
 from fedsim.progress import UNITS, size
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _draw_training_losses(axes: "Axes", repeated: dict[str, list[Finished]], sty
             low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
             axes.fill_between(list(losses), low, high, color=styles[label]["color"], alpha=0.15, linewidth=0)
         last = max([last, *losses])
-    dress(axes, "training loss (nats)", last)
+    style_round_axes(axes, "training loss (nats)", last)
     if not math.isfinite(axes.dataLim.ymin):
         say(axes, WITHHELD)
     _set_loss_scale(axes)

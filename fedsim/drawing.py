@@ -58,7 +58,7 @@ def draw_line(axes: "Axes", rounds: Sequence[float], values: list[float], linewi
         axes.plot(rounds, values, **own | style)
 
 
-def dress(axes: "Axes", title: str, last_round: float) -> None:
+def style_round_axes(axes: "Axes", title: str, last_round: float) -> None:
     """Sets the title of axes over rounds, and starts both axes at zero."""
     from matplotlib.ticker import MaxNLocator
 

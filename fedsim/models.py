@@ -58,7 +58,7 @@ def load_model(
     return reading(model, config, labels, texts), tokenizer
 
 
-def tokenizer_at_hand(config: ModelConfig, labels: Sequence[str] = ()) -> Any | None:
+def local_tokenizer(config: ModelConfig, labels: Sequence[str] = ()) -> Any | None:
     """Returns the tokenizer that `load_model` would, or None if it is not on this machine."""
     from transformers import AutoConfig
 

@@ -17,7 +17,7 @@ import yaml
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.files import LOCK, SUMMARY, TEMPORARY
-from fedsim.plain import flat, to_dict, with_a_result, written
+from fedsim.plain import affecting_results, flat, to_dict, written
 from fedsim.report import PICTURES
 
 CONFIG = "config.yaml"
@@ -113,12 +113,12 @@ def _refuse_occupied(folder: Path, stage: Stage) -> None:
 
 def _refuse_other_configuration(folder: Path, config: Config) -> None:
     try:
-        before = flat(with_a_result(yaml.safe_load((folder / CONFIG).read_bytes())))
+        before = flat(affecting_results(yaml.safe_load((folder / CONFIG).read_bytes())))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise UserError(
             f"Expected {folder / CONFIG} as the run wrote it, but it is no such file. Put it back, or use overwrite=true."
         ) from None
-    now = flat(with_a_result(to_dict(config)))
+    now = flat(affecting_results(to_dict(config)))
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     differing = [f"{key}={written(now.get(key))} (run: {written(before.get(key))})" for key in keys]
     if differing:
@@ -128,7 +128,7 @@ def _refuse_other_configuration(folder: Path, config: Config) -> None:
         )
 
 
-def made_new(folder: Path) -> bool:
+def create_folder(folder: Path) -> bool:
     """Creates a folder and its parents; returns False if it exists already. Raises UserError if it cannot be created."""
     try:
         folder.mkdir(parents=True)
@@ -149,9 +149,9 @@ def _try_lock(lock: int) -> bool:
     return False
 
 
-def locked(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Creates the folder if needed and returns the descriptor that holds its lock, released when the process ends in any way."""
-    made_new(folder)
+    create_folder(folder)
     lock = _acquire_lock(folder)
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from fedsim.drawing import MOST_NAMED, WITHHELD, Event, as_png, colors, draw_line, dress, legend_outside, new_figure, or_nan, say
+from fedsim.drawing import MOST_NAMED, WITHHELD, Event, as_png, colors, draw_line, legend_outside, new_figure, or_nan, say, style_round_axes
 from fedsim.progress import UNITS, plural, size
 from fedsim.report import Holdings
 
@@ -46,7 +46,7 @@ def curves(events: Iterable[Event]) -> "Figure":
     ]
     last = max([event["round"] for event in rounds], default=1)
     for axes, title in zip((accuracy, loss, training, moved), titles, strict=True):
-        dress(axes, title, last)
+        style_round_axes(axes, title, last)
     accuracy.set_ylim(0, 100)
     for axes in (loss, moved):  # the panels on the right
         legend_outside(axes)
@@ -76,7 +76,7 @@ def diagnosis(events: Iterable[Event]) -> "Figure":
         (drift, "client drift (spread of updates / mean update)"),
         (rank, "effective rank of the update, mean of layers"),
     ):
-        dress(axes, title, last)
+        style_round_axes(axes, title, last)
     if not measured:
         say(missed, "nothing: the average is exact" if exact else "not measured")
         missed.set_yticks([])
@@ -102,7 +102,7 @@ def network_curves(events: Iterable[Event]) -> "Figure":
     _draw_by_task(accuracy, evaluated, "accuracy", 100.0, over_time=True)
     last = max(times.values(), default=1.0)
     for axes, title in ((loss, "training loss (nats)"), (accuracy, "held-out accuracy (%)")):
-        dress(axes, title, last)
+        style_round_axes(axes, title, last)
         axes.set_xlabel("simulated seconds", fontsize=9)
         axes.set_xlim(0, last)
         axes.xaxis.set_major_locator(AutoLocator())
@@ -125,7 +125,7 @@ def privacy_curve(events: Iterable[Event]) -> "Figure":
     axes = figure.subplots()
     draw_line(axes, [event["round"] for event in rounds], [event["epsilon"] for event in rounds], color="black", label="spent")
     last = max([event["round"] for event in rounds], default=1)
-    dress(axes, "largest epsilon of a client", last)
+    style_round_axes(axes, "largest epsilon of a client", last)
     if budget is not None:
         axes.axhline(budget, color="tab:red", linewidth=1.0, label="budget")
         axes.set_ylim(0, 1.15 * max([budget, *(event["epsilon"] for event in rounds)]))

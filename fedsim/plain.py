@@ -8,7 +8,7 @@ from typing import Any, Union, cast, get_args, get_origin
 from fedsim.config import Config
 from fedsim.errors import UserError
 
-WITHOUT_A_RESULT = ("run_dir", "resume", "overwrite", "engine", "data.token_cache")
+NOT_AFFECTING_RESULTS = ("run_dir", "resume", "overwrite", "engine", "data.token_cache")
 """Options that decide where and how a run is computed, not what: changing them leaves it the same run."""
 
 LEAVES = (str, bool, int, float, type(None))  # checked first for speed: every message of a run goes through `to_dict`
@@ -48,10 +48,10 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def with_a_result(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def affecting_results(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the nested plain values of a configuration without the options that do not change the result."""
-    kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in WITHOUT_A_RESULT}
-    return {key: with_a_result(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()}
+    kept = {key: value for key, value in values.items() if f"{prefix}{key}" not in NOT_AFFECTING_RESULTS}
+    return {key: affecting_results(value, f"{prefix}{key}.") if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:

@@ -30,8 +30,8 @@ from fedsim.occupancy import (
     MANIFEST,
     Stage,
     clear,
-    locked,
-    made_new,
+    create_folder,
+    lock_folder,
     refuse_foreign,
     refuse_unfit,
     stage_of,
@@ -73,8 +73,8 @@ class RunFolder:
         refuse_foreign(config)
         given = Path(config.run_dir) if config.run_dir else None
         made = _missing_folders(given or next(dated_folders(now, config.method.name)).parent)
-        folder = given or next(folder for folder in dated_folders(now, config.method.name) if made_new(folder))
-        run = cls(folder, locked(folder), keep)
+        folder = given or next(folder for folder in dated_folders(now, config.method.name) if create_folder(folder))
+        run = cls(folder, lock_folder(folder), keep)
         try:
             run._prepare(config, now)
         except BaseException:

@@ -33,7 +33,7 @@ from fedsim.core.ranks import deal_ranks
 from fedsim.core.traffic import starting_exchange
 from fedsim.data import Dataset, labels, load
 from fedsim.data import check as check_data
-from fedsim.data.dealing import deal
+from fedsim.data.assignment import assign_examples
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
 from fedsim.links import links_of
@@ -48,7 +48,7 @@ from fedsim.shapes import adapter_of, skeleton
 from fedsim.training import conversations
 from fedsim.training.budget import Load, TokenBudget, chosen
 from fedsim.training.cohort import ClientData, PassFacts
-from fedsim.training.encoding import end_tokens, has_response, is_cut, longest_told
+from fedsim.training.encoding import describe_limit, end_tokens, has_response, is_truncated
 from fedsim.training.labelled import encode_any
 from fedsim.types import Adapter, AnyEncoded, AnyExample, EncodedExample, Example
 
@@ -103,7 +103,7 @@ class Session:
         self.config = config = effective(config)
         self.on_pass: Callable[[PassFacts], None] = lambda facts: None
         self.data: Dataset = load(config.data, config.seed)
-        self.pool, self.shards, self.public = deal(config, self.data.train)
+        self.pool, self.shards, self.public = assign_examples(config, self.data.train)
         classes, checkpointing = self.data.labels, config.training.activation_checkpointing
         self.model, self.tokenizer = load_model(config.model, classes, self.data.texts, activation_checkpointing=checkpointing)
         adapter = config.adapter
@@ -217,14 +217,14 @@ class Session:
             encoded = [cached_tokens[i] for i in shard] if cached_tokens else self.encode([self.pool[i] for i in shard])
             kept = [example for example in encoded if not isinstance(example, EncodedExample) or has_response(example)]
             if not kept:
-                longest = longest_told(self.config.data.max_length, self.tokenizer)
+                longest = describe_limit(self.config.data.max_length, self.tokenizer)
                 raise UserError(
                     f"data.max_length: expected room for a response of client {client}, got {longest}, which its prompts fill; "
                     "raise it or give the clients more examples."
                 )
             inside: list[AnyEncoded] = [each.example for each in self.canaries if each.client == client and each.inside]
             self._clients[client] = ClientData(client, kept + inside)
-            cut = [example for example in kept if isinstance(example, EncodedExample) and is_cut(example, self._end_tokens)]
+            cut = [example for example in kept if isinstance(example, EncodedExample) and is_truncated(example, self._end_tokens)]
             self.lengths += Counter({"read": len(encoded), "left out": len(encoded) - len(kept), "cut": len(cut)})
         return self._clients[client]
 

@@ -4,7 +4,7 @@ import pytest
 
 from fedsim.cli.compose import compose
 from fedsim.data import load
-from fedsim.data.dealing import deal
+from fedsim.data.assignment import assign_examples
 from fedsim.effective import effective
 from fedsim.errors import UserError
 
@@ -27,7 +27,7 @@ def test_a_pooled_method_has_all_of_the_data_whatever_the_partition():
     config = effective(
         compose(["method=centralized", "federation.partition=task", "federation.quantity_sigma=1", "data.train_examples=20"])
     )
-    (shard,) = deal(config, load(config.data, config.seed).train).shards
+    (shard,) = assign_examples(config, load(config.data, config.seed).train).shards
     assert shard == list(range(20))
 
 

@@ -167,7 +167,7 @@ def _workers(case: Case, settings: Settings) -> Found:
     return {"tokens": workload.tokens, "batch": workload.batch, "cohort": tokens / max(each["seconds"] for each in found)}
 
 
-def work_of_a_worker(model: str, clients: int, device: str, quick: bool) -> dict[str, Any]:
+def train_share(model: str, clients: int, device: str, quick: bool) -> dict[str, Any]:
     """Trains a worker's share and returns its tokens and seconds, the median of a few turns."""
     workload = workload_of(model, clients, 1 if quick else 2)
     on = subject_of(model, device, False)
@@ -207,4 +207,4 @@ SECTION = Section(
 if __name__ == "__main__":
     if asked()["device"] == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-    answer(work_of_a_worker(**asked()))
+    answer(train_share(**asked()))

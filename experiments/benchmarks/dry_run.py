@@ -50,7 +50,7 @@ def measure(case: Case, settings: Settings) -> Found:
     return call("experiments.benchmarks.dry_run", case)
 
 
-def gone_through(model: str, clients: int, way: str) -> Found:
+def dry_run_case(model: str, clients: int, way: str) -> Found:
     """Returns the bytes and FLOPs of the clients' local steps, or of one client's initial gradient."""
     tokens, batch = PUBLISHED[model]
     workload = Workload(model, clients, batch, tokens, steps=1, rank=RANK.get(model, 200))
@@ -124,4 +124,4 @@ SECTION = Section(
 )
 
 if __name__ == "__main__":
-    answer(gone_through(**asked()))
+    answer(dry_run_case(**asked()))

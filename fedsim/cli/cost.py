@@ -157,7 +157,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "round_down_payload_bytes": _number(cost.down.payload_bytes),
         "client_bases_parameters": _number(cost.bases),
         "client_gradient_parameters": cost.gradient,
-        "clients_with_gradient": cost.givers,
+        "clients_with_gradient": cost.clients_with_gradient,
         **{f"total_{name}": number for name, number in cost.totals.items()},
         "published_parameters": _number(row.published.parameters) if row.published else None,
         "published_direction": ("down" if row.published.down else "up") if row.published else None,
@@ -252,7 +252,7 @@ def _notes(found: Costs) -> Iterator[str]:
     folds = _names(row for row in rows if row.method.folds)
     if folds:
         yield f"{folds}: the result of the last round is not sent, so what is added to the weights goes down in one round less."
-    yield from _givers(rows)
+    yield from _gradient_clients(rows)
     if any(row.config.federation.ranks for row in rows):
         yield "Clients of different rank: numbers of one client are means over all clients."
     if any(row.config.compression.name != "none" for row in rows):
@@ -285,8 +285,8 @@ def _names(rows: Iterable[Row]) -> str:
     return ", ".join(dict.fromkeys(row.config.method.name for row in rows))
 
 
-def _givers(rows: list[Row]) -> Iterator[str]:
-    for some, every in dict.fromkeys((row.found.givers, row.config.federation.clients) for row in rows):
+def _gradient_clients(rows: list[Row]) -> Iterator[str]:
+    for some, every in dict.fromkeys((row.found.clients_with_gradient, row.config.federation.clients) for row in rows):
         if 0 < some < every:
             yield f"Initial gradients come from {some} of {every} clients (adapter.init_samples)."
 

@@ -24,13 +24,13 @@ from fedsim.core.participation import round_size
 from fedsim.data import Dataset, labels, load
 from fedsim.effective import effective, method_of
 from fedsim.errors import UserError
-from fedsim.models import EMBEDDED, check_architecture, context, device, looks_local, tokenizer_at_hand
+from fedsim.models import EMBEDDED, check_architecture, context, device, local_tokenizer, looks_local
 from fedsim.progress import plural, size
 from fedsim.report import table
 from fedsim.seeding import numpy_generator
 from fedsim.shapes import adapter_of, model_shape, skeleton
 from fedsim.training.batches import collate, local_batches, pack
-from fedsim.training.budget import GENERATED, LOSS_SHARE, Load, chosen_for, chosen_for_answers_within, chosen_on_cpu, free_bytes
+from fedsim.training.budget import GENERATED, LOSS_SHARE, Load, free_bytes, tokens_for_answers_on_gpu, tokens_on_cpu, tokens_on_gpu
 from fedsim.training.labelled import encode_any
 from fedsim.types import AnyEncoded, AnyExample, EncodedExample, Labelled
 
@@ -102,10 +102,10 @@ def _with_passes(config: Config, shape: ModelShape, load: Load) -> Config:
     """Returns the configuration with tokens_per_pass=auto, of training and evaluation, resolved for this machine."""
     training, evaluation = config.training, config.evaluation
     on, asked = device(config.model), (training.tokens_per_pass, evaluation.tokens_per_pass)
-    found = chosen_on_cpu(), GENERATED
+    found = tokens_on_cpu(), GENERATED
     if AUTO in asked and on.type == "cuda":
         free = max(0, free_bytes(on) - shape.parameters * shape.weight_bytes)
-        found = chosen_for(shape, load, free, checkpointing=training.activation_checkpointing), chosen_for_answers_within(shape, free)
+        found = tokens_on_gpu(shape, load, free, checkpointing=training.activation_checkpointing), tokens_for_answers_on_gpu(shape, free)
     most, answers = (choice if given == AUTO else int(given) for given, choice in zip(asked, found, strict=True))
     answers //= LOSS_SHARE if labels(config.data) != () else 1  # classification is evaluated in passes, as losses are
     return replace(config, training=replace(training, tokens_per_pass=most), evaluation=replace(evaluation, tokens_per_pass=answers))
@@ -170,7 +170,7 @@ def _counted(config: Config, data: Dataset, limit: int) -> tuple[Work, list[str]
     apart = config.model.pairs is PairReading.apart
     tests = [example for examples in data.test.values() for example in examples]
     train, questions = (_sample(examples, config.seed) for examples in (data.train, tests))
-    tokenizer, padded, notes = tokenizer_at_hand(config.model, data.labels), PADDED, []
+    tokenizer, padded, notes = local_tokenizer(config.model, data.labels), PADDED, []
     if tokenizer is None:
         lengths, asked = ([_by_words(example, limit) for example in each] for each in (train, questions))
         notes = [f"Tokens of the data: {TOKENS_A_WORD} for each word, as the model's tokenizer is not on this machine."]

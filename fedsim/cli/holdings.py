@@ -6,7 +6,7 @@ from fedsim.choices import Partition
 from fedsim.config import Config
 from fedsim.core.partition import holdings
 from fedsim.data import load
-from fedsim.data.dealing import deal
+from fedsim.data.assignment import assign_examples
 from fedsim.effective import effective
 
 
@@ -22,7 +22,7 @@ def holdings_of(config: Config) -> Held:
     """Returns the clients' holdings. Raises UserError for bad data."""
     config = effective(config)
     data = load(config.data, config.seed)
-    dealt = deal(config, data.train)
+    dealt = assign_examples(config, data.train)
     owners = [list(dict.fromkeys(dealt.pool[i].client or "" for i in shard)) for shard in dealt.shards]
     natural = config.federation.partition is Partition.natural
     return Held(holdings(dealt.pool, dealt.shards), owners if natural else [], data.skipped)

@@ -12,9 +12,9 @@ from typing import Any
 
 from fedsim.choices import PrivacyUnit
 from fedsim.config import Config
-from fedsim.core.participation import by_coin
+from fedsim.core.participation import central_privacy
 from fedsim.data import load
-from fedsim.data.dealing import deal
+from fedsim.data.assignment import assign_examples
 from fedsim.effective import effective
 from fedsim.errors import UserError
 from fedsim.privacy.accounting import Mechanism, epsilon
@@ -36,7 +36,7 @@ def privacy_of(config: Config) -> dict[str, Any]:
     config = effective(config)
     accountant = config.privacy.accountant.name
     names = COMPARED if accountant in COMPARED else (accountant,)
-    shards = deal(config, load(config.data, config.seed).train).shards
+    shards = assign_examples(config, load(config.data, config.seed).train).shards
     kinds = Counter(plan(config, [len(shard) for shard in shards]))
     by_size = sorted(kinds.items(), key=lambda item: item[0].num_examples)
     worst = max(kinds, key=lambda each: epsilon(each.mechanisms, each.delta, accountant))
@@ -96,7 +96,7 @@ def _written(value: float) -> str:
 
 def _if_known(config: Config, each: ClientPlan, names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns epsilon without amplification by secret participation, for one round and for a client's expected number of rounds."""
-    if not by_coin(config) or each.rate == 1 or not each.rounds:
+    if not central_privacy(config) or each.rate == 1 or not each.rounds:
         return []
     found = []
     for taken in sorted({1, ceil(each.rate * each.rounds)}):

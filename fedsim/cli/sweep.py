@@ -37,7 +37,7 @@ from fedsim.config_check import check
 from fedsim.errors import RunStopped, UserError
 from fedsim.events import read_events
 from fedsim.files import LOCK, SUMMARY, atomic_write, atomic_write_json, dated_folders
-from fedsim.plain import to_dict, with_a_result
+from fedsim.plain import affecting_results, to_dict
 
 SWEEP, PICTURE = "sweep.json", "comparison.png"
 
@@ -175,8 +175,8 @@ def _refuse_occupied(folder: Path, jobs: list[Job], options: Config) -> None:
     if options.resume and not begun:
         raise UserError(f"Expected run_dir to name a sweep to go on with, got {options.run_dir}, which holds none. Give its folder.")
     if options.resume:
-        before = [with_a_result(job["config"]) for job in json.loads((folder / SWEEP).read_bytes())["jobs"]]
-        if before != [with_a_result(to_dict(job.config)) for job in jobs]:
+        before = [affecting_results(job["config"]) for job in json.loads((folder / SWEEP).read_bytes())["jobs"]]
+        if before != [affecting_results(to_dict(job.config)) for job in jobs]:
             raise UserError(
                 f"Expected the options with which the sweep in {folder} was begun, got others. Give the same, or another run_dir=."
             )

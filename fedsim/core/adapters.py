@@ -98,7 +98,7 @@ class FrozenLinear(nn.Linear):
         return x
 
     @contextmanager
-    def stepping_aside(self) -> Iterator[list[Tensor]]:
+    def bypassed(self) -> Iterator[list[Tensor]]:
         """Makes the layer return its input unchanged within the block; yields the list of inputs it receives."""
         self._captured = []
         try:

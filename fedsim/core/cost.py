@@ -17,13 +17,13 @@ from fedsim.config import Config
 from fedsim.core.collecting import keeps_clients
 from fedsim.core.communication import SETUP, Direction, Purpose
 from fedsim.core.compression import CODECS
-from fedsim.core.dropout import Stage, attendance, enough_heard, heard
+from fedsim.core.dropout import Stage, attendance, enough_responding, heard
 from fedsim.core.exchange import CONTROL
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.gradient_parts import parts_of
 from fedsim.core.initialization import DERIVED
 from fedsim.core.methods import Method
-from fedsim.core.participation import drawn, givers, round_size, server_adds_noise, spares
+from fedsim.core.participation import central_privacy, drawn, gradient_samples, round_size, spares
 from fedsim.core.quantization import gradient_quantizer, num_counters, upload_quantizer
 from fedsim.core.ranks import deal_ranks
 from fedsim.core.secure_aggregation import neighbour_graph
@@ -63,7 +63,7 @@ class Forecast:
     down: Amount
     bases: float  # parameters over all rounds
     gradient: int  # parameters of the initial gradients of one client that gives any, over all rounds
-    givers: int  # clients that give initial gradients
+    clients_with_gradient: int  # clients that send initial gradients
     totals: dict[str, int]  # {uplink,downlink,setup}_{parameters,payload_bytes} over all clients and rounds, as in the ledger
 
 
@@ -162,7 +162,7 @@ class _DryRun:
         """Yields the transfers of initial gradients after round `number`; each giver needs the current base weights."""
         if self._config.adapter.init in DERIVED or self._config.adapter.init is Init.gradient_public:
             return
-        clients, size = list(givers(self._config)), 4 * self._gradient_size
+        clients, size = list(gradient_samples(self._config)), 4 * self._gradient_size
         yield from self._stages(number, clients, 0)
         if self._secure:
             quantizer = gradient_quantizer(self._config.secure.gradient_range, len(clients))
@@ -189,7 +189,7 @@ class _DryRun:
         for each in sent:
             yield Charge(number, each.client, each.direction, Purpose.secure_aggregation, 0, each.payload_bytes)
         receiving, sending = present.get(Stage.shares, []) if Stage.upload in present else [], present.get(Stage.upload, [])
-        return receiving, sending, sending if enough_heard(self._config, graph, present, Stage.unmasking) else []
+        return receiving, sending, sending if enough_responding(self._config, graph, present, Stage.unmasking) else []
 
     def _down(self, number: int, client: int, needed: Collection[str]) -> Iterator[Charge]:
         lacking = [part for part in self._exchange.lacking(client) if part in needed]
@@ -225,7 +225,7 @@ class _DryRun:
 
     def _combine(self, number: int, clients: Sequence[int]) -> None:
         """Records what the server changes at the end of a round: nothing if no client replied, unless the server adds noise."""
-        if not clients and not server_adds_noise(self._config):
+        if not clients and not central_privacy(self._config):
             return
         self._exchange.changed(self._method.changed(number), number)
         if self._method.folds and clients:

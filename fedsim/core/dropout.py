@@ -54,12 +54,12 @@ def attendance(config: Config, server_round: int, graph: Graph) -> Attendance:
     left = list(graph)
     for stage in Stage:
         left = found[stage] = heard(config, server_round, left, stage)
-        if not enough_heard(config, graph, found, stage):
+        if not enough_responding(config, graph, found, stage):
             break
     return found
 
 
-def enough_heard(config: Config, graph: Graph, found: Attendance, stage: Stage) -> bool:
+def enough_responding(config: Config, graph: Graph, found: Attendance, stage: Stage) -> bool:
     """Whether enough clients respond at a stage; for the last one, whether there is a sum."""
     owners = found.get(stage if stage <= Stage.shares else Stage.shares)
     return stage in found and complete(graph, owners or [], found[stage], config.secure.threshold)

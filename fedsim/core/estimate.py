@@ -197,15 +197,15 @@ class _Plan:
         svd = self._svd_flops() / self._rates.svd_flops
         if init is Init.weight_svd:
             return Phase("initialisation", (1 + again) * svd, "decomposition of the base weights")
-        samples, givers = self._samples, self._givers
+        samples, clients_with_gradient = self._samples, self._clients_with_gradient
         tokens = samples * self._work.tokens
         flops = training_flops(self._shape, tokens, self._work.length, samples * self._work.responses, 0, self._shape.block_parameters)
-        moved = 2.0 * 4 * self._gradient_size * givers / self._rates.copy_bytes
-        seconds = flops / self._rates.flops + givers * self._rates.pass_seconds + svd + moved
+        moved = 2.0 * 4 * self._gradient_size * clients_with_gradient / self._rates.copy_bytes
+        seconds = flops / self._rates.flops + clients_with_gradient * self._rates.pass_seconds + svd + moved
         return Phase(
             "initialisation",
             (1 + again) * seconds,
-            f"gradients of {samples:,} examples of {givers:,} clients, {len(self._spec.layers)} SVDs",
+            f"gradients of {samples:,} examples of {clients_with_gradient:,} clients, {len(self._spec.layers)} SVDs",
         )
 
     @property
@@ -214,8 +214,8 @@ class _Plan:
         return min(self._config.adapter.init_samples, self._work.train_examples)
 
     @property
-    def _givers(self) -> int:
-        return max(1, self._cost.givers)
+    def _clients_with_gradient(self) -> int:
+        return max(1, self._cost.clients_with_gradient)
 
     @property
     def _dense_size(self) -> int:
@@ -313,7 +313,7 @@ class _Plan:
         if self._config.adapter.init in DERIVED:
             return 0.0
         work, dense = self._work, replace(self._spec, form=DENSE)
-        positions = min(self._token_budget, work.padded * work.tokens * self._samples / self._givers)
+        positions = min(self._token_budget, work.padded * work.tokens * self._samples / self._clients_with_gradient)
         targets = self._targets(positions)
         held = pass_bytes(self._shape, dense, ("D",), positions, length=work.padded * work.length, groups=0, targets=targets)
         return held + GRADIENT_COPIES * FACTOR_BYTES * self._gradient_size

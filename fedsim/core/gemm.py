@@ -27,7 +27,7 @@ def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None, onto: Tensor |
     return functional.linear(x, matrix, bias) if onto is None else torch.addmm(onto, x, matrix.T, out=onto)
 
 
-def of_weight(deltas: Tensor, inputs: Tensor) -> Tensor:
+def weight_gradient(deltas: Tensor, inputs: Tensor) -> Tensor:
     """Returns deltas.T @ inputs in float32, a weight's gradient: [tokens, out], [tokens, in] -> [out, in].
 
     On a GPU bfloat16 inputs are not cast: its bfloat16 units multiply exactly and add in float32, more than ten times as fast as its

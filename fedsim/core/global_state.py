@@ -75,7 +75,7 @@ class GlobalState:
         dense = any(name.endswith(".W") for name in fold)
         self.increment_on = {part: self.digest(part) for part in builds_on or ()}
         self.folded = added(self.folded, dense_updates(self.spec, fold, self.factors))
-        self.tag = chained(self.tag, fold)
+        self.tag = next_tag(self.tag, fold)
         self.increment = {} if dense else fold
         self.exchange.added(round, None if dense else builds_on or ())
 
@@ -98,7 +98,7 @@ def dense_updates(spec: AdapterSpec, fold: Adapter, factors: Adapter) -> Adapter
     return {layer: spec.update(factors | fold, layer) for layer in spec.layers}
 
 
-def chained(tag: str, fold: Adapter) -> str:
+def next_tag(tag: str, fold: Adapter) -> str:
     """Returns the tag of W after `fold` was added to the W of `tag`."""
     return hashlib.sha256(f"{tag} {digest(fold)}".encode()).hexdigest()
 

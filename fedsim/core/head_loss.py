@@ -39,7 +39,7 @@ def tokens_at_once(vocabulary: int) -> int:
     return most if most < TILE else most - most % TILE
 
 
-def gives_its_logits(settings: Any) -> bool:
+def returns_raw_logits(settings: Any) -> bool:
     """Whether a model with this configuration returns the output of its head unchanged, as `head_loss` needs."""
     return all(getattr(settings, name, None) is None for name in CHANGED_AFTERWARDS)
 

@@ -14,7 +14,7 @@ from torch import Tensor, empty, nn
 from fedsim.core.adapters import is_linear, matrix_shape
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.fused import GatedMLP, RMSNorm
-from fedsim.core.head_loss import gives_its_logits, logit_bytes
+from fedsim.core.head_loss import logit_bytes, returns_raw_logits
 
 FACTOR_BYTES = 4
 """Size of a trained parameter, and of its gradient."""
@@ -90,7 +90,7 @@ def shape_of(model: Any, weight_bytes: int | None = None, attention: str | None 
         norm_bytes=sum(_norm_width(part, hidden, queries) for part in parts) // layers * (size if in_one_step else 4),
         kept_by_gate=2 if any(map(_is(GatedMLP), parts)) else _kept_by_activation(parts) + (2 if made > 1.5 * inner else 0),
         score_bytes=_score_bytes(settings, attention or settings._attn_implementation, heads, size),
-        loss_in_parts=output is not None and is_linear(output) and gives_its_logits(settings),
+        loss_in_parts=output is not None and is_linear(output) and returns_raw_logits(settings),
     )
 
 

@@ -8,29 +8,24 @@ from fedsim.seeding import NoiseKey, numpy_generator
 
 
 def drawn(config: Config, server_round: int, key: NoiseKey | None = None) -> list[int]:
-    """Returns the clients of a round, in ascending order. `key` gives the coins if there are any (`by_coin`), by default the seed's."""
+    """Returns the clients of a round, in ascending order. `key` gives the coins under `central_privacy`; default: the seed's."""
     clients, fraction = config.federation.clients, config.federation.fraction
-    if by_coin(config):
+    if central_privacy(config):
         return draw_by_coin(clients, fraction, key or NoiseKey.of_seed(config.seed), server_round)
     return draw_participants(clients, fraction, config.seed, server_round)
 
 
-def by_coin(config: Config) -> bool:
-    """Whether each client is drawn by its own secret coin, which amplifies client-level privacy.
+def central_privacy(config: Config) -> bool:
+    """Whether the server adds the noise of client-level privacy, and a secret coin draws each client, which amplifies privacy.
 
-    With secure aggregation the clients' noise protects them from the server, which sees who takes part, so nothing is amplified.
+    With secure aggregation the clients add the noise, and the server sees who takes part: nothing is amplified.
     """
     return config.privacy.unit is PrivacyUnit.client and not config.privacy.secure_aggregation
 
 
-def server_adds_noise(config: Config) -> bool:
-    """Whether the server adds the noise of client-level privacy, in every round, even an empty one; with secure aggregation clients do."""
-    return by_coin(config)
-
-
 def spares(config: Config, server_round: int) -> list[int]:
     """Returns the extra clients of a round, in ascending order: `federation.over_selection` of its size, drawn from the others."""
-    count = count_of(config.federation.over_selection, round_size(config.federation.clients, config.federation.fraction))
+    count = ceil_fraction(config.federation.over_selection, round_size(config.federation.clients, config.federation.fraction))
     if not count:
         return []
     others = sorted({*range(config.federation.clients)} - {*drawn(config, server_round)})
@@ -41,11 +36,11 @@ def spares(config: Config, server_round: int) -> list[int]:
 def least_replies(config: Config, wanted: int) -> int:
     """Returns how many of a round's `wanted` clients must be in its result, by `federation.min_replies` and the server's rule."""
     given, server = config.federation.min_replies, config.server
-    least = count_of(given, wanted) if given < 1 else int(given)
+    least = ceil_fraction(given, wanted) if given < 1 else int(given)
     return max(least, 2 * server.malicious + 3, server.kept + server.malicious) if server.rule is ServerRule.krum else least
 
 
-def givers(config: Config) -> dict[int, int]:
+def gradient_samples(config: Config) -> dict[int, int]:
     """Returns the number of samples of each client that gives initial gradients: 0 for `gradient_dp`, where each example has a coin."""
     clients = config.federation.clients
     if config.adapter.init is Init.gradient_dp:
@@ -53,7 +48,7 @@ def givers(config: Config) -> dict[int, int]:
     return share_samples(config.adapter.init_samples, clients, config.seed)
 
 
-def count_of(fraction: float, whole: int) -> int:
+def ceil_fraction(fraction: float, whole: int) -> int:
     """Returns the smallest whole number that is at least fraction * whole; 0.56 of 25 is 14, although the product in floats is above it."""
     return ceil(fraction * whole - 1e-9)
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedsim.core.participation import count_of
+from fedsim.core.participation import ceil_fraction
 from fedsim.core.quantization import Integers
 from fedsim.core.secret_sharing import SHARE_BYTES, combine, split
 from fedsim.seeding import numpy_generator
@@ -38,7 +38,7 @@ Graph = dict[int, list[int]]
 
 def fewest_survivors(clients: int, threshold: float) -> int:
     """Returns how many of `clients` must stay to the end, at least two."""
-    return max(2, count_of(threshold, clients))
+    return max(2, ceil_fraction(threshold, clients))
 
 
 def complete(graph: Graph, owners: Collection[int], present: Collection[int], threshold: float) -> bool:

@@ -80,7 +80,7 @@ def classification(row: Row, name: str) -> Labelled:
 class Form:
     """What all rows of a user's own set share: the labels, and the number of texts.
 
-    Labels are those in the configuration, or else those of the training rows, once settled.
+    Labels are those in the configuration, or else those of the training rows, once fix_labels.
     """
 
     labels: tuple[str, ...]
@@ -97,7 +97,7 @@ class Form:
         self.texts = texts
         self._found.add(example.answer)
 
-    def settled(self) -> tuple[str, ...]:
+    def fix_labels(self) -> tuple[str, ...]:
         """Returns the labels and fixes them to those read so far: numbers in numeric order, names in alphabetical order.
 
         Raises UserError if there are too few or too many.

@@ -39,7 +39,7 @@ class Reading:
     def labels(self) -> tuple[str, ...]:
         """Returns the labels of the data; where its rows give them, fixes them to those of the rows read so far."""
         known = labels(self.config)
-        return self.form.settled() if known is None else known
+        return self.form.fix_labels() if known is None else known
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ def divided(reading: Reading, source: Source, rows: Iterable[NumberedRow]) -> di
     """Returns the examples of a file that holds train and test, split by a column of its rows, or else by a seeded choice."""
     if source.place not in reading.divided:
         numbered = list(rows)
-        named_splits = {told_split(row, source.each.split_column) for _, row in numbered} - {None}
+        named_splits = {named_split(row, source.each.split_column) for _, row in numbered} - {None}
         divide = _split_by_column if named_splits else _hold_out
         reading.divided[source.place] = divide(reading, source, numbered)
     return reading.divided[source.place]
 
 
-def told_split(row: Any, column: str | None) -> str | None:
+def named_split(row: Any, column: str | None) -> str | None:
     """Returns the split named in the row's `column`, in lower case; None if it names none."""
     return str(row[column]).strip().lower() if isinstance(row, Mapping) and column in row else None
 
@@ -71,7 +71,7 @@ def told_split(row: Any, column: str | None) -> str | None:
 def _split_by_column(reading: Reading, source: Source, rows: Sequence[NumberedRow]) -> dict[str, list[AnyExample]]:
     """Splits rows by column. Rows without one join the training set, where the fault is found; those of a third split are dropped."""
     column = source.each.split_column
-    splits = [told_split(row, column) or "train" for _, row in rows]
+    splits = [named_split(row, column) or "train" for _, row in rows]
     parts = {split: [row for row, own in zip(rows, splits, strict=True) if own == split] for split in ("train", "test")}
     left_out = len(rows) - sum(map(len, parts.values()))
     if left_out:

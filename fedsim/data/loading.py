@@ -10,7 +10,7 @@ from math import ceil
 from pathlib import Path
 
 from fedsim.config import DataConfig
-from fedsim.data.converting import Reading, Source, converted, divided, told_split
+from fedsim.data.converting import Reading, Source, converted, divided, named_split
 from fedsim.data.hub import Address, Hub
 from fedsim.data.rows import READERS, read
 from fedsim.data.sets import COMMONSENSE, SETS, DataSet
@@ -103,7 +103,7 @@ def _check_set(reading: Reading, name: str, split: str) -> None:
 def _check_first_row(reading: Reading, source: Source) -> None:
     """Raises UserError for a file's first row if `load` would; skips a row that belongs to neither split."""
     (first,) = islice(read(Path(source.place)), 1)
-    split = told_split(first[1], source.each.split_column) or "train"
+    split = named_split(first[1], source.each.split_column) or "train"
     if split in ("train", "test"):
         converted(reading, replace(source, owned=source.owned and split == "train"), [first])
 

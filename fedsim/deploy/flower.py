@@ -10,7 +10,7 @@ from typing import Any
 from fedsim.errors import UserError, nearest
 
 FLWR = (sys.executable, "-m", "flwr.cli.app")
-ACTION_SECONDS, LOOK_SECONDS, LOG_SECONDS = 120.0, 60.0, 30.0
+ACTION_SECONDS, CONFIG_SECONDS, LOG_SECONDS = 120.0, 60.0, 30.0
 """Time limits of a request to a SuperLink, of reading Flower's configuration, and of showing a log."""
 
 
@@ -35,7 +35,7 @@ def asking(superlink: str, key: str) -> Iterator[None]:
                 f"{error} {key}: expected the Control API of a SuperLink, but {superlink!r} does not serve it. "
                 "Run this on the SuperLink's machine, or give the address of its Control API in FLWR_HOME."
             ) from None
-        known = _values(_call("config", "list", "--format", "json", timeout=LOOK_SECONDS).stdout).get("superlink", [])
+        known = _values(_call("config", "list", "--format", "json", timeout=CONFIG_SECONDS).stdout).get("superlink", [])
         if not known or superlink in known:
             raise
         raise UserError(

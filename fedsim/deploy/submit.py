@@ -43,7 +43,7 @@ overrides = ""
 """
 RECONNECTS = 5
 """How often a log that breaks off during the run is reopened."""
-ABSENCE_SECONDS, LOOK_SECONDS = 60.0, 2.0
+ABSENCE_SECONDS, RETRY_SECONDS = 60.0, 2.0
 """How long to wait for a SuperLink that does not answer, such as during a restart, and the interval between attempts."""
 
 
@@ -139,7 +139,7 @@ def _facts_with_retries(run_id: str, superlink: str, again: str, *, quiet: bool)
         if not warned and not quiet:
             print(f"the SuperLink {superlink} does not answer: waiting for it", file=sys.stderr)
         warned = True
-        time.sleep(LOOK_SECONDS)
+        time.sleep(RETRY_SECONDS)
 
 
 def _resume_hint(run_id: str, config: Config) -> str:

@@ -13,7 +13,7 @@ from fedsim.core.diagnosis import diagnose
 from fedsim.core.exchange import CONTROL
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods.method import Method
-from fedsim.core.participation import server_adds_noise
+from fedsim.core.participation import central_privacy
 from fedsim.core.server_optimizers import SERVER_OPTIMIZERS, ServerOptions
 from fedsim.errors import RunStopped
 from fedsim.flower.asking import clip_norm
@@ -73,7 +73,7 @@ class Aggregation:
     def finish(self) -> None:
         """Makes the next global state from the uploads. Without any, it stays unchanged, moments included, unless the server adds noise."""
         state, method, config = self._state, self._session.method, self._config
-        noised = server_adds_noise(config)
+        noised = central_privacy(config)
         if not self.facts.clients and not noised:
             return
         start = state.flat(self._kinds)

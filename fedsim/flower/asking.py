@@ -20,7 +20,7 @@ from fedsim.core.communication import Direction
 from fedsim.core.exchange import WEIGHTS
 from fedsim.core.global_state import GlobalState
 from fedsim.core.methods import Method
-from fedsim.core.participation import by_coin, drawn, spares
+from fedsim.core.participation import central_privacy, drawn, spares
 from fedsim.errors import UserError
 from fedsim.flower.charging import Charges
 from fedsim.flower.in_flight import TRAINING, InFlight
@@ -75,7 +75,7 @@ class Asking:
         seed; with example-level privacy a client stops before its budget is exceeded. Raises UserError if every client's budget is spent.
         """
         if server_round not in self._participants:
-            coins, clients = by_coin(self._session.config), drawn(self._session.config, server_round, self._session.noise_key)
+            coins, clients = central_privacy(self._session.config), drawn(self._session.config, server_round, self._session.noise_key)
             asked = [0] if coins else clients  # with coins all clients are charged, drawn or not, and have spent the same
             left = self._within_budget(server_round, asked)
             if asked and not left and self._privacy is not None:
@@ -137,7 +137,7 @@ class Asking:
         if self._privacy is None:
             return {}
         everybody = range(self._session.config.federation.clients)
-        clients = everybody if by_coin(self._session.config) else [*self.participants(server_round), *self.spares(server_round)]
+        clients = everybody if central_privacy(self._session.config) else [*self.participants(server_round), *self.spares(server_round)]
         return self._costs(server_round, clients)
 
     # ---- clients and nodes
@@ -177,7 +177,7 @@ class Asking:
     def to_train(self, server_round: int, packer: Packer, grid: Grid, clients: Sequence[int]) -> Iterator[Ask]:
         """Yields one request per cohort of these clients, each made lazily."""
         for node, cohort in self.cohorts(clients, grid):
-            content = self.brought_up(server_round, cohort, packer, **self.private_facts(cohort))
+            content = self.state_request(server_round, cohort, packer, **self.private_facts(cohort))
             yield Ask(Message(content, node, TRAIN, group_id=str(server_round)), tuple(cohort))
 
     def private_facts(self, clients: Sequence[int]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class Asking:
             fields["noise_multiplier"] = self._session.privacy_plan[0].noise_multiplier
         return fields
 
-    def brought_up(
+    def state_request(
         self, server_round: int, clients: Sequence[int], packer: Packer, needed: Collection[str] | None = None, **facts: Any
     ) -> RecordDict:
         """Returns a request with the needed parts (None is all) that any of the clients lacks, and charges each for those it lacks."""

@@ -26,7 +26,7 @@ class RoundFacts:
     num_attempts: int = 1  # how often clients were asked before enough replied
     diagnosis: dict[str, Any] = field(default_factory=dict)
 
-    def miss_untold(self, asked: Iterable[int], server_round: int) -> None:
+    def add_unreported(self, asked: Iterable[int], server_round: int) -> None:
         """Records as missing the asked clients that are neither in the result nor missing yet."""
         known = {*self.clients, *(each.client for each in self.missing)}
         detail = "not connected, or its turn did not come in time"

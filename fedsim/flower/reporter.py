@@ -22,7 +22,7 @@ from fedsim.progress import Progress
 from fedsim.run_folder import RunFolder
 from fedsim.session import Session
 from fedsim.training.cohort import PassFacts
-from fedsim.training.encoding import longest_told
+from fedsim.training.encoding import describe_limit
 from fedsim.unused import unused
 
 
@@ -135,7 +135,7 @@ class Reporter:
         outcomes = {"left out": "left out, whose response lies beyond", "cut": "cut"}
         what = [f"{new[name]:,} {words}" for name, words in outcomes.items() if new[name]]
         if what:
-            longest = longest_told(self._config.data.max_length, self._session.tokenizer)
+            longest = describe_limit(self._config.data.max_length, self._session.tokenizer)
             self._progress.note(f"longer than {longest}: of {new['read']:,} training examples {', '.join(what)}")
             self._folder.event("too_long", **{name.replace(" ", "_"): number for name, number in new.items()})
         self._reported_lengths = Counter(self._session.lengths)

@@ -19,7 +19,7 @@ from fedsim.flower.worker import client_key
 from fedsim.session import Session
 from fedsim.types import Adapter
 
-COMES_BACK = (Reason.timeout, Reason.died)
+RETRYABLE = (Reason.timeout, Reason.died)
 """Reasons after which a client is asked again; one that refused or was refused would only do the same again."""
 
 
@@ -47,11 +47,11 @@ class Round:
     def note_absent(self, asked: Sequence[int]) -> None:
         """Records the asked clients without a reply or failure as missing, unless the round is full."""
         if not self.full:
-            self.facts.miss_untold(asked, self._round)
+            self.facts.add_unreported(asked, self._round)
 
-    def asked_again(self) -> list[int]:
+    def pop_retryable(self) -> list[int]:
         """Returns the missing clients that may yet reply, and removes them from `facts.missing`."""
-        retried = [each for each in self.facts.missing if each.reason in COMES_BACK]
+        retried = [each for each in self.facts.missing if each.reason in RETRYABLE]
         self.facts.missing = [each for each in self.facts.missing if each not in retried]
         return sorted(each.client for each in retried)
 

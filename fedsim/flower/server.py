@@ -27,7 +27,7 @@ from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.initialization import DERIVED, zero
 from fedsim.core.missing import Missing
-from fedsim.core.participation import server_adds_noise
+from fedsim.core.participation import central_privacy
 from fedsim.core.traffic import needed_for_gradients, refresh_due
 from fedsim.errors import RunStopped, UserError
 from fedsim.flower.asking import keeps_memory
@@ -123,7 +123,7 @@ class Run:
         self._given, self._folder, self._progress = config, folder, progress
         self._reporter = Reporter(session, folder, progress)
         # only clients of a deployment outlive their server, and an update with the server's noise is not released before a checkpoint
-        may_have_answered = roster is not None and not server_adds_noise(session.config)
+        may_have_answered = roster is not None and not central_privacy(session.config)
         self._saved = -math.inf  # time of the last checkpoint
         self._in_flight = InFlight(folder.superseded if may_have_answered else ())
 
@@ -228,7 +228,7 @@ class Run:
         return factors_from_gradients(session, gradients, steps), missing
 
     def _gathered_gradients(self, strategy: FedsimStrategy, shared: GlobalState, number: int) -> Adapter:
-        clients = list(strategy.givers_within_budget(number))
+        clients = list(strategy.samples_within_budget(number))
         self._reporter.gradients_requested(number, clients, strategy.gradient_costs(number, clients), shared.adapter_digest())
         self._sync_if_deployed()
         gradients = strategy.initial_gradients(self._grid, number)

@@ -17,7 +17,7 @@ from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing, Reason, count_by_reason, missing_text
 from fedsim.core.network import Ending
-from fedsim.core.participation import givers, least_replies
+from fedsim.core.participation import gradient_samples, least_replies
 from fedsim.core.traffic import needed_for_gradients
 from fedsim.errors import RunStopped, UserError
 from fedsim.flower.aggregation import Aggregation
@@ -142,7 +142,7 @@ class FedsimStrategy:
             dropped = sum(each.reason is Reason.dropped_out for each in facts.missing)  # simulated: not a failure of this run
             if len(facts.clients) >= min(least, len(facts.clients) + len(facts.missing) - dropped):
                 return
-            missing, asked = list(facts.missing), round_.asked_again()
+            missing, asked = list(facts.missing), round_.pop_retryable()
             if not asked or facts.num_attempts > self._session.config.federation.retries:
                 raise RunStopped(too_few(len(facts.clients), least, missing))
             time.sleep(RETRY_SECONDS)
@@ -155,7 +155,7 @@ class FedsimStrategy:
         protocol = self._protocol(server_round, packer, grid, self.participants(server_round))
 
         def work(clients: list[int], fields: dict[str, Any]) -> RecordDict:
-            return self.asking.brought_up(server_round, clients, packer, **self.asking.private_facts(clients), **fields)
+            return self.asking.state_request(server_round, clients, packer, **self.asking.private_facts(clients), **fields)
 
         try:
             aggregation.add_sum(secure_round(self._session, self._state, protocol, work))
@@ -207,7 +207,7 @@ class FedsimStrategy:
 
         Streams one client at a time. Continues without clients, or raises RunStopped, as `exchange` does.
         """
-        packer, samples = self._packer(), self.givers_within_budget(server_round)
+        packer, samples = self._packer(), self.samples_within_budget(server_round)
         if self._session.config.privacy.secure_aggregation:
             return self._session.gradient_parts.layout.unpack(self._masked_gradients(server_round, packer, samples, grid).float())
         round_ = GradientRound(self._session, self.asking, self._charges, server_round, len(samples))
@@ -222,9 +222,9 @@ class FedsimStrategy:
         )
         return round_.result()
 
-    def givers_within_budget(self, server_round: int) -> dict[int, int]:
+    def samples_within_budget(self, server_round: int) -> dict[int, int]:
         """Returns the clients whose budget allows another initial gradient, with their samples. Raises UserError if none can."""
-        ledger, samples = self._privacy, givers(self._session.config)
+        ledger, samples = self._privacy, gradient_samples(self._session.config)
         if ledger is None:
             return samples
         left = {client: samples[client] for client in self.asking.affordable(samples, self.gradient_costs(server_round, samples))}
@@ -252,7 +252,7 @@ class FedsimStrategy:
         if mechanism is not None and self._session.config.adapter.init is Init.gradient_dp:
             fields |= {"noise": [mechanism.noise_multiplier], "rates": [mechanism.sampling_rate]}
         needed = needed_for_gradients(self._state.exchange)
-        return self.asking.brought_up(server_round, [client], packer, needed, samples=[samples], **fields)
+        return self.asking.state_request(server_round, [client], packer, needed, samples=[samples], **fields)
 
     def _masked_gradients(self, server_round: int, packer: Packer, samples: dict[int, int], grid: Grid) -> Tensor:
         self.asking.charge(self.gradient_costs(server_round, samples))

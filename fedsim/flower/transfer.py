@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsim.core.adapters import factors
 from fedsim.core.exchange import CONTROL, WEIGHTS
 from fedsim.core.forms import HEAD, AdapterSpec
-from fedsim.core.global_state import GlobalState, added, chained, dense_updates, folded_layout
+from fedsim.core.global_state import GlobalState, added, dense_updates, folded_layout, next_tag
 from fedsim.core.payload import Layout, digest
 from fedsim.flower.records import from_record, to_record
 from fedsim.flower.requests import Request, shapes, text, texts, words
@@ -71,7 +71,7 @@ class Packer:
         return self._records[key]
 
 
-def take_in(session: Session, content: RecordDict, request: Request) -> bool:
+def install_received(session: Session, content: RecordDict, request: Request) -> bool:
     """Brings the session to the global state of the message. Returns False if it lacks a part that was not sent and cannot be derived.
 
     Parts that this process already holds, as one shared with the server does, are not read. Raises ValueError if an installed part
@@ -131,7 +131,7 @@ def _take_fold(session: Session, record: ArrayRecord, request: ConfigRecord, tag
     layout = Layout(tuple(told), tuple(told.values()))
     fold = layout.unpack(from_record(record, layout.num_parameters))
     builds_on = texts(request, "fold_on")
-    if chained(session.digests.get(WEIGHTS, ""), fold) != tag or any(
+    if next_tag(session.digests.get(WEIGHTS, ""), fold) != tag or any(
         session.digests.get(kind) != value for kind, value in builds_on.items()
     ):
         return False

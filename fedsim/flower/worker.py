@@ -16,7 +16,7 @@ from fedsim.core.dropout import Stage
 from fedsim.flower import secure_worker
 from fedsim.flower.records import arrays_to_record, to_record
 from fedsim.flower.requests import METRICS, Request
-from fedsim.flower.transfer import control_of, take_in
+from fedsim.flower.transfer import control_of, install_received
 from fedsim.initial_gradient import client_gradient
 from fedsim.local_round import PERSONAL, VALUES, ClientReply, Memory, train_clients
 from fedsim.session import Session, open_session
@@ -116,7 +116,7 @@ def _with_state(message: Message, context: Context, work: Callable[[Session, Req
     request = Request.of(message.content)
     session = open_session(request.config)
     secure_worker.take_shares(request, message, context)
-    if not take_in(session, message.content, request):
+    if not install_received(session, message.content, request):
         return Message(RecordDict({NEEDS_STATE: ConfigRecord()}), reply_to=message)
     return Message(work(session, request), reply_to=message)
 

@@ -40,14 +40,14 @@ class PrivacyLedger:
         `delta` belongs to the client's current data; if it is smaller than before, all of the client's epsilon holds at it from now on.
         """
         if delta is not None:
-            self.hold_at(client, min(delta, self._deltas[client]))
+            self.set_delta(client, min(delta, self._deltas[client]))
         self._histories[client] = extended(self._histories[client], mechanism)
 
     def delta(self, client: int) -> float:
         """Returns the delta at which the client's epsilon holds."""
         return self._deltas[client]
 
-    def hold_at(self, client: int, delta: float) -> None:
+    def set_delta(self, client: int, delta: float) -> None:
         """Reports all of the client's epsilon at this delta from now on; past releases do not depend on it."""
         self._deltas[client] = delta
 

@@ -94,7 +94,7 @@ class TokenBudget:
     @classmethod
     def of_evaluation(cls, evaluation: EvaluationConfig, model: nn.Module) -> "TokenBudget":
         """Returns the budget of `evaluation.tokens_per_pass`; auto chooses it for the model and its device."""
-        return cls(chosen_for_answers(model) if evaluation.tokens_per_pass == AUTO else int(evaluation.tokens_per_pass))
+        return cls(tokens_for_answers(model) if evaluation.tokens_per_pass == AUTO else int(evaluation.tokens_per_pass))
 
     def within_memory(self, work: Callable[[int], Result]) -> Result:
         """Returns work(tokens). When memory runs out, halves the budget and starts the work over.
@@ -116,17 +116,17 @@ def chosen(model: nn.Module, load: Load = NO_LOAD, *, checkpointing: bool | None
     """Returns the most tokens of a pass for a model on its device: a power of two. `checkpointing` defaults to the model's own."""
     device = next(model.parameters()).device
     if device.type != "cuda":
-        return chosen_on_cpu()
+        return tokens_on_cpu()
     activation_checkpointing: bool = model.is_activation_checkpointing if checkpointing is None else checkpointing  # type: ignore[assignment]
-    return chosen_for(shape_of(model), load, free_bytes(device), checkpointing=activation_checkpointing)
+    return tokens_on_gpu(shape_of(model), load, free_bytes(device), checkpointing=activation_checkpointing)
 
 
-def chosen_on_cpu() -> int:
+def tokens_on_cpu() -> int:
     """Returns the most tokens of a pass on the CPU: a power of two."""
     return _within(TOKENS_PER_THREAD * torch.get_num_threads(), CPU_RANGE)
 
 
-def chosen_for(shape: ModelShape, load: Load, free_bytes: int, *, checkpointing: bool) -> int:
+def tokens_on_gpu(shape: ModelShape, load: Load, free_bytes: int, *, checkpointing: bool) -> int:
     """Returns the most tokens of a pass on a GPU with `free_bytes` left after loading the model: a power of two."""
     low, tokens = GPU_RANGE
     while tokens > low and load.pass_bytes(shape, tokens, checkpointing=checkpointing) > GPU_SHARE * free_bytes:
@@ -134,19 +134,19 @@ def chosen_for(shape: ModelShape, load: Load, free_bytes: int, *, checkpointing:
     return tokens
 
 
-def chosen_for_losses(model: nn.Module, answers: int) -> int:
+def tokens_for_losses(model: nn.Module, answers: int) -> int:
     """Returns the most tokens of a pass for losses without a gradient; `answers` is the tokens of a generation batch."""
     most = max(1, answers // LOSS_SHARE)
     return most if next(model.parameters()).device.type != "cuda" else min(most, chosen(model, checkpointing=False))
 
 
-def chosen_for_answers(model: nn.Module) -> int:
+def tokens_for_answers(model: nn.Module) -> int:
     """Returns the most tokens of a generation batch for a model on its device: a power of two."""
     device = next(model.parameters()).device
-    return chosen_for_answers_within(shape_of(model), free_bytes(device)) if device.type == "cuda" else GENERATED
+    return tokens_for_answers_on_gpu(shape_of(model), free_bytes(device)) if device.type == "cuda" else GENERATED
 
 
-def chosen_for_answers_within(shape: ModelShape, free_bytes: int) -> int:
+def tokens_for_answers_on_gpu(shape: ModelShape, free_bytes: int) -> int:
     """Returns the most tokens of a generation batch on a GPU with `free_bytes` left after loading the model: a power of two."""
     return _within(int(GPU_SHARE_OF_ANSWERS * free_bytes / shape.answer_bytes), GENERATED_ON_GPU)
 

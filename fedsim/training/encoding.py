@@ -65,7 +65,7 @@ def longest(max_length: int, tokenizer: Any) -> int:
     return int(min(max_length, tokenizer.model_max_length))
 
 
-def longest_told(max_length: int, tokenizer: Any) -> str:
+def describe_limit(max_length: int, tokenizer: Any) -> str:
     """Returns the longest sequence and what bounds it, for a message."""
     limit = longest(max_length, tokenizer)
     why = "data.max_length" if limit == max_length else f"data.max_length is {max_length}, but the model reads no more"
@@ -99,7 +99,7 @@ def _joined(prompt: list[int], response: list[int], limit: int, train_on: TrainO
     return EncodedExample(np.array(ids, dtype=np.int32), start)
 
 
-def is_cut(encoded: EncodedExample, ends: Collection[int]) -> bool:
+def is_truncated(encoded: EncodedExample, ends: Collection[int]) -> bool:
     """Returns whether truncation removed part of the response, which otherwise ends with one of `ends` (see `end_tokens`)."""
     return encoded.input_ids[-1] not in ends
 

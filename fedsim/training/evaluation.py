@@ -18,7 +18,7 @@ from fedsim.config import DataConfig, EvaluationConfig
 from fedsim.core.answers import is_correct
 from fedsim.core.bi_encoder import BiEncoder
 from fedsim.training.batches import collate, pack
-from fedsim.training.budget import TokenBudget, chosen_for_losses
+from fedsim.training.budget import TokenBudget, tokens_for_losses
 from fedsim.training.encoding import encode, encode_prompts, end_tokens, has_response, token_ids
 from fedsim.training.labelled import collate_labelled, encode_labelled, label_logits
 from fedsim.training.loss import batch_loss
@@ -95,7 +95,7 @@ def _classify(
         return loss, correct
 
     with _inference(model), torch.no_grad():
-        loss, correct = budget.within_memory(lambda most: classified(chosen_for_losses(model, most)))
+        loss, correct = budget.within_memory(lambda most: classified(tokens_for_losses(model, most)))
     return TaskResult(correct / len(labelled), loss / len(labelled), len(labelled), len(labelled))
 
 
@@ -124,7 +124,7 @@ def _answer(
         )
         texts = tokenizer.batch_decode([answer.tokens for answer in answers], skip_special_tokens=True)
         pad_id = tokenizer.pad_token_id
-        loss_budget = TokenBudget(chosen_for_losses(model, budget.tokens))
+        loss_budget = TokenBudget(tokens_for_losses(model, budget.tokens))
         loss = loss_budget.within_memory(lambda most: mean_loss(model, encoded, pad_id=pad_id, tokens_per_pass=most))
     read = zip(texts, examples, answers, strict=True)
     correct = sum(is_correct(text, example, ended=answer.ended) for text, example, answer in read)

@@ -27,11 +27,11 @@ def weight_gradients(
     sums: Adapter = {}
     for name, layer in adapted_layers(model).items():
         deltas, inputs = (torch.zeros(0, side, device=weight_matrix(layer.base).device) for side in matrix_shape(layer.base))
-        sums |= {part: gemm.of_weight(left, right) for part, left, right in parts.factored(name, deltas, inputs)}
+        sums |= {part: gemm.weight_gradient(left, right) for part, left, right in parts.factored(name, deltas, inputs)}
 
     def add(name: str, deltas: Tensor, inputs: Tensor) -> None:
         for part, left, right in parts.factored(name, deltas.flatten(0, -2), inputs.flatten(0, -2)):
-            sums[part].add_(gemm.of_weight(left, right))
+            sums[part].add_(gemm.weight_gradient(left, right))
 
     for each in pack({0: list(examples)}, len(examples), tokens_per_pass) if examples else ():
         batch = collate([row.example for row in each.rows], pad_id, next(model.parameters()).device)

@@ -44,12 +44,12 @@ def _head_inputs(model: nn.Module, batch: Batch) -> tuple[Tensor, FrozenLinear |
         head.is_last = _is_last(model, head, batch.input_ids[:, :1])  # all rows, since factors may be bound per group
     if not head.is_last:
         return _logits(model, batch), None
-    with head.stepping_aside():
+    with head.bypassed():
         return _logits(model, batch), head
 
 
 def _is_last(model: nn.Module, head: FrozenLinear, tokens: Tensor) -> bool:
-    with torch.no_grad(), head.stepping_aside() as captured:
+    with torch.no_grad(), head.bypassed() as captured:
         try:
             result = model(input_ids=tokens, use_cache=False).logits
         except torch.OutOfMemoryError:

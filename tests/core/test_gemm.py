@@ -56,7 +56,7 @@ def test_onednn_is_used_only_for_float32_and_only_where_it_has_wide_kernels(monk
 def test_the_weight_gradient_is_float32_and_matches_float64_for_any_input_type(dtype):
     x, _, _, deltas = operands(dtype)
 
-    found = gemm.of_weight(deltas, x)
+    found = gemm.weight_gradient(deltas, x)
 
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), deltas.double().T @ x.double(), rtol=1e-5, atol=1e-5)
@@ -65,4 +65,4 @@ def test_the_weight_gradient_is_float32_and_matches_float64_for_any_input_type(d
 @pytest.mark.gpu
 def test_a_gpu_sums_products_of_bfloat16_in_float32():
     x, _, _, deltas = (each.cuda() for each in operands(torch.bfloat16))
-    torch.testing.assert_close(gemm.of_weight(deltas, x).double(), deltas.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gemm.weight_gradient(deltas, x).double(), deltas.double().T @ x.double(), rtol=1e-5, atol=1e-4)

@@ -21,7 +21,7 @@ def answers(monkeypatch, *found):
         return answer
 
     monkeypatch.setattr(submit, "run_facts", facts)
-    monkeypatch.setattr(submit, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(submit, "RETRY_SECONDS", 0.01)
 
 
 def test_runs_submitted_in_the_same_second_get_different_folders(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from clients.app import app
 from fedsim.choices import Init
 from fedsim.core.adapters import base_weights
 from fedsim.core.initialization import from_seed
-from fedsim.core.participation import givers
+from fedsim.core.participation import gradient_samples
 from fedsim.flower import transfer
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.server import Run
@@ -192,7 +192,7 @@ def test_bases_that_all_derive_cost_nothing_anew_and_the_fold_costs_what_a_clien
 def test_bases_from_data_cost_their_gradients_and_themselves_again(tmp_path):
     with refreshed(Init.gradient, tmp_path / "run", init_samples=2) as run:
         run.strategy.asking.participants = {1: [1, 2], 2: [1, 2], 3: [0, 1]}.get
-        assert givers(run.session.config) == {0: 1, 1: 1}
+        assert gradient_samples(run.session.config) == {0: 1, 1: 1}
         for _ in range(3):
             run.next()
         upward = [row for row in run.state.ledger.rows() if row["purpose"] == "initial_gradient"]

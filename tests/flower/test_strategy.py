@@ -13,7 +13,7 @@ from fedsim.config import AdapterConfig, Config, DataConfig, EngineConfig, Feder
 from fedsim.core.adapters import adapted_layers
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.initialization import from_seed
-from fedsim.core.participation import givers
+from fedsim.core.participation import gradient_samples
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.initial_gradient import factors_from_gradients
@@ -129,7 +129,7 @@ def test_sketched_gradients_cost_less_and_tell_the_same_directions():
 def test_the_shares_of_the_initialisation_samples_add_up():
     for samples, clients in [(7, 5), (3, 5), (5, 5), (100, 5)]:
         config = replace(SMALL, adapter=replace(SMALL.adapter, init_samples=samples))
-        shares = givers(config)
+        shares = gradient_samples(config)
         assert sum(shares.values()) == samples
         assert len(shares) == min(samples, clients)
         assert max(shares.values()) - min(shares.values()) <= 1

@@ -11,7 +11,9 @@ def test_a_worker_elsewhere_draws_floras_fresh_factors_itself(monkeypatch):
     alike = Rounds(config).next(3)
     run, theirs, served = Rounds(config), Session(config), []
     monkeypatch.setattr(worker, "open_session", lambda config: theirs)
-    monkeypatch.setattr(worker, "take_in", lambda *facts, original=worker.take_in: served.append(original(*facts)) or served[-1])
+    monkeypatch.setattr(
+        worker, "install_received", lambda *facts, original=worker.install_received: served.append(original(*facts)) or served[-1]
+    )
     run.next(3)
     assert served == [True] * 3, "nothing has to be sent again"
     assert run.state.digests() == alike.state.digests()

@@ -24,8 +24,8 @@ from fedsim.training.budget import (
     Load,
     TokenBudget,
     chosen,
-    chosen_for,
-    chosen_for_answers_within,
+    tokens_for_answers_on_gpu,
+    tokens_on_gpu,
 )
 from fedsim.training.cohort import ClientData, train_cohort
 from fedsim.training.private import PrivateRule
@@ -86,9 +86,9 @@ def test_a_generation_batch_follows_from_the_memory_of_a_gpu_and_is_fixed_on_a_c
     shape = shape_of(model)
     assert TokenBudget.of_evaluation(EvaluationConfig(), model).tokens == few
     assert TokenBudget.of_evaluation(EvaluationConfig(tokens_per_pass=500), model).tokens == 500
-    assert chosen_for_answers_within(shape, 0) == few
-    assert chosen_for_answers_within(shape, int(1.1 * 4 * few * shape.answer_bytes / GPU_SHARE_OF_ANSWERS)) == 4 * few
-    assert chosen_for_answers_within(shape, 10**15) == many
+    assert tokens_for_answers_on_gpu(shape, 0) == few
+    assert tokens_for_answers_on_gpu(shape, int(1.1 * 4 * few * shape.answer_bytes / GPU_SHARE_OF_ANSWERS)) == 4 * few
+    assert tokens_for_answers_on_gpu(shape, 10**15) == many
 
 
 def test_a_given_budget_is_used_and_an_automatic_one_is_a_power_of_two():
@@ -104,8 +104,8 @@ def test_a_given_budget_is_used_and_an_automatic_one_is_a_power_of_two():
 def test_the_tokens_of_a_pass_on_a_gpu_follow_from_its_memory_for_every_kind_of_model(model):
     shape, load = shape_of(model()), Load(longest=64)
     free = load.pass_bytes(shape, 8192, checkpointing=False) / GPU_SHARE
-    assert chosen_for(shape, load, int(1.01 * free), checkpointing=False) == 8192
-    assert chosen_for(shape, load, int(0.99 * free), checkpointing=False) == 4096
+    assert tokens_on_gpu(shape, load, int(1.01 * free), checkpointing=False) == 8192
+    assert tokens_on_gpu(shape, load, int(0.99 * free), checkpointing=False) == 4096
     assert load.pass_bytes(shape, 8192, checkpointing=True) < load.pass_bytes(shape, 8192, checkpointing=False)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from fedsim.choices import TrainOn
 from fedsim.embedded import BASE_MODEL, FAMILIES, examples
-from fedsim.training.encoding import encode, encode_prompts, end_tokens, has_response, is_cut, longest_told
+from fedsim.training.encoding import describe_limit, encode, encode_prompts, end_tokens, has_response, is_truncated
 from fedsim.types import Example, Family
 
 STORIES = Path(__file__).resolve().parents[2] / "../shared/data/models/stories260K"
@@ -117,7 +117,7 @@ def test_a_cut_removes_the_end_and_a_lost_response_has_no_loss(tokenizer, train_
     prompt = len(next(encode_prompts([EXAMPLE], tokenizer)))
     assert cut.input_ids.tolist() == full.input_ids[:max_length].tolist()
     assert has_response(cut) == (max_length > prompt)
-    assert is_cut(cut, end_tokens([EXAMPLE], tokenizer)) == (max_length < full.num_tokens)
+    assert is_truncated(cut, end_tokens([EXAMPLE], tokenizer)) == (max_length < full.num_tokens)
     assert cut.loss_start == (full.loss_start if max_length > prompt else max_length)
 
 
@@ -125,8 +125,8 @@ def test_the_limit_of_the_tokenizer_applies_too():
     tokenizer = bert_like()
     tokenizer.model_max_length = 8
     assert encode([EXAMPLE], tokenizer, 1000, TrainOn.response)[0].num_tokens == 8
-    assert longest_told(1000, tokenizer) == "8 tokens (data.max_length is 1000, but the model reads no more)"
-    assert longest_told(6, tokenizer) == "6 tokens (data.max_length)"
+    assert describe_limit(1000, tokenizer) == "8 tokens (data.max_length is 1000, but the model reads no more)"
+    assert describe_limit(6, tokenizer) == "6 tokens (data.max_length)"
 
 
 def test_the_tokens_of_embedded_examples_decode_to_their_response():

@@ -140,7 +140,7 @@ def _buffered(config: Config, method: Method) -> Iterator[str]:
         if federation.concurrency is not None or federation.buffer is not None:
             yield "federation.concurrency, federation.buffer: only fedbuff has them; add federation.mode=fedbuff or leave them out."
         return
-    same = method.lasting and len(method.turns) == 1 and not (method.folds or method.products or method.remade)
+    same = method.lasting and len(method.turns) == 1 and not (method.folds or method.products or method.recomputed)
     if not same or method.personal or method.local or method.restart or method.pooled:
         yield f"federation.mode=fedbuff: {method.name} gives updates a meaning in their round only; use fed_sb, ffa_lora, fedit or full."
     if config.privacy.unit is not PrivacyUnit.none:

@@ -28,6 +28,6 @@ FEDSVD = Method(
     inits=(Init.lora,),
     turns=(("B",),),
     finish=_refactor,
-    remade=("A",),
+    recomputed=("A",),
     lasting=False,
 )

@@ -50,7 +50,7 @@ class Method:
     exact: bool = True  # the global update equals the weighted mean of the clients' updates
     restart: Callable[[AdapterSpec, int, int], Adapter] | None = None  # all factors at the start of a round, of (spec, seed, round)
     products: bool = False  # `finish` needs the mean of the clients' dense updates, or their stacked factors
-    remade: tuple[str, ...] = ()  # kinds that `finish` recomputes each round besides the averaged ones
+    recomputed: tuple[str, ...] = ()  # kinds that `finish` recomputes each round besides the averaged ones
     ranks: bool = False  # clients may have different ranks
     linear: bool = True  # the server needs only sums, so secure aggregation is possible
     lasting: bool = True  # a trained factor means the same in every round, so moments and residuals can be kept
@@ -83,7 +83,7 @@ class Method:
 
     def changed(self, round: int) -> tuple[str, ...]:
         """Returns the kinds of common factors that a round changes."""
-        return (*self.uploaded(round), *self.remade)
+        return (*self.uploaded(round), *self.recomputed)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -93,7 +93,7 @@ class Method:
     @property
     def moving(self) -> tuple[str, ...]:
         """Kinds that differ from round to round; the others are common bases."""
-        kinds = self.ever_trained.union(self.remade).difference(self.personal)
+        kinds = self.ever_trained.union(self.recomputed).difference(self.personal)
         return tuple(kind for kind in self.kinds if kind in kinds)
 
 

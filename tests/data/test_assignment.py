@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from fedsim.cli.compose import compose
-from fedsim.data.dealing import deal
+from fedsim.data.assignment import assign_examples
 from fedsim.errors import UserError
 from fedsim.types import Example, Family
 
@@ -12,7 +12,7 @@ PUBLIC = ["adapter.init=gradient_public", "adapter.init_samples=15"]
 
 
 def dealt(*overrides):
-    return deal(compose(["federation.clients=4", *overrides]), TRAIN)
+    return assign_examples(compose(["federation.clients=4", *overrides]), TRAIN)
 
 
 def test_without_a_public_sample_everything_is_dealt():
@@ -36,7 +36,7 @@ def test_the_public_sample_depends_on_the_seed_alone():
 def test_an_owner_has_all_of_its_own_data_and_none_is_public():
     config = compose(["federation.clients=4", *PUBLIC])
     config.data.owner = 2
-    assert deal(config, TRAIN) == (TRAIN, [[], [], list(range(40)), []], [])
+    assert assign_examples(config, TRAIN) == (TRAIN, [[], [], list(range(40)), []], [])
 
 
 def test_a_public_sample_of_everything_is_refused():

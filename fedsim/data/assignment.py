@@ -1,4 +1,4 @@
-"""Deals the training examples to the clients' shards and, if the server needs one, to its public sample."""
+"""Assigns the training examples to the clients' shards and, if the server needs one, to its public sample."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,23 +11,23 @@ from fedsim.seeding import numpy_generator
 from fedsim.types import AnyExample
 
 
-class Dealt(NamedTuple):
-    """The training examples, each dealt once."""
+class Assignment(NamedTuple):
+    """The training examples, each assigned once."""
 
     pool: list[AnyExample]  # the clients' examples, in their original order
     shards: list[list[int]]  # positions in the pool of each client's examples
     public: list[AnyExample]  # the server's sample for `adapter.init=gradient_public`, in its original order
 
 
-def deal(config: Config, train: Sequence[AnyExample]) -> Dealt:
+def assign_examples(config: Config, train: Sequence[AnyExample]) -> Assignment:
     """Returns the examples of the server and of each client; if `data.owner` is set, all belong to that client, whose own data they are.
 
-    Raises UserError if nothing would be left to deal, or if `partition` cannot deal it.
+    Raises UserError if nothing would be left to assign, or if `partition` cannot assign it.
     """
     if (owner := config.data.owner) is not None:
-        return Dealt(list(train), [list(range(len(train))) if i == owner else [] for i in range(config.federation.clients)], [])
+        return Assignment(list(train), [list(range(len(train))) if i == owner else [] for i in range(config.federation.clients)], [])
     pool, public = _split(config, train)
-    return Dealt(pool, partition(pool, config.federation, config.seed), public)
+    return Assignment(pool, partition(pool, config.federation, config.seed), public)
 
 
 def _split(config: Config, train: Sequence[AnyExample]) -> tuple[list[AnyExample], list[AnyExample]]:
