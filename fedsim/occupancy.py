@@ -17,7 +17,7 @@ import yaml
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.files import LOCK, SUMMARY, TEMPORARY
-from fedsim.plain import affecting_results, flat, to_dict, written
+from fedsim.plain import affecting_results, flat, option_text, to_dict
 from fedsim.report import PICTURES
 
 CONFIG = "config.yaml"
@@ -120,7 +120,7 @@ def _refuse_other_configuration(folder: Path, config: Config) -> None:
         ) from None
     now = flat(affecting_results(to_dict(config)))
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    differing = [f"{key}={written(now.get(key))} (run: {written(before.get(key))})" for key in keys]
+    differing = [f"{key}={option_text(now.get(key))} (run: {option_text(before.get(key))})" for key in keys]
     if differing:
         raise UserError(
             f"Expected the configuration with which {folder} was begun, got {', '.join(differing)}. "

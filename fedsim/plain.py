@@ -29,13 +29,13 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def written(value: Any) -> str:
+def option_text(value: Any) -> str:
     """Returns a value in the syntax of the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{written(entry)}' for key, entry in value.items())}}}"
-    return f"[{','.join(map(written, value))}]" if isinstance(value, list) else str(value)
+        return f"{{{','.join(f'{key}:{option_text(entry)}' for key, entry in value.items())}}}"
+    return f"[{','.join(map(option_text, value))}]" if isinstance(value, list) else str(value)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

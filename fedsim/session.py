@@ -130,7 +130,7 @@ class Session:
         clients = range(len(self.shards))
         return plan(self.config, [self.own_data.get(client) or len(self.client_data(client).examples) for client in clients])
 
-    def hear(self, own_data: dict[int, int]) -> None:
+    def set_own_data_sizes(self, own_data: dict[int, int]) -> None:
         """Records the numbers of examples of clients that train on their own data instead of the shards dealt here."""
         self.own_data = own_data
         self.__dict__.pop("privacy_plan", None)

@@ -8,7 +8,7 @@ from fedsim.cli.calling import width
 from fedsim.cli.groups import default_choices, groups
 from fedsim.cli.options import Option, options
 from fedsim.errors import UserError, nearest
-from fedsim.plain import written
+from fedsim.plain import option_text
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _section(found: list[Option]) -> str:
 
 def _option(option: Option) -> str:
     kind = "" if option.members else f" [{option.kind}]"
-    lines = [_line(f"  {option.key}={written(option.default)}", option.meaning + kind)]
+    lines = [_line(f"  {option.key}={option_text(option.default)}", option.meaning + kind)]
     if option.key.endswith(".name"):  # its members are the choices of the group, listed above
         return lines[0]
     return "\n".join(lines + [_line(f"      {member}", meaning) for member, meaning in option.members.items()])

@@ -18,7 +18,7 @@ from fedsim.cli.groups import groups
 from fedsim.cli.options import Option, options
 from fedsim.config import Config
 from fedsim.errors import UserError, nearest
-from fedsim.plain import written
+from fedsim.plain import option_text
 
 HELP = "All options: fedsim run --help"
 _OWN_PLACES = {"model": "model.path=", "data": "data=instructions (or another set) data.path="}
@@ -90,7 +90,7 @@ def _check_choice(override: Override, choices: dict[str, str]) -> None:
         raise UserError(
             f"Expected a choice of {key}, got {override.input_line!r}: a group always has one. Write {key}=... or leave it out."
         )
-    for value in map(written, _values(override)):
+    for value in map(option_text, _values(override)):
         if value not in choices:
             allowed, hint = ", ".join(choices) or "none yet", _own_hint(override.key_or_group, value) or nearest(value, list(choices))
             raise UserError(f"Unknown {override.key_or_group} {value!r}: expected one of {allowed}.{hint} {HELP}")
@@ -133,4 +133,4 @@ def _check_value(option: Option, value: Any) -> None:
     if not fits:
         words = list(option.members)
         expected = f"one of {', '.join(words)}" if words else option.kind
-        raise UserError(f"Expected {option.key} ({expected}), got {written(value)!r}.{nearest(written(value), words)} {HELP}")
+        raise UserError(f"Expected {option.key} ({expected}), got {option_text(value)!r}.{nearest(option_text(value), words)} {HELP}")

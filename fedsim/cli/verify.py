@@ -20,7 +20,7 @@ from fedsim.events import read_events
 from fedsim.files import SUMMARY
 from fedsim.journal import Head, Verdict, lines_after, verified
 from fedsim.occupancy import CHECKPOINTS, EVENTS, JOURNAL, TRANSFERS
-from fedsim.plain import flat, written
+from fedsim.plain import flat, option_text
 from fedsim.report import transfers_csv
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, csv.Error, RecursionError)
@@ -80,7 +80,7 @@ def _results(folder: Path, summary: dict[str, Any], head: Head, last: Checkpoint
             continue
         for key in [key for key in figures if key not in named and mine.get(key) != figures[key]]:
             named.add(key)
-            yield f"{SUMMARY} says {key}={written(mine.get(key)):.60}, but {source} {written(figures[key]):.60}"
+            yield f"{SUMMARY} says {key}={option_text(mine.get(key)):.60}, but {source} {option_text(figures[key]):.60}"
     yield from _changed(folder, summary.get("sha256"))
 
 

@@ -17,7 +17,7 @@ from fedsim.config import Config
 from fedsim.core.collecting import keeps_clients
 from fedsim.core.communication import SETUP, Direction, Purpose
 from fedsim.core.compression import CODECS
-from fedsim.core.dropout import Stage, attendance, enough_responding, heard
+from fedsim.core.dropout import Stage, attendance, enough_responding, responding
 from fedsim.core.exchange import CONTROL
 from fedsim.core.forms import AdapterSpec
 from fedsim.core.gradient_parts import parts_of
@@ -177,7 +177,7 @@ class _DryRun:
         `dropouts` is the round whose simulated drop-outs apply, 0 for none. Observers count as clients of a round without drop-outs.
         """
         if not self._secure:
-            return clients, (sending := heard(self._config, dropouts, clients)), sending
+            return clients, (sending := responding(self._config, dropouts, clients)), sending
         options, seed = self._config.secure, self._config.seed
         graph = neighbour_graph(clients, options.neighbours, seed, number)
         present = attendance(self._config, dropouts, graph)

@@ -38,7 +38,7 @@ def vanishes(config: Config, server_round: int, client: int, rates: Rates = None
     return moment if before else Stage.unmasking if after else None
 
 
-def heard(config: Config, server_round: int, clients: Sequence[int], stage: Stage = Stage.upload, rates: Rates = None) -> list[int]:
+def responding(config: Config, server_round: int, clients: Sequence[int], stage: Stage = Stage.upload, rates: Rates = None) -> list[int]:
     """Returns the clients that still respond at this stage of the round."""
     moments = {client: vanishes(config, server_round, client, rates) for client in clients}
     return [client for client, moment in moments.items() if moment is None or moment > stage]
@@ -53,7 +53,7 @@ def attendance(config: Config, server_round: int, graph: Graph) -> Attendance:
     found: Attendance = {}
     left = list(graph)
     for stage in Stage:
-        left = found[stage] = heard(config, server_round, left, stage)
+        left = found[stage] = responding(config, server_round, left, stage)
         if not enough_responding(config, graph, found, stage):
             break
     return found

@@ -68,14 +68,14 @@ def draw_links(population: Population, clients: int, num_parameters: int, seed: 
 
 
 @dataclass(frozen=True)
-class Ending:
+class RoundEnd:
     """When a round ends, in simulated seconds from its start, and the clients that have replied by then, in the order of arrival."""
 
     seconds: float
     arrived: tuple[int, ...]
 
 
-def ending(seconds: Mapping[int, float], wanted: int, least: int, deadline: float | None) -> Ending:
+def round_end(seconds: Mapping[int, float], wanted: int, least: int, deadline: float | None) -> RoundEnd:
     """Returns the end of a round in which each client replies after `seconds[client]`; clients that vanish are not in `seconds`.
 
     The round ends as soon as `wanted` replies have arrived; at the deadline, if `least` have; else as soon as `least` or all have.
@@ -83,13 +83,13 @@ def ending(seconds: Mapping[int, float], wanted: int, least: int, deadline: floa
     """
     order = sorted(seconds, key=lambda client: (seconds[client], client))
     if not order:
-        return Ending(deadline or 0.0, ())
+        return RoundEnd(deadline or 0.0, ())
     last = seconds[order[min(wanted, len(order)) - 1]]
     if deadline is not None:
         enough = seconds[order[min(max(least, 1), len(order)) - 1]]
         waited = last if len(order) >= wanted else inf  # the server cannot know that no more will come
         last = min(waited, max(deadline, enough))
-    return Ending(last, tuple(client for client in order if seconds[client] <= last)[:wanted])
+    return RoundEnd(last, tuple(client for client in order if seconds[client] <= last)[:wanted])
 
 
 def dropout_rates(links: Sequence[Link], everywhere: float) -> list[float]:

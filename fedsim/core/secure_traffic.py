@@ -19,26 +19,26 @@ class Sent(NamedTuple):
     payload_bytes: int
 
 
-def protocol_traffic(graph: Graph, heard: Attendance) -> Iterator[Sent]:
+def protocol_traffic(graph: Graph, responding: Attendance) -> Iterator[Sent]:
     """Yields every transfer of keys, sealed shares and unmasking, stage by stage as far as the round goes."""
 
     def among(client: int, here: set[int]) -> int:
         return len(here.intersection(graph[client]))
 
-    here = {stage: set(clients) for stage, clients in heard.items()}
-    for client in heard[Stage.keys]:
+    here = {stage: set(clients) for stage, clients in responding.items()}
+    for client in responding[Stage.keys]:
         yield Sent(client, Direction.uplink, 2 * KEY_BYTES)
-    if Stage.shares in heard:
-        for client in heard[Stage.keys]:
+    if Stage.shares in responding:
+        for client in responding[Stage.keys]:
             yield Sent(client, Direction.downlink, among(client, here[Stage.keys]) * (ID_BYTES + 2 * KEY_BYTES))
-        for client in heard[Stage.shares]:
+        for client in responding[Stage.shares]:
             yield Sent(client, Direction.uplink, among(client, here[Stage.keys]) * SEALED_BYTES)
-    if Stage.upload in heard:
-        for client in heard[Stage.shares]:
+    if Stage.upload in responding:
+        for client in responding[Stage.shares]:
             yield Sent(client, Direction.downlink, among(client, here[Stage.shares]) * (ID_BYTES + SEALED_BYTES))
-    if Stage.unmasking in heard:
-        owners = {client: 1 + among(client, here[Stage.shares]) for client in heard[Stage.upload]}
-        for client in heard[Stage.upload]:
+    if Stage.unmasking in responding:
+        owners = {client: 1 + among(client, here[Stage.shares]) for client in responding[Stage.upload]}
+        for client in responding[Stage.upload]:
             yield Sent(client, Direction.downlink, owners[client] * ID_BYTES)
-        for client in heard[Stage.unmasking]:
+        for client in responding[Stage.unmasking]:
             yield Sent(client, Direction.uplink, owners[client] * SHARE_BYTES)

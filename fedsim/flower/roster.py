@@ -146,11 +146,11 @@ class Roster:
     def _plan_error(self, members: Iterable[Member]) -> str | None:
         """Gives the session the data sizes of these members. Returns None, or why no privacy plan exists, and then undoes it."""
         before = self._session.own_data
-        self._session.hear({**before, **{member.client: member.num_examples for member in members}})
+        self._session.set_own_data_sizes({**before, **{member.client: member.num_examples for member in members}})
         try:
             _ = self._session.privacy_plan
         except UserError as error:
-            self._session.hear(before)
+            self._session.set_own_data_sizes(before)
             return str(error)
         return None
 

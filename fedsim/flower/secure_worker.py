@@ -18,7 +18,7 @@ from fedsim.choices import PrivacyUnit, Weighting
 from fedsim.config import Config
 from fedsim.core.adapters import factors
 from fedsim.core.distributed_noise import clipped_integers, share_of_variance, skellam_noise
-from fedsim.core.dropout import Stage, heard
+from fedsim.core.dropout import Stage, responding
 from fedsim.core.quantization import LOSS_UNITS, Quantizer, gradient_quantizer, residues, upload_quantizer
 from fedsim.core.secret_sharing import SHARE_BYTES
 from fedsim.core.secure_aggregation import KEY_BYTES, SEALED_BYTES, Party, fewest_survivors
@@ -130,7 +130,7 @@ def _unmask_once(context: Context, client: int, what: str, survivors: Sequence[i
 
 def present(session: Session, request: Request, stage: Stage) -> list[int]:
     """Returns the named clients that respond at this stage, by the simulated drop-out."""
-    return request.clients if request.setup else heard(session.config, request.round, request.clients, stage, session.dropouts)
+    return request.clients if request.setup else responding(session.config, request.round, request.clients, stage, session.dropouts)
 
 
 def check_upload(config: Config, request: Request) -> None:

@@ -12,7 +12,7 @@ from fedsim.core.communication import Direction
 from fedsim.core.dropout import vanishes
 from fedsim.core.fedbuff import Flush, Queue, advance
 from fedsim.core.global_state import GlobalState
-from fedsim.core.network import Ending, Link, ending
+from fedsim.core.network import Link, RoundEnd, round_end
 from fedsim.core.participation import buffer_size, concurrency, steps_per_round
 from fedsim.flower.charging import Charges
 from fedsim.session import Session
@@ -45,10 +45,10 @@ class Simulation:
         """Whether the client does not drop out in the round."""
         return vanishes(self._config, server_round, client, self._session.dropouts) is None
 
-    def ending(self, server_round: int, asked: Sequence[int], wanted: int, least: int) -> Ending:
+    def round_end(self, server_round: int, asked: Sequence[int], wanted: int, least: int) -> RoundEnd:
         """Returns when a synchronous round over the asked clients ends, and whose replies arrive by then."""
         seconds = {client: self.seconds(server_round, client) for client in asked if self.stays(server_round, client)}
-        return ending(seconds, wanted, least, self._config.federation.deadline)
+        return round_end(seconds, wanted, least, self._config.federation.deadline)
 
     def flush(self, server_round: int) -> tuple[Flush, Queue]:
         """Returns the events up to the next flush of the buffer, and the queue after it. Changes nothing."""

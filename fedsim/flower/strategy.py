@@ -16,7 +16,7 @@ from fedsim.config import Config
 from fedsim.core.communication import CommunicationLedger
 from fedsim.core.global_state import GlobalState
 from fedsim.core.missing import Missing, Reason, count_by_reason, missing_text
-from fedsim.core.network import Ending
+from fedsim.core.network import RoundEnd
 from fedsim.core.participation import gradient_samples, least_replies
 from fedsim.core.traffic import needed_for_gradients
 from fedsim.errors import RunStopped, UserError
@@ -98,9 +98,9 @@ class FedsimStrategy:
         if self._session.config.privacy.secure_aggregation:
             return self._aggregate_securely(server_round, packer, grid)
         asked, least = [*wanted, *self.asking.spares(server_round)], least_replies(self._session.config, len(wanted))
-        ending = self._simulation.ending(server_round, asked, len(wanted), least) if self._simulation else None
-        round_ = self._new_round(server_round, ending)
-        enough = None if ending else round_  # on a simulated network late clients train as well
+        round_end = self._simulation.round_end(server_round, asked, len(wanted), least) if self._simulation else None
+        round_ = self._new_round(server_round, round_end)
+        enough = None if round_end else round_  # on a simulated network late clients train as well
         self._ask_until_enough(
             round_,
             asked,
@@ -109,10 +109,10 @@ class FedsimStrategy:
         )
         round_.finish()
 
-    def _new_round(self, server_round: int, ending: Ending | None = None) -> TrainingRound:
-        wanted, in_time = len(self.participants(server_round)), None if ending is None else set(ending.arrived)
+    def _new_round(self, server_round: int, round_end: RoundEnd | None = None) -> TrainingRound:
+        wanted, in_time = len(self.participants(server_round)), None if round_end is None else set(round_end.arrived)
         round_ = TrainingRound(self._session, self._state, self.asking, self._charges, server_round, wanted, in_time)
-        round_.facts.simulated_seconds = None if ending is None else ending.seconds
+        round_.facts.simulated_seconds = None if round_end is None else round_end.seconds
         return round_
 
     @property

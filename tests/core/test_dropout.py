@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from fedsim.config import Config, FederationConfig, PrivacyConfig
-from fedsim.core.dropout import Stage, attendance, heard, vanishes
+from fedsim.core.dropout import Stage, attendance, responding, vanishes
 from fedsim.core.secure_aggregation import neighbour_graph
 
 
@@ -24,11 +24,11 @@ def test_clients_drop_out_at_the_configured_rate_and_equally_often_at_every_stag
 
 def test_the_same_clients_are_lost_with_and_without_secure_aggregation():
     clients = list(range(300))
-    plain, secure = (heard(config_of(0.2, secure), 4, clients) for secure in (False, True))
+    plain, secure = (responding(config_of(0.2, secure), 4, clients) for secure in (False, True))
     assert plain == secure
-    assert plain != heard(config_of(0.2), 5, clients)
-    assert plain != heard(replace(config_of(0.2), seed=1), 4, clients)
-    assert heard(config_of(0.0), 4, clients) == heard(config_of(0.9), 0, clients) == clients
+    assert plain != responding(config_of(0.2), 5, clients)
+    assert plain != responding(replace(config_of(0.2), seed=1), 4, clients)
+    assert responding(config_of(0.0), 4, clients) == responding(config_of(0.9), 0, clients) == clients
 
 
 def test_attendance_only_shrinks_and_ends_below_the_threshold():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.core.network import POPULATIONS, Ending, Link, draw_links, dropout_rates, ending
+from fedsim.core.network import POPULATIONS, Link, RoundEnd, draw_links, dropout_rates, round_end
 
 LINK = Link(uplink=8e6, downlink=80e6, latency=0.25, dropout=0.1, speed=50.0)
 
@@ -50,12 +50,12 @@ TIMES = {0: 5.0, 1: 1.0, 2: 3.0, 3: 9.0}
     ],
 )
 def test_a_round_ends_with_enough_replies_or_at_the_deadline(wanted, least, deadline, seconds, arrived):
-    assert ending(TIMES, wanted, least, deadline) == Ending(seconds, arrived)
+    assert round_end(TIMES, wanted, least, deadline) == RoundEnd(seconds, arrived)
 
 
 def test_simultaneous_replies_are_ordered_by_client_and_no_reply_waits_for_the_deadline():
-    assert ending({5: 1.0, 2: 1.0, 9: 1.0}, 2, 1, None) == Ending(1.0, (2, 5))
-    assert ending({}, 3, 1, 7.0) == Ending(7.0, ())
+    assert round_end({5: 1.0, 2: 1.0, 9: 1.0}, 2, 1, None) == RoundEnd(1.0, (2, 5))
+    assert round_end({}, 3, 1, 7.0) == RoundEnd(7.0, ())
 
 
 @given(
@@ -65,7 +65,7 @@ def test_simultaneous_replies_are_ordered_by_client_and_no_reply_waits_for_the_d
     st.none() | st.floats(0.5, 120),
 )
 def test_no_reply_left_out_is_earlier_than_one_taken(times, wanted, least, deadline):
-    found = ending(times, wanted, least, deadline)
+    found = round_end(times, wanted, least, deadline)
     assert len(found.arrived) >= min(wanted, least, len(times))
     left = [times[client] for client in times if client not in found.arrived]
     assert max((times[client] for client in found.arrived), default=0.0) <= min([*left, math.inf])

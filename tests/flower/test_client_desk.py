@@ -333,9 +333,9 @@ def test_an_upload_over_other_data_than_the_noise_was_planned_for_is_refused(sec
     assert (missing.client, missing.reason) == (1, Reason.refused_by_server)
     assert "for which the noise was planned, got 18" in missing.detail
     deployed = Deployed(config, tmp_path / "heard", {1: own})
-    deployed.session.hear({1: 18})
+    deployed.session.set_own_data_sizes({1: 18})
     assert not deployed.next().strategy.facts.missing
-    deployed.session.hear({})
+    deployed.session.set_own_data_sizes({})
 
 
 @pytest.mark.parametrize(("noise", "refused"), [(0.0, True), (float("nan"), True), (-1.0, True), (1.0, False)])

@@ -55,7 +55,7 @@ def test_clients_are_found_at_the_nodes_that_say_who_they_are():
     assert nodes.session.own_data == {1: 11, 2: 12}
     assert [held["own data"] for held in nodes.session.holdings] == [0, 11, 12]
     assert holdings_table(nodes.session.holdings).count("own data") == 1
-    nodes.session.hear({})
+    nodes.session.set_own_data_sizes({})
     assert all("own data" not in held for held in nodes.session.holdings)
     assert sorted(nodes.events) == [("joined", 0), ("joined", 1), ("joined", 2)]
     assert sorted(nodes.asked) == [1, 3, 5], "each is asked once"
@@ -136,7 +136,7 @@ def test_nobody_waits_for_a_client_that_was_refused(answer, monkeypatch):
 
 def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before_it_is_asked():
     nodes = Nodes(PRIVATE)
-    nodes.session.hear({})
+    nodes.session.set_own_data_sizes({})
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1, num_examples=5, shard=False)}
     nodes.present([1])
     roster = Roster(nodes.grid, PRIVATE)
@@ -153,7 +153,7 @@ def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before
 
 def test_who_has_too_little_data_for_the_privacy_that_is_promised_is_refused_and_stops_nobody_else():
     nodes = Nodes(changed(PRIVATE, privacy={"delta": 0.01}))
-    nodes.session.hear({})
+    nodes.session.set_own_data_sizes({})
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1, num_examples=200, shard=False)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, nodes.session.config)
