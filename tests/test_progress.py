@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fedsim.progress
-from fedsim.cli.calling import command
+from fedsim.cli.calling import program
 from fedsim.cli.compose import compose
 from fedsim.cli.main import main
 from fedsim.experiment import run
@@ -206,7 +206,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does_with_an_exit_code_of_its_own(monkeypa
 def test_the_hint_calls_the_command_as_it_was_called(monkeypatch, argv0, orig, told):
     monkeypatch.setattr(sys, "argv", [argv0])
     monkeypatch.setattr(sys, "orig_argv", orig)
-    assert command() == told
+    assert program() == told
 
 
 def test_ctrl_c_tells_how_to_go_on_with_the_words_of_the_user(monkeypatch, capsys):

@@ -30,12 +30,12 @@ def width() -> int:
     return max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
 
 
-def command() -> str:
+def program() -> str:
     """Returns the shell words that start this program: "fedsim", unless it runs as `-m fedsim` or from a script that is not on PATH."""
-    program = sys.argv[0]
-    if program.endswith(("fedsim/__main__.py", "fedsim/cli/main.py")):
+    invoked = sys.argv[0]
+    if invoked.endswith(("fedsim/__main__.py", "fedsim/cli/main.py")):
         return f"{shlex.quote(sys.orig_argv[0])} -m fedsim"
     found = shutil.which("fedsim")
-    if os.path.basename(program) != "fedsim" or (found is not None and os.path.abspath(found) == os.path.abspath(program)):
+    if os.path.basename(invoked) != "fedsim" or (found is not None and os.path.abspath(found) == os.path.abspath(invoked)):
         return "fedsim"
-    return shlex.quote(program)
+    return shlex.quote(invoked)

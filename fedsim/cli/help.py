@@ -1,4 +1,4 @@
-"""The help: verbs, groups, presets and options with their meanings, printed without importing anything heavy."""
+"""The help: commands, groups, presets and options with their meanings, printed without importing anything heavy."""
 
 import textwrap
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from fedsim.plain import option_text
 
 
 @dataclass(frozen=True)
-class Verb:
-    """A verb of the command line: its meaning, usage, flags and examples.
+class Command:
+    """One command: its meaning, usage, flags and examples.
 
     A flag is written as typed: "--json", "--cfg, -c" with a short form, "--tokens=N" with a value. `fedsim` accepts only these and --help.
     """
@@ -31,8 +31,8 @@ class Verb:
 
 _JSON = {"--json": "print JSON in place of tables"}
 _TOPIC = {"--help, -h": "this help; with the name of a group, that group only: fedsim run --help training"}
-VERBS = {
-    "run": Verb(
+COMMANDS = {
+    "run": Command(
         "fine-tune and evaluate",
         "fedsim run [--multirun] [--cfg] [option=value | group=choice ...]",
         {
@@ -46,24 +46,24 @@ VERBS = {
             "fedsim run model.path=my/model data=gsm8k data.path=my/folder run_dir=runs/mine",
             "fedsim run data=instructions data.path=mine.jsonl federation.partition=natural data.client_column=user federation.clients=6",
             "fedsim run model=minilm data=classification data.path=mine.csv   rows of a text and a label",
-            "fedsim run run_dir=runs/mine resume=true                go on after an interruption",
+            "fedsim run run_dir=runs/mine resume=true                continue after an interruption",
             "fedsim run --multirun seed=0,1 adapter.rank=8,16 hydra/launcher=joblib hydra.launcher.n_jobs=2",
             "fedsim run experiment=arithmetic_mistral_7b --cfg       look at a preset",
         ),
     ),
-    "data": Verb(
+    "data": Command(
         "show each client's data, without training",
         "fedsim data [option=value ...]",
         {},
         ("fedsim data federation.partition=dirichlet federation.alpha=0.1",),
     ),
-    "cost": Verb(
+    "cost": Command(
         "compare what methods send, without weights or data",
         "fedsim cost [option=value,... ...] [--json | --csv]",
         {**_JSON, "--csv": "print comma-separated values in place of tables"},
         ("fedsim cost model=mistral_7b method=fed_sb,fedit,flora  what they would send; commas in any option make rows",),
     ),
-    "estimate": Verb(
+    "estimate": Command(
         "estimate time, memory and bytes",
         "fedsim estimate [option=value ...] [--json] [--tokens=N] [--megabits=N] [--again]",
         {
@@ -74,53 +74,55 @@ VERBS = {
         },
         ("fedsim estimate model=mistral_7b federation.clients=100 how long a run takes on this machine, and what memory",),
     ),
-    "privacy": Verb(
+    "privacy": Command(
         "compute noise and epsilon, without training",
         "fedsim privacy privacy=example | privacy=client [option=value ...] [--json]",
         _JSON,
         ("fedsim privacy privacy=example privacy.epsilon=2",),
     ),
-    "audit": Verb(
+    "audit": Command(
         "run with canaries in the data and prove what leaks",
         "fedsim audit [option=value ...] [--json]",
         _JSON,
         ("fedsim audit experiment=audit privacy.epsilon=2         a lower bound on epsilon beside the claimed one",),
     ),
-    "verify": Verb(
+    "verify": Command(
         "check the audit log of a run, and its results against it", "fedsim verify RUN_FOLDER", {}, ("fedsim verify runs/mine",)
     ),
-    "deploy": Verb(
+    "deploy": Command(
         "a federation of several machines", "fedsim deploy init DIR | register DIR | status [DIR] | up --local N [option=value ...]"
     ),
-    "worker": Verb(
+    "worker": Command(
         "run or stop one client's worker",
         "fedsim worker client.yaml [--stop]",
         {"--stop": "end the worker that runs for this file"},
         ("fedsim worker clients/client-0/client.yaml",),
     ),
-    "help": Verb("show this help, that of a verb, or a group's", "fedsim help [VERB | run GROUP]", {}, ("fedsim help run training",)),
+    "help": Command(
+        "show this help, that of a command, or a group's", "fedsim help [COMMAND | run GROUP]", {}, ("fedsim help run training",)
+    ),
 }
 WITH_OPTIONS = ("data", "cost", "estimate", "privacy", "audit")
-"""Verbs that take the options of `run`."""
+"""Commands that take the options of `run`."""
 
 
 def overview() -> str:
-    """Returns the help of the whole program: its verbs, examples and groups of options."""
-    verbs = "\n".join(f"  {name:<9} {verb.meaning}" for name, verb in VERBS.items())
+    """Returns the help of the whole program: its commands, examples and groups of options."""
+    commands = "\n".join(f"  {name:<9} {command.meaning}" for name, command in COMMANDS.items())
     topics = textwrap.fill(", ".join(topics_of_run()), 100, initial_indent="  ", subsequent_indent="  ")
     return (
-        f"fedsim: federated fine-tuning of language models\n\nVerbs (fedsim VERB --help tells more of one)\n{verbs}\n\n"
-        f"{_examples(example for verb in VERBS.values() for example in verb.examples)}\n"
+        f"fedsim: federated fine-tuning of language models\n\nCommands (fedsim COMMAND --help explains one)\n{commands}\n\n"
+        f"{_examples(example for command in COMMANDS.values() for example in command.examples)}\n"
         f"Groups of options (fedsim help run GROUP shows one, fedsim help run all of them)\n{topics}\n"
     )
 
 
-def verb_help(name: str) -> str:
-    """Returns the help of one verb."""
-    verb = VERBS[name]
+def command_help(name: str) -> str:
+    """Returns the help of one command."""
+    command = COMMANDS[name]
     if name == "run":
         return run_help()
-    parts = [f"{verb.usage}\n  {verb.meaning}\n", _flags(verb), _examples(verb.examples) if verb.examples else ""]
+    parts = [f"{command.usage}\n  {command.meaning}\n", _flags(command), _examples(command.examples) if command.examples else ""]
     if name in WITH_OPTIONS:
         parts.append("Options and groups are those of fedsim run: fedsim help run shows all, fedsim help run training one group.\n")
     return "\n".join(filter(None, parts))
@@ -131,8 +133,8 @@ def topics_of_run() -> list[str]:
     return list(dict.fromkeys([*groups(), *_by_section()]))
 
 
-def _flags(verb: Verb) -> str:
-    return "".join(f"  {flag:<16} {meaning}\n" for flag, meaning in verb.flags.items())
+def _flags(command: Command) -> str:
+    return "".join(f"  {flag:<16} {meaning}\n" for flag, meaning in command.flags.items())
 
 
 def _examples(examples: Iterable[str]) -> str:
@@ -143,7 +145,7 @@ def run_help(topic: str | None = None) -> str:
     """Returns the help of `fedsim run`, or of one group or section only. Raises UserError if there is no such topic."""
     sections = _by_section()
     if topic is None:
-        run = VERBS["run"]
+        run = COMMANDS["run"]
         return "\n".join(
             [
                 f"{run.usage}\n",

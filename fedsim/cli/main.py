@@ -1,4 +1,4 @@
-"""The command `fedsim`: dispatches the verb, shows help at once, and imports what a run needs only for a run.
+"""The program `fedsim`: dispatches the command, shows help at once, and imports what a run needs only for a run.
 
 Exit codes: 0 success, 1 failure, 2 invalid request (explained in one line), 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import fedsim
-from fedsim.cli.calling import command, keep_libraries_quiet
+from fedsim.cli.calling import keep_libraries_quiet, program
 from fedsim.errors import LeftRunningError, RunFailedError, RunStopped, UserError, nearest
 from fedsim.interruption import STOPPED, TERMINATED, interruptible
 
@@ -47,44 +47,46 @@ def _exit_code(words: list[str]) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    verb, rest = (words[0], words[1:]) if words else ("help", [])
-    if verb == "--version":
+    command, rest = (words[0], words[1:]) if words else ("help", [])
+    if command == "--version":
         print(f"fedsim {fedsim.__version__}")
         return 0
-    if verb in _HELP or verb == "help" or any(word in _HELP for word in rest):
+    if command in _HELP or command == "help" or any(word in _HELP for word in rest):
         _help(words)
         return 0
-    if verb not in _ACTIONS:
-        raise _unknown(verb)
-    return _ACTIONS[verb](rest)
+    if command not in _ACTIONS:
+        raise _unknown(command)
+    return _ACTIONS[command](rest)
 
 
 def _help(words: list[str]) -> None:
-    """Prints the help of the program, or of the verb or group of options that the words name."""
-    from fedsim.cli.help import VERBS, overview, run_help, topics_of_run, verb_help
+    """Prints the help of the program, or of the command or group of options that the words name."""
+    from fedsim.cli.help import COMMANDS, command_help, overview, run_help, topics_of_run
 
     words = [word for word in words if word not in _HELP]
     words = words[1:] if words[:1] == ["help"] else words
-    verb, rest = (words[0], words[1:]) if words else ("help", [])
+    command, rest = (words[0], words[1:]) if words else ("help", [])
     topics = [word for word in rest if "=" not in word and not word.startswith("-")]
-    if verb == "deploy":
+    if command == "deploy":
         from fedsim.cli.deploy import usage
 
         print(usage(), end="")
-    elif verb == "help":
+    elif command == "help":
         print(overview(), end="")
-    elif verb in VERBS:
-        print(run_help(topics[0]) if topics else verb_help(verb), end="")
-    elif verb in topics_of_run():
-        print(run_help(verb), end="")
+    elif command in COMMANDS:
+        print(run_help(topics[0]) if topics else command_help(command), end="")
+    elif command in topics_of_run():
+        print(run_help(command), end="")
     else:
-        raise _unknown(verb)
+        raise _unknown(command)
 
 
-def _unknown(verb: str) -> UserError:
-    from fedsim.cli.help import VERBS
+def _unknown(command: str) -> UserError:
+    from fedsim.cli.help import COMMANDS
 
-    return UserError(f"Unknown verb {verb!r}: expected one of {', '.join(VERBS)}.{nearest(verb, list(VERBS))} All verbs: fedsim --help")
+    return UserError(
+        f"Unknown command {command!r}: expected one of {', '.join(COMMANDS)}.{nearest(command, list(COMMANDS))} All commands: fedsim --help"
+    )
 
 
 def _run(words: list[str]) -> int:
@@ -112,7 +114,7 @@ def _run(words: list[str]) -> int:
         if interrupt.args:  # the run had begun: the argument is its folder
             again = [word for word in overrides if not word.startswith(("run_dir=", "resume=", "overwrite="))]
             again += [f"run_dir={interrupt.args[0]}", "resume=true"]
-            print(f"\nStopped. Go on with: {command()} run {shlex.join(again)}", file=sys.stderr)
+            print(f"\nStopped. Go on with: {program()} run {shlex.join(again)}", file=sys.stderr)
         else:
             print("\nStopped before the run began.", file=sys.stderr)
         return STOPPED
@@ -218,7 +220,7 @@ _ACTIONS: dict[str, Callable[[list[str]], int]] = {
     "deploy": _deploy,
     "worker": _worker,
 }
-"""By verb, the function that takes the words after it and returns the exit code."""
+"""By command, the function that takes the words after it and returns the exit code."""
 
 
 def _positive(flag: str, text: str) -> float:
@@ -251,36 +253,36 @@ def _print_configuration(config: "Config") -> None:
     print(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), end="")
 
 
-def _split(verb: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
+def _split(command: str, words: list[str]) -> tuple[dict[str, str], list[str]]:
     """Splits the words, in any order, into flags, {first spelling: value or ""}, and others.
 
     Raises UserError for a flag that the help does not list, and for one that lacks its value.
     """
-    from fedsim.cli.help import VERBS
+    from fedsim.cli.help import COMMANDS
 
-    known = VERBS[verb].spellings()
+    known = COMMANDS[command].spellings()
     flags: dict[str, str] = {}
     for word in filter(_is_flag, words):
         name, given, value = word.partition("=")
         first, takes, example = known.get(name, "").partition("=")
         if not first or (given and not takes):
             allowed = [*dict.fromkeys([*known, *_HELP])]
-            hint = _as_option(verb, name) or nearest(name, allowed)
-            raise UserError(f"Unknown flag {word!r}: expected one of {', '.join(allowed)}.{hint} All flags: fedsim {verb} --help")
+            hint = _as_option(command, name) or nearest(name, allowed)
+            raise UserError(f"Unknown flag {word!r}: expected one of {', '.join(allowed)}.{hint} All flags: fedsim {command} --help")
         if takes and not given:
             raise UserError(f"Expected a value with {name}, got none. Write {name}={example}, with an equals sign.")
         flags[first] = value
     return flags, [word for word in words if not _is_flag(word)]
 
 
-def _as_option(verb: str, flag: str) -> str:
-    """Returns a hint for an option given as a flag (--seed, --rounds); "" if there is no such option or the verb takes none."""
+def _as_option(command: str, flag: str) -> str:
+    """Returns a hint for an option given as a flag (--seed, --rounds); "" if there is no such option or the command takes none."""
     from fedsim.cli.help import WITH_OPTIONS
     from fedsim.cli.options import options
 
     name = flag.lstrip("-").replace("-", "_")
     found = [key for key in options() if name in (key, key.rpartition(".")[2])]
-    return f" Options are written without dashes: {found[0]}=..." if found and verb in ("run", *WITH_OPTIONS) else ""
+    return f" Options are written without dashes: {found[0]}=..." if found and command in ("run", *WITH_OPTIONS) else ""
 
 
 def _is_flag(word: str) -> bool:

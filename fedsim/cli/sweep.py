@@ -28,7 +28,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from fedsim.cli.calling import command
+from fedsim.cli.calling import program
 from fedsim.cli.compose import compose_with_hydra, initialized, to_config
 from fedsim.cli.overrides import parse, quote, swept
 from fedsim.cli.sweep_table import seeds_table, sweep_table
@@ -95,7 +95,7 @@ def sweep(overrides: list[str]) -> int:
     if code == 130:
         again = [word for word in overrides if not word.startswith(("resume=", "overwrite="))]
         again += [] if options.run_dir else [f"run_dir={folder}"]
-        print(f"Go on with: {command()} run --multirun {shlex.join([*again, 'resume=true'])}")
+        print(f"Go on with: {program()} run --multirun {shlex.join([*again, 'resume=true'])}")
     return code
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from fedsim.cli.compose import compose
 from fedsim.cli.groups import groups
-from fedsim.cli.help import VERBS, overview, run_help
+from fedsim.cli.help import COMMANDS, overview, run_help
 from fedsim.cli.main import main
 from fedsim.cli.options import options
 from fedsim.errors import UserError
@@ -21,7 +21,7 @@ def test_the_help_names_every_group_choice_and_option():
         assert f"{group}=" in text
         assert all(choice in text for choice in choices)
     assert all(f"  {key}=" in text for key in options())
-    assert all(f"\n  {verb} " in overview() for verb in VERBS)
+    assert all(f"\n  {command} " in overview() for command in COMMANDS)
     assert all(f" {topic}" in overview().replace(",", "") for topic in {*groups(), *(key.partition(".")[0] for key in options())})
 
 
@@ -58,22 +58,22 @@ def test_help_on_a_group_named_like_a_verb_shows_the_group(capsys):
         assert "training.learning_rate" not in text
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "help"])
-def test_every_verb_has_its_own_help_with_its_flags(verb, capsys):
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "help"])
+def test_every_command_has_its_own_help_with_its_flags(command, capsys):
     texts = []
-    for words in ([verb, "--help"], ["help", verb], [verb, "-h"]):
+    for words in ([command, "--help"], ["help", command], [command, "-h"]):
         assert main(words) == 0
         texts.append(capsys.readouterr().out)
     assert texts == texts[:1] * 3
-    assert texts[0].startswith(f"fedsim {verb} ")
-    assert all(flag.partition(",")[0].partition("=")[0] in texts[0] for flag in VERBS[verb].flags)
-    assert len(texts[0].splitlines()) < 40 or verb == "run"
+    assert texts[0].startswith(f"fedsim {command} ")
+    assert all(flag.partition(",")[0].partition("=")[0] in texts[0] for flag in COMMANDS[command].flags)
+    assert len(texts[0].splitlines()) < 40 or command == "run"
 
 
 def test_help_on_an_unknown_verb_is_an_error(capsys):
     for words in (["sweep", "--help"], ["help", "sweep"], ["--help", "sweep"]):
         assert main(words) == 2
-        assert "Unknown verb 'sweep': expected one of run, data" in capsys.readouterr().err
+        assert "Unknown command 'sweep': expected one of run, data" in capsys.readouterr().err
 
 
 def test_the_error_for_a_wrong_flag_names_the_help_with_all_flags(capsys):

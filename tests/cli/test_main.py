@@ -17,7 +17,7 @@ def _empty_folder(monkeypatch, tmp_path):
 def test_running_the_package_as_a_module_runs_the_command():
     done = subprocess.run([sys.executable, "-m", "fedsim", "rn"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("fedsim: Unknown verb 'rn'")
+    assert done.stderr.startswith("fedsim: Unknown command 'rn'")
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_running_the_package_as_a_module_runs_the_command():
     [
         (
             ["rn"],
-            "Unknown verb 'rn': expected one of run, data, cost, estimate, privacy, audit, verify, deploy, worker, help.",
+            "Unknown command 'rn': expected one of run, data, cost, estimate, privacy, audit, verify, deploy, worker, help.",
         ),
         (["run", "--multirn"], "Unknown flag '--multirn'"),
         (["run", "--seed", "3"], "Options are written without dashes: seed=... All flags"),
