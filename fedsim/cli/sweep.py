@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -203,7 +204,9 @@ def _launch(master: DictConfig, jobs: list[Job]) -> int:
     waiting = [job for job in jobs if not _is_done(job)]
     code, outcomes = 0, dict.fromkeys((job.number for job in waiting), None)
     try:
-        returned = _launcher(master, len(jobs)).launch([job.overrides for job in waiting], initial_job_idx=0) if waiting else []
+        with warnings.catch_warnings():  # joblib replaces worker processes whose memory has grown, and warns that it did
+            warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
+            returned = _launcher(master, len(jobs)).launch([job.overrides for job in waiting], initial_job_idx=0) if waiting else []
         outcomes = {job.number: value.return_value for job, value in zip(waiting, returned, strict=True)}
     except KeyboardInterrupt:
         code = 130
