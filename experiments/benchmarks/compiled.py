@@ -80,10 +80,10 @@ def _own_products() -> Iterator[None]:
 SECTION = Section(
     "t",
     "torch.compile",
-    "Tokens per second of a cohort of 25 clients whose passes all have one shape. Code compiled for *this shape* is compiled anew "
-    "where the number of rows or tokens changes, which it does in nearly every pass over real data; for *any shape*, once. *seconds*: "
-    "of the first compiled step. On a CPU both multiply by PyTorch's own library, for which code is compiled; *fedsim* is the rate with "
-    "the library of section m, not compiled.",
+    "Tokens per second of a cohort of 25 clients whose passes all have one shape. Code compiled for *this shape* is recompiled "
+    "whenever the number of rows or tokens changes, which is in nearly every pass over real data; for *any shape*, once. *seconds*: of "
+    "the first compiled step. On a CPU both use PyTorch's own matrix products, for which code is compiled; *fedsim* is the uncompiled "
+    "rate with the library of section m.",
     (
         Column("model", "model"),
         Column("compiled for", "way"),

@@ -98,12 +98,12 @@ def _gradient(on: Subject, workload: Workload, way: str) -> tuple[int, int, int]
 SECTION = Section(
     "k",
     "Memory on a GPU, from shapes alone",
-    "Counted, not measured on a GPU: the code of training runs on a device that has shapes and no values, and every tensor that lives in "
-    "it is added up. bfloat16 base, float32 R of rank 200, published lengths and batches, every token with a loss. *base and bases*: the "
+    "Counted, not measured on a GPU: the training code runs on a device with shapes but without values, and all live tensors are "
+    "added up. bfloat16 base, float32 R of rank 200, published lengths and batches, every token with a loss. *base and bases*: the "
     "model, A and B. *clients*: R of all clients, its gradient and two moments; of initial gradients their sums. *pass*: what else lives "
-    "at the peak, with fused attention; workspaces of kernels, gaps between tensors and the context of CUDA come in addition. *estimate / "
-    "pass*: what `fedsim estimate` reckons with for a pass; *budget / pass*: what `training.tokens_per_pass=auto` reckons with. *FLOPs*: "
-    "of all matrix products, attention left out, over the 4 x parameters x tokens of a frozen base.",
+    "at the peak, with fused attention; kernel workspaces, gaps between tensors and the CUDA context come on top. *estimate / pass*: the "
+    "pass memory of `fedsim estimate`; *budget / pass*: the one that `training.tokens_per_pass=auto` plans with. *FLOPs*: of all matrix "
+    "products without attention, over the 4 x parameters x tokens of a frozen base.",
     (
         Column("model", "model"),
         Column("clients", "clients"),

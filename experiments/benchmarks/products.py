@@ -46,8 +46,8 @@ def measure(case: Case, settings: Settings) -> Found:
 SECTION = Section(
     "m",
     "Matrix products",
-    "GFLOP/s of a frozen layer's two products, forward and backward, in float32 on the CPU: by oneDNN, which fedsim takes where the "
-    "processor has AVX-512, and by what PyTorch itself takes, which is MKL.",
+    "GFLOP/s of a frozen layer's two products, forward and backward, in float32 on the CPU: with oneDNN, which fedsim uses if the "
+    "processor has AVX-512, and with MKL, PyTorch's default.",
     (
         Column("tokens", "tokens", "{:,}"),
         Column("out", "out", "{:,}"),

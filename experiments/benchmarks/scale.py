@@ -100,9 +100,9 @@ SECTION = Section(
     f"read at {DEVICE.bytes_per_second / 1e12:.1f} TB/s, {1e3 * DEVICE.layer_seconds:.0f} ms for each layer of a pass besides, messages at "
     f"{MESSAGES['copy_bytes'] / 1e9:.0f} GB/s and {1e3 * MESSAGES['client_seconds']:.0f} ms a client, decompositions at "
     f"{DEVICE.svd_flops / 1e12:.0f} TFLOP/s. Examples have {TOKENS} tokens, half of them response; evaluation on GSM8K and MATH before and "
-    "after; what else holds is printed by `fedsim estimate`. Memory is that of one process which holds the whole model, server and all "
-    "clients of a cohort in turn; *devices* is that over one device's memory: fedsim does not split a model over devices, so a row with "
-    "more than one cannot run as it stands. *own line*: a client's seconds at 100 Mbit/s over the whole run, were it a machine of its own. "
+    "after; `fedsim estimate` prints all assumptions. Memory is for one process that holds the whole model, the server and, in turn, all "
+    "clients of a cohort; *devices* divides it by the memory of one device: fedsim does not split a model over devices, so a row with more "
+    "than one cannot run as it stands. *own line*: a client's seconds at 100 Mbit/s over the whole run, if it were a separate machine. "
     "Hours fall with the number of workers, each of which holds the model.",
     (
         Column("configuration", "configuration", "`{}`"),

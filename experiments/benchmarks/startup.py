@@ -110,7 +110,7 @@ class _FirstPassError(Exception):
 SECTION = Section(
     "e",
     "Start-up",
-    "Seconds from the start of the process, median: the whole help, and the default experiment (25 clients) up to the "
+    "Seconds from the start of the process, median: the full help, and the default experiment (25 clients) up to the "
     "end of its first forward and "
     "backward pass, with the initial gradients of LoRA-SB or with bases from the seed; the base model's evaluation is cut to one token. "
     f"Tokens: processor seconds and MB that the tokens of {EXAMPLES:,} embedded examples take in a process whose model is loaded; files' "
