@@ -131,7 +131,7 @@ def test_verify_prints_the_head_to_compare_with_one_kept_elsewhere(resumed, caps
     assert main(["verify", str(resumed[0])]) == 0
     text = capsys.readouterr().out
     assert json.loads((resumed[0] / "summary.json").read_text())["journal"]["sha256"] in text
-    assert "compare the head with one kept elsewhere" in text
+    assert "compare the head with a copy kept elsewhere" in text
 
 
 def test_a_resumption_from_no_line_is_one_clear_line_of_the_command(resumed, tmp_path, capsys):

@@ -134,7 +134,7 @@ def test_a_run_is_not_resumed_on_data_with_other_labels(base, tmp_path, monkeypa
         for split in ("train", "test"):
             write_rows(data / f"{split}.jsonl", 30, other)
         forget_session()  # as another process has it
-        with pytest.raises(UserError, match=f"labels with which the run was begun, bad, good, so-so, got {', '.join(other)}. Give"):
+        with pytest.raises(UserError, match=f"labels with which the run was begun, bad, good, so-so, got {', '.join(other)}. Restore"):
             run(replace(config, resume=True), quiet=True)
     for split in ("train", "test"):
         write_rows(data / f"{split}.jsonl", 30 if split == "train" else 5)

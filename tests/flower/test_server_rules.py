@@ -113,7 +113,7 @@ def test_robust_rules_are_unweighted(server, oracle):
 
 SGD = ("training.optimizer=sgd", "training.momentum=0")
 REFUSED = [
-    (("training.scaffold=true", "training.optimizer=sgd", "server.rule=median"), "control variates are averaged as they come"),
+    (("training.scaffold=true", "training.optimizer=sgd", "server.rule=median"), "control variates are averaged without median"),
     (("method=ravan", "method.client_heads=1", "server.optimizer=fedadam"), "an entry may lack an update in a round"),
     (
         ("federation.mode=fedbuff", "federation.network=broadband", "federation.buffer=2", "server.rule=krum"),
@@ -128,11 +128,11 @@ REFUSED = [
     (["method=fedit", "adapter.init=orthogonal"], "method=fedit starts from lora, got orthogonal; .* for lora"),
     (["method=lora_xs", "adapter.init=gradient"], "method=lora_xs starts from weight_svd, got gradient"),
     (["method=fedit", "adapter.refresh_every=2"], "only LoRA-SB can recompute its bases, got 2 with method=fedit"),
-    (["method=ravan", "adapter.refresh_every=1"], "only LoRA-SB has bases"),
+    (["method=ravan", "adapter.refresh_every=1"], "only LoRA-SB can recompute its bases"),
     (["adapter.refresh_every=1", "adapter.init=gradient_public"], "expected equal ranks and bases from clients, weights or a seed"),
     (["adapter.refresh_every=1", "adapter.rank=null", "federation.ranks={2:1,4:1}"], "expected equal ranks"),
-    (["method=flexlora", "server.optimizer=fedadam"], "flexlora gives the factors a new meaning every round"),
-    (["method=rolora", "server.optimizer=fedavgm"], "rolora gives the factors a new meaning every round"),
+    (["method=flexlora", "server.optimizer=fedadam"], "flexlora redefines the factors every round"),
+    (["method=rolora", "server.optimizer=fedavgm"], "rolora redefines the factors every round"),
     (["server.optimizer=fedadam", "adapter.rank=null", "federation.ranks={2:1,4:1}"], "an entry may lack an update"),
     (["method=flora", "server.learning_rate=0.5"], "flora takes the mean of the clients' updates as it is, got 0.5"),
     (["method=fedex_lora", "server.learning_rate=0.5"], "fedex_lora takes the mean"),
@@ -142,11 +142,11 @@ REFUSED = [
     (["method=centralized", "server.rule=median"], "centralized has one party"),
     (
         ["method=centralized", "federation.fraction=0.1", "training.local_epochs=1"],
-        "an epoch of centralized is over all of the data, .*fraction=0.1 over its clients' part; use training.local_steps",
+        "an epoch of centralized covers all of the data, .*fraction=0.1 only its clients' part; use training.local_steps",
     ),
     (["engine=ray", "privacy=example", "privacy.noise=system"], "each process of engine=ray would have its own key"),
     (["server.rule=trimmed_mean", "federation.clients=9"], "0.1 of 9 clients rounds down to none"),
-    (["server.rule=trimmed_mean", "federation.clients=25", "federation.fraction=0.2"], "0.1 of the 5 clients"),
+    (["server.rule=trimmed_mean", "federation.clients=25", "federation.fraction=0.2"], "0.1 of 5 clients"),
     (["server.rule=krum", "server.malicious=2", "federation.clients=6"], "needs 2 x malicious \\+ 3 clients in a round, got 2 of 6"),
     (["server.rule=krum", "server.malicious=2", "server.kept=6", "federation.clients=7"], "at most the 5 clients .* got 6"),
     (["training.scaffold=true"], "control variates are gradients of plain SGD"),
@@ -162,7 +162,7 @@ REFUSED = [
     (["compression.error_feedback=true"], "there is no error without compression"),
     (["method=centralized", "compression.name=int8"], "centralized sends nothing, got int8"),
     *(
-        (["compression.name=top_k", "compression.error_feedback=true", *options], "gives the factors a new meaning every round")
+        (["compression.name=top_k", "compression.error_feedback=true", *options], "redefines the factors every round")
         for options in (["method=flora"], ["adapter.refresh_every=1"], ["method=ravan", "method.client_heads=1"])
     ),
     (["method=fedit", "method.residual_rank=4"], "only fedex_lora sends a residual"),

@@ -70,8 +70,8 @@ def _ranks(config: Config, method: Method) -> Iterator[str]:
 def _pooled(config: Config, method: Method) -> Iterator[str]:
     if method.pooled and config.training.local_epochs is not None and config.federation.fraction < 1:
         yield (
-            f"training.local_epochs: an epoch of {method.name} is over all of the data, of a round with federation.fraction="
-            f"{config.federation.fraction:g} over its clients' part; use training.local_steps."
+            f"training.local_epochs: an epoch of {method.name} covers all of the data, but a round with federation.fraction="
+            f"{config.federation.fraction:g} only its clients' part; use training.local_steps."
         )
     if method.pooled and config.federation.dropout:
         yield f"federation.dropout: {method.name} has one party, got {config.federation.dropout:g}; leave it out."
@@ -93,7 +93,7 @@ def _robust(config: Config, method: Method) -> Iterator[str]:
     buffered = config.federation.mode is Mode.fedbuff
     clients = buffer_size(config.federation) if buffered else round_size(config.federation.clients, config.federation.fraction)
     if config.training.scaffold and rule is not ServerRule.mean:
-        yield f"training.scaffold: control variates are averaged as they come, which {rule.name} does not protect; leave it out."
+        yield f"training.scaffold: control variates are averaged without {rule.name}; leave it out."
     if rule is not ServerRule.mean and (method.products or config.federation.ranks or config.method.client_heads):
         yield f"server.rule: {rule.name} compares whole uploads entry by entry, which {method.name} as configured has none of; use mean."
     if rule is not ServerRule.mean and method.pooled:
@@ -115,7 +115,7 @@ def _failures(config: Config, method: Method) -> Iterator[str]:
     if federation.over_selection and federation.fraction == 1:
         yield "federation.over_selection: with federation.fraction=1 every client is drawn already; lower one of them."
     if federation.over_selection and config.privacy.secure_aggregation:
-        yield "federation.over_selection: a secure sum is over all that stay, so nobody is left over; leave it out."
+        yield "federation.over_selection: a secure sum includes every remaining client, so none can be left out; leave it out."
     if federation.over_selection and config.privacy.unit is PrivacyUnit.client:
         yield "federation.over_selection: with privacy.unit=client each client is drawn by its own coin; leave it out."
     if server.over_norm is OverNorm.clip and server.max_update_norm is None:
@@ -142,7 +142,7 @@ def _buffered(config: Config, method: Method) -> Iterator[str]:
         return
     same = method.lasting and len(method.turns) == 1 and not (method.folds or method.products or method.recomputed)
     if not same or method.personal or method.local or method.restart or method.pooled:
-        yield f"federation.mode=fedbuff: {method.name} gives updates a meaning in their round only; use fed_sb, ffa_lora, fedit or full."
+        yield f"federation.mode=fedbuff: {method.name} produces updates that are valid only in their round; use fed_sb, ffa_lora, fedit or full."
     if config.privacy.unit is not PrivacyUnit.none:
         yield "federation.mode=fedbuff: how often a client takes part is not known beforehand, so no epsilon is planned; use privacy=none."
     if config.adapter.refresh_every or config.training.scaffold or config.compression.error_feedback:
@@ -179,7 +179,7 @@ def _compression(config: Config, method: Method) -> Iterator[str]:
     if method.pooled:
         yield f"compression.name: {method.name} sends nothing, got {options.name}; leave it out."
     if options.error_feedback and not (method.lasting and not config.adapter.refresh_every and not config.method.client_heads):
-        yield f"compression.error_feedback: {method.name} as configured gives the factors a new meaning every round; leave it out."
+        yield f"compression.error_feedback: {method.name} as configured redefines the factors every round; leave it out."
 
 
 def _method_options(config: Config, method: Method) -> Iterator[str]:
