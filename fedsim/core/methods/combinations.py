@@ -142,7 +142,7 @@ def _buffered(config: Config, method: Method) -> Iterator[str]:
         return
     same = method.lasting and len(method.turns) == 1 and not (method.folds or method.products or method.recomputed)
     if not same or method.personal or method.local or method.restart or method.pooled:
-        yield f"federation.mode=fedbuff: {method.name} produces updates that are valid only in their round; use fed_sb, ffa_lora, fedit or full."
+        yield f"federation.mode=fedbuff: {method.name} produces updates for their own round only; use fed_sb, ffa_lora, fedit or full."
     if config.privacy.unit is not PrivacyUnit.none:
         yield "federation.mode=fedbuff: how often a client takes part is not known beforehand, so no epsilon is planned; use privacy=none."
     if config.adapter.refresh_every or config.training.scaffold or config.compression.error_feedback:
