@@ -46,7 +46,7 @@ from fedsim.privacy.plan import ClientPlan, plan
 from fedsim.seeding import NoiseKey, derive_seed, numpy_generator
 from fedsim.shapes import adapter_of, skeleton
 from fedsim.training import conversations
-from fedsim.training.budget import Load, TokenBudget, chosen
+from fedsim.training.budget import Load, TokenBudget, tokens_for_training
 from fedsim.training.cohort import ClientData, PassFacts
 from fedsim.training.encoding import describe_limit, end_tokens, has_response, is_truncated
 from fedsim.training.labelled import encode_any
@@ -321,7 +321,7 @@ class Session:
     def _sparing_gradient_budget(self) -> TokenBudget:
         """Allows for the summed gradients and the inputs of all layers, which checkpointing does not reduce."""
         load = self.load.of_weight_gradients(self.gradient_parts.layout.num_parameters)
-        return TokenBudget(min(self.budget.tokens, chosen(self.model, load, checkpointing=False)))
+        return TokenBudget(min(self.budget.tokens, tokens_for_training(self.model, load, checkpointing=False)))
 
     @cached_property
     def answer_budget(self) -> TokenBudget:

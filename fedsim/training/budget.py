@@ -89,7 +89,7 @@ class TokenBudget:
     @classmethod
     def of(cls, training: TrainingConfig, model: nn.Module, load: Load = NO_LOAD) -> "TokenBudget":
         """Returns the budget of `training.tokens_per_pass`; auto chooses it for the model, its device and the load."""
-        return cls(chosen(model, load) if training.tokens_per_pass == AUTO else int(training.tokens_per_pass))
+        return cls(tokens_for_training(model, load) if training.tokens_per_pass == AUTO else int(training.tokens_per_pass))
 
     @classmethod
     def of_evaluation(cls, evaluation: EvaluationConfig, model: nn.Module) -> "TokenBudget":
@@ -112,7 +112,7 @@ class TokenBudget:
                 torch.cuda.empty_cache()
 
 
-def chosen(model: nn.Module, load: Load = NO_LOAD, *, checkpointing: bool | None = None) -> int:
+def tokens_for_training(model: nn.Module, load: Load = NO_LOAD, *, checkpointing: bool | None = None) -> int:
     """Returns the most tokens of a pass for a model on its device: a power of two. `checkpointing` defaults to the model's own."""
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -137,7 +137,7 @@ def tokens_on_gpu(shape: ModelShape, load: Load, free_bytes: int, *, checkpointi
 def tokens_for_losses(model: nn.Module, answers: int) -> int:
     """Returns the most tokens of a pass for losses without a gradient; `answers` is the tokens of a generation batch."""
     most = max(1, answers // LOSS_SHARE)
-    return most if next(model.parameters()).device.type != "cuda" else min(most, chosen(model, checkpointing=False))
+    return most if next(model.parameters()).device.type != "cuda" else min(most, tokens_for_training(model, checkpointing=False))
 
 
 def tokens_for_answers(model: nn.Module) -> int:

@@ -23,8 +23,8 @@ from fedsim.training.budget import (
     SMALLEST,
     Load,
     TokenBudget,
-    chosen,
     tokens_for_answers_on_gpu,
+    tokens_for_training,
     tokens_on_gpu,
 )
 from fedsim.training.cohort import ClientData, train_cohort
@@ -94,8 +94,8 @@ def test_a_generation_batch_follows_from_the_memory_of_a_gpu_and_is_fixed_on_a_c
 def test_a_given_budget_is_used_and_an_automatic_one_is_a_power_of_two():
     model = tiny_model("llama")
     assert TokenBudget.of(TrainingConfig(tokens_per_pass=77), model).tokens == 77
-    assert TokenBudget.of(TrainingConfig(), model).tokens == chosen(model) >= 1024
-    assert chosen(model).bit_count() == 1
+    assert TokenBudget.of(TrainingConfig(), model).tokens == tokens_for_training(model) >= 1024
+    assert tokens_for_training(model).bit_count() == 1
 
 
 @pytest.mark.parametrize(
