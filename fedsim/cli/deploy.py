@@ -16,26 +16,26 @@ USAGE = {
     "up": "fedsim deploy up --local N [--dir DIR] [option=value ...]",
 }
 _INIT = """\
-  writes all that the machines of a federation need: certificates, one key pair and one client.yaml per client, start scripts,
-  systemd units, a compose file, a README with the order of steps. Run again it keeps keys, client.yaml and
-  options that are not given again; other files are written anew. Defaults, in brackets, are those of a new folder.
+  creates the files of a federation's machines: certificates, one key pair and one client.yaml per client, start scripts,
+  systemd units, a compose file, and a README with the steps. Run again, it keeps keys, client.yaml and options that are not
+  given again, and rewrites all other files. Defaults of a new folder are in brackets.
   --clients  number of clients (2)
-  --host     names or addresses of the server, the first being the one that clients use (localhost)
+  --host     names or addresses of the server, first the one that clients use (localhost)
   --port     port of the server (9092)
   --name     name of the federation's SuperLink in Flower's configuration (federation)
-  --new-keys replaces every key and certificate; `fedsim deploy register` then admits the new keys and turns the old ones away
+  --new-keys replaces every key and certificate; `fedsim deploy register` then admits the new keys and revokes the old ones
 """
 _REGISTER = """\
-  run on the server's machine: has the running SuperLink admit the clients' public keys, and turn away those that they replace.
+  run on the server's machine: makes the running SuperLink admit the clients' public keys and revoke those that they replace.
   DIR is the folder of a federation, or its `server` alone. May be repeated
 """
 _UP = """\
-  starts a SuperLink and N SuperNodes on loopback, with TLS and node authentication, runs the experiment, and ends all of it
-  --dir      keeps the folder with keys and logs; otherwise it is a temporary one. The folder of another federation is refused
+  starts a SuperLink and N SuperNodes on loopback, with TLS and node authentication, runs the experiment, and stops everything
+  --dir      keeps the folder with keys and logs (default: a temporary folder); another federation's folder is refused
 """
 _STATUS = """\
-  shows the clients, when each was last seen (now: within the last minute), since when it has been online or offline, and the round of the
-  latest runs; unknown is a client that was registered at a SuperLink which has lost its database since
+  shows the clients, when each was last seen (now: within the last minute), since when it has been online or offline, and the
+  round of the latest runs; unknown means registered at a SuperLink that has lost its database since
 """
 _AFTER = """\
 Submit to a federation:  fedsim run engine=deployment engine.superlink=NAME federation.clients=N [option=value ...]

@@ -40,7 +40,7 @@ def register(server: Path, superlink: str, tell: Callable[[str], None] = lambda 
         new = _admit(path, superlink, {node for node, _ in written.values()})
         written[name] = new, key
         atomic_write_json(folder / f"{name}.json", {NODE: str(new), KEY: key})
-        tell(f"{name}: registered{'; its earlier key is turned away from now on' if node in live else ''}")
+        tell(f"{name}: registered{'; its earlier key is revoked' if node in live else ''}")
 
 
 def registered_names(registered: Path) -> dict[int, str]:

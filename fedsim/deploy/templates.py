@@ -2,22 +2,22 @@
 
 SUPERLINK = """\
 #!/usr/bin/env bash
-# Starts the SuperLink of $name. Without FEDSIM_BIND it listens on loopback only, behind gateway.conf: whoever reaches its port may submit
-# runs, and a run brings code to the clients. FEDSIM_BIND=0.0.0.0 is for a network where everybody may.
+# Starts the SuperLink of $name. Without FEDSIM_BIND it listens on loopback only, behind gateway.conf: anyone who reaches its port can
+# submit runs, and runs bring code to the clients. Use FEDSIM_BIND=0.0.0.0 only on a network where everyone may do that.
 set -euo pipefail
 cd "$$(dirname "$${BASH_SOURCE[0]}")"
 export FLWR_HOME="$$PWD/flwr" $quiet
 umask 077
 place="root-certificates = \\"$$PWD/ca.crt\\""
-grep -qxF "$$place" flwr/config.toml || sed -i "s|^root-certificates = .*|$$place|" flwr/config.toml  # where this folder lies now
+grep -qxF "$$place" flwr/config.toml || sed -i "s|^root-certificates = .*|$$place|" flwr/config.toml  # the folder's current path
 exec flower-superlink --ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth \\
     --disable-runtime-dependency-installation --host "$${FEDSIM_BIND:-127.0.0.1}" --port "$${FEDSIM_PORT:-$port}" --database state.db
 """
 
 SUPERNODE = """\
 #!/usr/bin/env bash
-# Starts the SuperNode of client $client; its worker starts with the first message and ends with this script. A SuperNode that ends by
-# itself is started again: the SuperLink turns one that was killed away for a minute, for as long as it takes its forerunner for connected.
+# Starts the SuperNode of client $client; its worker starts with the first message and ends with this script. A SuperNode that dies is
+# restarted, several times if need be: for about a minute the SuperLink refuses it, while it still counts the dead one as connected.
 set -euo pipefail
 cd "$$(dirname "$${BASH_SOURCE[0]}")"
 export FLWR_HOME="$$PWD/flwr" $quiet
@@ -37,7 +37,7 @@ while true; do
     if ((SECONDS - begun > 60)); then failures=0; fi
     failures=$$((failures + 1))
     if ((code == 0 || failures > 8)); then exit "$$code"; fi
-    echo "The SuperNode ended with code $$code. It is started again in 10 s, $$((9 - failures)) times more if it keeps failing." >&2
+    echo "The SuperNode ended with code $$code. Restarting in 10 s, at most $$((9 - failures)) times if it keeps failing." >&2
     sleep 10 &
     child=$$!
     wait "$$child"
@@ -55,8 +55,8 @@ root-certificates = $certificate
 """
 
 GATEWAY = """\
-# nginx in front of the SuperLink: clients reach the Fleet API and nothing else. Put the server's public address in place of PUBLIC_ADDRESS.
-# The Control API (who submits runs) and the Runtime API stay on loopback.
+# nginx in front of the SuperLink: clients reach the Fleet API and nothing else. Replace PUBLIC_ADDRESS by the server's public address.
+# The Control API, which takes runs, and the Runtime API stay on loopback.
 events {}
 http {
     client_max_body_size 0;
@@ -80,7 +80,7 @@ http {
 """
 
 SUPERLINK_UNIT = """\
-# /etc/systemd/system/fedsim-superlink.service; User and folder are yours to set.
+# /etc/systemd/system/fedsim-superlink.service; Adapt user and folders.
 [Unit]
 Description=Flower SuperLink of $name
 After=network-online.target
@@ -104,7 +104,7 @@ WantedBy=multi-user.target
 """
 
 SUPERNODE_UNIT = """\
-# /etc/systemd/system/fedsim-supernode.service on the machine of client $client; User and folder are yours to set.
+# /etc/systemd/system/fedsim-supernode.service on the machine of client $client; Adapt user and folders.
 [Unit]
 Description=Flower SuperNode of client $client of $name
 After=network-online.target
@@ -138,9 +138,9 @@ USER fedsim
 """
 
 COMPOSE_HEAD = """\
-# The whole federation in containers, to try it out; in earnest each client runs its service on its own machine.
+# The whole federation in containers, for a trial; in production each client runs its service on its own machine.
 # The folders must belong to user 1000: chown -R 1000 server clients
-# Clients are turned away until their keys are registered: docker compose exec superlink fedsim deploy register /federation
+# Clients are refused until their keys are registered: docker compose exec superlink fedsim deploy register /federation
 services:
   superlink:
     image: fedsim
@@ -168,29 +168,28 @@ networks:
 README = """\
 # Federation $name: one server, $clients clients
 
-Made by `fedsim deploy init`. Every machine needs fedsim of the same version: `make setup` in a checkout, its .venv/bin in PATH.
+Created by `fedsim deploy init`. Every machine needs the same version of fedsim: `make setup` in a checkout, its .venv/bin in PATH.
 
-1. Server: copy `server/` there and start it: `server/superlink.sh` (or `fedsim-superlink.service`). It listens on loopback. The steps
-   below are carried out where `server/` lies.
-2. Server: put `gateway.conf` before it, so that clients reach the Fleet API and nothing else; or, on a network where everybody
+1. Server: copy `server/` there and start `server/superlink.sh` (or `fedsim-superlink.service`). It listens on loopback. Run the
+   steps below in the folder that contains `server/`.
+2. Server: put `gateway.conf` in front of it, so that clients reach the Fleet API and nothing else. On a network where everyone
    may submit runs, start it with `FEDSIM_BIND=0.0.0.0` instead.
-3. Server: `fedsim deploy register server` admits the clients' public keys (`server/keys/`); a client that is not registered is turned away.
-4. Client i: copy `clients/client-<i>/` to its machine and to nobody else, for it holds the private key. Its owner edits `client.yaml`:
-   where the data and the base model lie, and what is acceptable. Then `supernode.sh` (or `fedsim-supernode.service`).
-5. Server: `fedsim deploy status server` shows who is there.
+3. Server: `fedsim deploy register server` admits the clients' public keys (`server/keys/`). Unregistered clients are refused.
+4. Client i: copy `clients/client-<i>/` to its machine and nowhere else, since it contains the private key. Its owner edits
+   `client.yaml` (data, base model, and what to accept), then starts `supernode.sh` (or `fedsim-supernode.service`).
+5. Server: `fedsim deploy status server` shows the connected clients.
 6. Server: `export FLWR_HOME=$$PWD/server/flwr`, then
    `fedsim run engine=deployment engine.superlink=$name federation.clients=$clients ...`.
-   Run folders lie on the server, under `server/runs` unless run_dir= says otherwise.
+   Run folders are on the server, under `server/runs` by default.
 
-| secret | where it belongs | what it is for |
+| secret | where it belongs | purpose |
 |---|---|---|
-| `ca/ca.key` | offline, with whoever runs the federation | signs server certificates; needed again only for a new one |
+| `ca/ca.key` | offline, with the operator of the federation | signs server certificates; needed again only for a new one |
 | `server/server.key` | the server | TLS |
-| `clients/client-<i>/key` | client i | proves that it is client i, by `server/registered/client-<i>.json` of step 3 |
+| `clients/client-<i>/key` | client i | proves that a node is client i, by `server/registered/client-<i>.json` of step 3 |
 
-All of them have mode 0600. `fedsim deploy init` run again keeps them, every `client.yaml`, and options that are not given again; all other
-files are written anew, so PUBLIC_ADDRESS belongs into `gateway.conf` again. `--new-keys` replaces keys and certificates:
-then copy the folders over the old ones, but not `client.yaml`, which is its owner's, and start everything again; step 3 admits the new keys
-and turns the old ones away.
-Certificates: server valid for $hosts; the server's for 825 days, the authority's for ten years.
+All of them have mode 0600. Running `fedsim deploy init` again keeps them, every `client.yaml`, and options that are not given again; it
+rewrites all other files, so set PUBLIC_ADDRESS in `gateway.conf` again. `--new-keys` replaces keys and certificates: copy the folders
+over the old ones, except `client.yaml`, which belongs to its owner, and restart everything. Step 3 then admits the new keys and
+revokes the old ones. Certificates are valid for $hosts; the server's for 825 days, the authority's for ten years.
 """
