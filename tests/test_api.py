@@ -34,7 +34,7 @@ def test_a_run_from_python_is_the_run_of_the_command(tmp_path, capsys):
     assert Path(from_python["run_dir"]) == tmp_path / "python"
 
 
-def test_data_that_was_written_anew_is_read_anew(tmp_path):
+def test_rewritten_data_is_read_again(tmp_path):
     def rows(first):
         texts = [{"prompt": f"{first + i}?", "completion": f"{first + i}"} for i in range(20)]
         (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, texts)))
@@ -60,7 +60,7 @@ def added():
         del METHODS[name], groups()["method"][name]
 
 
-def test_a_method_of_ones_own_trains_and_sends_what_it_says(tmp_path, added):
+def test_a_custom_method_trains_and_sends_its_declared_kinds(tmp_path, added):
     added("mine", turns=(("A",),))
     run(*BRIEF, "method=mine", f"run_dir={tmp_path}/first", quiet=True)
     added("mine")  # in the place of the first, which has been used
@@ -74,7 +74,7 @@ def test_a_method_of_ones_own_trains_and_sends_what_it_says(tmp_path, added):
     assert other["communication"]["uplink_parameters"] == of_b + of_a
 
 
-def test_what_is_trained_late_is_sent_like_everything_else(tmp_path, added):
+def test_kinds_first_trained_in_a_later_round_are_sent_too(tmp_path, added):
     added("late", turns=(("B",), ("B",), ("A",)))
     options = [*BRIEF, "method=late", "federation.rounds=4"]
     summary = run(*options, f"run_dir={tmp_path}/late", quiet=True)
@@ -96,14 +96,14 @@ def test_turns_name_factors_of_the_form():
             replace(METHODS["ffa_lora"], turns=turns)
 
 
-def test_other_processes_do_not_know_a_method_of_ones_own(tmp_path, added):
+def test_other_processes_do_not_know_a_custom_method(tmp_path, added):
     added("mine")
     with pytest.raises(UserError, match="Expected engine=inprocess with method=mine, which this program has added, got ray"):
         run(*BRIEF, "method=mine", "engine=ray", f"run_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_methods_of_fedsim_stay_what_they_are():
+def test_built_in_methods_cannot_be_replaced():
     with pytest.raises(UserError, match=r"Expected a name that no method of fedsim has, got 'fed_sb'"):
         add_method(METHODS["fed_sb"])
 

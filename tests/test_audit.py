@@ -42,7 +42,7 @@ def test_an_initialisation_without_noise_leaks_more_than_training_claims(tmp_pat
     assert written["parts"]["bases"] == parts["bases"] | {"claimed_epsilon": None}
 
 
-def test_training_is_held_against_the_claim_of_all_where_its_bases_come_from_the_same_data(tmp_path):
+def test_training_is_compared_with_the_whole_claim_if_its_bases_come_from_the_same_data(tmp_path):
     options = ("privacy.epsilon=null", "privacy.noise_multiplier=2", "privacy.init_noise_multiplier=2")
     parts = audit_of(tmp_path / "data", "adapter.init=gradient_dp", *options)["parts"]
     assert parts["training"]["claimed_epsilon"] == parts["together"]["claimed_epsilon"] > parts["initial_gradient"]["claimed_epsilon"]
@@ -76,12 +76,12 @@ def add_unclipped(optimizer):
         (("audit.canaries=0",), "at least one canary"),
     ],
 )
-def test_what_cannot_be_audited_is_refused(overrides, reason):
+def test_configurations_that_cannot_be_audited_are_refused(overrides, reason):
     with pytest.raises(UserError, match=reason):
         check(compose(["experiment=audit", *overrides]))
 
 
-def test_the_help_says_with_how_many_canaries_an_audit_without_a_number_is_made():
+def test_the_help_states_the_default_number_of_canaries():
     assert f"0: none, {CANARIES} in fedsim audit" in options()["audit.canaries"].meaning
 
 
@@ -125,7 +125,7 @@ SLOW = ("experiment=audit", "audit.canaries=1024", "data.test_examples=1", "eval
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["gradient_dp", "weight_svd"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_what_a_private_run_claims_is_not_refuted(tmp_path, init, seed):
+def test_the_claim_of_a_private_run_is_not_refuted(tmp_path, init, seed):
     found = audit_of(tmp_path / "run", f"adapter.init={init}", f"seed={seed}", base=SLOW)
     assert found["parts"]["together"]["claimed_epsilon"] <= 2
     assert not any(part["refuted"] for part in found["parts"].values())

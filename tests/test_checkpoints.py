@@ -54,9 +54,7 @@ def test_bases_are_not_written_again_while_they_stay_the_same(folder: Path) -> N
 
 @pytest.mark.parametrize("copy", [0, 1])
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
-def test_one_damaged_copy_of_the_bases_harms_no_checkpoint_and_is_mended_by_the_next_one_to_write(
-    copy: int, harm: str, folder: Path
-) -> None:
+def test_one_damaged_copy_of_the_bases_harms_no_checkpoint_and_is_repaired_by_the_next_write(copy: int, harm: str, folder: Path) -> None:
     copies = sorted(folder.glob("bases_*"))
     path, other = copies[copy], copies[1 - copy]
     content = path.read_bytes()
@@ -117,7 +115,7 @@ def test_the_digest_of_the_bases_in_a_round_is_under_its_checksum(folder: Path) 
         load(path)
 
 
-def test_a_disk_that_cannot_be_read_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_disk_does_not_count_as_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -126,7 +124,7 @@ def test_a_disk_that_cannot_be_read_is_no_damage(folder: Path, monkeypatch: pyte
         load(saved(folder)[-1])
 
 
-def test_bases_of_which_one_copy_cannot_be_read_come_from_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bases_with_one_unreadable_copy_are_read_from_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Path.read_bytes
 
     def refused(path: Path) -> bytes:

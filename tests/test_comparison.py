@@ -29,7 +29,7 @@ def test_the_training_panel_says_so_if_no_job_reports_a_loss(losses, shown):
     assert ([text.get_text() for text in training.texts] == ["withheld: private clients do not report it"]) is shown
 
 
-def test_a_sweep_that_hits_no_answer_word_for_word_is_drawn_by_its_losses():
+def test_a_sweep_without_exact_answers_is_drawn_by_its_losses():
     one, two = job("one", 2_000_000, texts=0.0, sums=0.0), job("two", 4_000_000, texts=0.0, sums=0.5)
     one.summary["evaluation"]["texts"]["final"]["loss"] = 1.25
     two.summary["evaluation"]["texts"]["final"]["loss"] = None
@@ -72,7 +72,7 @@ def test_a_sweep_is_drawn_whatever_its_jobs_have_in_common(jobs):
 
 
 @pytest.mark.parametrize(("count", "named"), [(2, True), (60, True), (61, False)])
-def test_the_names_of_many_jobs_take_room_of_their_own_and_of_too_many_none_is_told(count, named):
+def test_the_names_of_many_jobs_get_their_own_space_and_too_many_are_not_shown(count, named):
     figure = comparison([job(f"federation.clients=5 training.learning_rate=0.001 seed={i}", 2000, sums=0.5) for i in range(count)])
     figure.draw_without_rendering()  # a warning that there is no room would be an error
     training, sums = figure.axes

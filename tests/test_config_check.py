@@ -66,7 +66,7 @@ def test_bounds_are_where_they_should_be(key, refused, allowed):
         check(config_with(**{name: refused}))
 
 
-def test_a_bound_is_written_out_and_what_is_infinite_is_told_so():
+def test_error_messages_spell_out_bounds_and_infinite_values():
     with pytest.raises(UserError, match=r"Expected federation.rounds >= 1 and <= 1,000,000, got 1000000000000\."):
         check(config_with(federation__rounds=10**12))
     with pytest.raises(UserError, match=r"Expected training\.learning_rate > 0 and finite, got inf"):
@@ -92,7 +92,7 @@ def test_a_contradiction_is_one_line_that_says_what_to_do(values, line):
     assert "\n" not in str(caught.value)
 
 
-def test_what_belongs_together_is_allowed():
+def test_consistent_options_are_allowed():
     check(config_with(resume=True, run_dir="x", model__device="cuda:1", data__train_examples=25))
 
 

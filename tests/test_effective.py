@@ -11,7 +11,7 @@ from fedsim.errors import UserError
 OWN = ["data=instructions", "data.path=mine.jsonl", "data.task_column=kind"]
 
 
-def test_clients_of_a_deployment_are_not_asked_about_tasks_that_their_data_does_not_name():
+def test_clients_of_a_deployment_are_not_asked_about_unnamed_tasks():
     with pytest.raises(UserError, match=r"data.task_column=kind: clients of a deployment answer with models of their own"):
         effective(compose([*OWN, "method=fedsa_lora", "engine=deployment", "engine.address=localhost:1"]))
     effective(compose([*OWN, "method=fedsa_lora"]))

@@ -58,7 +58,7 @@ def test_an_adapter_of_a_model_that_generates_names_no_module_to_save():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_folded_is_exported_at_its_own_rank(dtype):
+def test_folded_updates_are_exported_at_their_own_rank(dtype):
     from safetensors.torch import load
 
     model, generator = adapted_model(rank=4).to(dtype), torch.Generator().manual_seed(0)

@@ -47,7 +47,7 @@ def test_a_signal_that_a_destructor_swallows_is_kept(number):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_whoever_has_decided_what_a_signal_does_keeps_it():
+def test_an_existing_signal_handler_is_kept():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a shell's background do
     with interruptible() as came:
         os.kill(os.getpid(), signal.SIGINT)

@@ -30,7 +30,7 @@ def rewritten(path, change):
     path.write_bytes(b"".join(change(lines)))
 
 
-def test_a_journal_that_nobody_has_touched_holds(journal):
+def test_an_untouched_journal_verifies(journal):
     path, head = journal
     verdict = check(path, head)
     assert verdict.problems == []
@@ -62,7 +62,7 @@ def test_two_events_in_another_order_are_found(journal, place):
 
 
 @pytest.mark.parametrize("place", range(len(KINDS) + 1))
-def test_an_event_that_was_put_in_is_found(journal, place):
+def test_an_inserted_event_is_found(journal, place):
     path, head = journal
     rewritten(path, lambda lines: [*lines[:place], lines[0], *lines[place:]])
     assert check(path, head).problems
@@ -77,7 +77,7 @@ def test_a_missing_end_is_found_by_the_summary_and_by_any_checkpoint_beyond_it(j
     assert f"round_7 fixes {head.lines} lines, but the journal has {kept}" in problem
 
 
-def test_a_chain_that_was_made_anew_is_found_by_what_fixes_its_head(journal, tmp_path):
+def test_a_rewritten_chain_is_found_by_its_fixed_head(journal, tmp_path):
     path, head = journal
     forged = Journal(tmp_path / "forged.jsonl")
     for line in path.read_text().splitlines():
@@ -125,7 +125,7 @@ def test_a_line_torn_by_a_kill_is_allowed_before_a_resumption_and_nowhere_else(j
 
 
 @pytest.mark.parametrize("line", ["ten", None, 3.5, True, -1, 14, [1]])
-def test_a_resumption_from_no_line_before_it_is_told_where_it_is(journal, line):
+def test_a_resumption_from_an_unknown_line_is_reported_with_its_line(journal, line):
     path, _ = journal
     log = Journal(path)
     log.append("asked")
@@ -135,7 +135,7 @@ def test_a_resumption_from_no_line_before_it_is_told_where_it_is(journal, line):
     assert problem.startswith("line 14 continues from")
 
 
-def test_a_journal_goes_on_where_it_ended(journal):
+def test_a_journal_continues_where_it_ended(journal):
     path, head = journal
     log = Journal(path)
     assert log.head == head

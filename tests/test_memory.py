@@ -21,7 +21,7 @@ print(faults)
 """
 
 
-def test_memory_that_was_freed_is_not_asked_of_the_kernel_again():
+def test_freed_memory_is_reused_without_asking_the_kernel():
     kept, given_back = (
         int(subprocess.run([sys.executable, "-c", COUNT, how], capture_output=True, text=True, check=True).stdout)
         for how in ("keep", "not")
@@ -40,7 +40,7 @@ print(before, resident_bytes(), resident_bytes(peak=True))
 """
 
 
-def test_the_peak_is_that_of_this_program_and_not_of_the_one_that_started_it():
+def test_the_peak_is_of_this_program_and_not_of_its_parent():
     ballast = b"x" * 400_000_000  # what getrusage would tell
     before, after, peak = map(int, subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True).stdout.split())
     assert after < before + 100_000_000
@@ -48,7 +48,7 @@ def test_the_peak_is_that_of_this_program_and_not_of_the_one_that_started_it():
 
 
 @pytest.mark.gpu
-def test_what_is_given_back_of_a_gpu_is_kept_no_longer():
+def test_returned_gpu_memory_is_released():
     num_bytes = torch.zeros(1 << 24, device="cuda").nbytes
     kept = torch.cuda.memory_reserved()
     give_back_gpu_memory()

@@ -40,7 +40,7 @@ def test_every_architecture_loads_frozen_and_without_dropout(architecture, tmp_p
 
 
 @pytest.mark.parametrize("settings", FUNCTIONAL_DROPOUT, ids=lambda settings: settings.model_type)
-def test_dropout_that_is_given_to_a_function_is_off_too_with_activation_checkpointing(settings):
+def test_functional_dropout_is_off_too_with_activation_checkpointing(settings):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         fresh = AutoModelForCausalLM.from_config(settings)
@@ -67,7 +67,7 @@ def test_the_base_can_be_held_in_bfloat16(tmp_path):
         ({"model_type": "no-such-model"}, "cannot be loaded"),
     ],
 )
-def test_a_model_that_does_not_serve_is_refused_in_one_line(changes, reason, tmp_path):
+def test_an_unsuitable_model_is_refused_in_one_line(changes, reason, tmp_path):
     with pytest.raises(UserError, match=reason) as caught:
         load_model(save(tmp_path, **changes))
     assert "\n" not in str(caught.value)
@@ -91,7 +91,7 @@ def test_a_broken_weight_file_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_told_once_with_what_to_do(monkeypatch, caplog):
+def test_an_unreachable_hub_is_reported_once_with_what_to_do(monkeypatch, caplog):
     def unreachable(path):
         for attempt in range(5):
             logging.getLogger("huggingface_hub.utils._http").warning("Retrying %s", attempt)
@@ -103,7 +103,7 @@ def test_a_hub_that_cannot_be_reached_is_told_once_with_what_to_do(monkeypatch, 
     assert caplog.records == []
 
 
-def test_a_folder_without_a_tokenizer_is_told_so(tmp_path):
+def test_a_folder_without_a_tokenizer_is_reported(tmp_path):
     config = save(tmp_path)
     for file in tmp_path.glob("*token*"):
         file.unlink()
@@ -123,7 +123,7 @@ def test_weights_that_are_missing_are_never_made_up(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_a_device_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_device_is_refused(tmp_path):
     config = save(tmp_path)
     config.device = "cuda"
     with pytest.raises(UserError, match=r"model.device=cpu"):
@@ -145,7 +145,7 @@ def test_an_encoder_without_a_head_serves_for_classification_but_no_other_weight
         load_model(config, LABELS)
 
 
-def test_a_head_of_other_labels_gives_way_to_a_new_one(tmp_path):
+def test_a_head_for_other_labels_is_replaced(tmp_path):
     path = save_classifier(tmp_path)
     tiny_classifier().save_pretrained(path)
     assert load_model(ModelConfig(path=path, device="cpu"), ("yes", "no"))[0].classifier.out_features == 2

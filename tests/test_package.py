@@ -14,5 +14,5 @@ def test_the_wheel_carries_every_preset_and_nothing_else_of_the_experiments():
     assert included == {"conf": "fedsim/_conf", **presets}
 
 
-def test_type_checkers_are_told_that_the_package_is_typed():
+def test_the_package_is_marked_as_typed():
     assert (Path(fedsim.__file__).parent / "py.typed").exists()

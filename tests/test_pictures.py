@@ -69,7 +69,7 @@ def png_size(content):
 
 
 @pytest.mark.parametrize("events", [EVENTS, EVENTS[:3], []])
-def test_curves_are_drawn_from_whatever_has_happened(events):
+def test_curves_are_drawn_from_any_prefix_of_events(events):
     assert png_size(curves_png(events)) == (1320, 840)
 
 
@@ -107,7 +107,7 @@ def test_the_only_round_does_not_lie_on_the_edge_of_its_picture():
     assert {axes.get_xlim() for axes in curves(EVENTS).axes} == {(0, 2)}
 
 
-def test_a_training_loss_that_is_withheld_is_told_to_be():
+def test_a_withheld_training_loss_is_labelled():
     def told(draw, loss):
         events = [event | {"train_loss": loss, "simulated_time": 10.0 * event.get("round", 0)} for event in EVENTS]
         return [text.get_text() for axes in draw(events).axes for text in axes.texts]

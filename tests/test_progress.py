@@ -105,7 +105,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch, clock):
     assert go_through(Terminal()) == go_through(io.StringIO())
 
 
-def test_the_time_left_is_foreseen_from_what_this_process_has_done(clock):
+def test_the_time_left_is_estimated_from_this_process(clock):
     file = io.StringIO()
     with Progress(10, [0, 5, 10], file=file) as progress:  # resumed after round 3: no evaluation has been timed yet
         for number in (4, 5):
@@ -118,7 +118,7 @@ def test_the_time_left_is_foreseen_from_what_this_process_has_done(clock):
     assert left == ["0:12 left", "0:10 left", "0:42 left"]  # 6 * 2, 5 * 2, 4 * 3 + 30
 
 
-def test_nothing_is_left_once_the_last_evaluation_is_done(monkeypatch, clock):
+def test_no_time_is_left_after_the_last_evaluation(monkeypatch, clock):
     monkeypatch.setenv("TERM", "xterm")
     file = Terminal()
     with Progress(1, [0, 1], file=file) as progress:
@@ -203,13 +203,13 @@ def test_sigterm_ends_a_run_as_ctrl_c_does_with_an_exit_code_of_its_own(monkeypa
         ("/x/pytest", ["python"], "fedsim"),
     ],
 )
-def test_the_hint_calls_the_command_as_it_was_called(monkeypatch, argv0, orig, told):
+def test_the_hint_repeats_the_command_as_it_was_called(monkeypatch, argv0, orig, told):
     monkeypatch.setattr(sys, "argv", [argv0])
     monkeypatch.setattr(sys, "orig_argv", orig)
     assert program() == told
 
 
-def test_ctrl_c_tells_how_to_go_on_with_the_words_of_the_user(monkeypatch, capsys):
+def test_ctrl_c_prints_the_users_own_command_to_resume(monkeypatch, capsys):
     def stop(config):
         raise KeyboardInterrupt(*where)
 

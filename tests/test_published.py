@@ -20,7 +20,7 @@ def steady(found):
 
 
 @pytest.mark.parametrize("found", PUBLISHED, ids=lambda found: f"{found.method}-{found.rank}")
-def test_a_published_count_is_what_travels_or_says_why_not(found):
+def test_published_counts_equal_the_traffic_or_are_explained(found):
     decimals = len(found.millions.partition(".")[2])
     assert (f"{steady(found) / 1e6:.{decimals}f}" == found.millions) == (not found.differs)
 
@@ -34,7 +34,7 @@ def test_the_counts_that_differ_are_explained_by_their_numbers():
     assert f"{lora / 1e6:.1f} M" in by_method["fedex_lora"].differs
 
 
-def test_nothing_is_published_for_other_models_ranks_and_numbers_of_clients():
+def test_other_models_ranks_and_numbers_of_clients_have_no_published_counts():
     shapes = list(MISTRAL_7B.elements())
     assert published("fedit", 32, 25, shapes) is not None
     assert published("fedit", 32, 24, shapes) is None

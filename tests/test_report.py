@@ -55,7 +55,7 @@ def test_the_summary_shows_accuracies_gains_bytes_and_time():
     assert "runs/mine/adapter" in text
 
 
-def test_the_summary_names_an_adapter_that_is_there_and_a_rank_where_there_is_one():
+def test_the_summary_names_an_existing_adapter_and_a_rank_if_there_is_one():
     personal = summary_table(SUMMARY | {"adapter": "adapter/client_3", "rank": None})
     assert '"runs/mine/adapter/client_3")' in personal
     assert "rank" not in personal
@@ -64,21 +64,21 @@ def test_the_summary_names_an_adapter_that_is_there_and_a_rank_where_there_is_on
     assert "at its own worker" in nowhere
 
 
-def test_the_summary_names_the_files_that_are_there(tmp_path):
+def test_the_summary_names_the_existing_files(tmp_path):
     for name in ("summary.json", "privacy.png", "other.txt"):
         (tmp_path / name).touch()
     text = summary_table(SUMMARY | {"run_dir": str(tmp_path)})
     assert f"files     {tmp_path}: summary.json, privacy.png\n" in text
 
 
-def test_a_delta_that_is_none_is_told():
+def test_a_meaningless_delta_is_reported():
     spent = {"unit": "client", "epsilon": 8.0, "initialization_epsilon": 0.0, "accountant": "prv"}
     loose, fair = (summary_table(SUMMARY | {"privacy": spent | {"delta": delta}}) for delta in (0.3, 0.03))
     assert "delta 0.3 is hardly a guarantee" in loose
     assert "hardly" not in fair
 
 
-def test_the_summary_tells_how_many_answers_were_cut_off_where_any_were():
+def test_the_summary_has_the_number_of_cut_off_answers_if_any():
     def lines(base, final):
         sums = {"base": {"accuracy": 0.0, "loss": 1.0} | base, "final": {"accuracy": 0.0, "loss": 1.0} | final, "num_examples": 4}
         text = summary_table(SUMMARY | {"evaluation": SUMMARY["evaluation"] | {"sums": sums, "more": sums}})
@@ -107,7 +107,7 @@ def test_the_table_of_many_holdings_is_cut_but_its_totals_are_not():
     assert len(whole) == 2 + 50 + 1
 
 
-def test_owners_are_named_beside_what_their_client_holds():
+def test_owners_are_named_beside_their_clients_data():
     text = holdings_table([{"a": 4}, {"a": 2}, {"a": 1}], 2, owners=[["ann", "b\x1b[2Job", "cy", "dee", "eve"], ["flo"], ["gus"]])
     rows = [line.split(maxsplit=4) for line in text.splitlines()]
     assert rows[0] == ["a", "all", "owners"]
@@ -131,7 +131,7 @@ def test_transfers_survive_the_csv():
         assert copy.to_json() == each.to_json()
 
 
-def test_the_summary_tells_epsilon_or_that_none_is_claimed():
+def test_the_summary_shows_epsilon_or_that_none_is_claimed():
     spent = {"unit": "example", "epsilon": 7.994, "delta": 0.0014, "initialization_epsilon": 1.6, "accountant": "prv"}
     assert "7.99   epsilon of one example, largest over clients, of it initialisation 1.60; delta 0.0014, prv" in summary_table(
         SUMMARY | {"privacy": spent}
@@ -141,7 +141,7 @@ def test_the_summary_tells_epsilon_or_that_none_is_claimed():
     assert "\nprivacy " not in summary_table(SUMMARY)
 
 
-def test_the_summary_tells_simulated_time():
+def test_the_summary_shows_simulated_time():
     network = {"name": "mobile", "mode": "sync", "simulated_seconds": 4000.0}
     assert "1:06:40   set-up and rounds on the network mobile, sync" in summary_table(SUMMARY | {"network": network})
     assert "0.25 s   set-up" in summary_table(SUMMARY | {"network": network | {"simulated_seconds": 0.25}})

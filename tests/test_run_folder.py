@@ -96,7 +96,7 @@ def test_a_folder_in_use_is_refused_whatever_the_options(tmp_path: Path) -> None
     RunFolder.open(replace(config, resume=True)).close()
 
 
-def test_an_interrupted_or_finished_run_is_refused_and_left_as_it_was(interrupted: Path) -> None:
+def test_an_interrupted_or_finished_run_is_refused_and_left_unchanged(interrupted: Path) -> None:
     before = tree(interrupted)
     with pytest.raises(UserError, match=r"interrupted run.*resume=true.*overwrite=true"):
         RunFolder.open(config_of(interrupted))
@@ -143,7 +143,7 @@ def test_a_mistake_before_the_first_checkpoint_leaves_nothing_of_the_run(tmp_pat
         assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
-def test_a_mistake_removes_nothing_that_the_run_has_not_made(tmp_path: Path) -> None:
+def test_a_mistake_removes_only_files_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     with pytest.raises(UserError, match="too short"):
         make_a_mistake(config_of(run), lambda folder: (folder.folder / "notes.txt").touch())
@@ -159,7 +159,7 @@ def test_a_mistake_after_the_first_checkpoint_or_of_a_resumption_leaves_the_run(
     assert rounds_of(interrupted) == [1, 2, 3]
 
 
-def test_a_folder_is_checked_without_being_taken(interrupted: Path, tmp_path: Path) -> None:
+def test_a_folder_is_checked_without_being_locked(interrupted: Path, tmp_path: Path) -> None:
     before = tree(tmp_path)
     check(config_of(tmp_path / "new"))
     check(config_of(interrupted, resume=True))
@@ -176,7 +176,7 @@ def test_a_folder_is_checked_without_being_taken(interrupted: Path, tmp_path: Pa
     assert tree(tmp_path).keys() == before.keys()
 
 
-def test_a_foreign_file_laid_into_a_run_folder_stops_overwrite(interrupted: Path) -> None:
+def test_a_foreign_file_in_a_run_folder_stops_overwrite(interrupted: Path) -> None:
     (interrupted / "notes.txt").write_text("keep me")
     before = tree(interrupted)
     with pytest.raises(UserError, match=r"notes\.txt"):
@@ -192,7 +192,7 @@ def test_a_run_dir_that_is_a_file_or_cannot_be_made_is_refused_in_one_line(tmp_p
         assert "\n" not in str(caught.value)
 
 
-def test_resume_of_nothing_is_refused_and_makes_nothing(tmp_path: Path) -> None:
+def test_resume_without_a_run_is_refused_and_creates_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for config in (replace(Config(), resume=True), config_of(tmp_path / "new", resume=True), config_of(tmp_path / "empty", resume=True)):
         with pytest.raises(UserError, match="run_dir="):
@@ -207,7 +207,7 @@ def test_resume_with_options_that_change_the_result_names_each_of_them(interrupt
         RunFolder.open(config)
 
 
-def test_resume_may_change_the_engine_and_where_tokens_are_kept(interrupted: Path) -> None:
+def test_resume_may_change_the_engine_and_the_token_cache(interrupted: Path) -> None:
     config = config_of(interrupted, resume=True)
     config.engine.cohort_size = 5
     config.data.token_cache = False
@@ -218,7 +218,7 @@ def test_resume_may_change_the_engine_and_where_tokens_are_kept(interrupted: Pat
     assert len(json.loads((interrupted / "manifest.json").read_text())["resumed"]) == 1
 
 
-def test_resume_of_a_finished_run_hands_back_its_summary(interrupted: Path) -> None:
+def test_resume_of_a_finished_run_returns_its_summary(interrupted: Path) -> None:
     with RunFolder.open(config_of(interrupted, resume=True)) as folder:
         assert folder.finished_summary is None
         folder.finish({"rounds": 3, "loss": float("nan")})
@@ -228,7 +228,7 @@ def test_resume_of_a_finished_run_hands_back_its_summary(interrupted: Path) -> N
     assert tree(interrupted) == before
 
 
-def test_resume_before_the_first_checkpoint_begins_anew_without_the_old_events(tmp_path: Path) -> None:
+def test_resume_before_the_first_checkpoint_restarts_without_the_old_events(tmp_path: Path) -> None:
     with RunFolder.open(config_of(tmp_path / "run")) as folder:
         folder.event("run_started")
     with RunFolder.open(config_of(tmp_path / "run", resume=True)) as folder:
@@ -236,7 +236,7 @@ def test_resume_before_the_first_checkpoint_begins_anew_without_the_old_events(t
         assert list(folder.events()) == []
 
 
-def test_a_run_killed_before_its_configuration_was_written_is_begun_anew_by_any_option(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_configuration_was_written_restarts_with_any_options(tmp_path: Path) -> None:
     for name, options in (("plain", {}), ("resume", {"resume": True}), ("overwrite", {"overwrite": True})):
         folder = tmp_path / name
         (folder / "checkpoints").mkdir(parents=True)
@@ -246,7 +246,7 @@ def test_a_run_killed_before_its_configuration_was_written_is_begun_anew_by_any_
             assert run.last_checkpoint() is None
 
 
-def test_checkpoints_give_back_tensors_and_state_bit_for_bit_and_only_the_last_are_kept(interrupted: Path) -> None:
+def test_checkpoints_restore_tensors_and_state_bit_for_bit_and_only_the_last_are_kept(interrupted: Path) -> None:
     with RunFolder.open(config_of(interrupted, resume=True)) as folder:
         found = folder.last_checkpoint()
     assert found is not None
@@ -259,7 +259,7 @@ def test_checkpoints_give_back_tensors_and_state_bit_for_bit_and_only_the_last_a
 
 
 @pytest.mark.parametrize("place", [0.0, 0.1, 0.5, 0.999, "cut"])
-def test_a_damaged_checkpoint_is_set_aside_with_an_event_and_the_one_before_is_taken(interrupted: Path, place: float | str) -> None:
+def test_a_damaged_checkpoint_is_set_aside_with_an_event_and_the_previous_one_used(interrupted: Path, place: float | str) -> None:
     path = interrupted / "checkpoints" / "round_0003.safetensors"
     content = bytearray(path.read_bytes())
     if isinstance(place, float):
@@ -275,7 +275,7 @@ def test_a_damaged_checkpoint_is_set_aside_with_an_event_and_the_one_before_is_t
     assert (interrupted / "checkpoints" / "round_0003.safetensors.damaged").exists()
 
 
-def test_events_after_the_checkpoint_are_cut_but_the_story_of_the_run_is_kept(interrupted: Path) -> None:
+def test_events_after_the_checkpoint_are_cut_but_the_history_of_the_run_is_kept(interrupted: Path) -> None:
     with RunFolder.open(config_of(interrupted, resume=True)) as folder:
         folder.event("resumed", round=3)
         folder.event("round", round=4)
@@ -289,7 +289,7 @@ def test_events_after_the_checkpoint_are_cut_but_the_story_of_the_run_is_kept(in
     assert rounds_of(interrupted) == [1, 2, 3, 4]
 
 
-def test_a_torn_event_before_a_damaged_checkpoint_spoils_no_event(interrupted: Path) -> None:
+def test_a_torn_event_before_a_damaged_checkpoint_harms_no_other_event(interrupted: Path) -> None:
     path = interrupted / "checkpoints" / "round_0003.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with open(interrupted / "events.jsonl", "ab") as file:
@@ -342,7 +342,7 @@ def test_a_failed_atomic_write_leaves_the_old_content_and_no_litter(tmp_path: Pa
 
 
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt, SystemExit])
-def test_a_file_that_is_written_in_parts_is_whole_or_as_it_was_whatever_stops_it(tmp_path: Path, stop: type[BaseException]) -> None:
+def test_a_file_written_in_parts_is_complete_or_unchanged_after_any_interruption(tmp_path: Path, stop: type[BaseException]) -> None:
     def broken_off() -> None:
         with atomically(tmp_path / "file") as file:
             file.write(b"half")
@@ -360,7 +360,7 @@ def test_a_file_that_is_written_in_parts_is_whole_or_as_it_was_whatever_stops_it
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_checkpoint_holds_what_was_there_when_it_was_saved_whatever_changes_while_it_is_written(tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_snapshot_despite_changes_while_it_is_written(tmp_path: Path) -> None:
     with RunFolder.open(config_of(tmp_path / "run")) as folder:
         tensors, state = {"R": torch.ones(1000)}, {"rounds": [1]}
         folder.save_checkpoint(1, tensors, state)
@@ -415,7 +415,7 @@ def test_a_checkpoint_is_never_ahead_of_the_lines_that_it_names(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("step", [RunFolder.settle_all, lambda folder: folder.finish({})])
-def test_what_a_client_is_asked_and_how_a_run_ended_is_durable_when_it_is_told(
+def test_requests_and_the_end_of_a_run_are_durable_when_recorded(
     step: Callable[[RunFolder], None], tmp_path: Path, on_disk: list[tuple[str, str, int]]
 ) -> None:
     run = tmp_path / "run"
@@ -445,7 +445,7 @@ def test_closing_the_folder_waits_for_the_checkpoint_under_way(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("step", [lambda folder: folder.save_checkpoint(2, {}, {}), RunFolder.settle, lambda folder: folder.finish({})])
-def test_what_goes_wrong_with_a_checkpoint_is_raised_by_the_next_step(step: Callable[[RunFolder], None], interrupted: Path) -> None:
+def test_a_failed_checkpoint_is_raised_by_the_next_step(step: Callable[[RunFolder], None], interrupted: Path) -> None:
     with RunFolder.open(config_of(interrupted, resume=True)) as folder:
         shutil.rmtree(interrupted / "checkpoints")
         (interrupted / "checkpoints").write_text("in the way")

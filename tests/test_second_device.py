@@ -105,7 +105,7 @@ for name, attempt in tries.items():
     ]
 
 
-def test_a_run_comes_to_the_figures_of_the_cpu_even_where_memory_runs_out(tmp_path):
+def test_a_run_equals_the_cpu_even_when_memory_runs_out(tmp_path):
     steps = ("training.optimizer=sgd", "training.learning_rate=0.5")  # Adam divides by the size of a gradient, rounding included
     options = ("run", *SMALL, *steps, "adapter.init=orthogonal", "training.tokens_per_pass=1024", "training.batch_size=4")
     assert main([*options, f"run_dir={tmp_path / 'cpu'}"]) == 0
@@ -123,13 +123,13 @@ def test_a_run_comes_to_the_figures_of_the_cpu_even_where_memory_runs_out(tmp_pa
         *(pytest.param(MORE_KINDS[name], id=name, marks=pytest.mark.slow) for name in MORE_KINDS),
     ],
 )
-def test_nothing_of_a_run_mixes_devices(tmp_path, options):
+def test_a_run_never_mixes_devices(tmp_path, options):
     on_second_device("run", *SMALL, *options, f"run_dir={tmp_path}")
     assert all(map(math.isfinite, figures(tmp_path)))
 
 
 @pytest.mark.slow
-def test_an_audit_and_an_estimate_mix_no_devices(tmp_path):
+def test_an_audit_and_an_estimate_never_mix_devices(tmp_path):
     on_second_device("estimate", *SMALL)
     on_second_device("audit", "experiment=audit", "privacy.epsilon=2", "federation.rounds=1", f"run_dir={tmp_path}")
 
@@ -186,7 +186,7 @@ for (name, entries), dtype, sparing, noise, (form, kinds) in product(MODELS.item
     assert all(0.8 < ratio < 1.05 for ratio in ratios.values()), measured
 
 
-def test_bases_and_noise_of_large_adapters_are_those_of_the_cpu():
+def test_bases_and_noise_of_large_adapters_equal_those_of_the_cpu():
     """The noise is drawn ahead there, also for a step that is begun anew."""
     found = with_device(
         """

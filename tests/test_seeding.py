@@ -41,7 +41,7 @@ def test_no_two_of_many_streams_begin_alike(kind):
     assert len({first("noise", round, client) for round in range(20) for client in range(100)}) == 2000
 
 
-def test_words_are_told_apart_from_their_parts_and_a_key_from_its_bits():
+def test_streams_differ_for_words_and_their_parts_and_for_keys_and_their_bits():
     streams = [KEY.under("a", "b"), KEY.under("ab"), KEY.under("a/b"), KEY.under("a", "b", ""), NoiseKey(bytes(32)).under("a", "b")]
     assert len({each.key for each in streams}) == len(streams)
 

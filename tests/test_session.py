@@ -40,7 +40,7 @@ def changed(tensor):
         tensor.copy_(before)
 
 
-def test_the_base_digest_tells_weights_without_adapters_and_what_the_tokenizer_makes_of_a_text(session):
+def test_the_base_digest_covers_base_weights_and_tokenization(session):
     own = digest_now(session)
     with changed(session.model.get_input_embeddings().weight):
         assert digest_now(session) != own
@@ -64,7 +64,7 @@ def test_the_base_digest_leaves_out_the_weights_into_which_a_run_folds_its_updat
         assert digest_now(session) == own
 
 
-def test_the_last_model_is_let_go_before_the_next_one_is_loaded(monkeypatch):
+def test_the_last_model_is_released_before_the_next_one_is_loaded(monkeypatch):
     options = ("data.train_examples=20", "federation.clients=2", "adapter.init=orthogonal")
     last = weakref.ref(open_session(compose([*options, "seed=1"])).model)
     load, there = sessions.load_model, []
@@ -97,7 +97,7 @@ NONE_OF_IT = [
 
 
 @pytest.mark.parametrize(("words", "told"), NONE_OF_IT)
-def test_a_mistake_is_told_without_loading_in_the_words_in_which_loading_tells_it(tmp_path, words, told):
+def test_a_mistake_is_reported_without_loading_in_the_words_of_loading(tmp_path, words, told):
     sick = write_sick(tmp_path / "SICK.txt")
     config = compose([*FEW, *(word.format(sick=sick) if "{sick}" in word else word for word in words)])
     with pytest.raises(UserError) as early:
@@ -109,7 +109,7 @@ def test_a_mistake_is_told_without_loading_in_the_words_in_which_loading_tells_i
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_the_loaded_model_takes_is_never_refused_and_what_it_does_not_take_is(tmp_path, architecture):
+def test_check_accepts_exactly_what_the_loaded_model_accepts(tmp_path, architecture):
     tiny_model(architecture).save_pretrained(tmp_path)
     names = [[], ["q_proj"], ["c_attn"], ["query", "dense"]]
     for rank, modules in [(rank, modules) for rank in (16, 32, 33, 48, 49) for modules in names]:
@@ -117,14 +117,14 @@ def test_what_the_loaded_model_takes_is_never_refused_and_what_it_does_not_take_
         assert refusal(check, config) == refusal(adapt, tiny_model(architecture), LORA_SB, rank, 1, 1.0, modules)
 
 
-def test_a_classifier_is_looked_at_with_its_head(tmp_path):
+def test_a_classifier_is_checked_with_its_head(tmp_path):
     options = ["data=sick", f"data.path={write_sick(tmp_path / 'SICK.txt')}", f"model.path={save_classifier(tmp_path / 'model')}"]
     for words in (["adapter.rank=32"], ["adapter.rank=33"], ["adapter.target_modules=[classifier]"], ["model.pairs=apart"]):
         config = compose([*FEW, *options, *words])
         assert refusal(check, config) == refusal(open_session, config)
 
 
-def test_of_a_model_of_the_hub_only_what_lies_in_its_cache_is_believed(tmp_path, monkeypatch):
+def test_a_hub_model_is_checked_by_its_cached_configuration_only(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was attempted"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = compose(["model=mistral_7b", "adapter.rank=2000"])
@@ -140,12 +140,12 @@ def test_of_a_model_of_the_hub_only_what_lies_in_its_cache_is_believed(tmp_path,
         check(of_rank(513))
 
 
-def test_a_configuration_of_no_known_kind_is_for_the_loader_to_judge(tmp_path):
+def test_an_unknown_configuration_is_left_to_the_loader(tmp_path):
     for entries in ({}, {"model_type": "of one's own", "auto_map": {}}, {"model_type": "llama", "hidden_size": "wide"}):
         (tmp_path / "config.json").write_text(json.dumps(entries))
         check(compose([f"model.path={tmp_path}", "adapter.rank=5000"]))
 
 
-def test_what_the_embedded_model_is_said_to_be_does_not_count():
+def test_the_embedded_model_ignores_a_configured_architecture():
     config = compose(["adapter.rank=192"])
     check(replace(config, model=replace(ModelConfig(), architecture={"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2})))

@@ -96,7 +96,7 @@ def test_a_local_folder_has_the_shapes_of_its_model(architecture, tmp_path):
 
 @pytest.mark.parametrize("texts", [1, 2])
 @pytest.mark.parametrize("pairs", ["together", "apart"])
-def test_an_encoder_of_random_weights_is_but_for_these_the_one_that_is_loaded(pairs, texts, tmp_path):
+def test_an_encoder_with_random_weights_has_the_structure_of_the_loaded_one(pairs, texts, tmp_path):
     config = compose(["model=local", f"model.path={save_classifier(tmp_path)}", f"model.pairs={pairs}", "model.device=cpu"]).model
     loaded, _ = load_model(config, LABELS, texts)
     made = random_model(config, torch.device("cpu"), LABELS, texts)
@@ -107,7 +107,7 @@ def test_an_encoder_of_random_weights_is_but_for_these_the_one_that_is_loaded(pa
     assert model_shape(config, LABELS, texts) == shape_of(loaded)
 
 
-def test_the_entries_of_a_choice_give_what_its_config_json_would(tmp_path):
+def test_architecture_entries_equal_config_json(tmp_path):
     config = model("qwen25_0_5b")
     (tmp_path / "config.json").write_text(json.dumps(config.architecture))
     assert layer_shapes(config, []) == layer_shapes(ModelConfig(path=str(tmp_path)), [])
@@ -148,7 +148,7 @@ def test_a_skeleton_holds_no_memory_and_touches_no_random_state():
     assert torch.zeros(1).device.type == "cpu"
 
 
-def test_a_skeleton_is_built_once_for_the_same_model_and_anew_for_any_other():
+def test_a_skeleton_is_built_once_per_model():
     tiny = skeleton(ModelConfig(architecture=TINY))
     assert skeleton(ModelConfig(architecture=dict(TINY))) is tiny
     assert skeleton(ModelConfig(architecture=TINY), ("no", "yes")) is not tiny
@@ -173,7 +173,7 @@ def test_nothing_is_printed():
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_warnings_and_logging_are_afterwards_as_before():
+def test_warnings_and_logging_are_restored():
     from transformers.utils import logging
 
     level, filters = logging.get_verbosity(), list(warnings.filters)
@@ -181,7 +181,7 @@ def test_warnings_and_logging_are_afterwards_as_before():
     assert (logging.get_verbosity(), list(warnings.filters)) == (level, filters)
 
 
-def test_the_entries_are_not_written_into():
+def test_the_entries_are_not_modified():
     entries = TINY | {"rope_parameters": {"rope_theta": 10.0}}
     before = json.dumps(entries)
     num_parameters(ModelConfig(architecture=entries))
@@ -205,7 +205,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("entries", "line"), REFUSED)
 @pytest.mark.parametrize("place", ["model.architecture", "config.json"])
-def test_entries_that_make_no_model_are_one_line(entries, line, place, tmp_path):
+def test_invalid_entries_are_reported_in_one_line(entries, line, place, tmp_path):
     config = ModelConfig(architecture=entries)
     if place == "config.json":
         (tmp_path / "config.json").write_text(json.dumps(entries))
@@ -215,7 +215,7 @@ def test_entries_that_make_no_model_are_one_line(entries, line, place, tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_slip_in_the_name_of_an_entry_is_not_taken_for_the_default():
+def test_a_misspelt_entry_is_not_replaced_by_the_default():
     with pytest.raises(UserError, match=r"'hiden_size' is no entry of a llama model. Did you mean 'hidden_size'\?"):
         layer_shapes(ModelConfig(architecture={"model_type": "llama", "hiden_size": 64}), [])
 
@@ -236,7 +236,7 @@ def test_a_broken_config_json_is_one_line_that_names_it(content, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["org/some-model", "./no/such/folder"])
-def test_a_model_that_is_not_here_asks_for_a_folder_or_the_architecture(path):
+def test_a_missing_model_asks_for_a_folder_or_the_architecture(path):
     with pytest.raises(UserError, match=r"local folder with config.json in model.path, or model.architecture, got model.path=") as caught:
         layer_shapes(ModelConfig(path=path), [])
     assert "\n" not in str(caught.value)
@@ -247,7 +247,7 @@ def test_a_name_that_fits_no_layer_is_refused():
         layer_shapes(model("mistral_7b"), ["qproj"])
 
 
-def test_code_that_a_folder_brings_is_not_run(tmp_path):
+def test_code_in_a_model_folder_is_not_run(tmp_path):
     (tmp_path / "evil.py").write_text("raise SystemExit(3)")
     remote = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(TINY | remote))
@@ -266,7 +266,7 @@ def test_an_architecture_on_the_command_line_is_added_to_that_of_the_choice():
 
 
 @pytest.mark.parametrize("value", ["5", "[a]", "null", "text"])
-def test_an_architecture_that_is_no_table_is_refused(value):
+def test_an_architecture_that_is_not_a_mapping_is_refused(value):
     with pytest.raises(UserError, match=r"Expected model.architecture \(entries, such as \{a:1,b:2\}\)"):
         parse([f"model.architecture={value}"])
 

@@ -82,7 +82,7 @@ def only_file(folder):
 
 
 @pytest.mark.parametrize("train_on", TrainOn)
-def test_tokens_are_the_same_made_anew_kept_and_found(folder, train_on, monkeypatch):
+def test_tokens_are_equal_without_a_cache_when_cached_and_when_read(folder, train_on, monkeypatch):
     plain = tokens(without(config(train_on=train_on)))
     assert not folder.exists()
     assert tokens(config(train_on=train_on)) == plain
@@ -94,7 +94,7 @@ def test_tokens_are_the_same_made_anew_kept_and_found(folder, train_on, monkeypa
 
 
 @pytest.mark.parametrize("reading", PairReading)
-def test_pairs_are_the_same_made_anew_kept_and_found(classified, reading, monkeypatch):
+def test_pairs_are_equal_without_a_cache_when_cached_and_when_read(classified, reading, monkeypatch):
     told = dataclasses.replace(classified, model=dataclasses.replace(classified.model, pairs=reading))
     plain = tokens(without(told))
     assert tokens(told) == plain
@@ -229,7 +229,7 @@ def test_a_file_of_something_else_is_made_again(folder, array):
     assert path.read_bytes() == whole
 
 
-def test_a_file_under_another_name_is_not_believed(folder):
+def test_a_file_under_another_name_is_refused(folder):
     plain, right = anew_and_kept(folder)
     tokens(config(train_on=TrainOn.all))
     (wrong,) = set(folder.iterdir()) - {right}
@@ -250,7 +250,7 @@ def test_only_the_user_may_read_the_tokens(folder):
 
 
 @pytest.mark.parametrize("obstacle", ["file", "directory", "full disk", "no home"])
-def test_where_nothing_can_be_written_tokens_are_made_anew(folder, obstacle, monkeypatch):
+def test_tokens_are_computed_if_nothing_can_be_written(folder, obstacle, monkeypatch):
     plain = tokens(without(config()))
     if obstacle == "file":
         folder.parent.mkdir(parents=True)
@@ -297,7 +297,7 @@ def test_without_a_file_only_the_clients_that_are_asked_for_are_tokenised(monkey
     assert sizes == [10, 40]
 
 
-def test_a_new_file_takes_those_away_that_no_run_has_used_for_long(folder):
+def test_a_new_file_removes_long_unused_ones(folder):
     _, tokenizer = load_model(ModelConfig(device="cpu"))
     old, used = (folder / name(folder, EXAMPLES, tokenizer, [how]) for how in ("old", "used"))
     long_ago = time.time() - (token_cache.UNUSED_DAYS + 1) * 24 * 3600
@@ -320,7 +320,7 @@ print(json.dumps([[each.input_ids.tolist() for each in session.client_data(clien
 """
 
 
-def test_who_comes_second_puts_the_same_file_over_that_of_the_first(folder, monkeypatch):
+def test_the_second_writer_replaces_the_file_by_the_same_one(folder, monkeypatch):
     """The second session comes and goes while the first one encodes."""
     plain, encode, inner = tokens(without(config())), Session.encode, []
 

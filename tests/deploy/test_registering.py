@@ -43,9 +43,7 @@ def test_a_key_is_registered_once_found_again_without_its_record_and_revoked_whe
         local.end("superlink")
         local.start_superlink()  # with its new certificate, and the clients that it knew
         assert main(["deploy", "register", str(server)]) == 0
-        assert capsys.readouterr().out.splitlines() == [
-            f"client-{client}: registered; its earlier key is revoked" for client in range(2)
-        ]
+        assert capsys.readouterr().out.splitlines() == [f"client-{client}: registered; its earlier key is revoked" for client in range(2)]
         second = registered_names(registered)
         assert nodes(superlink) == set(second)
         assert not set(first) & set(second)
