@@ -1,4 +1,4 @@
-"""A Grid whose nodes fail as a test says: each client has its own node, and real messages go through the real ClientApp."""
+"""A Grid that injects faults: each client has its own node, and real messages go through the real ClientApp."""
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from rounds import Rounds
@@ -10,12 +10,12 @@ SILENT = "silent"
 
 
 class FaultyGrid(InProcessGrid):
-    """Node k + 1 is client k. `faults` gives, by (round, client), SILENT, the text of an error, or what is made of the reply."""
+    """Node k + 1 is client k. `faults` maps (round, client) to SILENT, an error text, or a function that changes the reply."""
 
     def __init__(self, clients, faults):
         super().__init__(app, clients)
         self.faults = faults
-        self.asked = []  # (round, client), as messages are pushed
+        self.asked = []  # (round, client) of each pushed message
         self.down = set()  # clients whose node is not connected
 
     def push_messages(self, messages):
@@ -24,7 +24,7 @@ class FaultyGrid(InProcessGrid):
         return super().push_messages(messages)
 
     def forget(self, message_ids):
-        """Keeps them all, as a SuperLink does."""
+        """Keeps all messages, as a SuperLink does."""
 
     def pull_messages(self, message_ids):
         for message_id in message_ids:
@@ -45,7 +45,7 @@ def place(message):
 
 
 def faulty(config, faults, prepare=lambda factors: None):
-    """Rounds over a `FaultyGrid`."""
+    """Returns `Rounds` over a `FaultyGrid`."""
     run = Rounds(config, prepare)
     run.grid = FaultyGrid(config.federation.clients, faults)
     run.strategy.asking.client_nodes = lambda clients: {client: client + 1 for client in clients if client not in run.grid.down}
@@ -53,10 +53,10 @@ def faulty(config, faults, prepare=lambda factors: None):
 
 
 def rebuilt(reply, metrics=None, **records):
-    """The reply with some of its metrics replaced (None leaves one out), and some of its records (None leaves one out)."""
+    """Returns the reply with the given metrics and records replaced; None removes one."""
     old = reply.content
-    told = {**old.metric_records["metrics"], **(metrics or {})}
-    content = {**old.array_records, "metrics": MetricRecord({name: value for name, value in told.items() if value is not None})}
+    values = {**old.metric_records["metrics"], **(metrics or {})}
+    content = {**old.array_records, "metrics": MetricRecord({name: value for name, value in values.items() if value is not None})}
     content |= {name.replace("_", "-"): record for name, record in records.items()}
     kept = {name: record for name, record in content.items() if isinstance(record, ArrayRecord | MetricRecord | ConfigRecord)}
     return Message(RecordDict(kept), metadata=reply.metadata)

@@ -1,4 +1,4 @@
-"""Rounds through Flower's messages one at a time, over a global state that a test may look at and change; what oracles share."""
+"""Runs rounds through Flower's messages one at a time, over a global state that tests may inspect and change."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from fedsim.flower.worker import read_memory
 from fedsim.session import open_session
 
 TARGETS = ["layers.1.self_attn.q_proj", "layers.2.mlp.down_proj"]
-RATE, RANK, SCALING, CLIENTS = 2.0, 3, 0.5, 3  # as in test_methods, whose Oracle takes steps of this rate
+RATE, RANK, SCALING, CLIENTS = 2.0, 3, 0.5, 3  # the Oracle in test_methods uses this rate
 BASE = Config(
     adapter=AdapterConfig(rank=RANK, scaling=SCALING, target_modules=TARGETS),
     data=DataConfig(train_examples=24, test_examples=4),
@@ -29,24 +29,24 @@ BASE = Config(
 
 
 def changed(config=BASE, **sections):
-    """The configuration with options of its sections replaced; a section that is None stays."""
+    """Returns the configuration with the given options of its sections replaced."""
     return replace(config, **{name: replace(getattr(config, name), **options) for name, options in sections.items()})
 
 
 def of_method(name, **sections):
-    """Three unequal clients on two layers with this method; LoRA-SB starts from a seed."""
+    """Configures the method for three unequal clients on two layers; methods that allow it start from seeded orthogonal bases."""
     config = replace(BASE, method=MethodConfig(name=name, heads=2))
     init = Init.orthogonal if Init.orthogonal in METHODS[name].inits else None
     return changed(config, **{**sections, "adapter": {"init": init, **sections.get("adapter", {})}})
 
 
 class Rounds:
-    """A run of a configuration. `prepare` may change {name: tensor} of the factors before the first round."""
+    """A run of a configuration. `prepare` may change the factors, {name: tensor}, before the first round."""
 
     def __init__(self, config, prepare=lambda factors: None, workers=1):
         self.session, self.ledger = open_session(config), CommunicationLedger()
         self.session.install_folded({}, "")
-        derived = self.session.derived_factors(1) or from_seed(self.session.spec, {}, config.seed)  # the latter in place of gradients
+        derived = self.session.derived_factors(1) or from_seed(self.session.spec, {}, config.seed)  # seeded instead of gradients
         self.start = {name: tensor.clone() for name, tensor in derived.items()}
         prepare(self.start)
         self.state = self.session.initial_state({name: tensor.clone() for name, tensor in self.start.items()})
@@ -55,7 +55,7 @@ class Rounds:
         self.number = 0
 
     def next(self, count=1):
-        """Carries rounds out."""
+        """Runs `count` rounds."""
         for _ in range(count):
             self.number += 1
             self.session.install_state(self.state)
@@ -63,7 +63,7 @@ class Rounds:
         return self
 
     def messages(self, number):
-        """The requests of a round, as `exchange` makes them."""
+        """Returns the training requests of a round, as `exchange` makes them."""
         strategy = self.strategy
         clients = strategy.participants(number)
         return [ask.message for ask in strategy.asking.to_train(number, strategy._packer(), self.grid, clients)]
@@ -74,34 +74,34 @@ class Rounds:
 
     @property
     def counts(self):
-        """The clients' numbers of examples."""
+        """Each client's number of examples."""
         counts = np.array([len(shard) for shard in self.session.shards], dtype=float)
         assert len(set(counts)) > 1, "equal clients would not tell weightings apart"
         return counts
 
     def shares(self, clients):
-        """The clients' weights, which sum to one."""
+        """Returns the clients' weights, which sum to one."""
         return self.counts[list(clients)] / self.counts[list(clients)].sum()
 
     def flat(self, *kinds):
-        """The global factors of some kinds as one vector."""
+        """Returns the global factors of the given kinds as one vector."""
         return self.spec.pack(self.state.factors, kinds)
 
     def change(self):
-        """What the server has changed every weight by since the beginning."""
+        """Returns each layer's weight update since the start of the run."""
         folded, factors = self.state.folded, self.state.factors
         return {layer: (self.spec.update(factors, layer) + folded.get(layer, 0.0)).double() for layer in self.spec.layers}
 
     def kept(self, client):
-        """What a client of the first worker keeps for itself after the last round, as flat arrays by name."""
+        """Returns the state that a client of the first worker keeps after the last round, as flat arrays by name."""
         return read_memory(self.grid.contexts[1], [client], self.state.accepted)[client]
 
     def moved(self, column="parameters", **wanted):
-        """The sum of a column of the ledger over the rows with the given values, such as client=0, direction="uplink"."""
+        """Returns the sum of a ledger column over the rows with the given values, such as client=0, direction="uplink"."""
         return sum(row[column] for row in self.ledger.rows() if all(row[name] == value for name, value in wanted.items()))
 
     def totals_by_client(self):
-        """The ledger's totals of each client alone."""
+        """Returns each client's ledger totals."""
         ledgers = {}
         for row in self.ledger.rows():
             ledgers.setdefault(row["client"], CommunicationLedger()).add_rows([row])

@@ -1,4 +1,4 @@
-"""What a broken or malicious client sends is refused with its reason, and the round is that of the others."""
+"""Replies of broken or malicious clients are refused with a reason, and the round uses only the others."""
 
 import numpy as np
 import pytest
@@ -23,12 +23,12 @@ def with_values(change):
 
 
 def with_array(**fields):
-    """The head of the array in the record says something else than its bytes."""
+    """Replaces fields of the array's record, so that they contradict its bytes."""
 
     def change(reply):
         array = Array(values_of(reply))
-        told = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | fields
-        return rebuilt(reply, client_2=ArrayRecord({"values": Array(**told)}))
+        values = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | fields
+        return rebuilt(reply, client_2=ArrayRecord({"values": Array(**values)}))
 
     return change
 
@@ -54,7 +54,7 @@ def from_node(node):
 
 
 def huge_head(reply):
-    """NumPy's head claims 10^12 numbers; its reader would ask for the memory first."""
+    """NumPy's header claims 10^12 numbers; its reader would allocate the memory first."""
     data = Array(values_of(reply)).data.replace(b"(18,)", b"(1000000000000,)")
     return with_array(data=data)(reply)
 
@@ -94,13 +94,13 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def others():
-    """The factors of a round without client 2."""
+    """Returns R after a round without client 2."""
     run = faulty(CONFIG, {(1, 2): "died"}).next()
     return run.flat("R")
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_a_bad_client_sends_is_refused_and_never_averaged(name, others):
+def test_a_bad_reply_is_refused_with_its_reason_and_not_averaged(name, others):
     change, reason = BAD[name]
     run = faulty(CONFIG, {(1, 2): change}).next()
     (missing,) = run.strategy.facts.missing
@@ -109,7 +109,7 @@ def test_what_a_bad_client_sends_is_refused_and_never_averaged(name, others):
     assert torch.equal(run.flat("R"), others)
 
 
-def test_a_cohort_loses_only_its_bad_client(others):
+def test_a_bad_update_does_not_exclude_the_rest_of_its_cohort(others):
     run = faulty(CONFIG, {})
     run.grid.faults = {(1, 0): spoiled(np.nan)}
     run.strategy.asking.client_nodes = None
@@ -119,14 +119,14 @@ def test_a_cohort_loses_only_its_bad_client(others):
     torch.testing.assert_close(run.flat("R"), others, rtol=0, atol=1e-5)
 
 
-def test_bytes_that_are_refused_are_charged_without_parameters():
+def test_refused_bytes_are_charged_without_parameters():
     run = faulty(CONFIG, {(1, 2): with_array(data=bytes(5000))}).next()
     assert run.moved("serialized_bytes", client=2, direction="uplink") == 5000
     assert run.moved("parameters", client=2, direction="uplink") == 0
 
 
 @pytest.mark.parametrize("name", sorted(BAD.keys() - {"a NaN"}))
-def test_every_byte_of_a_refused_reply_is_charged(name):
+def test_all_array_bytes_of_a_refused_reply_are_charged(name):
     sent = []
 
     def noted(reply):
@@ -141,21 +141,21 @@ def test_every_byte_of_a_refused_reply_is_charged(name):
     assert size <= charged < size + 1000, "with Flower's framing where the arrays were in order"
 
 
-def test_what_a_client_sends_without_a_claim_is_charged():
+def test_an_update_of_a_client_that_the_reply_does_not_list_is_charged():
     none = {name: [] for name in ("clients", "num_examples", "num_tokens", "loss", "within")}
     run = faulty(CONFIG, {(1, 2): claim(**none)}).next()
     assert [(each.client, each.reason) for each in run.strategy.facts.missing] == [(2, Reason.dropped_out)]
     assert run.moved("serialized_bytes", client=2, direction="uplink") > 0
 
 
-def test_a_control_variate_beside_a_refused_update_is_charged():
+def test_the_control_variate_of_a_refused_update_is_charged():
     run = faulty(changed(CONFIG, training={"scaffold": True}), {(1, 2): spoiled(np.nan)}).next()
     mine = {"client": 2, "direction": "uplink", "purpose": "control"}
     assert run.moved("serialized_bytes", **mine) > 0
     assert run.moved("parameters", **mine) == 0
 
 
-def test_a_control_variate_beyond_the_bound_is_refused_with_its_update():
+def test_a_client_whose_control_variate_exceeds_the_norm_bound_is_refused():
     config = changed(CONFIG, training={"scaffold": True})
     size = len(faulty(config, {}).flat("R"))
     run = faulty(config, {(1, 2): lambda reply: rebuilt(reply, control_2=to_record(torch.full((size,), 1e30)))}).next()
@@ -165,7 +165,7 @@ def test_a_control_variate_beyond_the_bound_is_refused_with_its_update():
     assert float(run.state.control.norm()) < 1e6
 
 
-def test_an_initial_gradient_that_is_refused_is_charged():
+def test_a_refused_initial_gradient_is_charged():
     config = changed(CONFIG, adapter={"init": Init.gradient, "init_samples": 8}, federation={"min_replies": 1})
     bad = RecordDict({"client-2": ArrayRecord({"values": Array("float32", (1,), "numpy.ndarray", bytes(5000))})})
     run = faulty(config, {(0, 2): lambda reply: Message(bad, metadata=reply.metadata)})
@@ -176,7 +176,7 @@ def test_an_initial_gradient_that_is_refused_is_charged():
 
 
 @pytest.mark.parametrize("over", OverNorm)
-def test_an_update_beyond_the_bound_is_refused_or_scaled_down_to_it(over):
+def test_an_update_above_the_norm_bound_is_refused_or_scaled_down(over):
     free = faulty(CONFIG, {}).next()
     bounded = changed(CONFIG, server={"max_update_norm": 1e-3, "over_norm": over}, federation={"min_replies": 1})
     if over is OverNorm.refuse:
@@ -191,7 +191,7 @@ def test_an_update_beyond_the_bound_is_refused_or_scaled_down_to_it(over):
 
 
 @pytest.mark.parametrize("values", [{}, {(1, 2): with_values(lambda values: values * 1e9)}])
-def test_with_client_level_privacy_no_client_is_told_to_have_sent_too_long_an_update_and_none_moves_more_than_the_clip_norm(values):
+def test_client_level_privacy_bounds_updates_by_the_clip_norm_and_reports_no_excess(values):
     privacy = {"unit": PrivacyUnit.client, "noise_multiplier": 0.0, "clip_norm": 1e-3}
     private = changed(CONFIG, privacy=privacy, federation={"weighting": Weighting.uniform}, server={"max_update_norm": 1e-4})
     run = faulty(private, values).next()
@@ -201,7 +201,7 @@ def test_with_client_level_privacy_no_client_is_told_to_have_sent_too_long_an_up
 
 
 @pytest.mark.parametrize(("part", "missing"), [(1 - 1e-6, []), (1 + 1e-6, [2])])
-def test_the_bound_on_an_updates_norm_is_kept_to_a_millionth(part, missing):
+def test_the_update_norm_bound_is_accurate_to_one_millionth(part, missing):
     run = faulty(
         changed(CONFIG, server={"max_update_norm": 1e4}), {(1, 2): with_values(lambda values: moved_by(values, 1e4 * part))}
     ).next()
@@ -209,6 +209,6 @@ def test_the_bound_on_an_updates_norm_is_kept_to_a_millionth(part, missing):
 
 
 def moved_by(values, norm):
-    """The start of R is zero, so what is sent is the update; its direction keeps every entry far from float32's rounding."""
+    """Returns an update of the given norm (R starts at zero) whose random direction limits the effect of float32 rounding."""
     direction = np.random.default_rng(0).normal(size=values.shape)
     return (direction * (norm / np.linalg.norm(direction))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A classification head beside every method: dense weights and autograd as the oracle, the ledger, and whole runs of a tiny BERT."""
+"""Classification heads with every method: a dense autograd oracle, the ledger, and whole runs of a tiny BERT."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def of_method(base, name, **sections):
 
 
 class Run:
-    """A run of a method through Flower's messages, after which the server's state is looked at."""
+    """A run of a method through Flower's messages, which keeps the server's final state."""
 
     def __init__(self, config, rounds=2):
         self.session, self.ledger, self.config = open_session(config), CommunicationLedger(), config
@@ -81,7 +81,7 @@ class Oracle:
         self.base = {name: self.model.get_submodule(name).weight.detach().clone() for name in self.names}
 
     def gradients(self, changes, head, client, round_, step):
-        """Of the mean loss of the client's batch: on every dense weight base + change, and on the head [W | b]."""
+        """Returns the gradients of the client's mean batch loss: of each dense weight base + change, and of the head [W | b]."""
         data = self.session.client_data(client)
         lengths = [example.num_tokens for example in data.examples]
         batch = local_batches(lengths, self.session.config.training, seed=0, round=round_, client=client)[step]
@@ -96,21 +96,21 @@ class Oracle:
         total = 0
         for i in batch:
             pair = data.examples[i]
-            told = {"input_ids": torch.tensor([pair.input_ids.tolist()]), "token_type_ids": torch.tensor([pair.segments.tolist()])}
-            total = total + self.model(**told, labels=torch.tensor([pair.label])).loss / len(batch)
+            inputs = {"input_ids": torch.tensor([pair.input_ids.tolist()]), "token_type_ids": torch.tensor([pair.segments.tolist()])}
+            total = total + self.model(**inputs, labels=torch.tensor([pair.label])).loss / len(batch)
         *found, weight, bias = torch.autograd.grad(total, leaves)
         return dict(zip(self.names, found, strict=True)), torch.cat([weight, bias[:, None]], dim=1)
 
     def train(self, factors, head, trained, dense, chain_rule, client, round_):
-        """Two steps of SGD on the trained kinds of {layer: {kind: tensor}} and on the head."""
+        """Takes two SGD steps on the trained kinds of {layer: {kind: tensor}} and on the head."""
         mine = {name: {kind: tensor.clone() for kind, tensor in own.items()} for name, own in factors.items()}
         for step in range(2):
-            found, on_head = self.gradients({name: dense(own) for name, own in mine.items()}, head, client, round_, step)
+            found, head_gradient = self.gradients({name: dense(own) for name, own in mine.items()}, head, client, round_, step)
             for name, gradient in found.items():
                 by_kind = chain_rule(gradient, mine[name])
                 for kind in trained:
                     mine[name][kind] = mine[name][kind] - RATE * by_kind[kind]
-            head = head - RATE * on_head
+            head = head - RATE * head_gradient
         return mine, head
 
 
@@ -138,7 +138,7 @@ def sb_rule(gradient, own):
         ("ffa_lora", "BA", "B", lora_dense, lora_rule),
     ],
 )
-def test_factors_and_head_are_the_means_of_what_clients_train_on_dense_weights(base, name, kinds, trained, dense, rule):
+def test_factors_and_head_match_the_mean_of_clients_trained_on_dense_weights(base, name, kinds, trained, dense, rule):
     run_ = Run(of_method(base, name))
     oracle, shares = Oracle(run_), run_.shares
     factors = {layer: {kind: run_.start[f"{layer}.{kind}"].double() for kind in kinds} for layer in oracle.names}
@@ -157,8 +157,8 @@ def test_factors_and_head_are_the_means_of_what_clients_train_on_dense_weights(b
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_averages_the_head_beside_its_own_kinds(base, name):
-    """One step from no update: the change of the head is the mean of the clients' gradients on it, whatever the method."""
+def test_every_method_averages_the_head(base, name):
+    """In the first step, from no update, the head changes by the mean of the clients' gradients under every method."""
     first = Run(of_method(base, name, training={"local_steps": 1}), rounds=1)
     oracle = Oracle(first)
     nothing = {layer: torch.zeros_like(weight) for layer, weight in oracle.base.items()}
@@ -169,7 +169,7 @@ def test_every_method_averages_the_head_beside_its_own_kinds(base, name):
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "centralized"])
-def test_the_ledger_counts_the_head_and_its_cost_is_predicted(base, name):
+def test_the_ledger_counts_the_head_and_matches_the_predicted_charges(base, name):
     config = of_method(base, name)
     done = Run(config)
     session = done.session
@@ -179,7 +179,7 @@ def test_the_ledger_counts_the_head_and_its_cost_is_predicted(base, name):
     assert sorted(up) == sorted((row["round"], row["client"], row["parameters"]) for row in done.ledger.rows())
 
 
-def test_clients_of_smaller_rank_or_fewer_ravan_heads_train_the_whole_classification_head(base):
+def test_clients_of_smaller_rank_or_fewer_ravan_heads_train_the_whole_classifier(base):
     ranks = Run(of_method(base, "flora", adapter={"rank": None}, federation={"ranks": {1: 0.5, 3: 0.5}}))
     heads = Run(of_method(base, "ravan", method={"name": "ravan", "heads": 4, "client_heads": 1}))
     for done in (ranks, heads):
@@ -199,7 +199,7 @@ def test_clients_of_smaller_rank_or_fewer_ravan_heads_train_the_whole_classifica
         },
     ],
 )
-def test_a_run_that_is_interrupted_and_resumed_ends_with_the_same_adapter(base, options, tmp_path, monkeypatch):
+def test_an_interrupted_and_resumed_run_ends_with_the_same_adapter(base, options, tmp_path, monkeypatch):
     sections = {section: replace(getattr(base, section), **values) for section, values in options.items()}
     config = replace(base, **sections, evaluation=replace(base.evaluation, every=1))
     whole = run(replace(config, run_dir=str(tmp_path / "whole")), quiet=True)
@@ -224,7 +224,7 @@ def test_a_run_that_is_interrupted_and_resumed_ends_with_the_same_adapter(base, 
         assert resumed["privacy"]["epsilon"] == pytest.approx(whole["privacy"]["epsilon"], rel=1e-9)
 
 
-def test_the_head_starts_from_the_seed_and_the_initial_gradient_goes_through_it(base):
+def test_the_initial_head_depends_on_the_seed_and_its_bias_is_zero(base):
     session = open_session(of_method(base, "fed_sb", adapter={"init": Init.gradient}))
     heads = [open_session(replace(session.config, seed=seed)).initial_state({}).factors[CLASSIFIER] for seed in (0, 0, 1)]
     assert torch.equal(heads[0], heads[1])
@@ -233,8 +233,8 @@ def test_the_head_starts_from_the_seed_and_the_initial_gradient_goes_through_it(
     assert float(heads[0][:, :-1].std()) == pytest.approx(0.02, rel=0.3)
 
 
-def test_the_first_gradient_is_that_of_the_model_with_the_new_head(base, tmp_path):
-    """Through a head of zeros no gradient would pass: the bases would be those of noise."""
+def test_initial_bases_come_from_gradients_through_the_new_head(base, tmp_path):
+    """A zero head would pass no gradient, and the bases would come from noise."""
     config = of_method(base, "fed_sb", adapter={"init": Init.gradient, "init_samples": 1000}, federation={"rounds": 1})
     run(replace(config, run_dir=str(tmp_path / "run")), quiet=True)
     session = open_session(config)
@@ -246,8 +246,8 @@ def test_the_first_gradient_is_that_of_the_model_with_the_new_head(base, tmp_pat
             weights = [oracle.model.get_submodule(name).weight.requires_grad_(True) for name in oracle.names]
             head = found.start[CLASSIFIER].double()
             oracle.model.classifier.weight.data, oracle.model.classifier.bias.data = head[:, :-1], head[:, -1]
-            told = {"input_ids": torch.tensor([pair.input_ids.tolist()]), "token_type_ids": torch.tensor([pair.segments.tolist()])}
-            loss = oracle.model(**told, labels=torch.tensor([pair.label])).loss
+            inputs = {"input_ids": torch.tensor([pair.input_ids.tolist()]), "token_type_ids": torch.tensor([pair.segments.tolist()])}
+            loss = oracle.model(**inputs, labels=torch.tensor([pair.label])).loss
             for name, gradient in zip(oracle.names, torch.autograd.grad(loss, weights), strict=True):
                 expected[name] += gradient
     for layer, gradient in expected.items():
@@ -258,7 +258,7 @@ def test_the_first_gradient_is_that_of_the_model_with_the_new_head(base, tmp_pat
             torch.testing.assert_close(aligned, torch.ones_like(aligned), rtol=0, atol=1e-3)
 
 
-def test_data_and_models_of_different_kinds_are_refused_in_one_line(base):
+def test_mismatched_data_and_model_kinds_are_refused(base):
     with pytest.raises(UserError, match=r"classified, which takes an encoder of the kinds bert, distilbert, roberta, got 'llama'"):
         open_session(replace(base, model=ModelConfig()))
     with pytest.raises(UserError, match=r"expected sets that one model serves, got sick \(entailment/.*, gsm8k \(answered in words\)"):

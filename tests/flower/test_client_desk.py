@@ -1,4 +1,4 @@
-"""Rounds whose clients are workers of a deployment, each with its owner, its memory and its accountant; only the wires are missing."""
+"""Rounds with deployment workers, each with its own owner, memory and accountant; only the network is missing."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from fedsim.session import forget_session, open_session
 
 
 class Deployed(Rounds):
-    """Rounds over desks; `owners` changes what some owners decide. `restart` begins all desks anew from what lies on their disks."""
+    """Rounds over desks; `owners` overrides owner options by client. `restart` recreates all desks from their disks."""
 
     def __init__(self, config, folder, owners=None):
         super().__init__(config)
@@ -59,7 +59,7 @@ def privately(**privacy):
     ],
     ids=["scaffold", "fedsa_lora", "error_feedback", "flora"],
 )
-def test_desks_that_start_anew_after_every_round_train_as_clients_of_one_process(config, tmp_path):
+def test_desks_restarted_after_every_round_train_like_clients_of_one_process(config, tmp_path):
     plain = Rounds(config).next(3)
     factors = {name: tensor.clone() for name, tensor in plain.state.factors.items()}
     deployed = Deployed(config, tmp_path)
@@ -70,7 +70,7 @@ def test_desks_that_start_anew_after_every_round_train_as_clients_of_one_process
     assert deployed.ledger.totals() == plain.ledger.totals()
 
 
-def test_a_round_that_is_asked_for_again_gives_the_same_reply(tmp_path):
+def test_a_repeated_round_gives_the_same_factors(tmp_path):
     config = of_method("fed_sb", training={"scaffold": True})
     deployed = Deployed(config, tmp_path).next()
     state = deployed.state
@@ -78,11 +78,11 @@ def test_a_round_that_is_asked_for_again_gives_the_same_reply(tmp_path):
     deployed.next()
     after = deployed.flat("R").clone()
     state.factors, state.control, state.accepted = before
-    deployed.number = 1  # the server has lost the round and goes on from its checkpoint
+    deployed.number = 1  # the server has lost the round and resumes from its checkpoint
     torch.testing.assert_close(deployed.next().flat("R"), after, rtol=0, atol=1e-7)
 
 
-def test_a_client_says_who_it_is_and_how_much_it_has(tmp_path):
+def test_a_joining_client_reports_its_identity_and_number_of_examples(tmp_path):
     deployed = Deployed(of_method("fed_sb"), tmp_path)
     reply = deployed.ask(2, JOIN, config=json.dumps(to_dict(of_method("fed_sb"))))
     member = Member.from_records(reply.content)
@@ -90,13 +90,13 @@ def test_a_client_says_who_it_is_and_how_much_it_has(tmp_path):
     assert member.base_digest == deployed.session.base_digest
 
 
-def test_a_client_trains_on_its_own_file_and_on_all_of_it(tmp_path):
+def test_a_client_trains_on_its_whole_file_except_the_held_out_tenth(tmp_path):
     rows = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(10)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = {"shard": False, "data_path": str(tmp_path / "mine.jsonl"), "data_sets": ["gsm8k"]}
     deployed = Deployed(of_method("fed_sb"), tmp_path, {1: own})
     member = Member.from_records(deployed.ask(1, JOIN, config=json.dumps(to_dict(of_method("fed_sb")))).content)
-    assert member.num_examples == 9  # a single file's tenth is held out
+    assert member.num_examples == 9  # a tenth of a single file is held out
     deployed.next()
     assert dict(zip(deployed.strategy.facts.clients, deployed.strategy.facts.num_examples, strict=True))[1] == 9
 
@@ -109,7 +109,7 @@ def test_a_client_trains_on_its_own_file_and_on_all_of_it(tmp_path):
         ({"min_privacy": "example"}, "privacy.unit=none is weaker than example"),
     ],
 )
-def test_what_an_owner_refuses_is_missing_with_its_reason_and_not_averaged(owner, reason, tmp_path):
+def test_a_client_whose_owner_refuses_is_missing_with_the_reason_and_not_averaged(owner, reason, tmp_path):
     deployed = Deployed(of_method("fed_sb"), tmp_path, {1: owner}).next()
     (missing,) = deployed.strategy.facts.missing
     assert (missing.client, missing.reason) == (1, Reason.refused_by_client)
@@ -117,7 +117,7 @@ def test_what_an_owner_refuses_is_missing_with_its_reason_and_not_averaged(owner
     assert sorted(deployed.strategy.facts.clients) == [0, 2]
 
 
-def test_other_clients_and_other_configurations_are_refused(tmp_path):
+def test_requests_for_other_clients_or_with_invalid_configurations_are_refused(tmp_path):
     deployed = Deployed(of_method("fed_sb"), tmp_path)
     text = json.dumps(to_dict(of_method("fed_sb")))
     for request, reason in (
@@ -132,7 +132,7 @@ def test_other_clients_and_other_configurations_are_refused(tmp_path):
         assert reason in error.reason
 
 
-def test_a_clients_own_budget_ends_its_part_whatever_the_server_thinks(tmp_path):
+def test_a_client_stops_at_its_owners_budget(tmp_path):
     config = privately()
     plain = Deployed(config, tmp_path / "unlimited").next()
     spent = plain.desks[1]._budget._ledger.epsilon(1)
@@ -145,15 +145,15 @@ def test_a_clients_own_budget_ends_its_part_whatever_the_server_thinks(tmp_path)
     assert "epsilon would exceed the owner's" in missing.detail
 
 
-def test_the_clients_accountant_agrees_with_the_servers_plan(tmp_path):
+def test_a_clients_privacy_ledger_matches_the_servers_plan(tmp_path):
     deployed = Deployed(privately(), tmp_path).next(2)
     for client, desk in enumerate(deployed.desks):
         mechanism = deployed.session.privacy_plan[client].round_mechanism
         assert desk._budget._ledger.history(client) == (replace(mechanism, steps=2 * mechanism.steps),)
 
 
-def test_an_initial_gradient_costs_the_rate_at_which_its_coins_fall(tmp_path):
-    """A coin has 2^24 sides, so no rate is smaller than that of one side, whatever the server asks for."""
+def test_an_initial_gradient_is_charged_at_the_rounded_up_sampling_rate(tmp_path):
+    """Sampling coins have 2^24 sides, so rates are rounded up to multiples of 2^-24."""
     config = privately()
     deployed = Deployed(config, tmp_path)
     request = {"config": json.dumps(to_dict(config)), "clients": [0], "round": 0, "digests": '{"W": ""}'}
@@ -162,7 +162,7 @@ def test_an_initial_gradient_costs_the_rate_at_which_its_coins_fall(tmp_path):
     assert [each.sampling_rate for each in deployed.desks[0]._budget._ledger.history(0)] == [2.0**-24, 2.0**-23, 0.5]
 
 
-def test_training_without_noise_is_refused_where_the_configuration_promises_it(tmp_path):
+def test_training_without_noise_is_refused_when_the_configuration_promises_privacy(tmp_path):
     deployed = Deployed(privately(), tmp_path)
     error = deployed.ask(0, "train", config=json.dumps(to_dict(privately())), clients=[0], round=1).error
     assert error.code == REFUSED
@@ -170,16 +170,16 @@ def test_training_without_noise_is_refused_where_the_configuration_promises_it(t
 
 
 @pytest.mark.parametrize(("noise", "least", "refused"), [(0.0, "example", True), (0.0, "none", False), (1.0, "example", False)])
-def test_noise_of_zero_is_refused_where_the_owner_asks_for_privacy(noise, least, refused, tmp_path):
+def test_zero_noise_is_refused_when_the_owner_requires_privacy(noise, least, refused, tmp_path):
     deployed = Deployed(privately(), tmp_path, {0: {"min_privacy": least}})
     request = {"config": json.dumps(to_dict(privately())), "clients": [0], "round": 1, "noise": [noise], "clip_norm": 1.0}
     for kind, rest in (("train", {}), ("train.initial_gradient", {"samples": [2], "rates": [0.5]})):
         reply = deployed.ask(0, kind, **request, **rest)
-        told = reply.error.reason if reply.has_error() else ""
-        assert (f"{kind} would leave without the noise that min_privacy=example asks for" in told) == refused
+        reason = reply.error.reason if reply.has_error() else ""
+        assert (f"{kind} would leave without the noise that min_privacy=example asks for" in reason) == refused
 
 
-def test_an_initial_gradient_is_refused_where_only_updates_are_private(tmp_path):
+def test_an_initial_gradient_is_refused_when_only_updates_are_private(tmp_path):
     config = of_method("fed_sb", privacy={"unit": PrivacyUnit.client, "noise_multiplier": 1.0}, federation={"weighting": Weighting.uniform})
     deployed = Deployed(config, tmp_path)
     request = {"config": json.dumps(to_dict(config)), "clients": [0], "samples": [2], "round": 0, "digests": '{"W": ""}'}
@@ -188,7 +188,7 @@ def test_an_initial_gradient_is_refused_where_only_updates_are_private(tmp_path)
     assert "an initial gradient would leave as it is" in error.reason
 
 
-def test_a_failure_tells_the_server_nothing_of_the_data(tmp_path):
+def test_an_error_does_not_reveal_the_data_path_to_the_server(tmp_path):
     deployed = Deployed(of_method("fed_sb"), tmp_path, {0: {"shard": False, "data_path": str(tmp_path / "secret-name.jsonl")}})
     error = deployed.ask(0, "train", config=json.dumps(to_dict(of_method("fed_sb"))), clients=[0], round=1).error
     assert error.code != REFUSED
@@ -197,14 +197,14 @@ def test_a_failure_tells_the_server_nothing_of_the_data(tmp_path):
 
 
 def own_rows(folder, count):
-    """An owner's options for a file of so many rows."""
+    """Writes a file of `count` rows and returns the owner's options for it."""
     lines = [json.dumps({"question": f"What is {n} plus 1?", "answer": f"{n + 1}\n#### {n + 1}"}) for n in range(count)]
     (folder / "mine.jsonl").write_text("\n".join(lines))
     return {"shard": False, "data_path": str(folder / "mine.jsonl"), "data_sets": ["gsm8k"]}
 
 
 def private_upload(folder, noise, round=1, **owner):
-    """The change of R that client 1 sends, privately, in answer to one request, over a desk that starts anew."""
+    """Returns the private change of R that client 1 uploads for one request to a fresh desk."""
     config = privately(noise_multiplier=noise)
     deployed = Deployed(config, folder, {1: owner})
     start = deployed.flat("R")
@@ -214,21 +214,21 @@ def private_upload(folder, noise, round=1, **owner):
     return from_record(record_of(reply.content.array_records, client_key(1)), len(start)) - start
 
 
-def test_the_noise_of_a_client_is_not_that_of_the_seed_which_the_server_knows(tmp_path):
+def test_client_noise_does_not_come_from_the_seed_known_to_the_server(tmp_path):
     config = privately(noise_multiplier=1.0)
     simulated = Rounds(config)
     start = simulated.flat("R")
     with_the_seeds_noise = train_clients(simulated.session, [1], 1, {}, noise=[1.0])[0].arrays["values"] - start
     found = private_upload(tmp_path, 1.0)
-    gap = float((found - with_the_seeds_noise).norm())  # 0 with the same noise; the two share their step, so chance may make it small
+    gap = float((found - with_the_seeds_noise).norm())  # 0 with the same noise; the step is the same, so the gap may be small
     assert gap > 0.1 * float(found.norm()), "the server could take the noise off"
 
 
-def test_a_request_that_is_asked_again_is_answered_with_the_same_noise_also_by_a_new_process(tmp_path):
+def test_a_repeated_request_gets_the_same_noise_from_a_new_desk(tmp_path):
     assert torch.equal(private_upload(tmp_path, 1.0), private_upload(tmp_path, 1.0))
 
 
-def test_what_is_asked_again_when_its_answer_is_not_kept_any_more_has_other_noise(tmp_path):
+def test_a_repeated_request_whose_reply_is_no_longer_kept_gets_new_noise_and_is_charged(tmp_path):
     deployed = Deployed(privately(noise_multiplier=1.0), tmp_path)
     size = len(deployed.flat("R"))
 
@@ -244,7 +244,7 @@ def test_what_is_asked_again_when_its_answer_is_not_kept_any_more_has_other_nois
     assert not torch.equal(second, again)
 
 
-def test_what_is_asked_again_is_not_computed_again_and_costs_nothing_more(tmp_path, monkeypatch):
+def test_a_repeated_request_returns_the_kept_reply_at_no_privacy_cost(tmp_path, monkeypatch):
     config = privately(noise_multiplier=1.0)
     once = open_session(config).privacy_plan[1]
     spent = epsilon([once.round_mechanism], once.delta)
@@ -267,7 +267,7 @@ def test_what_is_asked_again_is_not_computed_again_and_costs_nothing_more(tmp_pa
     assert "epsilon would exceed" in deployed.desks[1].answer(other.message).error.reason, "what is not the same costs more"
 
 
-def test_a_gradient_that_is_asked_again_is_the_same_whatever_factors_a_worker_that_began_anew_has_installed(tmp_path):
+def test_a_repeated_gradient_request_to_a_restarted_worker_gives_the_same_gradient(tmp_path):
     options = {"privacy": {"unit": PrivacyUnit.example, "noise_multiplier": 1.0, "init_noise_multiplier": 1.0}}
     config = of_method("fed_sb", **options, adapter={"init": Init.gradient_dp, "refresh_every": 1}, engine={"name": "deployment"})
     deployed = Deployed(config, tmp_path)
@@ -284,22 +284,22 @@ def test_a_gradient_that_is_asked_again_is_the_same_whatever_factors_a_worker_th
     assert [each.steps for each in deployed.desks[1]._budget._ledger.history(1) if each.name == "initialization"] == [1]
 
 
-def test_no_two_different_requests_are_answered_with_the_same_noise(tmp_path):
-    """Twice the answer at noise 1 less that at noise 2 would be the noiseless step, were the noise the same but for its size."""
+def test_different_requests_get_different_noise(tmp_path):
+    """With the same noise at two scales, twice the reply at noise 1 minus the reply at noise 2 would be the noiseless step."""
     one, two = private_upload(tmp_path, 1.0), private_upload(tmp_path, 2.0)
     assert float((2 * one - two).norm()) > float(one.norm())
     assert not torch.equal(one, private_upload(tmp_path, 1.0, round=2))
 
 
-def test_other_data_is_never_answered_about_with_the_same_noise(tmp_path):
+def test_different_data_gets_different_noise(tmp_path):
     first = private_upload(tmp_path, 5.0, **own_rows(tmp_path, 20))
-    second = private_upload(tmp_path, 5.0, **own_rows(tmp_path, 21))  # the same file with a row more, the same key
+    second = private_upload(tmp_path, 5.0, **own_rows(tmp_path, 21))  # the same file with one more row, the same key
     assert float((first - second).norm()) > 0.5 * float(first.norm()), "the difference would be what the new row adds"
 
 
 @pytest.mark.parametrize(("promise", "owner"), [({"unit": PrivacyUnit.none}, {"min_privacy": "example"}), ({"noise_multiplier": 1.0}, {})])
-def test_rows_of_an_owner_are_never_evaluated_on_where_privacy_is_promised(promise, owner, tmp_path):
-    """The server chooses by its seed which rows are held out: exact answers about them would tell of every row."""
+def test_owner_rows_are_not_evaluated_when_privacy_is_promised(promise, owner, tmp_path):
+    """The server's seed chooses the held-out rows, so exact results on them could reveal any row."""
     own = own_rows(tmp_path, 10) | {"methods": []}
     config = of_method("fedsa_lora", privacy={"unit": PrivacyUnit.example, **promise})
     deployed = Deployed(config, tmp_path, {1: {**own, **owner}})
@@ -316,7 +316,7 @@ def test_rows_of_an_owner_are_never_evaluated_on_where_privacy_is_promised(promi
     assert named == set(trusting.session.data.test), "the names of tasks are the server's: none of the owner's leaves"
 
 
-def test_rows_of_an_owner_who_sends_behind_masks_only_are_never_evaluated_on(tmp_path):
+def test_rows_of_a_masked_only_owner_are_not_evaluated(tmp_path):
     own = own_rows(tmp_path, 10) | {"masked_only": True}
     config = of_method("fed_sb", privacy={"secure_aggregation": True})
     deployed = Deployed(config, tmp_path, {1: own})
@@ -325,7 +325,7 @@ def test_rows_of_an_owner_who_sends_behind_masks_only_are_never_evaluated_on(tmp
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_an_upload_over_other_data_than_the_noise_was_planned_for_is_refused(secure, tmp_path):
+def test_an_upload_is_refused_when_its_data_size_differs_from_the_noise_plan(secure, tmp_path):
     own = own_rows(tmp_path, 20)
     config = privately(secure_aggregation=secure)
     deployed = Deployed(config, tmp_path, {1: own})
@@ -339,7 +339,7 @@ def test_an_upload_over_other_data_than_the_noise_was_planned_for_is_refused(sec
 
 
 @pytest.mark.parametrize(("noise", "refused"), [(0.0, True), (float("nan"), True), (-1.0, True), (1.0, False)])
-def test_a_masked_upload_without_noise_is_refused_where_its_owner_asks_for_privacy(noise, refused, tmp_path):
+def test_a_masked_upload_without_noise_is_refused_when_its_owner_requires_privacy(noise, refused, tmp_path):
     privacy = {"unit": PrivacyUnit.client, "secure_aggregation": True, "noise_multiplier": 1.0}
     config = of_method("fed_sb", privacy=privacy, federation={"weighting": Weighting.uniform})
     deployed = Deployed(config, tmp_path, {1: {"min_privacy": "client"}})
@@ -348,7 +348,7 @@ def test_a_masked_upload_without_noise_is_refused_where_its_owner_asks_for_priva
     assert ("would leave without the noise" in error.reason) == refused
 
 
-def test_what_a_client_keeps_is_for_its_owners_eyes_only(tmp_path):
+def test_a_clients_state_files_are_readable_only_by_their_owner(tmp_path):
     before = os.umask(0o022)
     try:
         Deployed(privately(), tmp_path).next()
