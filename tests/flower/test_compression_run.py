@@ -1,4 +1,4 @@
-"""Compressed uploads in whole rounds: what the server reads, what is charged, and what error feedback keeps at the clients."""
+"""Compressed uploads in whole rounds: decoded updates, charges, and the residues that clients keep for error feedback."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +25,7 @@ def compressed(name, codec, feedback=False, **sections):
 
 @contextmanager
 def uncompressed(session):
-    """The session as it would be without compression."""
+    """Disables compression in the session."""
     config = session.config
     session.config = replace(config, compression=CompressionConfig())
     try:
@@ -35,7 +35,7 @@ def uncompressed(session):
 
 
 def updates_of(run, round_, clients):
-    """What every client's upload would change: its trained entries less those of the start."""
+    """Returns the start, and each client's uncompressed update: its trained entries minus the start."""
     run.session.install_state(run.state)
     kinds = run.session.method.uploaded(round_)
     start = run.spec.pack(run.state.factors, kinds)
@@ -48,8 +48,8 @@ def updates_of(run, round_, clients):
     return start, updates
 
 
-def through(codec, update, round_, client):
-    """What the server reads of an update."""
+def decoded_update(codec, update, round_, client):
+    """Returns the update as the server decodes it."""
     arrays = CODECS[codec].encode(update, torch_generator(0, "compression", round_, client), DENSITY)
     return CODECS[codec].decode(arrays, len(update), DENSITY)
 
@@ -58,25 +58,25 @@ def through(codec, update, round_, client):
     ("method", "codec", "sections"),
     [*(("fed_sb", codec, {}) for codec in CODECS), ("fed_sb", "int8", RANKS), ("ravan", "top_k", {"method": {"client_heads": 1}})],
 )
-def test_the_new_factors_are_the_start_and_the_mean_of_what_was_decoded(method, codec, sections):
+def test_new_factors_are_the_start_plus_the_mean_of_the_decoded_updates(method, codec, sections):
     run = compressed(method, codec, **sections)
     kinds = run.session.method.uploaded(1)
     for round_ in (1, 2):
         start, updates = updates_of(run, round_, [0, 1, 2])
         sums, weights = np.zeros(len(start)), np.zeros(len(start))
         for client, update in updates.items():
-            decoded = through(codec, update, round_, client)
+            decoded = decoded_update(codec, update, round_, client)
             assert (decoded - update).abs().max() > 0, "a codec without error would show nothing"
             positions = run.session.sent_positions(round_, client)
-            places = slice(None) if positions is None else positions.numpy()
-            sums[places] += run.counts[client] * decoded.double().numpy()
-            weights[places] += run.counts[client]
+            entries = slice(None) if positions is None else positions.numpy()
+            sums[entries] += run.counts[client] * decoded.double().numpy()
+            weights[entries] += run.counts[client]
         run.next()
         expected = start.double().numpy() + sums / np.where(weights, weights, 1)
         np.testing.assert_allclose(run.flat(*kinds).double().numpy(), expected, atol=1e-6)
 
 
-def test_products_are_made_of_what_was_decoded():
+def test_flora_averages_products_of_the_decoded_factors():
     run = compressed("flora", "int8", **RANKS)
     start, updates = updates_of(run, 1, [0, 1, 2])
     run.next()
@@ -85,7 +85,7 @@ def test_products_are_made_of_what_was_decoded():
         positions = run.session.sent_positions(1, client)
         positions = torch.arange(len(start)) if positions is None else positions
         flat = torch.zeros_like(start)
-        flat[positions] = start[positions] + through("int8", updates[client], 1, client)
+        flat[positions] = start[positions] + decoded_update("int8", updates[client], 1, client)
         own = run.spec.layout(("B", "A")).unpack(flat.double())
         expected = {layer: total + share * SCALING * own[f"{layer}.B"] @ own[f"{layer}.A"] for layer, total in expected.items()}
     for layer, change in run.change().items():
@@ -94,7 +94,7 @@ def test_products_are_made_of_what_was_decoded():
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_ledger_has_what_the_codec_says(codec):
+def test_the_ledger_records_the_payload_bytes_of_the_codec(codec):
     run = compressed("fed_sb", codec, **RANKS).next()
     for client in range(3):
         (row,) = (row for row in run.ledger.rows() if row["client"] == client and row["direction"] == "uplink")
@@ -107,16 +107,16 @@ def test_the_ledger_has_what_the_codec_says(codec):
 
 
 @pytest.mark.parametrize("codec", ["top_k", "int4"])
-def test_error_feedback_adds_what_was_lost_to_a_clients_next_upload(codec):
-    taking_part = {1: [0, 1, 2], 2: [1, 2], 3: [0, 2]}
+def test_error_feedback_adds_the_lost_residue_to_a_clients_next_upload(codec):
+    cohorts = {1: [0, 1, 2], 2: [1, 2], 3: [0, 2]}
     run = compressed("fed_sb", codec, feedback=True, federation={"rounds": 3})
-    run.strategy.asking.participants = taking_part.get
+    run.strategy.asking.participants = cohorts.get
     residues = dict.fromkeys(range(3), torch.zeros(run.spec.num_parameters(("R",))))
-    for round_, clients in taking_part.items():
+    for round_, clients in cohorts.items():
         start, updates = updates_of(run, round_, clients)
         decoded = {}
         for client in clients:
-            decoded[client] = through(codec, updates[client] + residues[client], round_, client)
+            decoded[client] = decoded_update(codec, updates[client] + residues[client], round_, client)
             residues[client] = updates[client] + residues[client] - decoded[client]
         run.next()
         expected = start + sum(p * decoded[client] for p, client in zip(run.shares(clients), clients, strict=True))
@@ -126,11 +126,11 @@ def test_error_feedback_adds_what_was_lost_to_a_clients_next_upload(codec):
             assert residue.any()
 
 
-def test_without_error_feedback_clients_keep_nothing():
+def test_clients_keep_no_state_without_error_feedback():
     assert not compressed("fed_sb", "top_k").next().grid.contexts[1].state.array_records
 
 
-def test_a_personal_b_and_residues_of_a_lie_side_by_side():
+def test_a_client_keeps_both_its_personal_b_and_its_residue_of_a():
     run = compressed("fedsa_lora", "top_k", feedback=True).next(2)
     sizes = {name: len(array) for name, array in run.kept(0).items()}
     assert sizes == {"personal": run.spec.num_parameters(("B",)), "residue": run.spec.num_parameters(("A",))}
@@ -138,7 +138,7 @@ def test_a_personal_b_and_residues_of_a_lie_side_by_side():
 
 @pytest.mark.parametrize(("codec", "feedback"), [("int8", False), ("top_k", True)])
 def test_compressed_training_learns(codec, feedback):
-    adamw = {"optimizer": Optimizer.adamw, "learning_rate": 0.03, "local_epochs": 1}  # so that a round's loss is over all examples
+    adamw = {"optimizer": Optimizer.adamw, "learning_rate": 0.03, "local_epochs": 1}  # one epoch: a round's loss covers all examples
     run = compressed("fed_sb", codec, feedback, training=adamw, adapter={"target_modules": [], "rank": 8}, federation={"rounds": 4})
     losses = [run.next().strategy.facts.mean_loss for _ in range(4)]
     assert losses[3] < losses[1] < losses[0]

@@ -1,4 +1,4 @@
-"""Clients that die, come back, are slow or reply too late: a round goes on without them, and nothing that was lost is believed."""
+"""Clients that die, return, or reply too late: rounds continue without them, and lost replies have no effect."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ SOON = {"round_timeout": 60.0, "clients": 4}
 
 
 class Clock:
-    """A clock on which time goes by in waiting only, so that a busy machine does not matter."""
+    """A clock that advances only while waiting, so that a busy machine does not matter."""
 
     def __init__(self):
         self.now = 0.0
@@ -50,7 +50,7 @@ def config_of(method="fed_sb", **federation):
 
 
 def without(clients, config, rounds=1):
-    """The flat R of a run in which these clients never take part."""
+    """Returns the flat R of a run in which these clients never participate."""
     run = faulty(config, {})
     run.strategy.asking.participants = lambda number: [c for c in range(config.federation.clients) if c not in clients]
     return run.next(rounds).flat("R")
@@ -60,7 +60,7 @@ def without(clients, config, rounds=1):
     ("fault", "reason", "detail"),
     [(SILENT, Reason.timeout, "no reply within"), ("CUDA out of memory", Reason.died, "CUDA out of memory")],
 )
-def test_a_round_goes_on_without_a_client_and_the_weights_of_the_others_sum_to_one(fault, reason, detail, clock):
+def test_a_round_continues_without_a_missing_client_and_the_other_weights_sum_to_one(fault, reason, detail, clock):
     run = faulty(config_of(), {(1, 2): fault}).next()
     assert clock.now == pytest.approx(60 if fault == SILENT else 0)
     (missing,) = run.strategy.facts.missing
@@ -70,26 +70,26 @@ def test_a_round_goes_on_without_a_client_and_the_weights_of_the_others_sum_to_o
     torch.testing.assert_close(run.flat("R"), without({2}, config_of()), rtol=0, atol=0)
 
 
-def test_an_error_is_told_at_once_without_any_deadline(clock):
+def test_an_error_reply_is_reported_at_once_without_a_deadline(clock):
     run = faulty(config_of(round_timeout=None), {(1, 2): "node unavailable"}).next()
     assert clock.now == 0
     assert [each.reason for each in run.strategy.facts.missing] == [Reason.died]
 
 
-def test_a_grid_that_waits_for_replies_itself_is_asked_again_at_once(clock):
-    run, looks = faulty(config_of(), {}), iter(range(1000))
+def test_a_grid_that_blocks_in_pull_is_polled_again_without_sleeping(clock):
+    run, polls = faulty(config_of(), {}), iter(range(1000))
     pull = run.grid.pull_messages
 
     def waiting(message_ids):
         clock.now += 1.0
-        return pull(message_ids) if next(looks) >= 20 else []
+        return pull(message_ids) if next(polls) >= 20 else []
 
     run.grid.pull_messages = waiting
     run.next()
     assert clock.now == 20 + len(run.strategy.facts.clients), "a second for each look and none between"
 
 
-def test_a_client_that_is_not_connected_is_missing_and_not_charged():
+def test_a_disconnected_client_is_missing_and_not_charged():
     run = faulty(config_of(), {})
     run.grid.down = {1}
     run.next()
@@ -97,16 +97,16 @@ def test_a_client_that_is_not_connected_is_missing_and_not_charged():
     assert run.moved(client=1) == 0
 
 
-def test_a_round_below_the_quorum_asks_the_missing_again_and_keeps_what_it_has():
+def test_a_round_below_the_quorum_retries_only_the_missing_clients():
     run = faulty(config_of(min_replies=4), {(1, 2): "died", (1, 3): "died"})
     push = run.grid.push_messages
 
-    def mended(messages):
+    def push_without_faults(messages):
         if len(run.grid.asked) == 4:  # all were asked once
             run.grid.faults = {}
         return push(messages)
 
-    run.grid.push_messages = mended
+    run.grid.push_messages = push_without_faults
     run.next()
     assert run.grid.asked == [(1, client) for client in (0, 1, 2, 3, 2, 3)]
     assert run.strategy.facts.num_attempts == 2
@@ -114,7 +114,7 @@ def test_a_round_below_the_quorum_asks_the_missing_again_and_keeps_what_it_has()
     torch.testing.assert_close(run.flat("R"), without(set(), config_of()), rtol=0, atol=1e-7)
 
 
-def test_a_round_that_stays_below_the_quorum_stops_the_run_and_leaves_the_state_as_it_was():
+def test_a_round_that_stays_below_the_quorum_stops_the_run_with_its_state_unchanged():
     run = faulty(config_of(min_replies=0.75, retries=1), {(2, 0): SILENT, (2, 3): "died"}).next()
     before = run.flat("R")
     with pytest.raises(RunStopped, match=r"at least 3 clients \(federation\.min_replies\), got 2, 2 missing \(1 timeout, 1 died\).*resume"):
@@ -123,7 +123,7 @@ def test_a_round_that_stays_below_the_quorum_stops_the_run_and_leaves_the_state_
     assert [each for each in run.grid.asked if each[0] == 2] == [(2, 0), (2, 1), (2, 2), (2, 3), (2, 0), (2, 3)]
 
 
-def test_who_was_refused_is_not_asked_again():
+def test_a_refused_client_is_not_asked_again():
     run = faulty(config_of(min_replies=4), {(1, 0): lambda reply: reply})
     run.grid.faults[1, 0] = lambda reply: _of_round(reply, 0)
     with pytest.raises(RunStopped, match="1 refused by server"):
@@ -136,7 +136,7 @@ def _of_round(reply, number):
     return reply
 
 
-def test_what_was_sent_to_a_client_that_died_is_sent_again_when_it_is_back():
+def test_a_client_that_never_replied_is_recorded_without_state_and_can_rejoin():
     run = faulty(config_of(), {(1, 2): SILENT}).next()
     state = run.state
     assert all(state.exchange.holds(2, part) <= 0 for part in state.exchange.versions)
@@ -147,7 +147,7 @@ def test_what_was_sent_to_a_client_that_died_is_sent_again_when_it_is_back():
 
 
 @pytest.mark.parametrize("options", [{"method": "flora"}, {"method": "fedex_lora"}])
-def test_a_client_that_missed_additions_to_the_weights_is_brought_up_to_date(options):
+def test_a_client_that_missed_folds_receives_the_whole_sum(options):
     run = faulty(config_of(**options), {(1, 2): SILENT, (2, 2): "died"}).next(3)
     assert run.strategy.facts.missing == []
     charged = [run.moved(client=client, round=3, direction="downlink", purpose="fold") for client in (1, 2)]
@@ -163,12 +163,12 @@ def test_a_client_that_missed_additions_to_the_weights_is_brought_up_to_date(opt
     ],
     ids=["personal factors", "control variates", "residues"],
 )
-def test_a_client_whose_upload_was_lost_goes_on_as_if_it_had_never_been_asked(sections):
+def test_a_client_whose_upload_was_refused_continues_as_if_never_asked(sections):
     options = {name: value for name, value in sections.items() if name != "method"}
     config = of_method(sections["method"], federation={**SOON, "rounds": 3}, data={"train_examples": 32}, **options)
 
     run, never = faulty(config, {}), faulty(config, {})
-    run.grid.faults[2, 1] = lambda reply: _of_round(reply, 1)  # it trains, and what it sends is refused
+    run.grid.faults[2, 1] = lambda reply: _of_round(reply, 1)  # it trains, but its upload is refused
     never.grid.faults[2, 1] = SILENT
     for each in (run, never):
         each.next(3)
@@ -177,15 +177,15 @@ def test_a_client_whose_upload_was_lost_goes_on_as_if_it_had_never_been_asked(se
     assert torch.equal(run.flat(*kinds), never.flat(*kinds))
 
 
-def test_a_late_reply_to_an_earlier_round_is_never_looked_at():
+def test_a_late_reply_to_an_earlier_round_is_never_pulled():
     run = faulty(config_of(), {(1, 2): SILENT}).next()
-    run.grid.faults = {}  # its reply to round 1 is there now
+    run.grid.faults = {}  # its reply to round 1 is available now
     run.next()
     assert sorted(run.strategy.facts.clients) == [0, 1, 2, 3]
     assert len(run.grid._pending) == 1, "nobody has pulled it"
 
 
-def test_more_clients_are_drawn_than_a_round_wants_and_the_spare_ones_fill_gaps():
+def test_over_selected_spare_clients_replace_missing_ones():
     config = config_of(clients=6, fraction=0.5, over_selection=0.5)
     plain = faulty(config_of(clients=6, fraction=0.5), {}).next()
     run = faulty(config, {}).next()
@@ -197,7 +197,7 @@ def test_more_clients_are_drawn_than_a_round_wants_and_the_spare_ones_fill_gaps(
     assert set(gap.strategy.facts.clients) == {*wanted[1:], spare[0]}
 
 
-def test_initial_gradients_go_on_without_the_dead():
+def test_initial_gradients_are_summed_without_dead_clients():
     config = of_method("fed_sb", federation=SOON, data={"train_examples": 32}, adapter={"init": Init.gradient, "init_samples": 8})
     run = faulty(config, {(0, 3): "died"})
     gradients = run.strategy.initial_gradients(run.grid)
@@ -207,11 +207,11 @@ def test_initial_gradients_go_on_without_the_dead():
 
 
 @pytest.mark.parametrize("method", ["fed_sb", "fedex_lora"])
-def test_what_is_sent_again_to_a_clients_own_worker_is_charged_again(method):
+def test_a_request_resent_to_a_worker_that_lacks_the_state_is_charged_again(method):
     pushed = []
 
     class Forgetful(FaultyGrid):
-        """The worker of client 1 has been started anew before the second round."""
+        """Records the requests of round 2 to client 1, whose first reply says that its worker lacks the state."""
 
         def push_messages(self, messages):
             messages = list(messages)
@@ -238,13 +238,13 @@ def test_what_is_sent_again_to_a_clients_own_worker_is_charged_again(method):
         ({"over_selection": 0.5}, "every client is drawn already"),
     ],
 )
-def test_what_no_round_could_keep_to_is_refused(federation, message):
+def test_an_impossible_quorum_or_over_selection_is_refused(federation, message):
     with pytest.raises(UserError, match=message):
         effective(config_of(**federation))
 
 
 def dead_for_gradients(*clients):
-    """A Grid in whose one node these clients' initial gradients fail."""
+    """Returns a one-node Grid on which the initial gradients of these clients fail."""
 
     def answer(message, context):
         asked = list(message.content.config_records["request"]["clients"])
@@ -262,15 +262,15 @@ def served(folder, grid, **privacy):
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_whose_initial_gradient_is_missing_is_told_like_whose_upload_is(tmp_path, secure):
+def test_missing_initial_gradients_are_reported_in_the_summary_and_events(tmp_path, secure):
     summary = served(tmp_path / "run", dead_for_gradients(1), secure_aggregation=secure)
     assert summary["missing"] == {"died": 1}
-    told = [event["missing"] for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "missing_gradients"]
-    assert [[(each["client"], each["reason"]) for each in missing] for missing in told] == [[(1, "died")]]
+    missing_events = [event["missing"] for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "missing_gradients"]
+    assert [[(each["client"], each["reason"]) for each in missing] for missing in missing_events] == [[(1, "died")]]
 
 
 @pytest.mark.parametrize("secure", [False, True])
-def test_too_few_initial_gradients_stop_the_run_and_leave_its_folder(tmp_path, secure):
+def test_too_few_initial_gradients_stop_the_run_and_keep_its_folder(tmp_path, secure):
     with pytest.raises(RunStopped):
         served(tmp_path / "run", dead_for_gradients(1, 2), secure_aggregation=secure)
     assert (tmp_path / "run/journal.jsonl").exists()

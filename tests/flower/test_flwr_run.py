@@ -1,4 +1,4 @@
-"""The same experiment through Flower's own runtime: `flwr run .` with its local simulation, in processes of its own."""
+"""The same experiment through Flower's own runtime: `flwr run .` with local simulation, in separate processes."""
 
 import json
 import os
@@ -19,22 +19,22 @@ OVERRIDES = (
 
 @pytest.fixture
 def flower_home(tmp_path):
-    """A Flower folder of its own; the SuperLink that `flwr run` leaves behind in it is ended by its process id."""
+    """Yields a separate Flower folder, then terminates the SuperLink that `flwr run` leaves behind in it."""
     home = tmp_path / "flower"
     yield home
     for process in psutil.process_iter():
         try:
-            mine = process.environ().get("FLWR_HOME") == str(home)
+            started_here = process.environ().get("FLWR_HOME") == str(home)
         except psutil.Error:
             continue
-        if mine:
+        if started_here:
             process.terminate()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(shutil.which("ray", path=str(Path(sys.executable).parent)) is None, reason="needs the extra simulation")
-def test_flwr_run_ends_with_the_adapter_of_fedsim_run(flower_home, tmp_path):
+def test_flwr_run_matches_fedsim_run_in_transfers_tokens_and_losses(flower_home, tmp_path):
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {
         "FLWR_HOME": str(flower_home),

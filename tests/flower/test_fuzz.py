@@ -1,7 +1,6 @@
-"""Malformed messages to every decoder: seeded mutations of valid ones are read as what they say, or refused; nothing else happens.
+"""Malformed messages to every decoder: seeded mutations of valid ones are decoded within all bounds or refused.
 
-10,000 a decoder in the slow tier, fewer in the default one. A mutation that happens to leave a message valid may be accepted: then what is
-read must be within all bounds.
+The slow tier runs 10,000 mutations per decoder (some of its tests fewer), the default tier fewer. A mutation that leaves a message valid may be accepted.
 """
 
 import copy
@@ -94,7 +93,7 @@ def mutated_text(rng, text):
 
 
 def mutated_json(rng, value, depth=0):
-    """The value with one thing in it replaced, left out or added."""
+    """Returns the value with one part replaced, removed or added."""
     value = copy.deepcopy(value)
     if isinstance(value, dict) and value and (depth == 0 or rng.random() < 0.8):
         key = rng.choice(list(value))
@@ -111,7 +110,7 @@ def mutated_json(rng, value, depth=0):
 
 
 def mutated_record(rng, record):
-    """A record of metrics or configuration with one entry changed, left out or added."""
+    """Returns a metric or configuration record with one entry changed, removed or added."""
     content = dict(record)
     key = rng.choice(list(content))
     how = rng.randrange(5)
@@ -127,7 +126,7 @@ def mutated_record(rng, record):
         else:
             content[key] = rng.choice(ODD)
         return type(record)(content)
-    except (TypeError, ValueError, OverflowError):  # Flower itself refuses to hold it
+    except (TypeError, ValueError, OverflowError):  # Flower's records refuse the value
         return record
 
 
@@ -144,7 +143,7 @@ def mutated_array(rng, array):
 
 
 def mutated_content(rng, content):
-    """A message's content with one of its records changed, left out, renamed or added."""
+    """Returns a message's content with one record changed, removed or added."""
     records = dict(content)
     name = rng.choice(list(records))
     record, how = records[name], rng.randrange(8)
@@ -163,7 +162,7 @@ def mutated_content(rng, content):
 
 
 @pytest.mark.parametrize("count", counts(300))
-def test_replies(count):
+def test_mutated_replies_are_refused_or_read_within_bounds(count):
     run = faulty(of_method("fed_sb", federation={"clients": 3}, training={"scaffold": True}), {})
     ask, reply = _asked(run)
     reader = Reader(run.session, run.state, run.strategy._charges, 1)
@@ -181,7 +180,7 @@ def test_replies(count):
 
 
 def _asked(run):
-    """A request to client 0 and its valid reply."""
+    """Returns a request to client 0 and its valid reply."""
     message = run.messages(1)[0]
     (reply,) = run.grid.send_and_receive([message])
     return Ask(message, (0,)), rebuilt(reply)
@@ -189,7 +188,7 @@ def _asked(run):
 
 @pytest.mark.parametrize("method", ["fed_sb", "fedex_lora"])
 @pytest.mark.parametrize("count", counts(150))
-def test_requests(count, method, monkeypatch):
+def test_mutated_train_requests_are_refused_or_train_known_clients(count, method, monkeypatch):
     run = faulty(of_method(method, federation={"clients": 3}), {})
     run.next()
     message = run.messages(2)[0]
@@ -213,14 +212,14 @@ def test_requests(count, method, monkeypatch):
         except (ValueError, UserError):
             continue
         finally:
-            session.digests = dict(digests)  # each request finds the worker as it was
+            session.digests = dict(digests)  # each request meets the same worker
     assert all(0 <= client < 3 for clients, *_ in trained for client in clients)
     assert len(trained) < count
 
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("count", counts(200))
-def test_compressed_uploads(count, name):
+def test_mutated_compressed_uploads_are_refused_or_decode_to_finite_values(count, name):
     codec, rng = CODECS[name], random.Random(2)
     arrays = codec.encode(torch.randn(600, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1), 0.1)
     record, types = arrays_to_record(arrays), codec.shapes(600, 0.1)
@@ -236,7 +235,7 @@ def test_compressed_uploads(count, name):
 
 
 class Recorded(InProcessGrid):
-    """Keeps what is asked and answered, by kind of message and node."""
+    """Records requests and replies by message type and node."""
 
     def __init__(self, workers):
         super().__init__(app, workers)
@@ -250,8 +249,8 @@ class Recorded(InProcessGrid):
 
 
 @pytest.mark.parametrize("count", counts(300))
-def test_stages_of_secure_aggregation(count, monkeypatch):
-    """The answers of a round are given again and again, each time with one of them changed."""
+def test_mutated_secure_aggregation_replies_are_refused_or_summed_within_bounds(count, monkeypatch):
+    """Replays the replies of one round many times, each time with one of them mutated."""
     run = faulty(of_method("fed_sb", privacy={"secure_aggregation": True}, federation={"max_examples": 1000}), {})
     run.grid, run.strategy.asking.client_nodes, seen = Recorded(3), None, []
     carry_out = Protocol.carry_out
@@ -263,7 +262,7 @@ def test_stages_of_secure_aggregation(count, monkeypatch):
     monkeypatch.setattr(Protocol, "carry_out", noted)
     run.next()
     ((protocol, wanted, expected),) = seen
-    rng, heard = random.Random(5), []
+    rng, results = random.Random(5), []
     for _ in range(count):
         target = rng.choice(list(run.grid.replies))
         reply = run.grid.replies[target]
@@ -278,12 +277,12 @@ def test_stages_of_secure_aggregation(count, monkeypatch):
             found = carry_out(dataclasses.replace(protocol, ask=answers), wanted)
         except SumRefused:
             continue
-        heard.append(found)
+        results.append(found)
         assert set(found.survivors) <= set(expected.survivors)
         assert all(1 <= found.num_examples[client] <= 1000 for client in found.survivors)
         if target[0] == "query.secure_unmask":
             np.testing.assert_array_equal(found.values, expected.values, "a changed share opens the same sum, or none")
-    assert 0 < len(heard) < count
+    assert 0 < len(results) < count
 
 
 SECRETLY = {"privacy": {"secure_aggregation": True}}
@@ -299,8 +298,8 @@ ASKED = {
 
 @pytest.mark.parametrize("count", [pytest.param(60, id="some"), pytest.param(2_000, id="2000", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ASKED)
-def test_every_other_request(kind, count, monkeypatch):
-    """A worker refuses, or answers; what it has installed is then what its digests say."""
+def test_mutated_requests_of_other_kinds_leave_the_base_weights_unchanged(kind, count, monkeypatch):
+    """The worker refuses or answers, and its base weights never change."""
     run = faulty(ASKED[kind], {})
     run.grid, run.strategy.asking.client_nodes = Recorded(3), None
     if kind == INITIAL_GRADIENT:
@@ -333,7 +332,7 @@ def test_every_other_request(kind, count, monkeypatch):
 
 
 @pytest.mark.parametrize("count", counts(500))
-def test_initial_gradients(count):
+def test_mutated_initial_gradients_are_refused_or_summed_to_finite_values(count):
     run = faulty(of_method("fed_sb", adapter={"init": Init.gradient}), {})
     run.grid, run.strategy.asking.client_nodes = Recorded(3), None
     run.strategy.initial_gradients(run.grid)
@@ -352,7 +351,7 @@ def test_initial_gradients(count):
 
 
 @pytest.mark.parametrize("count", counts(500))
-def test_files_of_a_client_and_of_links(count, tmp_path):
+def test_mutated_client_and_link_files_raise_only_one_line_user_errors(count, tmp_path):
     rng, owner = random.Random(12), Owner(0, folder=str(tmp_path))
     budget = Budget(tmp_path / "privacy.json", owner)
     budget.charge(Mechanism(1.0, 0.1, 5), 100)
@@ -377,8 +376,8 @@ def test_files_of_a_client_and_of_links(count, tmp_path):
 
 
 @pytest.mark.parametrize("count", counts(300))
-def test_frames(count):
-    """Between client app and worker, and what a client remembers: only what nothing names by a digest may change, and stays a message."""
+def test_mutated_frames_are_refused_or_keep_their_arrays(count):
+    """Frames between client app and worker, and stored records: a mutated frame is refused or its arrays are unchanged."""
     run = faulty(of_method("fed_sb", federation={"clients": 3}), {})
     ask, reply = _asked(run)
     for write, read, valid in ((write_message, read_message, reply), (write_records, read_records, ask.message.content)):
@@ -398,7 +397,7 @@ def _records(value):
 
 
 @pytest.mark.parametrize("count", counts(500))
-def test_answers_of_who_joins(count):
+def test_mutated_join_replies_are_refused_or_read_with_the_right_types(count):
     valid, rng, kinds = Member(1, 20, "digest", "1", True), random.Random(7), {"client": int, "num_examples": int, "shard": bool}
     for _ in range(count):
         try:
@@ -410,7 +409,7 @@ def test_answers_of_who_joins(count):
 
 
 @pytest.mark.parametrize("count", counts(300))
-def test_journals(count, tmp_path):
+def test_every_change_to_a_journal_is_found(count, tmp_path):
     path = tmp_path / "journal.jsonl"
     journal = Journal(path)
     for number in range(5):
@@ -425,7 +424,7 @@ def test_journals(count, tmp_path):
 
 
 @pytest.mark.parametrize("count", counts(500))
-def test_logs_that_are_followed(count, capsys):
+def test_mutated_progress_logs_raise_only_user_errors(count, capsys):
     lines = [["started", 3, [0, 3]], ["phase", "x"], ["round_started", 1, 2, {}], ["note", "y"], ["summary", {"a": 1}]]
     text, rng = "".join(f"{MARK}{json.dumps(line)}\n" for line in lines), random.Random(9)
     for _ in range(count):
@@ -440,7 +439,7 @@ def test_logs_that_are_followed(count, capsys):
 
 
 @pytest.mark.parametrize("count", counts(300))
-def test_checkpoints(count, tmp_path):
+def test_mutated_checkpoints_are_refused_or_load_unchanged(count, tmp_path):
     whole = Checkpoint(3, {"factor/R": torch.arange(12.0), "x": torch.zeros(2, 2, dtype=torch.bfloat16)}, {"ledger": {"columns": [[1, 2]]}})
     checkpoints.Store(tmp_path, 1).writing(whole)()
     (path,) = checkpoints.saved(tmp_path)
@@ -457,7 +456,7 @@ def test_checkpoints(count, tmp_path):
 
 
 @pytest.mark.parametrize("count", counts(500))
-def test_configurations(count):
+def test_mutated_configurations_are_refused_or_survive_a_round_trip(count):
     rng, plain = random.Random(4), to_dict(Config())
     text = json.dumps(plain)
     for place in range(count):
@@ -471,7 +470,7 @@ def test_configurations(count):
         assert from_text(json.dumps(to_dict(found))) == found, "what is accepted is a configuration in every part"
 
 
-def test_what_is_mutated_is_valid_when_it_is_not(tmp_path):
+def test_unmutated_messages_are_valid(tmp_path):
     run = faulty(of_method("fed_sb", federation={"clients": 3}, training={"scaffold": True}), {})
     ask, reply = _asked(run)
     (found,) = Reader(run.session, run.state, run.strategy._charges, 1).uploads(ask, reply)

@@ -1,4 +1,4 @@
-"""Replies come in any order, and what is made of them is the same."""
+"""The order of replies does not change the result of a simulated round."""
 
 import pytest
 from rounds import Rounds, of_method
@@ -9,7 +9,7 @@ from fedsim.flower.grid import InProcessGrid, WatchedGrid
 
 
 class BackwardsGrid(InProcessGrid):
-    """Of the messages that wait, the last is answered first; tells how many waited or were answered out of turn at once."""
+    """Answers the last waiting message first; records the order of replies and the largest number of waiting messages."""
 
     def __init__(self, workers):
         super().__init__(app, workers)
@@ -33,7 +33,7 @@ def rounds_of(config, grid, client_nodes=None):
     ("method", "federation"),
     [("flora", {"clients": 7}), ("fed_sb", {"clients": 8, "fraction": 0.5, "over_selection": 0.75}), ("fed_sb", {"clients": 7})],
 )
-def test_in_a_simulation_nothing_hangs_on_the_order_in_which_workers_answer(method, federation):
+def test_the_order_of_replies_does_not_change_a_simulation(method, federation):
     config = of_method(method, federation=federation, engine={"cohort_size": 1})
     straight = rounds_of(config, lambda workers: InProcessGrid(app, workers))
     backwards = rounds_of(config, BackwardsGrid)
@@ -43,15 +43,15 @@ def test_in_a_simulation_nothing_hangs_on_the_order_in_which_workers_answer(meth
     assert backwards.state.digests() == straight.state.digests()
 
 
-def test_replies_that_wait_for_their_turn_count_as_sent():
-    """Otherwise one slow worker would fill the server's memory with the uploads of all the others."""
+def test_buffered_replies_count_towards_the_messages_in_flight():
+    """Otherwise, during one slow reply, uploads of all other workers would fill the server's memory."""
     config = of_method("fed_sb", federation={"clients": 12}, engine={"cohort_size": 1})
     backwards = rounds_of(config, BackwardsGrid)
     assert backwards.grid.order[:4] == [3, 2, 1, 0], "no fifth message before the first is answered"
     assert backwards.grid.most == 4
 
 
-def test_a_grid_of_this_process_keeps_no_message_that_nobody_waits_for():
+def test_an_in_process_grid_drops_messages_that_nobody_waits_for():
     config = of_method("fed_sb", federation={"clients": 8, "fraction": 0.5, "over_selection": 0.75}, engine={"cohort_size": 1})
     rounds = Rounds(config, workers=2)
     own, sent, seen = rounds.grid, [], []
@@ -63,7 +63,7 @@ def test_a_grid_of_this_process_keeps_no_message_that_nobody_waits_for():
     assert own._pending == {}
 
 
-def test_in_a_deployment_who_answers_first_is_taken_in_first():
+def test_a_deployment_takes_replies_in_order_of_arrival():
     config = of_method("fed_sb", federation={"clients": 4})
-    found = rounds_of(config, BackwardsGrid, client_nodes=lambda clients: {client: 1 + client % 2 for client in clients})
-    assert found.strategy.facts.clients == [3, 2, 1, 0]
+    rounds = rounds_of(config, BackwardsGrid, client_nodes=lambda clients: {client: 1 + client % 2 for client in clients})
+    assert rounds.strategy.facts.clients == [3, 2, 1, 0]

@@ -8,7 +8,7 @@ from fedsim.flower.grid import InProcessGrid
 
 
 def adding_app() -> ClientApp:
-    """Adds its node id to every array, in place of what it was given, and counts its calls in its Context."""
+    """Returns an app that adds its node id to every array in place, and counts its calls in its Context."""
     app = ClientApp()
 
     @app.train()
@@ -28,16 +28,16 @@ def test_flowers_own_fedavg_runs_on_the_grid():
     grid = InProcessGrid(adding_app(), workers=3)
     strategy = FedAvg(fraction_evaluate=0.0)
     result = strategy.start(grid, ArrayRecord({"x": Array(np.zeros(2, np.float32))}), num_rounds=2)
-    mean = (1 * 1 + 2 * 2 + 3 * 3) / 6  # each node adds its id and has as many examples
+    mean = (1 * 1 + 2 * 2 + 3 * 3) / 6  # each node adds its id, which is also its number of examples
     np.testing.assert_allclose(result.arrays["x"].numpy(), 2 * mean, rtol=1e-6)
-    assert result.train_metrics_clientapp[2]["calls"] == pytest.approx(2)  # a node's Context lasts from round to round
+    assert result.train_metrics_clientapp[2]["calls"] == pytest.approx(2)  # a node's Context persists between rounds
 
 
 def messages(grid, content, count):
     return [Message(content, node, "train") for node in list(grid.get_node_ids())[:count]]
 
 
-def test_one_nodes_change_never_reaches_another_or_the_server():
+def test_a_nodes_in_place_change_does_not_reach_other_nodes_or_the_server():
     grid = InProcessGrid(adding_app(), workers=2)
     content = RecordDict({"arrays": ArrayRecord({"x": Array(np.zeros(1, np.float32))}), "config": ConfigRecord({})})
     replies = list(grid.send_and_receive(messages(grid, content, 2)))
@@ -45,7 +45,7 @@ def test_one_nodes_change_never_reaches_another_or_the_server():
     assert content["arrays"]["x"].numpy()[0] == 0.0
 
 
-def test_replies_name_their_request_and_come_one_at_a_time():
+def test_replies_name_their_request_and_are_pulled_one_at_a_time():
     grid = InProcessGrid(adding_app(), workers=2)
     content = RecordDict({"arrays": ArrayRecord()})
     ids = list(grid.push_messages(messages(grid, content, 2)))
@@ -54,20 +54,20 @@ def test_replies_name_their_request_and_come_one_at_a_time():
     assert nothing == []
 
 
-def test_a_message_is_made_only_when_its_turn_comes():
+def test_messages_are_created_lazily():
     grid, made = InProcessGrid(adding_app(), workers=2), []
 
-    def lazily():
+    def lazy_messages():
         for message in messages(grid, RecordDict({"arrays": ArrayRecord()}), 2):
             made.append(message)
             yield message
 
-    replies = iter(grid.send_and_receive(lazily()))
+    replies = iter(grid.send_and_receive(lazy_messages()))
     next(replies)
     assert len(made) == 1
 
 
-def test_what_a_client_raises_is_passed_on():
+def test_an_exception_of_a_client_app_propagates():
     app = ClientApp()
 
     @app.train()

@@ -1,4 +1,4 @@
-"""What leaves a client of a deployment before its server dies is charged, whatever the resumed run asks it for."""
+"""Privacy charges cover every upload requested before a deployment's server died, whatever the resumed run requests."""
 
 import json
 from dataclasses import replace
@@ -24,24 +24,24 @@ def lines(number, mechanisms, digest="a"):
     return [{"kind": "asked", "round": number}, {"kind": "charged", **charge_line("training", number, digest, mechanisms)}]
 
 
-def test_all_that_was_asked_is_charged_and_the_last_of_it_is_covered_if_it_is_asked_again():
+def test_all_requests_are_charged_and_only_a_repeat_of_the_last_one_is_covered():
     asked = [*lines(2, {0: ROUND}), *lines(3, {0: ROUND, 1: ROUND, 2: OTHER}), *lines(3, {1: OTHER}, "b")]
-    flying, ledger = InFlight(json.loads(json.dumps(asked))), PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
-    told = flying.charge(ledger)
+    in_flight, ledger = InFlight(json.loads(json.dumps(asked))), PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
+    charged_lines = in_flight.charge(ledger)
     assert ledger.history(0) == (replace(ROUND, steps=8),), "two rounds"
     assert ledger.history(1) == (ROUND, OTHER)
     assert ledger.history(2) == (OTHER,)
     again = PrivacyLedger("example", dict.fromkeys(range(3), 1e-3))
-    InFlight([*asked, *({"kind": "charged", **line} for line in told)]).charge(again)
+    InFlight([*asked, *({"kind": "charged", **line} for line in charged_lines)]).charge(again)
     assert again.to_json() == ledger.to_json(), "lines that repeat what was said are not said twice"
-    assert flying.covers("training", 3, "a", 0, ROUND)
-    assert not flying.covers("training", 3, "a", 1, ROUND), "the answer to that is not kept any more"
-    assert not flying.covers("training", 2, "a", 0, ROUND)
+    assert in_flight.covers("training", 3, "a", 0, ROUND)
+    assert not in_flight.covers("training", 3, "a", 1, ROUND), "the answer to that is not kept any more"
+    assert not in_flight.covers("training", 2, "a", 0, ROUND)
     for other in (("initial gradient", 3, "a", 0, ROUND), ("training", 4, "a", 0, ROUND), ("training", 3, "c", 0, ROUND)):
-        assert not flying.covers(*other)
-    assert not flying.covers("training", 3, "a", 0, OTHER)
-    assert flying.concerns("training", 3)
-    assert not flying.concerns("training", 4)
+        assert not in_flight.covers(*other)
+    assert not in_flight.covers("training", 3, "a", 0, OTHER)
+    assert in_flight.concerns("training", 3)
+    assert not in_flight.concerns("training", 4)
 
 
 def rows(folder, count):
@@ -50,7 +50,7 @@ def rows(folder, count):
 
 
 class Deployment:
-    """A server and desks; client 1 has rows of its own. The server does not live to see the reply of `dies_at`: type, round, node."""
+    """A server and desks; client 1 has its own rows. The server dies before it receives the reply `dies_at`: (type, round, node)."""
 
     def __init__(self, folder, **sections):
         self.folder, self.dies_at = folder, None
@@ -82,7 +82,7 @@ class Deployment:
     ("dies_at", "init"), [(("train", "2", 3), Init.orthogonal), (("train.initial_gradient", "0", 3), Init.gradient_dp)]
 )
 @pytest.mark.parametrize("after", [20, 30])
-def test_a_resumed_deployment_charges_what_its_clients_may_have_answered_before(dies_at, init, after, tmp_path):
+def test_a_resumed_deployment_charges_replies_lost_with_its_server(dies_at, init, after, tmp_path):
     rows(tmp_path, 20)
     deployment = Deployment(
         tmp_path, adapter={"init": init, "init_samples": 9}, privacy={"init_noise_multiplier": 1.0} if init is Init.gradient_dp else {}
@@ -92,8 +92,8 @@ def test_a_resumed_deployment_charges_what_its_clients_may_have_answered_before(
         deployment.run()
     rows(tmp_path, after)
     deployment.dies_at = None
-    told_by_server = deployment.run(resume=True)
-    steps = {client: sum(each["steps"] for each in mechanisms) for client, mechanisms in enumerate(told_by_server)}
+    mechanisms_by_client = deployment.run(resume=True)
+    steps = {client: sum(each["steps"] for each in mechanisms) for client, mechanisms in enumerate(mechanisms_by_client)}
     once = 2 * 2 + (init is Init.gradient_dp)
     again = 1 if init is Init.gradient_dp else 2
     if after == 20:
@@ -101,11 +101,13 @@ def test_a_resumed_deployment_charges_what_its_clients_may_have_answered_before(
         assert sum(mechanism.steps for mechanism in deployment.own[1]) == once
         journal = [json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()]
         (start,) = [place for place, line in enumerate(journal) if line["kind"] == "resumed"]
-        standing = journal[: journal[start]["goes_on_from"]] + journal[start:]
-        charged = [each for line in standing if line["kind"] == "charged" for each in line["mechanisms"] if 1 in each["clients"]]
+        valid_lines = journal[: journal[start]["goes_on_from"]] + journal[start:]
+        charged = [each for line in valid_lines if line["kind"] == "charged" for each in line["mechanisms"] if 1 in each["clients"]]
         assert sum(each["steps"] for each in charged) == once, "the audit log adds up to the same"
     else:
-        rates = {each["sampling_rate"] for each in told_by_server[1] if each["name"] == ("training" if again == 2 else "initialization")}
+        rates = {
+            each["sampling_rate"] for each in mechanisms_by_client[1] if each["name"] == ("training" if again == 2 else "initialization")
+        }
         assert len(rates) == 2, "those of 18 and of 27 examples"
         assert steps[1] == once + again
         assert sum(mechanism.steps for mechanism in deployment.own[1]) == steps[1], "as the client's own accountant has it"
