@@ -1,6 +1,7 @@
 """Malformed messages to every decoder: seeded mutations of valid ones are decoded within all bounds or refused.
 
-The slow tier runs 10,000 mutations per decoder (some of its tests fewer), the default tier fewer. A mutation that leaves a message valid may be accepted.
+The slow tier runs 10,000 mutations per decoder (2,000 in one test), the default tier fewer.
+A mutation that leaves a message valid may be accepted.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""What a run writes into its audit log, and that fedsim verify holds it against checkpoints and summary."""
+"""Lines that a run writes to its audit log, and fedsim verify, which compares them with the checkpoints and the summary."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def stop(reply):
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
-    """The folder of a run that was stopped in its second round, in which a client died, and went on to the end; and its journal."""
+    """Returns folder and journal of a finished run: a client died in round 1, and the run was stopped in round 2 and resumed."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     config = replace(CONFIG, run_dir=str(folder))
     grid = FaultyGrid(4, {(1, 2): "died", (2, 1): stop})
@@ -48,19 +48,19 @@ def of_kind(journal, kind):
     return [entry for entry in journal if entry["kind"] == kind]
 
 
-def test_a_run_that_went_on_verifies_and_tells_what_was_superseded(resumed):
+def test_a_resumed_run_verifies_and_counts_superseded_lines(resumed):
     verdict = verify(resumed[0])
     assert verdict.problems == []
     assert verdict.superseded == 2, "the second round had been asked and charged before it was stopped"
     assert verdict.finished
 
 
-def test_who_is_asked_is_written_before_anything_is_sent(resumed):
+def test_the_journal_lists_the_clients_asked_in_every_round(resumed):
     assert [entry["round"] for entry in of_kind(resumed[1], "asked")] == [1, 2, 2, 3]
     assert all(entry["clients"] == [0, 1, 2, 3] for entry in of_kind(resumed[1], "asked"))
 
 
-def test_what_privacy_costs_is_written_before_anything_is_sent(resumed):
+def test_the_privacy_charges_follow_directly_after_the_clients_asked(resumed):
     kinds = [entry["kind"] for entry in resumed[1]]
     assert all(kinds[place + 1] == "charged" for place, kind in enumerate(kinds) if kind == "asked")
     found = of_kind(resumed[1], "charged")[0]["mechanisms"]
@@ -71,40 +71,40 @@ def test_what_privacy_costs_is_written_before_anything_is_sent(resumed):
         assert each == expected | {"clients": each["clients"]}
 
 
-def test_who_is_accepted_and_who_is_missing_is_written_with_the_reason(resumed):
+def test_the_journal_lists_accepted_clients_and_missing_ones_with_the_reason(resumed):
     assert [entry["clients"] for entry in of_kind(resumed[1], "accepted")] == [[0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
     (missing,) = of_kind(resumed[1], "missing")
     assert missing["clients"] == [{"client": 2, "reason": "died", "detail": "died"}]
 
 
-def test_what_is_released_is_written_by_its_digest(resumed):
+def test_the_journal_records_the_digest_of_each_released_adapter(resumed):
     folder, journal = resumed
     released = of_kind(journal, "released")
     assert [entry["round"] for entry in released] == [1, 2, 3]
     assert released[-1]["adapter_digest"] == json.loads((folder / "summary.json").read_text())["adapter_digest"]
 
 
-def test_beginning_going_on_and_end_are_written(resumed):
+def test_the_journal_records_start_resumption_and_end(resumed):
     kinds = [entry["kind"] for entry in resumed[1]]
     assert (kinds[0], kinds[-1], kinds.count("resumed")) == ("started", "finished", 1)
 
 
-def test_the_end_is_fixed_by_the_summary_and_the_missing_are_in_it(resumed):
+def test_the_summary_counts_journal_lines_and_missing_clients(resumed):
     summary = json.loads((resumed[0] / "summary.json").read_text())
     assert summary["journal"]["lines"] == len(resumed[1])
     assert summary["missing"] == {"died": 1}
 
 
 @pytest.mark.parametrize("kind", ["joined", "refused", "left", "absent"])
-def test_who_comes_goes_and_is_refused_is_written(kind, tmp_path):
+def test_membership_changes_are_written_to_the_journal(kind, tmp_path):
     config = replace(CONFIG, run_dir=str(tmp_path / "run"))
     with Progress(3, [], quiet=True) as progress, RunFolder.open(config) as folder:
         Reporter(open_session(config), folder, progress).membership(kind, client=1, reason="why")
     assert of_kind([json.loads(line) for line in (tmp_path / "run/journal.jsonl").read_text().splitlines()], kind)
 
 
-def copied(folder, to):
-    """A copy of the run folder whose whole chain, with the head in its summary, was made anew after a change."""
+def forged_copy(folder, to):
+    """Copies the run folder, changes its journal, and rebuilds the original chain and the head in the summary."""
     shutil.copytree(folder, to)
     entries = [json.loads(line) for line in (to / "journal.jsonl").read_text().splitlines()]
     (to / "journal.jsonl").unlink()
@@ -118,8 +118,8 @@ def copied(folder, to):
     return to
 
 
-def test_a_chain_made_anew_with_the_summarys_head_is_found_by_its_checkpoints_or_by_their_absence(resumed, tmp_path, capsys):
-    forged = copied(resumed[0], tmp_path / "run")
+def test_a_rebuilt_chain_is_detected_by_the_checkpoints_or_by_their_absence(resumed, tmp_path, capsys):
+    forged = forged_copy(resumed[0], tmp_path / "run")
     assert main(["verify", str(forged)]) == 1
     assert "fixes another line" in capsys.readouterr().out
     shutil.rmtree(forged / "checkpoints")
@@ -127,14 +127,14 @@ def test_a_chain_made_anew_with_the_summarys_head_is_found_by_its_checkpoints_or
     assert "it has no checkpoint" in capsys.readouterr().out
 
 
-def test_verify_prints_the_head_to_compare_with_one_kept_elsewhere(resumed, capsys):
+def test_verify_prints_the_head_for_comparison_with_a_copy(resumed, capsys):
     assert main(["verify", str(resumed[0])]) == 0
     text = capsys.readouterr().out
     assert json.loads((resumed[0] / "summary.json").read_text())["journal"]["sha256"] in text
     assert "compare the head with a copy kept elsewhere" in text
 
 
-def test_a_resumption_from_no_line_is_one_clear_line_of_the_command(resumed, tmp_path, capsys):
+def test_verify_reports_a_resumption_from_an_invalid_line(resumed, tmp_path, capsys):
     shutil.copytree(resumed[0], tmp_path / "run")
     path = tmp_path / "run/journal.jsonl"
     path.write_text(re.sub(r'"goes_on_from": \d+', '"goes_on_from": "a while ago"', path.read_text()))
@@ -142,19 +142,19 @@ def test_a_resumption_from_no_line_is_one_clear_line_of_the_command(resumed, tmp
     assert "continues from 'a while ago', which is not an earlier line" in capsys.readouterr().out
 
 
-def test_the_command_says_where_a_journal_was_changed(resumed, tmp_path, capsys):
+def test_verify_reports_changed_and_removed_journal_lines(resumed, tmp_path, capsys):
     folder, _ = resumed
     assert main(["verify", str(folder)]) == 0
     assert "The journal holds" in capsys.readouterr().out
     path = folder / "journal.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b'"clients": [0, 1, 3]', b'"clients": [0, 1, 2]'))
+    original = path.read_bytes()
+    path.write_bytes(original.replace(b'"clients": [0, 1, 3]', b'"clients": [0, 1, 2]'))
     try:
         assert main(["verify", str(folder)]) == 1
         assert "does not follow line" in capsys.readouterr().out
-        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+        path.write_bytes(b"".join(original.splitlines(keepends=True)[:-1]))
         assert main(["verify", str(folder)]) == 1
         assert "summary.json fixes" in capsys.readouterr().out
     finally:
-        path.write_bytes(whole)
+        path.write_bytes(original)
     assert main(["verify", str(tmp_path)]) == 2

