@@ -1,4 +1,4 @@
-"""What clients do besides following their gradient - FedProx, SCAFFOLD, some heads only - against a few lines in float64."""
+"""Local rules besides plain SGD (FedProx, SCAFFOLD, some heads only), compared with a few lines in float64."""
 
 from math import ceil
 
@@ -13,11 +13,11 @@ from fedsim.core.methods import METHODS
 
 FORMS = {"fed_sb": ("BRA", "R", sb_dense, sb_rule), "fedit": ("BA", "BA", lora_dense, lora_rule)}
 ROUNDS = {1: [0, 1], 2: [1, 2], 3: [0, 2]}
-LINEAR = {"local_epochs": 1, "schedule": Schedule.linear, "learning_rate": RATE}  # so that clients differ in their number of steps
+LINEAR = {"local_epochs": 1, "schedule": Schedule.linear, "learning_rate": RATE}  # clients take different numbers of steps
 
 
 def descend(oracle, factors, form, client, round_, rates, direction):
-    """SGD from {layer: {kind: tensor}}; `direction` is of (layer, kind, gradient, own tensor)."""
+    """Runs SGD from {layer: {kind: tensor}} with the step `direction(layer, kind, gradient, own tensor)`."""
     _, trained, dense, chain_rule = form
     mine = {layer: dict(own) for layer, own in factors.items()}
     for step, rate in enumerate(rates):
@@ -30,7 +30,7 @@ def descend(oracle, factors, form, client, round_, rates, direction):
 
 
 def linear_rates(run, client, round_, rounds):
-    """A linear schedule over the client's own steps of all rounds, one epoch in each."""
+    """Returns the round's rates of a linear schedule over the client's steps of all rounds, one epoch each."""
     steps = ceil(run.counts[client] / 3)
     return [RATE * (1 - ((round_ - 1) * steps + step) / (rounds * steps)) for step in range(steps)]
 
@@ -56,7 +56,7 @@ def test_fedprox_is_sgd_on_the_proximal_objective(name):
         start = factors
 
         def of_objective(layer, kind, gradient, own, start=start):
-            return gradient + mu * (own - start[layer][kind])  # of f(x) + mu/2 |x - start|^2
+            return gradient + mu * (own - start[layer][kind])  # gradient of f(x) + mu/2 |x - start|^2
 
         clients = [
             descend(oracle, start, form, client, round_, linear_rates(run, client, round_, 2), of_objective) for client in range(CLIENTS)
@@ -73,7 +73,7 @@ def test_fedprox_is_sgd_on_the_proximal_objective(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_scaffold_is_option_two_of_its_paper(name):
+def test_scaffold_matches_option_two_of_its_paper(name):
     run = Rounds(of_method(name, training={"scaffold": True, **LINEAR}, federation={"rounds": 4}))
     run.strategy.asking.participants = ROUNDS.get
     oracle, form = Oracle(run.session), FORMS[name]
@@ -108,13 +108,15 @@ def test_scaffold_is_option_two_of_its_paper(name):
             torch.testing.assert_close(kept.double(), flat(c_of[i]), rtol=0, atol=1e-5)
 
 
-def test_control_variates_are_charged_both_ways_to_those_who_take_part():
+def test_control_variates_are_charged_to_participants_in_both_directions():
     run = Rounds(of_method("fed_sb", training={"scaffold": True}))
     run.strategy.asking.participants = ROUNDS.get
     run.next(3)
     count = run.spec.num_parameters(("R",))
     rows = [row for row in run.ledger.rows() if row["purpose"] == "control"]
-    expected = {(round_, client, way) for round_, clients in ROUNDS.items() for client in clients for way in ("uplink", "downlink")}
+    expected = {
+        (round_, client, direction) for round_, clients in ROUNDS.items() for client in clients for direction in ("uplink", "downlink")
+    }
     assert {(row["round"], row["client"], row["direction"]) for row in rows} == expected
     assert len(rows) == len(expected)
     for row in rows:
@@ -123,7 +125,7 @@ def test_control_variates_are_charged_both_ways_to_those_who_take_part():
 
 
 def heads_of(run, client, round_):
-    """The heads whose entries the client sends in this round."""
+    """Returns the heads that the client sends in this round."""
     positions = run.session.sent_positions(round_, client)
     heads, counts = torch.unique(positions // RANK**2 % 2, return_counts=True)
     assert counts.tolist() == [len(run.spec.layers) * RANK**2] * len(heads), "heads are sent whole, in every layer"
@@ -134,11 +136,11 @@ def test_a_head_is_averaged_over_the_clients_that_trained_it():
     run = Rounds(of_method("ravan", method={"client_heads": 1}, federation={"rounds": 6}))
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BHsA")
-    everybody = []
+    chosen_by_round = []
     for round_ in range(1, 4):
         chosen = [heads_of(run, client, round_) for client in range(CLIENTS)]
         assert all(len(heads) == 1 for heads in chosen)
-        everybody.append(tuple(head for (head,) in chosen))
+        chosen_by_round.append(tuple(head for (head,) in chosen))
         uploads = []
         for client, (head,) in enumerate(chosen):
             only = lambda layer, kind, g, own, head=head: g * torch.eye(2)[head].view(-1, *[1] * (g.dim() - 1))  # noqa: E731
@@ -155,11 +157,11 @@ def test_a_head_is_averaged_over_the_clients_that_trained_it():
         for client in range(CLIENTS):
             assert run.moved(client=client, round=round_, direction="uplink") == 2 * RANK**2
             assert run.moved(client=client, round=round_, direction="downlink") == 2 * 2 * RANK**2
-    assert len({head for heads in everybody for head in heads}) == 2
-    assert len(set(everybody)) > 1, "the choice differs from round to round"
+    assert len({head for heads in chosen_by_round for head in heads}) == 2
+    assert len(set(chosen_by_round)) > 1, "the choice differs from round to round"
 
 
-def test_a_head_that_nobody_trained_stays():
+def test_a_head_that_nobody_trained_is_unchanged():
     run = Rounds(of_method("ravan", method={"client_heads": 1})).next()
     before = {name: tensor.clone() for name, tensor in run.state.factors.items()}
     run.strategy.asking.participants = {2: [0]}.get
@@ -181,8 +183,8 @@ def test_a_head_that_nobody_trained_stays():
         ("fedsa_lora", {"training": LINEAR}),
     ],
 )
-def test_rules_follow_their_client_whatever_the_cohort(method, options):
-    """With unequal numbers of steps a cohort orders its clients anew."""
+def test_local_rules_do_not_depend_on_the_cohort_size(method, options):
+    """With unequal numbers of steps, a cohort reorders its clients."""
     whole = of_method(method, **options)
     alone = changed(whole)
     alone.engine = EngineConfig(cohort_size=1)

@@ -1,4 +1,4 @@
-"""Whole private runs: what they claim, what they withhold, when they stop, and what they refuse."""
+"""Whole private runs: reported epsilon, withheld values, stops at the budget, and refused configurations."""
 
 import json
 from dataclasses import replace
@@ -43,11 +43,11 @@ def events_of(folder, kind):
 
 
 def oracle_epsilon(mechanisms, delta):
-    """Privacy loss distributions of dp-accounting, which share no code with Opacus."""
+    """Returns epsilon by the privacy loss distributions of dp-accounting, which shares no code with Opacus."""
     return _oracle(json.dumps(mechanisms), delta)
 
 
-@cache  # clients with as much data have the same
+@cache  # clients with equal amounts of data share the result
 def _oracle(mechanisms, delta):
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
@@ -60,7 +60,7 @@ def _oracle(mechanisms, delta):
 
 
 @pytest.mark.parametrize("init", ["weight_svd", "gradient_dp"])
-def test_the_reported_epsilon_covers_initialisation_and_training_of_every_client(tmp_path, init):
+def test_reported_epsilon_covers_initialisation_and_training_of_every_client(tmp_path, init):
     privacy = run_in(tmp_path / "run", "privacy=example", "privacy.epsilon=6", "privacy.accountant=prv", f"adapter.init={init}")["privacy"]
     assert (privacy["unit"], privacy["accountant"], len(privacy["per_client"])) == ("example", "prv", 3)
     for client in privacy["per_client"]:
@@ -74,7 +74,7 @@ def test_the_reported_epsilon_covers_initialisation_and_training_of_every_client
     assert privacy["delta"] == pytest.approx(20**-1.1)
 
 
-def test_a_private_run_withholds_losses_and_counts_and_draws_its_epsilon(tmp_path):
+def test_a_private_run_withholds_losses_and_token_counts_and_plots_its_epsilon(tmp_path):
     summary = run_in(tmp_path / "run", "privacy=example", "privacy.noise_multiplier=1.0", "privacy.epsilon=null")
     rounds = events_of(tmp_path / "run", "round")
     assert all(event["train_loss"] is None and event["tokens"] == 0 for event in rounds)
@@ -82,7 +82,7 @@ def test_a_private_run_withholds_losses_and_counts_and_draws_its_epsilon(tmp_pat
     assert (tmp_path / "run/privacy.png").stat().st_size > 1000
 
 
-def test_a_run_stops_before_its_budget_is_exceeded_and_keeps_what_was_reached(tmp_path):
+def test_a_run_stops_before_exceeding_its_budget_and_keeps_its_checkpoint(tmp_path):
     one = run_in(tmp_path / "one", "privacy=example", "privacy.noise_multiplier=0.8", "privacy.epsilon=null", "federation.rounds=1")
     budget = one["privacy"]["epsilon"] * 1.01
     with pytest.raises(UserError, match=r"round 2 would exceed the budget"):
@@ -91,7 +91,7 @@ def test_a_run_stops_before_its_budget_is_exceeded_and_keeps_what_was_reached(tm
     assert list((tmp_path / "two/checkpoints").glob("round_0001*"))
 
 
-def test_initial_gradients_are_not_asked_of_those_whose_budget_they_would_exceed(tmp_path):
+def test_clients_whose_budget_an_initial_gradient_would_exceed_are_not_asked(tmp_path):
     options = ("privacy=example", "privacy.noise_multiplier=1", "privacy.init_noise_multiplier=0.3", "adapter.init=gradient_dp")
     with pytest.raises(
         UserError, match=r"privacy.epsilon: initial gradients at the beginning would exceed the budget of 1 of every client"
@@ -106,7 +106,7 @@ def test_initial_gradients_are_not_asked_of_those_whose_budget_they_would_exceed
     assert max(client["epsilon"] for client in found["per_client"]) <= budget
 
 
-def test_rounds_in_which_no_coin_draws_anybody_go_on_and_cost_the_same(tmp_path):
+def test_rounds_without_drawn_clients_run_and_cost_the_same(tmp_path):
     options = (*CLIENT, "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "federation.fraction=0.2", "federation.rounds=6")
     summary = run_in(tmp_path / "run", *options)
     clients = [event["clients"] for event in events_of(tmp_path / "run", "round")]
@@ -116,7 +116,7 @@ def test_rounds_in_which_no_coin_draws_anybody_go_on_and_cost_the_same(tmp_path)
     assert {client["mechanisms"][0]["steps"] for client in summary["privacy"]["per_client"]} == {6}
 
 
-def test_a_budget_ends_a_round_also_if_its_coins_draw_nobody(tmp_path):
+def test_the_budget_also_stops_a_round_without_drawn_clients(tmp_path):
     options = (*CLIENT, "privacy.noise_multiplier=1.0", "federation.fraction=0.2", "federation.rounds=6", "privacy.delta=1e-3")
     spent = run_in(tmp_path / "free", *options, "privacy.epsilon=null")
     empty = next(event["round"] for event in events_of(tmp_path / "free", "round") if event["round"] > 1 and not event["clients"])
@@ -126,7 +126,7 @@ def test_a_budget_ends_a_round_also_if_its_coins_draw_nobody(tmp_path):
         run_in(tmp_path / "run", *options, f"privacy.epsilon={before * 1.001}")
 
 
-def test_a_resumed_run_has_spent_what_the_uninterrupted_one_has(tmp_path):
+def test_a_resumed_run_reports_the_privacy_and_adapter_of_an_uninterrupted_one(tmp_path):
     options = ("privacy=example", "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "adapter.init=orthogonal")
     whole = run_in(tmp_path / "whole", *options)
     folder = tmp_path / "part"
@@ -139,8 +139,8 @@ def test_a_resumed_run_has_spent_what_the_uninterrupted_one_has(tmp_path):
     assert resumed["adapter_digest"] == whole["adapter_digest"]
 
 
-def test_a_run_that_protects_clients_tells_nothing_of_their_uploads_as_they_came(tmp_path):
-    """How far the clients are apart would be told without noise, the same for noise of 1 and of 1,000."""
+def test_client_level_privacy_withholds_diagnosis_of_raw_uploads(tmp_path):
+    """Distances between clients would be reported without noise, the same at noise 1 and at noise 1,000."""
     run_in(tmp_path / "run", *CLIENT, "privacy.noise_multiplier=1000", "privacy.epsilon=null", "evaluation.diagnosis=true")
     for event in events_of(tmp_path / "run", "round"):
         assert not {"drift", "deviation", "effective_rank"} & event.keys()
@@ -150,9 +150,7 @@ def test_a_run_that_protects_clients_tells_nothing_of_their_uploads_as_they_came
 
 
 @pytest.mark.parametrize("unit", ["example", "client"])
-def test_noise_of_a_secret_key_repeats_in_a_resumed_run_and_in_no_other_and_its_key_goes_when_the_run_has_finished(
-    unit, tmp_path, monkeypatch
-):
+def test_secret_key_noise_repeats_only_in_a_resumed_run_and_the_key_is_deleted_at_the_end(unit, tmp_path, monkeypatch):
     options = (f"privacy={unit}", "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "adapter.init=orthogonal", "privacy.noise=system")
     key = tmp_path / "whole/noise.key"
     with monkeypatch.context() as stopping:
@@ -177,7 +175,7 @@ def interrupted(*args):
 
 
 @pytest.mark.parametrize("secure", ["true", "false"])
-def test_a_client_that_has_diverged_is_not_told_of_where_clients_are_protected(secure, tmp_path):
+def test_a_diverged_client_is_not_reported_under_client_level_privacy(secure, tmp_path):
     options = ("privacy.noise_multiplier=1.0", "privacy.epsilon=null", f"privacy.secure_aggregation={secure}", "federation.rounds=1")
     run_in(tmp_path / "run", *CLIENT, *options, "training.optimizer=sgd", "training.learning_rate=1e30")
     (event,) = events_of(tmp_path / "run", "round")
@@ -193,19 +191,19 @@ def test_no_update_is_longer_than_the_clip_norm(bad):
     assert clipped_update(torch.tensor([0.3, 0.4]), 0.5 + 1e-6)[1]
 
 
-def test_who_takes_part_in_a_private_round_is_drawn_from_a_key_and_not_from_the_seed_that_clients_are_told():
+def test_private_participants_are_drawn_from_the_noise_key_and_not_from_the_seed():
     config = compose([*SMALL, *CLIENT, "privacy.noise_multiplier=1.0", "privacy.epsilon=null", "federation.fraction=0.5"])
     session = open_session(config)
     session.noise_key = key = NoiseKey.secret()
     strategy = FedsimStrategy(session, config, CommunicationLedger(), session.initial_state(session.derived_factors(1)))
-    told = [strategy.participants(number) for number in range(1, 31)]
-    assert told == [drawn(config, number, key) for number in range(1, 31)]
-    assert told != [drawn(config, number) for number in range(1, 31)]
-    assert 20 < sum(map(len, told)) < 70, "each of three clients in half of the rounds"
+    participants = [strategy.participants(number) for number in range(1, 31)]
+    assert participants == [drawn(config, number, key) for number in range(1, 31)]
+    assert participants != [drawn(config, number) for number in range(1, 31)]
+    assert 20 < sum(map(len, participants)) < 70, "each of three clients in half of the rounds"
 
 
 def server_step(noise, *overrides, clip=0.05):
-    """The mean of clipped updates of a round, what the server made of it, and its state."""
+    """Returns the mean of a round's clipped updates, the server's step, its state, and the unclipped updates."""
     config = compose(
         [*SMALL, *CLIENT, f"privacy.clip_norm={clip}", f"privacy.noise_multiplier={noise}", "privacy.epsilon=null", *overrides]
     )
@@ -229,7 +227,7 @@ def test_client_level_privacy_averages_clipped_updates_with_equal_weights():
     torch.testing.assert_close(found, mean, rtol=0, atol=1e-6)
 
 
-def test_the_servers_noise_has_its_standard_deviation_and_not_two_thirds_or_three_halves():
+def test_the_servers_noise_has_the_configured_standard_deviation():
     def sigma(noise):
         return float((server_step(noise)[1] - mean).std()) * 3 / 0.05
 
@@ -243,12 +241,12 @@ def test_an_adaptive_clip_norm_moves_towards_the_quantile():
     small, large = (
         server_step(0.01, "privacy.adaptive_clip=true", "privacy.clip_rate=0.5", clip=clip)[2].clip_norm / clip for clip in (1e-4, 100.0)
     )
-    assert small > 1.2  # every update is longer: the norm grows
-    assert large < 0.85  # every update is shorter: it falls
+    assert small > 1.2  # every update is longer, so the clip norm grows
+    assert large < 0.85  # every update is shorter, so the clip norm falls
 
 
 def aggregation_of(noise, *overrides, number=1):
-    """A round of four clients of whom two are drawn on average, before any upload, with its state and start."""
+    """Returns a round before any upload (four clients, two expected), its state and its start."""
     half = ("federation.clients=4", "federation.fraction=0.5", "privacy.clip_norm=0.1", f"privacy.noise_multiplier={noise}")
     session = open_session(effective(compose([*SMALL, *CLIENT, *half, "privacy.epsilon=null", *overrides])))
     state = session.initial_state(session.derived_factors(1))
@@ -256,7 +254,7 @@ def aggregation_of(noise, *overrides, number=1):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_drawn(count):
+def test_the_sum_is_divided_by_the_expected_number_of_clients(count):
     aggregation, state, start = aggregation_of(0.0)
     update = torch.linspace(-1, 1, len(start)) / len(start)
     for client in range(count):
@@ -265,8 +263,8 @@ def test_the_sum_is_divided_by_the_expected_number_of_clients_however_many_are_d
     torch.testing.assert_close(aggregation._session.spec.pack(state.factors, ("R",)) - start, update * count / 2, rtol=1e-4, atol=1e-7)
 
 
-def test_a_client_moves_the_sum_by_the_clip_norm_at_most_among_however_many_others():
-    """A mean of float32 is rounded as far as the start is from zero, and a sum made of it as many times as far."""
+def test_one_client_among_thousands_changes_the_sum_by_the_clip_norm_at_most():
+    """A float32 mean has rounding errors in proportion to the start, and a sum made from it multiplies them by the count."""
 
     def sum_of(count):
         aggregation, state, start = aggregation_of(0.0, "method=fedit", "adapter.init=lora", "privacy.clip_norm=1e-3")
@@ -280,7 +278,7 @@ def test_a_client_moves_the_sum_by_the_clip_norm_at_most_among_however_many_othe
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_last_bits_of_the_new_factors_do_not_tell_who_is_in_the_sum(count):
+def test_the_last_bits_of_the_new_factors_do_not_reveal_the_sum(count):
     aggregation, state, start = aggregation_of(1.0, "adapter.rank=32")
     assert not start.any()
     updates = 0.1 * torch.nn.functional.normalize(torch.randn(2, len(start), generator=torch.Generator().manual_seed(1)))
@@ -292,7 +290,7 @@ def test_the_last_bits_of_the_new_factors_do_not_tell_who_is_in_the_sum(count):
     assert min(true, false) > 100, "with noise of float32 none of the true sum"
 
 
-def test_a_round_in_which_nobody_is_drawn_is_noise_over_the_expected_number():
+def test_a_round_without_drawn_clients_is_noise_over_the_expected_number():
     def sigma(noise):
         aggregation, state, start = aggregation_of(noise)
         aggregation.finish()
@@ -303,8 +301,8 @@ def test_a_round_in_which_nobody_is_drawn_is_noise_over_the_expected_number():
         assert sigma(1.2 * factor) != pytest.approx(1.2, rel=0.15)
 
 
-def test_the_count_behind_an_adaptive_clip_norm_has_its_noise_and_not_two_thirds_or_three_halves():
-    """In a round in which nobody is drawn the count is its noise, over the two clients that are expected."""
+def test_the_count_behind_an_adaptive_clip_norm_has_the_configured_noise():
+    """In a round without clients the count is pure noise over the two expected clients."""
     aggregation, state, start = aggregation_of(1.2, "privacy.adaptive_clip=true", "privacy.clip_rate=0.5", "privacy.clip_quantile=0.5")
     counts = []
     for number in range(1, 401):
@@ -333,7 +331,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("overrides", "reason"), REFUSED)
-def test_what_would_void_the_guarantee_is_refused_with_the_reason(overrides, reason):
+def test_options_that_would_void_the_guarantee_are_refused_with_the_reason(overrides, reason):
     with pytest.raises(UserError) as refused:
         effective(compose([*SMALL, *overrides]))
     assert reason in str(refused.value)
@@ -345,14 +343,14 @@ def test_a_delta_of_one_over_n_is_refused():
         _ = open_session(config).privacy_plan
 
 
-def test_private_bases_from_unprotected_gradients_need_an_explicit_flag_and_claim_nothing(tmp_path):
+def test_bases_from_unprotected_gradients_report_no_epsilon(tmp_path):
     summary = run_in(tmp_path / "run", "privacy=example", "adapter.init=gradient", "privacy.unsafe_init=true")
     assert summary["privacy"]["epsilon"] in (None, float("inf"))
     written = json.loads((tmp_path / "run/summary.json").read_text())
     assert written["privacy"]["epsilon"] is None
 
 
-def test_the_flag_for_unprotected_bases_lifts_no_budget_where_bases_are_protected():
+def test_unsafe_init_does_not_change_the_plan_when_bases_are_private():
     options = [*SMALL, "privacy=example", "privacy.epsilon=3", "adapter.init=gradient_dp", "privacy.accountant=rdp"]
     plain, flagged = (open_session(compose([*options, *more])).privacy_plan[0] for more in ((), ("privacy.unsafe_init=true",)))
     assert flagged == plain
@@ -360,12 +358,12 @@ def test_the_flag_for_unprotected_bases_lifts_no_budget_where_bases_are_protecte
 
 
 @pytest.mark.parametrize("method", ["fedit", "flora", "ravan", "centralized"])
-def test_every_method_trains_privately(tmp_path, method):
+def test_methods_train_within_the_default_privacy_budget(tmp_path, method):
     summary = run_in(tmp_path / "run", "privacy=example", f"method={method}", "adapter.rank=4", "federation.rounds=1")
     assert 0 < summary["privacy"]["epsilon"] <= 8
 
 
-def test_the_session_of_a_private_configuration_derives_its_bases_without_data():
+def test_a_private_configuration_defaults_to_weight_svd_bases():
     config = effective(compose([*SMALL, "privacy=example"]))
     assert config.adapter.init is not None
     assert config.adapter.init.name == "weight_svd"

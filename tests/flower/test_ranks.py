@@ -1,4 +1,4 @@
-"""Clients of different rank: nested LoRA-SB, FLoRA and FlexLoRA, against brute force with every client at its own rank."""
+"""Clients of different ranks: nested LoRA-SB, FLoRA and FlexLoRA, against brute force with every client at its own rank."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ def with_ranks(name, **sections):
 
 
 def leading(factors, rank):
-    """What a client of this rank holds of {layer: {B, A and perhaps R}}."""
+    """Returns the part of {layer: {B, A and perhaps R}} that a client of this rank holds."""
     cut = {"B": lambda B: B[:, :rank], "R": lambda R: R[:rank, :rank], "A": lambda A: A[:rank]}
     return {layer: {kind: cut[kind](tensor) for kind, tensor in own.items()} for layer, own in factors.items()}
 
@@ -54,14 +54,14 @@ def test_three_clients_have_three_ranks():
     assert run.spec.rank == 3
 
 
-@pytest.mark.parametrize("taking_part", [{1: [0, 1, 2], 2: [0, 1, 2]}, {1: [0, 2], 2: [0, 1]}])
-def test_nested_r_is_averaged_entry_by_entry_over_the_clients_that_trained_it(taking_part):
+@pytest.mark.parametrize("cohorts", [{1: [0, 1, 2], 2: [0, 1, 2]}, {1: [0, 2], 2: [0, 1]}])
+def test_each_entry_of_nested_r_is_averaged_over_the_clients_that_trained_it(cohorts):
     run = Rounds(with_ranks("fed_sb"), random_r)
-    run.strategy.asking.participants = taking_part.get
+    run.strategy.asking.participants = cohorts.get
     oracle, ranks = Oracle(run.session), run.session.ranks
     assert ranks == [1, 3, 2]
     factors = by_layer(run.start, oracle.names, "BRA")
-    for round_, clients in taking_part.items():
+    for round_, clients in cohorts.items():
         trained = {c: oracle.train(leading(factors, ranks[c]), ("R",), sb_dense, sb_rule, c, round_) for c in clients}
         for layer, own in factors.items():
             for i in range(RANK):
@@ -78,15 +78,15 @@ def test_nested_r_is_averaged_entry_by_entry_over_the_clients_that_trained_it(ta
     assert_agrees(run.change(), {layer: sb_dense(own) for layer, own in factors.items()})
 
 
-def test_a_client_of_smaller_rank_sends_what_a_lora_sb_of_that_rank_on_the_leading_bases_becomes():
+def test_a_client_of_smaller_rank_trains_as_lora_sb_of_that_rank_on_the_leading_bases():
     run = Rounds(with_ranks("fed_sb"), random_r)
     run.session.install_state(run.state)
     oracle = Oracle(run.session)
     factors = by_layer(run.start, oracle.names, "BRA")
     for client, rank in enumerate(run.session.ranks):
         (reply,) = train_clients(run.session, [client], 1, {})
-        alone = oracle.train(leading(factors, rank), ("R",), sb_dense, sb_rule, client, 1)
-        expected = torch.cat([alone[layer]["R"].flatten() for layer in factors])
+        trained_alone = oracle.train(leading(factors, rank), ("R",), sb_dense, sb_rule, client, 1)
+        expected = torch.cat([trained_alone[layer]["R"].flatten() for layer in factors])
         torch.testing.assert_close(reply.arrays["values"].double(), expected, rtol=0, atol=1e-5)
         whole = run.spec.layout(("R",)).unpack(reply.result.factors)
         for tensor in whole.values():
@@ -112,7 +112,7 @@ def test_flora_stacks_factors_of_different_ranks(residual):
             assert run.state.increment[f"{layer}.U"].shape[1] == sum(ranks), "no column of zeros travels"
 
 
-def test_flexlora_hands_every_client_the_leading_part_of_the_truncated_svd():
+def test_flexlora_gives_each_client_the_leading_part_of_the_truncated_svd():
     run = Rounds(with_ranks("flexlora")).next(2)
     oracle, ranks = Oracle(run.session), run.session.ranks
     factors = by_layer(run.start, oracle.names, "BA")
@@ -123,16 +123,16 @@ def test_flexlora_hands_every_client_the_leading_part_of_the_truncated_svd():
     assert_agrees(run.change(), {layer: lora_dense(own) for layer, own in factors.items()})
 
 
-def test_flexlora_goes_on_from_a_mean_of_lower_rank_the_same_whatever_the_last_bits_are():
+def test_flexlora_factors_of_a_rank_deficient_mean_do_not_depend_on_rounding():
     spec = Rounds(with_ranks("flexlora")).spec
     generator = torch.Generator().manual_seed(0)
     exact = {name: torch.randn(m, 1, generator=generator) @ torch.randn(1, n, generator=generator) for name, (m, n) in spec.layers.items()}
 
-    def handed_out(round_):
+    def distributed(round_):
         noisy = {name: (dense.double() * (1 + 1e-8 * torch.randn(dense.shape))).float() for name, dense in exact.items()}
         return METHODS["flexlora"].finish(Collected(spec, {}, 0, round_, None, [1.0], noisy)).factors
 
-    one, again, other = handed_out(1), handed_out(1), handed_out(2)
+    one, again, other = distributed(1), distributed(1), distributed(2)
     for name, dense in exact.items():
         torch.testing.assert_close(one[f"{name}.A"], again[f"{name}.A"], rtol=0, atol=1e-5)
         torch.testing.assert_close(one[f"{name}.A"] @ one[f"{name}.A"].T, torch.eye(RANK), rtol=0, atol=1e-5)
@@ -140,15 +140,15 @@ def test_flexlora_goes_on_from_a_mean_of_lower_rank_the_same_whatever_the_last_b
         assert float((one[f"{name}.A"][1:] - other[f"{name}.A"][1:]).abs().max()) > 0.01, "fresh rows in every round"
 
 
-def test_fed_sb_charges_a_client_the_square_of_its_own_rank_and_its_part_of_the_bases():
+def test_fed_sb_charges_a_client_its_squared_rank_and_its_part_of_the_bases():
     run = Rounds(with_ranks("fed_sb", adapter={"init": Init.gradient})).next(2)
     sides = sum(m + n for m, n in run.spec.layers.values())
     for client, rank in enumerate(run.session.ranks):
         for direction in ("uplink", "downlink"):
             assert run.moved(client=client, direction=direction, purpose="adapter", round=2) == 2 * rank**2
         assert run.moved(client=client, purpose="bases") == rank * sides
-        upward = [row for row in run.ledger.rows() if row["client"] == client and row["direction"] == "uplink"]
-        assert all(4 * rank**2 * 2 < row["serialized_bytes"] < 4 * rank**2 * 2 + 1000 for row in upward)
+        uplinks = [row for row in run.ledger.rows() if row["client"] == client and row["direction"] == "uplink"]
+        assert all(4 * rank**2 * 2 < row["serialized_bytes"] < 4 * rank**2 * 2 + 1000 for row in uplinks)
 
 
 def test_flexlora_charges_a_client_the_factors_of_its_own_rank():
@@ -159,7 +159,7 @@ def test_flexlora_charges_a_client_the_factors_of_its_own_rank():
             assert run.moved(client=client, direction=direction, purpose="adapter", round=2) == rank * sides
 
 
-def test_flora_sends_everybody_the_whole_stack_and_nothing_for_the_fresh_factors():
+def test_flora_charges_every_client_the_whole_stack_and_nothing_for_fresh_factors():
     run = Rounds(with_ranks("flora")).next(2)
     sides = sum(m + n for m, n in run.spec.layers.values())
     for client, rank in enumerate(run.session.ranks):
@@ -211,6 +211,6 @@ def test_methods_that_would_mix_directions_refuse_ranks(method):
         (["federation.ranks={2:1,4:1}", "adapter.rank=8"], "expected the largest of federation.ranks, 4"),
     ],
 )
-def test_ranks_that_make_no_sense_are_refused(options, reason):
+def test_invalid_ranks_are_refused(options, reason):
     with pytest.raises(UserError, match=reason):
         effective(compose(options))

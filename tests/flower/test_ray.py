@@ -1,4 +1,4 @@
-"""The engine ray: the same run with actors of Flower's simulation runtime; slow, because Ray takes seconds to start."""
+"""The engine ray: the same runs with actors of Flower's simulation runtime; slow, because Ray takes seconds to start."""
 
 import json
 import os
@@ -21,7 +21,7 @@ SMALL = (
     *("training.local_steps=2", "adapter.rank=4", "adapter.init=orthogonal", "evaluation.max_new_tokens=2"),
 )
 SGD = ("training.optimizer=sgd", "training.learning_rate=0.5")
-"""Adam divides by the size of a gradient, rounding included; so would a rate at which training runs away, in one process already."""
+"""Adam would amplify rounding differences by dividing by the gradient's size; so would a diverging rate, even in one process."""
 KINDS = {
     "factors of all": (),
     "bases from gradients": ("adapter.init=gradient", "adapter.init_samples=5", "adapter.refresh_every=2", "training.learning_rate=0.02"),
@@ -38,28 +38,28 @@ KINDS = {
 }
 
 
-def test_without_ray_one_line_says_what_to_install(monkeypatch, capsys):
+def test_without_ray_the_error_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(["run", "engine=ray"]) == 2
     assert "pip install -e '.[simulation]'" in capsys.readouterr().err
 
 
 def run_in_process(*overrides):
-    """A run of the command in a process of its own: Ray keeps a process's signals and warnings for itself."""
+    """Runs the command in a separate process, because Ray takes over a process's signals and warnings."""
     subprocess.run([sys.executable, "-c", CALL, "run", *overrides], check=True, timeout=600)
 
 
 @pytest.mark.parametrize(
     ("actors", "gpus", "part"), [(1, 0, 0), (2, 2, 1), (1, 4, 1), (3, 2, 1 / 2), (12, 8, 1 / 2), (16, 8, 1 / 2), (3, 1, 1 / 3)]
 )
-def test_every_actor_finds_room_on_one_of_the_gpus(actors, gpus, part):
+def test_every_actor_fits_on_one_of_the_gpus(actors, gpus, part):
     found = gpu_share(actors, gpus)
     assert found == part
     assert not found or int(1 / found + 1e-9) * gpus >= actors
 
 
 CALL = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # which a shell in the background has ignored
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"  # a background shell ignores SIGINT
     "from fedsim.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
@@ -67,7 +67,7 @@ CALL = (
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_actors_give_the_result_of_one_process(kind, tmp_path):
+def test_two_actors_give_the_same_result_as_one_process(kind, tmp_path):
     pytest.importorskip("ray")
     for name, engine in (("one", ()), ("two", ("engine=ray", "engine.actors=2"))):
         run_in_process(*SMALL, *SGD, *KINDS[kind], f"run_dir={tmp_path / name}", *engine)
@@ -76,7 +76,7 @@ def test_two_actors_give_the_result_of_one_process(kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
-def test_an_actor_whose_reply_nobody_waits_for_has_work_in_the_next_round(tmp_path):
+def test_unneeded_spare_replies_do_not_change_which_clients_are_averaged(tmp_path):
     pytest.importorskip("ray")
     spares = ("federation.fraction=0.4", "federation.over_selection=1.0", "engine.cohort_size=1", "federation.rounds=4")
     for name, engine in (("one", ()), ("two", ("engine=ray", "engine.actors=2"))):
@@ -88,7 +88,7 @@ def test_an_actor_whose_reply_nobody_waits_for_has_work_in_the_next_round(tmp_pa
 
 
 def check_same(first, second):
-    """The same bytes and tokens, and the same updates to float tolerance."""
+    """Asserts equal bytes and tokens, and equal updates to float tolerance."""
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (first, second))
     assert one["communication"] == two["communication"]
     assert one["training"]["tokens"] == two["training"]["tokens"]
@@ -102,22 +102,22 @@ def check_same(first, second):
 
 
 def updates(file):
-    """{layer: [out, in]}: products of factors are compared, since an SVD may give the same product in other factors."""
+    """Returns {layer: [out, in]}, the products of factors, since an SVD may give the same product with other factors."""
     factors = load_file(file)
     layers = {key.removesuffix(".lora_A.weight") for key in factors if key.endswith(".lora_A.weight")}
     return {layer: factors[f"{layer}.lora_B.weight"] @ factors[f"{layer}.lora_A.weight"] for layer in layers}
 
 
 def started(folder, *overrides):
-    """The command in a session of its own, as a terminal starts it."""
+    """Starts the command in a new session, as a terminal does."""
     command = [sys.executable, "-c", CALL, "run", *SMALL, "engine=ray", "engine.actors=2", f"run_dir={folder}", *overrides]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(folder, kind, number, timeout=600):
-    """Waits until the run has written this event of the round."""
-    ends = time.monotonic() + timeout
-    while time.monotonic() < ends:
+    """Waits until the run has written an event of this kind for the round."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
         path = folder / "events.jsonl"
         events = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         if any(event["kind"] == kind and event.get("round") == number for event in events):
@@ -134,16 +134,16 @@ def actors_of(process):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
-def test_ctrl_c_leaves_a_run_to_resume_and_no_process_of_ray(tmp_path):
+def test_ctrl_c_leaves_a_resumable_run_and_no_ray_process(tmp_path):
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("ray")
     run = started(tmp_path / "run", "federation.rounds=500")
     wait_for(tmp_path / "run", "round", 2)
     children = psutil.Process(run.pid).children(recursive=True)
-    os.killpg(run.pid, signal.SIGINT)  # as the terminal does: everybody in the foreground gets it
-    _, told = run.communicate(timeout=60)
+    os.killpg(run.pid, signal.SIGINT)  # a terminal signals the whole foreground group
+    _, errors = run.communicate(timeout=60)
     assert run.returncode == 130
-    assert "resume=true" in told
+    assert "resume=true" in errors
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     assert main(["verify", str(tmp_path / "run")]) == 0
@@ -151,14 +151,14 @@ def test_ctrl_c_leaves_a_run_to_resume_and_no_process_of_ray(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
-def test_an_actor_that_is_killed_is_replaced_and_its_clients_are_missing_or_asked_again(tmp_path):
+def test_a_killed_actor_is_replaced_and_its_clients_are_asked_again(tmp_path):
     pytest.importorskip("ray")
     run = started(tmp_path / "run", "federation.rounds=40", "federation.min_replies=5", "training.local_steps=20")
     wait_for(tmp_path / "run", "round", 2)
     victim = actors_of(run)[0]
     victim.kill()
-    _, told = run.communicate(timeout=600)
-    assert run.returncode == 0, told
+    _, errors = run.communicate(timeout=600)
+    assert run.returncode == 0, errors
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     rounds = [event for event in events if event["kind"] == "round"]
     assert [event["round"] for event in rounds] == list(range(1, 41))
@@ -180,7 +180,7 @@ cluster.shutdown()
 
 @contextmanager
 def cluster_of_two_nodes():
-    """The process of a Ray cluster with two nodes of one core, which are two machines to Ray, and its address."""
+    """Yields process and address of a Ray cluster with two one-core nodes, which Ray treats as two machines."""
     env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     command = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -191,7 +191,7 @@ def cluster_of_two_nodes():
 
 
 def raylets_with_actors(cluster, stop):
-    """Raylets of the cluster that were seen to have an actor of ours, until `stop` is set."""
+    """Watches the cluster until `stop` is set and returns the raylets that had one of our actors."""
     import psutil
 
     seen = set()
@@ -207,19 +207,19 @@ def raylets_with_actors(cluster, stop):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
-def test_a_cluster_that_is_there_trains_on_all_its_nodes_and_stays(tmp_path):
+def test_a_run_uses_all_nodes_of_a_running_cluster_and_leaves_it_running(tmp_path):
     psutil = pytest.importorskip("psutil")
     pytest.importorskip("ray")
     run_in_process(*SMALL, *SGD, f"run_dir={tmp_path / 'one'}")
     with cluster_of_two_nodes() as (cluster, address):
         before, seen, stop = len(psutil.Process(cluster.pid).children(recursive=True)), [], threading.Event()
-        watching = threading.Thread(target=lambda: seen.append(raylets_with_actors(cluster, stop)))
-        watching.start()
+        watcher = threading.Thread(target=lambda: seen.append(raylets_with_actors(cluster, stop)))
+        watcher.start()
         try:
             run_in_process(*SMALL, *SGD, f"run_dir={tmp_path / 'two'}", "engine=ray", "engine.actors=2", f"engine.address={address}")
         finally:
             stop.set()
-            watching.join()
+            watcher.join()
         assert before >= 3, "the cluster runs apart from us"
         assert len(seen[0]) == 2, "an actor on each node"
         assert cluster.poll() is None
@@ -229,7 +229,7 @@ def test_a_cluster_that_is_there_trains_on_all_its_nodes_and_stays(tmp_path):
     check_same(tmp_path / "one", tmp_path / "two")
 
 
-def test_an_address_without_a_cluster_is_one_line(capsys):
+def test_an_address_without_a_cluster_is_refused(capsys):
     pytest.importorskip("ray")
     assert main(["run", *SMALL, "engine=ray", "engine.address=127.0.0.1:1"]) == 2
     assert "engine.address: no Ray cluster at '127.0.0.1:1'" in capsys.readouterr().err

@@ -14,14 +14,14 @@ def test_a_tensor_survives_the_round_trip_bit_for_bit():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8])
 @pytest.mark.parametrize("shape", [(0,), (1,), (1000,), (3, 5), (5, 0), (12_345, 7)])
-def test_an_array_is_the_one_that_flower_makes(dtype, shape):
+def test_an_array_equals_the_one_flower_makes(dtype, shape):
     values = torch.randint(0, 100, shape).to(dtype).mT if len(shape) == 2 else torch.randint(0, 100, shape).to(dtype)
     assert arrays_to_record({"values": values})["values"] == Array(values.contiguous().numpy())
 
 
 @pytest.mark.parametrize("size", [1, 1000, 28_672, 3_000_000])
-def test_serialized_bytes_are_those_that_flower_puts_on_the_wire(size):
-    for record in (to_record(torch.randn(size)), to_record(torch.randn(size))):  # the second comes from the cache of sizes
+def test_serialized_bytes_equal_what_flower_sends(size):
+    for record in (to_record(torch.randn(size)), to_record(torch.randn(size))):  # the second size comes from the cache
         assert serialized_bytes(record) == sum(len(part.deflate()) for part in get_all_nested_objects(record).values())
 
 
@@ -39,12 +39,12 @@ def test_serialized_bytes_are_those_that_flower_puts_on_the_wire(size):
         (ArrayRecord({KEY: Array("float32", (4,), "numpy.ndarray", Array(np.zeros(4, np.int32)).data)}), "bytes of something else"),
     ],
 )
-def test_anything_but_finite_float32_of_the_right_length_is_refused(record, reason):
+def test_anything_but_finite_float32_of_the_right_shape_is_refused(record, reason):
     with pytest.raises(ValueError, match=reason):
         from_record(record, 4)
 
 
-def test_pickled_data_is_never_opened():
+def test_pickled_data_is_refused():
     import io
 
     buffer = io.BytesIO()
@@ -53,6 +53,6 @@ def test_pickled_data_is_never_opened():
         from_record(ArrayRecord({KEY: Array("float32", (4,), "numpy.ndarray", buffer.getvalue())}), 4)
 
 
-def test_the_largest_finite_values_are_no_infinity():
+def test_the_largest_finite_values_are_accepted():
     largest = torch.full((1000,), torch.finfo(torch.float32).max)
     assert from_record(to_record(largest), 1000).equal(largest)

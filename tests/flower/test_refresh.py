@@ -1,4 +1,4 @@
-"""New bases in the course of a run (`adapter.refresh_every`): what the model computes, who has which bases, and what they cost."""
+"""New bases during a run (`adapter.refresh_every`): the resulting model, the workers' copies of it, and the charges."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +28,7 @@ WHOLE, SQUARES, BASES = 192 * 192 + 192 * 512, 2 * RANK**2, RANK * (192 + 192 + 
 
 
 class Refreshed:
-    """A run through the server that refreshes after every round; `before` and `after` are what was in force around each refresh."""
+    """A run through the server that refreshes after every round; `before` and `after` hold a snapshot around each refresh."""
 
     def __init__(self, run, session, grid):
         self.run, self.session, self.grid, self.before, self.after = run, session, grid, {}, {}
@@ -55,7 +55,7 @@ class Refreshed:
 @contextmanager
 def refreshed(init, folder, init_samples=6, **sections):
     adapter = {"init": init, "refresh_every": 1, "init_samples": init_samples}
-    training = {"local_steps": 1, "learning_rate": 0.02 if init is Init.gradient else RATE}  # the first step along the signs is a large one
+    training = {"local_steps": 1, "learning_rate": 0.02 if init is Init.gradient else RATE}  # the first step along the signs is large
     config = of_method("fed_sb", adapter=adapter, federation={"rounds": 5}, training=training, **sections)
     config = replace(config, run_dir=str(folder))
     session, grid = open_session(config), InProcessGrid(app)
@@ -64,7 +64,7 @@ def refreshed(init, folder, init_samples=6, **sections):
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_a_refresh_adds_the_update_to_the_weights_and_takes_new_orthonormal_bases(init, tmp_path):
+def test_a_refresh_folds_the_update_into_the_weights_and_takes_new_orthonormal_bases(init, tmp_path):
     with refreshed(init, tmp_path / "run") as run:
         original = {name: weight.double() for name, weight in Oracle(run.session).base.items()}
         run.next()
@@ -86,7 +86,7 @@ def test_a_refresh_adds_the_update_to_the_weights_and_takes_new_orthonormal_base
             torch.testing.assert_close(weight.double(), original[layer] + run.after[2][1][layer].double(), rtol=0, atol=1e-6)
 
 
-def test_the_new_start_is_the_one_that_the_initialisation_promises(tmp_path):
+def test_a_refresh_restarts_from_zero_r_or_the_svd_of_the_new_weights(tmp_path):
     with refreshed(Init.orthogonal, tmp_path / "orthogonal") as run:
         run.next()
         assert not any(tensor.any() for name, tensor in run.after[1][0].items() if name.endswith(".R")), "the model is unchanged"
@@ -102,7 +102,7 @@ def test_the_new_start_is_the_one_that_the_initialisation_promises(tmp_path):
 
 
 def gradient_signs(oracle, changes):
-    """The signs of the summed gradients of the six examples that the clients give, at the weights base + changes."""
+    """Returns the signs of the summed gradients of the clients' six examples at the weights base + changes."""
     total = dict.fromkeys(oracle.names, 0)
     for client in range(3):
         count = len(oracle.session.client_data(client).examples)
@@ -113,7 +113,7 @@ def gradient_signs(oracle, changes):
     return {layer: gradient.sign() for layer, gradient in total.items()}
 
 
-def test_bases_from_data_are_those_of_the_gradient_at_the_new_weights(tmp_path, monkeypatch):
+def test_bases_from_data_use_the_gradient_at_the_new_weights(tmp_path, monkeypatch):
     with refreshed(Init.gradient, tmp_path / "run") as run:
         run.next()
         run.next()
@@ -131,22 +131,22 @@ def test_bases_from_data_are_those_of_the_gradient_at_the_new_weights(tmp_path, 
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_a_worker_in_another_process_comes_to_the_same_model(init, tmp_path, monkeypatch):
-    """One of its own follows by the increments that it is sent; a fresh one has lost everything in every round."""
-    with refreshed(init, tmp_path / "alike") as alike:
+def test_a_worker_in_another_process_has_the_same_model(init, tmp_path, monkeypatch):
+    """The worker "own" follows by the increments it is sent; "fresh" starts without state in every round."""
+    with refreshed(init, tmp_path / "shared_process") as shared_process:
         for _ in range(3):
-            alike.next()
+            shared_process.next()
     increments = []
     monkeypatch.setattr(transfer, "_updates", lambda *facts, original=transfer._updates: increments.append(1) or original(*facts))
     for worker in ("own", "fresh"):
         forget_session()
         with refreshed(init, tmp_path / worker) as apart:
-            forget_session()  # the next session that is opened is the worker's
+            forget_session()  # the worker opens the next session
             for _ in range(3):
                 if worker == "fresh":
                     forget_session()
                 apart.next()
-            assert apart.after[3][2] == alike.after[3][2], "bit for bit"
+            assert apart.after[3][2] == shared_process.after[3][2], "bit for bit"
             if worker == "fresh":
                 forget_session()
             apart.strategy.exchange(4, apart.grid)
@@ -160,7 +160,7 @@ def test_a_worker_in_another_process_comes_to_the_same_model(init, tmp_path, mon
     forget_session()
 
 
-def test_a_worker_that_an_earlier_run_has_left_with_folded_weights_begins_at_the_base_weights():
+def test_a_worker_with_folded_weights_of_an_earlier_run_starts_from_the_base_weights():
     clean, other = (Rounds(of_method("fed_sb")) for _ in range(2))
     clean.next()
     other.session.install_folded({layer: torch.ones(shape) for layer, shape in other.spec.layers.items()}, "of an earlier run")
@@ -169,7 +169,7 @@ def test_a_worker_that_an_earlier_run_has_left_with_folded_weights_begins_at_the
 
 
 def charges(run, number):
-    """{client: {purpose: numbers}} of what clients were sent in a round and the refresh after it."""
+    """Returns the numbers sent to clients in a round and the refresh after it, as {client: {purpose: numbers}}."""
     found = {}
     for row in run.state.ledger.rows():
         if (row["round"], row["direction"]) == (number, "downlink"):
@@ -179,7 +179,7 @@ def charges(run, number):
 
 
 @pytest.mark.parametrize("init", [Init.orthogonal, Init.weight_svd])
-def test_bases_that_all_derive_cost_nothing_anew_and_the_fold_costs_what_a_client_lacks(init, tmp_path):
+def test_derived_bases_cost_nothing_and_a_client_is_charged_the_folds_it_lacks(init, tmp_path):
     with refreshed(init, tmp_path / "run") as run:
         run.strategy.asking.participants = {1: [0, 1], 2: [1, 2], 3: [0, 1]}.get
         for _ in range(3):
@@ -189,14 +189,14 @@ def test_bases_that_all_derive_cost_nothing_anew_and_the_fold_costs_what_a_clien
         assert charges(run, 3) == {0: {"adapter": SQUARES, "fold": WHOLE}, 1: {"adapter": SQUARES, "fold": SQUARES}}, "0 missed a fold"
 
 
-def test_bases_from_data_cost_their_gradients_and_themselves_again(tmp_path):
+def test_bases_from_data_are_charged_with_their_gradients_at_each_refresh(tmp_path):
     with refreshed(Init.gradient, tmp_path / "run", init_samples=2) as run:
         run.strategy.asking.participants = {1: [1, 2], 2: [1, 2], 3: [0, 1]}.get
         assert gradient_samples(run.session.config) == {0: 1, 1: 1}
         for _ in range(3):
             run.next()
-        upward = [row for row in run.state.ledger.rows() if row["purpose"] == "initial_gradient"]
-        assert [(row["round"], row["client"], row["parameters"]) for row in upward] == [(n, c, WHOLE) for n in range(4) for c in (0, 1)]
+        uplinks = [row for row in run.state.ledger.rows() if row["purpose"] == "initial_gradient"]
+        assert [(row["round"], row["client"], row["parameters"]) for row in uplinks] == [(n, c, WHOLE) for n in range(4) for c in (0, 1)]
         first, fold = {"bases": BASES, "adapter": SQUARES}, {"fold": SQUARES}
         assert charges(run, 0) == {}
         assert charges(run, 1) == {0: {"fold": WHOLE}, 1: first | fold, 2: first}, "0 has never seen the bases of round 1"
@@ -204,14 +204,14 @@ def test_bases_from_data_cost_their_gradients_and_themselves_again(tmp_path):
         assert charges(run, 3) == {0: first | fold, 1: first | fold}
 
 
-def test_seeded_bases_are_the_same_from_one_refresh_to_the_next():
+def test_seeded_bases_stay_the_same_between_refreshes():
     session = open_session(of_method("fed_sb", adapter={"refresh_every": 2}))
     B = [session.derived_factors(round_)[f"{next(iter(session.spec.layers))}.B"] for round_ in (1, 2, 3, 4, 5)]
     assert [torch.equal(former, later) for former, later in pairwise(B)] == [True, False, True, False]
     assert torch.equal(B[0], from_seed(session.spec, {}, 0)[f"{next(iter(session.spec.layers))}.B"]), "as without a refresh"
 
 
-def test_a_refresh_begins_the_moments_of_the_server_anew(tmp_path):
+def test_a_refresh_clears_the_server_moments(tmp_path):
     with refreshed(Init.orthogonal, tmp_path / "run", server={"optimizer": "fedavgm"}) as run:
         run.next()
         assert run.state.shared.moments == {}

@@ -1,4 +1,4 @@
-"""A run with state beside the factors - folded weights, what clients keep, moments, control variates - goes on bit for bit."""
+"""Runs with state besides the factors (folded weights, client state, moments, control variates) resume bit for bit."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ def in_folder(config, folder, **options):
 
 
 def interrupt(monkeypatch, call):
-    """A Ctrl-C while the server reads the upload of this number."""
+    """Simulates Ctrl-C while the server reads upload number `call`."""
     original, calls = Reader._flat, iter(range(1000))
 
     def read(self, *arguments):
@@ -69,7 +69,7 @@ def outcome(folder):
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 1), (0, 1)])
 @pytest.mark.parametrize("name", ["fedsa_lora", "scaffold", "moments and residues"])
-def test_what_clients_keep_is_found_by_another_number_of_workers(name, before, after, tmp_path, monkeypatch):
+def test_client_state_is_restored_with_another_number_of_workers_or_refused(name, before, after, tmp_path, monkeypatch):
     whole, part = (in_folder(OPTIONS[name], tmp_path / folder) for folder in ("whole", "part"))
     grid = InProcessGrid(app)
     serve(grid, whole, grid.contexts, quiet=True)
@@ -92,13 +92,13 @@ def test_what_clients_keep_is_found_by_another_number_of_workers(name, before, a
 
 
 @pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
-def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch):
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(config, tmp_path, monkeypatch):
     run(in_folder(config, tmp_path / "whole"), quiet=True)
     with monkeypatch.context() as patch:
-        interrupt(patch, 2 * 3 + 1)  # the second upload of the third round: what clients keep has been written already
+        interrupt(patch, 2 * 3 + 1)  # the second upload of the third round: client state is already written
         with pytest.raises(KeyboardInterrupt):
             run(in_folder(config, tmp_path / "run"), quiet=True)
-    forget_session()  # as a process that has just been started
+    forget_session()  # as in a new process
     run(in_folder(config, tmp_path / "run", resume=True), quiet=True)
     (expected, tensors, held), (found, resumed, resumed_held) = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
     assert found == expected
@@ -108,7 +108,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one_bit_for_bit(config, tmp
     assert any(not name.startswith("factor/") for name in tensors), "a state of factors alone would show nothing"
 
 
-def test_passes_that_were_halved_stay_so_when_the_run_goes_on_where_there_is_more_memory(tmp_path, monkeypatch):
+def test_halved_passes_stay_halved_when_a_run_resumes_with_more_memory(tmp_path, monkeypatch):
     def scarce(model, batch, weights):
         if batch.input_ids.numel() > 200:
             raise torch.OutOfMemoryError
@@ -125,12 +125,12 @@ def test_passes_that_were_halved_stay_so_when_the_run_goes_on_where_there_is_mor
     forget_session()
     run(in_folder(config, tmp_path / "run", resume=True), quiet=True)
     assert outcome(tmp_path / "run")[0] == outcome(tmp_path / "whole")[0]
-    told = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    budgets = {event["kind"]: event["tokens_per_pass"] for event in told if "tokens_per_pass" in event}
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    budgets = {event["kind"]: event["tokens_per_pass"] for event in events if "tokens_per_pass" in event}
     assert budgets["initialized"] >= 1024 > 200 >= budgets["passes_halved"] == budgets["resumed"]
 
 
-def test_the_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
     config = of_method("fed_sb")
     with monkeypatch.context() as patch:
         interrupt(patch, 3)
