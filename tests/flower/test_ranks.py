@@ -54,14 +54,14 @@ def test_three_clients_have_three_ranks():
     assert run.spec.rank == 3
 
 
-@pytest.mark.parametrize("cohorts", [{1: [0, 1, 2], 2: [0, 1, 2]}, {1: [0, 2], 2: [0, 1]}])
-def test_each_entry_of_nested_r_is_averaged_over_the_clients_that_trained_it(cohorts):
+@pytest.mark.parametrize("taking_part", [{1: [0, 1, 2], 2: [0, 1, 2]}, {1: [0, 2], 2: [0, 1]}])
+def test_each_entry_of_nested_r_is_averaged_over_the_clients_that_trained_it(taking_part):
     run = Rounds(with_ranks("fed_sb"), random_r)
-    run.strategy.asking.participants = cohorts.get
+    run.strategy.asking.participants = taking_part.get
     oracle, ranks = Oracle(run.session), run.session.ranks
     assert ranks == [1, 3, 2]
     factors = by_layer(run.start, oracle.names, "BRA")
-    for round_, clients in cohorts.items():
+    for round_, clients in taking_part.items():
         trained = {c: oracle.train(leading(factors, ranks[c]), ("R",), sb_dense, sb_rule, c, round_) for c in clients}
         for layer, own in factors.items():
             for i in range(RANK):

@@ -133,7 +133,7 @@ def test_bases_from_data_use_the_gradient_at_the_new_weights(tmp_path, monkeypat
 @pytest.mark.parametrize("init", INITS)
 def test_a_worker_in_another_process_has_the_same_model(init, tmp_path, monkeypatch):
     """The worker "own" follows by the increments it is sent; "fresh" starts without state in every round."""
-    with refreshed(init, tmp_path / "shared_process") as shared_process:
+    with refreshed(init, tmp_path / "alike") as shared_process:
         for _ in range(3):
             shared_process.next()
     increments = []

@@ -1,4 +1,4 @@
-"""Who is there in a deployment, and replies as they come, over a Grid whose nodes come, go and answer when a test says so."""
+"""The roster of a deployment, over a Grid whose nodes connect, disconnect and answer as each test decides."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ CONFIG = changed(BASE, engine={"wait_seconds": 0.3})  # three clients
 
 
 class Nodes:
-    """Answers to the question whether a client joins, by node: a member, or a reason against it."""
+    """Nodes and their answers to the join request: a member, or a reason for refusing."""
 
     def __init__(self, config=CONFIG):
         self.session = open_session(config)
@@ -41,16 +41,16 @@ class Nodes:
     def member(self, number, **changes):
         return replace(Member(number, 10 + number, self.session.base_digest, fedsim.__version__, True), **changes)
 
-    def tell(self, kind, **facts):
+    def record(self, kind, **facts):
         self.events.append((kind, facts.get("client", facts.get("clients", facts.get("reason")))))
 
 
-def test_clients_are_found_at_the_nodes_that_say_who_they_are():
+def test_clients_are_mapped_to_the_nodes_that_report_their_number():
     nodes = Nodes()
     nodes.answers = {1: nodes.member(2, shard=False), 3: nodes.member(0), 5: nodes.member(1, shard=False)}
     nodes.present([1, 3, 5])
     roster = Roster(nodes.grid, CONFIG)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert roster.client_nodes([0, 2]) == {0: 3, 2: 1}
     assert nodes.session.own_data == {1: 11, 2: 12}
     assert [held["own data"] for held in nodes.session.holdings] == [0, 11, 12]
@@ -61,12 +61,12 @@ def test_clients_are_found_at_the_nodes_that_say_who_they_are():
     assert sorted(nodes.asked) == [1, 3, 5], "each is asked once"
 
 
-def test_a_node_that_goes_and_another_that_comes_are_noticed_before_the_next_round():
+def test_nodes_that_disconnect_or_connect_are_noticed_before_the_next_round():
     nodes = Nodes()
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1), 4: nodes.member(0)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, CONFIG)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     nodes.present([2])
     assert roster.client_nodes([0, 1]) == {1: 2}
     nodes.present([2, 4])
@@ -85,23 +85,23 @@ def test_a_node_that_goes_and_another_that_comes_are_noticed_before_the_next_rou
         ({"num_examples": 0}, "Expected an answer with client, num_examples"),
     ],
 )
-def test_who_does_not_fit_is_left_out_and_the_reason_is_written_down(answer, reason):
+def test_a_client_that_does_not_fit_is_refused_with_the_reason(answer, reason):
     nodes = Nodes()
     nodes.answers = {1: nodes.member(0, **answer) if isinstance(answer, dict) else answer, 2: nodes.member(1)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, CONFIG)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert roster.client_nodes([0, 1, 2]) == {1: 2}
     ((_, found),) = [event for event in nodes.events if event[0] == "refused"]
     assert reason in found
 
 
-def test_a_second_node_of_a_client_is_turned_away():
+def test_a_second_node_of_a_client_is_refused():
     nodes = Nodes()
     nodes.answers = {1: nodes.member(0), 2: nodes.member(0)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, CONFIG)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert len(roster.client_nodes([0])) == 1
     assert ("refused", "client 0 already has a node") in nodes.events
 
@@ -110,19 +110,19 @@ PRIVATE = changed(CONFIG, privacy={"unit": PrivacyUnit.example, "epsilon": 8.0, 
 
 
 @pytest.mark.parametrize("stranger", [7, 0])
-def test_a_node_that_is_none_of_the_clients_does_not_end_the_waiting_for_them(stranger, monkeypatch):
+def test_an_unknown_or_duplicate_client_does_not_end_the_wait(stranger, monkeypatch):
     nodes = Nodes()
     config = changed(CONFIG, engine={"wait_seconds": 60.0})
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1), 3: nodes.member(stranger), 4: nodes.member(2)}
     nodes.present([1, 2, 3])
-    monkeypatch.setattr("fedsim.flower.roster.time.sleep", lambda _: nodes.present([1, 2, 3, 4]))  # client 2 takes a moment longer
+    monkeypatch.setattr("fedsim.flower.roster.time.sleep", lambda _: nodes.present([1, 2, 3, 4]))  # client 2 connects later
     roster = Roster(nodes.grid, config)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert roster.client_nodes([0, 1, 2]) == {0: 1, 1: 2, 2: 4}
 
 
 @pytest.mark.parametrize("answer", ["busy", 2])
-def test_nobody_waits_for_a_client_that_was_refused(answer, monkeypatch):
+def test_the_roster_does_not_wait_for_a_refused_client(answer, monkeypatch):
     nodes = Nodes()
     config = changed(CONFIG, engine={"wait_seconds": 60.0})
     refused = answer if isinstance(answer, str) else nodes.member(answer, version="0.0")
@@ -130,17 +130,17 @@ def test_nobody_waits_for_a_client_that_was_refused(answer, monkeypatch):
     nodes.present([1, 2, 3])
     monkeypatch.setattr("fedsim.flower.roster.time.sleep", pytest.fail)
     roster = Roster(nodes.grid, config)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert roster.client_nodes([0, 1, 2]) == {0: 1, 1: 2}
 
 
-def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before_it_is_asked():
+def test_the_noise_of_a_late_client_is_planned_for_its_own_data_before_its_first_round():
     nodes = Nodes(PRIVATE)
     nodes.session.set_own_data_sizes({})
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1, num_examples=5, shard=False)}
     nodes.present([1])
     roster = Roster(nodes.grid, PRIVATE)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert nodes.session.privacy_plan[1].num_examples != 5
     nodes.present([1, 2])
     assert roster.client_nodes([0, 1]) == {0: 1}, "in the round that has begun it was charged for other data"
@@ -151,60 +151,60 @@ def test_who_joins_after_the_start_has_its_noise_planned_for_its_own_data_before
     assert planned.delta == pytest.approx(5**-1.1)
 
 
-def test_who_has_too_little_data_for_the_privacy_that_is_promised_is_refused_and_stops_nobody_else():
+def test_a_client_whose_data_size_conflicts_with_delta_is_refused_alone():
     nodes = Nodes(changed(PRIVATE, privacy={"delta": 0.01}))
     nodes.session.set_own_data_sizes({})
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1, num_examples=200, shard=False)}
     nodes.present([1, 2])
     roster = Roster(nodes.grid, nodes.session.config)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert roster.client_nodes([0, 1]) == {0: 1}
     ((_, reason),) = [event for event in nodes.events if event[0] == "refused"]
     assert "delta" in reason
 
 
-def test_a_node_whose_key_is_registered_for_one_client_does_not_join_as_another():
+def test_a_node_joins_only_as_the_client_its_key_is_registered_for():
     nodes = Nodes()
     nodes.answers = {1: nodes.member(1), 2: nodes.member(0), 3: nodes.member(1), 4: nodes.member(2), 5: nodes.member(0)}
     registered = {1: 0, 3: 1}
     nodes.present([1, 2, 3, 4])
     roster = Roster(nodes.grid, CONFIG, lambda: registered)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert roster.client_nodes([0, 1, 2]) == {1: 3, 2: 4}, "client 2 is registered nowhere that the server knows of"
     assert [reason for kind, reason in nodes.events if kind == "refused"] == [
         "node 1 claims to be client 1, but its key is registered for client 0",
         "node 2 claims to be client 0, but its key is registered for no client",
     ]
-    registered[5] = 2  # while the run is under way
+    registered[5] = 2  # during the run
     nodes.present([3, 4, 5])
     roster.client_nodes([0])
     assert ("refused", "node 5 claims to be client 0, but its key is registered for client 2") in nodes.events
 
 
-def test_nobody_at_all_is_an_error_that_says_why():
+def test_without_any_client_an_error_says_why():
     nodes = Nodes()
     with pytest.raises(UserError, match=r"engine\.wait_seconds=0\.3, but: no SuperNode is connected"):
-        Roster(nodes.grid, CONFIG).wait_for_clients(nodes.session, nodes.tell)
+        Roster(nodes.grid, CONFIG).wait_for_clients(nodes.session, nodes.record)
     nodes.answers = {1: "not on Sundays"}
     nodes.present([1])
     with pytest.raises(UserError, match="not on Sundays"):
-        Roster(nodes.grid, CONFIG).wait_for_clients(nodes.session, nodes.tell)
+        Roster(nodes.grid, CONFIG).wait_for_clients(nodes.session, nodes.record)
 
 
-def test_a_node_to_which_no_message_could_go_is_asked_at_the_next_look(monkeypatch):
+def test_a_node_whose_join_request_could_not_be_sent_is_asked_again(monkeypatch):
     nodes = Nodes()
     nodes.answers = {1: nodes.member(0), 2: nodes.member(1)}
     nodes.present([1, 2])
     push, failing = nodes.grid.push_messages, {2}
 
-    def pushed(messages):
+    def push_unless_failing(messages):
         (message,) = messages
         node = message.metadata.dst_node_id
         return [""] if node in failing else push([message])
 
-    monkeypatch.setattr(nodes.grid, "push_messages", pushed)
+    monkeypatch.setattr(nodes.grid, "push_messages", push_unless_failing)
     roster = Roster(nodes.grid, CONFIG)
-    roster.wait_for_clients(nodes.session, nodes.tell)
+    roster.wait_for_clients(nodes.session, nodes.record)
     assert roster.client_nodes([0, 1]) == {0: 1}
     failing.clear()
     assert roster.client_nodes([0, 1]) == {0: 1, 1: 2}

@@ -1,4 +1,4 @@
-"""Whole rounds of secure aggregation: equal to plain ones, survived drop-outs, and nothing on the wire but masks and sums."""
+"""Whole rounds of secure aggregation: they equal plain rounds, survive dropouts, and send only masked values and sums."""
 
 import json
 from copy import deepcopy
@@ -37,8 +37,8 @@ BITS = 18
 SECURE = {"privacy": {"secure_aggregation": True}, "secure": {"bits": BITS, "range": 8.0}}
 
 
-class ListeningGrid(InProcessGrid):
-    """Keeps every message that crosses the Grid, both ways."""
+class RecordingGrid(InProcessGrid):
+    """Records every message through the Grid in both directions."""
 
     def __init__(self, client_app, workers=1):
         super().__init__(client_app, workers)
@@ -54,7 +54,7 @@ class ListeningGrid(InProcessGrid):
 
 def secure_rounds(config, workers=1):
     found = Rounds(config, workers=workers)
-    found.grid = ListeningGrid(app, workers)
+    found.grid = RecordingGrid(app, workers)
     return found
 
 
@@ -63,35 +63,35 @@ def largest_gap(one, other):
 
 
 def bound(counts, step, clients):
-    """What stochastic rounding may change in a weighted mean: less than a step for each client, over the sum of weights n / largest."""
+    """Bounds the rounding error of a weighted mean: below one step per client, divided by the sum of weights n / largest."""
     return len(clients) * step * max(counts) / sum(counts[client] for client in clients)
 
 
 @pytest.mark.parametrize("method", LINEAR)
-def test_a_secure_round_equals_a_plain_one_up_to_the_rounding_of_the_grid(method):
+def test_a_secure_round_equals_a_plain_one_up_to_quantisation(method):
     plain, secure = Rounds(of_method(method)).next(), secure_rounds(of_method(method, **SECURE)).next()
     step = 8.0 / (2 ** (BITS - 1) - 1)
     limit = bound(plain.counts, step, range(3)) + 1e-6
     kinds = plain.session.method.uploaded(1)
     uploaded = [name for name in plain.state.factors if name.rpartition(".")[2] in kinds]
-    if method == "fedsvd":  # B and A are factored anew from the product, whose error is bounded by that of B
+    if method == "fedsvd":  # B and A are refactored from the product, whose error is bounded by that of B
         for layer, dense in plain.change().items():
             rank_bound = limit * plain.session.spec.rank * 0.5 * float(plain.start[f"{layer}.A"].abs().max()) * 3
             assert float((dense - secure.change()[layer]).abs().max()) <= rank_bound
     else:
         assert max(float((plain.state.factors[name] - secure.state.factors[name]).abs().max()) for name in uploaded) <= limit
     assert any(not torch.equal(plain.start[name], plain.state.factors[name]) for name in uploaded), "nothing was trained"
-    facts, told = secure.strategy.facts, plain.strategy.facts
-    assert (facts.num_tokens, facts.clients, facts.weights) == (told.num_tokens, told.clients, told.weights)
-    assert facts.mean_loss == pytest.approx(told.mean_loss, abs=1e-4)
+    facts, plain_facts = secure.strategy.facts, plain.strategy.facts
+    assert (facts.num_tokens, facts.clients, facts.weights) == (plain_facts.num_tokens, plain_facts.clients, plain_facts.weights)
+    assert facts.mean_loss == pytest.approx(plain_facts.mean_loss, abs=1e-4)
     assert facts.secure["clipped"] == 0
 
 
-def test_what_crosses_the_grid_is_uniform_and_no_clients_values():
+def test_masked_uploads_are_uniform_and_uncorrelated_with_the_clients_values():
     config = changed(of_method("ffa_lora", **SECURE), adapter={"rank": 16, "target_modules": []})
     secure = secure_rounds(config).next()
     updates = {}
-    for client in range(3):  # what each would have sent in the plain protocol
+    for client in range(3):  # the upload of the plain protocol
         alone = Rounds(changed(config, privacy={"secure_aggregation": False}))
         alone.session.install_state(alone.state)
         kinds = alone.session.method.uploaded(1)
@@ -104,14 +104,14 @@ def test_what_crosses_the_grid_is_uniform_and_no_clients_values():
         assert stats.chisquare(np.bincount(sent.ravel(), minlength=256)).pvalue > 1e-4
         values = sent[: len(updates[client])].astype(np.int64) @ (256 ** np.arange(sent.shape[1]))
         assert abs(np.corrcoef(values, updates[client])[0, 1]) < 0.03
-        for other in range(client):  # nor does the difference of two uploads tell anything
+        for other in range(client):  # the difference of two uploads is uniform too
             theirs = reply.array_records[f"client-{other}"]["masked"].numpy()
             assert stats.chisquare(np.bincount((sent - theirs).ravel(), minlength=256)).pvalue > 1e-4
     floats = [array for _, content in secure.grid.replies for r in content.array_records.values() for array in r.values()]
     assert {array.dtype for array in floats} == {"uint8"}, "nothing that a client sends is a number of its own"
 
 
-def test_a_worker_that_fails_is_a_client_that_vanishes(monkeypatch):
+def test_a_client_whose_worker_fails_is_left_out_of_the_sum(monkeypatch):
     secure = secure_rounds(of_method("fed_sb", **SECURE), workers=3)
 
     def failing(message, context):
@@ -138,7 +138,7 @@ def test_a_worker_that_fails_is_a_client_that_vanishes(monkeypatch):
     ("kind", "spoilt"),
     [("query.secure_keys", "keys"), ("query.secure_shares", "sealed"), ("train", "masked"), ("query.secure_unmask", "shares")],
 )
-def test_what_does_not_fit_is_not_heard_and_the_others_are(kind, spoilt):
+def test_malformed_replies_exclude_only_their_client(kind, spoilt):
     secure = secure_rounds(of_method("fed_sb", **SECURE), workers=3)
 
     def spoiling(message, context):
@@ -151,13 +151,13 @@ def test_what_does_not_fit_is_not_heard_and_the_others_are(kind, spoilt):
     secure.grid._app = spoiling
     secure.next()
     facts = secure.strategy.facts
-    in_the_sum = kind == "query.secure_unmask"
-    assert facts.clients == ([0, 1, 2] if in_the_sum else [0, 2])
+    in_sum = kind == "query.secure_unmask"
+    assert facts.clients == ([0, 1, 2] if in_sum else [0, 2])
     told = [(each.client, each.reason) for each in facts.missing]
-    assert told == ([] if in_the_sum else [(1, Reason.refused_by_server)])
+    assert told == ([] if in_sum else [(1, Reason.refused_by_server)])
 
 
-def test_the_server_keeps_no_secret_and_workers_forget_theirs():
+def test_workers_forget_their_secrets_and_use_new_keys_each_round():
     secure = secure_rounds(of_method("fed_sb", **SECURE), workers=2).next(2)
     assert not [name for context in secure.grid.contexts.values() for name in context.state if name.startswith("party")]
     kinds = [kind for kind, _ in secure.grid.requests]
@@ -172,7 +172,7 @@ def test_the_server_keeps_no_secret_and_workers_forget_theirs():
 
 
 @pytest.mark.parametrize(("peers", "threshold"), [((), 1), ((1, 2), 2)])
-def test_a_client_shares_no_secret_below_the_threshold_of_the_configuration(peers, threshold):
+def test_a_client_refuses_to_share_secrets_below_the_configured_threshold(peers, threshold):
     config = changed(of_method("fed_sb", **SECURE), secure={"threshold": 0.9})
     secure = secure_rounds(config)
     node = secure.grid.contexts[1]
@@ -194,12 +194,12 @@ def test_a_client_shares_no_secret_below_the_threshold_of_the_configuration(peer
         handle(Message(asked, 1, "query.secure_shares"), node)
 
 
-def test_two_sums_of_one_round_over_others_are_never_unmasked(monkeypatch):
+def test_a_second_sum_of_one_round_over_other_survivors_is_not_unmasked(monkeypatch):
     gone = []
     moments = lambda config, server_round, client, *rates: Stage.upload if client in gone else None  # noqa: E731
     monkeypatch.setattr("fedsim.core.dropout.vanishes", moments)
     secure = secure_rounds(of_method("fed_sb", **SECURE)).next()
-    secure.number = 0  # as a server that was resumed from before the round
+    secure.number = 0  # like a server resumed from before the round
     secure.next()
     secure.number, gone[:] = 0, [1]
     with pytest.raises(ValueError, match="the survivors of the sum that client 0 has helped to unmask before, got others"):
@@ -209,7 +209,7 @@ def test_two_sums_of_one_round_over_others_are_never_unmasked(monkeypatch):
     assert secure.strategy.facts.clients == [0, 2], "another round is another matter"
 
 
-def test_a_worker_never_answers_with_an_unmasked_upload():
+def test_a_worker_refuses_a_plain_upload_request_under_secure_aggregation():
     secure = secure_rounds(of_method("fed_sb", **SECURE))
     plain_request = secure.messages(1)[0]
     with pytest.raises(Exception, match=r"a round of secure aggregation under way|contributors"):
@@ -217,37 +217,37 @@ def test_a_worker_never_answers_with_an_unmasked_upload():
 
 
 @pytest.mark.parametrize("dropped", [{}, {1: Stage.keys}, {1: Stage.shares}, {1: Stage.upload}, {1: Stage.unmasking}])
-def test_a_client_that_vanishes_at_any_stage_leaves_the_mean_of_the_others(monkeypatch, dropped):
+def test_a_secure_round_with_a_dropout_at_any_stage_equals_the_plain_round(monkeypatch, dropped):
     config = of_method("fedit", **SECURE)
     moments = lambda config, server_round, client, *rates: dropped.get(client) if server_round else None  # noqa: E731
     monkeypatch.setattr("fedsim.core.dropout.vanishes", moments)
     secure = secure_rounds(config).next()
-    plain = Rounds(of_method("fedit")).next()  # the same drop-outs, in which the last stage does not exist
+    plain = Rounds(of_method("fedit")).next()  # the same dropouts; a plain round has no last stage
     survivors = [client for client in range(3) if dropped.get(client, Stage.unmasking) is Stage.unmasking]
     assert secure.strategy.facts.clients == plain.strategy.facts.clients == survivors
     assert secure.strategy.facts.secure["vanished"] == {str(client): stage.name for client, stage in dropped.items()}
     for rounds in (plain, secure):
-        lost = [(each.client, each.reason) for each in rounds.strategy.facts.missing]
-        assert lost == [(client, Reason.dropped_out) for client in range(3) if client not in survivors]
+        missing = [(each.client, each.reason) for each in rounds.strategy.facts.missing]
+        assert missing == [(client, Reason.dropped_out) for client in range(3) if client not in survivors]
     limit = bound(plain.counts, 8.0 / (2 ** (BITS - 1) - 1), survivors)
     assert largest_gap(plain, secure) <= limit + 1e-6
 
 
 @pytest.mark.parametrize("stage", list(Stage))
-def test_below_the_threshold_a_round_changes_nothing_and_says_why(monkeypatch, stage):
+def test_a_round_below_the_threshold_changes_nothing_and_reports_the_reason(monkeypatch, stage):
     monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, server_round, client, *rates: stage if client else None)
     secure = secure_rounds(of_method("fed_sb", **SECURE)).next()
     facts = secure.strategy.facts
     assert facts.clients == []
     assert f"round 1 needs 2 of 3 clients to the end, got 1 that sent their {stage.name}" in facts.secure["refused"]
     assert facts.secure["vanished"] == {"1": stage.name, "2": stage.name}
-    lost = [(each.client, each.reason) for each in facts.missing]
-    assert lost == ([] if stage is Stage.unmasking else [(1, Reason.dropped_out), (2, Reason.dropped_out)]), "client 0 was there"
+    missing = [(each.client, each.reason) for each in facts.missing]
+    assert missing == ([] if stage is Stage.unmasking else [(1, Reason.dropped_out), (2, Reason.dropped_out)]), "client 0 was there"
     assert largest_gap(secure, Rounds(of_method("fed_sb"))) == 0
 
 
 @pytest.mark.parametrize("spoilt", ["values", "loss"])
-def test_a_client_that_has_diverged_is_left_out_of_the_sum(monkeypatch, spoilt):
+def test_a_diverged_client_is_left_out_of_the_sum(monkeypatch, spoilt):
     def diverging(*arguments, **named):
         replies = train_clients(*arguments, **named)
         if spoilt == "loss":
@@ -256,12 +256,12 @@ def test_a_client_that_has_diverged_is_left_out_of_the_sum(monkeypatch, spoilt):
 
     monkeypatch.setattr("fedsim.flower.worker.train_clients", diverging)
     secure = secure_rounds(of_method("fedit", **SECURE)).next()
-    plain = Rounds(of_method("fedit")).next()  # which refuses what is not finite
+    plain = Rounds(of_method("fedit")).next()  # refuses non-finite uploads
     assert secure.strategy.facts.clients == plain.strategy.facts.clients == [0, 2]
     assert largest_gap(plain, secure) <= bound(plain.counts, 8.0 / (2 ** (BITS - 1) - 1), [0, 2]) + 1e-6
 
 
-def test_an_initial_gradient_that_is_not_finite_is_left_out_of_the_sum(monkeypatch):
+def test_a_non_finite_initial_gradient_is_left_out_of_the_sum(monkeypatch):
     def gradients(session, client, *arguments):
         return client_gradient(session, client, *arguments) * (nan if client == 1 else 1)
 
@@ -276,7 +276,7 @@ def test_an_initial_gradient_that_is_not_finite_is_left_out_of_the_sum(monkeypat
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def test_rounds_in_which_all_diverge_behind_masks_change_nothing_and_say_what_helps():
+def test_a_secure_round_in_which_all_clients_diverge_changes_nothing_and_suggests_a_fix():
     secure = secure_rounds(of_method("fed_sb", training={"learning_rate": 1e30}, **SECURE)).next()
     assert secure.strategy.facts.clients == []
     assert "got 0 that sent their upload" in secure.strategy.facts.secure["refused"]
@@ -284,7 +284,7 @@ def test_rounds_in_which_all_diverge_behind_masks_change_nothing_and_say_what_he
     assert largest_gap(secure, Rounds(of_method("fed_sb"))) == 0
 
 
-def test_a_round_without_a_sum_leaves_the_moments_of_the_server_as_they_are(monkeypatch):
+def test_a_round_without_clients_leaves_the_server_moments_unchanged(monkeypatch):
     gone = lambda config, server_round, client, *rates: Stage.upload if server_round == 2 else None  # noqa: E731
     monkeypatch.setattr("fedsim.core.dropout.vanishes", gone)
     for options in (SECURE, {}):
@@ -304,12 +304,12 @@ def test_the_result_does_not_depend_on_cohorts_workers_and_neighbours(cohort_siz
     config = of_method("lora_xs", privacy=SECURE["privacy"], **options)
     whole = secure_rounds(changed(config, secure={"neighbours": 0})).next()
     parts = secure_rounds(changed(config, engine={"cohort_size": cohort_size}), workers=workers).next()
-    # training is equal to float tolerance, so a few entries are rounded the other way
+    # training is equal to float tolerance, so a few entries may round differently
     assert largest_gap(whole, parts) <= bound(whole.counts, 8.0 / (2 ** (BITS - 1) - 1), whole.strategy.facts.clients)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_the_ledger_holds_every_byte_of_the_protocol_with_its_client(dropout):
+def test_the_ledger_records_every_protocol_byte_per_client(dropout):
     config = of_method("fed_sb", federation={"clients": 6, "dropout": dropout}, **SECURE)
     secure = secure_rounds(config, workers=2).next(2)
     crossed = {}
@@ -330,7 +330,7 @@ def test_the_ledger_holds_every_byte_of_the_protocol_with_its_client(dropout):
     assert 0 < sizes.pop() - width * secure.session.spec.num_parameters(("R",)) < 100  # the counters
 
 
-def test_clipped_entries_are_clipped_and_counted_without_telling_whose():
+def test_clipped_entries_are_counted_over_all_clients():
     config = of_method("fed_sb", privacy=SECURE["privacy"], secure={"range": 1e-3, "bits": 12})
     plain, secure = Rounds(changed(config, privacy={"secure_aggregation": False})), secure_rounds(config).next()
     plain.session.install_state(plain.state)
@@ -342,7 +342,7 @@ def test_clipped_entries_are_clipped_and_counted_without_telling_whose():
 
 
 @pytest.mark.parametrize("sketch", [False, True])
-def test_initial_gradients_are_summed_behind_masks_too(sketch):
+def test_masked_initial_gradients_sum_to_the_plain_sum(sketch):
     config = changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient, "init_samples": 7, "sketch": sketch})
     sums = []
     for secure in (False, True):
@@ -376,7 +376,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("overrides", "reason"), REFUSED)
-def test_what_needs_single_uploads_is_refused_with_the_reason(overrides, reason):
+def test_options_that_conflict_with_secure_aggregation_are_refused_with_the_reason(overrides, reason):
     with pytest.raises(UserError) as refused:
         effective(compose([*overrides, "privacy.secure_aggregation=true"]))
     assert reason in str(refused.value)
@@ -399,7 +399,7 @@ def events_of(folder, kind):
     return [event for line in (folder / "events.jsonl").read_text().splitlines() if (event := json.loads(line))["kind"] == kind]
 
 
-def test_a_run_tells_its_secure_rounds_and_a_resumed_one_ends_the_same(tmp_path):
+def test_a_run_reports_its_secure_rounds_and_a_resumed_one_ends_the_same(tmp_path):
     options = [*SMALL, "privacy.secure_aggregation=true", "federation.dropout=0.3", "seed=3"]
     whole = run(compose([*options, f"run_dir={tmp_path / 'whole'}"]), quiet=True)
     rounds = events_of(tmp_path / "whole", "round")
@@ -437,13 +437,13 @@ def test_dropout_without_secure_aggregation_renormalises_the_weights():
     assert {row["client"] for row in rounds.ledger.rows() if row["direction"] == "uplink"} == set(rounds.strategy.facts.clients)
 
 
-def test_a_round_in_which_everybody_vanishes_changes_nothing():
+def test_a_plain_round_in_which_all_clients_drop_out_changes_nothing():
     rounds = Rounds(of_method("fed_sb", federation={"dropout": 0.999999})).next()
     assert rounds.strategy.facts.clients == []
     assert largest_gap(rounds, Rounds(of_method("fed_sb"))) == 0
 
 
-def test_example_level_privacy_travels_behind_masks():
+def test_example_level_privacy_under_masks_equals_the_plain_private_round():
     options = {"unit": PrivacyUnit.example, "noise_multiplier": 1.0, "epsilon": None}
     config = of_method("fed_sb", secure=SECURE["secure"])
     config = changed(config, privacy=options)
@@ -454,7 +454,7 @@ def test_example_level_privacy_travels_behind_masks():
     assert secure.strategy.facts.num_tokens == 0
 
 
-def test_private_initial_gradients_have_room_for_their_noise():
+def test_masked_private_initial_gradients_are_not_clipped():
     privacy = {"unit": PrivacyUnit.example, "noise_multiplier": 1.0, "epsilon": None, "init_noise_multiplier": 30.0}
     config = changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient_dp, "init_samples": 7})
     sums = []
@@ -467,24 +467,24 @@ def test_private_initial_gradients_have_room_for_their_noise():
     assert strategy.facts.secure["clipped"] == 0
 
 
-def test_a_request_for_an_upload_below_the_group_threshold_is_refused_by_the_client(monkeypatch):
+def test_a_client_refuses_an_upload_when_it_received_too_few_shares(monkeypatch):
     secure = secure_rounds(of_method("fed_sb", **SECURE))
-    monkeypatch.setattr(secure_worker, "take_shares", lambda request, message, context: None)  # a server that passes nothing on
+    monkeypatch.setattr(secure_worker, "take_shares", lambda request, message, context: None)  # as if the server forwarded no shares
     with pytest.raises(ValueError, match="Expected shares of 2 of the group"):
         secure.next()
 
 
-def test_a_worker_that_lacks_the_state_is_asked_again_and_keeps_the_shares_of_the_first_time():
+def test_a_worker_that_lacks_the_state_is_asked_again_and_the_result_is_unchanged():
     expected = secure_rounds(of_method("fed_sb", **SECURE)).next()
     secure = secure_rounds(changed(of_method("fed_sb", **SECURE), adapter={"init": Init.gradient}))
     for client in range(3):
-        secure.state.exchange.sent(client, ("B", "A"))  # so that no message carries them
-    forget_session()  # as a worker process that has just been started
+        secure.state.exchange.sent(client, ("B", "A"))  # no message will carry them
+    forget_session()  # as in a new worker process
     secure.strategy.exchange(1, secure.grid)
     assert [kind for kind, _ in secure.grid.requests].count("train") == 2
     assert largest_gap(expected, secure) == 0
 
 
-def test_a_round_is_the_same_twice_though_keys_are_not():
+def test_repeated_secure_rounds_give_the_same_result():
     config = replace(of_method("rolora", **SECURE), seed=5)
     assert largest_gap(secure_rounds(config).next(2), secure_rounds(config).next(2)) == 0

@@ -1,4 +1,4 @@
-"""Client-level privacy with noise of the clients: right noise, no sum without it, an honest epsilon."""
+"""Client-level privacy with noise added by clients: its size, refusal of sums without it, and the reported epsilon."""
 
 import json
 
@@ -47,14 +47,14 @@ def clipped_updates(clients):
     return [update * CLIP / float(update.norm()) for update in updates]
 
 
-def test_without_noise_the_mean_is_that_of_the_clipped_updates_to_one_step_of_the_grid():
+def test_with_negligible_noise_the_mean_equals_that_of_clipped_updates_within_one_step():
     found, rounds = step_of(config_of(1e-9))
     step = CLIP / (2**15 - 1)
     assert rounds.strategy.facts.secure["step"] == pytest.approx(step)
     torch.testing.assert_close(found, sum(clipped_updates(5)) / 5, rtol=0, atol=step + 1e-7)
 
 
-def test_the_sum_has_the_noise_of_its_survivors_and_not_two_thirds_or_three_halves_of_it():
+def test_the_sum_has_the_noise_of_all_its_survivors():
     clients, noise = 5, 1.3
     mean = sum(clipped_updates(clients)) / clients
     expected = noise * np.sqrt(clients / fewest_survivors(clients, 0.6))
@@ -67,7 +67,7 @@ def test_the_sum_has_the_noise_of_its_survivors_and_not_two_thirds_or_three_halv
         assert sigma(noise * factor) != pytest.approx(expected, rel=0.05)
 
 
-def test_with_as_few_survivors_as_allowed_the_noise_is_what_was_claimed(monkeypatch):
+def test_with_the_fewest_survivors_the_noise_equals_the_noise_multiplier(monkeypatch):
     from fedsim.core.dropout import Stage
 
     monkeypatch.setattr("fedsim.core.dropout.vanishes", lambda config, number, client, *rates: Stage.upload if client in (1, 3) else None)
@@ -78,7 +78,7 @@ def test_with_as_few_survivors_as_allowed_the_noise_is_what_was_claimed(monkeypa
     assert float((found - mean).std()) * 3 / CLIP == pytest.approx(1.3, rel=0.05)
 
 
-def test_noise_repeats_with_the_key_which_is_the_seeds_unless_it_is_secret():
+def test_noise_repeats_with_a_seeded_key_and_differs_with_secret_keys():
     seeded = [step_of(config_of(1.0))[0] for _ in range(2)]
     assert torch.equal(*seeded)
     system = config_of(1.0)
@@ -92,7 +92,7 @@ def test_noise_repeats_with_the_key_which_is_the_seeds_unless_it_is_secret():
     assert not torch.equal(seeded[0], secret)
 
 
-def test_nothing_but_the_noised_integers_leaves_a_client():
+def test_clients_withhold_losses_token_counts_and_clip_counts():
     _, rounds = step_of(config_of(1.0))
     facts = rounds.strategy.facts
     assert np.isnan(facts.mean_loss)
@@ -100,27 +100,27 @@ def test_nothing_but_the_noised_integers_leaves_a_client():
     assert rounds.moved("payload_bytes", purpose="adapter", direction="uplink") == 5 * 4 * rounds.spec.num_parameters(("R",))
 
 
-def told(**facts):
-    """Uploads' request as clients of a private sum get it, with some facts in place of the server's; None leaves one out."""
+def upload_request(**facts):
+    """Returns a private sum's upload request with the given facts replaced; None removes one."""
     rounds = Rounds(config_of(1.0))
-    told = {"contributors": 5, "largest": 9, "clip_norm": CLIP, "noise_multiplier": 1.0, **facts}
-    kept = {name: value for name, value in told.items() if value is not None}
+    upload_request = {"contributors": 5, "largest": 9, "clip_norm": CLIP, "noise_multiplier": 1.0, **facts}
+    kept = {name: value for name, value in upload_request.items() if value is not None}
     return RecordDict({"request": rounds.strategy.asking.request([0], 1, {}, **kept)})
 
 
 @pytest.mark.parametrize("noise", [0, 0.0, -1.0, float("nan"), float("inf"), "1", [1.0], True])
-def test_a_client_refuses_noise_that_is_none(noise):
+def test_a_noise_multiplier_that_is_not_positive_is_refused(noise):
     with pytest.raises(ValueError, match="'noise_multiplier' to be a number above 0"):
-        Request.of(told(noise_multiplier=noise))
-    assert Request.of(told()).noise_multiplier == 1.0
+        Request.of(upload_request(noise_multiplier=noise))
+    assert Request.of(upload_request()).noise_multiplier == 1.0
 
 
 @pytest.mark.parametrize("missing", ["noise_multiplier", "clip_norm", "contributors"])
-def test_a_request_that_leaves_out_what_the_noise_is_sized_by_is_refused_before_anything_is_trained(missing):
-    request = Request.of(told(**{missing: None}))
+def test_an_upload_request_without_the_noise_parameters_is_refused(missing):
+    request = Request.of(upload_request(**{missing: None}))
     with pytest.raises(ValueError, match=f"Expected '{missing}' in the request"):
         check_upload(request.config, request)
-    check_upload(request.config, Request.of(told()))
+    check_upload(request.config, Request.of(upload_request()))
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_a_request_that_leaves_out_what_the_noise_is_sized_by_is_refused_before_
         ("gradient_range", -1.0),
     ],
 )
-def test_what_sizes_a_sum_is_read_within_bounds(name, value):
+def test_sum_parameters_out_of_bounds_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
-        Request.of(told(**{name: value}))
+        Request.of(upload_request(**{name: value}))
 
 
 SMALL = (
@@ -149,7 +149,7 @@ SMALL = (
 )
 
 
-def test_a_client_pays_for_the_rounds_it_takes_part_in_without_amplification(tmp_path):
+def test_a_client_is_charged_for_its_own_rounds_without_amplification(tmp_path):
     summary = run(compose([*SMALL, "privacy.epsilon=5", "federation.dropout=0.2", f"run_dir={tmp_path / 'run'}"]), quiet=True)
     taken = [client for number in (1, 2, 3) for client in draw_participants(5, 0.6, 0, number)]
     spent = summary["privacy"]
@@ -163,7 +163,7 @@ def test_a_client_pays_for_the_rounds_it_takes_part_in_without_amplification(tmp
     assert planned["kind"] in ("privacy_planned", "run_started")
 
 
-def test_the_calculator_tells_the_epsilon_of_the_run():
+def test_the_privacy_calculator_matches_the_epsilon_of_the_plan():
     found = privacy_of(compose([*SMALL, "privacy.epsilon=5"]))
     assert found["accountants"] == ["skellam"]
     assert max(row["epsilon_skellam"] for row in found["clients"]) == pytest.approx(5, rel=0.005)
@@ -185,12 +185,12 @@ def test_the_calculator_tells_the_epsilon_of_the_run():
         (("adapter.init=gradient_dp",), "undefined cost with unit=client"),
     ],
 )
-def test_what_would_void_the_guarantee_is_refused(overrides, reason):
+def test_options_that_would_void_the_guarantee_are_refused(overrides, reason):
     with pytest.raises(UserError, match=reason):
         effective(compose([*SMALL, *overrides]))
 
 
-def test_noise_that_does_not_fit_into_the_sum_is_refused():
+def test_noise_that_exceeds_the_range_of_the_sum_is_refused():
     config = compose([*SMALL, "secure.bits=24", "privacy.noise_multiplier=500", "privacy.epsilon=null"])
     with pytest.raises(UserError, match=r"secure.bits: a sum of 3 clients with noise 500 x clip_norm"):
         _ = Rounds(config).session.privacy_plan

@@ -1,4 +1,4 @@
-"""Whole runs at small size through the server: what they leave, what they cost, and what they do not depend on."""
+"""Small whole runs through the server: their files, their transfers, and the options that must not change the result."""
 
 import csv
 import json
@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     return folder, run_in(folder)
 
 
-def test_a_run_leaves_all_its_files(finished):
+def test_a_run_writes_all_its_files(finished):
     folder, summary = finished
     assert json.loads((folder / "summary.json").read_text()) == summary
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -48,7 +48,7 @@ def test_a_run_leaves_all_its_files(finished):
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < names
 
 
-def test_the_summary_has_all_that_others_rely_on(finished):
+def test_the_summary_has_the_documented_fields(finished):
     _, summary = finished
     assert (summary["method"], summary["rounds"], summary["clients"], summary["seed"], summary["privacy"]) == ("fed_sb", 2, 5, 0, None)
     assert len(summary["adapter_digest"]) == 64
@@ -60,16 +60,16 @@ def test_the_summary_has_all_that_others_rely_on(finished):
     assert training["tokens_per_second"] == pytest.approx(training["tokens"] / training["wall_seconds"])
 
 
-def test_the_event_of_an_evaluation_tells_how_many_answers_were_cut_off(finished):
+def test_evaluation_events_report_the_number_of_cut_off_answers(finished):
     folder, summary = finished
-    told = [event for event in read_events(folder / "events.jsonl") if event["kind"] == "evaluated" and event["round"] == 0]
-    assert {event["task"]: event["num_cut_off"] for event in told} == {
+    events = [event for event in read_events(folder / "events.jsonl") if event["kind"] == "evaluated" and event["round"] == 0]
+    assert {event["task"]: event["num_cut_off"] for event in events} == {
         task: found["base"]["num_cut_off"] for task, found in summary["evaluation"].items()
     }
-    assert all(0 <= event["num_cut_off"] <= 8 for event in told)
+    assert all(0 <= event["num_cut_off"] <= 8 for event in events)
 
 
-def test_how_many_examples_are_left_out_or_cut_for_their_length_is_told_before_the_first_round(tmp_path, capsys):
+def test_counts_of_omitted_and_cut_examples_are_reported_before_the_first_round(tmp_path, capsys):
     limit = 45
     config = compose([*SMALL, f"run_dir={tmp_path / 'run'}", "method=fed_sb", f"data.max_length={limit}"])
     run(config)
@@ -79,16 +79,16 @@ def test_how_many_examples_are_left_out_or_cut_for_their_length_is_told_before_t
     left_out = sum(prompt >= limit for prompt, _ in lengths)
     cut = sum(prompt < limit < prompt + response for prompt, response in lengths)
     assert 0 < left_out < cut + left_out < len(lengths)
-    told = [event for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "too_long"]
-    assert [(event["read"], event["left_out"], event["cut"]) for event in told] == [(len(lengths), left_out, cut)]
+    events = [event for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "too_long"]
+    assert [(event["read"], event["left_out"], event["cut"]) for event in events] == [(len(lengths), left_out, cut)]
     line = (
         f"longer than {limit} tokens (data.max_length): of {len(lengths)} training examples {left_out} left out, whose response lies beyond"
     )
-    before_the_rounds = capsys.readouterr().err.partition("round 1/")[0]
-    assert f"{line}, {cut} cut\n" in before_the_rounds
+    before_first_round = capsys.readouterr().err.partition("round 1/")[0]
+    assert f"{line}, {cut} cut\n" in before_first_round
 
 
-def test_a_mistake_that_the_clients_find_leaves_the_folder_to_the_corrected_run(tmp_path):
+def test_an_error_found_by_clients_leaves_no_run_folder(tmp_path):
     with pytest.raises(UserError, match=r"data\.max_length: expected room"):
         run_in(tmp_path / "run", "data.max_length=8")
     assert list(tmp_path.iterdir()) == []
@@ -103,13 +103,13 @@ def test_a_mistake_that_the_clients_find_leaves_the_folder_to_the_corrected_run(
         (["data=gsm8k", "data.path=nowhere.jsonl"], "no such file"),
     ],
 )
-def test_what_is_wrong_with_folder_options_shapes_and_paths_is_said_before_anything_is_loaded(tmp_path, monkeypatch, overrides, told):
+def test_wrong_folders_options_shapes_and_paths_are_refused_before_loading(tmp_path, monkeypatch, overrides, told):
     monkeypatch.setattr("fedsim.flower.server.open_session", lambda config: pytest.fail("loaded"))
     with pytest.raises(UserError, match=told):
         run_in(tmp_path / "run", *overrides)
 
 
-def test_the_file_of_transfers_adds_up_to_the_summary(finished):
+def test_communication_csv_adds_up_to_the_summary(finished):
     folder, summary = finished
     rows = list(csv.DictReader((folder / "communication.csv").read_text().splitlines()))
     adapters = [row for row in rows if row["purpose"] == "adapter"]
@@ -121,7 +121,7 @@ def test_the_file_of_transfers_adds_up_to_the_summary(finished):
     assert setup == summary["communication"]["setup_bytes"] > 0
 
 
-def test_held_out_loss_falls_even_in_a_short_run(finished):
+def test_held_out_loss_falls_in_a_short_run(finished):
     _, summary = finished
     for task in summary["evaluation"].values():
         assert task["final"]["loss"] < task["base"]["loss"]
@@ -134,7 +134,7 @@ def test_cohorts_of_any_size_give_the_same_adapter_to_float_tolerance(finished, 
     whole = load_file(folder / "adapter/adapter_model.safetensors")
     parts = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
     for name, tensor in whole.items():
-        assert (parts[name] - tensor).norm() < 5e-3 * tensor.norm(), name  # Adam divides by the size of a gradient, noise included
+        assert (parts[name] - tensor).norm() < 5e-3 * tensor.norm(), name  # Adam amplifies rounding: it divides by the gradient's size
 
 
 def test_another_seed_gives_another_adapter(finished, tmp_path):
@@ -144,7 +144,7 @@ def test_another_seed_gives_another_adapter(finished, tmp_path):
     assert other["communication"]["setup_bytes"] == 0
 
 
-def test_partial_participation_trains_and_charges_the_chosen_clients_only(tmp_path):
+def test_partial_participation_charges_only_the_chosen_clients(tmp_path):
     summary = run_in(tmp_path / "run", "federation.fraction=0.4", "adapter.init=orthogonal")
     rows = list(csv.DictReader((tmp_path / "run/communication.csv").read_text().splitlines()))
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
@@ -154,26 +154,26 @@ def test_partial_participation_trains_and_charges_the_chosen_clients_only(tmp_pa
     assert summary["clients"] == 5
 
 
-def test_centralised_training_moves_nothing_and_sees_as_many_tokens_in_as_many_steps(finished, tmp_path):
+def test_centralised_training_transfers_nothing_and_trains_on_about_as_many_tokens(finished, tmp_path):
     _, federated = finished
     summary = run_in(tmp_path / "run", "method=centralized")
     assert not any(summary["communication"].values())
     assert summary["training"]["tokens"] == pytest.approx(federated["training"]["tokens"], rel=0.2)
 
 
-def test_evaluation_every_round_is_in_the_events(tmp_path):
+def test_events_contain_the_evaluation_of_every_round(tmp_path):
     run_in(tmp_path / "run", "evaluation.every=1", "adapter.init=orthogonal")
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert [event["round"] for event in events if event["kind"] == "evaluated" and event["task"] == "arithmetic"] == [0, 1, 2]
 
 
-def test_a_finished_run_that_is_resumed_tells_its_result_again(finished):
+def test_resuming_a_finished_run_returns_its_summary(finished):
     folder, summary = finished
     assert run_in(folder, "resume=true") == summary
 
 
-def test_a_client_that_wants_the_state_before_there_is_one_does_not_spoil_it(tmp_path):
-    """Its reply makes the server pack factors that the initial gradients then replace: a resumption would find digests of those."""
+def test_a_client_that_requests_the_state_early_does_not_change_the_result(tmp_path):
+    """The server packs factors for it, which the initial gradients later replace; their digests must not stay in the state."""
     asked = []
 
     def handle(message, context):
@@ -192,10 +192,10 @@ def test_a_client_that_wants_the_state_before_there_is_one_does_not_spoil_it(tmp
 
 
 def checkpoints_seen_by_the_clients(folder, monkeypatch, *, deployed):
-    """Returns {round: rounds of the checkpoints that were whole when the first client was asked to train}, with a slow disk."""
+    """Returns {round: rounds of the complete checkpoints when its first client was asked to train}, with a slow disk."""
     writing, seen = checkpoints.Store.writing, {}
 
-    def on_a_slow_disk(*arguments):
+    def slow_writing(*arguments):
         write = writing(*arguments)
         return lambda: (time.sleep(0.5), write())[1]
 
@@ -208,24 +208,24 @@ def checkpoints_seen_by_the_clients(folder, monkeypatch, *, deployed):
             seen.setdefault(request["round"], [int(path.stem[-4:]) for path in checkpoints.saved(folder / "checkpoints")])
         return app(message, context)
 
-    monkeypatch.setattr(checkpoints.Store, "writing", on_a_slow_disk)
+    monkeypatch.setattr(checkpoints.Store, "writing", slow_writing)
     config = compose([*SMALL, f"run_dir={folder}", "evaluation.every=0", "adapter.init=orthogonal", "federation.rounds=3"])
     grid = InProcessGrid(handle, workers=5)
     serve(grid, config, grid.contexts, roster=Roster(grid, config) if deployed else None, quiet=True)
     return seen
 
 
-def test_a_deployment_asks_clients_only_when_the_round_before_is_durable(tmp_path, monkeypatch):
+def test_a_deployment_asks_clients_only_after_the_previous_checkpoint_is_written(tmp_path, monkeypatch):
     seen = checkpoints_seen_by_the_clients(tmp_path / "run", monkeypatch, deployed=True)
     assert {round_: rounds[-1] for round_, rounds in seen.items()} == {1: 0, 2: 1, 3: 2}
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "gradient"])
-def test_a_deployment_asks_clients_only_when_it_is_durable_that_they_are_asked(init, tmp_path, monkeypatch):
+def test_a_deployment_asks_clients_only_after_the_request_is_synced_to_the_journal(init, tmp_path, monkeypatch):
     folder, durable, seen = tmp_path / "run", [], {}
     sync = Journal.sync
 
-    def synced(journal):
+    def sync_and_read(journal):
         sync(journal)
         lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
         durable[:] = [entry["round"] for entry in lines if entry["kind"] == "asked"]
@@ -237,7 +237,7 @@ def test_a_deployment_asks_clients_only_when_it_is_durable_that_they_are_asked(i
         seen.setdefault(message.content.config_records["request"]["round"], list(durable))
         return app(message, context)
 
-    monkeypatch.setattr(Journal, "sync", synced)
+    monkeypatch.setattr(Journal, "sync", sync_and_read)
     config = compose([*SMALL, f"run_dir={folder}", "evaluation.every=0", f"adapter.init={init}", "federation.rounds=2"])
     grid = InProcessGrid(handle, workers=5)
     serve(grid, config, grid.contexts, roster=Roster(grid, config), quiet=True)
@@ -245,13 +245,13 @@ def test_a_deployment_asks_clients_only_when_it_is_durable_that_they_are_asked(i
     assert all(asked[-1:] == [number] for number, asked in seen.items())
 
 
-def test_in_one_process_a_checkpoint_is_written_while_the_next_round_trains(tmp_path, monkeypatch):
+def test_a_simulation_writes_a_checkpoint_while_the_next_round_trains(tmp_path, monkeypatch):
     seen = checkpoints_seen_by_the_clients(tmp_path / "run", monkeypatch, deployed=False)
     assert seen[2] == [0], "the first round's is under way"
     assert seen[3] == [0, 1]
 
 
-def test_a_run_that_diverges_says_so_once_for_all_clients_and_what_to_change(tmp_path):
+def test_a_diverged_run_reports_it_once_for_all_clients_with_a_remedy(tmp_path):
     with pytest.raises(RunStopped) as stopped:
         run_in(tmp_path / "run", "training.learning_rate=1e30", "training.local_steps=2", "adapter.init=orthogonal")
     line = str(stopped.value)
@@ -261,7 +261,7 @@ def test_a_run_that_diverges_says_so_once_for_all_clients_and_what_to_change(tmp
     assert ".." not in line
 
 
-def test_a_round_with_too_few_clients_for_its_robust_rule_stops_the_run_in_one_line(tmp_path):
+def test_a_round_with_too_few_clients_for_its_robust_rule_stops_the_run(tmp_path):
     rule = ("server.rule=krum", "server.malicious=1", "federation.dropout=0.5", "adapter.init=orthogonal")
     with pytest.raises(RunStopped, match=r"round \d has too few clients for krum: Expected .* at least 2 num_malicious \+ 3 clients"):
         run_in(tmp_path / "run", *rule)

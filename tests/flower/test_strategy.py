@@ -1,4 +1,4 @@
-"""The strategy and the worker over the in-process Grid, against clients that are trained one by one and averaged as dense updates."""
+"""The strategy and the worker over the in-process Grid, compared with clients trained one by one and averaged as dense updates."""
 
 from dataclasses import replace
 
@@ -29,35 +29,35 @@ SMALL = Config(
 
 
 def opened(config=SMALL):
-    """A session, a global state on seeded bases whatever the configuration says, a strategy and an empty ledger."""
+    """Returns a session, a global state on seeded bases (whatever adapter.init is), a strategy and an empty ledger."""
     session, ledger = open_session(config), CommunicationLedger()
     state = session.initial_state(from_seed(session.spec, {}, config.seed))
     return session, state, FedsimStrategy(session, config, ledger, state), ledger
 
 
 def exchange(config, round_=1, workers=1):
-    """The flat R after a round."""
+    """Returns the flat R after a round."""
     session, state, strategy, _ = opened(config)
     strategy.exchange(round_, InProcessGrid(app, workers))
     return session.spec.pack(state.factors, ("R",))
 
 
 def dense_update(session, flat, state):
-    """The weight update s B R A of every layer as one vector."""
+    """Returns the weight updates s B R A of all layers as one vector."""
     factors = state.factors | session.spec.layout(("R",)).unpack(flat)
     return torch.cat([session.spec.update(factors, layer).flatten() for layer in session.spec.layers])
 
 
 @pytest.mark.parametrize("weighting", Weighting)
-def test_the_aggregate_is_the_mean_of_the_clients_weight_updates(weighting):
+def test_the_aggregate_equals_the_mean_of_the_clients_weight_updates(weighting):
     config = replace(SMALL, federation=replace(SMALL.federation, weighting=weighting))
     session, state, strategy, _ = opened(config)
     session.install_state(state)
-    alone = [train_clients(session, [client], 1, {})[0].result for client in range(5)]
+    results = [train_clients(session, [client], 1, {})[0].result for client in range(5)]
     counts = [len(shard) for shard in session.shards]
     assert len(set(counts)) > 1, "equal shards would not tell the weightings apart"
     weights = torch.tensor(counts if weighting is Weighting.examples else [1] * 5, dtype=torch.float64)
-    updates = torch.stack([dense_update(session, result.factors, state) for result in alone]).double()
+    updates = torch.stack([dense_update(session, result.factors, state) for result in results]).double()
     expected = (weights / weights.sum()) @ updates
     strategy.exchange(1, InProcessGrid(app))
     aggregate = dense_update(session, session.spec.pack(state.factors, ("R",)), state)
@@ -86,7 +86,7 @@ def test_participants_are_drawn_from_seed_and_round_only():
     assert rounds != [other.participants(r) for r in range(1, 40)]
 
 
-def test_bases_that_clients_derive_cost_nothing_and_the_adapter_is_charged_both_ways():
+def test_derived_bases_cost_nothing_and_the_adapter_is_charged_in_both_directions():
     session, _, strategy, ledger = opened()
     strategy.exchange(1, InProcessGrid(app))
     totals, count = ledger.totals(), 5 * 4 * 4 * len(adapted_layers(session.model))
@@ -97,7 +97,7 @@ def test_bases_that_clients_derive_cost_nothing_and_the_adapter_is_charged_both_
         assert 4 * count < totals[f"{direction}_bytes"] < 4 * count + 5 * 1000, "float32 and Flower's framing"
 
 
-def test_bases_from_data_are_charged_once_to_each_client():
+def test_bases_from_data_are_charged_once_per_client():
     config = replace(SMALL, adapter=replace(SMALL.adapter, init=Init.gradient))
     session, state, strategy, ledger = opened(config)
     state.factors = factors_from_gradients(session, strategy.initial_gradients(InProcessGrid(app)))
@@ -110,7 +110,7 @@ def test_bases_from_data_are_charged_once_to_each_client():
     assert ledger.totals()["setup_parameters"] == 5 * dense + 5 * bases
 
 
-def test_sketched_gradients_cost_less_and_tell_the_same_directions():
+def test_sketched_gradients_cost_less_and_keep_the_leading_directions():
     found = {}
     for sketch in (False, True):
         session, _, strategy, ledger = opened(replace(SMALL, adapter=replace(SMALL.adapter, init=Init.gradient, sketch=sketch)))
@@ -118,15 +118,15 @@ def test_sketched_gradients_cost_less_and_tell_the_same_directions():
         found[sketch] = {layer: session.gradient_parts.whole(parts, layer).double() for layer in session.spec.layers}
         assert ledger.totals()["setup_parameters"] == 5 * session.gradient_parts.layout.num_parameters
     assert session.gradient_parts.layout.num_parameters < 0.2 * sum(gradient.numel() for gradient in found[False].values())
-    inside = []
+    captured = []
     for layer, gradient in found[False].items():
         left, _, right = torch.linalg.svd(found[True][layer])
         most = torch.linalg.svdvals(gradient)[:4].norm()
-        inside.append(float((left[:, :4].T @ gradient @ right[:4].T).norm() / most))
-    assert np.mean(inside) > 0.9
+        captured.append(float((left[:, :4].T @ gradient @ right[:4].T).norm() / most))
+    assert np.mean(captured) > 0.9
 
 
-def test_the_shares_of_the_initialisation_samples_add_up():
+def test_initialisation_samples_are_split_evenly_and_completely():
     for samples, clients in [(7, 5), (3, 5), (5, 5), (100, 5)]:
         config = replace(SMALL, adapter=replace(SMALL.adapter, init_samples=samples))
         shares = gradient_samples(config)
@@ -135,32 +135,32 @@ def test_the_shares_of_the_initialisation_samples_add_up():
         assert max(shares.values()) - min(shares.values()) <= 1
 
 
-def test_a_worker_that_lacks_the_bases_is_sent_everything():
+def test_resending_bases_to_a_worker_that_lost_them_is_not_charged():
     config = replace(SMALL, adapter=replace(SMALL.adapter, init=Init.gradient))
     expected = exchange(SMALL)
     session, state, strategy, ledger = opened(config)
     for client in range(5):
-        state.exchange.sent(client, ("B", "A"))  # so that no message carries them
-    forget_session()  # as a worker process that has just been started
+        state.exchange.sent(client, ("B", "A"))  # no message will carry them
+    forget_session()  # as in a new worker process
     strategy.exchange(1, InProcessGrid(app))
     torch.testing.assert_close(session.spec.pack(state.factors, ("R",)), expected)
     assert ledger.totals()["setup_bytes"] == 0, "what a process lacks is no cost of the method"
 
 
-def test_factors_that_do_not_fit_their_digest_are_refused():
+def test_factors_that_do_not_match_their_digest_are_refused():
     _, state, strategy, _ = opened()
     state._digests[("R", 0)] = "0" * 64
     with pytest.raises(ValueError, match="Expected R with digest 0000"):
         strategy.exchange(1, InProcessGrid(app))
 
 
-def test_there_is_no_other_loop_that_would_ask_clients_without_charging_them():
+def test_the_strategy_lacks_flowers_own_loop_which_would_not_charge_clients():
     _, _, strategy, _ = opened()
     assert not isinstance(strategy, Strategy)
     assert not {"start", "configure_train", "aggregate_train"} & set(dir(strategy))
 
 
-def test_facts_of_a_round_are_averages_by_examples():
+def test_round_shares_and_mean_loss_are_weighted_by_examples():
     session, _, strategy, _ = opened()
     strategy.exchange(1, InProcessGrid(app))
     facts = strategy.facts

@@ -1,4 +1,4 @@
-"""What a worker of another process is sent, and what it derives."""
+"""Transfers to a worker in another process, and the factors it derives."""
 
 from rounds import Rounds, of_method
 
@@ -6,9 +6,9 @@ from fedsim.flower import worker
 from fedsim.session import Session
 
 
-def test_a_worker_elsewhere_draws_floras_fresh_factors_itself(monkeypatch):
+def test_a_remote_worker_draws_floras_fresh_factors_itself(monkeypatch):
     config = of_method("flora")
-    alike = Rounds(config).next(3)
+    shared_process = Rounds(config).next(3)
     run, theirs, served = Rounds(config), Session(config), []
     monkeypatch.setattr(worker, "open_session", lambda config: theirs)
     monkeypatch.setattr(
@@ -16,5 +16,5 @@ def test_a_worker_elsewhere_draws_floras_fresh_factors_itself(monkeypatch):
     )
     run.next(3)
     assert served == [True] * 3, "nothing has to be sent again"
-    assert run.state.digests() == alike.state.digests()
+    assert run.state.digests() == shared_process.state.digests()
     assert run.moved(direction="downlink") == run.moved(direction="downlink", purpose="fold") > 0
