@@ -18,14 +18,14 @@ from fedsim.session import effective
 OPTIONS = {"learning_rate": 0.03, "momentum": 0.7, "beta2": 0.95, "tau": 1e-2}
 
 
-class Watched:
-    """Rounds in which the server sees what `attack` makes of the upload of client 3; `uploads` are what it saw in the last, by client."""
+class Observed:
+    """Rounds in which `attack` replaces the upload of client 3; `uploads` holds the server's view of the last round, by client."""
 
     def __init__(self, config, attack=lambda flat: flat):
         self.run, self.uploads = Rounds(config), {}
         self.kinds = self.run.session.method.uploaded(1)
 
-        def watching(message, context):
+        def observe(message, context):
             reply = app(message, context)
             for client in range(config.federation.clients):
                 flat = from_record(reply.content.array_records[f"client-{client}"], self.run.spec.num_parameters(self.kinds)).clone()
@@ -33,21 +33,21 @@ class Watched:
                 reply.content[f"client-{client}"] = to_record(self.uploads[client])
             return reply
 
-        self.run.grid._app = watching
+        self.run.grid._app = observe
 
     def next(self):
-        """The new flat factors, and the uploads [clients, parameters], in float64."""
+        """Runs a round and returns the new flat factors and the uploads [clients, parameters], in float64."""
         new = self.run.next().flat(*self.kinds).double().numpy()
         return new, np.stack([self.uploads[client].double().numpy() for client in sorted(self.uploads)])
 
 
 @pytest.mark.parametrize(("method", "optimizer"), [*(("fed_sb", name) for name in SERVER_OPTIMIZERS), ("fedit", "fedadam")])
-def test_a_round_is_the_server_optimizer_applied_to_the_mean(method, optimizer):
-    watched = Watched(of_method(method, server={"optimizer": optimizer, **OPTIONS}))
-    run, state = watched.run, {}
-    expected = run.flat(*watched.kinds)
+def test_a_round_applies_the_server_optimizer_to_the_mean(method, optimizer):
+    observed = Observed(of_method(method, server={"optimizer": optimizer, **OPTIONS}))
+    run, state = observed.run, {}
+    expected = run.flat(*observed.kinds)
     for _ in (1, 2):
-        new, uploads = watched.next()
+        new, uploads = observed.next()
         mean = torch.from_numpy(run.shares(range(3)) @ uploads).float()
         assert (mean - expected).norm() > 1e-3
         expected, state = SERVER_OPTIMIZERS[optimizer].step(expected, mean, state, ServerOptions(**OPTIONS))
@@ -73,23 +73,23 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_one_client_with_huge_values_does_not_move_a_robust_rule(rule):
-    new, uploads = Watched(six_clients(rule=rule, **RULES[rule]), huge).next()
+def test_a_robust_rule_stays_within_the_honest_uploads_despite_one_huge_upload(rule):
+    new, uploads = Observed(six_clients(rule=rule, **RULES[rule]), huge).next()
     assert (uploads[3] == 1e6).all()
     honest = np.delete(uploads, 3, axis=0)
     assert (honest.min(0) - 1e-7 <= new).all()
     assert (new <= honest.max(0) + 1e-7).all()
 
 
-def test_one_client_with_huge_values_moves_the_mean():
-    new, _ = Watched(six_clients(max_update_norm=None), huge).next()
+def test_one_huge_upload_dominates_the_mean():
+    new, _ = Observed(six_clients(max_update_norm=None), huge).next()
     assert (new > 1e4).all()
 
 
 def test_the_mean_is_weighted_by_examples():
-    watched = Watched(six_clients())
-    new, uploads = watched.next()
-    np.testing.assert_allclose(new, watched.run.shares(range(6)) @ uploads, atol=1e-6)
+    observed = Observed(six_clients())
+    new, uploads = observed.next()
+    np.testing.assert_allclose(new, observed.run.shares(range(6)) @ uploads, atol=1e-6)
 
 
 def multi_krum(uploads, kept):
@@ -107,7 +107,7 @@ def multi_krum(uploads, kept):
     ],
 )
 def test_robust_rules_are_unweighted(server, oracle):
-    new, uploads = Watched(six_clients(**server)).next()
+    new, uploads = Observed(six_clients(**server)).next()
     np.testing.assert_allclose(new, oracle(uploads), atol=1e-7)
 
 
@@ -173,13 +173,13 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def composed():
-    """`fedsim.cli.compose.compose` with Hydra made ready once."""
+    """Yields `fedsim.cli.compose.compose` with Hydra initialised only once."""
     with initialized():
         yield lambda overrides: to_config(compose_with_hydra(overrides))
 
 
 @pytest.mark.parametrize(("overrides", "reason"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
-def test_a_combination_without_a_sense_is_refused_with_the_reason(overrides, reason, composed):
+def test_invalid_combinations_are_refused_with_the_reason(overrides, reason, composed):
     with pytest.raises(UserError, match=reason):
         effective(composed(overrides))
 
@@ -198,7 +198,7 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize("overrides", ACCEPTED, ids=" ".join)
-def test_what_goes_together_is_not_refused(overrides, composed):
+def test_valid_combinations_are_accepted(overrides, composed):
     effective(composed(overrides))
 
 
@@ -220,5 +220,5 @@ def test_what_goes_together_is_not_refused(overrides, composed):
         ("ravan", {"method": {"client_heads": 1}}, False),
     ],
 )
-def test_an_average_is_called_exact_where_nothing_but_the_mean_is_taken(name, sections, exact):
+def test_an_average_counts_as_exact_only_if_the_round_takes_the_plain_mean(name, sections, exact):
     assert averages_exactly(of_method(name, **sections), METHODS[name]) == exact

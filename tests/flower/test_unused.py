@@ -1,4 +1,4 @@
-"""What is told as without effect changes nothing in a run, and what has an effect is not told."""
+"""Options reported as having no effect change nothing in a run; options with an effect are not reported."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ WITH_EFFECT = {
     "engine.superlink engine.wait_seconds": changed(PLAIN, engine={"name": "deployment"}),
     "engine.actors engine.address": changed(PLAIN, engine={"name": "ray"}),
 }
-"""Options, and a configuration in which they matter."""
+"""Maps option names to a configuration in which they have an effect."""
 
 
 def with_value(config, key, value):
@@ -109,13 +109,13 @@ def with_value(config, key, value):
     return changed(config, **{section: {name: value}})
 
 
-def told(config):
+def reported(config):
     return {line.split()[0] for line in unused(config)}
 
 
 @pytest.fixture(scope="module")
 def rounds_of():
-    """The factors and the traffic after a round of a configuration, carried out once."""
+    """Returns a cached function from a configuration to the factors and ledger totals after one round."""
     known = {}
 
     def of(config):
@@ -128,37 +128,39 @@ def rounds_of():
 
 
 @pytest.mark.parametrize(("key", "value", "config"), WITHOUT_EFFECT, ids=[row[0] for row in WITHOUT_EFFECT])
-def test_what_is_told_to_have_no_effect_changes_no_bit_and_no_byte(key, value, config, rounds_of):
+def test_options_reported_without_effect_change_no_factor_and_no_transfer(key, value, config, rounds_of):
     given = with_value(config, key, value)
-    assert (told(given), told(config)) == ({key}, set())
+    assert (reported(given), reported(config)) == ({key}, set())
     factors, totals = rounds_of(given)
-    expected, as_many = rounds_of(config)
+    expected, expected_totals = rounds_of(config)
     assert torch.equal(factors, expected)
-    assert totals == as_many
+    assert totals == expected_totals
 
 
-def test_every_option_with_a_condition_is_tried():
+def test_every_option_with_a_condition_is_tested():
     keys = [key for condition in CONDITIONS for key in condition.keys]
     assert [row[0] for row in WITHOUT_EFFECT] == keys
     assert {key for names in WITH_EFFECT for key in names.split()} == set(keys)
 
 
 @pytest.mark.parametrize("keys", WITH_EFFECT)
-def test_an_option_that_is_looked_at_is_not_told(keys):
+def test_an_option_with_an_effect_is_not_reported(keys):
     values = {row[0]: row[1] for row in WITHOUT_EFFECT} | {"server.malicious": 1}
     for key in keys.split():
-        assert key not in told(with_value(WITH_EFFECT[keys], key, values[key]))
+        assert key not in reported(with_value(WITH_EFFECT[keys], key, values[key]))
 
 
-def test_the_defaults_and_the_shipped_choices_have_nothing_without_effect():
+def test_defaults_and_shipped_choices_set_no_option_without_effect():
     assert unused(Config()) == []
     needed = {"model=local": ["model.path=somewhere"], "model=minilm": ["data=snli"]}
-    choices = [f"{group}={choice}" for group, known in groups().items() for choice in known if group != "experiment"]  # those are swept
+    choices = [
+        f"{group}={choice}" for group, known in groups().items() for choice in known if group != "experiment"
+    ]  # experiments are swept
     assert len(choices) > 40
     for choice in choices:
         assert unused(compose([choice, *needed.get(choice, [])])) == [], choice
 
 
-def test_the_line_says_what_the_option_is_for():
+def test_the_report_says_what_the_option_is_for():
     config = with_value(PLAIN, "federation.alpha", 0.1)
     assert "federation.alpha has no effect here: it is for federation.partition=dirichlet" in unused(config)

@@ -1,4 +1,4 @@
-"""fedsim verify holds the results of a run against what it has written on the way: honest folders pass, a changed figure is named."""
+"""fedsim verify compares a run's results with what it wrote along the way: honest folders pass, a changed figure is named."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ PRIVATE = changed(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a private run."""
+    """Returns the folder of a finished private run."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     run(replace(PRIVATE, run_dir=str(folder)), quiet=True)
     return folder
@@ -42,13 +42,13 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A copy of that folder to be changed."""
+    """Returns a copy of the finished run's folder, which tests may change."""
     shutil.copytree(finished, tmp_path / "copy")
     return tmp_path / "copy"
 
 
 def leaves(value, place=()):
-    """Yields the place of every figure and word in nested values."""
+    """Yields the path of keys to every figure and word in nested values."""
     if isinstance(value, dict | list):
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             yield from leaves(each, (*place, key))
@@ -56,17 +56,17 @@ def leaves(value, place=()):
         yield place
 
 
-def at(value, place):
-    """What holds the last key of a place in nested values."""
+def container_of(value, place):
+    """Returns the container of the last key of a place in nested values."""
     for key in place[:-1]:
         value = value[key]
     return value
 
 
-def falsified(path, place):
+def falsify(path, place):
     """Changes one figure or word of a JSON file."""
     content = json.loads(path.read_bytes())
-    at(content, place)[place[-1]] = "another" if isinstance(at(content, place)[place[-1]], str) else 0.123
+    container_of(content, place)[place[-1]] = "another" if isinstance(container_of(content, place)[place[-1]], str) else 0.123
     path.write_text(json.dumps(content))
 
 
@@ -82,19 +82,19 @@ def falsified(path, place):
     ],
     ids=["fedbuff", "client", "secure", "refreshed", "pooled", "personal"],
 )
-def test_the_folder_of_an_honest_run_agrees_with_itself(config, tmp_path):
+def test_the_folder_of_an_honest_run_verifies(config, tmp_path):
     run(replace(config, run_dir=str(tmp_path / "run")), quiet=True)
     verdict = verify(tmp_path / "run")
     assert (verdict.problems, verdict.finished) == ([], True)
 
 
-def test_so_does_that_of_an_audited_run(tmp_path):
+def test_the_folder_of_an_audited_run_verifies(tmp_path):
     options = ("experiment=audit", "data.test_examples=1", "evaluation.max_new_tokens=1", "federation.clients=2", "audit.canaries=8")
     audited(compose([*options, "data.train_examples=8", "privacy.accountant=rdp", f"run_dir={tmp_path / 'run'}"]), quiet=True)
     assert verify(tmp_path / "run").problems == []
 
 
-def test_so_do_those_of_an_interrupted_run_and_of_the_same_one_once_it_has_gone_on(tmp_path):
+def test_the_folder_of_an_interrupted_run_verifies_before_and_after_it_is_resumed(tmp_path):
     def stop(reply):
         raise KeyboardInterrupt
 
@@ -110,14 +110,14 @@ def test_so_do_those_of_an_interrupted_run_and_of_the_same_one_once_it_has_gone_
     assert (verdict.problems, verdict.finished) == ([], True)
 
 
-def test_every_figure_of_the_summary_that_is_changed_is_named_in_one_line(copied, capsys):
+def test_every_changed_figure_of_the_summary_is_named(copied, capsys):
     path = copied / "summary.json"
     whole = path.read_bytes()
     places = [place for place in leaves(json.loads(whole)) if place[0] != "journal"]
     assert len(places) > 40
     for place in places:
         path.write_bytes(whole)
-        falsified(path, place)
+        falsify(path, place)
         problem, *others = verify(copied).problems
         assert problem.startswith(f"summary.json says {'.'.join(map(str, place))}=")
         assert len(others) == (place[0] == "sha256"), "the file of another hash is named as well"
@@ -126,7 +126,7 @@ def test_every_figure_of_the_summary_that_is_changed_is_named_in_one_line(copied
 
 
 @pytest.mark.parametrize("key", ["rounds", "evaluation", "communication", "privacy", "seed"])
-def test_a_part_of_the_summary_that_is_left_out_is_named(key, copied):
+def test_a_removed_part_of_the_summary_is_named(key, copied):
     summary = json.loads((copied / "summary.json").read_bytes())
     del summary[key]
     (copied / "summary.json").write_text(json.dumps(summary))
@@ -135,7 +135,7 @@ def test_a_part_of_the_summary_that_is_left_out_is_named(key, copied):
     assert all(problem.startswith(f"summary.json says {key}") for problem in problems)
 
 
-def test_a_file_of_the_adapter_that_is_changed_or_removed_is_named(copied):
+def test_a_changed_or_removed_adapter_file_is_named(copied):
     path = copied / "adapter" / "adapter_model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -146,7 +146,7 @@ def test_a_file_of_the_adapter_that_is_changed_or_removed_is_named(copied):
     assert verify(copied).problems == ["adapter/adapter_model.safetensors cannot be read: No such file or directory"]
 
 
-def test_a_transfer_that_is_changed_removed_added_or_moved_is_named_in_one_line(copied):
+def test_changed_removed_added_or_reordered_transfers_are_named(copied):
     path = copied / "communication.csv"
     head, *rows = path.read_text().splitlines()
     for number, row in enumerate(rows, 2):
@@ -161,7 +161,7 @@ def test_a_transfer_that_is_changed_removed_added_or_moved_is_named_in_one_line(
     assert verify(copied).problems[0].startswith("communication.csv is not as the run wrote it: line 2 is ")
 
 
-def test_sums_of_the_transfers_are_held_against_the_summary_where_the_last_checkpoint_is_gone(copied):
+def test_without_the_last_checkpoint_transfer_sums_are_compared_with_the_summary(copied):
     (copied / "checkpoints/round_0002.safetensors").unlink()
     assert verify(copied).problems == []
     path = copied / "communication.csv"
@@ -173,7 +173,7 @@ def test_sums_of_the_transfers_are_held_against_the_summary_where_the_last_check
 
 @pytest.mark.parametrize("name", ["communication.csv", "events.jsonl"])
 @pytest.mark.parametrize("content", [None, b"", b"\xff\x00", b'{"kind": 3}\n', b"[[[[\n"])
-def test_a_file_of_results_that_is_gone_or_something_else_is_one_line(name, content, copied):
+def test_a_missing_or_malformed_result_file_is_reported_as_one_problem(name, content, copied):
     (copied / name).unlink()
     if content is not None:
         (copied / name).write_bytes(content)
@@ -181,8 +181,8 @@ def test_a_file_of_results_that_is_gone_or_something_else_is_one_line(name, cont
     assert problem.startswith(f"{name} is not as the run wrote it: ")
 
 
-def last_line(folder, **facts):
-    """Puts another last line into the journal, and its head into the summary."""
+def replace_last_line(folder, **facts):
+    """Replaces the journal's last line, and the head in the summary."""
     lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "journal.jsonl").write_bytes(b"".join(lines[:-1]))
     journal = Journal(folder / "journal.jsonl")
@@ -203,18 +203,18 @@ def last_line(folder, **facts):
         ("communication.uplink_bytes", "communication.csv"),
     ],
 )
-def test_a_figure_that_the_journal_was_made_to_tell_as_well_is_found_by_what_else_tells_it(key, source, copied):
-    falsified(copied / "summary.json", key.split("."))
+def test_a_figure_changed_in_summary_and_journal_is_found_by_another_file(key, source, copied):
+    falsify(copied / "summary.json", key.split("."))
     summary = json.loads((copied / "summary.json").read_bytes())
-    last_line(copied, summary={name: value for name, value in summary.items() if name != "journal"})
+    replace_last_line(copied, summary={name: value for name, value in summary.items() if name != "journal"})
     (problem,) = verify(copied).problems
     assert problem.startswith(f"summary.json says {key}=")
     assert f"but {source} " in problem
 
 
-def test_a_run_of_an_earlier_version_whose_journal_has_no_summary_is_held_against_the_rest(copied):
-    last_line(copied, round=2)
+def test_a_journal_without_a_summary_still_verifies_and_other_files_reveal_changes(copied):
+    replace_last_line(copied, round=2)
     assert verify(copied).problems == []
-    falsified(copied / "summary.json", ("rounds",))
+    falsify(copied / "summary.json", ("rounds",))
     (problem,) = verify(copied).problems
     assert problem == "summary.json says rounds=0.123, but events.jsonl 2"

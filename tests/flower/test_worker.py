@@ -1,4 +1,4 @@
-"""What a worker does with a message, whatever carried it."""
+"""How a worker handles messages and client memory, independent of the transport."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ def context():
     return Context(1, 1, {}, RecordDict(), {})
 
 
-def own(value):
-    """What client 3 keeps."""
+def client_state(value):
+    """Returns a state to keep for client 3."""
     return {3: {"control": torch.full((2,), float(value))}}
 
 
@@ -28,58 +28,60 @@ def kept(context, accepted):
     return float(found["control"][0]) if found else None
 
 
-def test_an_unknown_kind_of_message_is_refused_by_name():
-    InProcessGrid(lambda message, context: message)  # a Message can only be made where Flower knows the run
+def test_an_unknown_message_type_is_refused_by_name():
+    InProcessGrid(lambda message, context: message)  # Flower must know the run before a Message can be created
     with pytest.raises(ValueError, match=r"one of the types train, train\.initial_gradient, evaluate.*'query\.nothing'"):
         handle(Message(RecordDict(), 1, "query.nothing"), context())
 
 
-def test_a_round_that_is_asked_for_again_starts_from_what_was_accepted_before_it():
+def test_a_repeated_round_replaces_its_state_and_keeps_the_last_accepted_one():
     node = context()
-    write_memory(node, own(1), 1, {})
-    write_memory(node, own(2), 2, {3: 1})
-    write_memory(node, own(4), 4, {3: 2})  # the client was not drawn in round 3
+    write_memory(node, client_state(1), 1, {})
+    write_memory(node, client_state(2), 2, {3: 1})
+    write_memory(node, client_state(4), 4, {3: 2})  # the client was not drawn in round 3
     assert [kept(node, number) for number in (4, 2)] == [4.0, 2.0]
-    write_memory(node, own(40), 4, {3: 2})
+    write_memory(node, client_state(40), 4, {3: 2})
     assert (kept(node, 4), kept(node, 2)) == (40.0, 2.0)
 
 
-def test_a_reply_says_nothing_beside_its_arrays_that_the_server_does_not_use():
+def test_a_train_reply_has_only_the_metrics_that_the_server_uses():
     run = Rounds(of_method("fed_sb"))
     (message,) = messages_of(run)
     told = set(handle(message, context()).content["metrics"])
     assert told == {"round", "clients", "num_examples", "num_tokens", "loss", "within"}
 
 
-def test_what_a_lost_round_left_is_forgotten():
+def test_client_state_of_a_lost_round_is_deleted():
     node = context()
-    write_memory(node, own(1), 1, {})
-    write_memory(node, own(2), 2, {3: 1})  # its upload is lost
-    write_memory(node, own(3), 3, {3: 1})  # and this one
+    write_memory(node, client_state(1), 1, {})
+    write_memory(node, client_state(2), 2, {3: 1})  # its upload is lost
+    write_memory(node, client_state(3), 3, {3: 1})  # its upload is lost too
     assert set(node.state) == {memory_key(3, 1), memory_key(3, 3)}
 
 
-def test_a_run_that_begins_anew_finds_nothing_of_the_one_before():
+def test_a_new_run_finds_no_client_state_of_an_earlier_run():
     node = context()
-    write_memory(node, own(5), 5, {})
+    write_memory(node, client_state(5), 5, {})
     assert kept(node, 0) is None
-    write_memory(node, own(1), 1, {})
+    write_memory(node, client_state(1), 1, {})
     assert set(node.state) == {memory_key(3, 1)}
 
 
-def test_only_two_rounds_are_kept_and_other_clients_are_left_alone():
+def test_only_the_last_two_rounds_are_kept_and_other_records_stay():
     node = context()
     node.state[memory_key(30, 7)] = arrays_to_record({"control": torch.zeros(1)})
     node.state["other"] = ArrayRecord()
     for number in range(1, 6):
-        write_memory(node, own(number), number, {3: number - 1})
+        write_memory(node, client_state(number), number, {3: number - 1})
     assert set(node.state) == {memory_key(3, 4), memory_key(3, 5), memory_key(30, 7), "other"}
 
 
-def test_clients_with_homes_are_asked_there_and_nowhere_else():
+def test_clients_with_their_own_node_are_asked_only_there():
     run = Rounds(of_method("fed_sb", training={"optimizer": Optimizer.sgd}), workers=4)
     nodes = {0: 4, 1: 2, 2: 1}
-    run.strategy.asking.client_nodes = lambda clients: {client: nodes[client] for client in clients if client != 1}  # one is not connected
+    run.strategy.asking.client_nodes = lambda clients: {
+        client: nodes[client] for client in clients if client != 1
+    }  # client 1 is not connected
     asked = [(message.metadata.dst_node_id, list(message.content["request"]["clients"])) for message in messages_of(run)]
     assert asked == [(4, [0]), (1, [2])]
 
@@ -90,8 +92,8 @@ def messages_of(run):
 
 
 @pytest.mark.parametrize("max_length", [36, 512])
-def test_clients_answer_for_their_own_models_what_one_evaluation_over_all_questions_does(max_length):
-    """Of some clients no question has a reference that is left within max_length: they have no part in the mean loss."""
+def test_personal_evaluation_sums_to_one_evaluation_over_all_questions(max_length):
+    """With the short max_length, some questions have no reference tokens left and do not count in the mean loss."""
     rounds = Rounds(of_method("fedsa_lora", data={"train_examples": 24, "test_examples": 8, "max_length": max_length}))
     session = rounds.session
     found = rounds.strategy.personal_evaluation(0, rounds.grid)
@@ -110,11 +112,11 @@ def test_clients_answer_for_their_own_models_what_one_evaluation_over_all_questi
 
 @pytest.mark.parametrize("column", ["num_examples", "correct", "loss", "num_losses"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e9, -1.0])
-def test_what_no_evaluation_gives_is_not_believed_of_a_client(column, value):
+def test_impossible_evaluation_results_of_a_client_are_left_out(column, value):
     rounds = Rounds(of_method("fedsa_lora", data={"train_examples": 24, "test_examples": 8}), workers=3)
     honest = rounds.grid._app
 
-    def lying(message, context):
+    def falsify_column(message, context):
         reply = honest(message, context)
         if context.node_id == 2:
             metrics = reply.content.metric_records[METRICS]
@@ -123,10 +125,10 @@ def test_what_no_evaluation_gives_is_not_believed_of_a_client(column, value):
         return reply
 
     rounds.strategy.asking.client_nodes = lambda clients: {client: client + 1 for client in clients}
-    rounds.grid._app = lying
+    rounds.grid._app = falsify_column
     found = rounds.strategy.personal_evaluation(0, rounds.grid)
     if column in ("loss", "num_examples") and value == 1e9:
-        return  # a number that a client's own data may have
+        return  # a client's own data may have this value
     for each in found.values():
         assert each["num_examples"] < 8, "its questions are left out"
         assert 0 <= each["accuracy"] <= 1
