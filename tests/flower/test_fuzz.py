@@ -132,15 +132,15 @@ def mutated_record(rng, record):
 
 
 def mutated_array(rng, array):
-    told = {"dtype": array.dtype, "shape": tuple(array.shape), "stype": array.stype, "data": array.data}
-    key = rng.choice(list(told))
+    fields = {"dtype": array.dtype, "shape": tuple(array.shape), "stype": array.stype, "data": array.data}
+    key = rng.choice(list(fields))
     if key == "data":
-        told[key] = mutated_bytes(rng, told[key])
+        fields[key] = mutated_bytes(rng, fields[key])
     elif key == "shape":
-        told[key] = rng.choice(((), (0,), (-1,), (2**40,), (1, *told[key]), (3, 3), tuple(side + 1 for side in told[key])))
+        fields[key] = rng.choice(((), (0,), (-1,), (2**40,), (1, *fields[key]), (3, 3), tuple(side + 1 for side in fields[key])))
     else:
-        told[key] = rng.choice(("", "float64", "object", "int8", "pickle", "numpy.ndarray", "<f4"))
-    return Array(**told)
+        fields[key] = rng.choice(("", "float64", "object", "int8", "pickle", "numpy.ndarray", "<f4"))
+    return Array(**fields)
 
 
 def mutated_content(rng, content):

@@ -1,7 +1,7 @@
-"""Every method against brute force: dense weights, one client at a time, formulas written down once more from the papers.
+"""Every method against brute force: dense weights, one client at a time, formulas restated from the papers.
 
-Three clients of unequal size train two rounds of plain SGD. The oracle changes the weights of a plain Hugging Face model and asks autograd
-for the gradient of the dense weight; the chain rule of each parametrisation is written out here.
+Three clients of unequal size train two rounds of plain SGD. The oracle changes the weights of a plain Hugging Face model and computes the
+gradient of the dense weight by autograd; the chain rule of each parametrisation is written out here.
 """
 
 from dataclasses import replace

@@ -76,7 +76,7 @@ def test_two_actors_give_the_same_result_as_one_process(kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1300)
-def test_unneeded_spare_replies_do_not_change_which_clients_are_averaged(tmp_path):
+def test_with_spare_clients_two_actors_accept_the_same_clients_as_one_process(tmp_path):
     pytest.importorskip("ray")
     spares = ("federation.fraction=0.4", "federation.over_selection=1.0", "engine.cohort_size=1", "federation.rounds=4")
     for name, engine in (("one", ()), ("two", ("engine=ray", "engine.actors=2"))):

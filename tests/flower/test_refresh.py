@@ -140,21 +140,21 @@ def test_a_worker_in_another_process_has_the_same_model(init, tmp_path, monkeypa
     monkeypatch.setattr(transfer, "_updates", lambda *facts, original=transfer._updates: increments.append(1) or original(*facts))
     for worker in ("own", "fresh"):
         forget_session()
-        with refreshed(init, tmp_path / worker) as apart:
+        with refreshed(init, tmp_path / worker) as separate:
             forget_session()  # the worker opens the next session
             for _ in range(3):
                 if worker == "fresh":
                     forget_session()
-                apart.next()
-            assert apart.after[3][2] == shared_process.after[3][2], "bit for bit"
+                separate.next()
+            assert separate.after[3][2] == shared_process.after[3][2], "bit for bit"
             if worker == "fresh":
                 forget_session()
-            apart.strategy.exchange(4, apart.grid)
-            theirs = open_session(apart.run._given)
-            assert theirs is not apart.session
-            assert {kind: theirs.digests[kind] for kind in "WBRA"} == {kind: apart.after[3][2][kind] for kind in "WBRA"}
-            apart.session.install_folded(apart.state.shared.folded, apart.state.shared.tag)
-            ours = base_weights(apart.session.model)
+            separate.strategy.exchange(4, separate.grid)
+            theirs = open_session(separate.run._given)
+            assert theirs is not separate.session
+            assert {kind: theirs.digests[kind] for kind in "WBRA"} == {kind: separate.after[3][2][kind] for kind in "WBRA"}
+            separate.session.install_folded(separate.state.shared.folded, separate.state.shared.tag)
+            ours = base_weights(separate.session.model)
             assert all(torch.equal(weight, ours[layer]) for layer, weight in base_weights(theirs.model).items())
         assert worker == "fresh" or len(increments) == 3, "a worker that follows is not sent the whole of what is folded"
     forget_session()

@@ -92,11 +92,11 @@ def test_masked_uploads_are_uniform_and_uncorrelated_with_the_clients_values():
     secure = secure_rounds(config).next()
     updates = {}
     for client in range(3):  # the upload of the plain protocol
-        alone = Rounds(changed(config, privacy={"secure_aggregation": False}))
-        alone.session.install_state(alone.state)
-        kinds = alone.session.method.uploaded(1)
-        start = alone.session.spec.pack(alone.state.factors, kinds)
-        updates[client] = (train_clients(alone.session, [client], 1, {})[0].arrays["values"] - start).numpy()
+        plain = Rounds(changed(config, privacy={"secure_aggregation": False}))
+        plain.session.install_state(plain.state)
+        kinds = plain.session.method.uploaded(1)
+        start = plain.session.spec.pack(plain.state.factors, kinds)
+        updates[client] = (train_clients(plain.session, [client], 1, {})[0].arrays["values"] - start).numpy()
     (reply,) = [content for kind, content in secure.grid.replies if kind == "train"]
     assert set(reply) == {"client-0", "client-1", "client-2"}, "no loss, no number of tokens of a single client"
     for client in range(3):
@@ -138,7 +138,7 @@ def test_a_client_whose_worker_fails_is_left_out_of_the_sum(monkeypatch):
     ("kind", "spoilt"),
     [("query.secure_keys", "keys"), ("query.secure_shares", "sealed"), ("train", "masked"), ("query.secure_unmask", "shares")],
 )
-def test_malformed_replies_exclude_only_their_client(kind, spoilt):
+def test_a_malformed_reply_excludes_at_most_its_own_client(kind, spoilt):
     secure = secure_rounds(of_method("fed_sb", **SECURE), workers=3)
 
     def spoiling(message, context):
@@ -330,7 +330,7 @@ def test_the_ledger_records_every_protocol_byte_per_client(dropout):
     assert 0 < sizes.pop() - width * secure.session.spec.num_parameters(("R",)) < 100  # the counters
 
 
-def test_clipped_entries_are_counted_over_all_clients():
+def test_entries_beyond_the_range_are_clipped_and_counted_over_all_clients():
     config = of_method("fed_sb", privacy=SECURE["privacy"], secure={"range": 1e-3, "bits": 12})
     plain, secure = Rounds(changed(config, privacy={"secure_aggregation": False})), secure_rounds(config).next()
     plain.session.install_state(plain.state)

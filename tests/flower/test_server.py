@@ -48,7 +48,7 @@ def test_a_run_writes_all_its_files(finished):
     assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < names
 
 
-def test_the_summary_has_the_documented_fields(finished):
+def test_the_summary_has_the_expected_fields(finished):
     _, summary = finished
     assert (summary["method"], summary["rounds"], summary["clients"], summary["seed"], summary["privacy"]) == ("fed_sb", 2, 5, 0, None)
     assert len(summary["adapter_digest"]) == 64
@@ -173,7 +173,7 @@ def test_resuming_a_finished_run_returns_its_summary(finished):
 
 
 def test_a_client_that_requests_the_state_early_does_not_change_the_result(tmp_path):
-    """The server packs factors for it, which the initial gradients later replace; their digests must not stay in the state."""
+    """The server packs factors for this client that initial gradients later replace; a resumed run must not find their digests."""
     asked = []
 
     def handle(message, context):

@@ -47,8 +47,8 @@ def test_a_repeated_round_replaces_its_state_and_keeps_the_last_accepted_one():
 def test_a_train_reply_has_only_the_metrics_that_the_server_uses():
     run = Rounds(of_method("fed_sb"))
     (message,) = messages_of(run)
-    told = set(handle(message, context()).content["metrics"])
-    assert told == {"round", "clients", "num_examples", "num_tokens", "loss", "within"}
+    reported = set(handle(message, context()).content["metrics"])
+    assert reported == {"round", "clients", "num_examples", "num_tokens", "loss", "within"}
 
 
 def test_client_state_of_a_lost_round_is_deleted():
@@ -93,17 +93,17 @@ def messages_of(run):
 
 @pytest.mark.parametrize("max_length", [36, 512])
 def test_personal_evaluation_sums_to_one_evaluation_over_all_questions(max_length):
-    """With the short max_length, some questions have no reference tokens left and do not count in the mean loss."""
+    """With the short max_length, some clients have no question with reference tokens left and do not count in the mean loss."""
     rounds = Rounds(of_method("fedsa_lora", data={"train_examples": 24, "test_examples": 8, "max_length": max_length}))
     session = rounds.session
     found = rounds.strategy.personal_evaluation(0, rounds.grid)
     for task, questions in session.data.test.items():
         with merged(session.model):
             whole = evaluate(session.model, session.tokenizer, questions, session.config.evaluation, session.config.data)
-        told = found[task]
-        assert (told["num_examples"], told["num_losses"]) == (len(questions), whole.num_losses)
-        assert told["accuracy"] == pytest.approx(whole.accuracy)
-        assert told["loss"] == pytest.approx(whole.loss, rel=1e-5, nan_ok=True)
+        reported = found[task]
+        assert (reported["num_examples"], reported["num_losses"]) == (len(questions), whole.num_losses)
+        assert reported["accuracy"] == pytest.approx(whole.accuracy)
+        assert reported["loss"] == pytest.approx(whole.loss, rel=1e-5, nan_ok=True)
         if max_length == 512:
             assert whole.num_losses == len(questions)
     if max_length < 512:
