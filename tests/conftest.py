@@ -1,4 +1,4 @@
-"""Tiny models of every architecture, and seeded token sequences."""
+"""Tiny models of every architecture, seeded examples, and helpers that tests share."""
 
 import os
 import random
@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the oracles are on the CPU, and a process that has looked for a GPU cannot be forked
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # oracles run on the CPU, and a process that has probed for a GPU cannot be forked
 
 from fedsim.config import TrainingConfig
 from fedsim.core.adapters import adapt, factors, install
@@ -25,9 +25,9 @@ from fedsim.training.cohort import ClientData, LocalResult, train_cohort
 from fedsim.training.private import PrivateRule
 from fedsim.types import EncodedExample, EncodedLabelled
 
-settings.register_profile("fedsim", deadline=None)  # machines are loaded, and time is no property that is tested here
+settings.register_profile("fedsim", deadline=None)  # loaded machines are slow, and these tests are not about time
 settings.load_profile("fedsim")
-torch.set_num_threads(1)  # the models are so small that two threads cost more than they bring
+torch.set_num_threads(1)  # on models this small a second thread costs more than it gains
 
 VOCABULARY = 50
 ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma", "gpt2", "bert")
@@ -75,14 +75,14 @@ def sequences() -> Callable[..., list[EncodedExample]]:
     return make
 
 
-# ---- models that classify
+# ---- classifiers
 
 LABELS = ("entailment", "neutral", "contradiction")
 CLASSIFIERS = ("bert", "roberta", "distilbert")
 
 
 def tiny_classifier(architecture: str = "bert", *, seed: int = 0, activation_checkpointing: bool = False) -> nn.Module:
-    """A two-layer encoder with random weights and a classification head; "apart" is a BERT that reads the two texts each on its own."""
+    """A two-layer encoder with random weights and a classification head; "apart" is a BERT that encodes the two texts separately."""
     from transformers import AutoModelForSequenceClassification, BertConfig, DistilBertConfig, RobertaConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -101,7 +101,7 @@ def tiny_classifier(architecture: str = "bert", *, seed: int = 0, activation_che
 
 
 def adapted_classifier(architecture: str = "bert", rank: int = 8, **options: bool) -> nn.Module:
-    """A tiny classifier with adapters whose B and A are orthonormal, whose R is random, and with a new head."""
+    """A tiny classifier with a new head, and adapters whose B and A are orthonormal and whose R is random."""
     model = tiny_classifier(architecture, **options)  # type: ignore[arg-type]
     spec = adapt(model, LORA_SB, rank, 1, 1.0, [], head_paths(model))
     generator = torch.Generator().manual_seed(1)
@@ -113,26 +113,26 @@ def adapted_classifier(architecture: str = "bert", rank: int = 8, **options: boo
 
 @pytest.fixture
 def pairs() -> Callable[..., list[EncodedLabelled]]:
-    """Makes `count` random pairs of 6 to 13 tokens, without segments for a model that knows none, or split where texts are read apart."""
+    """Makes `count` random pairs of 6 to 13 tokens, optionally without segments, or with a split for separate encoding."""
 
     def make(count: int, seed: int = 0, segments: bool = True, apart: bool = False) -> list[EncodedLabelled]:
         rng, made = random.Random(seed), []
         for _ in range(count):
             length, first = rng.randrange(6, 14), rng.randrange(2, 5)
             ids = tuple(rng.randrange(3, VOCABULARY) for _ in range(length))
-            told = (0,) * first + (1,) * (length - first) if segments and not apart else ()
-            made.append(EncodedLabelled(ids, told, rng.randrange(len(LABELS)), first if apart else 0))
+            segment_ids = (0,) * first + (1,) * (length - first) if segments and not apart else ()
+            made.append(EncodedLabelled(ids, segment_ids, rng.randrange(len(LABELS)), first if apart else 0))
         return made
 
     return make
 
 
 KINDS = ("R", HEAD)
-"""What those classifiers train."""
+"""The kinds of factors that these classifiers train."""
 
 
 def own_leaves(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gives every layer of an adapted classifier a head and an R that autograd knows, and returns them by name."""
+    """Replaces every R and head of an adapted classifier with an autograd leaf, and returns the leaves by name."""
     leaves = {name: tensor.clone().requires_grad_(True) for name, tensor in factors(model, KINDS).items()}
     for name, leaf in leaves.items():
         path, _, kind = name.rpartition(".")
@@ -167,7 +167,7 @@ def save_classifier(folder: Path) -> str:
 
 
 def write_sick(path: Path, count: int = 40) -> str:
-    """Writes pairs of made-up words in SICK's form: the label depends on the first word of each."""
+    """Writes pairs of made-up words in SICK's form: the label depends on the lengths of both texts."""
     rng = random.Random(0)
     lines = ["pair_ID\tsentence_A\tsentence_B\trelatedness_score\tentailment_judgment"]
     for i in range(count):
@@ -179,7 +179,7 @@ def write_sick(path: Path, count: int = 40) -> str:
 
 
 def refusal(call, *arguments):
-    """What a UserError of the call says; None where it raises none."""
+    """Returns the message of the UserError that the call raises, or None."""
     try:
         call(*arguments)
     except UserError as error:
@@ -188,7 +188,7 @@ def refusal(call, *arguments):
 
 
 class WithLinearR(nn.Module):
-    """An adapted layer as Opacus wants it: R is the weight of a Linear."""
+    """An adapted layer as Opacus needs it: R is the weight of a Linear."""
 
     def __init__(self, layer):
         super().__init__()
@@ -202,15 +202,15 @@ class WithLinearR(nn.Module):
         return self.base(x) + self.R(x @ self.A.T) @ self.B.T
 
 
-def told_by_last_bits(released, before):
-    """In how many entries no number of float32 leads from what there was before to what was released: the attack of Mironov, CCS 2012."""
+def unreachable_entries(released, before):
+    """Counts the entries in which no float32 noise leads from `before` to `released`: the attack of Mironov, CCS 2012."""
     noise = (released.double() - before.double()).float()
     near = (noise, *(torch.nextafter(noise, torch.full_like(noise, side)) for side in (float("-inf"), float("inf"))))
     return int((~torch.stack([before + each == released for each in near]).any(0)).sum())
 
 
 def take_private_steps(private, optimizer, trained, batches, inputs):
-    """Takes the steps of genuine Opacus, one example at a time: no padding, no other row. `inputs(i)` is what the model is given."""
+    """Takes the steps of genuine Opacus, one example at a time: no padding, no other row. `inputs(i)` are the model's arguments."""
     for batch in batches:
         optimizer.zero_grad()
         for i in batch:

@@ -1,4 +1,4 @@
-"""A run from Python is the run of the command, and a method from outside is a method."""
+"""Runs from Python give the results of the command, and added methods work like built-in ones."""
 
 import csv
 import json
@@ -20,11 +20,11 @@ BRIEF = [
 
 
 def parameters_of(folder, kind):
-    """Numbers in the factors of one kind of an adapter in PEFT's form."""
+    """Counts the parameters of one kind of factor in an adapter in PEFT's form."""
     return sum(tensor.numel() for name, tensor in load_file(folder / "adapter_model.safetensors").items() if kind in name)
 
 
-def test_a_run_from_python_is_the_run_of_the_command(tmp_path, capsys):
+def test_a_run_from_python_gives_the_result_of_the_command(tmp_path, capsys):
     from_python = run(*BRIEF, f"run_dir={tmp_path}/python", quiet=True)
     assert capsys.readouterr() == ("", "")
     assert main(["run", *BRIEF, f"run_dir={tmp_path}/command"]) == 0
@@ -63,7 +63,7 @@ def added():
 def test_a_custom_method_trains_and_sends_its_declared_kinds(tmp_path, added):
     added("mine", turns=(("A",),))
     run(*BRIEF, "method=mine", f"run_dir={tmp_path}/first", quiet=True)
-    added("mine")  # in the place of the first, which has been used
+    added("mine")  # replaces the first, which has been used
     added("other", turns=(("B",), ("A",)))
     ffa, mine, other = (run(*BRIEF, f"method={name}", f"run_dir={tmp_path}/{name}", quiet=True) for name in ("ffa_lora", "mine", "other"))
     assert (mine["method"], mine["adapter_digest"]) == ("mine", ffa["adapter_digest"])
@@ -84,13 +84,13 @@ def test_kinds_first_trained_in_a_later_round_are_sent_too(tmp_path, added):
     moved = {(row["direction"], int(row["round"])): 0 for row in rows}
     for row in rows:
         moved[row["direction"], int(row["round"])] += int(row["parameters"])
-    assert [moved["downlink", number] for number in (1, 2, 3, 4)] == [of_b, of_b, of_b, of_a]  # what the round before has changed
+    assert [moved["downlink", number] for number in (1, 2, 3, 4)] == [of_b, of_b, of_b, of_a]  # what the previous round changed
     assert [moved["uplink", number] for number in (1, 2, 3, 4)] == [of_b, of_b, of_a, of_b]
-    told = costs(options).rows[0].found.totals
-    assert told == {name: summary["communication"][name] for name in told}
+    predicted = costs(options).rows[0].found.totals
+    assert predicted == {name: summary["communication"][name] for name in predicted}
 
 
-def test_turns_name_factors_of_the_form():
+def test_turns_must_name_factors_of_the_form():
     for turns in ((), ((),), (("R",),), (("B",), ("A", "D"))):
         with pytest.raises(ValueError, match="Expected turns of kinds of factors that lora has, B, A, got"):
             replace(METHODS["ffa_lora"], turns=turns)
@@ -108,7 +108,7 @@ def test_built_in_methods_cannot_be_replaced():
         add_method(METHODS["fed_sb"])
 
 
-def test_a_mistake_is_an_error_of_one_line(tmp_path):
+def test_a_mistake_is_a_user_error_and_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match=r"Unknown method 'mine': expected one of centralized, .*"):
         run(*BRIEF, "method=mine", f"run_dir={tmp_path}/run", quiet=True)
     with pytest.raises(UserError, match=r"Expected federation.rounds >= 1"):

@@ -1,4 +1,4 @@
-"""The audit against the ordinary run, both ways: what is private is not refuted, what leaks or is broken is."""
+"""Audits of ordinary runs, both ways: private runs are not refuted, leaking or broken ones are."""
 
 import json
 import math
@@ -23,7 +23,7 @@ TINY = (
 
 
 def audit_of(folder, *overrides, base=TINY):
-    """The findings of an audit by part."""
+    """Runs an audit and returns its findings."""
     return audited(compose([*base, *overrides, f"run_dir={folder}"]), quiet=True)
 
 
@@ -60,7 +60,7 @@ def test_a_run_that_clips_nothing_is_caught(tmp_path, monkeypatch, capsys):
 
 
 def add_unclipped(optimizer):
-    """In place of clipping."""
+    """Replaces clipping: adds the gradients as they are."""
     accumulate(optimizer._sum, optimizer._layout, optimizer._where, {name: part.sum(1) for name, part in optimizer._gradients.items()})
 
 
@@ -85,12 +85,12 @@ def test_the_help_states_the_default_number_of_canaries():
     assert f"0: none, {CANARIES} in fedsim audit" in options()["audit.canaries"].meaning
 
 
-def test_a_run_without_any_client_that_has_canaries_proves_nothing():
+def test_an_audit_in_which_no_client_with_a_canary_took_part_is_an_error():
     with pytest.raises(UserError, match="no client with a canary took part"):
         Auditor(compose(["experiment=audit"])).findings(None)
 
 
-def test_canaries_are_told_apart_by_all_of_their_gradients():
+def test_scores_separate_canaries_that_plain_inner_products_do_not():
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(300, generator=generator)
     gradients = (torch.randn(20, 300, generator=generator) + 2 * common) * torch.rand(20, 1, generator=generator)
@@ -100,7 +100,7 @@ def test_canaries_are_told_apart_by_all_of_their_gradients():
     assert not (gradients @ gradients[inside].sum(0))[inside].min() > (gradients @ gradients[inside].sum(0))[~inside].max()
 
 
-def test_the_table_names_claims_bounds_and_what_follows():
+def test_the_table_shows_claims_bounds_and_the_verdict():
     row = {"num_right": 60, "num_guesses": 64, "num_canaries": 128}
     parts = {
         "initial_gradient": {"claimed_epsilon": math.inf, "lower_bound": 2.2, "refuted": False, **row},
@@ -135,14 +135,14 @@ def test_the_claim_of_a_private_run_is_not_refuted(tmp_path, init, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_third_of_the_noise_is_caught(tmp_path, monkeypatch, seed):
-    made = fedsim.training.private.gaussian_noise
-    monkeypatch.setattr(fedsim.training.private, "gaussian_noise", lambda deviation, *rest: made(deviation / 3, *rest))
+    original = fedsim.training.private.gaussian_noise
+    monkeypatch.setattr(fedsim.training.private, "gaussian_noise", lambda deviation, *rest: original(deviation / 3, *rest))
     found = audit_of(tmp_path / "run", "adapter.init=weight_svd", "privacy.epsilon=2", "audit.canaries=2048", f"seed={seed}", base=SLOW)
     assert found["parts"]["training"]["refuted"]
 
 
 @pytest.mark.slow
-def test_a_noise_multiplier_that_is_reported_wrongly_is_caught(tmp_path, monkeypatch):
+def test_an_overstated_noise_multiplier_is_caught(tmp_path, monkeypatch):
     honest = ClientPlan.round_mechanism.fget
     exaggerated = property(lambda plan: type(honest(plan))(4 * plan.noise_multiplier, plan.rate, plan.steps))
     monkeypatch.setattr(ClientPlan, "round_mechanism", exaggerated)

@@ -1,4 +1,4 @@
-"""Twenty kill -9 of workers and server at seeded moments over a run of twenty rounds, on Ray: the run ends, its books are right."""
+"""Kills workers and server 20 times at seeded moments of a run of 20 rounds on Ray: the run finishes with correct ledgers."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ OPTIONS = (
 CALL = "import sys; from fedsim.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
-def started(folder):
+def start(folder):
     resume = ["resume=true"] if (folder / "config.yaml").exists() else []
     command = [sys.executable, "-c", CALL, "run", *OPTIONS, f"run_dir={folder}", *resume]
     return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -37,7 +37,7 @@ def events_of(folder):
 
 
 def wait_until_round(run, folder, number):
-    """Waits until this round has ended. A server that has died of a kill of something else would be a failure of the test."""
+    """Waits until this round has ended. Fails if the server ends by itself."""
     ends = time.monotonic() + 600
     while max([event["round"] for event in events_of(folder) if event["kind"] in ("round", "checkpoint")], default=-1) < number:
         assert run.poll() is None, f"the server ended by itself with {run.returncode}"
@@ -50,42 +50,42 @@ def workers_of(run):
 
     found = []
     for child in psutil.Process(run.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # one that ends while it is looked at
+        with suppress(psutil.NoSuchProcess):  # the process has ended meanwhile
             if "ClientAppActor" in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
 
-def killed(run, folder, rng):
-    """Kills a worker, or the server with everything that it has started, and returns the server that is running then."""
+def kill_one(run, folder, rng):
+    """Kills a worker, or the server with its process group, and returns the running server and the kind of victim."""
     workers = workers_of(run)
     if workers and rng.random() < 0.7:
         rng.choice(workers).kill()
         return run, "worker"
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
-    return started(folder), "server"
+    return start(folder), "server"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_twenty_kills_over_twenty_rounds_end_with_a_finished_run_and_right_books(tmp_path):
+def test_a_run_killed_twenty_times_finishes_with_correct_ledgers(tmp_path):
     pytest.importorskip("ray")
     pytest.importorskip("psutil")
-    folder, rng, struck = tmp_path / "run", random.Random(6), Counter()
-    run = started(folder)
+    folder, rng, kills = tmp_path / "run", random.Random(6), Counter()
+    run = start(folder)
     for number in range(ROUNDS):
         wait_until_round(run, folder, number)
         time.sleep(rng.uniform(0, 0.4))
-        run, victim = killed(run, folder, rng)
-        struck[victim] += 1
+        run, victim = kill_one(run, folder, rng)
+        kills[victim] += 1
     assert run.wait(timeout=600) == 0
-    assert min(struck["worker"], struck["server"]) >= 3, struck
-    check_books(folder)
+    assert min(kills["worker"], kills["server"]) >= 3, kills
+    check_ledgers(folder)
 
 
-def check_books(folder):
-    """No round is lost or counted twice, and both ledgers and the audit log say what happened."""
+def check_ledgers(folder):
+    """Checks that no round is lost or counted twice, in both ledgers and the audit log."""
     rounds = [event for event in events_of(folder) if event["kind"] == "round"]
     assert [event["round"] for event in rounds] == list(range(1, ROUNDS + 1))
     assert all(sorted(event["clients"]) == list(range(CLIENTS)) for event in rounds)

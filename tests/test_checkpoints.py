@@ -1,4 +1,4 @@
-"""Checkpoint files: bases are written once and twice, and nothing that a kept round needs is lost, whatever one file has suffered."""
+"""Checkpoint files: unchanged bases are not rewritten, and with two copies of them damage to one file harms no other kept round."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def assert_whole(path: Path, expected: Checkpoint) -> None:
+def assert_loads_as(path: Path, expected: Checkpoint) -> None:
     found = load(path)
     assert (found.round, found.state, found.bases) == (expected.round, expected.state, expected.bases)
     assert found.tensors.keys() == expected.tensors.keys()
@@ -34,17 +34,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
 
 
-def test_bases_lie_in_two_copies_beside_rounds_that_hold_the_rest(folder: Path) -> None:
+def test_bases_are_stored_in_two_copies_apart_from_the_rounds(folder: Path) -> None:
     one, two, *rounds = names(folder)
     assert rounds == ["round_0002.safetensors", "round_0003.safetensors"]
     assert (folder / one).read_bytes() == (folder / two).read_bytes()
     assert (folder / one).stat().st_size > 4 * 4 * 300
     assert (folder / rounds[0]).stat().st_size < 1000
     for path, round_ in zip(saved(folder), (2, 3), strict=True):
-        assert_whole(path, checkpoint(round_))
+        assert_loads_as(path, checkpoint(round_))
 
 
-def test_bases_are_not_written_again_while_they_stay_the_same(folder: Path) -> None:
+def test_unchanged_bases_are_not_written_again(folder: Path) -> None:
     store = Store(folder, 2)
     store.writing(checkpoint(4))()
     before = {name: (folder / name).stat().st_ino for name in names(folder) if name.startswith("bases")}
@@ -63,10 +63,10 @@ def test_one_damaged_copy_of_the_bases_harms_no_checkpoint_and_is_repaired_by_th
     else:
         path.write_bytes(content[:-50] if harm == "cut" else content[:-50] + bytes([content[-50] ^ 1]) + content[-49:])
     for found, round_ in zip(saved(folder), (2, 3), strict=True):
-        assert_whole(found, checkpoint(round_))
+        assert_loads_as(found, checkpoint(round_))
     Store(folder, 2).writing(checkpoint(4))()
     other.unlink()
-    assert_whole(saved(folder)[-1], checkpoint(4))
+    assert_loads_as(saved(folder)[-1], checkpoint(4))
 
 
 def test_a_checkpoint_whose_bases_are_damaged_in_both_copies_is_refused(folder: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_checkpoint_whose_bases_are_damaged_in_both_copies_is_refused(folder: 
         load(saved(folder)[-1])
 
 
-def test_bases_of_another_digest_under_the_name_of_these_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_bases_files_with_the_content_of_other_bases_are_refused(folder: Path, tmp_path: Path) -> None:
     Store(tmp_path / "other", 1).writing(checkpoint(1, basis=2.0))()
     others = sorted((tmp_path / "other").glob("bases_*"))
     for path, other in zip(sorted(folder.glob("bases_*")), others, strict=True):
@@ -85,21 +85,21 @@ def test_bases_of_another_digest_under_the_name_of_these_are_refused(folder: Pat
         load(saved(folder)[-1])
 
 
-def test_bases_that_have_changed_go_only_when_no_kept_round_needs_them(folder: Path) -> None:
+def test_old_bases_are_removed_only_when_no_kept_round_needs_them(folder: Path) -> None:
     store = Store(folder, 2)
     store.writing(checkpoint(4, basis=7.0))()
     assert len(list(folder.glob("bases_*"))) == 4
     for path, expected in zip(saved(folder), (checkpoint(3), checkpoint(4, basis=7.0)), strict=True):
-        assert_whole(path, expected)
+        assert_loads_as(path, expected)
     store.writing(checkpoint(5, basis=7.0))()
     assert len(list(folder.glob("bases_*"))) == 2
-    assert_whole(saved(folder)[0], checkpoint(4, basis=7.0))
+    assert_loads_as(saved(folder)[0], checkpoint(4, basis=7.0))
 
 
 def test_a_damaged_round_does_not_stop_the_next_one_from_being_written(folder: Path) -> None:
     saved(folder)[-1].write_bytes(b"nothing")
     Store(folder, 2).writing(checkpoint(4, basis=7.0))()
-    assert_whole(saved(folder)[-1], checkpoint(4, basis=7.0))
+    assert_loads_as(saved(folder)[-1], checkpoint(4, basis=7.0))
 
 
 def test_a_checkpoint_without_bases_is_one_file(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_checkpoint_without_bases_is_one_file(tmp_path: Path) -> None:
     assert load(tmp_path / "round_0001.safetensors").bases == NO_BASES
 
 
-def test_the_digest_of_the_bases_in_a_round_is_under_its_checksum(folder: Path) -> None:
+def test_the_checksum_of_a_round_covers_the_digest_of_its_bases(folder: Path) -> None:
     path = saved(folder)[-1]
     path.write_bytes(path.read_bytes().replace(b"digest of 1.0", b"digest of 2.0"))
     with pytest.raises(DamagedError, match="does not match its checksum"):
@@ -116,10 +116,10 @@ def test_the_digest_of_the_bases_in_a_round_is_under_its_checksum(folder: Path) 
 
 
 def test_an_unreadable_disk_does_not_count_as_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(path: Path) -> bytes:
+    def unreadable(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
     with pytest.raises(PermissionError):
         load(saved(folder)[-1])
 
@@ -127,13 +127,13 @@ def test_an_unreadable_disk_does_not_count_as_damage(folder: Path, monkeypatch: 
 def test_bases_with_one_unreadable_copy_are_read_from_the_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Path.read_bytes
 
-    def refused(path: Path) -> bytes:
+    def unreadable(path: Path) -> bytes:
         if path.name.endswith("_1.safetensors"):
             raise OSError(5, "Input/output error", str(path))
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", refused)
-    assert_whole(saved(folder)[-1], checkpoint(3))
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    assert_loads_as(saved(folder)[-1], checkpoint(3))
     for path in folder.glob("bases_*_2.*"):
         path.write_bytes(b"nothing")
     with pytest.raises(OSError, match="Input/output"):

@@ -29,7 +29,7 @@ def test_the_training_panel_says_so_if_no_job_reports_a_loss(losses, shown):
     assert ([text.get_text() for text in training.texts] == ["withheld: private clients do not report it"]) is shown
 
 
-def test_a_sweep_without_exact_answers_is_drawn_by_its_losses():
+def test_a_task_without_any_exact_answer_is_drawn_by_its_held_out_loss():
     one, two = job("one", 2_000_000, texts=0.0, sums=0.0), job("two", 4_000_000, texts=0.0, sums=0.5)
     one.summary["evaluation"]["texts"]["final"]["loss"] = 1.25
     two.summary["evaluation"]["texts"]["final"]["loss"] = None
@@ -58,7 +58,7 @@ def test_jobs_of_one_label_are_drawn_as_their_mean_and_standard_deviation():
     assert [text.get_text() for text in sums.get_legend().get_texts()] == ["one", "pooled"]
 
 
-def test_the_band_of_a_loss_is_as_broad_as_the_seeds_differ():
+def test_the_band_of_a_loss_spans_one_standard_deviation_on_each_side():
     low, high = (job("one", 2000, loss=loss) for loss in (1.0, 3.0))
     (band,) = comparison([low, high]).axes[0].collections
     ends = band.get_paths()[0].vertices[:, 1]
@@ -66,7 +66,7 @@ def test_the_band_of_a_loss_is_as_broad_as_the_seeds_differ():
 
 
 @pytest.mark.parametrize("jobs", [[job("a", 0, sums=None)], [job("a", 16, sums=0.1), job("b", 10**9, words=0.2)], [job("a", 8)]])
-def test_a_sweep_is_drawn_whatever_its_jobs_have_in_common(jobs):
+def test_sweeps_with_missing_or_different_tasks_are_drawn(jobs):
     width, height = png_size(comparison_png(jobs))
     assert width > height
 
@@ -74,7 +74,7 @@ def test_a_sweep_is_drawn_whatever_its_jobs_have_in_common(jobs):
 @pytest.mark.parametrize(("count", "named"), [(2, True), (60, True), (61, False)])
 def test_the_names_of_many_jobs_get_their_own_space_and_too_many_are_not_shown(count, named):
     figure = comparison([job(f"federation.clients=5 training.learning_rate=0.001 seed={i}", 2000, sums=0.5) for i in range(count)])
-    figure.draw_without_rendering()  # a warning that there is no room would be an error
+    figure.draw_without_rendering()  # a warning about missing room would be an error
     training, sums = figure.axes
     assert min(training.get_position().width, sums.get_position().width) * figure.get_figwidth() > 3.0
     assert (sums.get_legend() is not None) == named

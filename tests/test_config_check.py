@@ -27,7 +27,7 @@ def test_every_number_has_bounds():
 
 @pytest.mark.parametrize("key", BOUNDS)
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), float("-inf")])
-def test_no_number_is_negative_or_infinite(key, value):
+def test_negative_and_non_finite_numbers_are_refused(key, value):
     with pytest.raises(UserError, match=f"Expected {key} >"):
         check(config_with(**{key.replace(".", "__"): value}))
 
@@ -59,7 +59,7 @@ def test_no_number_is_negative_or_infinite(key, value):
         ("training.local_epochs", 10**6 + 1, 10**6),
     ],
 )
-def test_bounds_are_where_they_should_be(key, refused, allowed):
+def test_values_outside_a_bound_are_refused_and_values_inside_are_allowed(key, refused, allowed):
     name = key.replace(".", "__")
     check(config_with(**{name: allowed}))
     with pytest.raises(UserError, match=f"Expected {key} .*got {refused}"):
@@ -86,7 +86,7 @@ def test_error_messages_spell_out_bounds_and_infinite_values():
         ({"data__train_examples": 10, "federation__clients": 11}, "data.train_examples=10 and federation.clients=11"),
     ],
 )
-def test_a_contradiction_is_one_line_that_says_what_to_do(values, line):
+def test_a_contradiction_is_refused_in_one_line_that_says_what_to_do(values, line):
     with pytest.raises(UserError, match=line) as caught:
         check(config_with(**values))
     assert "\n" not in str(caught.value)
@@ -108,7 +108,7 @@ def test_consistent_options_are_allowed():
         ({"data__task_column": ""}, "Expected data.task_column to name something, got an empty text"),
     ],
 )
-def test_owners_and_their_partition_go_together(values, message):
+def test_inconsistent_owner_columns_and_partitions_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         check(config_with(**values))
     check(config_with(federation__partition=Partition.natural, data__client_column="user"))

@@ -1,4 +1,4 @@
-"""What a configuration comes to once the method has settled what it decides."""
+"""The effective configuration, with the options that the method decides."""
 
 import pytest
 
@@ -11,19 +11,19 @@ from fedsim.errors import UserError
 OWN = ["data=instructions", "data.path=mine.jsonl", "data.task_column=kind"]
 
 
-def test_clients_of_a_deployment_are_not_asked_about_unnamed_tasks():
+def test_a_task_column_is_refused_with_personal_models_in_a_deployment():
     with pytest.raises(UserError, match=r"data.task_column=kind: clients of a deployment answer with models of their own"):
         effective(compose([*OWN, "method=fedsa_lora", "engine=deployment", "engine.address=localhost:1"]))
     effective(compose([*OWN, "method=fedsa_lora"]))
     effective(compose([*OWN, "engine=deployment", "engine.address=localhost:1"]))
 
 
-def test_a_pooled_method_has_one_client_with_the_batches_of_a_rounds_clients():
+def test_a_pooled_method_has_one_client_with_the_combined_batch_of_a_round():
     found = effective(compose(["method=centralized", "federation.clients=10", "federation.fraction=0.5", "training.batch_size=3"]))
     assert (found.federation.clients, found.federation.fraction, found.training.batch_size) == (1, 1.0, 15)
 
 
-def test_a_pooled_method_has_all_of_the_data_whatever_the_partition():
+def test_a_pooled_method_has_all_of_the_data_with_any_partition():
     config = effective(
         compose(["method=centralized", "federation.partition=task", "federation.quantity_sigma=1", "data.train_examples=20"])
     )
@@ -45,7 +45,7 @@ def test_a_pooled_method_has_all_of_the_data_whatever_the_partition():
         (["method=fedit"], r"method=fedit and adapter\.init=lora there are no initial gradients; leave it out"),
     ],
 )
-def test_sketches_are_of_initial_gradients_only(words, told):
+def test_sketches_require_initial_gradients(words, told):
     assert effective(compose(["adapter.sketch=true"])).adapter.sketch
     with pytest.raises(UserError, match=r"adapter\.sketch: with " + told):
         effective(compose(["adapter.sketch=true", *words]))

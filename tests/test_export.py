@@ -24,7 +24,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(architecture, tmp_path
         torch.testing.assert_close(loaded.merge_and_unload()(input_ids=ids).logits, expected, rtol=1e-5, atol=2e-6)
 
 
-def test_no_third_matrix_is_shipped():
+def test_the_export_contains_only_lora_a_and_lora_b():
     from safetensors.torch import load
 
     names = load(peft_files(adapted_model(), "base")["adapter_model.safetensors"])
@@ -53,7 +53,7 @@ def test_peft_loads_an_adapter_with_its_classification_head_and_gives_the_same_l
         assert (tiny_classifier(architecture)(input_ids=ids).logits - expected).abs().max() > 0.1, "the head alone would make a difference"
 
 
-def test_an_adapter_of_a_model_that_generates_names_no_module_to_save():
+def test_an_adapter_of_a_causal_model_has_no_modules_to_save():
     assert "modules_to_save" not in json.loads(peft_files(adapted_model(), "base")["adapter_config.json"])
 
 

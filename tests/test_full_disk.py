@@ -1,4 +1,4 @@
-"""A disk that is full: one clear line, exit code 1, and a run that goes on when there is room again."""
+"""A full disk: one clear line, exit code 1, and a run that can be resumed once there is room."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from fedsim.cli.main import main
 
 
 def run_without_room_from(round_, overrides):
-    """Runs the command in a forked child in which no file can grow any more once the checkpoint of this round is due."""
+    """Runs the command in a forked child in which files are limited to 2,000 bytes from the checkpoint of this round on."""
     child = os.fork()
     if child == 0:
         writing = Store.writing
@@ -33,7 +33,7 @@ def run_without_room_from(round_, overrides):
 
 
 @pytest.mark.parametrize("round_", [pytest.param(0, marks=pytest.mark.slow), 2])
-def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room(round_, tmp_path, capfd):
+def test_a_full_disk_stops_the_run_with_one_line_and_the_run_can_be_resumed(round_, tmp_path, capfd):
     overrides = (*SMALL, f"run_dir={tmp_path / 'run'}")
     assert run_without_room_from(round_, overrides) == 1
     last = capfd.readouterr().err.strip().splitlines()[-1]

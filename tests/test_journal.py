@@ -1,4 +1,4 @@
-"""The audit log: whatever is done to it afterwards is found, and what it tells is what happened."""
+"""The audit log: every later change to it is found."""
 
 import json
 
@@ -25,7 +25,7 @@ def check(path, end=None, **checkpoints):
     return verified(path, checkpoints, end)
 
 
-def rewritten(path, change):
+def rewrite(path, change):
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(change(lines)))
 
@@ -38,10 +38,10 @@ def test_an_untouched_journal_verifies(journal):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_change_of_any_kind_of_event_is_found_where_it_is(journal, kind):
+def test_a_changed_event_of_any_kind_is_found_at_its_line(journal, kind):
     path, head = journal
     number = KINDS.index(kind) + 1
-    rewritten(path, lambda lines: [line.replace(f'"clients": [{number - 1}]'.encode(), b'"clients": [99]') for line in lines])
+    rewrite(path, lambda lines: [line.replace(f'"clients": [{number - 1}]'.encode(), b'"clients": [99]') for line in lines])
     problems = check(path, head).problems
     assert problems
     assert any(f"line {number}:" in problem or "summary.json" in problem for problem in problems)
@@ -50,28 +50,28 @@ def test_a_change_of_any_kind_of_event_is_found_where_it_is(journal, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_removed_event_of_any_kind_is_found(journal, kind):
     path, head = journal
-    rewritten(path, lambda lines: [line for line in lines if f'"kind": "{kind}"'.encode() not in line])
+    rewrite(path, lambda lines: [line for line in lines if f'"kind": "{kind}"'.encode() not in line])
     assert check(path, head).problems
 
 
 @pytest.mark.parametrize("place", range(len(KINDS) - 1))
-def test_two_events_in_another_order_are_found(journal, place):
+def test_two_swapped_events_are_found(journal, place):
     path, head = journal
-    rewritten(path, lambda lines: [*lines[:place], lines[place + 1], lines[place], *lines[place + 2 :]])
+    rewrite(path, lambda lines: [*lines[:place], lines[place + 1], lines[place], *lines[place + 2 :]])
     assert check(path, head).problems
 
 
 @pytest.mark.parametrize("place", range(len(KINDS) + 1))
 def test_an_inserted_event_is_found(journal, place):
     path, head = journal
-    rewritten(path, lambda lines: [*lines[:place], lines[0], *lines[place:]])
+    rewrite(path, lambda lines: [*lines[:place], lines[0], *lines[place:]])
     assert check(path, head).problems
 
 
 @pytest.mark.parametrize("kept", range(len(KINDS)))
-def test_a_missing_end_is_found_by_the_summary_and_by_any_checkpoint_beyond_it(journal, kept):
+def test_a_missing_end_is_found_by_the_summary_and_by_a_later_checkpoint(journal, kept):
     path, head = journal
-    rewritten(path, lambda lines: lines[:kept])
+    rewrite(path, lambda lines: lines[:kept])
     assert check(path, head).problems
     (problem,) = check(path, round_7=head).problems
     assert f"round_7 fixes {head.lines} lines, but the journal has {kept}" in problem
@@ -90,7 +90,7 @@ def test_a_rewritten_chain_is_found_by_its_fixed_head(journal, tmp_path):
 
 
 @pytest.mark.parametrize("bits", range(8))
-def test_a_single_bit_is_found(journal, bits):
+def test_a_single_flipped_bit_is_found(journal, bits):
     path, head = journal
     content = bytearray(path.read_bytes())
     content[len(content) * (bits + 1) // 9] ^= 1 << bits
@@ -98,7 +98,7 @@ def test_a_single_bit_is_found(journal, bits):
     assert check(path, head).problems
 
 
-def test_a_line_that_two_resumptions_leave_out_counts_once(journal):
+def test_a_line_superseded_by_two_resumptions_counts_once(journal):
     path, _ = journal
     log = Journal(path)
     for goes_on_from in (4, 4):
@@ -109,7 +109,7 @@ def test_a_line_that_two_resumptions_leave_out_counts_once(journal):
     assert verdict.superseded == 9, "lines 5 to 12, and the first of the two"
 
 
-def test_a_line_torn_by_a_kill_is_allowed_before_a_resumption_and_nowhere_else(journal):
+def test_a_line_torn_by_a_kill_is_allowed_only_at_the_end_or_before_a_resumption(journal):
     path, _ = journal
     with open(path, "ab") as file:
         file.write(b'{"line": 13, "prev')
@@ -120,7 +120,7 @@ def test_a_line_torn_by_a_kill_is_allowed_before_a_resumption_and_nowhere_else(j
     verdict = check(path, log.head)
     assert verdict.problems == []
     assert verdict.superseded == 3
-    rewritten(path, lambda lines: [*lines[:-1], lines[-1].replace(b"resumed", b"asked")])
+    rewrite(path, lambda lines: [*lines[:-1], lines[-1].replace(b"resumed", b"asked")])
     assert check(path).problems == ["line 13 cannot be read, and no run was resumed after it"]
 
 

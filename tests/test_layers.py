@@ -30,7 +30,7 @@ def modules():
 
 
 def layer_of(module):
-    """The layer of a module; a new module of fedsim belongs to the world unless it is put elsewhere above."""
+    """Returns the layer of a module: world, unless a constant above says otherwise."""
     if module in BASE:
         return "base"
     for prefix, layer in [("fedsim.core", "core"), ("fedsim.training", "training"), *((prefix, "entry") for prefix in ENTRY)]:
@@ -70,12 +70,12 @@ def test_imports_point_down(module):
 
 
 @pytest.mark.parametrize("module", sorted(name for name in KNOWN if layer_of(name) == "core"))
-def test_the_core_knows_tensors_and_dataclasses_only(module):
+def test_the_core_imports_no_framework_disk_or_clock(module):
     roots = {name.partition(".")[0] for name in imports_of(module, KNOWN)}
     assert not roots & (NOT_IN_CORE | DISK_AND_CLOCK)
 
 
 @pytest.mark.parametrize("module", sorted(name for name in KNOWN if layer_of(name) != "entry"))
-def test_only_the_entry_knows_hydra(module):
+def test_only_entry_modules_import_hydra(module):
     roots = {name.partition(".")[0] for name in imports_of(module, KNOWN)}
     assert not roots & {"hydra", "omegaconf"}

@@ -41,7 +41,7 @@ print(before, resident_bytes(), resident_bytes(peak=True))
 
 
 def test_the_peak_is_of_this_program_and_not_of_its_parent():
-    ballast = b"x" * 400_000_000  # what getrusage would tell
+    ballast = b"x" * 400_000_000  # getrusage would report this
     before, after, peak = map(int, subprocess.run([sys.executable, "-c", PEAK], capture_output=True, check=True).stdout.split())
     assert after < before + 100_000_000
     assert 190_000_000 < peak - before < 300_000_000 < len(ballast)

@@ -52,7 +52,7 @@ def test_functional_dropout_is_off_too_with_activation_checkpointing(settings):
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-def test_the_base_can_be_held_in_bfloat16(tmp_path):
+def test_the_base_can_be_loaded_in_bfloat16(tmp_path):
     config = save(tmp_path)
     config.dtype = Dtype.bfloat16
     assert {p.dtype for p in load_model(config)[0].parameters()} == {torch.bfloat16}
@@ -73,7 +73,7 @@ def test_an_unsuitable_model_is_refused_in_one_line(changes, reason, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_folder_is_refused_before_any_hub_is_asked():
+def test_a_path_to_a_missing_folder_is_refused():
     with pytest.raises(UserError, match=r"expected a folder with config.json, or the id of a model"):
         load_model(ModelConfig(path="./no/such/folder"))
 
@@ -111,7 +111,7 @@ def test_a_folder_without_a_tokenizer_is_reported(tmp_path):
         load_model(config)
 
 
-def test_weights_that_are_missing_are_never_made_up(tmp_path):
+def test_a_model_with_missing_weights_is_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     config = save(tmp_path)
@@ -130,7 +130,7 @@ def test_a_missing_device_is_refused(tmp_path):
         load_model(config)
 
 
-def test_an_encoder_without_a_head_serves_for_classification_but_no_other_weight_may_be_missing(tmp_path):
+def test_an_encoder_may_lack_its_classification_head_but_no_other_weight(tmp_path):
     from safetensors.torch import load_file, save_file
 
     config = ModelConfig(path=save_classifier(tmp_path), device="cpu")
@@ -158,7 +158,7 @@ def test_a_head_is_every_linear_layer_outside_the_body(architecture, paths):
     assert head_paths(tiny_classifier(architecture)) == paths
 
 
-def test_an_encoder_is_refused_where_answers_are_generated_and_a_decoder_where_pairs_are_classified(tmp_path):
+def test_an_encoder_is_refused_for_generation_and_a_decoder_for_classification(tmp_path):
     path = save_classifier(tmp_path / "encoder")
     with pytest.raises(UserError, match="reads both ways and cannot generate answers; choose data that is classified"):
         load_model(ModelConfig(path=path, device="cpu"))

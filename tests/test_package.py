@@ -1,4 +1,4 @@
-"""What a wheel carries beside the packages: options and presets, and nothing that needs this repository."""
+"""Files that a wheel contains besides the packages: options and presets, and nothing that needs this repository."""
 
 import tomllib
 from pathlib import Path
@@ -8,7 +8,7 @@ import fedsim
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_wheel_carries_every_preset_and_nothing_else_of_the_experiments():
+def test_the_wheel_contains_every_preset_and_nothing_else_of_the_experiments():
     included = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     presets = {f"experiments/{path.name}": f"fedsim/_experiments/{path.name}" for path in ROOT.glob("experiments/*.yaml")}
     assert included == {"conf": "fedsim/_conf", **presets}

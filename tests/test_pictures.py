@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what the events say, read back from the figures themselves."""
+"""Pictures show what the events say, read back from the figures themselves."""
 
 import math
 import struct
@@ -29,7 +29,7 @@ EVENTS = [
 
 
 def lines_of(axes):
-    """{label: [(x, y), ...]} of the points that are seen."""
+    """{label: [(x, y), ...]} of the visible points."""
     return {
         line.get_label(): [(x, pytest.approx(y)) for x, y in zip(*line.get_data(), strict=True) if math.isfinite(y)] for line in axes.lines
     }
@@ -55,7 +55,7 @@ def test_a_task_without_any_loss_is_named_in_the_legend():
 
 
 @pytest.mark.parametrize("last", [1, 2, 3, 40])
-def test_rounds_are_marked_by_whole_numbers(last):
+def test_round_axes_have_whole_number_ticks(last):
     events = [{"kind": "round", "round": r, "train_loss": 1.0, "uplink_bytes": 1, "downlink_bytes": 1} for r in range(1, last + 1)]
     for axes in curves(events).axes:
         ticks = axes.get_xticks()
@@ -95,26 +95,26 @@ def test_the_partition_shows_every_example_once(clients):
     assert png_size(partition_png(holdings)) == (1320, 480)
 
 
-def test_the_bars_of_few_clients_take_the_whole_width():
+def test_the_bars_of_few_clients_fill_the_width():
     (axes,) = holdings_bars([{"a": 1}] * 3).axes
     low, high = axes.get_xlim()
     assert 3 / (high - low) > 0.85
 
 
-def test_the_only_round_does_not_lie_on_the_edge_of_its_picture():
+def test_a_single_round_is_not_drawn_at_the_edge():
     one = [{"kind": "round", "round": 1, "train_loss": 1.0, "uplink_bytes": 1000, "downlink_bytes": 900, "setup_bytes": 0}]
     assert {axes.get_xlim() for axes in curves(one).axes} == {(0, 1.5)}
     assert {axes.get_xlim() for axes in curves(EVENTS).axes} == {(0, 2)}
 
 
 def test_a_withheld_training_loss_is_labelled():
-    def told(draw, loss):
+    def texts_of(draw, loss):
         events = [event | {"train_loss": loss, "simulated_time": 10.0 * event.get("round", 0)} for event in EVENTS]
         return [text.get_text() for axes in draw(events).axes for text in axes.texts]
 
     for draw in (curves, network_curves):
-        assert "withheld: private clients do not report it" in told(draw, None)
-        assert "withheld: private clients do not report it" not in told(draw, 1.0)
+        assert "withheld: private clients do not report it" in texts_of(draw, None)
+        assert "withheld: private clients do not report it" not in texts_of(draw, 1.0)
 
 
 def test_the_partition_of_many_clients_is_drawn_as_outlines():
@@ -129,12 +129,12 @@ def test_the_partition_of_many_clients_is_drawn_as_outlines():
         bottom = drawn.values
 
 
-def test_pictures_leave_pyplot_and_its_backend_alone():
+def test_pictures_do_not_import_pyplot():
     code = "import sys; from fedsim.pictures import curves_png, partition_png; curves_png([]); partition_png([{'a': 1}])"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'matplotlib.pyplot' not in sys.modules"], check=True)
 
 
-def test_epsilon_is_drawn_by_round_below_its_budget():
+def test_epsilon_is_drawn_by_round_with_its_budget():
     events = [{"kind": "privacy_planned", "budget": 8.0}, *({"kind": "round", "round": r, "epsilon": 2.0 * r} for r in (1, 2, 3))]
     (axes,) = privacy_curve(events).axes
     spent, budget = axes.lines
@@ -151,7 +151,7 @@ def test_loss_and_accuracy_are_drawn_over_simulated_time():
     assert png_size(network_png([])) == (1320, 432)
 
 
-def test_the_diagnosis_draws_a_line_per_layer_and_says_where_the_average_is_exact():
+def test_the_diagnosis_draws_one_line_per_layer_and_says_if_the_average_is_exact():
     facts = [{"kind": "round", "round": r, "drift": 0.5 / r, "effective_rank": 3.0 * r} for r in (1, 2)]
     inexact = [fact | {"deviation": {"a": 0.1, "b": None if fact["round"] == 1 else 0.2}} for fact in facts]
     missed, drift, rank = diagnosis(inexact).axes

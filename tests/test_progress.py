@@ -1,4 +1,4 @@
-"""The display on a terminal, in a pipe, and when nobody wants it."""
+"""The progress display on a terminal, in a pipe, and when it is off."""
 
 import io
 import os
@@ -33,7 +33,7 @@ SENT = {"uplink_bytes": 1_200_000, "downlink_bytes": 500, "setup_bytes": 0, "upl
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only when it is told to."""
+    """A clock that advances only when a test sets it."""
 
     class Clock:
         now = 100.0
@@ -46,7 +46,7 @@ def clock(monkeypatch):
     return clock
 
 
-def go_through(file, quiet=False):
+def play_run(file, quiet=False):
     with Progress(4, [0, 4], quiet=quiet, file=file) as progress:
         progress.phase("evaluating")
         progress.done(3, 10)
@@ -60,14 +60,14 @@ def go_through(file, quiet=False):
 
 
 def shown(text):
-    """What a terminal shows of it, in the order in which it is drawn."""
+    """Removes control sequences, which leaves the text in the order in which it is drawn."""
     return re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", text)
 
 
 @pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR"])
 def test_a_pipe_gets_one_plain_line_for_each_phase_and_round(monkeypatch, variable, clock):
     monkeypatch.setenv(variable, "1")
-    assert go_through(io.StringIO()) == (
+    assert play_run(io.StringIO()) == (
         "evaluating\n"
         "round 1/4  25 clients  loss 1.2500  3,000 tokens/s  up 1.2 MB  down 500 B  0:11 left\n"  # 3 rounds of 2 s, an evaluation of 5 s
         "[bold] is no markup\n"
@@ -75,12 +75,12 @@ def test_a_pipe_gets_one_plain_line_for_each_phase_and_round(monkeypatch, variab
 
 
 def test_nothing_is_shown_when_quiet():
-    assert go_through(io.StringIO(), quiet=True) == ""
+    assert play_run(io.StringIO(), quiet=True) == ""
 
 
-def test_a_terminal_shows_the_round_and_gets_its_cursor_back(monkeypatch):
+def test_a_terminal_shows_the_round_and_its_cursor_is_restored(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    text = go_through(Terminal())
+    text = play_run(Terminal())
     assert "round 1/4  25 clients" in shown(text)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") >= 1
 
@@ -102,7 +102,7 @@ def test_the_live_display_shows_loss_speed_bytes_and_time_left_within_80_columns
 
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch, clock):
     monkeypatch.setenv("TERM", "dumb")
-    assert go_through(Terminal()) == go_through(io.StringIO())
+    assert play_run(Terminal()) == play_run(io.StringIO())
 
 
 def test_the_time_left_is_estimated_from_this_process(clock):
@@ -133,7 +133,7 @@ def test_no_time_is_left_after_the_last_evaluation(monkeypatch, clock):
     assert "left" not in "".join(text.splitlines()[-2:])
 
 
-def test_a_round_in_several_cohorts_goes_from_start_to_end_once(monkeypatch, tmp_path):
+def test_progress_of_a_round_in_several_cohorts_goes_from_start_to_end_once(monkeypatch, tmp_path):
     fractions = []
     monkeypatch.setattr(Progress, "step", lambda self, num_tokens, loss, fraction: fractions.append(fraction))
     small = ["data.train_examples=10", "data.test_examples=1", "federation.clients=5", "federation.rounds=1", "training.batch_size=1"]
@@ -143,7 +143,7 @@ def test_a_round_in_several_cohorts_goes_from_start_to_end_once(monkeypatch, tmp
     assert {0.2, 0.4, 0.6, 0.8, 0.9, 1.0} == {round(fraction, 9) for fraction in fractions}  # cohorts of 2, 2 and 1, two steps each
 
 
-def test_the_terminal_is_left_as_it_was_after_ctrl_c(monkeypatch):
+def test_the_cursor_is_shown_again_after_ctrl_c(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     file = Terminal()
     with pytest.raises(KeyboardInterrupt), Progress(4, file=file):
@@ -151,7 +151,7 @@ def test_the_terminal_is_left_as_it_was_after_ctrl_c(monkeypatch):
     assert file.getvalue().rfind("\x1b[?25h") > file.getvalue().rfind("\x1b[?25l")
 
 
-def test_the_loss_is_read_a_few_times_a_second_only(monkeypatch):
+def test_the_loss_is_read_only_a_few_times_a_second(monkeypatch):
     class Counted:
         reads = 0
 
@@ -180,7 +180,7 @@ def test_durations_read_like_a_clock(seconds, text):
     assert duration(seconds) == text
 
 
-def test_sigterm_ends_a_run_as_ctrl_c_does_with_an_exit_code_of_its_own(monkeypatch, capsys):
+def test_sigterm_ends_a_run_like_ctrl_c_but_with_exit_code_143(monkeypatch, capsys):
     def terminated(config):
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "the signal would end the tests"
         try:
@@ -217,8 +217,8 @@ def test_ctrl_c_prints_the_users_own_command_to_resume(monkeypatch, capsys):
     words = ["run", "seed=1", "data.path=my data", "run_dir=somewhere", "overwrite=true"]
     where = ["runs/my run"]
     assert main(words) == 130
-    told = capsys.readouterr().err.strip().partition("Go on with: ")[2]
-    assert shlex.split(told) == ["fedsim", "run", "seed=1", "data.path=my data", "run_dir=runs/my run", "resume=true"]
+    hint = capsys.readouterr().err.strip().partition("Go on with: ")[2]
+    assert shlex.split(hint) == ["fedsim", "run", "seed=1", "data.path=my data", "run_dir=runs/my run", "resume=true"]
     where.clear()
     assert main(words) == 130
     assert capsys.readouterr().err.strip() == "Stopped before the run began."

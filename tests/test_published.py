@@ -1,4 +1,4 @@
-"""The published counts come out of the configurations that were published, to the digits that were printed."""
+"""The published configurations give the published parameter counts, to the printed digits."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from fedsim.published import MISTRAL_7B, PUBLISHED, published
 from fedsim.shapes import layer_shapes
 
 
-def steady(found):
+def forecast_parameters(found):
     config = effective(compose(["model=mistral_7b", f"method={found.method}", f"adapter.rank={found.rank}", "federation.rounds=1"]))
     method = method_of(config)
     spec = adapter_spec(layer_shapes(config.model, []), method.form, config.adapter.rank, 1, 1.0)
@@ -22,15 +22,15 @@ def steady(found):
 @pytest.mark.parametrize("found", PUBLISHED, ids=lambda found: f"{found.method}-{found.rank}")
 def test_published_counts_equal_the_traffic_or_are_explained(found):
     decimals = len(found.millions.partition(".")[2])
-    assert (f"{steady(found) / 1e6:.{decimals}f}" == found.millions) == (not found.differs)
+    assert (f"{forecast_parameters(found) / 1e6:.{decimals}f}" == found.millions) == (not found.differs)
 
 
-def test_the_counts_that_differ_are_explained_by_their_numbers():
+def test_explanations_of_differing_counts_contain_the_right_numbers():
     by_method = {found.method: found for found in PUBLISHED}
-    lora = steady(by_method["fedit"])
+    lora = forecast_parameters(by_method["fedit"])
     assert f"{lora / 2e6:.1f}" == by_method["ffa_lora"].millions
-    assert f"{steady(by_method['ffa_lora']) / 1e6:.1f} M" in by_method["ffa_lora"].differs
-    assert f"{(steady(by_method['fedex_lora']) - lora) / 1e6:.0f}" == by_method["fedex_lora"].millions
+    assert f"{forecast_parameters(by_method['ffa_lora']) / 1e6:.1f} M" in by_method["ffa_lora"].differs
+    assert f"{(forecast_parameters(by_method['fedex_lora']) - lora) / 1e6:.0f}" == by_method["fedex_lora"].millions
     assert f"{lora / 1e6:.1f} M" in by_method["fedex_lora"].differs
 
 

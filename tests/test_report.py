@@ -1,4 +1,4 @@
-"""Tables say the numbers they are given; pictures are drawn from events alone."""
+"""Tables and the CSV of transfers show the numbers they are given."""
 
 import csv
 import io
@@ -44,14 +44,14 @@ def test_the_summary_shows_accuracies_gains_bytes_and_time():
     assert broken.split()[-3:] == ["-25.0", "1.000", "-"]
     assert summary_table(finite(SUMMARY)) == summary_table(SUMMARY)  # as it is read back from the run folder
     text = " ".join(" ".join(lines).split())
-    for told in (
+    for expected in (
         "25 clients, 3 rounds, rank 64, seed 0",
         "sent by clients 1.23 MB 300 parameters",
         "sent to clients 7.65 kB",
         "set-up 0 B",
         "1:02 5,000 tokens",
     ):
-        assert told in text
+        assert expected in text
     assert "runs/mine/adapter" in text
 
 
@@ -91,7 +91,7 @@ def test_the_summary_has_the_number_of_cut_off_answers_if_any():
     assert line.startswith("cut off: 1,200 of the base model, those of the final one are not counted"), "clients with models of their own"
 
 
-def test_holdings_are_shown_with_totals_and_long_ones_are_cut():
+def test_holdings_are_shown_with_totals():
     text = holdings_table([{"a": 1, "b": 2}, {"a": 30, "b": 0}])
     rows = [line.split() for line in text.splitlines()]
     assert rows[0] == ["a", "b", "all"]
@@ -119,7 +119,7 @@ def test_owners_are_named_beside_their_clients_data():
     ]
 
 
-def test_transfers_survive_the_csv():
+def test_transfers_survive_a_csv_round_trip():
     ledger = CommunicationLedger()
     ledger.add(Transfer(0, 3, Direction.uplink, Purpose.initial_gradient, 5, 20, 20, 91))
     ledger.add(Transfer(1, 2, Direction.downlink, Purpose.adapter, 7, 28, 28, 120))

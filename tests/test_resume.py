@@ -20,10 +20,10 @@ PLACES = {
     "evaluation": ("fedsim.flower.server", "evaluate"),
     "checkpoint writing": ("os", "replace"),
 }
-"""Where a kill strikes: just before the k-th call of a function."""
+"""A kill strikes just before the k-th call of one of these functions."""
 
 CALLS = {"broadcast": 5, "training": 8, "aggregation": 6, "evaluation": 6, "checkpoint writing": 10}
-"""So many calls there are at least in a run."""
+"""The least number of these calls in a run."""
 
 
 def run_in_child(overrides, place=None, call=0):

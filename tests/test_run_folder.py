@@ -1,4 +1,4 @@
-"""The folder of a run: who may take it, what survives a kill at any moment, and what a resumption finds."""
+"""The run folder: which runs may use it, what survives a kill at any moment, and what a resumed run finds."""
 
 import errno
 import json
@@ -65,7 +65,7 @@ def interrupted(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_new_run_writes_its_configuration_and_manifest_before_anything_else(tmp_path: Path) -> None:
+def test_opening_a_new_run_writes_its_configuration_and_manifest(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", seed=7)
     with RunFolder.open(config) as folder:
         assert yaml.safe_load((folder.folder / "config.yaml").read_text()) == to_dict(config)
@@ -77,7 +77,7 @@ def test_a_new_run_writes_its_configuration_and_manifest_before_anything_else(tm
     assert set(manifest["commit"] or {}) <= {"id", "dirty"}
 
 
-def test_runs_without_a_run_dir_that_begin_in_the_same_second_get_folders_of_their_own(
+def test_runs_without_a_run_dir_that_start_in_the_same_second_get_different_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,7 +87,7 @@ def test_runs_without_a_run_dir_that_begin_in_the_same_second_get_folders_of_the
         assert str(second.folder) == "runs/2026-03-04/05-06-07-fed_sb-2"
 
 
-def test_a_folder_in_use_is_refused_whatever_the_options(tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused_with_any_options(tmp_path: Path) -> None:
     config = config_of(tmp_path / "run")
     with RunFolder.open(config):
         for options in ({}, {"overwrite": True}, {"resume": True}):
@@ -104,7 +104,7 @@ def test_an_interrupted_or_finished_run_is_refused_and_left_unchanged(interrupte
         folder.finish({"method": "fed_sb"})
     with pytest.raises(UserError, match=r"finished run.*overwrite=true"):
         RunFolder.open(config_of(interrupted))
-    changed, told = tree(interrupted), {"manifest.json", "journal.jsonl"}  # which tell that it was resumed
+    changed, told = tree(interrupted), {"manifest.json", "journal.jsonl"}  # these record that it was resumed
     assert {name: changed[name] for name in before.keys() - told} == {name: before[name] for name in before.keys() - told}
     assert len(changed["journal.jsonl"].splitlines()) == len(before["journal.jsonl"].splitlines()) + 1
 
@@ -118,7 +118,7 @@ def test_overwrite_replaces_a_run_and_leaves_nothing_of_it(interrupted: Path) ->
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", "config.yaml", "adapter"])
-def test_a_folder_with_other_peoples_files_is_never_touched(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_foreign_files_is_never_touched(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("years of work")
     for options in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(UserError):
@@ -126,7 +126,7 @@ def test_a_folder_with_other_peoples_files_is_never_touched(tmp_path: Path, name
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def make_a_mistake(config: Config, play: Callable[[RunFolder], None] = lambda folder: None) -> None:
+def fail_with_user_error(config: Config, play: Callable[[RunFolder], None] = lambda folder: None) -> None:
     with RunFolder.open(config) as folder:
         folder.event("started")
         folder.record("started")
@@ -134,28 +134,28 @@ def make_a_mistake(config: Config, play: Callable[[RunFolder], None] = lambda fo
         raise UserError("too short")
 
 
-def test_a_mistake_before_the_first_checkpoint_leaves_nothing_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_error_before_the_first_checkpoint_removes_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for config in (config_of(tmp_path / "new" / "run"), config_of(tmp_path / "empty"), Config()):
         with pytest.raises(UserError, match="too short"):
-            make_a_mistake(config)
+            fail_with_user_error(config)
         assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
 def test_a_mistake_removes_only_files_of_the_run(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     with pytest.raises(UserError, match="too short"):
-        make_a_mistake(config_of(run), lambda folder: (folder.folder / "notes.txt").touch())
+        fail_with_user_error(config_of(run), lambda folder: (folder.folder / "notes.txt").touch())
     assert [path.name for path in run.iterdir()] == ["notes.txt"]
 
 
-def test_a_mistake_after_the_first_checkpoint_or_of_a_resumption_leaves_the_run(interrupted: Path, tmp_path: Path) -> None:
+def test_a_user_error_after_the_first_checkpoint_or_in_a_resumed_run_keeps_the_run(interrupted: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too short"):
-        make_a_mistake(config_of(tmp_path / "late"), lambda folder: play_rounds(folder, range(1, 2)))
+        fail_with_user_error(config_of(tmp_path / "late"), lambda folder: play_rounds(folder, range(1, 2)))
     assert len(saved(tmp_path / "late" / "checkpoints")) == 1
     with pytest.raises(UserError, match="too short"):
-        make_a_mistake(config_of(interrupted, resume=True))
+        fail_with_user_error(config_of(interrupted, resume=True))
     assert rounds_of(interrupted) == [1, 2, 3]
 
 
@@ -164,12 +164,12 @@ def test_a_folder_is_checked_without_being_locked(interrupted: Path, tmp_path: P
     check(config_of(tmp_path / "new"))
     check(config_of(interrupted, resume=True))
     check(config_of(interrupted, overwrite=True, seed=5))
-    for config, told in (
+    for config, reason in (
         (config_of(interrupted), "interrupted run"),
         (config_of(interrupted, resume=True, seed=5), "seed=5"),
         (config_of(tmp_path / "new", resume=True), "to resume"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=reason):
             check(config)
     with RunFolder.open(config_of(interrupted, resume=True)), pytest.raises(UserError, match="in use by process"):
         check(config_of(interrupted))
@@ -184,7 +184,7 @@ def test_a_foreign_file_in_a_run_folder_stops_overwrite(interrupted: Path) -> No
     assert tree(interrupted) == before
 
 
-def test_a_run_dir_that_is_a_file_or_cannot_be_made_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_run_dir_that_is_a_file_or_cannot_be_created_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError) as caught:
@@ -200,7 +200,7 @@ def test_resume_without_a_run_is_refused_and_creates_nothing(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
-def test_resume_with_options_that_change_the_result_names_each_of_them(interrupted: Path) -> None:
+def test_resuming_with_options_that_change_the_result_is_refused_naming_each(interrupted: Path) -> None:
     config = config_of(interrupted, resume=True, seed=5)
     config.training.learning_rate = 0.5
     with pytest.raises(UserError, match=r"seed=5 \(run: 0\), training.learning_rate=0.5 \(run: 0.03\)"):
@@ -303,7 +303,7 @@ def test_a_torn_event_before_a_damaged_checkpoint_harms_no_other_event(interrupt
     assert b"torn" not in (interrupted / "events.jsonl").read_bytes()
 
 
-def test_a_resumption_that_fails_says_why_and_leaves_the_folder_free(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_resumption_raises_its_cause_and_unlocks_the_folder(interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -315,7 +315,7 @@ def test_a_resumption_that_fails_says_why_and_leaves_the_folder_free(interrupted
         assert folder.last_checkpoint() is not None
 
 
-def test_an_event_with_a_loss_that_is_not_a_number_is_still_json(interrupted: Path) -> None:
+def test_an_event_with_numbers_that_are_not_finite_is_still_json(interrupted: Path) -> None:
     with RunFolder.open(config_of(interrupted, resume=True)) as folder:
         folder.event("round", train_loss=float("nan"), weights=[1.0, float("inf")])
     last = (interrupted / "events.jsonl").read_text().splitlines()[-1]
@@ -334,7 +334,7 @@ def test_a_name_outside_the_contents_of_a_run_folder_is_refused(interrupted: Pat
             folder.path("../elsewhere")
 
 
-def test_a_failed_atomic_write_leaves_the_old_content_and_no_litter(tmp_path: Path) -> None:
+def test_a_failed_atomic_write_leaves_the_old_content_and_no_temporary_file(tmp_path: Path) -> None:
     atomic_write(tmp_path / "file", b"old")
     with pytest.raises(TypeError):
         atomic_write(tmp_path / "file", "text is not bytes")  # type: ignore[arg-type]
@@ -343,14 +343,14 @@ def test_a_failed_atomic_write_leaves_the_old_content_and_no_litter(tmp_path: Pa
 
 @pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt, SystemExit])
 def test_a_file_written_in_parts_is_complete_or_unchanged_after_any_interruption(tmp_path: Path, stop: type[BaseException]) -> None:
-    def broken_off() -> None:
+    def interrupted_write() -> None:
         with atomically(tmp_path / "file") as file:
             file.write(b"half")
             raise stop
 
     atomic_write(tmp_path / "file", b"old")
     with pytest.raises(stop):
-        broken_off()
+        interrupted_write()
     assert tree(tmp_path) == {"file": b"old"}
     with atomically(tmp_path / "file", mode=0o600) as file:
         for part in (b"all ", b"of ", b"it"):
@@ -374,7 +374,7 @@ def test_a_checkpoint_is_a_snapshot_despite_changes_while_it_is_written(tmp_path
 
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
-    """What is made durable or renamed, in order: ("fsync", path, bytes in it, 0 of a folder) or ("replace", new path, 0)."""
+    """The fsyncs and renames, in order: ("fsync", path, size, 0 for a folder) or ("replace", new path, 0)."""
     done: list[tuple[str, str, int]] = []
     fsync, rename = os.fsync, os.replace
 
@@ -392,7 +392,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     return done
 
 
-def test_a_file_is_durable_before_it_takes_its_name_and_its_name_before_anybody_relies_on_it(
+def test_an_atomic_write_syncs_the_file_before_the_rename_and_the_folder_after_it(
     tmp_path: Path, on_disk: list[tuple[str, str, int]]
 ) -> None:
     atomic_write(tmp_path / "file", b"all of ", b"it")
@@ -401,7 +401,7 @@ def test_a_file_is_durable_before_it_takes_its_name_and_its_name_before_anybody_
     assert rest == [("replace", str(tmp_path / "file"), 0), ("fsync", str(tmp_path), 0)]
 
 
-def test_a_checkpoint_is_never_ahead_of_the_lines_that_it_names(tmp_path: Path, on_disk: list[tuple[str, str, int]]) -> None:
+def test_events_and_journal_are_synced_before_a_checkpoint_is_written(tmp_path: Path, on_disk: list[tuple[str, str, int]]) -> None:
     run = tmp_path / "run"
     with RunFolder.open(config_of(run)) as folder:
         on_disk.clear()
@@ -415,7 +415,7 @@ def test_a_checkpoint_is_never_ahead_of_the_lines_that_it_names(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("step", [RunFolder.settle_all, lambda folder: folder.finish({})])
-def test_requests_and_the_end_of_a_run_are_durable_when_recorded(
+def test_settle_all_and_finish_sync_events_and_journal(
     step: Callable[[RunFolder], None], tmp_path: Path, on_disk: list[tuple[str, str, int]]
 ) -> None:
     run = tmp_path / "run"
@@ -428,7 +428,7 @@ def test_requests_and_the_end_of_a_run_are_durable_when_recorded(
     assert on_disk[:2] == expected
 
 
-def test_closing_the_folder_waits_for_the_checkpoint_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_the_folder_waits_for_the_checkpoint_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = Store.writing
 
     def slow(store: Store, checkpoint: Checkpoint) -> Callable[[], None]:
@@ -436,10 +436,10 @@ def test_closing_the_folder_waits_for_the_checkpoint_under_way(tmp_path: Path, m
         return lambda: (time.sleep(0.3), write())[1]
 
     monkeypatch.setattr(Store, "writing", slow)
-    begun = time.monotonic()
+    start = time.monotonic()
     with RunFolder.open(config_of(tmp_path / "run")) as folder:
         folder.save_checkpoint(1, tensors_of(1), {})
-        assert time.monotonic() - begun < 0.3
+        assert time.monotonic() - start < 0.3
         assert saved(tmp_path / "run/checkpoints") == []
     assert [path.name for path in saved(tmp_path / "run/checkpoints")] == ["round_0001.safetensors"]
 
@@ -456,7 +456,7 @@ def test_a_failed_checkpoint_is_raised_by_the_next_step(step: Callable[[RunFolde
 
 
 def endless_run(config: Config) -> None:
-    """What the killed process does: goes on from wherever the last one was killed."""
+    """Runs in the process to be killed: continues from the last checkpoint."""
     with RunFolder.open(config) as folder:
         found = folder.last_checkpoint()
         play_rounds(folder, count(found.round + 1 if found else 1))
@@ -471,11 +471,11 @@ def kill_after(seconds: float, config: Config) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_a_run_killed_at_any_moment_reopens_with_its_last_checkpoint_and_each_round_once(tmp_path: Path) -> None:
-    dice, config, before = random.Random(0), config_of(tmp_path / "run", resume=True), 0
+def test_a_run_killed_at_any_moment_reopens_at_its_last_checkpoint_with_each_round_once(tmp_path: Path) -> None:
+    rng, config, before = random.Random(0), config_of(tmp_path / "run", resume=True), 0
     RunFolder.open(config_of(tmp_path / "run")).close()
     for _ in range(12):
-        kill_after(dice.uniform(0.0, 0.15), config)
+        kill_after(rng.uniform(0.0, 0.15), config)
         with RunFolder.open(config) as folder:
             found = folder.last_checkpoint()
         reached = found.round if found else 0
@@ -488,9 +488,9 @@ def test_a_run_killed_at_any_moment_reopens_with_its_last_checkpoint_and_each_ro
 
 
 def test_a_run_killed_while_it_replaces_another_never_mixes_the_two(interrupted: Path) -> None:
-    dice = random.Random(1)
+    rng = random.Random(1)
     for _ in range(6):
-        kill_after(dice.uniform(0.0, 0.08), config_of(interrupted, overwrite=True, seed=1))
+        kill_after(rng.uniform(0.0, 0.08), config_of(interrupted, overwrite=True, seed=1))
         new = yaml.safe_load((interrupted / "config.yaml").read_text())["seed"] == 1 if (interrupted / "config.yaml").exists() else True
         with RunFolder.open(config_of(interrupted, resume=True, seed=int(new))) as folder:
             found = folder.last_checkpoint()

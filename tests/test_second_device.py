@@ -1,4 +1,4 @@
-"""All of a run on a second device, see experiments/benchmarks/second_device.py, each in a process of its own: PyTorch forgets no device."""
+"""Whole runs on a second device (see experiments/benchmarks/second_device.py), each in its own process: PyTorch forgets no device."""
 
 import json
 import math
@@ -33,14 +33,14 @@ MORE_KINDS = {
 
 
 def on_second_device(*arguments, memory_bytes=0):
-    """Runs a command of fedsim there and returns what it tells of the device's memory."""
-    found = json.loads(said("-m", "experiments.benchmarks.second_device", str(memory_bytes), *arguments).splitlines()[-1])
+    """Runs a fedsim command on the second device and returns its figures of the device's memory."""
+    found = json.loads(run_python("-m", "experiments.benchmarks.second_device", str(memory_bytes), *arguments).splitlines()[-1])
     assert found["peak_bytes"] > 8_000_000, "less than the model itself: nothing ran there"
     return found
 
 
-def said(*arguments):
-    with TemporaryDirectory() as cache:  # no calibration and no tokens of another run
+def run_python(*arguments):
+    with TemporaryDirectory() as cache:  # no calibration or tokens of another run
         env = os.environ | {"XDG_CACHE_HOME": cache}
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=280, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -48,8 +48,8 @@ def said(*arguments):
 
 
 def with_device(code, made_of="values"):
-    """Carries out Python code where `device` is the second one and `DEVICE` tells of it, and returns what it prints."""
-    return said(
+    """Runs Python code in which `device` is the second device and `DEVICE` has its figures, and returns its output."""
+    return run_python(
         "-c", f"import torch\nfrom experiments.benchmarks.second_device import DEVICE\ndevice = DEVICE.install({made_of!r})\n{code}"
     )
 
@@ -57,13 +57,13 @@ def with_device(code, made_of="values"):
 def figures(folder):
     """Returns the losses and accuracies of a run, in order."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    trained = [event["train_loss"] or 0.0 for event in events if event["kind"] == "round"]  # private clients tell none
+    trained = [event["train_loss"] or 0.0 for event in events if event["kind"] == "round"]  # private clients report none
     tested = [event[name] for event in events if event["kind"] == "evaluated" for name in ("loss", "accuracy")]
     assert (len(trained), len(tested)) == (2, 8)
     return trained + tested
 
 
-def test_the_device_refuses_what_a_gpu_refuses_and_takes_what_a_gpu_takes():
+def test_the_device_refuses_and_accepts_the_same_operations_as_a_gpu():
     refused = with_device(
         """
 there, here = torch.ones(3, device=device), torch.ones(3)
@@ -134,8 +134,8 @@ def test_an_audit_and_an_estimate_never_mix_devices(tmp_path):
     on_second_device("audit", "experiment=audit", "privacy.epsilon=2", "federation.rounds=1", f"run_dir={tmp_path}")
 
 
-def test_passes_take_the_memory_that_is_estimated():
-    """Ratios of the bytes measured for a pass to `pass_bytes`: kinds of models, of factors, types and ways of training."""
+def test_passes_take_the_estimated_memory():
+    """Compares measured bytes of a pass with `pass_bytes` over models, factors, dtypes and ways of training."""
     measured = with_device(
         """
 import gc
@@ -187,7 +187,7 @@ for (name, entries), dtype, sparing, noise, (form, kinds) in product(MODELS.item
 
 
 def test_bases_and_noise_of_large_adapters_equal_those_of_the_cpu():
-    """The noise is drawn ahead there, also for a step that is begun anew."""
+    """The device draws noise ahead, even for a step that is restarted."""
     found = with_device(
         """
 from fedsim.core import decomposition
@@ -221,9 +221,9 @@ print(torch.equal(steps(device, 2), steps("cpu", 1)), len(steps("cpu", 1)))
     assert found.splitlines() == ["True True", "True True", "True 5"]
 
 
-def test_a_step_of_a_cohort_launches_about_as_much_as_centralised_training_and_waits_no_more_often():
-    """Views apart, which launch nothing. In a step both wait for a look of transformers for packed sequences, once in a forward pass; at
-    the end a cohort waits for its factors and losses."""
+def test_a_cohort_step_launches_about_as_many_operators_as_a_centralised_one_and_waits_as_often():
+    """Does not count views, which launch nothing. Both wait once in each forward pass, when transformers checks for packed sequences; a
+    cohort also waits for its factors and losses at the end."""
     launched = with_device(
         """
 from experiments.benchmarks import workloads

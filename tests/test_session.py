@@ -1,4 +1,4 @@
-"""What is refused before a session is opened, and what server and client compare before they train together."""
+"""Checks before a session is opened, and the base digest that server and client compare before training."""
 
 import gc
 import json
@@ -58,7 +58,7 @@ def test_the_base_digest_covers_base_weights_and_tokenization(session):
     assert digest_now(session) != own
 
 
-def test_the_base_digest_leaves_out_the_weights_into_which_a_run_folds_its_updates(session):
+def test_the_base_digest_leaves_out_weights_into_which_updates_are_folded(session):
     own, layer = digest_now(session), next(iter(adapted_layers(session.model).values()))
     with changed(layer.base.weight):
         assert digest_now(session) == own
@@ -67,20 +67,20 @@ def test_the_base_digest_leaves_out_the_weights_into_which_a_run_folds_its_updat
 def test_the_last_model_is_released_before_the_next_one_is_loaded(monkeypatch):
     options = ("data.train_examples=20", "federation.clients=2", "adapter.init=orthogonal")
     last = weakref.ref(open_session(compose([*options, "seed=1"])).model)
-    load, there = sessions.load_model, []
+    load, alive = sessions.load_model, []
 
     def watched(*args, **named):
         gc.collect()
-        there.append(last() is not None)
+        alive.append(last() is not None)
         return load(*args, **named)
 
     monkeypatch.setattr(sessions, "load_model", watched)
     assert open_session(compose([*options, "seed=2"])) is open_session(compose([*options, "seed=2"]))
-    assert there == [False]
+    assert alive == [False]
 
 
 FEW = ("data.train_examples=20", "data.test_examples=4", "federation.clients=2")
-NONE_OF_IT = [
+REFUSED = [
     (["adapter.rank=193"], "adapter.rank: expected at most 192"),
     (["method=ravan", "adapter.rank=49"], "got 49 x 4 heads"),
     (["method=ravan", "method.heads=193"], "method.heads: expected at most 192"),
@@ -96,7 +96,7 @@ NONE_OF_IT = [
 ]
 
 
-@pytest.mark.parametrize(("words", "told"), NONE_OF_IT)
+@pytest.mark.parametrize(("words", "told"), REFUSED)
 def test_a_mistake_is_reported_without_loading_in_the_words_of_loading(tmp_path, words, told):
     sick = write_sick(tmp_path / "SICK.txt")
     config = compose([*FEW, *(word.format(sick=sick) if "{sick}" in word else word for word in words)])

@@ -72,7 +72,7 @@ def test_every_model_has_its_published_number_of_parameters(choice):
     assert num_parameters(model(choice)) == PUBLISHED[choice]
 
 
-def test_no_model_in_conf_is_without_shapes():
+def test_every_model_in_conf_is_covered_here():
     assert set(groups()["model"]) == {*PUBLISHED, "embedded", "local"}
 
 
@@ -88,7 +88,7 @@ def test_the_embedded_model_has_the_shapes_of_the_loaded_and_adapted_one():
 def test_a_local_folder_has_the_shapes_of_its_model(architecture, tmp_path):
     real = tiny_model(architecture)
     real.config.save_pretrained(tmp_path)
-    config = ModelConfig(path=str(tmp_path), architecture=TINY)  # the folder has the last word
+    config = ModelConfig(path=str(tmp_path), architecture=TINY)  # the folder takes precedence
     total = sum(p.numel() for p in real.parameters())
     assert num_parameters(config) == total
     assert list(layer_shapes(config, []).items()) == list(adapt(real, LORA_SB, 4, 1, 1.0, []).layers.items())
@@ -101,8 +101,8 @@ def test_an_encoder_with_random_weights_has_the_structure_of_the_loaded_one(pair
     loaded, _ = load_model(config, LABELS, texts)
     made = random_model(config, torch.device("cpu"), LABELS, texts)
     assert str(made) == str(loaded)
-    told = [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in loaded.named_parameters()]
-    assert [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in made.named_parameters()] == told
+    expected = [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in loaded.named_parameters()]
+    assert [(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in made.named_parameters()] == expected
     assert made.config._attn_implementation == loaded.config._attn_implementation
     assert model_shape(config, LABELS, texts) == shape_of(loaded)
 
@@ -113,7 +113,7 @@ def test_architecture_entries_equal_config_json(tmp_path):
     assert layer_shapes(config, []) == layer_shapes(ModelConfig(path=str(tmp_path)), [])
 
 
-def test_the_seven_layers_of_mistral_cost_what_the_paper_counts():
+def test_the_seven_layers_of_mistral_have_the_parameter_counts_of_the_paper():
     shapes = layer_shapes(model("mistral_7b"), SEVEN)
     assert shapes == layer_shapes(model("mistral_7b"), [])
     assert len(shapes) == 7 * 32
@@ -124,7 +124,7 @@ def test_the_seven_layers_of_mistral_cost_what_the_paper_counts():
     assert round(sum(200 * (m + n) for m, n in shapes.values()) / 1e6, 1) == 524.3  # bases, r = 200
 
 
-def test_shapes_are_out_by_in_also_where_the_weight_is_kept_transposed():
+def test_shapes_are_out_by_in_even_if_the_weight_is_stored_transposed():
     shapes = layer_shapes(model("gpt2"), [])
     first = {path.removeprefix("transformer.h.0."): shape for path, shape in shapes.items() if ".h.0." in path}
     expected = {"attn.c_attn": (2304, 768), "attn.c_proj": (768, 768), "mlp.c_fc": (3072, 768), "mlp.c_proj": (768, 3072)}
@@ -156,15 +156,15 @@ def test_a_skeleton_is_built_once_per_model():
     assert wider.config.vocab_size == TINY["vocab_size"] + 8
 
 
-def test_seven_billion_parameters_take_less_than_two_seconds():
-    skeleton(ModelConfig(architecture=TINY))  # imports what is imported once
+def test_shapes_of_seven_billion_parameters_take_less_than_two_seconds():
+    skeleton(ModelConfig(architecture=TINY))  # does the imports
     mistral = model("mistral_7b")
     began = time.perf_counter()
     layer_shapes(mistral, SEVEN)
     assert time.perf_counter() - began < 2
 
 
-def test_nothing_is_printed():
+def test_layer_shapes_print_nothing():
     words = "from fedsim.config import ModelConfig\nfrom fedsim.shapes import layer_shapes\n"
     odd = TINY | {"torch_dtype": "float16", "rope_parameters": {"rope_type": "default", "rope_theta": 1.0, "odd": 1}, "bos_token_id": 99}
     for config in (ModelConfig(architecture=odd), model("bert_base"), model("gpt2")):
@@ -220,7 +220,7 @@ def test_a_misspelt_entry_is_not_replaced_by_the_default():
         layer_shapes(ModelConfig(architecture={"model_type": "llama", "hiden_size": 64}), [])
 
 
-def test_other_names_of_an_entry_and_undeclared_ones_are_taken():
+def test_aliases_of_entries_and_undeclared_entries_are_accepted():
     config = ModelConfig(architecture={"model_type": "gpt2", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2})
     assert layer_shapes(config, ["c_fc"]) == {"transformer.h.0.mlp.c_fc": (96, 24)}
     config = ModelConfig(architecture=TINY | {"model_type": "qwen2", "head_dim": 8, "num_key_value_heads": 2})
@@ -228,7 +228,7 @@ def test_other_names_of_an_entry_and_undeclared_ones_are_taken():
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b"", b"null"])
-def test_a_broken_config_json_is_one_line_that_names_it(content, tmp_path):
+def test_a_broken_config_json_is_refused_in_one_line_that_names_it(content, tmp_path):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json") as caught:
         layer_shapes(ModelConfig(path=str(tmp_path), architecture=TINY), [])
@@ -242,7 +242,7 @@ def test_a_missing_model_asks_for_a_folder_or_the_architecture(path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_fits_no_layer_is_refused():
+def test_a_name_that_matches_no_layer_is_refused():
     with pytest.raises(UserError, match="Did you mean 'q_proj'"):
         layer_shapes(model("mistral_7b"), ["qproj"])
 

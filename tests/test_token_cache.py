@@ -1,4 +1,4 @@
-"""Tokens kept on disk: the same as made anew, whatever happens to the file."""
+"""Tokens cached on disk equal freshly made ones, whatever happens to the file."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ CLIENTS = 4
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """The cache folder of a user whose data is large."""
+    """The cache folder of a user; pools of any size are cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(token_cache, "LEAST_CHARACTERS", 0)
     return tmp_path / "cache/fedsim/tokens"
@@ -53,7 +53,7 @@ def classified(tmp_path):
 
 
 def tokens(config):
-    """All clients' examples in a session of its own."""
+    """All clients' examples, from a new session."""
     session = Session(config)
     return [list(session.client_data(client).examples) for client in range(CLIENTS)]
 
@@ -63,15 +63,15 @@ def without(config):
 
 
 def mapped(examples):
-    """Whether the tokens lie in a file."""
+    """Whether the tokens are mapped from a file."""
     array = examples[0].input_ids
     while not isinstance(array, np.memmap) and array.base is not None:
         array = array.base
     return isinstance(array, np.memmap)
 
 
-def anew_and_kept(folder):
-    """All clients' examples without a file, and the file: nobody has it mapped, since what is done to it then is done to their tokens."""
+def fresh_tokens_and_file(folder):
+    """All clients' examples made without a file, and a file that no session has mapped, so that tests may damage it."""
     tokens(config())
     return tokens(without(config())), only_file(folder)
 
@@ -95,15 +95,15 @@ def test_tokens_are_equal_without_a_cache_when_cached_and_when_read(folder, trai
 
 @pytest.mark.parametrize("reading", PairReading)
 def test_pairs_are_equal_without_a_cache_when_cached_and_when_read(classified, reading, monkeypatch):
-    told = dataclasses.replace(classified, model=dataclasses.replace(classified.model, pairs=reading))
-    plain = tokens(without(told))
-    assert tokens(told) == plain
+    given = dataclasses.replace(classified, model=dataclasses.replace(classified.model, pairs=reading))
+    plain = tokens(without(given))
+    assert tokens(given) == plain
     monkeypatch.setattr(Session, "encode", None)
-    assert tokens(told) == plain
+    assert tokens(given) == plain
     assert bool(plain[0][0].split) == (reading is PairReading.apart)
 
 
-def test_a_file_is_for_one_pool_one_tokenizer_and_one_way_to_encode(folder, classified):
+def test_each_pool_tokenizer_and_encoding_has_its_own_file(folder, classified):
     apart = dataclasses.replace(classified, model=dataclasses.replace(classified.model, pairs=PairReading.apart))
     others = [config(max_length=200), config(train_on=TrainOn.all), dataclasses.replace(config(), seed=1), classified, apart]
     for count, each in enumerate([config(), *others], 1):
@@ -119,7 +119,7 @@ LABELLED = [Labelled("sick", "w1 w2", "w3", LABELS[0], LABELS), Labelled("sick",
 
 
 def name(folder, pool, tokenizer, how=()):
-    """The name of the new file for a pool, "known" where there was one, None where there is none."""
+    """The name of the new file for a pool, "known" if it existed, None if the pool is not cached."""
     before = set(folder.iterdir()) if folder.exists() else set()
     if token_cache.kept(pool, tokenizer, how, lambda pool: [EncodedExample((1, 2), 1) for _ in pool]) is None:
         return None
@@ -127,7 +127,7 @@ def name(folder, pool, tokenizer, how=()):
     return new.pop().name if new else "known"
 
 
-def test_examples_that_are_encoded_in_another_way_need_another_version(tmp_path):
+def test_encodings_are_those_of_this_cache_version(tmp_path):
     _, tokenizer = load_model(ModelConfig(path=save_classifier(tmp_path), device="cpu"), LABELS)
     tokenizer.eos_token = "[SEP]"
     examples = encode([Example("t", Family.arithmetic, "w1 w2", "w3", "3")], tokenizer, 512, TrainOn.response)
@@ -153,14 +153,14 @@ def test_examples_that_are_encoded_in_another_way_need_another_version(tmp_path)
         [dataclasses.replace(each, hypothesis=None) for each in LABELLED],
     ],
 )
-def test_another_order_or_another_border_between_texts_is_another_file(folder, pool, tmp_path):
+def test_another_order_or_another_border_between_texts_gives_another_file(folder, pool, tmp_path):
     _, tokenizer = load_model(ModelConfig(device="cpu"))
     for known in (EXAMPLES, LABELLED):
         name(folder, known, tokenizer)
     assert (name(folder, pool, tokenizer) == "known") == (pool == LABELLED)
 
 
-def test_a_tokenizer_is_known_by_its_rules_and_not_by_its_path_or_last_call(folder, tmp_path):
+def test_a_tokenizer_is_identified_by_its_rules_and_not_by_its_path_or_last_call(folder, tmp_path):
     _, tokenizer = load_model(ModelConfig(device="cpu"))
     first = name(folder, EXAMPLES, tokenizer)
     tokenizer(["tom has"], truncation=True, max_length=2, padding="max_length")
@@ -194,14 +194,14 @@ def changed(content):
     return content[:-1] + bytes([content[-1] ^ 1])
 
 
-def without_check(content):
+def without_checksum(content):
     return content.replace(content[128:160], bytes(32))
 
 
 DAMAGES = {
     "truncated": truncated,
     "one bit": changed,
-    "no checksum": without_check,
+    "no checksum": without_checksum,
     "empty": lambda content: b"",
     "text": lambda content: b"no numpy file",
     "head only": lambda content: content[:128],
@@ -211,18 +211,18 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_made_again(folder, damage):
-    plain, path = anew_and_kept(folder)
+def test_a_damaged_file_is_replaced(folder, damage):
+    plain, path = fresh_tokens_and_file(folder)
     whole = path.read_bytes()
     path.write_bytes(DAMAGES[damage](whole))
     assert tokens(config()) == plain
-    if damage != "longer":  # what lies behind the tokens is not looked at
+    if damage != "longer":  # bytes after the tokens are not read
         assert only_file(folder).read_bytes() == whole
 
 
 @pytest.mark.parametrize("array", [np.zeros(100), np.zeros((10, 10), dtype=np.int32), np.zeros(3, dtype=np.int32)])
-def test_a_file_of_something_else_is_made_again(folder, array):
-    plain, path = anew_and_kept(folder)
+def test_a_file_of_another_array_is_replaced(folder, array):
+    plain, path = fresh_tokens_and_file(folder)
     whole = path.read_bytes()
     np.save(path, array)
     assert tokens(config()) == plain
@@ -230,15 +230,15 @@ def test_a_file_of_something_else_is_made_again(folder, array):
 
 
 def test_a_file_under_another_name_is_refused(folder):
-    plain, right = anew_and_kept(folder)
+    plain, right = fresh_tokens_and_file(folder)
     tokens(config(train_on=TrainOn.all))
     (wrong,) = set(folder.iterdir()) - {right}
     right.write_bytes(wrong.read_bytes())
     assert tokens(config()) == plain
 
 
-def test_a_pickled_file_is_never_opened(folder):
-    plain, path = anew_and_kept(folder)
+def test_a_pickled_file_is_not_used(folder):
+    plain, path = fresh_tokens_and_file(folder)
     np.save(path, np.array([{"a": 1}] * 20, dtype=object), allow_pickle=True)
     assert tokens(config()) == plain
 
@@ -274,7 +274,7 @@ def test_a_read_only_folder_is_no_error(folder):
     assert tokens(config()) == tokens(without(config()))
 
 
-def test_a_small_pool_and_a_tokenizer_without_rules_leave_no_file(folder, monkeypatch):
+def test_a_small_pool_and_a_slow_tokenizer_leave_no_file(folder, monkeypatch):
     _, tokenizer = load_model(ModelConfig(device="cpu"))
     characters = sum(len(example.prompt) + len(example.response) for example in EXAMPLES)
     monkeypatch.setattr(token_cache, "LEAST_CHARACTERS", characters + 1)
@@ -289,7 +289,7 @@ def test_a_small_pool_and_a_tokenizer_without_rules_leave_no_file(folder, monkey
     assert name(folder, EXAMPLES, tokenizer)
 
 
-def test_without_a_file_only_the_clients_that_are_asked_for_are_tokenised(monkeypatch):
+def test_without_a_file_only_the_requested_clients_are_tokenised(monkeypatch):
     sizes, encode = [], Session.encode
     monkeypatch.setattr(Session, "encode", lambda self, examples: sizes.append(len(examples)) or encode(self, examples))
     Session(without(config())).client_data(1)
@@ -321,7 +321,7 @@ print(json.dumps([[each.input_ids.tolist() for each in session.client_data(clien
 
 
 def test_the_second_writer_replaces_the_file_by_the_same_one(folder, monkeypatch):
-    """The second session comes and goes while the first one encodes."""
+    """The second session starts and ends while the first one encodes."""
     plain, encode, inner = tokens(without(config())), Session.encode, []
 
     def encoding(session, examples):
@@ -336,7 +336,7 @@ def test_the_second_writer_replaces_the_file_by_the_same_one(folder, monkeypatch
 
 
 @pytest.mark.slow
-def test_processes_that_race_all_have_the_same_tokens(folder):
+def test_racing_processes_get_the_same_tokens(folder):
     expected = [[each.input_ids.tolist() for each in examples] for examples in tokens(without(config()))]
     command = [sys.executable, "-c", PROCESS, json.dumps(to_dict(config()))]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]

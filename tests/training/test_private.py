@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import WithLinearR, adapted_classifier, adapted_model, take_private_steps, tiny_classifier, tiny_model, told_by_last_bits
+from conftest import WithLinearR, adapted_classifier, adapted_model, take_private_steps, tiny_classifier, tiny_model, unreachable_entries
 
 from fedsim.choices import Optimizer, Schedule
 from fedsim.config import TrainingConfig
@@ -328,6 +328,6 @@ def test_the_last_bits_of_a_release_do_not_reveal_the_sum_that_noise_was_added_t
     example = torch.randn(100_000, generator=generator)
     sums = without, without + example / example.norm()
     released = release(sums[inside])
-    false, true = (told_by_last_bits(released, each) for each in (sums[not inside], sums[inside]))
+    false, true = (unreachable_entries(released, each) for each in (sums[not inside], sums[inside]))
     assert true == pytest.approx(false, rel=0.15), "with noise of float32 none of the true sum, thousands of the other one"
-    assert told_by_last_bits(sums[inside] + torch.randn(100_000, generator=generator), sums[inside]) == 0 < false
+    assert unreachable_entries(sums[inside] + torch.randn(100_000, generator=generator), sums[inside]) == 0 < false
