@@ -15,7 +15,7 @@ import pytest
 import torch
 from faults import faulty, rebuilt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from rounds import TARGETS, of_method
+from rounds import of_method
 
 from clients.app import app
 from clients.framing import FrameError, read_message, read_records, write_message, write_records
@@ -480,4 +480,3 @@ def test_unmutated_messages_are_valid(tmp_path):
     assert isinstance(ask.message.content["request"], ConfigRecord)
     assert from_text(json.dumps(to_dict(Config()))) == Config()
     assert np.isfinite(found.flat.numpy()).all()
-    assert TARGETS

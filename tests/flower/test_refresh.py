@@ -53,8 +53,8 @@ class Refreshed:
 
 
 @contextmanager
-def refreshed(init, folder, init_samples=6, **sections):
-    adapter = {"init": init, "refresh_every": 1, "init_samples": init_samples}
+def refreshed(init, folder, init_samples=6, every=1, **sections):
+    adapter = {"init": init, "refresh_every": every, "init_samples": init_samples}
     training = {"local_steps": 1, "learning_rate": 0.02 if init is Init.gradient else RATE}  # the first step along the signs is large
     config = of_method("fed_sb", adapter=adapter, federation={"rounds": 5}, training=training, **sections)
     config = replace(config, run_dir=str(folder))
@@ -212,6 +212,8 @@ def test_seeded_bases_stay_the_same_between_refreshes():
 
 
 def test_a_refresh_clears_the_server_moments(tmp_path):
-    with refreshed(Init.orthogonal, tmp_path / "run", server={"optimizer": "fedavgm"}) as run:
+    with refreshed(Init.orthogonal, tmp_path / "kept", server={"optimizer": "fedavgm"}, every=2) as run:
+        run.next()
+        assert run.state.shared.moments, "there are none to clear"
         run.next()
         assert run.state.shared.moments == {}

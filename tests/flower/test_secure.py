@@ -25,6 +25,7 @@ from fedsim.experiment import run
 from fedsim.flower import secure_worker
 from fedsim.flower.grid import InProcessGrid
 from fedsim.flower.records import arrays_to_record, serialized_bytes
+from fedsim.flower.requests import REQUEST
 from fedsim.flower.strategy import FedsimStrategy
 from fedsim.flower.worker import handle
 from fedsim.initial_gradient import client_gradient
@@ -209,11 +210,16 @@ def test_a_second_sum_of_one_round_over_other_survivors_is_not_unmasked(monkeypa
     assert secure.strategy.facts.clients == [0, 2], "another round is another matter"
 
 
-def test_a_worker_refuses_a_plain_upload_request_under_secure_aggregation():
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({}, "Expected 'contributors' in the request"), ({"contributors": 3, "largest": 9}, "a round of secure aggregation under way")],
+)
+def test_a_worker_refuses_an_upload_request_without_the_stages_before_it(fields, message):
     secure = secure_rounds(of_method("fed_sb", **SECURE))
-    plain_request = secure.messages(1)[0]
-    with pytest.raises(Exception, match=r"a round of secure aggregation under way|contributors"):
-        app(Message(RecordDict(dict(plain_request.content)), metadata=plain_request.metadata), secure.grid.contexts[1])
+    request = secure.messages(1)[0]
+    request.content.config_records[REQUEST].update(fields)
+    with pytest.raises(ValueError, match=message):
+        app(Message(RecordDict(dict(request.content)), metadata=request.metadata), secure.grid.contexts[1])
 
 
 @pytest.mark.parametrize("dropped", [{}, {1: Stage.keys}, {1: Stage.shares}, {1: Stage.upload}, {1: Stage.unmasking}])
