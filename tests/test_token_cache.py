@@ -237,10 +237,21 @@ def test_a_file_under_another_name_is_refused(folder):
     assert tokens(config()) == plain
 
 
-def test_a_pickled_file_is_not_used(folder):
+class Payload:
+    """Creates a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickled_file_is_never_opened(folder, tmp_path):
     plain, path = fresh_tokens_and_file(folder)
-    np.save(path, np.array([{"a": 1}] * 20, dtype=object), allow_pickle=True)
+    np.save(path, np.array([Payload(tmp_path / "executed")] * 20, dtype=object), allow_pickle=True)
     assert tokens(config()) == plain
+    assert not (tmp_path / "executed").exists()
 
 
 def test_only_the_user_may_read_the_tokens(folder):
