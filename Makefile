@@ -3,7 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench check clean
+.PHONY: help setup demo test test-slow test-gpu bench check clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -18,6 +18,9 @@ test: .venv/.ready  ## the tests that take seconds
 
 test-slow: .venv/.ready-slow  ## real processes, many kills, Ray: minutes
 	@$(BIN)/pytest -q -m slow $(ARGS)
+
+test-gpu: .venv/.ready  ## the tests that need a GPU; skipped without one
+	@$(BIN)/pytest -q -m gpu $(ARGS)
 
 bench: .venv/.ready-bench  ## measure fedsim beside its peers and write the tables of docs/performance.md (ARGS=--quick: 6 minutes)
 	@$(BIN)/python -m experiments.benchmarks $(ARGS)

@@ -11,8 +11,6 @@ import torch
 from hypothesis import settings
 from torch import nn
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # oracles run on the CPU, and a process that has probed for a GPU cannot be forked
-
 from fedsim.config import TrainingConfig
 from fedsim.core.adapters import adapt, factors, install
 from fedsim.core.bi_encoder import BiEncoder
@@ -28,6 +26,19 @@ from fedsim.types import EncodedExample, EncodedLabelled
 settings.register_profile("fedsim", deadline=None)  # loaded machines are slow, and these tests are not about time
 settings.load_profile("fedsim")
 torch.set_num_threads(1)  # on models this small a second thread costs more than it gains
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs except with `-m gpu`: oracles run on the CPU, and a process that has probed for a GPU cannot be forked."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests that need a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU: pytest -m gpu on a machine with one")
+
 
 VOCABULARY = 50
 ARCHITECTURES = ("llama", "mistral", "qwen2", "gemma", "gpt2", "bert")
