@@ -221,7 +221,7 @@ def test_mutated_train_requests_are_refused_or_train_known_clients(count, method
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("count", counts(200))
 def test_mutated_compressed_uploads_are_refused_or_decode_to_finite_values(count, name):
-    codec, rng = CODECS[name], random.Random(2)
+    codec, rng, refused = CODECS[name], random.Random(2), 0
     arrays = codec.encode(torch.randn(600, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1), 0.1)
     record, types = arrays_to_record(arrays), codec.shapes(600, 0.1)
     for _ in range(count):
@@ -230,9 +230,11 @@ def test_mutated_compressed_uploads_are_refused_or_decode_to_finite_values(count
         try:
             flat = codec.decode(arrays_from_record(bad, types), 600, 0.1)
         except ValueError:
+            refused += 1
             continue
         assert flat.shape == (600,)
         assert flat.isfinite().all()
+    assert 0 < refused < count
 
 
 class Recorded(InProcessGrid):
@@ -382,15 +384,17 @@ def test_mutated_frames_are_refused_or_keep_their_arrays(count):
     run = faulty(of_method("fed_sb", federation={"clients": 3}), {})
     ask, reply = _asked(run)
     for write, read, valid in ((write_message, read_message, reply), (write_records, read_records, ask.message.content)):
-        buffer, rng = io.BytesIO(), random.Random(6)
+        buffer, rng, refused = io.BytesIO(), random.Random(6), 0
         write(buffer.write, valid)
         arrays = {name: bytes(array.data) for record in _records(valid) for name, array in record.items()}
         for _ in range(count):
             try:
                 found = read(io.BytesIO(mutated_bytes(rng, buffer.getvalue())).read, 10**7)
             except (FrameError, EOFError):
+                refused += 1
                 continue
             assert {name: bytes(array.data) for record in _records(found) for name, array in record.items()} == arrays
+        assert refused > count / 3
 
 
 def _records(value):
@@ -399,14 +403,17 @@ def _records(value):
 
 @pytest.mark.parametrize("count", counts(500))
 def test_mutated_join_replies_are_refused_or_read_with_the_right_types(count):
-    valid, rng, kinds = Member(1, 20, "digest", "1", True), random.Random(7), {"client": int, "num_examples": int, "shard": bool}
+    valid, rng, refused = Member(1, 20, "digest", "1", True), random.Random(7), 0
+    kinds = {"client": int, "num_examples": int, "shard": bool}
     for _ in range(count):
         try:
             found = Member.from_records(mutated_content(rng, valid.to_records()))
         except ValueError:
+            refused += 1
             continue
         assert all(type(getattr(found, name)) is kind for name, kind in kinds.items())
         assert found.num_examples >= 1
+    assert 0 < refused < count
 
 
 @pytest.mark.parametrize("count", counts(300))
@@ -427,7 +434,7 @@ def test_every_change_to_a_journal_is_found(count, tmp_path):
 @pytest.mark.parametrize("count", counts(500))
 def test_mutated_progress_logs_raise_only_user_errors(count, capsys):
     lines = [["started", 3, [0, 3]], ["phase", "x"], ["round_started", 1, 2, {}], ["note", "y"], ["summary", {"a": 1}]]
-    text, rng = "".join(f"{MARK}{json.dumps(line)}\n" for line in lines), random.Random(9)
+    text, rng, shown_whole = "".join(f"{MARK}{json.dumps(line)}\n" for line in lines), random.Random(9), 0
     for _ in range(count):
         shown = ProgressFollower(quiet=True)
         try:
@@ -437,6 +444,8 @@ def test_mutated_progress_logs_raise_only_user_errors(count, capsys):
         finally:
             shown.close()
         assert shown.summary is None or isinstance(shown.summary, dict)
+        shown_whole += shown.summary == {"a": 1}
+    assert 0 < shown_whole < count
 
 
 @pytest.mark.parametrize("count", counts(300))
@@ -444,21 +453,23 @@ def test_mutated_checkpoints_are_refused_or_load_unchanged(count, tmp_path):
     whole = Checkpoint(3, {"factor/R": torch.arange(12.0), "x": torch.zeros(2, 2, dtype=torch.bfloat16)}, {"ledger": {"columns": [[1, 2]]}})
     checkpoints.Store(tmp_path, 1).writing(whole)()
     (path,) = checkpoints.saved(tmp_path)
-    content, rng = path.read_bytes(), random.Random(3)
+    content, rng, refused = path.read_bytes(), random.Random(3), 0
     for _ in range(count):
         bad = mutated_bytes(rng, content)
         path.write_bytes(bad)
         try:
             found = checkpoints.load(path)
         except DamagedError:
+            refused += 1
             continue
         assert (found.round, found.state) == (whole.round, whole.state), "a changed byte that changes nothing, or a broken checksum"
         assert all(torch.equal(found.tensors[key], tensor) for key, tensor in whole.tensors.items())
+    assert refused > count / 2
 
 
 @pytest.mark.parametrize("count", counts(500))
 def test_mutated_configurations_are_refused_or_survive_a_round_trip(count):
-    rng, plain = random.Random(4), to_dict(Config())
+    rng, plain, refused = random.Random(4), to_dict(Config()), 0
     text = json.dumps(plain)
     for place in range(count):
         bad = json.dumps(mutated_json(rng, plain)) if place % 2 else mutated_text(rng, text)
@@ -466,9 +477,11 @@ def test_mutated_configurations_are_refused_or_survive_a_round_trip(count):
             found = from_text(bad)
             check(found)
         except UserError:
+            refused += 1
             continue
         assert isinstance(found, Config)
         assert from_text(json.dumps(to_dict(found))) == found, "what is accepted is a configuration in every part"
+    assert 0 < refused < count
 
 
 def test_unmutated_messages_are_valid(tmp_path):
