@@ -1,10 +1,9 @@
 """Whole runs on a GPU against the same runs on the CPU (`make test-gpu`)."""
 
-import json
-
 import pytest
 
 from fedsim.api import run
+from fedsim.events import read_events
 
 BRIEF = [
     *("federation.clients=4", "federation.rounds=3", "data.train_examples=120", "data.test_examples=8", "adapter.rank=8"),
@@ -15,8 +14,7 @@ BRIEF = [
 def summary_and_losses(folder, device, options):
     """Returns the summary of a run on the device, with the mean training loss of every round (None where it is withheld)."""
     summary = run(*BRIEF, *options, f"model.device={device}", f"run_dir={folder / device}", quiet=True)
-    events = [json.loads(line) for line in (folder / device / "events.jsonl").read_text().splitlines()]
-    return summary, [event["train_loss"] for event in events if event["kind"] == "round"]
+    return summary, [event["train_loss"] for event in read_events(folder / device / "events.jsonl") if event["kind"] == "round"]
 
 
 @pytest.mark.gpu

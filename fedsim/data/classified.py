@@ -80,7 +80,7 @@ def classification(row: Row, name: str) -> Labelled:
 class Form:
     """What all rows of a user's own set share: the labels, and the number of texts.
 
-    Labels are those in the configuration, or else those of the training rows, once fix_labels.
+    Labels are those in the configuration, or else those of the training rows, once `fix_labels` was called.
     """
 
     labels: tuple[str, ...]
